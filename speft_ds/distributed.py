@@ -1,0 +1,114 @@
+"""Every collective call of the package, and who we are among the ranks.
+
+Collectives are never called inside `if rank == 0`; each function here must be entered by all ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renames these two and warns at every call of the old names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def init() -> None:
+    """Join the process group that the launcher described; a lone process becomes a group of one."""
+    import deepspeed
+
+    # DeepSpeed calls torch's collectives by the names that torch 2.13 deprecates, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if not dist.is_initialized():
+        deepspeed.init_distributed(verbose=False)
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    return dist.get_world_size()
+
+
+def device() -> torch.device:
+    """The device that this rank computes on, as DeepSpeed's accelerator names it."""
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_object(value: object) -> object:
+    """Rank 0's value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_gather_objects(value: object) -> list:
+    """Every rank's picklable value, by rank."""
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_gather_padded(local: Tensor, lengths: list[int]) -> list[Tensor]:
+    """Concatenate-able pieces of unequal length from all ranks, by rank.
+
+    Args:
+        local: [lengths[rank]] this rank's piece.
+        lengths: the piece length of every rank, the same list on all ranks.
+    """
+    longest = max(lengths)
+    if longest == 0:
+        return [local.new_empty(0) for _ in lengths]
+    padded = local.new_zeros(longest)
+    padded[: local.numel()] = local
+    gathered = local.new_empty(longest * len(lengths))
+    _all_gather(gathered, padded)
+    return [piece[:length] for piece, length in zip(gathered.view(-1, longest), lengths, strict=True)]
+
+
+def reduce_scatter(pieces: Tensor) -> Tensor:
+    """Sum over ranks of [world_size, n] pieces; returns this rank's [n] row of the sum."""
+    if world_size() == 1:
+        return pieces.reshape(-1)
+    own = torch.empty_like(pieces[0])
+    _reduce_scatter(own, pieces.reshape(-1))
+    return own
+
+
+def exchange(pieces: Tensor) -> Tensor:
+    """Row r of [world_size, n] goes to rank r; returns [world_size, n], row s from rank s.
+
+    A reduce-scatter whose summation order the caller fixes: the sum over rows does not depend on how the
+    collective library walks the ranks.
+    """
+    if world_size() == 1:
+        return pieces
+    received = torch.empty_like(pieces)
+    dist.all_to_all_single(received, pieces)
+    return received
+
+
+def same_on_all_ranks(value: object) -> bool:
+    """Whether every rank passed an equal value; the answer is the same on every rank."""
+    values = all_gather_objects(value)
+    return all(other == values[0] for other in values)

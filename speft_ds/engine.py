@@ -1,0 +1,167 @@
+"""The DeepSpeed seam: all that touches DeepSpeed's less public names.
+
+With no trainable parameter, a ZeRO-3 engine builds `DeepSpeedZeRoOffload`, which gathers and releases
+weights but trains nothing. `SparseEngine` puts a `SparseZeroOptimizer` around it, so that the standard
+calls `engine(...)`, `engine.backward(loss)`, `engine.step()` train the sparse state.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor, nn
+
+from speft_ds.errors import UserError
+from speft_ds.optimizer import clip_factor, global_norm
+from speft_ds.partition import shard_range
+from speft_ds.sparse import SparseState
+
+
+def shard_of(parameter: nn.Parameter) -> Tensor:
+    """This rank's flat shard of a ZeRO-3 parameter, padding included: a live view, written in place."""
+    return parameter.ds_tensor
+
+
+def own_elements(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """This rank's shard without padding, and the global flat index at which it starts."""
+    start, stop = shard_range(
+        parameter.ds_numel, parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size
+    )
+    return shard_of(parameter)[: stop - start], start
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_tensor")
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of the whole weight, whether or not it is gathered right now."""
+    return parameter.ds_shape if is_sharded(parameter) else parameter.shape
+
+
+class SparseZeroOptimizer(ZeROOptimizer):
+    """Stands where ZeRO-3's optimizer stands; everything it does not know goes to the wrapped offload.
+
+    Before `attach` it can only run forwards (evaluation) and plain backwards (calibration).
+    """
+
+    custom_loss_scaler = False
+    torch_autocast_gradscaler = None
+    dynamic_loss_scale = False
+    loss_scaler = None
+
+    def __init__(self, offload):
+        super().__init__()
+        self.offload = offload
+        self.state: SparseState | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.weights: list[nn.Parameter] = []
+        self.clip_norm: float | None = None
+        self.overflow = False
+        self._global_grad_norm = 0.0
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["offload"], name)
+
+    @property
+    def param_groups(self) -> list:
+        return self.optimizer.param_groups if self.optimizer else []
+
+    def attach(self, state: SparseState, optimizer, clip_norm: float | None, weights: list) -> None:
+        """Train `state` with `optimizer`, whose one parameter is the state's delta; see SparseEngine."""
+        self.state, self.optimizer, self.clip_norm, self.weights = state, optimizer, clip_norm, weights
+
+    def backward_epilogue(self, **kwargs) -> None:
+        # The embedding takes ids, so its post-backward hook never fires; neither does that of a layer
+        # whose input needs no gradient. What they gathered would otherwise stay.
+        self.offload.release_backward_leftovers()
+
+    def overlapping_partition_gradients_reduce_epilogue(self) -> None:
+        """Called by the engine after every micro-batch's backward: reduce at the accumulation boundary."""
+        if self.state is not None and self.is_gradient_accumulation_boundary():
+            self.state.delta.grad = self.state.gradient.reduce()
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Clip by the global norm, step the optimizer, write the deltas into the shards.
+
+        Raises:
+            UserError: the global gradient norm is not finite (on every rank, before anything changes).
+        """
+        gradient = self.state.delta.grad
+        self._global_grad_norm = global_norm(gradient)
+        if not math.isfinite(self._global_grad_norm):
+            raise UserError(
+                f"the gradient norm is {self._global_grad_norm}",
+                where="optimizer step",
+                fix="lower optimizer.lr, or train with model.dtype=float32",
+            )
+        gradient.mul_(clip_factor(self._global_grad_norm, self.clip_norm))
+        self.optimizer.step()
+        release(self.weights)
+        self.state.write_through()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.state is not None:
+            self.state.delta.grad = None
+
+
+class SparseEngine(DeepSpeedEngine):
+    """A `DeepSpeedEngine` over a frozen ZeRO-3 model whose optimizer trains a `SparseState`."""
+
+    def _configure_zero_optimizer(self, optimizer):
+        return SparseZeroOptimizer(super()._configure_zero_optimizer(None))
+
+    def attach(
+        self, state: SparseState, optimizer: torch.optim.Optimizer, lr_scheduler, clip_norm: float | None
+    ) -> None:
+        """Give the engine what it trains. Until then it only evaluates and calibrates."""
+        weights = dict(self.module.named_parameters())
+        self.optimizer.attach(state, optimizer, clip_norm, [weights[name] for name in state.mask.shape])
+        self.lr_scheduler = lr_scheduler
+
+    def after_plain_backward(self) -> None:
+        """What the engine does after its own backward, for a `loss.backward()` that it did not run."""
+        self.optimizer.backward_epilogue()
+
+
+def release(parameters: list[nn.Parameter]) -> None:
+    """Free gathered copies of these weights: their shards are about to change, a copy would be stale."""
+    for parameter in parameters:
+        if parameter.ds_status == ZeroParamStatus.INFLIGHT:
+            raise RuntimeError(f"{parameter.ds_summary()} is being gathered while its shard changes")
+        if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+            parameter.ds_active_sub_modules.clear()
+            parameter.partition()
+
+
+def build_engine(model: nn.Module, ds_config: dict, targets: dict[str, nn.Linear]) -> SparseEngine:
+    """A `SparseEngine` over a frozen model; targeted weights are never kept whole.
+
+    Args:
+        model: frozen, loaded under `zero.Init`.
+        ds_config: as `recipe.load_ds_config` returns it.
+        targets: weight name -> linear.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the base must be frozen: call requires_grad_(False) on the model")
+    config = DeepSpeedConfig(ds_config)
+    engine = SparseEngine(args=None, model=model, config=ds_config, config_class=config)
+    # Small weights stay gathered ("persistent") and would go stale when their shard changes.
+    for linear in targets.values():
+        linear.weight.ds_persist = False
+    offload = engine.optimizer.offload
+    offload.persistent_parameters = [p for p in offload.persistent_parameters if p.ds_persist]
+    # Something must need a gradient for autograd to walk the frozen layers. After DeepSpeed's hooks, so
+    # that they see an output without gradient and do not gather the embedding again in the backward.
+    model.get_input_embeddings().register_forward_hook(_require_grad)
+    return engine
+
+
+def _require_grad(module: nn.Module, inputs, output: Tensor) -> Tensor:
+    return output.requires_grad_(True) if torch.is_grad_enabled() else output

@@ -1,0 +1,77 @@
+"""Errors that a user can act on: what is wrong, where, and what to type. Shown without a traceback."""
+
+import difflib
+import json
+import re
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+class UserError(Exception):
+    """One problem that the user can fix."""
+
+    def __init__(self, what: str, where: str | None = None, fix: str | None = None):
+        super().__init__(what, where, fix)
+        self.what, self.where, self.fix = what, where, fix
+
+    def __str__(self) -> str:
+        notes = [("where", self.where), ("fix", self.fix)]
+        return "\n".join([self.what, *(f"    {label}: {text}" for label, text in notes if text)])
+
+
+class RecipeError(UserError):
+    """All the problems of a recipe at once, so that one run shows everything there is to fix."""
+
+    def __init__(self, problems: Sequence[UserError], title: str = "recipe"):
+        count = f"{len(problems)} problem{'' if len(problems) == 1 else 's'}"
+        super().__init__(f"{title}: {count}")
+        self.args = (list(problems), title)  # what a copy in another process is built from
+        self.problems = list(problems)
+
+    def __str__(self) -> str:
+        return "\n".join([self.what, *(f"  {i}. {_indent(p)}" for i, p in enumerate(self.problems, 1))])
+
+
+def _indent(problem: UserError) -> str:
+    return str(problem).replace("\n", "\n  ")
+
+
+def closest(word: object, choices: Iterable[str]) -> list[str]:
+    """Up to two choices that the word may have been meant as."""
+    return difflib.get_close_matches(str(word), list(choices), n=2)
+
+
+def did_you_mean(word: object, choices: Iterable[str]) -> str:
+    """A question that names the closest choices or, where none is close, the list of all of them."""
+    choices = list(choices)
+    if close := closest(word, choices):
+        return f"did you mean {' or '.join(close)}?"
+    return f"choose from: {', '.join(choices)}" if choices else "there is nothing to choose from"
+
+
+def explain(
+    error: Mapping[str, Any], sources: Mapping[str, str], file: str, fields: Mapping[str, Any]
+) -> UserError:
+    """Turn one pydantic error into a UserError. `fields`: pydantic's FieldInfo by key like `mask.density`."""
+    context, value = error.get("ctx", {}), error["input"]
+    key = context.get("key") or ".".join(part for part in error["loc"] if isinstance(part, str))
+    where = sources.get(key, f"{file} ({key})")
+    if "fix" in context:  # raised by a rule of ours, which words it itself
+        return UserError(error["msg"], where, context["fix"])
+    if key not in fields:
+        what = f"{key} must be a section, not {reprlib.repr(value)}"
+        return UserError(what, where, "indent its keys below it")
+    about = fields[key].description
+    if error["type"] == "missing" and key not in sources:
+        return UserError(f"{key} is missing", where, f"add it, or type {key}=...  ({about})")
+    label = key + "".join(f"[{part}]" for part in error["loc"] if isinstance(part, int))
+    message = error["msg"].replace("Input should be", "must be")
+    shown = "null" if value is None else reprlib.repr(value)
+    what = f"{label} is {shown}: {message[0].lower()}{message[1:]}"
+    if error["type"] == "literal_error":
+        return UserError(what, where, did_you_mean(value, re.findall(r"'([^']*)'", context["expected"])))
+    unquote = isinstance(value, str) and error["type"] in ("int_type", "float_type")
+    default = None if fields[key].is_required() else fields[key].default
+    example = f"{key} is {about}" if default is None else f"like {key}={json.dumps(default)}  ({about})"
+    return UserError(what, where, f"{'a number without quotes; ' if unquote else ''}{example}")

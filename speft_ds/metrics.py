@@ -1,0 +1,65 @@
+"""What a user sees while a run goes on: metrics.jsonl, one tidy line a step or a progress bar."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+def peak_memory_gib() -> float:
+    """Highest memory so far: allocated on the GPU, or resident in the process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+class MetricsLog:
+    """Writes one JSON line a step to `path` and shows it; silent and fileless where `path` is None.
+
+    Args:
+        path: metrics.jsonl of the run, on rank 0; None on the other ranks.
+        num_steps: of the whole run.
+    """
+
+    def __init__(self, path: Path | None, num_steps: int):
+        self.num_steps = num_steps
+        self.file = path.open("a", encoding="utf-8") if path else None
+        self.bar = tqdm(total=num_steps, unit="step") if path and sys.stderr.isatty() else None
+
+    def log(self, values: dict) -> None:
+        """Append one step's values (see `train.Trainer.train_step` for the keys)."""
+        if self.file is None:
+            return
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+        if self.bar is not None:
+            self.bar.set_postfix(loss=f"{values['loss']:.4f}", tokens_s=f"{values['tokens_per_s']:.0f}")
+            self.bar.update()
+        else:
+            print(self._line(values), flush=True)
+
+    def _line(self, values: dict) -> str:
+        return (
+            f"step {values['step']:>5}/{self.num_steps}  loss {values['loss']:.4f}  "
+            f"grad_norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
+            f"memory {values['peak_memory_gib']:.2f} GiB  {values['tokens_per_s']:.0f} tokens/s  "
+            f"{values['step_ms']:.0f} ms"
+        )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def tokens_per_second(path: Path, num_warmup: int = 3) -> float:
+    """Throughput of a run from its metrics file, without the first steps."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = lines[num_warmup:] or lines
+    return sum(line["num_tokens"] for line in lines) / (sum(line["step_ms"] for line in lines) / 1000)

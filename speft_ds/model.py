@@ -1,0 +1,133 @@
+"""The frozen base: loading under ZeRO-3, what is targeted, and a fingerprint of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from fnmatch import fnmatch
+
+import torch
+from torch import Tensor, nn
+
+from speft_ds import distributed
+from speft_ds.engine import full_shape, is_sharded, own_elements
+from speft_ds.errors import UserError
+
+HASH_CHUNK = 2**20  # elements hashed at once, to bound the int64 temporaries
+INTEGER_VIEW = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+def load_base(name_or_path: str, dtype: str, ds_config: dict) -> nn.Module:
+    """A frozen `transformers` causal language model, sharded while it loads.
+
+    Args:
+        name_or_path: local folder or hub name.
+        dtype: `float32` or `bfloat16`; the weights are cast to it.
+        ds_config: the complete DeepSpeed configuration.
+    Raises:
+        UserError: the checkpoint cannot be read, or lacks weights of the model.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # Must be alive while from_pretrained runs, or every rank loads the whole model.
+    zero3 = HfDeepSpeedConfig(ds_config)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot load the model: {error}",
+            where="model.name_or_path",
+            fix="give a folder with config.json and weights, or the name of a model on the hub",
+        ) from error
+    finally:
+        del zero3
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info[kind]:
+            raise UserError(
+                f"the checkpoint has {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:5]}",
+                where=f"model.name_or_path: {name_or_path}",
+                fix="use a complete checkpoint of this architecture; training random weights is refused",
+            )
+    if not all(is_sharded(parameter) for parameter in model.parameters()):
+        raise RuntimeError("the base was not sharded by ZeRO-3")
+    model.requires_grad_(False)
+    return model
+
+
+def find_targets(model: nn.Module, patterns: list[str] | None) -> dict[str, nn.Linear]:
+    """The linears whose weights may be trained, by weight name, in model order.
+
+    Args:
+        patterns: shell patterns on the module name or its last part (`q_proj`, `*.mlp.*`); None stands
+            for every `nn.Linear` of the decoder layers, that is, inside a `ModuleList`.
+    Raises:
+        UserError: a pattern, or the default, matches nothing.
+    """
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    inside = {name: m for name, m in linears.items() if any(part.isdigit() for part in name.split("."))}
+    if patterns is None:
+        found, unmatched = inside, [] if inside else ["every nn.Linear of the decoder layers"]
+    else:
+        matches = {p: [n for n in linears if fnmatch(n, p) or fnmatch(n.split(".")[-1], p)] for p in patterns}
+        unmatched = [pattern for pattern, names in matches.items() if not names]
+        wanted = {name for names in matches.values() for name in names}
+        found = {name: module for name, module in linears.items() if name in wanted}
+    if unmatched:
+        known = sorted({name.split(".")[-1] for name in linears})
+        raise UserError(
+            f"no linear layer matches {', '.join(unmatched)}",
+            where="mask.targets",
+            fix=f"this model's linear layers are named: {', '.join(known) or '(none: it has no nn.Linear)'}",
+        )
+    return {f"{name}.weight": module for name, module in found.items()}
+
+
+def tied_targets(model: nn.Module, targets: dict[str, nn.Linear]) -> list[str]:
+    """Targets whose weight another module shares; training them would also change that module."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return [name for name, linear in targets.items() if owners[id(linear.weight)] > 1]
+
+
+def element_hash(values: Tensor, start: int) -> int:
+    """Sum over elements of a mix of (bits, global flat index), modulo 2^64.
+
+    A sum, so that the hashes of the shards of a weight add up to the hash of the weight.
+    """
+    total = 0
+    bits = values.reshape(-1).view(INTEGER_VIEW[values.dtype])
+    for offset in range(0, bits.numel(), HASH_CHUNK):
+        chunk = bits[offset : offset + HASH_CHUNK].to(torch.int64)
+        position = torch.arange(start + offset, start + offset + chunk.numel(), device=chunk.device)
+        mixed = mix64(chunk * -0x61C8864680B583EB + position * 0x2545F4914F6CDD1D)
+        total += int(mixed.sum())
+    return total % 2**64
+
+
+def mix64(value: Tensor) -> Tensor:
+    """A bijective scrambling of int64 values (the finaliser of splitmix64, with arithmetic shifts)."""
+    value = (value ^ (value >> 30)) * -0x40A7B892E31B1A47
+    value = (value ^ (value >> 27)) * -0x6B2FB644ECCEEE15
+    return value ^ (value >> 31)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of all weights: names, shapes, dtypes, bits. The same for a sharded and a plain model."""
+    parameters = dict(model.named_parameters())
+    hashes = []
+    for parameter in parameters.values():
+        if is_sharded(parameter):
+            hashes.append(element_hash(*own_elements(parameter)))
+        else:
+            hashes.append(element_hash(parameter.detach(), 0))
+    if any(is_sharded(parameter) for parameter in parameters.values()):
+        hashes = [sum(column) % 2**64 for column in zip(*distributed.all_gather_objects(hashes), strict=True)]
+    digest = hashlib.sha256()
+    for (name, parameter), value in zip(parameters.items(), hashes, strict=True):
+        digest.update(f"{name} {tuple(full_shape(parameter))} {parameter.dtype} {value:016x}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,40 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from ranks import Ranks  # noqa: E402
+
+_GROUPS: dict[int, Ranks] = {}
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """`ranks(world_size)`: a group of ranks, started when first asked for and kept for the session."""
+
+    def group(world_size: int) -> Ranks:
+        return _GROUPS.setdefault(world_size, Ranks(world_size))
+
+    yield group
+    for started in _GROUPS.values():
+        started.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Checkpoints, rows and lm-eval tasks for tests: paths by name."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("tiny")
+    rows = tiny.make_data(folder)
+    return {
+        "untied": tiny.make_model(folder / "untied"),
+        "tied": tiny.make_model(folder / "tied", tied=True, seed=1),
+        "bias": tiny.make_model(folder / "bias", seed=2, attention_bias=True),
+        "data": rows,
+        "tasks": tiny.make_task(folder, rows),
+        "folder": folder,
+    }

@@ -1,0 +1,89 @@
+"""A small Llama with sizes that no world size divides, and data for it, made on the spot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+VOCABULARY = 260  # 256 bytes and four special tokens
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>{% endif %}"
+)
+
+
+def make_tokenizer():
+    """Byte-level, no merges: any text, one token a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*alphabet, "<s>", "</s>", "<pad>", "<unk>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def make_model(folder: Path, tied: bool = False, seed: int = 0, attention_bias: bool = False) -> Path:
+    """A two-layer fp32 Llama checkpoint: grouped-query attention, odd sizes (35 wide, 53 in the MLP)."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=35,
+        intermediate_size=53,
+        num_hidden_layers=2,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        attention_bias=attention_bias,
+        initializer_range=0.1,
+        eos_token_id=257,
+        bos_token_id=256,
+        pad_token_id=258,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_data(folder: Path, num_rows: int = 48) -> Path:
+    """Rows of unequal length: copy a word."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "train.jsonl"
+    words = ["ant", "bear", "cat", "dromedary", "eel", "fox", "gnu"]
+    rows = [
+        {"prompt": f"say {words[i % 7]} {'please ' * (i % 3)}", "response": f"{words[i % 7]} {i % 5}"}
+        for i in range(num_rows)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_task(folder: Path, data_path: Path) -> Path:
+    """A local lm-eval task folder with a generation and a multiple-choice task over the same rows."""
+    tasks = folder / "tasks"
+    tasks.mkdir(parents=True, exist_ok=True)
+    common = (
+        "dataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"    test: {data_path}\ntest_split: test\nnum_fewshot: 0\n"
+    )
+    (tasks / "tiny_generate.yaml").write_text(
+        f"task: tiny_generate\n{common}output_type: generate_until\ndoc_to_text: '{{{{prompt}}}}'\n"
+        "doc_to_target: '{{response}}'\ngeneration_kwargs:\n  until: ['</s>']\n  max_gen_toks: 8\n"
+        "  do_sample: false\nmetric_list:\n  - metric: exact_match\n    aggregation: mean\n"
+        "    higher_is_better: true\n"
+    )
+    (tasks / "tiny_choice.yaml").write_text(
+        f"task: tiny_choice\n{common}output_type: multiple_choice\ndoc_to_text: '{{{{prompt}}}}'\n"
+        "doc_to_target: 0\ndoc_to_choice: ['{{response}}', 'zebra', 'yak 1', 'ox']\n"
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    return tasks

@@ -15,7 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from speft_ds.errors import UserError
-from speft_ds.recipe import check_inputs, check_output_dir, load_recipe
+from speft_ds.preflight import check_inputs, check_output_dir
+from speft_ds.recipe import load_recipe
 
 EXIT_USER_ERROR = 2
 

@@ -1,9 +1,9 @@
 """The adapter on disk: what a run learnt, and applying it to a plain `transformers` model.
 
-    adapter.safetensors    per weight: `<name>.index` sorted global flat indices, `<name>.delta` fp32
-    adapter.json           format version, base fingerprint and dtype, shapes, mask facts, recipe
+adapter.safetensors    per weight: `<name>.index` sorted global flat indices, `<name>.delta` fp32
+adapter.json           format version, base fingerprint and dtype, shapes, mask facts, recipe
 
-    trained weight = pretrained weight, with (base + delta).to(dtype) at the indices
+trained weight = pretrained weight, with (base + delta).to(dtype) at the indices
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def save_adapter(folder: Path, state: SparseState, facts: dict) -> None:
             problem = str(error)
     problem = distributed.broadcast_object(problem)
     if problem:
-        raise UserError(f"the adapter was not written: {problem}", where=str(folder), fix="free space or choose "
-                        "another output_dir")  # fmt: skip
+        fix = "free space, or choose another output_dir"
+        raise UserError(f"the adapter was not written: {problem}", str(folder), fix)
 
 
 def adapter_tensors(state: SparseState, by_rank: list[Tensor]) -> dict[str, Tensor]:
@@ -95,10 +95,13 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise UserError(f"not a readable adapter: {error}", where=str(folder)) from error
     if facts.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"adapter format {facts.get('format_version')}, this version reads {FORMAT_VERSION}", where=str(folder)
+            f"adapter format {facts.get('format_version')}, this version reads {FORMAT_VERSION}",
+            where=str(folder),
         )
     if hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest() != facts.get("tensors_sha256"):
-        raise UserError("the adapter is damaged: its hash is not the recorded one", where=str(folder / TENSORS))
+        raise UserError(
+            "the adapter is damaged: its hash is not the recorded one", where=str(folder / TENSORS)
+        )
     for name, tensor in tensors.items():
         if name.endswith(".delta") and not torch.isfinite(tensor).all():
             raise UserError(f"{name} is not finite", where=str(folder / TENSORS))
@@ -136,7 +139,9 @@ def check_base(model: nn.Module, facts: dict, folder: str | Path) -> None:
     from speft_ds.model import fingerprint
 
     if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
-        raise UserError("the model is sharded by ZeRO-3", where="apply_adapter", fix="load it without DeepSpeed")
+        raise UserError(
+            "the model is sharded by ZeRO-3", where="apply_adapter", fix="load it without DeepSpeed"
+        )
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
     if dtypes != {facts["dtype"]}:
         raise UserError(

@@ -60,7 +60,9 @@ def text_of(item: object, column: str, path: str, number: int) -> str:
     """The non-empty text in a column of a row; `number` counts from 1 (the line, in a .jsonl file)."""
     if not isinstance(item, dict):
         raise UserError(
-            "the row is not a JSON object", where=f"{path}:{number}", fix='write {"prompt": ..., "response": ...}'
+            "the row is not a JSON object",
+            where=f"{path}:{number}",
+            fix='write {"prompt": ..., "response": ...}',
         )
     value = item.get(column)
     if not isinstance(value, str) or not value.strip():
@@ -68,7 +70,7 @@ def text_of(item: object, column: str, path: str, number: int) -> str:
         raise UserError(
             f"the row {problem} {column!r}",
             where=f"{path}:{number} (columns: {', '.join(item)})",
-            fix="complete or delete the row, or name other columns with data.prompt_column, data.response_column",
+            fix="complete or delete the row, or set data.prompt_column and data.response_column",
         )
     return value
 
@@ -146,9 +148,7 @@ def num_steps(num_rows: int, global_batch: int, steps: int | None, epochs: float
     return steps if steps is not None else math.ceil(num_rows * epochs / global_batch)
 
 
-def split_global_batch(
-    rows: list[Row], micro_batch: int, rank: int, world_size: int
-) -> list[list[Row]]:
+def split_global_batch(rows: list[Row], micro_batch: int, rank: int, world_size: int) -> list[list[Row]]:
     """This rank's micro-batches of a global batch, one a accumulation step.
 
     Rows are dealt by length, so that the rows of one micro-batch, and the ranks' micro-batches that run

@@ -47,7 +47,9 @@ def budget_counts(numel: dict[str, int], budget: str, num_trainable: int) -> tup
     return {name: group for group, name in enumerate(numel)}, counts
 
 
-def find_thresholds(keys: dict[str, Tensor], group: dict[str, int], counts: list[int]) -> tuple[Tensor, Tensor]:
+def find_thresholds(
+    keys: dict[str, Tensor], group: dict[str, int], counts: list[int]
+) -> tuple[Tensor, Tensor]:
     """The exact k-th largest key of each group over all ranks.
 
     Args:
@@ -73,7 +75,8 @@ def find_thresholds(keys: dict[str, Tensor], group: dict[str, int], counts: list
         wanted = (wanted - above).clamp(min=0)
         prefix = prefix + (digit << shift)
         candidates = {
-            name: key[(key >> shift) == (int(prefix[group[name]]) >> shift)] for name, key in candidates.items()
+            name: key[(key >> shift) == (int(prefix[group[name]]) >> shift)]
+            for name, key in candidates.items()
         }
     nothing = torch.tensor(counts) == 0
     prefix[nothing] = 2**32
@@ -124,9 +127,7 @@ def gather_mask(local: dict[str, Tensor], shape: dict[str, tuple[int, int]]) -> 
     world_size, rank = distributed.world_size(), distributed.rank()
     numel = {name: rows * columns for name, (rows, columns) in shape.items()}
     dtype = index_dtype(max(numel.values()))
-    pieces = [
-        (local[name] + shard_range(numel[name], rank, world_size)[0]).to(dtype) for name in shape
-    ]
+    pieces = [(local[name] + shard_range(numel[name], rank, world_size)[0]).to(dtype) for name in shape]
     own_counts = torch.tensor([piece.numel() for piece in pieces], device=distributed.device())
     counts = [row.tolist() for row in distributed.all_gather_padded(own_counts, [len(pieces)] * world_size)]
     flat = torch.cat(pieces).to(distributed.device())

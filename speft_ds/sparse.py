@@ -139,7 +139,9 @@ class SparseGradient:
         self.views = {
             name: [
                 row[start : start + count]
-                for row, start, count in zip(self.pending, layout.offsets[name], self.counts[name], strict=True)
+                for row, start, count in zip(
+                    self.pending, layout.offsets[name], self.counts[name], strict=True
+                )
             ]
             for name in layout.bounds
         }

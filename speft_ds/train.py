@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from speft_ds import data, distributed
 from speft_ds.adapter import save_adapter
+from speft_ds.ds_config import load_ds_config
 from speft_ds.engine import SparseEngine, build_engine
 from speft_ds.errors import UserError
 from speft_ds.mask import Mask
 from speft_ds.metrics import MetricsLog, tokens_per_second
 from speft_ds.model import find_targets, fingerprint, load_base, tied_targets
 from speft_ds.optimizer import make_optimizer, make_schedule
-from speft_ds.recipe import Recipe, load_ds_config, resolved_yaml
+from speft_ds.recipe import Recipe, resolved_yaml
 from speft_ds.salience import NEEDS_DATA, SALIENCE, Scorer, target_shapes
 from speft_ds.selection import select
 from speft_ds.sparse import SparseState, adapt
@@ -268,7 +269,7 @@ class Trainer:
 
 
 def write_json(path: Path, document: dict) -> None:
-    """Write to a temporary name, flush to disk, rename. Values JSON lacks are written as text, as lm-eval does."""
+    """Write to a temporary name, flush to disk, rename; what JSON lacks becomes text, as lm-eval does."""
     from lm_eval.utils import handle_non_serializable
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -304,7 +305,8 @@ def run(recipe: Recipe) -> None:
     distributed.init()
     folder = Path(recipe.output_dir)
     trainer = Trainer(recipe)
-    say(f"{recipe.name}: {len(trainer.rows):,} rows, {trainer.num_steps} steps, {distributed.world_size()} ranks")
+    num_ranks = distributed.world_size()
+    say(f"{recipe.name}: {len(trainer.rows):,} rows, {trainer.num_steps} steps, {num_ranks} rank(s)")
 
     def start_folder() -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 VOCABULARY = 260  # 256 bytes and four special tokens
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>{% endif %}"
+    "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
 )
 
 
@@ -23,7 +22,11 @@ def make_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=CHAT_TEMPLATE,
     )
 
 

@@ -1,0 +1,92 @@
+"""The DeepSpeed configuration: the user's JSON file, and the keys that recipes own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from speft_ds.errors import RecipeError, UserError, did_you_mean
+from speft_ds.recipe import DS_CONFIGS_DIR, Recipe, divisors, shown
+
+OWNED = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "optimizer": "optimizer.name, optimizer.lr and so on",
+    "scheduler": "optimizer.schedule and optimizer.warmup_steps",
+    "bf16": "model.dtype",
+    "bfloat16": "model.dtype",  # DeepSpeed's older name
+    "fp16": "model.dtype",
+    "gradient_clipping": "optimizer.clip_norm",
+}
+
+
+def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration: the named JSON file and what the recipe owns. Raises RecipeError."""
+    config, problems = read_ds_config(recipe)
+    problems += batch_problems(recipe, world_size)
+    if problems:
+        raise RecipeError(problems, f"recipe {recipe.name}")
+    train = recipe.train
+    return {
+        "steps_per_print": 1_000_000_000,  # the training loop prints its own line
+        **config,
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.global_batch // (train.micro_batch * world_size),
+        "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
+    }
+
+
+def read_ds_config(recipe: Recipe) -> tuple[dict[str, Any], list[UserError]]:
+    """The named JSON file as it stands, and what is wrong with it."""
+    name, where = recipe.deepspeed.config, recipe.where("deepspeed.config")
+    is_path = name.endswith(".json") or "/" in name
+    path = Path(name) if is_path else DS_CONFIGS_DIR / f"{name}.json"
+    if not path.is_file():
+        names = sorted(p.stem for p in DS_CONFIGS_DIR.glob("*.json"))
+        return {}, [UserError(f"no DeepSpeed config {name}", where, did_you_mean(name, names))]
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fix = "JSON has no comments and no trailing commas"
+        return {}, [UserError(f"not readable as JSON: {error}", shown(path), fix)]
+    if not isinstance(config, dict):
+        fix = "put its keys in { ... }"
+        return {}, [UserError("a DeepSpeed config is one JSON object", shown(path), fix)]
+    owned = [key for key in config if key in OWNED]
+    problems = [
+        UserError(f"the recipe owns {key}", f"{shown(path)} ({key})", f"remove it, and set {OWNED[key]}")
+        for key in owned
+    ]
+    return config, problems + _zero_problems(config.get("zero_optimization"), shown(path))
+
+
+def _zero_problems(zero: Any, file: str) -> list[UserError]:
+    where = f"{file} (zero_optimization)"
+    if not isinstance(zero, dict) or zero.get("stage") != 3:
+        fix = 'write "zero_optimization": {"stage": 3, ...}'
+        return [UserError("only ZeRO stage 3 is supported", where, fix)]
+    offload = zero.get("offload_param")
+    refused = {
+        "zero_quantized_weights": bool(zero.get("zero_quantized_weights")),
+        "zero_quantized_nontrainable_weights": bool(zero.get("zero_quantized_nontrainable_weights")),
+        "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) != 1,
+        "offload_param": isinstance(offload, dict) and offload.get("device") == "nvme",
+    }
+    keys = [key for key, is_set in refused.items() if is_set]
+    whats = {key: f"{key}: {json.dumps(zero[key])} is not supported yet" for key in keys}
+    return [UserError(whats[key], f"{file} (zero_optimization.{key})", "remove it") for key in keys]
+
+
+def batch_problems(recipe: Recipe, world_size: int) -> list[UserError]:
+    """What is wrong with sharing the global batch among this many ranks."""
+    batch, micro = recipe.train.global_batch, recipe.train.micro_batch
+    rows = micro * world_size
+    if batch % rows == 0:
+        return []
+    what = f"train.global_batch={batch} is not divisible by train.micro_batch={micro} x {world_size} ranks"
+    below, above = batch // rows * rows, -(-batch // rows) * rows
+    ways = [f"train.global_batch={' or '.join(str(b) for b in (below, above) if b)}"]
+    if batch % world_size == 0:
+        ways.append(f"train.micro_batch= one of {divisors(batch // world_size)}")
+    return [UserError(what, recipe.where("train.global_batch"), ", or ".join(ways))]

@@ -1,0 +1,386 @@
+"""What runs on every rank. Each function is one check, called through the `ranks` fixture.
+
+The references are dense and single-process: each rank computes them for itself from the plain checkpoint.
+"""
+
+from __future__ import annotations
+
+import gc
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from speft_ds import data, distributed
+from speft_ds.adapter import apply_adapter
+from speft_ds.engine import own_elements
+from speft_ds.errors import UserError
+from speft_ds.model import fingerprint
+from speft_ds.partition import shard_range
+from speft_ds.recipe import Recipe
+from speft_ds.selection import select
+from speft_ds.train import Trainer
+
+
+def make_recipe(tiny: dict, output_dir: Path, checkpoint: str = "untied", **sections: dict) -> Recipe:
+    """A short fp32 recipe on a tiny checkpoint; `sections` override whole keys of its sections."""
+    values = {
+        "model": {"name_or_path": str(tiny[checkpoint]), "dtype": "float32"},
+        "data": {"path": str(tiny["data"]), "max_length": 128},
+        "mask": {"density": 0.05, "calibration_samples": 12},
+        "optimizer": {"lr": 1e-2, "clip_norm": 0.5, "warmup_steps": 2},
+        "train": {"steps": 5, "global_batch": 8, "micro_batch": 2},
+        "deepspeed": {"config": "zero3_cpu"},
+        "output_dir": str(output_dir),
+        "seed": 3,
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return Recipe.model_validate(values)
+
+
+def make_trainer(recipe: Recipe) -> Trainer:
+    trainer = Trainer(recipe)
+    trainer.folder.mkdir(parents=True, exist_ok=True)
+    return trainer
+
+
+@contextmanager
+def gathered(parameters: list):
+    """The whole weights, on every rank, read only."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
+def whole_weights(model) -> dict[str, torch.Tensor]:
+    """Clones of all gathered weights."""
+    parameters = dict(model.named_parameters())
+    with gathered(list(parameters.values())):
+        return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def plain_model(recipe: Recipe):
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, recipe.model.dtype)
+    return AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path, dtype=dtype)
+
+
+def batch_of(trainer: Trainer, step: int) -> dict:
+    """The whole global batch of a step in one padded batch, as a single process would run it."""
+    train = trainer.recipe.train
+    ids = data.global_batch_ids(len(trainer.rows), trainer.recipe.seed, step, train.global_batch)
+    return data.collate([trainer.rows[i] for i in ids], trainer.pad_id, torch.device("cpu"))
+
+
+def reference_loss(model, batch: dict) -> torch.Tensor:
+    """Mean token loss by `transformers`' own loss, from an unrelated code path."""
+    return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+
+
+def dense_reference(recipe: Recipe, trainer: Trainer) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Ordinary autograd on a plain model, gradient masked to the same entries, torch's AdamW and clipping."""
+    model = plain_model(recipe)
+    weights = dict(model.named_parameters())
+    pretrained = {name: weights[name].detach().clone() for name in trainer.mask.shape}
+    picked = {name: index.to(torch.int64) for name, index in trainer.mask.index.items()}
+    deltas = {name: torch.zeros(index.numel(), requires_grad=True) for name, index in picked.items()}
+    settings = recipe.optimizer
+    optimizer = torch.optim.AdamW(deltas.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+    losses = []
+    for step in range(recipe.train.steps):
+        warm = (step + 1) / (settings.warmup_steps + 1)
+        decay = 1 - (step - settings.warmup_steps) / (recipe.train.steps - settings.warmup_steps)
+        optimizer.param_groups[0]["lr"] = settings.lr * min(warm, decay)
+        model.zero_grad()
+        loss = reference_loss(model, batch_of(trainer, step))
+        loss.backward()
+        losses.append(loss.item())
+        for name, delta in deltas.items():
+            delta.grad = weights[name].grad.view(-1)[picked[name]].clone()
+        torch.nn.utils.clip_grad_norm_(deltas.values(), settings.clip_norm)
+        optimizer.step()
+        with torch.no_grad():
+            for name, delta in deltas.items():
+                trained = pretrained[name].clone().view(-1)
+                trained[picked[name]] = (trained[picked[name]].float() + delta).to(trained.dtype)
+                weights[name].copy_(trained.view_as(weights[name]))
+    return losses, {name: parameter.detach() for name, parameter in weights.items()}
+
+
+def check_dense_reference(recipe: Recipe) -> None:
+    """Invariant 5: the run equals dense autograd with the gradient masked to the same entries."""
+    trainer = make_trainer(recipe)
+    trainer.choose_mask()
+    train_like_reference(recipe, trainer)
+
+
+def train_like_reference(recipe: Recipe, trainer: Trainer) -> None:
+    losses = [trainer.train_step(step)["loss"] for step in range(recipe.train.steps)]
+    trained = whole_weights(trainer.engine.module)
+    expected_losses, expected = dense_reference(recipe, trainer)
+    for got, wanted in zip(losses, expected_losses, strict=True):
+        assert abs(got - wanted) < 1e-5, (losses, expected_losses)
+    for name, weight in expected.items():
+        assert torch.allclose(trained[name], weight, atol=1e-5), (name, (trained[name] - weight).abs().max())
+    assert losses[0] != losses[-1]
+
+
+def check_write_through(recipe: Recipe) -> None:
+    """Invariant 1: (base + delta).to(dtype) at the mask, the pretrained bits elsewhere, after every step."""
+    trainer = make_trainer(recipe)
+    trainer.choose_mask()
+    pretrained = dict(plain_model(recipe).named_parameters())
+    moved = 0
+    for step in range(3):
+        trainer.train_step(step)
+        state, trained = trainer.state, whole_weights(trainer.engine.module)
+        by_rank = distributed.all_gather_padded(state.delta.detach(), state.layout.lengths)
+        for name, weight in trained.items():
+            expected = pretrained[name].detach().clone()
+            if name in trainer.mask.index:
+                index = trainer.mask.index[name].to(torch.int64)
+                parts = [by_rank[r][state.layout.local_slice(name, r)] for r in range(state.world_size)]
+                flat = expected.view(-1)
+                flat[index] = (flat[index].float() + torch.cat(parts)).to(flat.dtype)
+                moved += int((flat != pretrained[name].view(-1)).sum())
+            assert torch.equal(weight, expected), f"{name} differs after step {step}"
+    assert moved > 0
+    assert sum(state.layout.lengths) == trainer.mask.num_trainable
+
+
+def check_adapter(recipe: Recipe) -> None:
+    """Invariant 2: base + saved adapter = the trained weights, and the engine's logits, bit for bit."""
+    trainer = make_trainer(recipe)
+    trainer.choose_mask()
+    for step in range(3):
+        trainer.train_step(step)
+    trainer.save()
+    distributed.barrier()
+    folder = trainer.folder / "adapter"
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter.json", "adapter.safetensors"]
+    applied = apply_adapter(plain_model(recipe), folder)
+    trained = whole_weights(trainer.engine.module)
+    for name, parameter in applied.named_parameters():
+        assert torch.equal(parameter, trained[name]), name
+    batch = batch_of(trainer, 0)
+    with torch.no_grad():
+        trainer.engine.eval()
+        live = trainer.engine(input_ids=batch["input_ids"]).logits
+        plain = applied.eval()(input_ids=batch["input_ids"]).logits
+    assert torch.equal(live, plain)
+
+
+def check_losses(recipe: Recipe) -> dict:
+    """A run's losses, gradient norms, mask and adapter, to compare between world sizes and splits."""
+    trainer = make_trainer(recipe)
+    trainer.choose_mask()
+    steps = [trainer.train_step(step) for step in range(recipe.train.steps)]
+    trainer.save()
+    distributed.barrier()
+    return {
+        "sha256": trainer.mask.sha256,
+        "fingerprint": trainer.fingerprint,
+        "losses": [step["loss"] for step in steps],
+        "grad_norms": [step["grad_norm"] for step in steps],
+        "num_tokens": [step["num_tokens"] for step in steps],
+    }
+
+
+def check_nothing_dense(recipe: Recipe) -> None:
+    """Invariant 6: no tensor of a weight's size besides the weights, at any linear's backward or after it."""
+    # Engines of earlier checks in this process are not ours to judge. Held, so that no id is used twice.
+    earlier = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+    trainer = make_trainer(recipe)
+    trainer.choose_mask()
+    trainer.train_step(0)
+    parameters = list(trainer.engine.module.parameters())
+    sizes = {rows * columns for rows, columns in trainer.mask.shape.values()}
+    weights = {id(item) for parameter in parameters for item in (parameter, parameter.ds_tensor)}
+    weights |= {id(item) for item in earlier}
+
+    def strays() -> list:
+        found = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+        dense = [tensor for tensor in found if tensor.layout == torch.strided and tensor.numel() in sizes]
+        return [
+            tuple(t.shape) for t in dense if id(t) not in weights and not isinstance(t, torch.nn.Parameter)
+        ]
+
+    def watch(name: str, sink):
+        def watched(x, grad_y):
+            before_this_layer.append((name, strays()))
+            sink(x, grad_y)
+
+        return watched
+
+    before_this_layer, saved = [], []
+    for name, linear in trainer.targets.items():
+        linear.sink = watch(name, linear.sink) if linear.sink else None
+    batch = data.collate(trainer.rows[:3], trainer.pad_id, torch.device("cpu"))
+    gc.collect()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = trainer.token_loss(trainer.engine, batch)
+    # Saved for backward, of a weight's size: only the parameters themselves, whose data ZeRO-3 frees.
+    kept = [tuple(t.shape) for t in saved if t.numel() in sizes and id(t) not in weights]
+    assert not kept, kept
+    saved.clear()
+    trainer.engine.backward(loss / 100, scale_wrt_gas=False)
+    assert len(before_this_layer) == sum(index.numel() > 0 for index in trainer.mask.index.values())
+    dirty = [(name, found) for name, found in before_this_layer if found]
+    assert not dirty, dirty
+    assert not strays(), strays()
+    for linear in trainer.targets.values():
+        assert linear.weight.grad is None
+        assert linear.weight.numel() == 0, "a gathered weight outlived its layer's backward"
+
+
+def check_no_stale_copy(recipe: Recipe) -> None:
+    """Weights under the persistence threshold are refreshed: a forward after a step sees the new values."""
+    trainer = make_trainer(recipe)
+    assert any(parameter.ds_persist for parameter in trainer.engine.module.parameters())
+    assert not any(linear.weight.ds_persist for linear in trainer.targets.values())
+    trainer.choose_mask()
+    for step in range(3):
+        trainer.train_step(step)
+        reference = plain_model(recipe).eval()
+        reference.load_state_dict(whole_weights(trainer.engine.module), strict=False)
+        batch = batch_of(trainer, 0)
+        trainer.engine.eval()
+        with torch.no_grad():
+            live = trainer.engine(input_ids=batch["input_ids"]).logits
+            assert torch.equal(live, reference(input_ids=batch["input_ids"]).logits)
+        trainer.engine.train()
+
+
+def check_empty_slices(recipe: Recipe) -> None:
+    """A rank that owns no entry of a weight, and weights without any entry, train like the rest."""
+    trainer = make_trainer(recipe)
+    trainer.choose_mask()
+    counts = [count for name in trainer.mask.index for count in trainer.state.layout.counts(name)]
+    assert 0 in counts, "this recipe should leave some rank without an entry of some weight"
+    assert any(index.numel() == 0 for index in trainer.mask.index.values())
+    train_like_reference(recipe, trainer)
+
+
+def check_gradient_salience(recipe: Recipe) -> str:
+    """The gradient score equals autograd's on a plain model; weights are bit-identical after scoring."""
+    from speft_ds.salience import SALIENCE, Scorer
+
+    trainer = make_trainer(recipe)
+    scorer = Scorer(
+        trainer.engine, trainer.targets, recipe.seed, trainer.calibration_batches(), trainer.token_loss
+    )
+    trainer.engine.eval()
+    scores = SALIENCE["gradient"](scorer)
+    order = data.permutation(len(trainer.rows), recipe.seed, "calibration")[: recipe.mask.calibration_samples]
+    rows = [trainer.rows[number] for number in order]
+    model = plain_model(recipe).eval()
+    reference_loss(model, data.collate(rows, trainer.pad_id, torch.device("cpu"))).backward()
+    for name, linear in trainer.targets.items():
+        own, start = own_elements(linear.weight)
+        expected = dict(model.named_parameters())[name].grad.abs().view(-1)[start : start + own.numel()]
+        assert torch.allclose(scores[name], expected, rtol=1e-4, atol=1e-7), name
+    assert fingerprint(trainer.engine.module) == trainer.fingerprint == fingerprint(plain_model(recipe))
+    return trainer.fingerprint
+
+
+def check_topk(shapes: dict, scores: dict, counts: list[int], budget: str) -> None:
+    """Selection on given scores against `torch.topk`-like sorting of the gathered scores."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    local = {
+        name: score[slice(*shard_range(score.numel(), rank, world_size))] for name, score in scores.items()
+    }
+    for wanted in counts:
+        mask = select(local, shapes, wanted, budget)
+        assert mask.num_trainable == wanted
+        if budget == "global":
+            flat = torch.cat(list(scores.values()))
+            # A stable descending sort puts equal scores in index order.
+            chosen = torch.sort(flat, descending=True, stable=True).indices[:wanted].sort().values
+            offset = 0
+            for name, score in scores.items():
+                expected = chosen[(chosen >= offset) & (chosen < offset + score.numel())] - offset
+                assert torch.equal(mask.index[name].to(torch.int64), expected), (name, wanted)
+                offset += score.numel()
+        else:
+            for name, score in scores.items():
+                k = mask.index[name].numel()
+                share = wanted * score.numel() / sum(s.numel() for s in scores.values())
+                assert abs(k - share) < 1
+                chosen = torch.sort(score, descending=True, stable=True).indices[:k].sort().values
+                assert torch.equal(mask.index[name].to(torch.int64), chosen), (name, wanted)
+
+
+def check_select_refuses(shapes: dict, scores: dict, count: int) -> str:
+    """The message of the UserError that a selection raises, the same kind on every rank."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    local = {
+        name: score[slice(*shard_range(score.numel(), rank, world_size))] for name, score in scores.items()
+    }
+    try:
+        select(local, shapes, count)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def check_nonfinite(recipe: Recipe) -> str:
+    """A non-finite loss stops every rank before the weights change."""
+    trainer = make_trainer(recipe)
+    trainer.choose_mask()
+    before = fingerprint(trainer.engine.module)
+    real = trainer.token_loss
+
+    def broken(module, batch):
+        # Rank 0 alone overflows: the others must hear of it.
+        return real(module, batch) * (float("inf") if distributed.rank() == 0 else 1.0)
+
+    trainer.token_loss = broken
+    try:
+        trainer.train_step(0)
+    except UserError as error:
+        assert fingerprint(trainer.engine.module) == before
+        return str(error)
+    return ""
+
+
+def check_evaluation(recipe: Recipe) -> dict | None:
+    """lm-eval on the live engine; results with samples, on rank 0."""
+    trainer = make_trainer(recipe)
+    trainer.evaluate("before")
+    results = trainer.results["before"]
+    if results is None:
+        return None
+    samples = {
+        task: [(sample["doc_id"], sample["filtered_resps"]) for sample in rows]
+        for task, rows in results["samples"].items()
+    }
+    return {"results": results["results"], "samples": samples}
+
+
+def check_stock_evaluation(recipe: Recipe) -> dict | None:
+    """The same tasks by lm-eval's own HFLM on the plain model: the reference for `check_evaluation`."""
+    if distributed.rank() != 0:
+        return None
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    model = plain_model(recipe)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name_or_path)
+    results = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1),
+        tasks=list(recipe.eval.tasks),
+        limit=recipe.eval.limit,
+        apply_chat_template=recipe.eval.chat_template,
+        task_manager=TaskManager(include_path=recipe.eval.include_path),
+    )
+    samples = {
+        task: [(sample["doc_id"], sample["filtered_resps"]) for sample in rows]
+        for task, rows in results["samples"].items()
+    }
+    return {"results": results["results"], "samples": samples}

@@ -1,0 +1,511 @@
+"""Recipes: precedence, every kind of bad input with its message, and the checks before torch is imported."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from speft_ds.ds_config import load_ds_config
+from speft_ds.errors import RecipeError, UserError
+from speft_ds.preflight import check_inputs, check_output_dir
+from speft_ds.recipe import (
+    DS_CONFIGS_DIR,
+    FIELDS,
+    RECIPES_DIR,
+    Mask,
+    Train,
+    expand_path,
+    list_recipes,
+    load_recipe,
+    resolved_yaml,
+)
+
+MINIMAL = "model:\n  name_or_path: owner/name\ndata:\n  path: rows.jsonl\n"  # four lines; tests append
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def load(tmp_path, text="", *overrides):
+    (tmp_path / "mine.yaml").write_text(MINIMAL + text)
+    return load_recipe("mine.yaml", overrides)
+
+
+def refused(tmp_path, text="", *overrides):
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, text, *overrides)
+    return caught.value
+
+
+# Loading
+
+
+def test_precedence_is_default_then_yaml_then_override(tmp_path):
+    assert load(tmp_path).optimizer.lr == 1e-3
+    assert load(tmp_path, "optimizer: {lr: 2e-4}").optimizer.lr == 2e-4
+    assert load(tmp_path, "optimizer: {lr: 2e-4}", "optimizer.lr=3e-4").optimizer.lr == 3e-4
+    assert load(tmp_path, "optimizer: {lr: 2e-4}", "optimizer.eps=1e-6").optimizer.lr == 2e-4
+    assert load(tmp_path, "", "seed=1", "seed=2").seed == 2
+
+
+def test_an_override_is_split_at_the_first_equals_sign_and_read_as_yaml(tmp_path):
+    overrides = ["data.path=a=b.jsonl", "mask.targets=[q_proj, '*v_proj']", "eval.before=false"]
+    recipe = load(tmp_path, "", *overrides)
+    assert recipe.data.path == "a=b.jsonl"
+    assert recipe.mask.targets == ["q_proj", "*v_proj"]
+    assert recipe.eval.before is False
+
+
+def test_an_override_may_mend_the_file(tmp_path):
+    assert load(tmp_path, "seed: wrong", "seed=3").seed == 3
+
+
+@pytest.mark.parametrize("written", ["1e-3", "1E-03", "0.001", ".1e-2", "1.e-3", "1.0e-3"])
+def test_floats_in_any_notation(tmp_path, written):
+    assert load(tmp_path, f"optimizer: {{lr: {written}}}").optimizer.lr == pytest.approx(1e-3)
+
+
+def test_integers_are_accepted_for_floats(tmp_path):
+    recipe = load(tmp_path, "optimizer: {clip_norm: 2, betas: [0, 0.5]}\nmask: {density: 1}")
+    assert (recipe.optimizer.clip_norm, recipe.optimizer.betas, recipe.mask.density) == (2.0, (0.0, 0.5), 1.0)
+
+
+def test_name_and_output_dir_come_from_the_file(tmp_path):
+    recipe = load(tmp_path)
+    assert (recipe.name, recipe.output_dir) == ("mine", "runs/mine")
+    assert load(tmp_path, "output_dir: elsewhere").output_dir == "elsewhere"
+
+
+def test_an_empty_section_is_all_defaults(tmp_path):
+    assert load(tmp_path, "mask:\n").mask == Mask()
+
+
+def test_num_trainable_switches_the_default_density_off(tmp_path):
+    mask = load(tmp_path, "", "mask.num_trainable=100").mask
+    assert (mask.density, mask.num_trainable) == (None, 100)
+    mask = load(tmp_path, "mask: {density: 0.1}", "mask.num_trainable=100", "mask.density=null").mask
+    assert (mask.density, mask.num_trainable) == (None, 100)
+    assert Mask(num_trainable=5).density is None
+
+
+def test_steps_switch_the_default_epochs_off(tmp_path):
+    assert (load(tmp_path).train.steps, load(tmp_path).train.epochs) == (None, 1.0)
+    assert load(tmp_path, "", "train.steps=9").train.epochs is None
+    assert Train(steps=5).epochs is None
+
+
+@pytest.mark.parametrize("overrides", [[], ["mask.num_trainable=7", "train.steps=3", "mask.targets=[a, b]"]])
+def test_resolved_yaml_loads_again_as_the_same_recipe(tmp_path, overrides):
+    recipe = load(tmp_path, "", *overrides)
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "mine.yaml").write_text(resolved_yaml(recipe))
+    again = load_recipe("again/mine.yaml")
+    assert again.model_dump() == recipe.model_dump()
+    assert resolved_yaml(again) == resolved_yaml(recipe)
+
+
+def test_paths_follow_home_and_xdg(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert expand_path("~/.cache/x") == "/home/someone/.cache/x"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/fast/")
+    assert expand_path("~/.cache/x") == "/fast/x"
+    assert expand_path("~/.cached/x") == "/home/someone/.cached/x"
+    assert expand_path("owner/name") == "owner/name"
+
+
+def test_paths_of_a_recipe_are_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/fast")
+    recipe = load_recipe("quickstart")
+    assert recipe.model.name_or_path.startswith("/fast/speft_ds/")
+    assert recipe.data.path.startswith("/fast/speft_ds/")
+    assert recipe.eval.include_path.startswith("/fast/speft_ds/")
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in RECIPES_DIR.glob("*.yaml")))
+def test_every_recipe_of_the_repository_loads(name):
+    assert name in list_recipes()
+    recipe = load_recipe(name)
+    load_ds_config(recipe, 1)
+    lines = (RECIPES_DIR / f"{name}.yaml").read_text().splitlines()
+    assert lines[0].startswith("# ") and lines[1].startswith("# ")  # what it is for, what it needs
+    assert f"`{name}`" in (RECIPES_DIR / "README.md").read_text()
+
+
+def test_every_field_has_a_description():
+    assert [key for key, field in FIELDS.items() if not field.description] == []
+
+
+@pytest.mark.parametrize("module", ["recipe", "cli", "errors"])
+def test_import_is_light(module):
+    code = (
+        f"import sys, speft_ds.{module}; "
+        "print([m for m in ('torch', 'transformers', 'deepspeed', 'datasets') if m in sys.modules])"
+    )
+    env = {"PYTHONPATH": str(RECIPES_DIR.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# Bad input: what, where, what to type
+
+BAD = {  # text appended to MINIMAL (so its first line is line 5) -> what the error must hold
+    "seed: '3'": ["seed is '3': must be a valid integer", "mine.yaml:5 (seed)", "without quotes", "seed=0"],
+    "seed: true": ["seed is True: must be a valid integer"],
+    "seed: 1.0": ["seed is 1.0: must be a valid integer"],
+    "mask:\n  desnity: 0.1": ["unknown key mask.desnity", "mine.yaml:6", "did you mean mask.density?"],
+    "density: 0.1": ["unknown key density", "mine.yaml:5", "did you mean mask.density?"],
+    "mask: {lr: 1}": ["unknown key mask.lr", "did you mean optimizer.lr?"],
+    "optimiser: {lr: 1}": ["unknown key optimiser", "did you mean optimizer?"],
+    "mask: {chat_template: true}": ["did you mean data.chat_template or eval.chat_template?"],
+    "mask: {zzz: 1}": ["unknown key mask.zzz", "choose from: mask.salience, mask.density"],
+    "mask.density: 0.1": ["mask.density is not a YAML key", "nest it: `mask:`"],
+    "name: x": ["name is not a key", "rename the file"],
+    "7: x": ["unknown key 7", "mine.yaml:5"],
+    "? [a]\n: x": ["unknown key (a list or mapping)", "mine.yaml:5"],
+    "mask: {salience: gradiant}": ["mask.salience is 'gradiant'", "did you mean gradient?"],
+    "mask: {budget: 7}": ["mask.budget is 7", "choose from: global, per_layer"],
+    "mask: 3": ["mask must be a section, not 3", "mine.yaml:5 (mask)"],
+    "mask: {density: 0}": ["mask.density is 0: must be greater than 0", "mask.density=0.005"],
+    "mask: {density: 1.1}": ["mask.density is 1.1: must be less than or equal to 1"],
+    "mask: {density: .nan}": ["mask.density is nan"],
+    "mask: {density: true}": ["mask.density is True: must be a valid number"],
+    "mask: {density: '0.1'}": ["mask.density is '0.1'", "without quotes"],
+    "mask: {density: 0.1, num_trainable: 5}": [
+        "mask.num_trainable and mask.density are both given",
+        "mask.density=null",
+    ],
+    "mask: {density: null}": ["mask.num_trainable and mask.density are both null"],
+    "mask: {num_trainable: 0}": ["mask.num_trainable is 0: must be greater than or equal to 1"],
+    "mask: {targets: q_proj}": ["mask.targets is 'q_proj': must be a valid list"],
+    "mask: {targets: []}": ["mask.targets is []"],
+    "mask: {targets: [a, 1]}": ["mask.targets[1] is 1: must be a valid string"],
+    "train: {steps: 1, epochs: 1}": ["train.epochs and train.steps are both given"],
+    "train: {epochs: null}": ["train.epochs and train.steps are both null"],
+    "train: {steps: 1e3}": ["train.steps is '1e3': must be a valid integer"],
+    "train: {global_batch: 6}": ["train.micro_batch=4 does not divide train.global_batch=6", "1, 2, 3, 6"],
+    "train: {micro_batch: 0}": ["train.micro_batch is 0"],
+    "train: {steps: 5}\noptimizer:\n  warmup_steps: 6": [
+        "optimizer.warmup_steps=6 is more than train.steps=5",
+        "mine.yaml:7 (optimizer.warmup_steps)",
+    ],
+    "optimizer: {betas: [0.9]}": ["optimizer.betas"],
+    "optimizer: {betas: [0.9, 1]}": ["optimizer.betas[1] is 1: must be less than 1", "[0.9, 0.999]"],
+    "optimizer: {lr: fast}": ["optimizer.lr is 'fast': must be a valid number", "optimizer.lr=0.001"],
+    "optimizer: {lr: null}": ["optimizer.lr is null"],
+    "optimizer: {name: adam}": ["did you mean adamw?"],
+    "data: {path: b}": ["data is set twice", "mine.yaml:5 (data)", "mine.yaml:3 (data)"],
+    "seed: 1\nseed: 2": ["seed is set twice", "mine.yaml:6 (seed)", "mine.yaml:5 (seed)"],
+    "mask:\n  budget: global\n  budget: global": ["mask.budget is set twice", "mine.yaml:7"],
+    "output_dir: 2024-99-99": ["output_dir cannot be read", "mine.yaml:5"],
+    "output_dir: !!python/name:os.system": ["output_dir cannot be read"],
+    "mask: [": ["not readable as YAML", "mine.yaml:5"],
+    "\tmask: 1": ["not readable as YAML", "mine.yaml:5"],
+    "eval: {limit: *nowhere}": ["not readable as YAML", "undefined alias", "mine.yaml:5"],
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_bad_yaml(tmp_path, text):
+    shown = str(refused(tmp_path, text))
+    for part in BAD[text]:
+        assert part in shown
+    assert "pydantic" not in shown
+
+
+BAD_OVERRIDES = {
+    "mask.desnity=1": ["unknown key mask.desnity", "command line: mask.desnity=1", "mean mask.density?"],
+    "foo.density=1": ["unknown key foo.density", "did you mean mask.density?"],
+    "foo.bar=1": ["unknown key foo.bar", "choose from: model, data, mask"],
+    "seed.x=1": ["unknown key seed.x"],
+    "name=x": ["name is not a key"],
+    "mask={density: 1}": ["mask is a section", "like mask.salience=..."],
+    "--resume": ["'--resume' is not key=value"],
+    "=3": ["unknown key"],
+    "mask.density=2": ["mask.density is 2", "command line: mask.density=2"],
+    "mask.targets=*_proj": ["'*_proj' is not readable as YAML", """mask.targets='"*_proj"'"""],
+    "data.path=": ["data.path is null", "command line: data.path="],
+    "train.steps='80'": ["train.steps is '80'", "without quotes"],
+}
+
+
+@pytest.mark.parametrize("override", BAD_OVERRIDES)
+def test_bad_overrides(tmp_path, override):
+    shown = str(refused(tmp_path, "", override))
+    for part in BAD_OVERRIDES[override]:
+        assert part in shown
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "the recipe is empty"),
+        (b"# only a comment\n", "the recipe is empty"),
+        (b"- model\n- data\n", "the top level must be keys"),
+        (b"model", "the top level must be keys"),
+        (b"\xff\xfe\x00", "not readable as YAML"),
+        (b"seed: \x01", "not readable as YAML"),
+        (b"seed: 1\n---\nseed: 2\n", "not readable as YAML"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path, content, what):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(RecipeError, match=what):
+        load_recipe("mine.yaml")
+
+
+def test_missing_keys_are_named_one_by_one(tmp_path):
+    (tmp_path / "mine.yaml").write_text("seed: 1")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("mine.yaml")
+    whats = [problem.what for problem in caught.value.problems]
+    assert whats == ["model.name_or_path is missing", "data.path is missing"]
+    assert "mine.yaml (data.path)" in str(caught.value)
+
+
+def test_unknown_recipes():
+    with pytest.raises(RecipeError, match=r"no recipe 'quickstrat'(.|\n)*did you mean quickstart\?"):
+        load_recipe("quickstrat")
+    with pytest.raises(RecipeError, match=r"No such file(.|\n)*nowhere/x\.yaml"):
+        load_recipe("nowhere/x.yaml")
+
+
+def test_three_mistakes_are_shown_at_once_with_their_lines(tmp_path):
+    text = "mask:\n  desnity: 0.1\n  salience: gradiant\ntrain: {steps: 10}\noptimizer:\n  lr: -1\n"
+    error = refused(tmp_path, text)
+    assert [p.where for p in error.problems] == [
+        "mine.yaml:6 (mask.desnity)",
+        "mine.yaml:7 (mask.salience)",
+        "mine.yaml:10 (optimizer.lr)",
+    ]
+    assert str(error).startswith("recipe mine: 3 problems\n  1. unknown key mask.desnity\n")
+
+
+def test_mistakes_of_one_section_do_not_hide_each_other(tmp_path):
+    error = refused(tmp_path, "mask: {density: 0.1, num_trainable: 5, budget: x}\ntrain: {micro_batch: 3}")
+    assert len(error.problems) == 3
+
+
+# Inputs: model, data, batch, tasks
+
+
+@pytest.fixture
+def ready(tmp_path):
+    """A recipe whose inputs are all there."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n\n' * 3)
+
+    def make(*overrides):
+        return load(tmp_path, "", "model.name_or_path=./model", *overrides)
+
+    return make
+
+
+def problems_of(recipe, world_size=1):
+    with pytest.raises(RecipeError) as caught:
+        check_inputs(recipe, world_size)
+    return str(caught.value)
+
+
+def test_good_inputs_pass(ready, tmp_path):
+    check_inputs(ready(), 2)
+    check_inputs(ready("model.name_or_path=owner/name"), 4)
+    (tmp_path / "rows.json").write_text('[{"prompt": "a", "response": "b"}]')
+    check_inputs(ready("data.path=rows.json"), 1)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "nowhere", "a/b/c"])
+def test_a_missing_model_folder(ready, name):
+    shown = problems_of(ready(f"model.name_or_path={name}"))
+    assert f"no model folder {name}" in shown and "model.name_or_path=/the/right/path" in shown
+
+
+@pytest.mark.parametrize("xdg", [None, "elsewhere"])
+def test_what_the_quickstart_prepares_is_named(ready, tmp_path, monkeypatch, xdg):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if xdg:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / xdg))
+    with pytest.raises(RecipeError) as caught:
+        check_inputs(load_recipe("quickstart"), 2)
+    fixes = [p.fix for p in caught.value.problems]
+    assert fixes == ["run `speft quickstart --prepare-only`, which makes it"] * 3
+
+
+def test_a_model_folder_without_a_config(ready, tmp_path):
+    (tmp_path / "model" / "config.json").unlink()
+    assert "the model folder ./model has no config.json" in problems_of(ready())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("rows.csv", "a", ["neither .json nor .jsonl"]),
+        ("rows.jsonl", None, ["no data file rows.jsonl", "mine.yaml:4 (data.path)"]),
+        ("rows.jsonl", "", ["rows.jsonl has no rows"]),
+        ("rows.jsonl", "\n \n", ["rows.jsonl has no rows"]),
+        ("rows.json", "[]", ["rows.json has no rows"]),
+        ("rows.json", "", ["rows.json has no rows"]),
+        ("rows.json", '{"prompt": 1}', ["holds a list of objects"]),
+        ("rows.json", '{"prompt": 1}\n{"prompt": 1}', ["not JSON", ".jsonl holds one JSON object a line"]),
+        ("rows.jsonl", "\n{nope}\n", ["not JSON", "rows.jsonl:2"]),
+        ("rows.jsonl", "[1]\n", ["a row is not a JSON object", "rows.jsonl:1"]),
+        ("rows.jsonl", b"\xff\xff", ["cannot read the data file"]),
+        (
+            "rows.jsonl",
+            '{"promt": 1, "output": 2}',
+            ["did you mean data.prompt_column=promt?", "data.response_column=COLUMN, one of: promt, output"],
+        ),
+    ],
+)
+def test_bad_data_files(ready, tmp_path, name, content, expected):
+    (tmp_path / "rows.jsonl").unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    shown = problems_of(ready() if name == "rows.jsonl" else ready(f"data.path={name}"))
+    for part in expected:
+        assert part in shown
+
+
+def test_a_data_folder_is_no_data_file(ready, tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    assert "no data file folder.jsonl" in problems_of(ready("data.path=folder.jsonl"))
+
+
+def test_only_the_first_rows_are_read(ready, tmp_path):
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"prompt": "a", "response": "b"}\n' * 5 + "broken")
+    check_inputs(ready(), 1)  # the rest is read, and checked, when it is tokenised
+
+
+def test_a_batch_that_the_ranks_cannot_share(ready):
+    shown = problems_of(ready(), 8)
+    assert "train.global_batch=16 is not divisible by train.micro_batch=4 x 8 ranks" in shown
+    assert "train.global_batch=32, or train.micro_batch= one of 1, 2" in shown
+    shown = problems_of(ready(), 3)
+    assert "fix: train.global_batch=12 or 24\n" in shown + "\n"
+
+
+def test_a_missing_task_folder_and_all_problems_at_once(ready):
+    overrides = ["eval.include_path=tasks", "data.path=x.jsonl", "deepspeed.config=z"]
+    recipe = ready(*overrides, "model.name_or_path=./x")
+    shown = problems_of(recipe, 3)
+    assert "5 problems" in shown and "no task folder tasks" in shown
+    assert "command line: eval.include_path=tasks" in shown
+
+
+def test_a_run_folder_that_is_not_empty(ready, tmp_path):
+    recipe = ready("output_dir=run")
+    check_output_dir(recipe)
+    (tmp_path / "run").mkdir()
+    check_output_dir(recipe)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"run is not empty(.|\n)*output_dir=run-2(.|\n)*rm -r run"):
+        check_output_dir(recipe)
+
+
+# DeepSpeed
+
+
+def test_ds_config_is_merged_with_what_the_recipe_owns(ready):
+    config = load_ds_config(ready("train.global_batch=32", "model.dtype=float32"), 2)
+    assert config["train_batch_size"] == 32
+    assert config["train_micro_batch_size_per_gpu"] == 4
+    assert config["gradient_accumulation_steps"] == 4
+    assert config["bf16"] == {"enabled": False}
+    assert config["steps_per_print"] >= 10**9
+    file = json.loads((DS_CONFIGS_DIR / "zero3_bf16.json").read_text())
+    assert config["zero_optimization"] == file["zero_optimization"]
+    with pytest.raises(RecipeError, match="not divisible"):
+        load_ds_config(ready(), 3)
+
+
+def test_the_given_configs_differ_in_overlap_alone():
+    gpu, cpu = (
+        json.loads((DS_CONFIGS_DIR / f"{name}.json").read_text())["zero_optimization"]
+        for name in ("zero3_bf16", "zero3_cpu")
+    )
+    assert (gpu.pop("overlap_comm"), cpu.pop("overlap_comm")) == (True, False)
+    assert gpu == cpu and not any(isinstance(value, float) for value in gpu.values())
+
+
+def test_steps_per_print_may_be_given(ready, tmp_path):
+    (tmp_path / "ds.json").write_text('{"steps_per_print": 5, "zero_optimization": {"stage": 3}}')
+    assert load_ds_config(ready("deepspeed.config=ds.json"), 1)["steps_per_print"] == 5
+
+
+OWNED = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch",
+    "optimizer": "optimizer.name",
+    "scheduler": "optimizer.schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "gradient_clipping": "optimizer.clip_norm",
+}
+
+
+@pytest.mark.parametrize("key", OWNED)
+def test_keys_that_recipes_own_are_refused(ready, tmp_path, key):
+    (tmp_path / "ds.json").write_text(json.dumps({key: 1, "zero_optimization": {"stage": 3}}))
+    with pytest.raises(UserError) as caught:
+        load_ds_config(ready("deepspeed.config=ds.json"), 1)
+    assert f"the recipe owns {key}" in str(caught.value) and OWNED[key] in str(caught.value)
+    assert f"`{key}`" in (DS_CONFIGS_DIR / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("zero", "what"),
+    [
+        (None, "only ZeRO stage 3"),
+        ({}, "only ZeRO stage 3"),
+        ({"stage": 2}, "only ZeRO stage 3"),
+        ({"stage": 3, "zero_quantized_weights": True}, "zero_quantized_weights: true is not supported yet"),
+        ({"stage": 3, "zero_quantized_nontrainable_weights": True}, "nontrainable_weights: true is not"),
+        ({"stage": 3, "zero_hpz_partition_size": 8}, "zero_hpz_partition_size: 8 is not supported yet"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, "offload_param: .* is not supported yet"),
+    ],
+)
+def test_zero_settings_that_are_refused(ready, tmp_path, zero, what):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(RecipeError, match=what):
+        load_ds_config(ready("deepspeed.config=ds.json"), 1)
+
+
+def test_zero_settings_that_are_fine(ready, tmp_path):
+    zero = {"stage": 3, "zero_hpz_partition_size": 1, "zero_quantized_weights": False}
+    zero["offload_param"] = {"device": "cpu"}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    load_ds_config(ready("deepspeed.config=ds.json"), 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"), [("{,}", "not readable as JSON"), ("[]", "is one JSON object"), ("\xff", "JSON")]
+)
+def test_ds_configs_that_cannot_be_read(ready, tmp_path, content, what):
+    (tmp_path / "ds.json").write_text(content, encoding="latin-1")
+    assert what in problems_of(ready("deepspeed.config=ds.json"))
+
+
+def test_unknown_ds_configs(ready):
+    shown = problems_of(ready("deepspeed.config=zero3_bf61"))
+    assert "no DeepSpeed config zero3_bf61" in shown and "did you mean zero3_bf16" in shown
+    assert "no DeepSpeed config nowhere.json" in problems_of(ready("deepspeed.config=nowhere.json"))
+
+
+def test_errors_survive_a_trip_to_another_process(tmp_path):
+    import pickle
+
+    error = refused(tmp_path, "seed: x\nmask: 3")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_resolved_yaml_is_plain_yaml(tmp_path):
+    plain = yaml.safe_load(resolved_yaml(load(tmp_path)))
+    assert plain["optimizer"]["betas"] == [0.9, 0.999] and "name" not in plain

@@ -1,0 +1,26 @@
+# Two commands do all their own set-up on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3.11
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.installed
+	$(VENV)/bin/speft quickstart $(ARGS)
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+# torch first, at its pinned version: resolved with the rest, a bare `torch` would bring another build.
+# DS_BUILD_OPS=0: DeepSpeed compiles the one small op it needs at its first start.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
+	DS_BUILD_OPS=0 $(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) *.egg-info

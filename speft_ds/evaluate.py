@@ -12,7 +12,9 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
+from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from speft_ds import distributed
 from speft_ds.errors import UserError
@@ -88,20 +90,14 @@ def in_lockstep(compute: Callable[[list], list], batches: list[list], num_reques
     return [results[position] for position in range(num_requests)]
 
 
-def evaluate(model, tokenizer, recipe, seed: int) -> dict | None:
-    """Score the recipe's tasks; lm-eval's results on rank 0, None elsewhere.
+def find_tasks(recipe) -> TaskManager:
+    """lm-eval's index of tasks, with those of the recipe in it.
 
     Args:
-        model: the engine's module.
         recipe: the `eval` section of a recipe.
     Raises:
-        UserError: lm-eval does not know a task, or its data cannot be had.
+        UserError: lm-eval does not know a task.
     """
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    was_training = model.training
-    model.eval()
     manager = TaskManager(include_path=recipe.include_path)
     unknown = [task for task in recipe.tasks if not manager.match_tasks([task])]
     if unknown:
@@ -110,6 +106,19 @@ def evaluate(model, tokenizer, recipe, seed: int) -> dict | None:
             where="eval.tasks",
             fix="see `lm-eval ls tasks`; tasks of your own need eval.include_path",
         )
+    return manager
+
+
+def evaluate(model, tokenizer, recipe, manager: TaskManager, seed: int) -> dict | None:
+    """Score the recipe's tasks; lm-eval's results on rank 0, None elsewhere.
+
+    Args:
+        model: the engine's module.
+        recipe: the `eval` section of a recipe.
+        manager: as `find_tasks` returns it.
+    """
+    was_training = model.training
+    model.eval()
     results = simple_evaluate(
         model=EngineLM(model, tokenizer, recipe.batch_size),
         tasks=list(recipe.tasks),

@@ -53,6 +53,11 @@ class Trainer:
         self.folder = Path(recipe.output_dir)
         self.timings: dict[str, float] = {}
         self.results: dict[str, dict | None] = {"before": None, "after": None}
+        if recipe.eval.tasks:  # an unknown task should not wait for the end of training
+            from speft_ds.evaluate import find_tasks
+
+            with self.stage("tasks"):
+                self.task_manager = find_tasks(recipe.eval)
         with self.stage("data"):
             self._load_rows()
         with self.stage("model"):
@@ -117,7 +122,9 @@ class Trainer:
 
         say(f"evaluating {', '.join(recipe.tasks)} {moment} training")
         with self.stage(f"eval_{moment}"):
-            self.results[moment] = evaluate(self.engine.module, self.tokenizer, recipe, self.recipe.seed)
+            self.results[moment] = evaluate(
+                self.engine.module, self.tokenizer, recipe, self.task_manager, self.recipe.seed
+            )
 
     def token_loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Summed cross-entropy of a batch's label tokens; `module` is the engine or its module."""

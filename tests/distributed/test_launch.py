@@ -1,0 +1,137 @@
+"""The real launcher and the real command, as a user types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from ranks import free_port
+from transformers import AutoModelForCausalLM
+
+import speft_ds
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
+
+
+def launch(
+    recipe: Path, *overrides: str, num_ranks: int = 2, cwd: Path = ROOT
+) -> subprocess.CompletedProcess:
+    """`deepspeed --num_gpus N launch/train.py --recipe ...` on the CPU."""
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    command = [LAUNCHER, "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
+    command += [str(ROOT / "launch" / "train.py"), "--recipe", str(recipe), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path):
+    values = {
+        "model": {"name_or_path": str(tiny["untied"]), "dtype": "float32"},
+        "data": {"path": str(tiny["data"]), "max_length": 128},
+        "mask": {"density": 0.05, "calibration_samples": 12},
+        "optimizer": {"lr": 1e-2},
+        "train": {"steps": 4, "global_batch": 8, "micro_batch": 2},
+        "deepspeed": {"config": "zero3_cpu"},
+        "eval": {
+            "tasks": ["tiny_generate", "tiny_choice"],
+            "include_path": str(tiny["tasks"]),
+            "batch_size": 8,
+            "limit": 9,
+        },
+        "output_dir": str(tmp_path / "run"),
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_run_leaves_what_the_readme_says(recipe, tiny, tmp_path):
+    finished = launch(recipe)
+    assert finished.returncode == 0, finished.stderr
+    run = tmp_path / "run"
+    assert files(run) == [
+        "adapter/adapter.json",
+        "adapter/adapter.safetensors",
+        "eval/after.json",
+        "eval/before.json",
+        "metrics.jsonl",
+        "recipe.yaml",
+        "run.json",
+    ]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    keys = ["step", "loss", "lr", "grad_norm", "num_tokens", "tokens_per_s", "step_ms", "peak_memory_gib"]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(sorted(line) == sorted(keys) for line in lines)
+    facts = json.loads((run / "run.json").read_text())
+    mask = facts["mask"]
+    assert facts["world_size"] == 2 and sum(mask["per_layer"].values()) == mask["num_trainable"] == 892
+    assert sum(mask["entries_by_rank"]) == 892 and len(mask["sha256"]) == 64
+    for moment in ("before", "after"):
+        results = json.loads((run / "eval" / f"{moment}.json").read_text())["results"]
+        assert sorted(results) == ["tiny_choice", "tiny_generate"]
+    assert "trained entries" in finished.stdout and "tiny_choice acc after" in finished.stdout
+    assert str(run / "adapter") in finished.stdout
+    assert finished.stdout.count("step ") >= 4
+    # The recipe in the run folder is a recipe: the same run again, elsewhere, on one rank.
+    again = launch(run / "recipe.yaml", f"output_dir={tmp_path / 'again'}", "eval.tasks=[]", num_ranks=1)
+    assert again.returncode == 0, again.stderr
+    models = [AutoModelForCausalLM.from_pretrained(tiny["untied"], dtype=torch.float32) for _ in range(2)]
+    for model, folder in zip(models, (run, tmp_path / "again"), strict=True):
+        speft_ds.apply_adapter(model, folder / "adapter")
+    for (name, one), two in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.allclose(one, two, atol=1e-5), name
+    assert json.loads((tmp_path / "again" / "run.json").read_text())["mask"]["sha256"] == mask["sha256"]
+
+
+BAD = {
+    "unknown key": (["mask.desnity=0.1"], "did you mean mask.density?"),
+    "no model folder": (["model.name_or_path=/nowhere/model"], "/nowhere/model"),
+    "no target": (["mask.targets=[c_attn]"], "no linear layer matches c_attn"),
+    "too few calibration samples": (["mask.calibration_samples=49"], "mask.calibration_samples=48"),
+    "unknown task": (["eval.tasks=[nosuchtask]"], "lm-eval knows no task nosuchtask"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_fails_on_every_rank_and_leaves_nothing(recipe, tmp_path, name):
+    overrides, message = BAD[name]
+    finished = launch(recipe, *overrides)
+    assert finished.returncode != 0
+    assert finished.stderr.count(message) == 1, finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not (tmp_path / "run" / "adapter").exists() and not (tmp_path / "run" / "eval").exists()
+
+
+def test_a_row_without_a_response_is_named(recipe, tmp_path):
+    rows = [{"prompt": "a", "response": "b"}] * 20 + [{"prompt": "a", "response": ""}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    finished = launch(recipe, f"data.path={path}")
+    assert finished.returncode != 0
+    assert finished.stderr.count("has an empty 'response'") == 1 and f"{path}:21" in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_is_not_empty_is_refused(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("keep")
+    finished = launch(recipe)
+    assert finished.returncode != 0 and "is not empty" in finished.stderr and "output_dir=" in finished.stderr
+    assert files(tmp_path / "run") == ["precious"]
+
+
+def test_a_diverging_run_stops_with_the_reason(recipe, tmp_path):
+    finished = launch(recipe, "optimizer.lr=1e30", "optimizer.clip_norm=null", "eval.before=false")
+    assert finished.returncode != 0 and "Traceback" not in finished.stderr
+    assert "the loss is" in finished.stderr or "the gradient norm is" in finished.stderr
+    assert not (tmp_path / "run" / "adapter").exists()

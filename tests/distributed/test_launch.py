@@ -95,7 +95,7 @@ def test_a_run_leaves_what_the_readme_says(recipe, tiny, tmp_path):
 
 BAD = {
     "unknown key": (["mask.desnity=0.1"], "did you mean mask.density?"),
-    "no model folder": (["model.name_or_path=/nowhere/model"], "/nowhere/model"),
+    "no model folder": (["model.name_or_path=/nowhere/model"], "no model folder /nowhere/model"),
     "no target": (["mask.targets=[c_attn]"], "no linear layer matches c_attn"),
     "too few calibration samples": (["mask.calibration_samples=49"], "mask.calibration_samples=48"),
     "unknown task": (["eval.tasks=[nosuchtask]"], "lm-eval knows no task nosuchtask"),

@@ -35,19 +35,11 @@ def save_adapter(folder: Path, state: SparseState, facts: dict) -> None:
     Args:
         facts: `fingerprint`, `dtype`, `recipe` and whatever else a reader should know.
     Raises:
-        UserError: on every rank, when rank 0 cannot write (disk full, no permission).
+        UserError: on every rank, when rank 0 cannot write (disk full, no permission) or a delta is NaN.
     """
     by_rank = distributed.all_gather_padded(state.delta.detach(), state.layout.lengths)
-    problem = None
-    if distributed.rank() == 0:
-        try:
-            write_adapter(folder, adapter_tensors(state, by_rank), {**facts, "mask": state.mask.facts()})
-        except (OSError, SafetensorError, UserError) as error:
-            problem = str(error)
-    problem = distributed.broadcast_object(problem)
-    if problem:
-        fix = "free space, or choose another output_dir"
-        raise UserError(f"the adapter was not written: {problem}", str(folder), fix)
+    facts = {**facts, "mask": state.mask.facts()}
+    distributed.on_rank_0(lambda: write_adapter(folder, adapter_tensors(state, by_rank), facts))
 
 
 def adapter_tensors(state: SparseState, by_rank: list[Tensor]) -> dict[str, Tensor]:
@@ -67,18 +59,31 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], facts: dict) -> None
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(tensors, temporary / TENSORS)
-    digest = hashlib.sha256((temporary / TENSORS).read_bytes()).hexdigest()
-    document = {"format_version": FORMAT_VERSION, "tensors_sha256": digest, **facts}
-    (temporary / FACTS).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    written, _ = read_adapter(temporary)
-    for name, tensor in tensors.items():
-        if not torch.equal(written[name], tensor):
-            raise OSError(f"{name} read back differs from what was written")
-    for path in temporary.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    temporary.rename(folder)
+    try:
+        save_file(tensors, temporary / TENSORS)
+        digest = hashlib.sha256((temporary / TENSORS).read_bytes()).hexdigest()
+        document = {"format_version": FORMAT_VERSION, "tensors_sha256": digest, **facts}
+        (temporary / FACTS).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        for path in (temporary / TENSORS, temporary / FACTS, temporary):
+            flush_to_disk(path)
+        written, _ = read_adapter(temporary)
+        for name, tensor in tensors.items():
+            if not torch.equal(written[name], tensor):
+                raise OSError(f"{name} read back differs from what was written")
+        temporary.rename(folder)
+    except SafetensorError as error:  # safetensors' own word for a full disk
+        raise OSError(str(error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -138,7 +143,7 @@ def check_base(model: nn.Module, facts: dict, folder: str | Path) -> None:
     """Refuse a model that is not the base the adapter was trained on."""
     from speft_ds.model import fingerprint
 
-    if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
+    if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):  # no DeepSpeed needed here
         raise UserError(
             "the model is sharded by ZeRO-3", where="apply_adapter", fix="load it without DeepSpeed"
         )

@@ -1,4 +1,4 @@
-"""Training rows: reading, tokenising, and an order that does not depend on who trains.
+"""Training rows as the model sees them: tokenising, and an order that does not depend on who trains.
 
 Sample order is a function of seed and epoch alone. The rows of a global batch are the same at any world
 size and any split into micro-batches; only who computes which of them differs.
@@ -6,9 +6,10 @@ size and any split into micro-batches; only who computes which of them differs.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,51 +29,6 @@ class Row:
     @property
     def num_labels(self) -> int:
         return len(self.ids) - self.num_prompt
-
-
-def read_rows(path: str, prompt_column: str, response_column: str) -> list[tuple[str, str]]:
-    """(prompt, response) pairs of a .jsonl file (one object a line) or a .json file (a list of objects).
-
-    Raises:
-        UserError: the file is unreadable or empty, or a row lacks a prompt or a response; names the row.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            if str(path).endswith(".json"):
-                items = list(enumerate(json.load(file), start=1))
-            else:  # line by line: U+2028 inside a string is no line end
-                items = [(number, json.loads(line)) for number, line in enumerate(file, 1) if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read the training rows: {error}",
-            where=str(path),
-            fix="give a .jsonl file with one JSON object a line, or a .json file with a list of objects",
-        ) from error
-    if not items:
-        raise UserError("the file has no rows", where=str(path), fix="check data.path")
-    return [
-        (text_of(item, prompt_column, path, number), text_of(item, response_column, path, number))
-        for number, item in items
-    ]
-
-
-def text_of(item: object, column: str, path: str, number: int) -> str:
-    """The non-empty text in a column of a row; `number` counts from 1 (the line, in a .jsonl file)."""
-    if not isinstance(item, dict):
-        raise UserError(
-            "the row is not a JSON object",
-            where=f"{path}:{number}",
-            fix='write {"prompt": ..., "response": ...}',
-        )
-    value = item.get(column)
-    if not isinstance(value, str) or not value.strip():
-        problem = "has no" if value is None else "has an empty" if value == "" else "has an unusable"
-        raise UserError(
-            f"the row {problem} {column!r}",
-            where=f"{path}:{number} (columns: {', '.join(item)})",
-            fix="complete or delete the row, or set data.prompt_column and data.response_column",
-        )
-    return value
 
 
 def tokenize(rows: list[tuple[str, str]], tokenizer, chat_template: bool, max_length: int) -> list[Row]:
@@ -118,6 +74,7 @@ def plain_prompt_ids(tokenizer, prompt: str) -> list[int]:
     return [tokenizer.bos_token_id, *ids] if adds_bos and ids[:1] != [tokenizer.bos_token_id] else ids
 
 
+@lru_cache(maxsize=4)
 def permutation(num_rows: int, seed: int, purpose: str, epoch: int = 0) -> list[int]:
     """A shuffle of the rows that depends on its arguments alone."""
     generator = torch.Generator().manual_seed(hash_seed(seed, purpose, epoch))
@@ -126,8 +83,6 @@ def permutation(num_rows: int, seed: int, purpose: str, epoch: int = 0) -> list[
 
 def hash_seed(*parts: object) -> int:
     """A 63-bit seed from printable parts, the same in every process."""
-    import hashlib
-
     digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -173,6 +128,12 @@ def collate(rows: list[Row], pad_id: int, device: torch.device) -> dict[str, Ten
         input_ids[number, : len(ids)] = ids
         labels[number, row.num_prompt : len(ids)] = ids[row.num_prompt :]
     return {"input_ids": input_ids.to(device), "labels": labels.to(device)}
+
+
+def num_logits(labels: Tensor) -> int:
+    """How many positions, counted from the end, take part in the loss of [rows, tokens] labels."""
+    first_label = int((labels != IGNORED).any(0).nonzero()[0])
+    return labels.shape[1] - first_label + 1  # the token before a label predicts it
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:

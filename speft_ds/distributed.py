@@ -8,10 +8,13 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from speft_ds.errors import UserError
 
 # torch 2.13 renames these two and warns at every call of the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -21,12 +24,15 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 def init() -> None:
     """Join the process group that the launcher described; a lone process becomes a group of one."""
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
     # DeepSpeed calls torch's collectives by the names that torch 2.13 deprecates, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
     os.environ.setdefault("MASTER_PORT", "29500")
+    # Before the first collective: NCCL's object collectives use the current device.
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         deepspeed.init_distributed(verbose=False)
     if device().type == "cpu":
@@ -121,6 +127,26 @@ def exchange(pieces: Tensor) -> Tensor:
     received = torch.empty_like(pieces)
     dist.all_to_all_single(received, pieces)
     return received
+
+
+def on_rank_0(action: Callable[[], None]) -> None:
+    """Run a file operation on rank 0; its failure is every rank's failure.
+
+    Raises:
+        UserError: on every rank, where rank 0 raised one or could not write (disk full, no permission).
+    """
+    problem = None
+    if rank() == 0:
+        try:
+            action()
+        except UserError as error:
+            problem = error
+        except OSError as error:
+            fix = "free space, or choose another output_dir"
+            problem = UserError(f"cannot write: {error}", where="the run folder", fix=fix)
+    problem = broadcast_object(problem)
+    if problem is not None:
+        raise problem
 
 
 def same_on_all_ranks(value: object) -> bool:

@@ -145,7 +145,7 @@ def build_engine(model: nn.Module, ds_config: dict, targets: dict[str, nn.Linear
 
     Args:
         model: frozen, loaded under `zero.Init`.
-        ds_config: as `recipe.load_ds_config` returns it.
+        ds_config: as `ds_config.load_ds_config` returns it.
         targets: weight name -> linear.
     """
     if any(parameter.requires_grad for parameter in model.parameters()):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
+import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -31,8 +32,11 @@ class EngineLM(HFLM):
 
     def __init__(self, model, tokenizer, batch_size: int):
         # HFLM warns that a ready-made model is evaluated by one process; dealing its batches is what we do.
-        logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
+        log = logging.getLogger("lm_eval.models.huggingface")
+        level = log.level
+        log.setLevel(logging.ERROR)
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        log.setLevel(level)
         self._device = distributed.device()  # a released ZeRO-3 weight does not tell
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
@@ -79,6 +83,7 @@ def in_lockstep(compute: Callable[[list], list], batches: list[list], num_reques
         mine = first + rank < len(batches)
         # A filler keeps the forwards of a rank without a batch in step; its answer is dropped.
         batch = batches[first + rank] if mine else batches[0][:1]
+        torch.manual_seed(first + rank)  # a task that samples draws by batch, not by who computes it
         answers = compute([request for _, request in batch])
         if mine:
             own += [(position, answer) for (position, _), answer in zip(batch, answers, strict=True)]
@@ -110,7 +115,7 @@ def find_tasks(recipe) -> TaskManager:
 
 
 def evaluate(model, tokenizer, recipe, manager: TaskManager, seed: int) -> dict | None:
-    """Score the recipe's tasks; lm-eval's results on rank 0, None elsewhere.
+    """Score the recipe's tasks; lm-eval's results on rank 0 (lm-eval returns them on local rank 0 alone).
 
     Args:
         model: the engine's module.

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from speft_ds import distributed
+
 
 def peak_memory_gib() -> float:
     """Highest memory so far: allocated on the GPU, or resident in the process on a CPU."""
-    if torch.cuda.is_available():
+    if distributed.device().type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 

@@ -110,10 +110,15 @@ def element_hash(values: Tensor, start: int) -> int:
 
 
 def mix64(value: Tensor) -> Tensor:
-    """A bijective scrambling of int64 values (the finaliser of splitmix64, with arithmetic shifts)."""
-    value = (value ^ (value >> 30)) * -0x40A7B892E31B1A47
-    value = (value ^ (value >> 27)) * -0x6B2FB644ECCEEE15
-    return value ^ (value >> 31)
+    """A bijective scrambling of 64-bit values, held as int64: the finaliser of splitmix64."""
+    value = (value ^ _shift_right(value, 30)) * -0x40A7B892E31B1A47
+    value = (value ^ _shift_right(value, 27)) * -0x6B2FB644ECCEEE15
+    return value ^ _shift_right(value, 31)
+
+
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    # torch shifts int64 arithmetically, which would copy the sign bit down and lose bits in the xor.
+    return (value >> bits) & (2 ** (64 - bits) - 1)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -1,8 +1,6 @@
 """What can be known of a recipe's files before torch is imported: a typo should not cost eight GPUs."""
 
-import json
 import os
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 from speft_ds.ds_config import batch_problems, read_ds_config
 from speft_ds.errors import RecipeError, UserError, closest
 from speft_ds.recipe import CACHE, Recipe, expand_path
+from speft_ds.rows import iterate_objects
 
 
 def check_inputs(recipe: Recipe, world_size: int) -> None:
@@ -59,39 +58,13 @@ def _data_problems(recipe: Recipe) -> list[UserError]:
     if not path.is_file():
         return [UserError(f"no data file {path}", where, _way_to(str(path), "data.path"))]
     try:
-        rows = list(islice(_rows(path), 5))
+        rows = list(islice(iterate_objects(path), 5))
     except UserError as error:
         return [error]
-    except (OSError, UnicodeDecodeError) as error:
-        return [UserError(f"cannot read the data file: {error}", where, "it must be readable UTF-8 text")]
     if not rows:
         fix = _way_to(str(path), "data.path")
         return [UserError(f"the data file {path} has no rows", where, fix)]
     return _column_problems(recipe, rows)
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a data file, each with where it stands."""
-    with path.open(encoding="utf-8") as file:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", _parse(line, f"{path}:{number}")
-            return
-        text = file.read()
-    rows = _parse(text, str(path)) if text.strip() else []
-    if not isinstance(rows, list):
-        raise UserError("a .json data file holds a list of objects", str(path), "put the rows in [ ... ]")
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        fix = ".jsonl holds one JSON object a line, .json one list of objects"
-        raise UserError(f"not JSON: {error}", where, fix) from None
 
 
 def _column_problems(recipe: Recipe, rows: list[tuple[str, Any]]) -> list[UserError]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from speft_ds import distributed
-from speft_ds.engine import SparseEngine, full_shape, own_elements
+from speft_ds.engine import SparseEngine, full_shape, own_elements, shard_of
 from speft_ds.kernels.dense import matmul_fp32
 from speft_ds.model import mix64
 from speft_ds.partition import shard_numel
@@ -42,7 +42,7 @@ class Scorer:
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
-class DenseGradient:
+class GradientSum:
     """Sum over ranks and calibration batches of one weight's dense gradient, kept as this rank's shard.
 
     The dense gradient of one layer is alive at a time. Ranks' contributions are added in rank order, and
@@ -62,12 +62,12 @@ class DenseGradient:
         if self.padding:
             gradient = torch.cat([gradient, gradient.new_zeros(self.padding)])
         for contribution in distributed.exchange(gradient.view(-1, self.size)):
-            self.total += contribution[: self.total.numel()]
+            self.total += contribution[: self.total.numel()].to(self.total.device)
 
 
 def calibration_gradient(scorer: Scorer) -> Scores:
     """Gradient of the mean token loss over the calibration set, for every target; weights do not change."""
-    sums = {name: DenseGradient(linear.weight) for name, linear in scorer.targets.items()}
+    sums = {name: GradientSum(linear.weight) for name, linear in scorer.targets.items()}
     for name, linear in scorer.targets.items():
         linear.sink = sums[name]
     try:
@@ -93,7 +93,7 @@ def magnitude(scorer: Scorer) -> Scores:
 def random(scorer: Scorer) -> Scores:
     """Uniform in [0, 1), a function of (seed, weight name, global index) alone: the control."""
     return {
-        name: uniform(scorer.seed, name, *_span(linear.weight), linear.weight.ds_tensor.device)
+        name: uniform(scorer.seed, name, *_span(linear.weight), shard_of(linear.weight).device)
         for name, linear in scorer.targets.items()
     }
 

@@ -26,6 +26,22 @@ def sortable_key(score: Tensor) -> Tensor:
     return ordered.to(torch.int64) & 0xFFFFFFFF
 
 
+def entries_wanted(recipe, shape: dict[str, tuple[int, int]]) -> int:
+    """How many entries a recipe's `mask` section asks for; a density is one of the targeted weights.
+
+    Raises:
+        UserError: more than the targeted weights have.
+    """
+    total = sum(rows * columns for rows, columns in shape.values())
+    if recipe.num_trainable is not None and recipe.num_trainable > total:
+        raise UserError(
+            f"{recipe.num_trainable:,} entries are asked for, the targeted weights have {total:,}",
+            where="mask.num_trainable",
+            fix=f"mask.num_trainable={total} at most, or mask.density",
+        )
+    return recipe.num_trainable or max(1, round(recipe.density * total))
+
+
 def budget_counts(numel: dict[str, int], budget: str, num_trainable: int) -> tuple[dict[str, int], list[int]]:
     """Which weights compete for which number of entries.
 
@@ -48,12 +64,12 @@ def budget_counts(numel: dict[str, int], budget: str, num_trainable: int) -> tup
 
 
 def find_thresholds(
-    keys: dict[str, Tensor], group: dict[str, int], counts: list[int]
+    scores: dict[str, Tensor], group: dict[str, int], counts: list[int]
 ) -> tuple[Tensor, Tensor]:
     """The exact k-th largest key of each group over all ranks.
 
     Args:
-        keys: weight -> [local elements] int64 sortable keys of this rank.
+        scores: weight -> [local elements] fp32 scores of this rank.
         group: weight -> group number; counts: entries wanted by each group.
     Returns:
         [groups] int64 thresholds (2^32 where nothing is wanted), and [groups] int64 numbers of entries
@@ -61,10 +77,12 @@ def find_thresholds(
     """
     wanted = torch.tensor(counts, dtype=torch.int64)
     prefix = torch.zeros(len(counts), dtype=torch.int64)
-    candidates = dict(keys)
+    candidates: dict[str, Tensor] = {}
     for shift, bits in DIGITS:
         histogram = torch.zeros(len(counts), 2**bits, dtype=torch.int64)
-        for name, key in candidates.items():
+        for name, score in scores.items():
+            # Keys are made anew, one weight at a time: kept, they would take twice the scores' memory.
+            key = candidates[name] if name in candidates else sortable_key(score)
             digit = (key >> shift) & (2**bits - 1)
             histogram[group[name]] += torch.bincount(digit, minlength=2**bits).cpu()
         histogram = distributed.all_reduce(histogram.to(distributed.device())).cpu()
@@ -74,10 +92,9 @@ def find_thresholds(
         above = at_least.gather(1, digit[:, None])[:, 0] - histogram.gather(1, digit[:, None])[:, 0]
         wanted = (wanted - above).clamp(min=0)
         prefix = prefix + (digit << shift)
-        candidates = {
-            name: key[(key >> shift) == (int(prefix[group[name]]) >> shift)]
-            for name, key in candidates.items()
-        }
+        for name, score in scores.items():
+            key = candidates[name] if name in candidates else sortable_key(score)
+            candidates[name] = key[(key >> shift) == (int(prefix[group[name]]) >> shift)]
     nothing = torch.tensor(counts) == 0
     prefix[nothing] = 2**32
     wanted[nothing] = 0
@@ -110,14 +127,15 @@ def select_local(scores: dict[str, Tensor], group: dict[str, int], counts: list[
     Returns:
         weight -> sorted int64 local indices of the selected entries.
     """
-    keys = {name: sortable_key(score) for name, score in scores.items()}
-    thresholds, wanted = find_thresholds(keys, group, counts)
-    ties = {name: key == int(thresholds[group[name]]) for name, key in keys.items()}
-    take = ties_to_take({name: int(tie.sum()) for name, tie in ties.items()}, group, wanted)
+    thresholds, wanted = find_thresholds(scores, group, counts)
+    limit = {name: int(thresholds[group[name]]) for name in scores}
+    num_ties = {name: int((sortable_key(score) == limit[name]).sum()) for name, score in scores.items()}
+    take = ties_to_take(num_ties, group, wanted)
     selected = {}
-    for name, key in keys.items():
-        chosen = key > int(thresholds[group[name]])
-        chosen[ties[name].nonzero()[: take[name], 0]] = True
+    for name, score in scores.items():
+        key = sortable_key(score)
+        chosen = key > limit[name]
+        chosen[(key == limit[name]).nonzero()[: take[name], 0]] = True
         selected[name] = chosen.nonzero()[:, 0]
     return selected
 
@@ -147,16 +165,10 @@ def select(
         shape: weight -> (out, in), in model order, which is the order of the global index.
         budget: `global` (one threshold) or `per_layer` (each weight its share of the entries).
     Raises:
-        UserError: a score is not finite, or more entries are asked for than there are.
+        UserError: a score is not finite.
         RuntimeError: the ranks came to different masks (never silently different).
     """
     numel = {name: rows * columns for name, (rows, columns) in shape.items()}
-    if not 0 <= num_trainable <= sum(numel.values()):
-        raise UserError(
-            f"{num_trainable:,} entries are asked for, the targeted weights have {sum(numel.values()):,}",
-            where="mask.num_trainable",
-            fix="lower mask.num_trainable, or use mask.density",
-        )
     finite = all(bool(torch.isfinite(score).all()) for score in scores.values())
     if not all(distributed.all_gather_objects(finite)):
         raise UserError(

@@ -80,7 +80,9 @@ class SparseState:
         numel = {name: mask.numel(name) for name in mask.shape}
         self.layout = Layout.of(mask.index, numel, self.world_size)
         self.slices = {name: self.layout.local_slice(name, self.rank) for name in mask.shape}
-        base = [self.shards[name][self.local_index(name)] for name in mask.shape]
+        # Where the shards are, which may be host memory; base and delta where the optimizer is.
+        self.index = {name: self._local_index(name) for name in mask.shape}
+        base = [self.shards[name][index] for name, index in self.index.items()]
         self.base = torch.cat(base).to(self.device)
         self.delta = nn.Parameter(torch.zeros(self.num_local, dtype=torch.float32, device=self.device))
         self.backends = {
@@ -94,12 +96,12 @@ class SparseState:
         """Entries that this rank owns."""
         return self.layout.lengths[self.rank]
 
-    def local_index(self, name: str) -> Tensor:
-        """[entries] int64 sorted indices of this rank's entries into its shard of a weight."""
+    def _local_index(self, name: str) -> Tensor:
+        """[entries] sorted indices of this rank's entries into its shard of a weight, dtype as the mask's."""
         bounds = self.layout.bounds[name]
         own = self.mask.index[name][bounds[self.rank] : bounds[self.rank + 1]]
         start, _ = shard_range(self.mask.numel(name), self.rank, self.world_size)
-        return (own.to(torch.int64) - start).to(self.shards[name].device)
+        return (own - start).to(self.shards[name].device)
 
     def make_sink(self, name: str) -> Callable[[Tensor, Tensor], None] | None:
         """What an adapted linear calls in its backward; None where the mask has no entry of this weight."""
@@ -119,7 +121,7 @@ class SparseState:
         values = (self.base.float() + self.delta).to(self.base.dtype)
         for name, own in self.slices.items():
             shard = self.shards[name]
-            shard[self.local_index(name)] = values[own].to(shard.device)
+            shard[self.index[name]] = values[own].to(shard.device)
 
 
 class SparseGradient:

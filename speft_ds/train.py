@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -15,21 +16,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from speft_ds import data, distributed
+from speft_ds import __version__, data, distributed
 from speft_ds.adapter import save_adapter
 from speft_ds.ds_config import load_ds_config
-from speft_ds.engine import SparseEngine, build_engine
+from speft_ds.engine import SparseEngine, build_engine, shard_of
 from speft_ds.errors import UserError
 from speft_ds.mask import Mask
 from speft_ds.metrics import MetricsLog, tokens_per_second
 from speft_ds.model import find_targets, fingerprint, load_base, tied_targets
 from speft_ds.optimizer import make_optimizer, make_schedule
+from speft_ds.preflight import check_output_dir
 from speft_ds.recipe import Recipe, resolved_yaml
+from speft_ds.rows import read_pairs
 from speft_ds.salience import NEEDS_DATA, SALIENCE, Scorer, target_shapes
-from speft_ds.selection import select
+from speft_ds.selection import entries_wanted, select
 from speft_ds.sparse import SparseState, adapt
 
-PACKAGES = ("speft_ds", "torch", "deepspeed", "transformers", "datasets", "lm_eval", "tokenizers")
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "lm_eval", "tokenizers")
 
 
 def say(text: str) -> None:
@@ -64,6 +67,14 @@ class Trainer:
             self._load_model()
         train = recipe.train
         self.num_steps = data.num_steps(len(self.rows), train.global_batch, train.steps, train.epochs)
+        if recipe.optimizer.warmup_steps > self.num_steps:
+            raise UserError(
+                f"more warm-up steps ({recipe.optimizer.warmup_steps}) than steps ({self.num_steps})",
+                where="optimizer.warmup_steps",
+                fix=f"optimizer.warmup_steps={self.num_steps // 10}",
+            )
+        self.versions = {"python": platform.python_version(), "speft_ds": __version__}
+        self.versions |= {name: version(name) for name in PACKAGES}
         self.mask: Mask | None = None
         self.state: SparseState | None = None
 
@@ -82,10 +93,14 @@ class Trainer:
             self.tokenizer = AutoTokenizer.from_pretrained(self.recipe.model.name_or_path)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load the tokenizer: {error}", where="model.name_or_path") from error
-        pairs = data.read_rows(recipe.path, recipe.prompt_column, recipe.response_column)
+        pairs = read_pairs(recipe.path, recipe.prompt_column, recipe.response_column)
         self.rows = data.tokenize(pairs, self.tokenizer, recipe.chat_template, recipe.max_length)
         # Padding is never looked at (right padding, causal attention, labels by length): any id will do.
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        if self.recipe.eval.tasks and self.recipe.eval.chat_template and not self.tokenizer.chat_template:
+            raise UserError(
+                "the tokenizer has no chat template", "eval.chat_template", "eval.chat_template=false"
+            )
         wanted = self.recipe.mask.calibration_samples
         if self.recipe.mask.salience in NEEDS_DATA and wanted > len(self.rows):
             raise UserError(
@@ -105,9 +120,15 @@ class Trainer:
                 where="mask.targets",
                 fix="target layers of the decoder only",
             )
+        self.can_keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        values = model.config.to_dict().items()
+        if dropout := {name: value for name, value in values if "drop" in name and value}:
+            say(f"note: the model trains with dropout {dropout}: other world sizes draw other masks")
         if recipe.train.activation_checkpointing != "none":
             reentrant = recipe.train.activation_checkpointing == "reentrant"
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        self.shapes = target_shapes(self.targets)
+        self.num_trainable = entries_wanted(recipe.mask, self.shapes)
         self.fingerprint = fingerprint(model)
         self.engine: SparseEngine = build_engine(model, ds_config, self.targets)
         for linear in self.targets.values():
@@ -128,8 +149,11 @@ class Trainer:
 
     def token_loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Summed cross-entropy of a batch's label tokens; `module` is the engine or its module."""
-        logits = module(input_ids=batch["input_ids"], use_cache=False).logits
-        return data.summed_loss(logits, batch["labels"])
+        # Logits over the prompts would be thrown away, and cost a fifth of a small model's step.
+        keep = data.num_logits(batch["labels"]) if self.can_keep_logits else 0
+        options = {"logits_to_keep": keep} if keep else {}
+        logits = module(input_ids=batch["input_ids"], use_cache=False, **options).logits
+        return data.summed_loss(logits, batch["labels"][:, -keep:])
 
     def calibration_batches(self) -> Iterator[tuple[dict[str, Tensor], float]]:
         """This rank's calibration batches, dealt in order; a filler of weight 0 where there is none.
@@ -152,7 +176,6 @@ class Trainer:
     def choose_mask(self) -> None:
         """Score every targeted weight, take the top entries, and set up the trainable state."""
         recipe = self.recipe.mask
-        shapes = target_shapes(self.targets)
         scorer = Scorer(
             self.engine, self.targets, self.recipe.seed, self.calibration_batches(), self.token_loss
         )
@@ -160,20 +183,19 @@ class Trainer:
         self.engine.module.train(self.recipe.train.activation_checkpointing != "none")
         with self.stage("salience"):
             scores = SALIENCE[recipe.salience](scorer)
-        total = sum(rows * columns for rows, columns in shapes.values())
-        wanted = recipe.num_trainable or max(1, round(recipe.density * total))
         with self.stage("selection"):
-            self.mask = select(scores, shapes, wanted, recipe.budget)
+            self.mask = select(scores, self.shapes, self.num_trainable, recipe.budget)
         say(
-            f"mask: {self.mask.num_trainable:,} of {total:,} entries (density {self.mask.density:.4%}) by "
-            f"{recipe.salience}, {recipe.budget} budget, sha256 {self.mask.sha256[:12]}"
+            f"mask: {self.mask.num_trainable:,} of {self.mask.num_target_elements:,} entries "
+            f"(density {self.mask.density:.4%}) by {recipe.salience}, {recipe.budget} budget, "
+            f"sha256 {self.mask.sha256[:12]}"
         )
         self.attach()
 
     def attach(self) -> None:
         """Buffers, optimizer and schedule for the mask; from here on the engine trains."""
         train = self.recipe.train
-        shards = {name: linear.weight.ds_tensor for name, linear in self.targets.items()}
+        shards = {name: shard_of(linear.weight) for name, linear in self.targets.items()}
         self.state = SparseState(self.mask, shards, train.sparse_backend, train.reduce_bucket)
         for name, linear in self.targets.items():
             linear.sink = self.state.make_sink(name)
@@ -252,7 +274,7 @@ class Trainer:
         """The contents of run.json."""
         train = self.recipe.train
         return {
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "versions": self.versions,
             "machine": {
                 "device": str(distributed.device()),
                 "num_threads": torch.get_num_threads(),
@@ -288,19 +310,6 @@ def write_json(path: Path, document: dict) -> None:
     temporary.rename(path)
 
 
-def on_rank_0(action) -> None:
-    """Run a file operation on rank 0; its failure is every rank's failure."""
-    problem = None
-    if distributed.rank() == 0:
-        try:
-            action()
-        except OSError as error:
-            problem = str(error)
-    problem = distributed.broadcast_object(problem)
-    if problem:
-        raise UserError(f"cannot write to the run folder: {problem}", where="output_dir")
-
-
 def run(recipe: Recipe) -> None:
     """The whole job, on every rank. Rank 0 writes the run folder and prints the table.
 
@@ -310,6 +319,7 @@ def run(recipe: Recipe) -> None:
     from speft_ds.report import print_summary
 
     distributed.init()
+    distributed.on_rank_0(lambda: check_output_dir(recipe))
     folder = Path(recipe.output_dir)
     trainer = Trainer(recipe)
     num_ranks = distributed.world_size()
@@ -324,19 +334,19 @@ def run(recipe: Recipe) -> None:
             results = {key: value for key, value in trainer.results[moment].items() if key != "samples"}
             write_json(folder / "eval" / f"{moment}.json", results)
 
-    on_rank_0(start_folder)
+    distributed.on_rank_0(start_folder)
     trainer.evaluate("before")
-    on_rank_0(lambda: save_results("before"))
+    distributed.on_rank_0(lambda: save_results("before"))
     trainer.choose_mask()
     trainer.train()
     trainer.save()
     trainer.evaluate("after")
-    on_rank_0(lambda: save_results("after"))
+    distributed.on_rank_0(lambda: save_results("after"))
 
     def finish() -> None:
         throughput = tokens_per_second(folder / "metrics.jsonl")
         write_json(folder / "run.json", {**trainer.facts(), "tokens_per_s": throughput})
         print_summary(folder)
 
-    on_rank_0(finish)
+    distributed.on_rank_0(finish)
     distributed.barrier()

@@ -10,11 +10,13 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
-import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import connection
 from pathlib import Path
 
 
@@ -44,15 +46,14 @@ def serve(rank: int, world_size: int, port: int, pipe, stack_path: str) -> None:
 
     distributed.init()
     stacks = open(stack_path, "w")  # noqa: SIM115 - open for the life of the process
+    faulthandler.register(signal.SIGUSR1, file=stacks)
     while (job := pipe.recv()) is not None:
-        check, arguments, limit = job
-        faulthandler.dump_traceback_later(limit - 5, file=stacks)
+        check, arguments = job
         try:
             pipe.send((True, check(**arguments)))
         except BaseException as error:
             # Errors that tests look at travel as themselves, next to the text that people look at.
             pipe.send((False, (error, traceback.format_exc())))
-        faulthandler.cancel_dump_traceback_later()
 
 
 class RankFailure(AssertionError):
@@ -97,8 +98,8 @@ class Ranks:
             self.start()
             limit += 120  # importing, and compiling DeepSpeed's CPU collective once a machine
         for pipe in self.pipes:
-            pipe.send((check, arguments, limit))
-        answers = [self._answer(rank, limit) for rank in range(self.world_size)]
+            pipe.send((check, arguments))
+        answers = self._collect(limit)
         if all(ok for ok, _ in answers):
             return [value for _, value in answers]
         self.stop()
@@ -106,12 +107,27 @@ class Ranks:
         text = "\n".join(f"rank {r}:\n{value[1]}" for r, (ok, value) in enumerate(answers) if not ok)
         raise RankFailure(text, errors)
 
-    def _answer(self, rank: int, limit: float) -> tuple:
-        pipe, process = self.pipes[rank], self.processes[rank]
+    def _collect(self, limit: float) -> list[tuple]:
+        """By rank: (True, value), or (False, (exception, text)); a rank that hangs says where it stands."""
+        answers: dict[int, tuple] = {}
+        deadline = time.monotonic() + limit
+        while len(answers) < self.world_size and time.monotonic() < deadline:
+            waiting = {self.pipes[rank]: rank for rank in range(self.world_size) if rank not in answers}
+            for pipe in connection.wait(list(waiting), timeout=1):
+                answers[waiting[pipe]] = self._receive(waiting[pipe])
+            if any(not ok for ok, _ in answers.values()):
+                # The other ranks now wait for this one in a collective: no use in waiting with them.
+                deadline = min(deadline, time.monotonic() + 5)
+        return [answers[rank] if rank in answers else self._hanging(rank) for rank in range(self.world_size)]
+
+    def _receive(self, rank: int) -> tuple:
         try:
-            if pipe.poll(limit if rank == 0 else 10):
-                return pipe.recv()
-            problem = f"no answer within {limit} s\n{self.stacks[rank].read_text()}"
-        except EOFError:
-            problem = "the process died"
-        return False, (TimeoutError(problem), f"{problem} (exit code {process.exitcode})", sys.exc_info()[1])
+            return self.pipes[rank].recv()
+        except EOFError as error:
+            return False, (error, "the process died")
+
+    def _hanging(self, rank: int) -> tuple:
+        os.kill(self.processes[rank].pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        problem = f"no answer; it stands at\n{self.stacks[rank].read_text()}"
+        return False, (TimeoutError(problem), problem)

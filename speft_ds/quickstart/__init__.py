@@ -5,19 +5,18 @@
 <cache>/quickstart/tasks/quickstart_json.yaml      pass the folder to lm-eval as `include_path`
 """
 
-import os
 import time
 from pathlib import Path
 
 from speft_ds.quickstart.data import write_data
 from speft_ds.quickstart.model import NAME, is_ready, prepare_model
 from speft_ds.quickstart.task import write_task
+from speft_ds.recipe import CACHE, expand_path
 
 
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/speft_ds`, or `~/.cache/speft_ds`."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "speft_ds"
+    return Path(expand_path(CACHE))
 
 
 def prepare(cache_dir: Path | None = None) -> Path:

@@ -19,7 +19,7 @@ from speft_ds.model import fingerprint
 from speft_ds.partition import shard_range
 from speft_ds.recipe import Recipe
 from speft_ds.selection import select
-from speft_ds.train import Trainer
+from speft_ds.train import Trainer, run
 
 
 def make_recipe(tiny: dict, output_dir: Path, checkpoint: str = "untied", **sections: dict) -> Recipe:
@@ -272,7 +272,7 @@ def check_gradient_salience(recipe: Recipe) -> str:
     scorer = Scorer(
         trainer.engine, trainer.targets, recipe.seed, trainer.calibration_batches(), trainer.token_loss
     )
-    trainer.engine.eval()
+    trainer.engine.train(recipe.train.activation_checkpointing != "none")  # as choose_mask does
     scores = SALIENCE["gradient"](scorer)
     order = data.permutation(len(trainer.rows), recipe.seed, "calibration")[: recipe.mask.calibration_samples]
     rows = [trainer.rows[number] for number in order]
@@ -314,7 +314,7 @@ def check_topk(shapes: dict, scores: dict, counts: list[int], budget: str) -> No
 
 
 def check_select_refuses(shapes: dict, scores: dict, count: int) -> str:
-    """The message of the UserError that a selection raises, the same kind on every rank."""
+    """The message of the UserError that a selection raises on this rank."""
     rank, world_size = distributed.rank(), distributed.world_size()
     local = {
         name: score[slice(*shard_range(score.numel(), rank, world_size))] for name, score in scores.items()
@@ -322,6 +322,42 @@ def check_select_refuses(shapes: dict, scores: dict, count: int) -> str:
     try:
         select(local, shapes, count)
     except UserError as error:
+        return str(error)
+    return ""
+
+
+def check_refused(recipe: Recipe) -> str:
+    """The message of the UserError that setting up a run raises on this rank; nothing is written."""
+    try:
+        run(recipe)
+    except UserError as error:
+        assert not Path(recipe.output_dir).exists()
+        return str(error)
+    return ""
+
+
+def check_ranks_without_entries(recipe: Recipe) -> list[int]:
+    """With fewer entries than ranks, a rank that owns none takes part in every step."""
+    trainer = make_trainer(recipe)
+    trainer.choose_mask()
+    train_like_reference(recipe, trainer)
+    trainer.save()
+    return trainer.state.layout.lengths
+
+
+def check_nonfinite_gradient(recipe: Recipe) -> str:
+    """A finite loss with a non-finite gradient stops every rank before the weights change."""
+    trainer = make_trainer(recipe)
+    trainer.choose_mask()
+    before = fingerprint(trainer.engine.module)
+    name = next(name for name, linear in trainer.targets.items() if linear.sink)
+    sink = trainer.targets[name].sink
+    scale = float("nan") if distributed.rank() == 0 else 1.0
+    trainer.targets[name].sink = lambda x, grad_y: sink(x, grad_y * scale)
+    try:
+        trainer.train_step(0)
+    except UserError as error:
+        assert fingerprint(trainer.engine.module) == before
         return str(error)
     return ""
 

@@ -94,14 +94,64 @@ def test_empty_slices(ranks, tiny, tmp_path, world_size):
     ranks(world_size)(checks.check_empty_slices, recipe=recipe)
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_without_any_entry(ranks, tiny, tmp_path, world_size):
+    recipe = checks.make_recipe(tiny, tmp_path, mask={"density": None, "num_trainable": 1})
+    lengths = ranks(world_size)(checks.check_ranks_without_entries, recipe=recipe)[0]
+    assert sorted(lengths) == [0] * (world_size - 1) + [1]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_small_reduce_buckets(ranks, tiny, tmp_path, world_size):
+    """892 entries in buckets of 50 over all ranks: many, and the last one is short."""
+    recipe = checks.make_recipe(tiny, tmp_path, train={"reduce_bucket": 50})
+    ranks(world_size)(checks.check_dense_reference, recipe=recipe)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non_reentrant"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_gradient_salience_is_autograds(ranks, tiny, tmp_path, world_size):
+def test_gradient_salience_is_autograds(ranks, tiny, tmp_path, world_size, checkpointing):
     # 13 samples in batches of 4: the last batch is short, and some rank gets a filler.
-    recipe = checks.make_recipe(tiny, tmp_path, mask={"calibration_samples": 13})
+    recipe = checks.make_recipe(
+        tiny, tmp_path, mask={"calibration_samples": 13}, train={"activation_checkpointing": checkpointing}
+    )
     ranks(world_size)(checks.check_gradient_salience, recipe=recipe)
+
+
+def test_bf16_mask_is_the_same_at_every_world_size(ranks, tiny, tmp_path):
+    masks = set()
+    for world_size in (1, 2, 4):
+        recipe = checks.make_recipe(tiny, tmp_path / str(world_size), model={"dtype": "bfloat16"})
+        masks |= {result["sha256"] for result in ranks(world_size)(checks.check_losses, recipe=recipe)}
+    assert len(masks) == 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_nonfinite_loss_stops_every_rank(ranks, tiny, tmp_path, world_size):
     messages = ranks(world_size)(checks.check_nonfinite, recipe=checks.make_recipe(tiny, tmp_path))
     assert all("the loss is" in message and "step 1" in message for message in messages)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_nonfinite_gradient_stops_every_rank(ranks, tiny, tmp_path, world_size):
+    messages = ranks(world_size)(checks.check_nonfinite_gradient, recipe=checks.make_recipe(tiny, tmp_path))
+    assert all("the gradient norm is nan" in message for message in messages)
+
+
+REFUSED = {
+    "no target": ({"mask": {"targets": ["c_attn"]}}, "no linear layer matches c_attn"),
+    "tied target": ({"mask": {"targets": ["lm_head"]}}, "shares its weight"),
+    "too many entries": ({"mask": {"density": None, "num_trainable": 10**6}}, "1,000,000 entries"),
+    "too few samples": ({"mask": {"calibration_samples": 49}}, "mask.calibration_samples=48"),
+    "warm-up": ({"train": {"steps": None, "epochs": 0.1}, "optimizer": {"warmup_steps": 9}}, "warm-up steps"),
+    "long rows": ({"data": {"max_length": 8}}, "more than data.max_length=8"),
+    "unknown task": ({"eval": {"tasks": ["nosuchtask"]}}, "no task nosuchtask"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_refused_on_every_rank(ranks, tiny, tmp_path, name):
+    sections, message = REFUSED[name]
+    recipe = checks.make_recipe(tiny, tmp_path / "run", "tied", **sections)
+    messages = ranks(2)(checks.check_refused, recipe=recipe)
+    assert all(message in text for text in messages), messages

@@ -34,10 +34,8 @@ def test_topk(ranks, world_size, budget, kind):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_refuses_nonfinite_scores_and_too_many_entries(ranks, world_size):
+def test_refuses_scores_that_are_not_finite(ranks, world_size):
     scores = make_scores("distinct")
-    too_many = ranks(world_size)(checks.check_select_refuses, shapes=SHAPES, scores=scores, count=10_000)
-    assert all("10,000 entries" in message for message in too_many)
-    scores["d"][0] = float("nan")
+    scores["d"][0] = float("nan")  # in one rank's shard; every rank must hear of it
     messages = ranks(world_size)(checks.check_select_refuses, shapes=SHAPES, scores=scores, count=3)
     assert all("not finite" in message for message in messages)

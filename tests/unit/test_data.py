@@ -1,6 +1,5 @@
 """Rows, labels and sample order."""
 
-import json
 from collections import Counter
 
 import pytest
@@ -39,6 +38,16 @@ def test_summed_loss_is_the_cross_entropy_of_the_labelled_tokens():
     assert data.summed_loss(logits, labels).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("first", [1, 3, 4])
+def test_the_kept_logits_are_those_that_count(first):
+    logits, labels = torch.randn(2, 5, 7), torch.full((2, 5), data.IGNORED)
+    labels[1, first:] = 2
+    keep = data.num_logits(labels)
+    assert keep == 5 - first + 1
+    whole = data.summed_loss(logits, labels)
+    assert data.summed_loss(logits[:, -keep:], labels[:, -keep:]).item() == pytest.approx(whole.item())
+
+
 def test_every_row_once_an_epoch_and_epochs_follow_each_other():
     ids = [number for step in range(10) for number in data.global_batch_ids(12, 0, step, 5)]
     assert len(ids) == 50
@@ -58,35 +67,6 @@ def test_any_split_computes_the_same_rows(world_size, micro_batch):
     assert all(len(micro) == micro_batch for part in parts for micro in part)
     seen = Counter(len(row.ids) for part in parts for micro in part for row in micro)
     assert seen == Counter(len(row.ids) for row in rows)
-
-
-BAD_FILES = {
-    "missing.jsonl": (None, "cannot read"),
-    "empty.jsonl": ("", "no rows"),
-    "broken.jsonl": ('{"prompt": "a", "resp', "cannot read"),
-    "noresponse.jsonl": ('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', "noresponse.jsonl:2"),
-    "null.jsonl": ('{"prompt": "a", "response": null}\n', "has no 'response'"),
-    "blank.jsonl": ('{"prompt": "a", "response": ""}\n', "has an empty 'response'"),
-    "number.jsonl": ('{"prompt": "a", "response": 3}\n', "unusable 'response'"),
-    "list.json": ("[1]", "not a JSON object"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_rows_are_named(tmp_path, name):
-    text, message = BAD_FILES[name]
-    path = tmp_path / name
-    if text is not None:
-        path.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError) as caught:
-        data.read_rows(str(path), "prompt", "response")
-    assert message in str(caught.value) and name in str(caught.value)
-
-
-def test_rows_with_exotic_line_separators_stay_whole(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"prompt": "a\u2028b", "response": "c"}, ensure_ascii=False) + "\n", "utf-8")
-    assert data.read_rows(str(path), "prompt", "response") == [("a\u2028b", "c")]
 
 
 def test_a_long_row_and_a_missing_template_are_refused(tokenizer):

@@ -22,7 +22,7 @@ from speft_ds.ds_config import load_ds_config
 from speft_ds.engine import SparseEngine, build_engine, shard_of
 from speft_ds.errors import UserError
 from speft_ds.mask import Mask
-from speft_ds.metrics import MetricsLog, tokens_per_second
+from speft_ds.metrics import MetricsLog, peak_memory_gib, tokens_per_second
 from speft_ds.model import find_targets, fingerprint, load_base, tied_targets
 from speft_ds.optimizer import make_optimizer, make_schedule
 from speft_ds.preflight import check_output_dir
@@ -46,7 +46,8 @@ class Trainer:
 
     Attributes (after construction):
         engine: `SparseEngine` over the frozen, sharded base.
-        targets: weight name -> linear whose weight may be trained.
+        targets: weight name -> linear whose weight may be trained; `shapes`: weight name -> (out, in).
+        num_trainable: entries that the mask will have, over all ranks.
         rows: tokenised training rows, the same on every rank.
         timings: stage -> seconds.
     """
@@ -248,8 +249,6 @@ class Trainer:
 
     def train(self) -> None:
         """All steps, with one metrics line each."""
-        from speft_ds.metrics import peak_memory_gib
-
         path = self.folder / "metrics.jsonl" if distributed.rank() == 0 else None
         log = MetricsLog(path, self.num_steps)
         self.engine.train()

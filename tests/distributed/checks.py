@@ -382,6 +382,15 @@ def check_nonfinite(recipe: Recipe) -> str:
     return ""
 
 
+def scores_and_answers(results: dict) -> dict:
+    """lm-eval's scores, and each document's answers, by task."""
+    samples = {
+        task: [(sample["doc_id"], sample["filtered_resps"]) for sample in rows]
+        for task, rows in results["samples"].items()
+    }
+    return {"results": results["results"], "samples": samples}
+
+
 def check_evaluation(recipe: Recipe) -> dict | None:
     """lm-eval on the live engine; results with samples, on rank 0."""
     trainer = make_trainer(recipe)
@@ -389,11 +398,7 @@ def check_evaluation(recipe: Recipe) -> dict | None:
     results = trainer.results["before"]
     if results is None:
         return None
-    samples = {
-        task: [(sample["doc_id"], sample["filtered_resps"]) for sample in rows]
-        for task, rows in results["samples"].items()
-    }
-    return {"results": results["results"], "samples": samples}
+    return scores_and_answers(results)
 
 
 def check_stock_evaluation(recipe: Recipe) -> dict | None:
@@ -415,8 +420,4 @@ def check_stock_evaluation(recipe: Recipe) -> dict | None:
         apply_chat_template=recipe.eval.chat_template,
         task_manager=TaskManager(include_path=recipe.eval.include_path),
     )
-    samples = {
-        task: [(sample["doc_id"], sample["filtered_resps"]) for sample in rows]
-        for task, rows in results["samples"].items()
-    }
-    return {"results": results["results"], "samples": samples}
+    return scores_and_answers(results)

@@ -57,8 +57,10 @@ def files(folder: Path) -> list[str]:
 
 
 def test_a_run_leaves_what_the_readme_says(recipe, tiny, tmp_path):
+    shared_memory = sorted(Path("/dev/shm").glob("deepspeed*"))
     finished = launch(recipe)
     assert finished.returncode == 0, finished.stderr
+    assert sorted(Path("/dev/shm").glob("deepspeed*")) == shared_memory
     run = tmp_path / "run"
     assert files(run) == [
         "adapter/adapter.json",

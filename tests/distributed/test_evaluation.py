@@ -3,6 +3,7 @@
 import pytest
 
 from distributed import checks
+from distributed.reference import make_recipe
 
 
 def recipe_for(tiny, folder):
@@ -12,7 +13,7 @@ def recipe_for(tiny, folder):
         "batch_size": 4,
         "limit": 13,
     }
-    return checks.make_recipe(tiny, folder, eval=section)
+    return make_recipe(tiny, folder, eval=section)
 
 
 @pytest.fixture(scope="module")

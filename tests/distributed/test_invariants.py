@@ -3,6 +3,7 @@
 import pytest
 
 from distributed import checks
+from distributed.reference import make_recipe
 
 TARGET_SPLITS = [(1, 2), (2, 2), (4, 1), (4, 2)]
 
@@ -10,19 +11,19 @@ TARGET_SPLITS = [(1, 2), (2, 2), (4, 1), (4, 2)]
 @pytest.mark.parametrize("checkpoint", ["untied", "tied", "bias"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_dense_reference_agrees(ranks, tiny, tmp_path, world_size, checkpoint):
-    ranks(world_size)(checks.check_dense_reference, recipe=checks.make_recipe(tiny, tmp_path, checkpoint))
+    ranks(world_size)(checks.check_dense_reference, recipe=make_recipe(tiny, tmp_path, checkpoint))
 
 
 @pytest.mark.parametrize("reentrant", ["reentrant", "non_reentrant"])
 @pytest.mark.parametrize("backend", ["dense", "sampled"])
 def test_dense_reference_agrees_with_checkpointing(ranks, tiny, tmp_path, reentrant, backend):
     train = {"activation_checkpointing": reentrant, "sparse_backend": backend}
-    recipe = checks.make_recipe(tiny, tmp_path, train=train)
+    recipe = make_recipe(tiny, tmp_path, train=train)
     ranks(2)(checks.check_dense_reference, recipe=recipe)
 
 
 def test_weight_decay_and_schedule_agree_with_the_reference(ranks, tiny, tmp_path):
-    recipe = checks.make_recipe(tiny, tmp_path, optimizer={"weight_decay": 0.1})
+    recipe = make_recipe(tiny, tmp_path, optimizer={"weight_decay": 0.1})
     ranks(2)(checks.check_dense_reference, recipe=recipe)
 
 
@@ -30,7 +31,7 @@ def test_weight_decay_and_schedule_agree_with_the_reference(ranks, tiny, tmp_pat
 @pytest.mark.parametrize("checkpoint", ["untied", "tied"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_write_through_is_exact(ranks, tiny, tmp_path, world_size, checkpoint, dtype):
-    recipe = checks.make_recipe(tiny, tmp_path, checkpoint, model={"dtype": dtype})
+    recipe = make_recipe(tiny, tmp_path, checkpoint, model={"dtype": dtype})
     ranks(world_size)(checks.check_write_through, recipe=recipe)
 
 
@@ -38,7 +39,7 @@ def test_write_through_is_exact(ranks, tiny, tmp_path, world_size, checkpoint, d
 @pytest.mark.parametrize("checkpoint", ["untied", "tied"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_the_adapter_is_the_run(ranks, tiny, tmp_path, world_size, checkpoint, dtype):
-    recipe = checks.make_recipe(tiny, tmp_path, checkpoint, model={"dtype": dtype})
+    recipe = make_recipe(tiny, tmp_path, checkpoint, model={"dtype": dtype})
     ranks(world_size)(checks.check_adapter, recipe=recipe)
 
 
@@ -49,7 +50,7 @@ def test_world_size_and_split_are_no_input(ranks, tiny, tmp_path, salience, budg
     runs, adapters = [], []
     for world_size, micro_batch in TARGET_SPLITS if salience == "gradient" else TARGET_SPLITS[:2]:
         folder = tmp_path / f"{world_size}x{micro_batch}"
-        recipe = checks.make_recipe(
+        recipe = make_recipe(
             tiny,
             folder,
             mask={"salience": salience, "budget": budget},
@@ -79,24 +80,24 @@ def load_adapter(folder):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_nothing_dense_survives(ranks, tiny, tmp_path, world_size):
-    ranks(world_size)(checks.check_nothing_dense, recipe=checks.make_recipe(tiny, tmp_path))
+    ranks(world_size)(checks.check_nothing_dense, recipe=make_recipe(tiny, tmp_path))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_persistent_weights_are_not_stale(ranks, tiny, tmp_path, world_size):
     """The shipped threshold (100,000 elements) would keep every weight of this model whole."""
-    ranks(world_size)(checks.check_no_stale_copy, recipe=checks.make_recipe(tiny, tmp_path))
+    ranks(world_size)(checks.check_no_stale_copy, recipe=make_recipe(tiny, tmp_path))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_empty_slices(ranks, tiny, tmp_path, world_size):
-    recipe = checks.make_recipe(tiny, tmp_path, mask={"density": None, "num_trainable": 9})
+    recipe = make_recipe(tiny, tmp_path, mask={"density": None, "num_trainable": 9})
     ranks(world_size)(checks.check_empty_slices, recipe=recipe)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_without_any_entry(ranks, tiny, tmp_path, world_size):
-    recipe = checks.make_recipe(tiny, tmp_path, mask={"density": None, "num_trainable": 1})
+    recipe = make_recipe(tiny, tmp_path, mask={"density": None, "num_trainable": 1})
     lengths = ranks(world_size)(checks.check_ranks_without_entries, recipe=recipe)[0]
     assert sorted(lengths) == [0] * (world_size - 1) + [1]
 
@@ -104,7 +105,7 @@ def test_ranks_without_any_entry(ranks, tiny, tmp_path, world_size):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_small_reduce_buckets(ranks, tiny, tmp_path, world_size):
     """892 entries in buckets of 50 over all ranks: many, and the last one is short."""
-    recipe = checks.make_recipe(tiny, tmp_path, train={"reduce_bucket": 50})
+    recipe = make_recipe(tiny, tmp_path, train={"reduce_bucket": 50})
     ranks(world_size)(checks.check_dense_reference, recipe=recipe)
 
 
@@ -112,7 +113,7 @@ def test_small_reduce_buckets(ranks, tiny, tmp_path, world_size):
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_gradient_salience_is_autograds(ranks, tiny, tmp_path, world_size, checkpointing):
     # 13 samples in batches of 4: the last batch is short, and some rank gets a filler.
-    recipe = checks.make_recipe(
+    recipe = make_recipe(
         tiny, tmp_path, mask={"calibration_samples": 13}, train={"activation_checkpointing": checkpointing}
     )
     ranks(world_size)(checks.check_gradient_salience, recipe=recipe)
@@ -121,20 +122,20 @@ def test_gradient_salience_is_autograds(ranks, tiny, tmp_path, world_size, check
 def test_bf16_mask_is_the_same_at_every_world_size(ranks, tiny, tmp_path):
     masks = set()
     for world_size in (1, 2, 4):
-        recipe = checks.make_recipe(tiny, tmp_path / str(world_size), model={"dtype": "bfloat16"})
+        recipe = make_recipe(tiny, tmp_path / str(world_size), model={"dtype": "bfloat16"})
         masks |= {result["sha256"] for result in ranks(world_size)(checks.check_losses, recipe=recipe)}
     assert len(masks) == 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_nonfinite_loss_stops_every_rank(ranks, tiny, tmp_path, world_size):
-    messages = ranks(world_size)(checks.check_nonfinite, recipe=checks.make_recipe(tiny, tmp_path))
+    messages = ranks(world_size)(checks.check_nonfinite, recipe=make_recipe(tiny, tmp_path))
     assert all("the loss is" in message and "step 1" in message for message in messages)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_nonfinite_gradient_stops_every_rank(ranks, tiny, tmp_path, world_size):
-    messages = ranks(world_size)(checks.check_nonfinite_gradient, recipe=checks.make_recipe(tiny, tmp_path))
+    messages = ranks(world_size)(checks.check_nonfinite_gradient, recipe=make_recipe(tiny, tmp_path))
     assert all("the gradient norm is nan" in message for message in messages)
 
 
@@ -152,6 +153,6 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_input_is_refused_on_every_rank(ranks, tiny, tmp_path, name):
     sections, message = REFUSED[name]
-    recipe = checks.make_recipe(tiny, tmp_path / "run", "tied", **sections)
+    recipe = make_recipe(tiny, tmp_path / "run", "tied", **sections)
     messages = ranks(2)(checks.check_refused, recipe=recipe)
     assert all(message in text for text in messages), messages

@@ -1,0 +1,222 @@
+"""Checks of model, data, batch, run folder and DeepSpeed configuration before torch is imported."""
+
+import json
+
+import pytest
+
+from speft_ds.ds_config import load_ds_config
+from speft_ds.errors import RecipeError, UserError
+from speft_ds.preflight import check_inputs, check_output_dir
+from speft_ds.recipe import DS_CONFIGS_DIR, load_recipe
+from unit.written import load
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def ready(tmp_path):
+    """A recipe whose inputs are all there."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n\n' * 3)
+
+    def make(*overrides):
+        return load(tmp_path, "", "model.name_or_path=./model", *overrides)
+
+    return make
+
+
+def problems_of(recipe, world_size=1):
+    with pytest.raises(RecipeError) as caught:
+        check_inputs(recipe, world_size)
+    return str(caught.value)
+
+
+def test_good_inputs_pass(ready, tmp_path):
+    check_inputs(ready(), 2)
+    check_inputs(ready("model.name_or_path=owner/name"), 4)
+    (tmp_path / "rows.json").write_text('[{"prompt": "a", "response": "b"}]')
+    check_inputs(ready("data.path=rows.json"), 1)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "nowhere", "a/b/c"])
+def test_a_missing_model_folder(ready, name):
+    shown = problems_of(ready(f"model.name_or_path={name}"))
+    assert f"no model folder {name}" in shown and "model.name_or_path=/the/right/path" in shown
+
+
+@pytest.mark.parametrize("xdg", [None, "elsewhere"])
+def test_what_the_quickstart_prepares_is_named(ready, tmp_path, monkeypatch, xdg):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if xdg:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / xdg))
+    with pytest.raises(RecipeError) as caught:
+        check_inputs(load_recipe("quickstart"), 2)
+    fixes = [p.fix for p in caught.value.problems]
+    assert fixes == ["run `speft quickstart --prepare-only`, which makes it"] * 3
+
+
+def test_a_model_folder_without_a_config(ready, tmp_path):
+    (tmp_path / "model" / "config.json").unlink()
+    assert "the model folder ./model has no config.json" in problems_of(ready())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("rows.csv", "a", ["neither .json nor .jsonl"]),
+        ("rows.jsonl", None, ["no data file rows.jsonl", "mine.yaml:4 (data.path)"]),
+        ("rows.jsonl", "", ["rows.jsonl has no rows"]),
+        ("rows.jsonl", "\n \n", ["rows.jsonl has no rows"]),
+        ("rows.json", "[]", ["rows.json has no rows"]),
+        ("rows.json", "", ["rows.json has no rows"]),
+        ("rows.json", '{"prompt": 1}', ["holds a list of objects"]),
+        ("rows.json", '{"prompt": 1}\n{"prompt": 1}', ["not JSON", ".jsonl holds one JSON object a line"]),
+        ("rows.jsonl", "\n{nope}\n", ["not JSON", "rows.jsonl:2"]),
+        ("rows.jsonl", "[1]\n", ["a row is not a JSON object", "rows.jsonl:1"]),
+        ("rows.jsonl", b"\xff\xff", ["cannot read the data file"]),
+        (
+            "rows.jsonl",
+            '{"promt": 1, "output": 2}',
+            ["did you mean data.prompt_column=promt?", "data.response_column=COLUMN, one of: promt, output"],
+        ),
+    ],
+)
+def test_bad_data_files(ready, tmp_path, name, content, expected):
+    (tmp_path / "rows.jsonl").unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    shown = problems_of(ready() if name == "rows.jsonl" else ready(f"data.path={name}"))
+    for part in expected:
+        assert part in shown
+
+
+def test_a_data_folder_is_no_data_file(ready, tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    assert "no data file folder.jsonl" in problems_of(ready("data.path=folder.jsonl"))
+
+
+def test_only_the_first_rows_are_read(ready, tmp_path):
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"prompt": "a", "response": "b"}\n' * 5 + "broken")
+    check_inputs(ready(), 1)  # the rest is read, and checked, when it is tokenised
+
+
+def test_a_batch_that_the_ranks_cannot_share(ready):
+    shown = problems_of(ready(), 8)
+    assert "train.global_batch=16 is not divisible by train.micro_batch=4 x 8 ranks" in shown
+    assert "train.global_batch=32, or train.micro_batch= one of 1, 2" in shown
+    shown = problems_of(ready(), 3)
+    assert "fix: train.global_batch=12 or 24\n" in shown + "\n"
+
+
+def test_a_missing_task_folder_and_all_problems_at_once(ready):
+    overrides = ["eval.include_path=tasks", "data.path=x.jsonl", "deepspeed.config=z"]
+    recipe = ready(*overrides, "model.name_or_path=./x")
+    shown = problems_of(recipe, 3)
+    assert "5 problems" in shown and "no task folder tasks" in shown
+    assert "command line: eval.include_path=tasks" in shown
+
+
+def test_a_run_folder_that_is_not_empty(ready, tmp_path):
+    recipe = ready("output_dir=run")
+    check_output_dir(recipe)
+    (tmp_path / "run").mkdir()
+    check_output_dir(recipe)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"run is not empty(.|\n)*output_dir=run-2(.|\n)*rm -r run"):
+        check_output_dir(recipe)
+
+
+# DeepSpeed
+
+
+def test_ds_config_is_merged_with_what_the_recipe_owns(ready):
+    config = load_ds_config(ready("train.global_batch=32", "model.dtype=float32"), 2)
+    assert config["train_batch_size"] == 32
+    assert config["train_micro_batch_size_per_gpu"] == 4
+    assert config["gradient_accumulation_steps"] == 4
+    assert config["bf16"] == {"enabled": False}
+    assert config["steps_per_print"] >= 10**9
+    file = json.loads((DS_CONFIGS_DIR / "zero3_bf16.json").read_text())
+    assert config["zero_optimization"] == file["zero_optimization"]
+    with pytest.raises(RecipeError, match="not divisible"):
+        load_ds_config(ready(), 3)
+
+
+def test_the_given_configs_differ_in_overlap_alone():
+    gpu, cpu = (
+        json.loads((DS_CONFIGS_DIR / f"{name}.json").read_text())["zero_optimization"]
+        for name in ("zero3_bf16", "zero3_cpu")
+    )
+    assert (gpu.pop("overlap_comm"), cpu.pop("overlap_comm")) == (True, False)
+    assert gpu == cpu and not any(isinstance(value, float) for value in gpu.values())
+
+
+def test_steps_per_print_may_be_given(ready, tmp_path):
+    (tmp_path / "ds.json").write_text('{"steps_per_print": 5, "zero_optimization": {"stage": 3}}')
+    assert load_ds_config(ready("deepspeed.config=ds.json"), 1)["steps_per_print"] == 5
+
+
+OWNED = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch",
+    "optimizer": "optimizer.name",
+    "scheduler": "optimizer.schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "gradient_clipping": "optimizer.clip_norm",
+}
+
+
+@pytest.mark.parametrize("key", OWNED)
+def test_keys_that_recipes_own_are_refused(ready, tmp_path, key):
+    (tmp_path / "ds.json").write_text(json.dumps({key: 1, "zero_optimization": {"stage": 3}}))
+    with pytest.raises(UserError) as caught:
+        load_ds_config(ready("deepspeed.config=ds.json"), 1)
+    assert f"the recipe owns {key}" in str(caught.value) and OWNED[key] in str(caught.value)
+    assert f"`{key}`" in (DS_CONFIGS_DIR / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("zero", "what"),
+    [
+        (None, "only ZeRO stage 3"),
+        ({}, "only ZeRO stage 3"),
+        ({"stage": 2}, "only ZeRO stage 3"),
+        ({"stage": 3, "zero_quantized_weights": True}, "zero_quantized_weights: true is not supported yet"),
+        ({"stage": 3, "zero_quantized_nontrainable_weights": True}, "nontrainable_weights: true is not"),
+        ({"stage": 3, "zero_hpz_partition_size": 8}, "zero_hpz_partition_size: 8 is not supported yet"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, "offload_param: .* is not supported yet"),
+    ],
+)
+def test_zero_settings_that_are_refused(ready, tmp_path, zero, what):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(RecipeError, match=what):
+        load_ds_config(ready("deepspeed.config=ds.json"), 1)
+
+
+def test_zero_settings_that_are_fine(ready, tmp_path):
+    zero = {"stage": 3, "zero_hpz_partition_size": 1, "zero_quantized_weights": False}
+    zero["offload_param"] = {"device": "cpu"}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    load_ds_config(ready("deepspeed.config=ds.json"), 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"), [("{,}", "not readable as JSON"), ("[]", "is one JSON object"), ("\xff", "JSON")]
+)
+def test_ds_configs_that_cannot_be_read(ready, tmp_path, content, what):
+    (tmp_path / "ds.json").write_text(content, encoding="latin-1")
+    assert what in problems_of(ready("deepspeed.config=ds.json"))
+
+
+def test_unknown_ds_configs(ready):
+    shown = problems_of(ready("deepspeed.config=zero3_bf61"))
+    assert "no DeepSpeed config zero3_bf61" in shown and "did you mean zero3_bf16" in shown
+    assert "no DeepSpeed config nowhere.json" in problems_of(ready("deepspeed.config=nowhere.json"))

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from speft_ds import distributed
 from speft_ds.errors import UserError
+from speft_ds.files import flush_to_disk, write_json, write_safetensors
+from speft_ds.partition import Layout
+from speft_ds.selection import gather_indices
 from speft_ds.sparse import SparseState
 
 FORMAT_VERSION = 1
@@ -28,7 +30,7 @@ TENSORS, FACTS = "adapter.safetensors", "adapter.json"
 
 
 def save_adapter(folder: Path, state: SparseState, facts: dict) -> None:
-    """Write the trained entries of all ranks to `folder`; every rank calls this, rank 0 writes.
+    """Write all entries ever trained (and not reverted) to `folder`; every rank calls this, rank 0 writes.
 
     Written to a temporary folder, read back and compared, then renamed.
 
@@ -37,19 +39,23 @@ def save_adapter(folder: Path, state: SparseState, facts: dict) -> None:
     Raises:
         UserError: on every rank, when rank 0 cannot write (disk full, no permission) or a delta is NaN.
     """
-    by_rank = distributed.all_gather_padded(state.delta.detach(), state.layout.lengths)
-    facts = {**facts, "mask": state.mask.facts()}
-    distributed.on_rank_0(lambda: write_adapter(folder, adapter_tensors(state, by_rank), facts))
+    local, delta = state.touched()
+    numel = {name: state.mask.numel(name) for name in state.mask.shape}
+    index = gather_indices(local, numel)
+    layout = Layout.of(index, numel, distributed.world_size())
+    by_rank = distributed.all_gather_padded(delta, layout.lengths)
+    facts = {**facts, "num_entries": sum(layout.lengths), "mask": state.mask.facts()}
+    distributed.on_rank_0(lambda: write_adapter(folder, adapter_tensors(index, layout, by_rank), facts))
 
 
-def adapter_tensors(state: SparseState, by_rank: list[Tensor]) -> dict[str, Tensor]:
-    """Every rank's flat delta -> per weight index and delta, in index order, on the CPU."""
+def adapter_tensors(index: dict[str, Tensor], layout: Layout, by_rank: list[Tensor]) -> dict[str, Tensor]:
+    """Global indices and every rank's flat deltas -> per weight index and delta, on the CPU."""
     tensors = {}
-    for name, index in state.mask.index.items():
-        if index.numel() == 0:
+    for name, positions in index.items():
+        if positions.numel() == 0:
             continue
-        delta = [by_rank[rank][state.layout.local_slice(name, rank)] for rank in range(state.world_size)]
-        tensors[f"{name}.index"] = index.cpu().contiguous()
+        delta = [values[layout.local_slice(name, rank)] for rank, values in enumerate(by_rank)]
+        tensors[f"{name}.index"] = positions.cpu().contiguous()
         tensors[f"{name}.delta"] = torch.cat(delta).cpu().contiguous()
     return tensors
 
@@ -60,30 +66,14 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], facts: dict) -> None
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        save_file(tensors, temporary / TENSORS)
+        write_safetensors(temporary / TENSORS, tensors)
         digest = hashlib.sha256((temporary / TENSORS).read_bytes()).hexdigest()
-        document = {"format_version": FORMAT_VERSION, "tensors_sha256": digest, **facts}
-        (temporary / FACTS).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        for path in (temporary / TENSORS, temporary / FACTS, temporary):
-            flush_to_disk(path)
-        written, _ = read_adapter(temporary)
-        for name, tensor in tensors.items():
-            if not torch.equal(written[name], tensor):
-                raise OSError(f"{name} read back differs from what was written")
+        write_json(temporary / FACTS, {"format_version": FORMAT_VERSION, "tensors_sha256": digest, **facts})
+        flush_to_disk(temporary)
+        read_adapter(temporary)  # every check that a later reader makes
         temporary.rename(folder)
-    except SafetensorError as error:  # safetensors' own word for a full disk
-        raise OSError(str(error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], dict]:

@@ -1,4 +1,4 @@
-"""The `speft` command: list and show recipes, run the quickstart. Imports no torch."""
+"""The `speft` command: list and show recipes, run the quickstart, score, compare masks. Imports no torch."""
 
 import math
 import os
@@ -6,25 +6,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from speft_ds.entry import Job, checked_recipe
 from speft_ds.errors import UserError
-from speft_ds.preflight import check_inputs, check_output_dir
-from speft_ds.recipe import (
-    RECIPES_DIR,
-    ROOT,
-    Recipe,
-    list_recipes,
-    load_recipe,
-    resolved_yaml,
-)
+from speft_ds.preflight import check_output_dir
+from speft_ds.recipe import RECIPES_DIR, ROOT, list_recipes, load_recipe, resolved_yaml
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Sparse fine-tuning on DeepSpeed ZeRO-3.")
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="recipe keys to change")]
+Ranks = Annotated[int | None, typer.Option(min=1, help="default: one a GPU, or 2 on the CPU")]
 
 
 @app.command("ls")
@@ -49,11 +44,11 @@ def show(recipe: str, overrides: Overrides = None) -> None:
     typer.echo(resolved_yaml(load_recipe(recipe, overrides or [])), nl=False)
 
 
-@app.command("quickstart")
+@app.command("quickstart", epilog="Example: speft quickstart train.steps=20")
 def quickstart(
     overrides: Overrides = None,
     prepare_only: Annotated[bool, typer.Option("--prepare-only", help="make the inputs, and stop")] = False,
-    ranks: Annotated[int | None, typer.Option(min=1, help="default: one a GPU, or 2 on the CPU")] = None,
+    ranks: Ranks = None,
 ) -> None:
     """Prepare a small model and data, then train and score it."""
     overrides = overrides or []
@@ -65,20 +60,58 @@ def quickstart(
         return
     num_gpus = count_gpus()
     world_size = ranks or num_gpus or 2
-    recipe, overrides = _fit(overrides, world_size)
-    check_inputs(recipe, world_size)
-    check_output_dir(recipe)
+    _launch("train", "quickstart", _fit(overrides, world_size), ranks, num_gpus)
+
+
+@app.command("score", epilog="Example: speft score quickstart mask.salience=snip mask.density=0.01 --ranks 2")
+def score(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="a name in recipes/ or the path of a YAML file")
+    ],
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+) -> None:
+    """Score the weights and select a mask; train nothing.
+
+    Writes mask.safetensors, mask.png and score.json to the run folder. Train with the mask by
+    mask.load=RUN_FOLDER.
+    """
+    _launch("score", recipe, overrides or [], ranks, count_gpus())
+
+
+@app.command(
+    "compare-masks", epilog="Example: speft compare-masks runs/a/mask.safetensors runs/b --output compare.png"
+)
+def compare_masks(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="MASK", help="two or more: files or folders of masks or adapters")
+    ],
+    output: Annotated[Path | None, typer.Option(help="a picture of the table, .png")] = None,
+) -> None:
+    """Print how much masks overlap: entries that two share over entries that either has (Jaccard)."""
+    if len(paths) < 2:
+        fix = f"name another: speft compare-masks {paths[0]} runs/other/mask.safetensors"
+        raise UserError("one mask has nothing to be compared with", "command line", fix)
+    from speft_ds.compare import compare  # late, because it imports torch
+
+    compare(paths, output)
+
+
+def _launch(job: Job, recipe: str, overrides: list[str], ranks: int | None, num_gpus: int) -> NoReturn:
+    """Check, start the job under the deepspeed launcher, and exit as it does."""
+    world_size = ranks or num_gpus or 2
+    check_output_dir(checked_recipe(job, recipe, overrides, world_size))
     # With GPUs and no --ranks, the launcher itself takes every GPU that it may see.
     num_gpus_flag = [] if num_gpus and ranks is None else ["--num_gpus", str(world_size)]
-    train = [str(ROOT / "launch" / "train.py"), "--recipe", "quickstart", *overrides]
-    command = [_find_deepspeed(), *num_gpus_flag, *train]
+    script = [str(ROOT / "launch" / f"{job}.py"), "--recipe", recipe, *overrides]
+    command = [_find_deepspeed(), *num_gpus_flag, *script]
     typer.echo(f"$ {' '.join(command)}")
     code = subprocess.run(command, env=_environment(num_gpus, world_size), check=False).returncode
     raise typer.Exit(code if code >= 0 else 128 - code)  # a signal, as shells report it
 
 
-def _fit(overrides: list[str], world_size: int) -> tuple[Recipe, list[str]]:
-    """Choose what the user left open: a free run folder, and a micro-batch that all the ranks can share."""
+def _fit(overrides: list[str], world_size: int) -> list[str]:
+    """Overrides for what the user left open: a free run folder, a micro-batch that all ranks can share."""
     recipe = load_recipe("quickstart", overrides)
     given = {text.partition("=")[0] for text in overrides}
     if "output_dir" not in given:
@@ -91,7 +124,7 @@ def _fit(overrides: list[str], world_size: int) -> tuple[Recipe, list[str]]:
     if "train.micro_batch" not in given and not left_over and micro < recipe.train.micro_batch:
         overrides = [*overrides, f"train.micro_batch={micro}"]
         typer.echo(f"for {world_size} ranks: train.micro_batch={micro}")
-    return load_recipe("quickstart", overrides), overrides
+    return overrides
 
 
 def _free_folder(folder: str) -> str:

@@ -136,9 +136,12 @@ def num_logits(labels: Tensor) -> int:
     return labels.shape[1] - first_label + 1  # the token before a label predicts it
 
 
-def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the token cross-entropies (fp32) of [rows, tokens, vocabulary] logits at the labelled tokens."""
+def summed_loss(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """Sum of the token cross-entropies (fp32) of [rows, tokens, vocabulary] logits at the labelled tokens.
+
+    Args:
+        temperature: the logits are divided by it.
+    """
     predicted = labels[:, 1:] != IGNORED
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1][predicted].float(), labels[:, 1:][predicted], reduction="sum"
-    )
+    scaled = logits[:, :-1][predicted].float() / temperature
+    return torch.nn.functional.cross_entropy(scaled, labels[:, 1:][predicted], reduction="sum")

@@ -74,6 +74,12 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Maximum over ranks, in place."""
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
 def broadcast_object(value: object) -> object:
     """Rank 0's value on every rank."""
     box = [value]
@@ -125,6 +131,20 @@ def exchange(pieces: Tensor) -> Tensor:
     received = torch.empty_like(pieces)
     dist.all_to_all_single(received, pieces)
     return received
+
+
+def gather(piece: Tensor, owner: int) -> Tensor | None:
+    """[world_size, n] pieces of all ranks, on the owner alone; None elsewhere."""
+    pieces = piece.new_empty(world_size(), piece.numel()) if rank() == owner else None
+    dist.gather(piece, None if pieces is None else list(pieces), dst=owner)
+    return pieces
+
+
+def scatter(pieces: Tensor | None, owner: int, length: int) -> Tensor:
+    """This rank's [length] row of the owner's [world_size, length] fp32 pieces; None on the other ranks."""
+    own = torch.empty(length, dtype=torch.float32, device=device())
+    dist.scatter(own, None if pieces is None else list(pieces), src=owner)
+    return own
 
 
 def on_rank_0(action: Callable[[], None]) -> None:

@@ -8,6 +8,7 @@ calls `engine(...)`, `engine.backward(loss)`, `engine.step()` train the sparse s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
@@ -17,9 +18,11 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from speft_ds.errors import UserError
-from speft_ds.optimizer import clip_factor, global_norm
+from speft_ds.optimizer import AdamW, clip_factor, global_norm
 from speft_ds.partition import shard_range
 from speft_ds.sparse import SparseState
+
+OnGradient = Callable[[Tensor], Tensor | None]
 
 
 def shard_of(parameter: nn.Parameter) -> Tensor:
@@ -59,8 +62,9 @@ class SparseZeroOptimizer(ZeROOptimizer):
         super().__init__()
         self.offload = offload
         self.state: SparseState | None = None
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.optimizer: AdamW | None = None
         self.weights: list[nn.Parameter] = []
+        self.on_gradient: OnGradient | None = None
         self.clip_norm: float | None = None
         self.overflow = False
         self._global_grad_norm = 0.0
@@ -72,9 +76,10 @@ class SparseZeroOptimizer(ZeROOptimizer):
     def param_groups(self) -> list:
         return self.optimizer.param_groups if self.optimizer else []
 
-    def attach(self, state: SparseState, optimizer, clip_norm: float | None, weights: list) -> None:
+    def attach(self, state: SparseState, optimizer, clip_norm, on_gradient, weights: list) -> None:
         """Train `state` with `optimizer`, whose one parameter is the state's delta; see SparseEngine."""
         self.state, self.optimizer, self.clip_norm, self.weights = state, optimizer, clip_norm, weights
+        self.on_gradient = on_gradient
 
     def backward_epilogue(self, **kwargs) -> None:
         # The embedding takes ids, so its post-backward hook never fires; neither does that of a layer
@@ -88,12 +93,15 @@ class SparseZeroOptimizer(ZeROOptimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """Clip by the global norm, step the optimizer, write the deltas into the shards.
+        """Clip by the global norm of what steps, step the optimizer, write the deltas into the shards.
 
         Raises:
             UserError: the global gradient norm is not finite (on every rank, before anything changes).
         """
         gradient = self.state.delta.grad
+        active = self.on_gradient(gradient) if self.on_gradient else None
+        if active is not None:
+            gradient.masked_fill_(~active, 0.0)
         self._global_grad_norm = global_norm(gradient)
         if not math.isfinite(self._global_grad_norm):
             raise UserError(
@@ -102,7 +110,7 @@ class SparseZeroOptimizer(ZeROOptimizer):
                 fix="lower optimizer.lr, or train with model.dtype=float32",
             )
         gradient.mul_(clip_factor(self._global_grad_norm, self.clip_norm))
-        self.optimizer.step()
+        self.optimizer.step(active=active)
         release(self.weights)
         self.state.write_through()
 
@@ -118,11 +126,22 @@ class SparseEngine(DeepSpeedEngine):
         return SparseZeroOptimizer(super()._configure_zero_optimizer(None))
 
     def attach(
-        self, state: SparseState, optimizer: torch.optim.Optimizer, lr_scheduler, clip_norm: float | None
+        self,
+        state: SparseState,
+        optimizer: AdamW,
+        lr_scheduler,
+        clip_norm: float | None,
+        on_gradient: OnGradient | None = None,
     ) -> None:
-        """Give the engine what it trains. Until then it only evaluates and calibrates."""
-        weights = dict(self.module.named_parameters())
-        self.optimizer.attach(state, optimizer, clip_norm, [weights[name] for name in state.mask.shape])
+        """Give the engine what it trains, at the start and after every change of the mask.
+
+        Args:
+            on_gradient: sees the summed gradient [num_local] of this rank's entries before each step, and
+                says which of them step ([num_local] bool; None: all).
+        """
+        parameters = dict(self.module.named_parameters())
+        weights = [parameters[name] for name in state.mask.shape]
+        self.optimizer.attach(state, optimizer, clip_norm, on_gradient, weights)
         self.lr_scheduler = lr_scheduler
 
     def after_plain_backward(self) -> None:
@@ -160,8 +179,15 @@ def build_engine(model: nn.Module, ds_config: dict, targets: dict[str, nn.Linear
     # Something must need a gradient for autograd to walk the frozen layers. After DeepSpeed's hooks, so
     # that they see an output without gradient and do not gather the embedding again in the backward.
     model.get_input_embeddings().register_forward_hook(_require_grad)
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(_contiguous)
     return engine
 
 
 def _require_grad(module: nn.Module, inputs, output: Tensor) -> Tensor:
     return output.requires_grad_(True) if torch.is_grad_enabled() else output
+
+
+def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # Of a slice of the positions, torch multiplies a copy of the vocabulary's weight for every row.
+    return tuple(x.contiguous() for x in inputs)

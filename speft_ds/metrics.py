@@ -1,16 +1,37 @@
-"""What a user sees while a run goes on: metrics.jsonl, one tidy line a step or a progress bar."""
+"""What a user sees of a run: metrics.jsonl, one tidy line a step or a progress bar, seconds a stage."""
 
 from __future__ import annotations
 
 import json
 import resource
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from speft_ds import distributed
+
+
+def say(text: str) -> None:
+    """One tidy line, from rank 0."""
+    if distributed.rank() == 0:
+        print(text, flush=True)
+
+
+class Timings(dict[str, float]):
+    """Stage -> seconds, of all the times that it ran."""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self[name] = self.get(name, 0.0) + time.perf_counter() - start
 
 
 def peak_memory_gib() -> float:

@@ -56,17 +56,20 @@ def load_base(name_or_path: str, dtype: str, ds_config: dict) -> nn.Module:
     return model
 
 
-def find_targets(model: nn.Module, patterns: list[str] | None) -> dict[str, nn.Linear]:
+def find_targets(
+    model: nn.Module, patterns: list[str] | None, layers: list[int] | None = None
+) -> dict[str, nn.Linear]:
     """The linears whose weights may be trained, by weight name, in model order.
 
     Args:
         patterns: shell patterns on the module name or its last part (`q_proj`, `*.mlp.*`); None stands
             for every `nn.Linear` of the decoder layers, that is, inside a `ModuleList`.
+        layers: first and last decoder layer, both included, to restrict to; None: all.
     Raises:
-        UserError: a pattern, or the default, matches nothing.
+        UserError: a pattern, the default or the range matches nothing.
     """
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    inside = {name: m for name, m in linears.items() if any(part.isdigit() for part in name.split("."))}
+    inside = {name: module for name, module in linears.items() if layer_number(name) is not None}
     if patterns is None:
         found, unmatched = inside, [] if inside else ["every nn.Linear of the decoder layers"]
     else:
@@ -81,7 +84,32 @@ def find_targets(model: nn.Module, patterns: list[str] | None) -> dict[str, nn.L
             where="mask.targets",
             fix=f"this model's linear layers are named: {', '.join(known) or '(none: it has no nn.Linear)'}",
         )
+    if layers is not None:
+        found = in_layers(found, layers)
     return {f"{name}.weight": module for name, module in found.items()}
+
+
+def in_layers(linears: dict[str, nn.Linear], layers: list[int]) -> dict[str, nn.Linear]:
+    """Those of the decoder layers from the first to the last of `layers`."""
+    numbers = sorted({number for name in linears if (number := layer_number(name)) is not None})
+    if not numbers or not numbers[0] <= layers[0] <= layers[1] <= numbers[-1]:
+        there = f"{numbers[0]} to {numbers[-1]}" if numbers else "none"
+        raise UserError(
+            f"layers {layers[0]} to {layers[1]} are asked for; the targets are in layers: {there}",
+            where="mask.layers",
+            fix=f"mask.layers=[{numbers[0]}, {numbers[-1]}], or less" if numbers else "mask.layers=null",
+        )
+    return {name: m for name, m in linears.items() if layer_number(name) in range(layers[0], layers[1] + 1)}
+
+
+def layer_number(name: str) -> int | None:
+    """The decoder layer that a module or weight name is in: its first number. None outside the layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def target_shapes(targets: dict[str, nn.Linear]) -> dict[str, tuple[int, int]]:
+    """Weight name -> (out, in), whether or not the weights are gathered."""
+    return {name: tuple(full_shape(linear.weight)) for name, linear in targets.items()}
 
 
 def tied_targets(model: nn.Module, targets: dict[str, nn.Linear]) -> list[str]:
@@ -121,18 +149,22 @@ def _shift_right(value: Tensor, bits: int) -> Tensor:
     return (value >> bits) & (2 ** (64 - bits) - 1)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash of all weights: names, shapes, dtypes, bits. The same for a sharded and a plain model."""
+def fingerprint(model: nn.Module, rounded: torch.dtype | None = None) -> str:
+    """Hash of all weights: names, shapes, dtypes, bits. The same for a sharded and a plain model.
+
+    Args:
+        rounded: hash the weights rounded to this dtype, so that one checkpoint has one hash whether it
+            is loaded in this dtype or in a wider one.
+    """
     parameters = dict(model.named_parameters())
     hashes = []
     for parameter in parameters.values():
-        if is_sharded(parameter):
-            hashes.append(element_hash(*own_elements(parameter)))
-        else:
-            hashes.append(element_hash(parameter.detach(), 0))
+        values, start = own_elements(parameter) if is_sharded(parameter) else (parameter.detach(), 0)
+        hashes.append(element_hash(values if rounded is None else values.to(rounded), start))
     if any(is_sharded(parameter) for parameter in parameters.values()):
         hashes = [sum(column) % 2**64 for column in zip(*distributed.all_gather_objects(hashes), strict=True)]
     digest = hashlib.sha256()
     for (name, parameter), value in zip(parameters.items(), hashes, strict=True):
-        digest.update(f"{name} {tuple(full_shape(parameter))} {parameter.dtype} {value:016x}\n".encode())
+        dtype = rounded or parameter.dtype
+        digest.update(f"{name} {tuple(full_shape(parameter))} {dtype} {value:016x}\n".encode())
     return digest.hexdigest()

@@ -46,6 +46,18 @@ def owner_bounds(index: Tensor, numel: int, world_size: int) -> list[int]:
     return torch.searchsorted(index.to(torch.int64), edges).tolist()
 
 
+def locate(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each wanted key stands in sorted keys without repeats.
+
+    Returns:
+        [n] int64 positions, meaningful where the [n] bool says that the key is there.
+    """
+    if keys.numel() == 0:
+        return torch.zeros_like(wanted, dtype=torch.int64), torch.zeros_like(wanted, dtype=torch.bool)
+    position = torch.searchsorted(keys, wanted).clamp_(max=keys.numel() - 1)
+    return position, keys[position] == wanted
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the entries of every weight lie in the flat buffers of every rank.
@@ -56,6 +68,7 @@ class Layout:
     bounds: dict[str, list[int]]  # weight -> owner_bounds
     offsets: dict[str, list[int]]  # weight -> start of its slice in the flat buffer of each rank
     lengths: list[int]  # entries that each rank owns, over all weights
+    numel: dict[str, int]  # weight -> its elements
 
     @classmethod
     def of(cls, index: dict[str, Tensor], numel: dict[str, int], world_size: int) -> Layout:
@@ -66,7 +79,7 @@ class Layout:
             offsets[name] = list(lengths)
             for rank, (start, stop) in enumerate(pairwise(bounds[name])):
                 lengths[rank] += stop - start
-        return cls(bounds, offsets, lengths)
+        return cls(bounds, offsets, lengths, numel)
 
     def counts(self, name: str) -> list[int]:
         """Entries of this weight that each rank owns."""
@@ -76,3 +89,8 @@ class Layout:
         """This weight's slice of the flat buffers of `rank`."""
         start = self.offsets[name][rank]
         return slice(start, start + self.counts(name)[rank])
+
+    def local_index(self, name: str, index: Tensor, rank: int) -> Tensor:
+        """The entries of `rank` among a weight's [k] global indices, counted from the start of its shard."""
+        own = index[self.bounds[name][rank] : self.bounds[name][rank + 1]]
+        return own - shard_range(self.numel[name], rank, len(self.lengths))[0]

@@ -1,212 +1,23 @@
-"""Recipes: one YAML file an experiment. The closed schema, loading, and the checks that need no torch.
+"""Recipes: one YAML file an experiment. Loading it, overrides, and every problem with its line.
 
-Precedence: default < YAML < `key.sub=value`. Every problem is collected and shown at once.
+Precedence: default < YAML < `key.sub=value`. Every problem is collected and shown at once. Imports no torch.
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import pydantic
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
 
 from speft_ds.errors import RecipeError, UserError, closest, did_you_mean, explain
+from speft_ds.schema import FIELDS, SECTIONS, Recipe, expand_path
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES_DIR = ROOT / "recipes"
 DS_CONFIGS_DIR = ROOT / "ds_configs"
-CACHE = "~/.cache/speft_ds"
-
-
-def expand_path(path: str) -> str:
-    """Expand `~`; `~/.cache` follows XDG_CACHE_HOME where that is set."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    if cache and (path == "~/.cache" or path.startswith("~/.cache/")):
-        return cache.rstrip("/") + path.removeprefix("~/.cache")
-    return os.path.expanduser(path)
-
-
-def _number(value: Any) -> Any:
-    # YAML 1.1, which PyYAML speaks, reads 1e-3 as text: a float there needs a dot and a signed exponent.
-    is_exponent = isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value)
-    return float(value) if is_exponent else value
-
-
-def _exactly_one(value: Any, info: ValidationInfo, section: str, other: str) -> Any:
-    """Refuse both and neither. Silent where `other` is itself wrong: that is reported already."""
-    if other in info.data and (value is None) == (info.data[other] is None):
-        both = f"{section}.{info.field_name} and {section}.{other} are both"
-        if value is None:
-            raise _broken_rule(f"{both} null: one is needed", f"give {section}.{other} a value")
-        fix = f"keep one; on the command line, {section}.{other}=null switches the other off"
-        raise _broken_rule(f"{both} given, and they exclude each other", fix)
-    return value
-
-
-def _broken_rule(message: str, fix: str, **context: str) -> PydanticCustomError:
-    return PydanticCustomError("rule", "{message}", {"message": message, "fix": fix, **context})
-
-
-Text = Annotated[str, Field(min_length=1)]
-FilePath = Annotated[Text, AfterValidator(expand_path)]
-Float = Annotated[float, BeforeValidator(_number)]
-Count = Annotated[int, Field(ge=1)]
-Beta = Annotated[Float, Field(ge=0, lt=1)]
-Betas = Annotated[tuple[Beta, Beta], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
-
-
-def divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
-
-
-class _Section(BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Model(_Section):
-    name_or_path: FilePath = Field(description="a local model folder, or a hub id like owner/name")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="the dtype of the base weights")
-
-
-class Data(_Section):
-    path: FilePath = Field(description="a .json or .jsonl file of training rows")
-    prompt_column: Text = Field("prompt", description="the column of the prompt")
-    response_column: Text = Field("response", description="the column of the response, the loss's labels")
-    chat_template: bool = Field(True, description="wrap prompt and response in the tokenizer's chat template")
-    max_length: int = Field(1024, ge=8, description="the most tokens that a row may have")
-
-
-class Mask(_Section):
-    salience: Literal["gradient", "magnitude", "random"] = Field(
-        "gradient", description="how each weight is scored"
-    )
-    density: Float | None = Field(0.005, gt=0, le=1, description="the fraction of the targets to train")
-    num_trainable: Count | None = Field(
-        None, validate_default=True, description="how many weights to train, in place of density"
-    )
-    budget: Literal["global", "per_layer"] = Field("global", description="one threshold for all, or one each")
-    targets: list[Text] | None = Field(
-        None, min_length=1, description="module name patterns; null: every nn.Linear of the decoder layers"
-    )
-    calibration_samples: Count = Field(64, description="rows that the gradient salience is computed from")
-    calibration_batch: Count = Field(
-        4, description="rows a calibration micro-batch, fixed so that the mask does not depend on the ranks"
-    )
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _count_switches_density_off(cls, data: Any) -> Any:
-        counted = isinstance(data, dict) and data.get("num_trainable") is not None
-        return {"density": None, **data} if counted else data
-
-    @field_validator("num_trainable")
-    @classmethod
-    def _one_budget(cls, value: int | None, info: ValidationInfo) -> int | None:
-        return _exactly_one(value, info, "mask", "density")
-
-
-class Optimizer(_Section):
-    name: Literal["adamw"] = Field("adamw", description="the optimizer of the trained entries")
-    lr: Float = Field(1e-3, gt=0, description="the peak learning rate")
-    betas: Betas = Field((0.9, 0.999), description="the two decay rates of the moments, each in [0, 1)")
-    eps: Float = Field(1e-8, gt=0, description="added to the denominator of the update")
-    weight_decay: Float = Field(0.0, ge=0, description="decoupled weight decay")
-    clip_norm: Float | None = Field(1.0, gt=0, description="the largest global gradient norm; null: any")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="lr after the warm-up")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-
-
-class Train(_Section):
-    steps: Count | None = Field(None, description="optimizer steps, in place of epochs")
-    epochs: Float | None = Field(1.0, gt=0, validate_default=True, description="passes over the data")
-    global_batch: Count = Field(16, description="rows an optimizer step, over all ranks")
-    micro_batch: Count = Field(
-        4, validate_default=True, description="rows a rank takes in one forward; must divide global_batch"
-    )
-    activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = Field(
-        "none", description="recompute activations in the backward: less memory, more time"
-    )
-    sparse_backend: Literal["auto", "dense", "sampled"] = Field(
-        "auto", description="how the sparse weight gradient is computed"
-    )
-    reduce_bucket: Count = Field(16_777_216, description="entries reduced between ranks in one call")
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _steps_switch_epochs_off(cls, data: Any) -> Any:
-        counted = isinstance(data, dict) and data.get("steps") is not None
-        return {"epochs": None, **data} if counted else data
-
-    @field_validator("epochs")
-    @classmethod
-    def _one_length(cls, value: float | None, info: ValidationInfo) -> float | None:
-        return _exactly_one(value, info, "train", "steps")
-
-    @field_validator("micro_batch")
-    @classmethod
-    def _divides(cls, value: int, info: ValidationInfo) -> int:
-        batch = info.data.get("global_batch", value)  # absent where it is itself wrong
-        if batch % value:
-            message = f"train.micro_batch={value} does not divide train.global_batch={batch}"
-            fix = f"train.micro_batch= one of {divisors(batch)}"
-            raise _broken_rule(message, fix)
-        return value
-
-
-class DeepSpeed(_Section):
-    config: FilePath = Field("zero3_bf16", description="a name in ds_configs/, or a path to a JSON file")
-
-
-class Eval(_Section):
-    tasks: list[Text] = Field([], description="lm-eval task names; empty: no evaluation")
-    include_path: FilePath | None = Field(None, description="a folder of task files of your own")
-    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="null: the task's own")
-    limit: Count | None = Field(None, description="documents a task; null: all")
-    batch_size: Count = Field(16, description="documents a rank scores at once")
-    chat_template: bool = Field(True, description="wrap the prompts in the tokenizer's chat template")
-    before: bool = Field(True, description="score the untouched model")
-    after: bool = Field(True, description="score the trained model")
-
-
-class Recipe(_Section):
-    """One experiment, checked and with every default filled in."""
-
-    model: Model = Field(description="the frozen base")
-    data: Data = Field(description="the training rows")
-    mask: Mask = Field(Mask(), description="which weights are trained")
-    optimizer: Optimizer = Field(Optimizer(), description="how they are trained")
-    train: Train = Field(Train(), description="how long, and in what batches")
-    deepspeed: DeepSpeed = Field(DeepSpeed(), description="how the base is sharded")
-    eval: Eval = Field(Eval(), description="what is scored before and after")
-    output_dir: FilePath | None = Field(None, description="the run folder; null: runs/<recipe name>")
-    seed: int = Field(0, ge=0, description="seeds the order of the rows and the random mask")
-    name: str = Field("recipe", description="the file's name; not a key of the YAML")
-    _sources: dict[str, str] = pydantic.PrivateAttr(default_factory=dict)
-
-    @field_validator("train")
-    @classmethod
-    def _warmup_fits(cls, train: Train, info: ValidationInfo) -> Train:
-        warmup = info.data["optimizer"].warmup_steps if "optimizer" in info.data else 0
-        if train.steps is not None and warmup > train.steps:
-            message = f"optimizer.warmup_steps={warmup} is more than train.steps={train.steps}"
-            fix = f"optimizer.warmup_steps={train.steps // 10}, or train.steps={warmup} or more"
-            raise _broken_rule(message, fix, key="optimizer.warmup_steps")
-        return train
-
-    def where(self, key: str) -> str:
-        """Where the value of a key such as `data.path` was set: file:line, command line, or default."""
-        return self._sources.get(key, f"{key} (default)")
-
-
-SECTIONS = {k: f.annotation for k, f in Recipe.model_fields.items() if isinstance(f.default, BaseModel)}
-SECTIONS = {"model": Model, "data": Data} | SECTIONS
-FIELDS = {f"{name}.{leaf}": f for name, cls in SECTIONS.items() for leaf, f in cls.model_fields.items()}
-FIELDS |= {key: Recipe.model_fields[key] for key in ("output_dir", "seed")}
 
 
 @dataclass
@@ -234,14 +45,29 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     draft.data["name"] = path.stem
     if draft.data.get("output_dir") is None:
         draft.data["output_dir"] = f"runs/{path.stem}"
+        draft.sources.pop("output_dir", None)  # null chooses nothing
     try:
-        recipe = Recipe.model_validate(draft.data)
+        recipe = Recipe.model_validate(draft.data, context={"given": draft.sources})
     except pydantic.ValidationError as failed:
         draft.problems += [explain(e, draft.sources, shown(path), FIELDS) for e in failed.errors()]
     if draft.problems:
         raise RecipeError(draft.problems, f"recipe {path.stem}")
     recipe._sources = draft.sources
     return recipe
+
+
+def for_scoring(recipe: Recipe) -> Recipe:
+    """The recipe as `speft score` runs it: the default run folder is runs/<recipe>-score-<salience>.
+
+    Raises:
+        UserError: the recipe loads a mask, which leaves nothing to score.
+    """
+    if recipe.mask.load is not None:
+        where = recipe.where("mask.load")
+        raise UserError("mask.load leaves nothing to score: it is a finished mask", where, "mask.load=null")
+    if "output_dir" in recipe._sources:
+        return recipe
+    return recipe.model_copy(update={"output_dir": f"runs/{recipe.name}-score-{recipe.mask.salience}"})
 
 
 def resolved_yaml(recipe: Recipe) -> str:

@@ -15,15 +15,23 @@ def summary(folder: Path) -> list[tuple[str, str]]:
     lines = [*score_lines(folder)]
     mask, timings = facts["mask"], facts["timings_s"]
     size = sum(path.stat().st_size for path in (folder / "adapter").iterdir())
-    total = sum(timings.values())
     lines += [
         ("trained entries", f"{mask['num_trainable']:,} of {mask['num_target_elements']:,}"),
         ("density", f"{mask['density']:.4%}"),
+        *change_lines(mask["changes"]),
         ("adapter size", f"{size / 2**20:.2f} MiB"),
-        ("seconds", f"{total:.0f} ({timings['training']:.0f} of them training)"),
+        ("seconds", f"{timings['total']:.0f} ({timings['training']:.0f} of them training)"),
         ("tokens/s", f"{facts['tokens_per_s']:.0f} on {facts['world_size']} rank(s)"),
     ]
     return lines
+
+
+def change_lines(changes: list[dict]) -> list[tuple[str, str]]:
+    """How far the mask went, if it changed."""
+    if not changes:
+        return []
+    last = changes[-1]["overlap_with_first"]
+    return [("mask changes", f"{len(changes)}; overlap of the last mask with the first {last:.1%}")]
 
 
 def score_lines(folder: Path) -> list[tuple[str, str]]:

@@ -51,7 +51,7 @@ def read_pairs(path: str, prompt_column: str, response_column: str) -> list[tupl
         for where, row in iterate_objects(Path(path))
     ]
     if not pairs:
-        raise UserError("the data file has no rows", path, "check data.path")
+        raise UserError("the data file has no rows", path, "write at least one row into it")
     return pairs
 
 

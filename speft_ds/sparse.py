@@ -10,6 +10,7 @@ so the shards, and every weight gathered from them, always contain the deltas.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from speft_ds import distributed
 from speft_ds.kernels import choose_backend, make_backend
 from speft_ds.mask import Mask
-from speft_ds.partition import Layout, shard_range
+from speft_ds.partition import Layout, locate
+
+Sink = Callable[[Tensor, Tensor], None]
 
 
 class _LinearWithSink(torch.autograd.Function):
@@ -39,19 +42,19 @@ class _LinearWithSink(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         if ctx.sink is not None:
             (x,) = saved
-            ctx.sink(x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1]))
+            ctx.sink(x, grad_y)
         grad_x = grad_y.matmul(weight) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, None
 
 
 class AdaptedLinear(nn.Linear):
-    """An `nn.Linear` with a frozen weight whose backward feeds `sink(x [tokens, in], grad_y [tokens, out])`.
+    """An `nn.Linear` with a frozen weight whose backward feeds `sink(x [..., in], grad_y [..., out])`.
 
     Without a sink it is a plain frozen linear and saves no activation. Made from a live `nn.Linear` by
     `adapt`, so that names, hooks and ZeRO-3 state stay as they are.
     """
 
-    sink: Callable[[Tensor, Tensor], None] | None = None
+    sink: Sink | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return _LinearWithSink.apply(x, self.weight, self.bias, self.sink)
@@ -62,6 +65,26 @@ def adapt(linear: nn.Linear) -> None:
     linear.__class__ = AdaptedLinear
 
 
+@dataclass
+class Entries:
+    """Some entries of this rank's shards: sorted keys (see `SparseState.keys`), pretrained values, deltas."""
+
+    key: Tensor  # [n] int64
+    base: Tensor  # [n] base dtype
+    delta: Tensor  # [n] fp32
+
+    @classmethod
+    def merge(cls, *pieces: Entries) -> Entries:
+        """All entries of the pieces, which have none in common."""
+        key, order = torch.cat([piece.key for piece in pieces]).sort()
+        base = torch.cat([piece.base for piece in pieces])[order]
+        return cls(key, base, torch.cat([piece.delta for piece in pieces])[order])
+
+    def pick(self, chosen: Tensor) -> Entries:
+        """Those at the chosen positions (or of a bool mask), in their order."""
+        return Entries(self.key[chosen], self.base[chosen], self.delta[chosen])
+
+
 class SparseState:
     """What one rank trains: `delta`, flat over all its entries, and what it needs to write it through.
 
@@ -70,70 +93,137 @@ class SparseState:
         shards: weight -> this rank's ZeRO-3 shard [shard_numel], written in place.
         backend: sparse gradient backend, `auto` to choose by device and density.
         bucket: entries of one reduce-scatter, over all ranks.
+        previous: the state that this one follows: entries of both masks keep base and delta.
+        revert: what becomes of entries that only `previous` has: True gives them their pretrained values
+            back; False keeps what they learnt, as `dropped`.
     """
 
-    def __init__(self, mask: Mask, shards: dict[str, Tensor], backend: str = "auto", bucket: int = 2**24):
+    def __init__(
+        self,
+        mask: Mask,
+        shards: dict[str, Tensor],
+        backend: str = "auto",
+        bucket: int = 2**24,
+        previous: SparseState | None = None,
+        revert: bool = False,
+    ):
         self.mask = mask
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.device = distributed.device()
         self.shards = {name: shards[name] for name in mask.shape}
-        numel = {name: mask.numel(name) for name in mask.shape}
-        self.layout = Layout.of(mask.index, numel, self.world_size)
+        self.gradient = SparseGradient(mask, self.device, backend, bucket)
+        self.layout = self.gradient.layout
         self.slices = {name: self.layout.local_slice(name, self.rank) for name in mask.shape}
         # Where the shards are, which may be host memory; base and delta where the optimizer is.
-        self.index = {name: self._local_index(name) for name in mask.shape}
-        base = [self.shards[name][index] for name, index in self.index.items()]
-        self.base = torch.cat(base).to(self.device)
-        self.delta = nn.Parameter(torch.zeros(self.num_local, dtype=torch.float32, device=self.device))
-        self.backends = {
-            name: choose_backend(backend, index.numel() / mask.numel(name), self.device)
-            for name, index in mask.index.items()
-        }
-        self.gradient = SparseGradient(self.layout, self.device, bucket)
+        local = self.gradient.local_index()
+        self.index = {name: index.to(self.shards[name].device) for name, index in local.items()}
+        zeros = torch.zeros(self.num_local, dtype=torch.float32, device=self.device)
+        entries = Entries(self.keys(), self._read(self.index), zeros)
+        self.dropped = entries.pick(slice(0, 0))
+        if previous is not None:
+            self._follow(previous, entries, revert)
+        self.base = entries.base
+        self.delta = nn.Parameter(entries.delta)
 
     @property
     def num_local(self) -> int:
         """Entries that this rank owns."""
         return self.layout.lengths[self.rank]
 
-    def _local_index(self, name: str) -> Tensor:
-        """[entries] sorted indices of this rank's entries into its shard of a weight, dtype as the mask's."""
-        bounds = self.layout.bounds[name]
-        own = self.mask.index[name][bounds[self.rank] : bounds[self.rank + 1]]
-        start, _ = shard_range(self.mask.numel(name), self.rank, self.world_size)
-        return (own - start).to(self.shards[name].device)
+    def keys(self) -> Tensor:
+        """[num_local] int64 sorted: the entries' positions in this rank's shards laid end to end."""
+        return torch.cat(
+            [self.index[name].to(self.device, torch.int64) + start for name, start in self.starts().items()]
+        )
 
-    def make_sink(self, name: str) -> Callable[[Tensor, Tensor], None] | None:
-        """What an adapted linear calls in its backward; None where the mask has no entry of this weight."""
-        index = self.mask.index[name]
-        if index.numel() == 0:
-            return None
-        sparse_gradient = make_backend(self.backends[name], index.to(self.device), self.mask.shape[name])
+    def starts(self) -> dict[str, int]:
+        """Weight -> where its shard starts when this rank's shards are laid end to end."""
+        starts, total = {}, 0
+        for name, shard in self.shards.items():
+            starts[name] = total
+            total += shard.numel()
+        return starts
 
-        def sink(x: Tensor, grad_y: Tensor) -> None:
-            self.gradient.add(name, sparse_gradient(x, grad_y))
+    def entries(self) -> Entries:
+        """The trained entries as they are now."""
+        return Entries(self.keys(), self.base, self.delta.detach())
 
-        return sink
+    def touched(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Every entry ever trained and not reverted: weight -> [n] sorted local index, and flat deltas."""
+        everything = Entries.merge(self.entries(), self.dropped)
+        return self._by_weight(everything.key), everything.delta
+
+    def _by_weight(self, key: Tensor) -> dict[str, Tensor]:
+        """Sorted keys -> weight -> local index into its shard."""
+        starts = self.starts()
+        edges = torch.searchsorted(key, torch.tensor([*starts.values()], device=key.device)).tolist()
+        pieces = zip(starts.items(), edges, [*edges[1:], key.numel()], strict=True)
+        return {name: key[first:last] - start for (name, start), first, last in pieces}
+
+    def _read(self, index: dict[str, Tensor]) -> Tensor:
+        """The shards' values at local indices, flat."""
+        values = [self.shards[name][where] for name, where in index.items()]
+        return torch.cat(values).to(self.device)
+
+    def _write(self, index: dict[str, Tensor], values: Tensor) -> None:
+        pieces = values.split([where.numel() for where in index.values()])
+        for (name, where), piece in zip(index.items(), pieces, strict=True):
+            shard = self.shards[name]
+            shard[where.to(shard.device)] = piece.to(shard.device)
+
+    @torch.no_grad()
+    def _follow(self, previous: SparseState, entries: Entries, revert: bool) -> None:
+        """Take over from the previous state what it knows of our entries, and its others as `dropped`."""
+        known = Entries.merge(previous.entries(), previous.dropped)
+        position, found = locate(known.key, entries.key)
+        entries.base[found] = known.base[position[found]]
+        entries.delta[found] = known.delta[position[found]]
+        others = known.pick(~locate(entries.key, known.key)[1])
+        if revert:
+            self._write(self._by_weight(others.key), others.base)
+        else:
+            self.dropped = others
+
+    @torch.no_grad()
+    def restore(self, delta: Tensor, dropped_key: Tensor, dropped_delta: Tensor) -> None:
+        """Take up saved deltas, of the mask's and of dropped entries; the shards hold pretrained values."""
+        self.delta.copy_(delta)
+        dropped = self._by_weight(dropped_key)
+        self.dropped = Entries(dropped_key, self._read(dropped), dropped_delta)
+        self._write(dropped, (self.dropped.base.float() + dropped_delta).to(self.base.dtype))
+        self.write_through()
 
     @torch.no_grad()
     def write_through(self) -> None:
         """shard[index] = (base + delta).to(base dtype), in place and local."""
-        values = (self.base.float() + self.delta).to(self.base.dtype)
-        for name, own in self.slices.items():
-            shard = self.shards[name]
-            shard[self.index[name]] = values[own].to(shard.device)
+        self._write(self.index, (self.base.float() + self.delta).to(self.base.dtype))
+
+
+def join(*sinks: Sink | None) -> Sink | None:
+    """One sink that feeds all that are there."""
+    there = [sink for sink in sinks if sink is not None]
+    if len(there) < 2:
+        return there[0] if there else None
+
+    def feed(x: Tensor, grad_y: Tensor) -> None:
+        for sink in there:
+            sink(x, grad_y)
+
+    return feed
 
 
 class SparseGradient:
-    """The k-long gradient of all entries on its way to their owners.
+    """The k-long gradient of a mask's entries on its way to their owners.
 
     `pending` is [world_size, longest]: row r holds, in the order of rank r's flat buffers, what this rank
     adds to the gradient of rank r's entries. A reduce-scatter sums each row to its owner; rows are padded
     to the longest only, so traffic is that of k entries when ownership is balanced.
     """
 
-    def __init__(self, layout: Layout, device: torch.device, bucket: int):
-        world_size = len(layout.lengths)
+    def __init__(self, mask: Mask, device: torch.device, backend: str, bucket: int):
+        world_size = distributed.world_size()
+        layout = Layout.of(mask.index, {name: mask.numel(name) for name in mask.shape}, world_size)
+        self.mask, self.layout, self.device = mask, layout, device
         self.columns = max(1, bucket // world_size)
         self.pending = torch.zeros(world_size, max(layout.lengths), dtype=torch.float32, device=device)
         self.own_length = layout.lengths[distributed.rank()]
@@ -147,6 +237,28 @@ class SparseGradient:
             ]
             for name in layout.bounds
         }
+        self.backends = {
+            name: choose_backend(backend, index.numel() / mask.numel(name), device)
+            for name, index in mask.index.items()
+        }
+        self.sinks = {name: self._make_sink(name) for name in mask.shape}
+
+    def local_index(self) -> dict[str, Tensor]:
+        """Weight -> sorted indices of this rank's entries into its shard."""
+        rank = distributed.rank()
+        return {name: self.layout.local_index(name, i, rank) for name, i in self.mask.index.items()}
+
+    def _make_sink(self, name: str) -> Sink | None:
+        """What an adapted linear calls in its backward; None where the mask has no entry of this weight."""
+        index = self.mask.index[name]
+        if index.numel() == 0:
+            return None
+        backend = make_backend(self.backends[name], index.to(self.device), self.mask.shape[name])
+
+        def sink(x: Tensor, grad_y: Tensor) -> None:
+            self.add(name, backend(x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])))
+
+        return sink
 
     def add(self, name: str, values: Tensor) -> None:
         """Accumulate the [k] fp32 gradient of one weight's entries, in index order."""

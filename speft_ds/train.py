@@ -2,52 +2,42 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import math
-import os
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from speft_ds import __version__, data, distributed
 from speft_ds.adapter import save_adapter
-from speft_ds.ds_config import load_ds_config
-from speft_ds.engine import SparseEngine, build_engine, shard_of
+from speft_ds.base import Base
 from speft_ds.errors import UserError
-from speft_ds.mask import Mask
-from speft_ds.metrics import MetricsLog, peak_memory_gib, tokens_per_second
-from speft_ds.model import find_targets, fingerprint, load_base, tied_targets
-from speft_ds.optimizer import make_optimizer, make_schedule
-from speft_ds.preflight import check_output_dir
-from speft_ds.recipe import Recipe, resolved_yaml
-from speft_ds.rows import read_pairs
-from speft_ds.salience import NEEDS_DATA, SALIENCE, Scorer, target_shapes
-from speft_ds.selection import entries_wanted, select
-from speft_ds.sparse import SparseState, adapt
+from speft_ds.files import write_json
+from speft_ds.mask import Mask, read_mask
+from speft_ds.metrics import MetricsLog, Timings, peak_memory_gib, say, tokens_per_second
+from speft_ds.preflight import check_output_dir, mask_file
+from speft_ds.recipe import resolved_yaml
+from speft_ds.schedule import SCHEDULES, Schedule, Training
+from speft_ds.schema import Recipe
+from speft_ds.selection import least_wanted
+from speft_ds.sparse import SparseState
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "lm_eval", "tokenizers")
 
 
-def say(text: str) -> None:
-    """One tidy line, from rank 0."""
-    if distributed.rank() == 0:
-        print(text, flush=True)
+def versions() -> dict[str, str]:
+    """Of all that a result may depend on, for run.json."""
+    own = {"python": platform.python_version(), "speft_ds": __version__}
+    return own | {name: version(name) for name in PACKAGES}
 
 
 class Trainer:
     """One run. Its methods are the stages, to be called in the order of `run`.
 
     Attributes (after construction):
-        engine: `SparseEngine` over the frozen, sharded base.
-        targets: weight name -> linear whose weight may be trained; `shapes`: weight name -> (out, in).
-        num_trainable: entries that the mask will have, over all ranks.
+        base: the frozen, sharded base on its engine.
         rows: tokenised training rows, the same on every rank.
         timings: stage -> seconds.
     """
@@ -55,85 +45,91 @@ class Trainer:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.folder = Path(recipe.output_dir)
-        self.timings: dict[str, float] = {}
+        self.timings = Timings()
         self.results: dict[str, dict | None] = {"before": None, "after": None}
+        self.schedule: Schedule | None = None
         if recipe.eval.tasks:  # an unknown task should not wait for the end of training
             from speft_ds.evaluate import find_tasks
 
-            with self.stage("tasks"):
+            with self.timings.stage("tasks"):
                 self.task_manager = find_tasks(recipe.eval)
-        with self.stage("data"):
-            self._load_rows()
-        with self.stage("model"):
-            self._load_model()
+        with self.timings.stage("data"):
+            self.base = Base(recipe, self.timings)
+            self._check_chat_template()
+            self.rows = self.base.read_rows(recipe.data.path)
+            self.base.read_calibration_rows(self.rows)
         train = recipe.train
         self.num_steps = data.num_steps(len(self.rows), train.global_batch, train.steps, train.epochs)
-        if recipe.optimizer.warmup_steps > self.num_steps:
-            raise UserError(
-                f"more warm-up steps ({recipe.optimizer.warmup_steps}) than steps ({self.num_steps})",
-                where="optimizer.warmup_steps",
-                fix=f"optimizer.warmup_steps={self.num_steps // 10}",
-            )
-        self.versions = {"python": platform.python_version(), "speft_ds": __version__}
-        self.versions |= {name: version(name) for name in PACKAGES}
-        self.mask: Mask | None = None
-        self.state: SparseState | None = None
+        self._check_steps()
+        with self.timings.stage("model"):
+            self.loaded, self.loaded_facts = self._read_mask()
+            self.base.load(self.loaded)
+        self._check_loaded()
+        self.engine, self.targets = self.base.engine, self.base.targets
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage for run.json."""
-        start = time.perf_counter()
-        yield
-        self.timings[name] = time.perf_counter() - start
+    @property
+    def mask(self) -> Mask:
+        """The mask of the moment."""
+        return self.schedule.mask
 
-    def _load_rows(self) -> None:
-        from transformers import AutoTokenizer
+    @property
+    def state(self) -> SparseState:
+        """The trained entries of the moment."""
+        return self.schedule.state
 
-        recipe = self.recipe.data
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.recipe.model.name_or_path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the tokenizer: {error}", where="model.name_or_path") from error
-        pairs = read_pairs(recipe.path, recipe.prompt_column, recipe.response_column)
-        self.rows = data.tokenize(pairs, self.tokenizer, recipe.chat_template, recipe.max_length)
-        # Padding is never looked at (right padding, causal attention, labels by length): any id will do.
-        self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        if self.recipe.eval.tasks and self.recipe.eval.chat_template and not self.tokenizer.chat_template:
+    def _check_chat_template(self) -> None:
+        recipe = self.recipe.eval
+        if recipe.tasks and recipe.chat_template and not self.base.tokenizer.chat_template:
             raise UserError(
                 "the tokenizer has no chat template", "eval.chat_template", "eval.chat_template=false"
             )
-        wanted = self.recipe.mask.calibration_samples
-        if self.recipe.mask.salience in NEEDS_DATA and wanted > len(self.rows):
+
+    def _check_steps(self) -> None:
+        mask, warmup = self.recipe.mask, self.recipe.optimizer.warmup_steps
+        if warmup > self.num_steps:
             raise UserError(
-                f"{wanted} calibration samples are asked for, the data has {len(self.rows)} rows",
-                where="mask.calibration_samples",
-                fix=f"mask.calibration_samples={len(self.rows)}",
+                f"more warm-up steps ({warmup}) than steps ({self.num_steps})",
+                where="optimizer.warmup_steps",
+                fix=f"optimizer.warmup_steps={self.num_steps // 10}",
+            )
+        if mask.schedule in ("periodic", "drop_grow") and mask.update_every >= self.num_steps:
+            raise UserError(
+                f"the mask would never change: it would after {mask.update_every} steps, the run has "
+                f"{self.num_steps}",
+                where="mask.update_every",
+                fix=f"mask.update_every={max(1, self.num_steps // 5)}, or mask.schedule=static",
             )
 
-    def _load_model(self) -> None:
-        recipe = self.recipe
-        ds_config = load_ds_config(recipe, distributed.world_size())
-        model = load_base(recipe.model.name_or_path, recipe.model.dtype, ds_config)
-        self.targets = find_targets(model, recipe.mask.targets)
-        if tied := tied_targets(model, self.targets):
+    def _read_mask(self) -> tuple[Mask | None, dict]:
+        path = self.recipe.mask.load
+        return read_mask(mask_file(path)) if path else (None, {})
+
+    def _check_loaded(self) -> None:
+        """Refuse a loaded mask of another base, or one that cannot be chosen anew in the same size."""
+        if self.loaded is None:
+            return
+        recipe, loaded = self.recipe.mask, self.loaded
+        where = f"mask.load: {recipe.load}"
+        base = self.loaded_facts.get("base")
+        base = base if isinstance(base, dict) else {"name_or_path": base}
+        if base.get("rounded") != self.base.rounded:
             raise UserError(
-                f"{', '.join(tied)} shares its weight with another module (tied embeddings)",
-                where="mask.targets",
-                fix="target layers of the decoder only",
+                "the mask was scored on another base: the weights of this model have another fingerprint",
+                where=where,
+                fix=f"train {base.get('name_or_path')}, or score this model: speft score",
             )
-        self.can_keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        values = model.config.to_dict().items()
-        if dropout := {name: value for name, value in values if "drop" in name and value}:
-            say(f"note: the model trains with dropout {dropout}: other world sizes draw other masks")
-        if recipe.train.activation_checkpointing != "none":
-            reentrant = recipe.train.activation_checkpointing == "reentrant"
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        self.shapes = target_shapes(self.targets)
-        self.num_trainable = entries_wanted(recipe.mask, self.shapes)
-        self.fingerprint = fingerprint(model)
-        self.engine: SparseEngine = build_engine(model, ds_config, self.targets)
-        for linear in self.targets.values():
-            adapt(linear)
+        if loaded.num_trainable == 0:
+            raise UserError("the mask has no entries: nothing to train", where, "score another: speft score")
+        if recipe.schedule == "periodic" and (
+            recipe.budget == "per_row" or loaded.num_trainable < least_wanted(recipe, self.base.shapes)
+        ):
+            raise UserError(
+                f"mask.budget={recipe.budget} with mask.granularity={recipe.granularity} cannot choose "
+                f"{loaded.num_trainable:,} entries anew, which the loaded mask has",
+                where=where,
+                fix="mask.budget=global mask.granularity=element, or mask.schedule=static",
+            )
+        say("note: mask.load is given, so the recipe's salience, density, budget and targets are not used")
 
     def evaluate(self, moment: str) -> None:
         """Score the tasks `before` or `after` training, if the recipe says so."""
@@ -143,66 +139,24 @@ class Trainer:
         from speft_ds.evaluate import evaluate
 
         say(f"evaluating {', '.join(recipe.tasks)} {moment} training")
-        with self.stage(f"eval_{moment}"):
+        with self.timings.stage(f"eval_{moment}"):
             self.results[moment] = evaluate(
-                self.engine.module, self.tokenizer, recipe, self.task_manager, self.recipe.seed
+                self.engine.module, self.base.tokenizer, recipe, self.task_manager, self.recipe.seed
             )
 
-    def token_loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Summed cross-entropy of a batch's label tokens; `module` is the engine or its module."""
-        # Logits over the prompts would be thrown away, and cost a fifth of a small model's step.
-        keep = data.num_logits(batch["labels"]) if self.can_keep_logits else 0
-        options = {"logits_to_keep": keep} if keep else {}
-        logits = module(input_ids=batch["input_ids"], use_cache=False, **options).logits
-        return data.summed_loss(logits, batch["labels"][:, -keep:])
-
-    def calibration_batches(self) -> Iterator[tuple[dict[str, Tensor], float]]:
-        """This rank's calibration batches, dealt in order; a filler of weight 0 where there is none.
-
-        The batches are the same at every world size, and so is the gradient summed over them.
-        """
-        recipe = self.recipe.mask
-        order = data.permutation(len(self.rows), self.recipe.seed, "calibration")
-        rows = [self.rows[number] for number in order[: recipe.calibration_samples]]
-        size = recipe.calibration_batch
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        num_labels = sum(row.num_labels for row in rows)
-        rank, world_size = distributed.rank(), distributed.world_size()
-        for first in range(0, len(batches), world_size):
-            mine = first + rank < len(batches)
-            batch = batches[first + rank] if mine else batches[0]
-            collated = data.collate(batch, self.pad_id, distributed.device())
-            yield collated, 1.0 / num_labels if mine else 0.0
-
     def choose_mask(self) -> None:
-        """Score every targeted weight, take the top entries, and set up the trainable state."""
+        """Take the mask that is given, or score and select one, and set up the trainable state."""
+        mask = self.loaded or self.base.choose_mask()
         recipe = self.recipe.mask
-        scorer = Scorer(
-            self.engine, self.targets, self.recipe.seed, self.calibration_batches(), self.token_loss
-        )
-        # Without dropout, unless checkpointing (which transformers does in training mode only) is asked for.
-        self.engine.module.train(self.recipe.train.activation_checkpointing != "none")
-        with self.stage("salience"):
-            scores = SALIENCE[recipe.salience](scorer)
-        with self.stage("selection"):
-            self.mask = select(scores, self.shapes, self.num_trainable, recipe.budget)
+        source = f"by {recipe.salience}, {recipe.budget} budget"
+        if self.loaded:
+            source = f"loaded from {recipe.load}"
         say(
-            f"mask: {self.mask.num_trainable:,} of {self.mask.num_target_elements:,} entries "
-            f"(density {self.mask.density:.4%}) by {recipe.salience}, {recipe.budget} budget, "
-            f"sha256 {self.mask.sha256[:12]}"
+            f"mask: {mask.num_trainable:,} of {mask.num_target_elements:,} entries "
+            f"(density {mask.density:.4%}) {source}, sha256 {mask.sha256[:12]}"
         )
-        self.attach()
-
-    def attach(self) -> None:
-        """Buffers, optimizer and schedule for the mask; from here on the engine trains."""
-        train = self.recipe.train
-        shards = {name: shard_of(linear.weight) for name, linear in self.targets.items()}
-        self.state = SparseState(self.mask, shards, train.sparse_backend, train.reduce_bucket)
-        for name, linear in self.targets.items():
-            linear.sink = self.state.make_sink(name)
-        optimizer = make_optimizer(self.state.delta, self.recipe.optimizer)
-        schedule = make_schedule(optimizer, self.recipe.optimizer, self.num_steps)
-        self.engine.attach(self.state, optimizer, schedule, self.recipe.optimizer.clip_norm)
+        training = Training(self.recipe, self.engine, self.targets, self.num_steps, self.base.choose_mask)
+        self.schedule = SCHEDULES[recipe.schedule](training, mask)
 
     def train_step(self, step: int) -> dict:
         """One optimizer step on global batch `step` (from 0); returns its metrics line.
@@ -216,10 +170,11 @@ class Trainer:
         rows = [self.rows[number] for number in ids]
         num_labels = sum(row.num_labels for row in rows)
         loss_sum = torch.zeros((), dtype=torch.float64, device=distributed.device())
+        self.schedule.before_step(step)
         own = data.split_global_batch(rows, train.micro_batch, distributed.rank(), distributed.world_size())
         for micro_batch in own:
-            batch = data.collate(micro_batch, self.pad_id, distributed.device())
-            loss = self.token_loss(self.engine, batch) / num_labels
+            batch = data.collate(micro_batch, self.base.pad_id, distributed.device())
+            loss = self.base.token_loss(self.engine, batch) / num_labels
             loss_sum += loss.detach()
             # Already normalised by the global batch: the engine must not divide by accumulation steps.
             self.engine.backward(loss, scale_wrt_gas=False)
@@ -227,6 +182,7 @@ class Trainer:
                 self._check_loss(distributed.all_reduce(loss_sum).item(), step)
             lr = self.engine.optimizer.param_groups[0]["lr"]
             self.engine.step()
+        self.schedule.after_step(step)
         seconds = time.perf_counter() - start
         num_tokens = sum(len(row.ids) for row in rows)
         return {
@@ -252,7 +208,7 @@ class Trainer:
         path = self.folder / "metrics.jsonl" if distributed.rank() == 0 else None
         log = MetricsLog(path, self.num_steps)
         self.engine.train()
-        with self.stage("training"):
+        with self.timings.stage("training"):
             for step in range(self.num_steps):
                 values = self.train_step(step)
                 log.log({**values, "peak_memory_gib": peak_memory_gib()})
@@ -262,18 +218,18 @@ class Trainer:
         """Write the adapter (all ranks take part)."""
         facts = {
             "base": self.recipe.model.name_or_path,
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.base.fingerprint,
             "dtype": self.recipe.model.dtype,
             "recipe": self.recipe.model_dump(mode="json"),
         }
-        with self.stage("save"):
+        with self.timings.stage("save"):
             save_adapter(self.folder / "adapter", self.state, facts)
 
     def facts(self) -> dict:
         """The contents of run.json."""
         train = self.recipe.train
         return {
-            "versions": self.versions,
+            "versions": versions(),
             "machine": {
                 "device": str(distributed.device()),
                 "num_threads": torch.get_num_threads(),
@@ -285,28 +241,20 @@ class Trainer:
             "num_steps": self.num_steps,
             "mask": {
                 "salience": self.recipe.mask.salience,
+                "granularity": self.recipe.mask.granularity,
                 "budget": self.recipe.mask.budget,
+                "schedule": self.recipe.mask.schedule,
+                "layer_gate": self.recipe.mask.layer_gate,
+                "loaded_from": self.recipe.mask.load,
                 "calibration_samples": self.recipe.mask.calibration_samples,
                 **self.mask.facts(),
                 "entries_by_rank": self.state.layout.lengths,
+                "changes": self.schedule.changes,
             },
-            "sparse_backends": sorted(set(self.state.backends.values())),
-            "base": {"name_or_path": self.recipe.model.name_or_path, "fingerprint": self.fingerprint},
+            "sparse_backends": sorted(set(self.state.gradient.backends.values())),
+            "base": {"name_or_path": self.recipe.model.name_or_path, "fingerprint": self.base.fingerprint},
             "timings_s": self.timings,
         }
-
-
-def write_json(path: Path, document: dict) -> None:
-    """Write to a temporary name, flush to disk, rename; what JSON lacks becomes text, as lm-eval does."""
-    from lm_eval.utils import handle_non_serializable
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
 
 
 def run(recipe: Recipe) -> None:
@@ -317,6 +265,7 @@ def run(recipe: Recipe) -> None:
     """
     from speft_ds.report import print_summary
 
+    start = time.perf_counter()
     distributed.init()
     distributed.on_rank_0(lambda: check_output_dir(recipe))
     folder = Path(recipe.output_dir)
@@ -341,6 +290,7 @@ def run(recipe: Recipe) -> None:
     trainer.save()
     trainer.evaluate("after")
     distributed.on_rank_0(lambda: save_results("after"))
+    trainer.timings["total"] = time.perf_counter() - start
 
     def finish() -> None:
         throughput = tokens_per_second(folder / "metrics.jsonl")

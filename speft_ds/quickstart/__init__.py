@@ -11,7 +11,7 @@ from pathlib import Path
 from speft_ds.quickstart.data import write_data
 from speft_ds.quickstart.model import NAME, is_ready, prepare_model
 from speft_ds.quickstart.task import write_task
-from speft_ds.recipe import CACHE, expand_path
+from speft_ds.schema import CACHE, expand_path
 
 
 def default_cache_dir() -> Path:

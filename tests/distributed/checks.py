@@ -11,18 +11,14 @@ from distributed.reference import (
     batch_of,
     make_trainer,
     plain_model,
-    reference_loss,
     train_like_reference,
     whole_weights,
 )
 from speft_ds import data, distributed
 from speft_ds.adapter import apply_adapter
-from speft_ds.engine import own_elements
 from speft_ds.errors import UserError
 from speft_ds.model import fingerprint
-from speft_ds.partition import shard_range
-from speft_ds.recipe import Recipe
-from speft_ds.selection import select
+from speft_ds.schema import Recipe
 from speft_ds.train import Trainer, run
 
 
@@ -87,7 +83,7 @@ def check_losses(recipe: Recipe) -> dict:
     distributed.barrier()
     return {
         "sha256": trainer.mask.sha256,
-        "fingerprint": trainer.fingerprint,
+        "fingerprint": trainer.base.fingerprint,
         "losses": [step["loss"] for step in steps],
         "grad_norms": [step["grad_norm"] for step in steps],
         "num_tokens": [step["num_tokens"] for step in steps],
@@ -123,10 +119,10 @@ def check_nothing_dense(recipe: Recipe) -> None:
     before_this_layer, saved = [], []
     for name, linear in trainer.targets.items():
         linear.sink = watch(name, linear.sink) if linear.sink else None
-    batch = data.collate(trainer.rows[:3], trainer.pad_id, torch.device("cpu"))
+    batch = data.collate(trainer.rows[:3], trainer.base.pad_id, torch.device("cpu"))
     gc.collect()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        loss = trainer.token_loss(trainer.engine, batch)
+        loss = trainer.base.token_loss(trainer.engine, batch)
     # Saved for backward, of a weight's size: only the parameters themselves, whose data ZeRO-3 frees.
     kept = [tuple(t.shape) for t in saved if t.numel() in sizes and id(t) not in weights]
     assert not kept, kept
@@ -169,68 +165,6 @@ def check_empty_slices(recipe: Recipe) -> None:
     train_like_reference(recipe, trainer)
 
 
-def check_gradient_salience(recipe: Recipe) -> str:
-    """The gradient score equals autograd's on a plain model; weights are bit-identical after scoring."""
-    from speft_ds.salience import SALIENCE, Scorer
-
-    trainer = make_trainer(recipe)
-    scorer = Scorer(
-        trainer.engine, trainer.targets, recipe.seed, trainer.calibration_batches(), trainer.token_loss
-    )
-    trainer.engine.train(recipe.train.activation_checkpointing != "none")  # as choose_mask does
-    scores = SALIENCE["gradient"](scorer)
-    order = data.permutation(len(trainer.rows), recipe.seed, "calibration")[: recipe.mask.calibration_samples]
-    rows = [trainer.rows[number] for number in order]
-    model = plain_model(recipe).eval()
-    reference_loss(model, data.collate(rows, trainer.pad_id, torch.device("cpu"))).backward()
-    for name, linear in trainer.targets.items():
-        own, start = own_elements(linear.weight)
-        expected = dict(model.named_parameters())[name].grad.abs().view(-1)[start : start + own.numel()]
-        assert torch.allclose(scores[name], expected, rtol=1e-4, atol=1e-7), name
-    assert fingerprint(trainer.engine.module) == trainer.fingerprint == fingerprint(plain_model(recipe))
-    return trainer.fingerprint
-
-
-def check_topk(shapes: dict, scores: dict, counts: list[int], budget: str) -> None:
-    """Selection on given scores against `torch.topk`-like sorting of the gathered scores."""
-    rank, world_size = distributed.rank(), distributed.world_size()
-    local = {
-        name: score[slice(*shard_range(score.numel(), rank, world_size))] for name, score in scores.items()
-    }
-    for wanted in counts:
-        mask = select(local, shapes, wanted, budget)
-        assert mask.num_trainable == wanted
-        if budget == "global":
-            flat = torch.cat(list(scores.values()))
-            # A stable descending sort puts equal scores in index order.
-            chosen = torch.sort(flat, descending=True, stable=True).indices[:wanted].sort().values
-            offset = 0
-            for name, score in scores.items():
-                expected = chosen[(chosen >= offset) & (chosen < offset + score.numel())] - offset
-                assert torch.equal(mask.index[name].to(torch.int64), expected), (name, wanted)
-                offset += score.numel()
-        else:
-            for name, score in scores.items():
-                k = mask.index[name].numel()
-                share = wanted * score.numel() / sum(s.numel() for s in scores.values())
-                assert abs(k - share) < 1
-                chosen = torch.sort(score, descending=True, stable=True).indices[:k].sort().values
-                assert torch.equal(mask.index[name].to(torch.int64), chosen), (name, wanted)
-
-
-def check_select_refuses(shapes: dict, scores: dict, count: int) -> str:
-    """The message of the UserError that a selection raises on this rank."""
-    rank, world_size = distributed.rank(), distributed.world_size()
-    local = {
-        name: score[slice(*shard_range(score.numel(), rank, world_size))] for name, score in scores.items()
-    }
-    try:
-        select(local, shapes, count)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
 def check_refused(recipe: Recipe) -> str:
     """The message of the UserError that setting up a run raises on this rank; nothing is written."""
     try:
@@ -265,9 +199,10 @@ def check_nonfinite_gradient(recipe: Recipe) -> str:
     """A finite loss with a gradient that is NaN on rank 0 alone stops every rank."""
     trainer = make_trainer(recipe)
     trainer.choose_mask()
-    linear = next(linear for linear in trainer.targets.values() if linear.sink)
-    sink, scale = linear.sink, float("nan") if distributed.rank() == 0 else 1.0
-    linear.sink = lambda x, grad_y: sink(x, grad_y * scale)
+    sinks = trainer.state.gradient.sinks
+    name = next(name for name, sink in sinks.items() if sink)
+    sink, scale = sinks[name], float("nan") if distributed.rank() == 0 else 1.0
+    sinks[name] = lambda x, grad_y: sink(x, grad_y * scale)
     return refused_first_step(trainer)
 
 
@@ -275,8 +210,8 @@ def check_nonfinite(recipe: Recipe) -> str:
     """A loss that overflows on rank 0 alone stops every rank."""
     trainer = make_trainer(recipe)
     trainer.choose_mask()
-    real, scale = trainer.token_loss, float("inf") if distributed.rank() == 0 else 1.0
-    trainer.token_loss = lambda module, batch: real(module, batch) * scale
+    real, scale = trainer.base.token_loss, float("inf") if distributed.rank() == 0 else 1.0
+    trainer.base.token_loss = lambda module, batch: real(module, batch) * scale
     return refused_first_step(trainer)
 
 

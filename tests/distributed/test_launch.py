@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from ranks import free_port
+from tiny import make_model
 from transformers import AutoModelForCausalLM
 
 import speft_ds
@@ -19,14 +20,14 @@ LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
 
 
 def launch(
-    recipe: Path, *overrides: str, num_ranks: int = 2, cwd: Path = ROOT
+    recipe: Path, *overrides: str, num_ranks: int = 2, job: str = "train"
 ) -> subprocess.CompletedProcess:
-    """`deepspeed --num_gpus N launch/train.py --recipe ...` on the CPU."""
+    """`deepspeed --num_gpus N launch/<job>.py --recipe ...` on the CPU."""
     env = {**os.environ, "DS_ACCELERATOR": "cpu"}
     env.pop("OMP_NUM_THREADS", None)  # one rank gets every core, two ranks half each, as for a user
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     command = [LAUNCHER, "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
-    command += [str(ROOT / "launch" / "train.py"), "--recipe", str(recipe), *overrides]
+    command += [str(ROOT / "launch" / f"{job}.py"), "--recipe", str(recipe), *overrides]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
 
 
@@ -98,11 +99,48 @@ def test_a_run_leaves_what_the_readme_says(recipe, tiny, tmp_path):
     assert [line["loss"] for line in others] == pytest.approx([line["loss"] for line in lines], abs=1e-5)
 
 
+def test_a_mask_is_scored_once_and_trained(recipe, tiny, tmp_path):
+    scored = launch(recipe, f"output_dir={tmp_path / 'mask'}", "mask.salience=snip", job="score")
+    assert scored.returncode == 0, scored.stderr
+    assert files(tmp_path / "mask") == ["mask.png", "mask.safetensors", "recipe.yaml", "score.json"]
+    assert (tmp_path / "mask" / "mask.png").read_bytes().startswith(b"\x89PNG")
+    facts = json.loads((tmp_path / "mask" / "score.json").read_text())
+    assert facts["mask"]["num_trainable"] == 892 and facts["timings_s"]["salience"] > 0
+    assert "q_proj" in scored.stdout and "base unchanged" in scored.stdout
+    load = [f"mask.load={tmp_path / 'mask'}", "eval.tasks=[]"]
+    trained = launch(recipe, *load, num_ranks=1)
+    assert trained.returncode == 0, trained.stderr
+    mask = json.loads((tmp_path / "run" / "run.json").read_text())["mask"]
+    assert mask["sha256"] == facts["mask"]["sha256"] and mask["loaded_from"] == str(tmp_path / "mask")
+    # Another base: the same shapes, other weights.
+    other = tmp_path / "other"
+    make_model(other, seed=5)
+    refused = launch(recipe, *load, f"model.name_or_path={other}", f"output_dir={tmp_path / 'no'}")
+    assert refused.returncode != 0 and refused.stderr.count("the mask was scored on another base") == 1
+    assert not (tmp_path / "no").exists()
+
+
+def test_changes_of_the_mask_are_logged(recipe, tmp_path):
+    changing = ["mask.schedule=periodic", "mask.update_every=1", "train.steps=3", "eval.tasks=[]"]
+    finished = launch(recipe, *changing)
+    assert finished.returncode == 0, finished.stderr
+    mask = json.loads((tmp_path / "run" / "run.json").read_text())["mask"]
+    assert [change["step"] for change in mask["changes"]] == [1, 2]
+    assert all(0 < change["overlap_with_first"] < 1 for change in mask["changes"])
+    assert mask["changes"][-1]["sha256"] == mask["sha256"]
+    assert "mask changed after step 2" in finished.stdout and "mask changes" in finished.stdout
+    adapter = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
+    assert adapter["num_entries"] > mask["num_trainable"] == 892
+
+
 BAD = {
     "unknown key": (["mask.desnity=0.1"], "did you mean mask.density?"),
     "no model folder": (["model.name_or_path=/nowhere/model"], "no model folder /nowhere/model"),
     "no target": (["mask.targets=[c_attn]"], "no linear layer matches c_attn"),
     "too few calibration samples": (["mask.calibration_samples=49"], "mask.calibration_samples=48"),
+    "layers out of range": (["mask.layers=[0,7]"], "the targets are in layers: 0 to 1"),
+    "no mask file": (["mask.load=/nowhere/mask.safetensors"], "no mask file /nowhere/mask.safetensors"),
+    "grasp in bfloat16": (["mask.salience=grasp", "model.dtype=bfloat16"], "needs model.dtype=float32"),
     "unknown task": (["eval.tasks=[nosuchtask]"], "lm-eval knows no task nosuchtask"),
 }
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speft_ds.partition import Layout, index_dtype, owner_bounds, shard_numel, shard_range
+from speft_ds.partition import Layout, index_dtype, locate, owner_bounds, shard_numel, shard_range
 
 WORLDS = st.integers(1, 70)
 
@@ -45,6 +45,31 @@ def test_layout_slices_tile_every_ranks_buffers(weights, world_size):
             assert own.start == end
             end = own.stop
         assert end == layout.lengths[rank]
+
+
+@given(st.integers(1, 2**36), WORLDS, st.data())
+def test_local_indices_count_from_the_start_of_the_shard(numel, world_size, data):
+    values = sorted(data.draw(st.sets(st.integers(0, numel - 1), max_size=30)) | {numel - 1})
+    index = torch.tensor(values, dtype=index_dtype(numel))
+    layout = Layout.of({"w": index}, {"w": numel}, world_size)
+    size = -(-numel // world_size)
+    for rank in range(world_size):
+        expected = [value - rank * size for value in values if rank * size <= value < (rank + 1) * size]
+        found = layout.local_index("w", index, rank)
+        assert found.dtype == index.dtype and found.tolist() == expected
+        assert layout.counts("w")[rank] == layout.lengths[rank] == len(expected)
+
+
+@given(st.sets(st.integers(0, 2**40), max_size=30), st.lists(st.integers(0, 2**40), max_size=10), st.data())
+def test_locate_finds_what_is_there(keys, others, data):
+    keys = sorted(keys)
+    wanted = others + (data.draw(st.lists(st.sampled_from(keys), max_size=10)) if keys else [])
+    wanted += [key + 1 for key in keys[-2:]]  # next to a key, and beyond the last
+    position, found = locate(torch.tensor(keys, dtype=torch.int64), torch.tensor(wanted, dtype=torch.int64))
+    assert position.shape == found.shape == (len(wanted),)
+    assert found.tolist() == [key in keys for key in wanted]
+    for key, place, there in zip(wanted, position.tolist(), found.tolist(), strict=True):
+        assert not there or keys[place] == key
 
 
 @pytest.mark.parametrize(("numel", "dtype"), [(2**31 - 1, torch.int32), (2**31, torch.int64)])

@@ -2,22 +2,15 @@
 
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import yaml
 
 from speft_ds.ds_config import load_ds_config
-from speft_ds.errors import RecipeError
-from speft_ds.recipe import (
-    FIELDS,
-    RECIPES_DIR,
-    Mask,
-    Train,
-    expand_path,
-    list_recipes,
-    load_recipe,
-    resolved_yaml,
-)
+from speft_ds.errors import RecipeError, UserError
+from speft_ds.recipe import RECIPES_DIR, for_scoring, list_recipes, load_recipe, resolved_yaml
+from speft_ds.schema import FIELDS, NEEDS_DATA, Mask, Train, expand_path
 from unit.written import load
 
 
@@ -62,13 +55,56 @@ def test_floats_in_any_notation(tmp_path, written):
 
 def test_integers_are_accepted_for_floats(tmp_path):
     recipe = load(tmp_path, "optimizer: {clip_norm: 2, betas: [0, 0.5]}\nmask: {density: 1}")
-    assert (recipe.optimizer.clip_norm, recipe.optimizer.betas, recipe.mask.density) == (2.0, (0.0, 0.5), 1.0)
+    assert (recipe.optimizer.clip_norm, recipe.optimizer.betas, recipe.mask.density) == (2.0, [0.0, 0.5], 1.0)
 
 
 def test_name_and_output_dir_come_from_the_file(tmp_path):
     recipe = load(tmp_path)
     assert (recipe.name, recipe.output_dir) == ("mine", "runs/mine")
     assert load(tmp_path, "output_dir: elsewhere").output_dir == "elsewhere"
+    assert load(tmp_path, "output_dir: null").output_dir == "runs/mine"
+
+
+@pytest.mark.parametrize("text", ["", "output_dir: null"])
+def test_scoring_has_a_run_folder_of_its_own(tmp_path, text):
+    recipe = load(tmp_path, text, "mask.salience=snip")
+    scoring = for_scoring(recipe)
+    assert scoring.output_dir == "runs/mine-score-snip" and recipe.output_dir == "runs/mine"
+    assert scoring.where("output_dir") == "output_dir (default)"
+    assert scoring.where("mask.salience") == recipe.where("mask.salience")
+    assert scoring.model_copy(update={"output_dir": recipe.output_dir}) == recipe
+
+
+def test_scoring_keeps_a_chosen_run_folder(tmp_path):
+    assert for_scoring(load(tmp_path, "", "output_dir=here")).output_dir == "here"
+    assert for_scoring(load(tmp_path, "output_dir: here")).output_dir == "here"
+
+
+def test_a_finished_mask_is_not_scored(tmp_path):
+    with pytest.raises(UserError, match=r"nothing to score(.|\n)*mask\.load=m\.x(.|\n)*fix: mask\.load=null"):
+        for_scoring(load(tmp_path, "", "mask.load=m.x"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_scored", "needs_calibration"),
+    [
+        ([], True, True),
+        (["mask.salience=lift"], True, False),
+        (["mask.load=m"], False, False),
+        (["mask.load=m", "mask.schedule=drop_grow"], False, False),
+        (["mask.load=m", "mask.schedule=periodic"], True, True),
+        (["mask.load=m", "mask.schedule=periodic", "mask.salience=random"], True, False),
+    ],
+)
+def test_when_a_mask_is_scored_and_on_rows(tmp_path, overrides, is_scored, needs_calibration):
+    mask = load(tmp_path, "", *overrides).mask
+    assert (mask.is_scored, mask.needs_calibration) == (is_scored, needs_calibration)
+
+
+def test_metrics_that_need_data_are_metrics():
+    data_free = {"magnitude", "low_magnitude", "synflow", "random", "lift"}
+    assert set(get_args(FIELDS["mask.salience"].annotation)) == NEEDS_DATA | data_free
+    assert not NEEDS_DATA & data_free
 
 
 def test_an_empty_section_is_all_defaults(tmp_path):
@@ -89,7 +125,28 @@ def test_steps_switch_the_default_epochs_off(tmp_path):
     assert Train(steps=5).epochs is None
 
 
-@pytest.mark.parametrize("overrides", [[], ["mask.num_trainable=7", "train.steps=3", "mask.targets=[a, b]"]])
+SALIENCES = [[f"mask.salience={name}"] for name in get_args(FIELDS["mask.salience"].annotation)]
+CHOICES = [
+    [],
+    ["mask.num_trainable=7", "train.steps=3", "mask.targets=[a, b]"],
+    ["mask.layers=[0,0]", "mask.calibration_seed=0", "mask.calibration_path=c.jsonl"],
+    ["mask.load=mask.safetensors", "mask.score_device=host"],
+    ["mask.granularity=block", "mask.block_size=8", "mask.budget=per_layer"],
+    ["mask.granularity=row"],
+    ["mask.granularity=column"],
+    ["mask.budget=per_row"],
+    ["mask.salience=lift", "mask.lift_rank=4"],
+    ["mask.schedule=static", "mask.update_every=100"],  # a default may always stand there
+    ["mask.schedule=periodic", "mask.update_every=9", "train.steps=10", "mask.granularity=block"],
+    ["mask.schedule=drop_grow", "mask.update_every=7", "mask.growth_steps=7", "mask.drop_anneal=cosine"],
+    ["mask.schedule=drop_grow", "mask.growth=sft_ma", "mask.update_every=2", "mask.drop_rate=0.5"],
+    ["mask.schedule=grad_topk", "mask.topk_fraction=1", "mask.layer_gate=half", "mask.gate_every=3"],
+    ["mask.schedule=periodic", "mask.layer_gate=sampled", "mask.gate_layers=1"],
+    ["data.path=null", "mask.salience=magnitude"],
+]
+
+
+@pytest.mark.parametrize("overrides", [["model.dtype=float32", *o] for o in CHOICES + SALIENCES])
 def test_resolved_yaml_loads_again_as_the_same_recipe(tmp_path, overrides):
     recipe = load(tmp_path, "", *overrides)
     (tmp_path / "again").mkdir()
@@ -131,7 +188,7 @@ def test_every_field_has_a_description():
     assert [key for key, field in FIELDS.items() if not field.description] == []
 
 
-@pytest.mark.parametrize("module", ["recipe", "cli", "errors"])
+@pytest.mark.parametrize("module", ["schema", "recipe", "preflight", "entry", "cli", "errors"])
 def test_import_is_light(module):
     code = (
         f"import sys, speft_ds.{module}; "
@@ -175,6 +232,33 @@ BAD = {  # text appended to MINIMAL (so its first line is line 5) -> what the er
     "mask: {targets: q_proj}": ["mask.targets is 'q_proj': must be a valid list"],
     "mask: {targets: []}": ["mask.targets is []"],
     "mask: {targets: [a, 1]}": ["mask.targets[1] is 1: must be a valid string"],
+    "mask: {granularity: blok}": ["mask.granularity is 'blok'", "did you mean block?"],
+    "mask: {granularity: block, block_size: 1}": ["mask.block_size is 1: must be greater than or equal to 2"],
+    "mask: {salience: lift, lift_rank: 0}": ["mask.lift_rank is 0: must be greater than or equal to 1"],
+    "mask: {score_device: gpu}": ["mask.score_device is 'gpu'", "choose from: device, host"],
+    "mask: {calibration_seed: -1}": ["mask.calibration_seed is -1: must be greater than or equal to 0"],
+    "mask: {calibration_path: 3}": ["mask.calibration_path is 3: must be a valid string"],
+    "mask: {load: ''}": ["mask.load is ''"],
+    "mask: {schedule: dynamic}": ["mask.schedule is 'dynamic'", "static, periodic, drop_grow, grad_topk"],
+    "mask: {schedule: periodic, update_every: 0}": ["mask.update_every is 0"],
+    "mask: {schedule: drop_grow, drop_rate: 1}": ["mask.drop_rate is 1: must be less than 1"],
+    "mask: {schedule: drop_grow, drop_anneal: cos}": ["mask.drop_anneal is 'cos'", "mean cosine?"],
+    "mask: {schedule: drop_grow, growth: ag}": ["mask.growth is 'ag'", "sft_ag"],
+    "mask: {schedule: drop_grow, growth_steps: 0}": ["mask.growth_steps is 0"],
+    "mask: {schedule: grad_topk, topk_fraction: 1.5}": ["mask.topk_fraction is 1.5: must be less than or"],
+    "mask: {layer_gate: haft}": ["mask.layer_gate is 'haft'", "did you mean half?"],
+    "mask: {layer_gate: half, gate_every: 0}": ["mask.gate_every is 0"],
+    "mask: {layer_gate: sampled, gate_layers: 0}": ["mask.gate_layers is 0"],
+    "mask: {layers: 3}": ["mask.layers is 3: must be a valid list", "[first, last] decoder layers"],
+    "mask: {layers: [3]}": ["mask.layers is [3]: list should have at least 2 items"],
+    "mask: {layers: [0, 1, 2]}": ["mask.layers is [0, 1, 2]: list should have at most 2 items"],
+    "mask: {layers: [-1, 2]}": ["mask.layers[0] is -1: must be greater than or equal to 0"],
+    "mask: {layers: [0, 1.5]}": ["mask.layers[1] is 1.5: must be a valid integer"],
+    "mask:\n  layers: [4, 1]": [
+        "mask.layers is [4, 1]: the first is after the last",
+        "mine.yaml:6 (mask.layers)",
+        "fix: mask.layers=[1,4]",
+    ],
     "train: {steps: 1, epochs: 1}": ["train.epochs and train.steps are both given"],
     "train: {epochs: null}": ["train.epochs and train.steps are both null"],
     "train: {steps: 1e3}": ["train.steps is '1e3': must be a valid integer"],
@@ -184,7 +268,7 @@ BAD = {  # text appended to MINIMAL (so its first line is line 5) -> what the er
         "optimizer.warmup_steps=6 is more than train.steps=5",
         "mine.yaml:7 (optimizer.warmup_steps)",
     ],
-    "optimizer: {betas: [0.9]}": ["optimizer.betas"],
+    "optimizer: {betas: [0.9]}": ["optimizer.betas is [0.9]: list should have at least 2 items"],
     "optimizer: {betas: [0.9, 1]}": ["optimizer.betas[1] is 1: must be less than 1", "[0.9, 0.999]"],
     "optimizer: {lr: fast}": ["optimizer.lr is 'fast': must be a valid number", "optimizer.lr=0.001"],
     "optimizer: {lr: null}": ["optimizer.lr is null"],
@@ -219,9 +303,108 @@ BAD_OVERRIDES = {
     "=3": ["unknown key"],
     "mask.density=2": ["mask.density is 2", "command line: mask.density=2"],
     "mask.targets=*_proj": ["'*_proj' is not readable as YAML", """mask.targets='"*_proj"'"""],
-    "data.path=": ["data.path is null", "command line: data.path="],
+    "model.name_or_path=": ["model.name_or_path is null", "command line: model.name_or_path="],
     "train.steps='80'": ["train.steps is '80'", "without quotes"],
 }
+
+
+NO_EFFECT = {  # -> the key and values that would give it one
+    "mask.block_size=8": "mask.granularity=block",
+    "mask.lift_rank=8": "mask.salience=lift",
+    "mask.update_every=8": "mask.schedule=periodic or drop_grow",
+    "mask.drop_rate=0.3": "mask.schedule=drop_grow",
+    "mask.drop_anneal=cosine": "mask.schedule=drop_grow",
+    "mask.growth=sft_ma": "mask.schedule=drop_grow",
+    "mask.growth_steps=8": "mask.schedule=drop_grow",
+    "mask.topk_fraction=0.1": "mask.schedule=grad_topk",
+    "mask.gate_every=8": "mask.layer_gate=sampled or half",
+    "mask.gate_layers=8": "mask.layer_gate=sampled",
+}
+
+
+@pytest.mark.parametrize("override", NO_EFFECT)
+def test_a_key_without_effect_is_refused(tmp_path, override):
+    (problem,) = refused(tmp_path, "", override).problems
+    key, used_with = override.partition("=")[0], NO_EFFECT[override].partition(" or ")[0]
+    default = FIELDS[key].default
+    assert problem.what.startswith(f"{override} has no effect with {used_with.partition('=')[0]}=")
+    assert problem.where == f"command line: {override}"
+    assert problem.fix == f"{key}={default}, its default, or {NO_EFFECT[override]}"
+    load(tmp_path, "", override, f"{key}={default}")  # both fixes, as typed
+    load(tmp_path, "", override, used_with)
+
+
+COMBINATIONS = {  # overrides -> what, the last override to blame, and the fixes that mend it
+    ("mask.granularity=row", "mask.budget=per_row"): (
+        "mask.budget=per_row does not go with mask.granularity=row: a row quota counts single entries",
+        "mask.granularity=element, or mask.budget=global or per_layer",
+    ),
+    ("mask.granularity=block", "mask.schedule=drop_grow"): (
+        "mask.schedule=drop_grow does not go with mask.granularity=block: it drops and grows single entries",
+        "mask.granularity=element, or mask.schedule=static or periodic or grad_topk",
+    ),
+    ("mask.schedule=drop_grow", "mask.layer_gate=half"): (
+        "mask.layer_gate=half does not go with mask.schedule=drop_grow: entries that the gate keeps still",
+        "mask.schedule=static or periodic or grad_topk, or mask.layer_gate=none",
+    ),
+    ("mask.schedule=drop_grow", "mask.layer_gate=sampled"): (
+        "mask.layer_gate=sampled does not go with mask.schedule=drop_grow",
+        "mask.schedule=static or periodic or grad_topk, or mask.layer_gate=none",
+    ),
+    ("mask.budget=per_row", "mask.schedule=drop_grow"): (
+        "mask.schedule=drop_grow does not go with mask.budget=per_row: it would not keep the rows' quotas",
+        "mask.budget=global or per_layer, or mask.schedule=static or periodic or grad_topk",
+    ),
+    ("mask.schedule=drop_grow", "mask.update_every=6", "mask.growth_steps=7"): (
+        "mask.growth_steps=7 is more than mask.update_every=6",
+        "mask.growth_steps=6, or mask.update_every=7 or more",
+    ),
+    ("mask.salience=grasp",): (
+        "mask.salience=grasp needs model.dtype=float32, not bfloat16",
+        "model.dtype=float32: it takes a small step along the gradient, which bfloat16 rounds away",
+    ),
+    ("train.steps=9", "mask.schedule=periodic", "mask.update_every=9"): (
+        "mask.update_every=9, train.steps=9: the mask would not change",
+        "mask.update_every=1, or train.steps=10 or more",
+    ),
+    ("mask.schedule=periodic", "train.steps=1", "mask.update_every=1"): (
+        "mask.update_every=1, train.steps=1: the mask would not change",
+        "train.steps=2 or more",
+    ),
+    ("train.steps=20", "mask.schedule=drop_grow", "mask.growth_steps=6", "mask.update_every=20"): (
+        "mask.update_every=20, train.steps=20: the mask would not change",
+        "mask.update_every=6, or train.steps=21 or more",
+    ),
+}
+
+
+@pytest.mark.parametrize("overrides", COMBINATIONS)
+def test_combinations_that_are_refused(tmp_path, overrides):
+    what, fix = COMBINATIONS[overrides]
+    (problem,) = refused(tmp_path, "", *overrides).problems
+    assert problem.what.startswith(what) and problem.fix == fix
+    assert problem.where == f"command line: {overrides[-1]}"
+    for way in fix.partition(":")[0].split(", or "):
+        load(tmp_path, "", *overrides, way.partition(" ")[0].rstrip(","))  # each fix mends it, as typed
+
+
+def test_a_default_that_does_not_fit_is_refused_too(tmp_path):
+    shown = str(refused(tmp_path, "mask: {schedule: drop_grow, update_every: 3}"))
+    assert "mask.growth_steps=5 is more than mask.update_every=3" in shown and "mask.growth_steps=3" in shown
+    shown = str(refused(tmp_path, "mask: {schedule: periodic}\ntrain: {steps: 60}"))
+    assert "mask.update_every=100, train.steps=60" in shown and "mask.update_every=12" in shown
+
+
+def test_a_key_without_effect_is_accepted_where_the_choice_is_given_too(tmp_path):
+    """One line of a recipe changed: its other lines may stay."""
+    text = "mask: {schedule: drop_grow, update_every: 20, growth: sft_ma}"
+    assert load(tmp_path, text, "mask.schedule=static").mask.update_every == 20
+    load(tmp_path, text, "mask.growth_steps=8")
+
+
+def test_a_loaded_mask_is_not_scored_by_grasp(tmp_path):
+    load(tmp_path, "", "mask.salience=grasp", "mask.load=mask.safetensors")
+    refused(tmp_path, "", "mask.salience=grasp", "mask.load=mask.safetensors", "mask.schedule=periodic")
 
 
 @pytest.mark.parametrize("override", BAD_OVERRIDES)
@@ -254,8 +437,8 @@ def test_missing_keys_are_named_one_by_one(tmp_path):
     with pytest.raises(RecipeError) as caught:
         load_recipe("mine.yaml")
     whats = [problem.what for problem in caught.value.problems]
-    assert whats == ["model.name_or_path is missing", "data.path is missing"]
-    assert "mine.yaml (data.path)" in str(caught.value)
+    assert whats == ["model.name_or_path is missing"]
+    assert "mine.yaml (model.name_or_path)" in str(caught.value)
 
 
 def test_unknown_recipes():
@@ -279,6 +462,15 @@ def test_three_mistakes_are_shown_at_once_with_their_lines(tmp_path):
 def test_mistakes_of_one_section_do_not_hide_each_other(tmp_path):
     error = refused(tmp_path, "mask: {density: 0.1, num_trainable: 5, budget: x}\ntrain: {micro_batch: 3}")
     assert len(error.problems) == 3
+    error = refused(tmp_path, "mask: {lift_rank: 2, gate_every: 3, topk_fraction: 0.1, layers: [2, 1]}")
+    assert len(error.problems) == 4
+
+
+def test_a_wrong_key_is_reported_once(tmp_path):
+    error = refused(
+        tmp_path, "mask: {schedule: drop_gro, update_every: 3, growth_steps: 7, layer_gate: half}"
+    )
+    assert [problem.what.partition(" is ")[0] for problem in error.problems] == ["mask.schedule"]
 
 
 def test_errors_survive_a_trip_to_another_process(tmp_path):

@@ -1,0 +1,11 @@
+"""Score and select, and stop: `deepspeed launch/score.py --recipe NAME_OR_PATH [key.sub=value ...]`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from speft_ds.entry import start
+
+if __name__ == "__main__":
+    start("score", "Score the weights and select a mask, without training.")

@@ -1,0 +1,164 @@
+"""How far masks overlap: `speft compare-masks A B ...`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from speft_ds.adapter import TENSORS as ADAPTER_FILE
+from speft_ds.adapter import read_adapter
+from speft_ds.errors import UserError
+from speft_ds.mask import MASK_FILE, Mask, index_problem, jaccard, read_mask
+from speft_ds.plots import jaccard_picture
+from speft_ds.tables import jaccard_text, percent, print_table, unique_tails
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The entries in a file.
+
+    Attributes:
+        mask: indices; of an adapter, which does not record them, no shapes.
+        num_target_elements: what the density is a fraction of; None where unknown.
+        fingerprint: of the base; None where unknown.
+    """
+
+    path: Path
+    mask: Mask
+    num_target_elements: int | None
+    fingerprint: str | None
+
+    @property
+    def weights(self) -> set[str]:
+        """Targets, as far as they are known: an adapter has only those with entries."""
+        return set(self.mask.shape or self.mask.index)
+
+
+def compare(paths: list[Path], output: Path | None) -> None:
+    """Print the Jaccard matrix of masks and adapters, and draw it.
+
+    Args:
+        paths: two or more of: a mask file, a folder with one, an adapter folder, a run folder.
+        output: the PNG to write, if any.
+    Raises:
+        UserError: nothing to compare, an unreadable file, masks over different models, an output that
+            cannot be written.
+    """
+    if len(paths) < 2:
+        raise UserError("one mask cannot be compared", fix="speft compare-masks A B ...")
+    files = [read_entries(path) for path in paths]
+    for position, one in enumerate(files):
+        for other in files[:position]:
+            check_same_model(other, one)
+    matrix = [[jaccard(a.mask, b.mask) for b in files] for a in files]
+    names = short_names(paths)
+    print_table(matrix_table(files, names, matrix))
+    if len({file.fingerprint for file in files} - {None}) > 1:
+        print("note: these masks were made for bases with different weights (their fingerprints differ)")
+    if output is None:
+        return
+    try:
+        jaccard_picture(output, names, matrix)
+    except OSError as error:
+        raise UserError(f"cannot write: {error}", where=str(output), fix="choose another file") from error
+    print(f"  {output}")
+
+
+def read_entries(path: Path) -> Entries:
+    """The mask or the adapter at `path`: a file, the folder it lies in, or the folder of its run.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    places = [path, path / MASK_FILE, path / ADAPTER_FILE, path / "adapter" / ADAPTER_FILE]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        fix = f"give a {MASK_FILE}, a folder with one, an adapter or a run folder"
+        raise UserError("there is no mask and no adapter", where=str(path), fix=fix)
+    return _from_adapter(found) if found.name == ADAPTER_FILE else _from_mask(found)
+
+
+def _from_mask(path: Path) -> Entries:
+    mask, facts = read_mask(path)
+    return Entries(path, mask, mask.num_target_elements, _known(facts, "fingerprint", str))
+
+
+def _from_adapter(path: Path) -> Entries:
+    tensors, facts = read_adapter(path.parent)
+    index = {name.removesuffix(".index"): t for name, t in tensors.items() if name.endswith(".index")}
+    for name, tensor in index.items():
+        if problem := index_problem(tensor):
+            raise UserError(f"{name}: {problem}", where=str(path), fix="copy the adapter from its run again")
+    mask_facts = _known(facts, "mask", dict) or {}
+    num_target_elements = _known(mask_facts, "num_target_elements", int)
+    return Entries(path, Mask(index, shape={}), num_target_elements, _known(facts, "fingerprint", str))
+
+
+def _known(facts: dict, key: str, kind: type) -> Any:
+    """A fact, or None where a file lacks it or has something else in its place."""
+    return facts[key] if isinstance(facts.get(key), kind) else None
+
+
+def check_same_model(a: Entries, b: Entries) -> None:
+    """Refuse what cannot be of one model.
+
+    Raises:
+        UserError: no weight in common, another shape of one, or an index beyond its shape.
+    """
+    where, fix = f"{a.path} and {b.path}", "compare masks of one model"
+    common = a.weights & b.weights
+    if not common:
+        raise UserError("these masks have no weight in common", where, fix)
+    for name in sorted(common):
+        shapes = [file.mask.shape[name] for file in (a, b) if name in file.mask.shape]
+        if len(set(shapes)) > 1:
+            raise UserError(
+                f"these masks are of different models: {name} is {shapes[0]} and {shapes[1]}", where, fix
+            )
+        last = max(_last_index(a.mask, name), _last_index(b.mask, name))
+        if shapes and last >= shapes[0][0] * shapes[0][1]:
+            what = f"these masks are of different models: {name} is {shapes[0]} and has an index {last}"
+            raise UserError(what, where, fix)
+
+
+def _last_index(mask: Mask, name: str) -> int:
+    """The largest index of a weight, -1 where it has none."""
+    index = mask.index.get(name)
+    return -1 if index is None or index.numel() == 0 else int(index[-1])
+
+
+def short_names(paths: list[Path]) -> list[str]:
+    """A name for each path: `runs/snip/mask.safetensors` -> `snip`, or more where that is not enough."""
+    full = [Path(os.path.abspath(path)).parts for path in paths]
+    short = [_without_usual_names(parts) for parts in full]
+    # A run's mask and its adapter would have one short name.
+    parts = short if len(set(short)) == len(set(full)) else full
+    return [str(Path(*tail)) for tail in unique_tails(parts)]
+
+
+def _without_usual_names(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Path parts without the file and folder names that every run has."""
+    for usual in (MASK_FILE, ADAPTER_FILE, "adapter"):
+        if len(parts) > 1 and parts[-1] == usual:
+            parts = parts[:-1]
+    return parts
+
+
+def matrix_table(files: list[Entries], names: list[str], matrix: list[list[float]]) -> Table:
+    """The Jaccard matrix with numbered columns, and what is known of each mask."""
+    table = Table(title="Jaccard index: entries in both masks / entries in either", box=SIMPLE_HEAD)
+    table.add_column("", justify="right")
+    table.add_column("mask")
+    for heading in ("entries", "density", *map(str, range(1, len(files) + 1))):
+        table.add_column(heading, justify="right")
+    for number, (file, name, row) in enumerate(zip(files, names, matrix, strict=True), 1):
+        entries, elements = file.mask.num_trainable, file.num_target_elements
+        density = percent(entries, elements) if elements else "unknown"
+        table.add_row(str(number), Text(name), f"{entries:,}", density, *map(jaccard_text, row))
+    return table

@@ -1,0 +1,217 @@
+"""Which entries a mask grows by: two estimates of the gradient outside the mask (Ansell et al., 2024)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from speft_ds import distributed
+from speft_ds.calibration import ShardSum, weight_gradient
+from speft_ds.engine import full_shape, own_elements
+from speft_ds.mask import Mask
+from speft_ds.radix import Groups
+from speft_ds.selection import gather_mask, select_local
+from speft_ds.sparse import Sink, SparseGradient, SparseState
+
+Shape = dict[str, tuple[int, int]]  # weight -> (out, in)
+Chosen = tuple[dict[str, Tensor], list[int]]  # weight -> local indices to grow; how many in each group
+
+
+class Growth(Protocol):
+    """What `drop_grow` asks of a growth criterion, in this order within a step."""
+
+    def sink(self, name: str, steps_left: int | None) -> Sink | None:
+        """What looks at a weight's backward; the mask changes after `steps_left` steps, or not any more."""
+
+    def on_gradient(self, state: SparseState, gradient: Tensor) -> None:
+        """Sees the summed gradient [num_local] of this rank's entries."""
+
+    def after_step(self, state: SparseState) -> None:
+        """Called after the weights moved."""
+
+    def select(self, state: SparseState, group: Groups, wanted: list[int]) -> Chosen:
+        """The best entries outside the mask, `wanted` of each group or as many as there are."""
+
+    def restart(self) -> None:
+        """Called after the mask changed."""
+
+    def state_dict(self) -> dict:
+        """All that it has gathered, of this rank, between two steps."""
+
+    def load_state_dict(self, values: dict, shape: Shape) -> None:
+        """Go on where `state_dict` was taken."""
+
+
+def groups_of(mask: Mask, budget: str) -> tuple[Groups, list[int]]:
+    """Which weights compete with each other, and how many entries of the mask each group has."""
+    sizes = {name: index.numel() for name, index in mask.index.items()}
+    if budget == "global":
+        return dict.fromkeys(sizes, 0), [sum(sizes.values())]
+    return {name: number for number, name in enumerate(sizes)}, list(sizes.values())
+
+
+def limited(wanted: list[int], group: Groups, there: dict[str, int]) -> list[int]:
+    """`wanted` of each group, at most what its weights have."""
+    room = [0] * len(wanted)
+    for name, count in there.items():
+        room[group[name]] += count
+    return [min(count, most) for count, most in zip(wanted, room, strict=True)]
+
+
+def free_entries(mask: Mask) -> dict[str, int]:
+    """Weight -> elements outside the mask."""
+    return {name: mask.numel(name) - index.numel() for name, index in mask.index.items()}
+
+
+def shut_out(scores: dict[str, Tensor], state: SparseState) -> dict[str, Tensor]:
+    """Put the entries of the mask below every other, in place; scores are not negative."""
+    for name, index in state.index.items():
+        scores[name][index.to(scores[name].device)] = -1.0
+    return scores
+
+
+class AccumulatedGradient:
+    """`sft_ag`: the candidates with the largest gradient accumulated over the last `growth_steps` steps.
+
+    Candidates are as many entries outside the mask as the mask has: those with the largest dense gradient
+    in the first of these steps, the only one that computes dense gradients (one layer at a time).
+
+    Args:
+        weights: every targeted weight, by name.
+        budget: of the mask: whether weights compete with each other.
+        growth_steps: see above.
+        train: the `train` section of the recipe, for the sparse gradient.
+    """
+
+    def __init__(self, weights: dict[str, nn.Parameter], budget: str, growth_steps: int, train):
+        self.weights, self.budget, self.growth_steps, self.train = weights, budget, growth_steps, train
+        self.restart()
+
+    def restart(self) -> None:
+        self.dense: dict[str, ShardSum] = {}
+        self.gradient: SparseGradient | None = None  # of the candidates, once they are chosen
+        self.total: Tensor | None = None  # [own candidates] accumulated gradient
+
+    def sink(self, name: str, steps_left: int | None) -> Sink | None:
+        if steps_left == self.growth_steps:
+            weight = self.weights[name]
+            total = self.dense[name] = ShardSum(weight, own_elements(weight)[0].device)
+            return lambda x, grad_y: total.add(weight_gradient(x, grad_y))
+        return self.gradient.sinks[name] if self.gradient else None
+
+    def on_gradient(self, state: SparseState, gradient: Tensor) -> None:
+        """Nothing to learn from entries that are in the mask."""
+
+    def after_step(self, state: SparseState) -> None:
+        if self.dense:
+            self._choose_candidates(state)
+        elif self.gradient is not None:
+            self.total += self.gradient.reduce()
+
+    def _choose_candidates(self, state: SparseState) -> None:
+        dense = {name: total.value for name, total in self.dense.items()}
+        scores = shut_out({name: value.abs() for name, value in dense.items()}, state)
+        group, counts = groups_of(state.mask, self.budget)
+        counts = limited(counts, group, free_entries(state.mask))
+        self.gradient = self._collect(gather_mask(select_local(scores, group, counts), state.mask.shape))
+        own = [dense[n][index.to(dense[n].device)] for n, index in self.gradient.local_index().items()]
+        self.total = torch.cat(own).to(distributed.device())
+        self.dense = {}
+
+    def _collect(self, candidates: Mask) -> SparseGradient:
+        train = self.train
+        return SparseGradient(candidates, distributed.device(), train.sparse_backend, train.reduce_bucket)
+
+    def state_dict(self) -> dict:
+        if self.gradient is None:
+            return {}
+        return {"candidates": self.gradient.mask.index, "total": self.total}
+
+    def load_state_dict(self, values: dict, shape: Shape) -> None:
+        self.restart()
+        if values:
+            self.gradient = self._collect(Mask(values["candidates"], shape))
+            self.total = values["total"].clone()
+
+    def select(self, state: SparseState, group: Groups, wanted: list[int]) -> Chosen:
+        local = self.gradient.local_index()
+        pieces = self.total.abs().split([index.numel() for index in local.values()])
+        there = {name: index.numel() for name, index in self.gradient.mask.index.items()}
+        wanted = limited(wanted, group, there)
+        chosen = select_local(dict(zip(local, pieces, strict=True)), group, wanted)
+        return {name: index[chosen[name].to(index.device)] for name, index in local.items()}, wanted
+
+
+class RowColumnMomentum:
+    """`sft_ma`: SM3's row and column statistics r, c of the trained entries' squared gradients.
+
+    SM3-II with decay b (Anil et al., 2019): v_ij = b min(r_i, c_j) + (1 - b) g_ij^2 for the entries of the
+    mask; then r_i is the largest v of its row, c_j that of its column; a row or column without entries
+    keeps its value. An entry outside the mask is estimated by sqrt(r_i c_j).
+
+    Args:
+        weights: every targeted weight, by name.
+        decay: b.
+    """
+
+    def __init__(self, weights: dict[str, nn.Parameter], decay: float):
+        self.decay = decay
+        self.shape = {name: tuple(full_shape(weight)) for name, weight in weights.items()}
+        self.span = {name: _span(weight) for name, weight in weights.items()}
+        lengths = [length for shape in self.shape.values() for length in shape]
+        self.statistics = torch.zeros(sum(lengths), device=distributed.device())
+
+    def _views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Weight -> views of its rows and its columns."""
+        pieces = iter(flat.split([length for shape in self.shape.values() for length in shape]))
+        return {name: (next(pieces), next(pieces)) for name in self.shape}
+
+    def restart(self) -> None:
+        """The statistics go on."""
+
+    def state_dict(self) -> dict:
+        return {"statistics": self.statistics}
+
+    def load_state_dict(self, values: dict, shape: Shape) -> None:
+        self.statistics = values["statistics"].clone()
+
+    def sink(self, name: str, steps_left: int | None) -> Sink | None:
+        return None
+
+    def on_gradient(self, state: SparseState, gradient: Tensor) -> None:
+        largest = torch.full_like(self.statistics, -1.0)
+        new, old = self._views(largest), self._views(self.statistics)
+        for name, own in state.slices.items():
+            index = state.index[name].to(gradient.device, torch.int64) + self.span[name][0]
+            row = index // self.shape[name][1]
+            column = index - row * self.shape[name][1]
+            least = torch.minimum(old[name][0][row], old[name][1][column])
+            value = self.decay * least + (1 - self.decay) * gradient[own].square()
+            new[name][0].scatter_reduce_(0, row, value, "amax")
+            new[name][1].scatter_reduce_(0, column, value, "amax")
+        largest = distributed.all_reduce_max(largest)
+        self.statistics = torch.where(largest < 0, self.statistics, largest)
+
+    def after_step(self, state: SparseState) -> None:
+        """All is done in `on_gradient`."""
+
+    def select(self, state: SparseState, group: Groups, wanted: list[int]) -> Chosen:
+        roots = self._views(self.statistics.sqrt())
+        scores = {name: _outer(*roots[name], *self.span[name]) for name in self.shape}
+        wanted = limited(wanted, group, free_entries(state.mask))
+        return select_local(shut_out(scores, state), group, wanted), wanted
+
+
+def _span(weight: nn.Parameter) -> tuple[int, int]:
+    """[start, stop) of this rank's elements among the weight's."""
+    own, start = own_elements(weight)
+    return start, start + own.numel()
+
+
+def _outer(rows: Tensor, columns: Tensor, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of the flattened outer product."""
+    width = columns.numel()
+    first, last = start // width, -(-stop // width)
+    return torch.outer(rows[first:last], columns).view(-1)[start - first * width : stop - first * width]

@@ -1,0 +1,80 @@
+"""`speft score`: score the weights, select a mask, write it and show it. Nothing is trained.
+
+Leaves `mask.safetensors` (see `mask.py`), `mask.png`, `score.json` and `recipe.yaml` in the run folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from speft_ds import distributed
+from speft_ds.base import Base
+from speft_ds.files import write_json
+from speft_ds.mask import MASK_FILE, save_mask
+from speft_ds.metrics import Timings, peak_memory_gib, say
+from speft_ds.model import fingerprint
+from speft_ds.plots import mask_heat_map
+from speft_ds.preflight import check_output_dir
+from speft_ds.recipe import resolved_yaml
+from speft_ds.schema import Recipe
+from speft_ds.tables import print_mask_table
+from speft_ds.train import versions
+
+
+def any_world_size(recipe: Recipe) -> Recipe:
+    """The recipe with a training batch that suits the number of ranks: nothing is trained."""
+    train = recipe.train.model_copy(update={"global_batch": distributed.world_size(), "micro_batch": 1})
+    return recipe.model_copy(update={"train": train})
+
+
+def run(recipe: Recipe) -> None:
+    """The whole job, on every rank. Rank 0 writes the folder and prints the table.
+
+    Raises:
+        UserError: anything that the user can mend; the same on every rank.
+        RuntimeError: the weights are not what they were before.
+    """
+    distributed.init()
+    distributed.on_rank_0(lambda: check_output_dir(recipe))
+    timings = Timings()
+    with timings.stage("data"):
+        base = Base(any_world_size(recipe), timings)
+        base.read_calibration_rows(None)
+    with timings.stage("model"):
+        base.load()
+    mask = base.choose_mask()
+    with timings.stage("check"):
+        if fingerprint(base.engine.module) != base.fingerprint:
+            raise RuntimeError(f"scoring by {recipe.mask.salience} changed the weights")
+    facts = {
+        "salience": recipe.mask.salience,
+        "granularity": recipe.mask.granularity,
+        "budget": recipe.mask.budget,
+        "base": {
+            "name_or_path": recipe.model.name_or_path,
+            "dtype": recipe.model.dtype,
+            "fingerprint": base.fingerprint,
+            "rounded": base.rounded,
+        },
+        "world_size": distributed.world_size(),
+        "versions": versions(),
+    }
+    folder = Path(recipe.output_dir)
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(resolved_yaml(recipe), encoding="utf-8")
+        save_mask(folder / MASK_FILE, mask, facts)
+        mask_heat_map(folder / "mask.png", mask, f"{recipe.name}: density by {recipe.mask.salience}")
+        memory = {"peak_memory_gib": peak_memory_gib()}
+        write_json(folder / "score.json", {**facts, "mask": mask.facts(), "timings_s": timings, **memory})
+        print_mask_table(mask)
+
+    distributed.on_rank_0(write)
+    say(
+        f"{mask.num_trainable:,} of {mask.num_target_elements:,} entries (density {mask.density:.4%}) "
+        f"by {recipe.mask.salience}, sha256 {mask.sha256[:12]}; base unchanged, {base.fingerprint[:12]}"
+    )
+    say(f"salience {timings['salience']:.2f} s, selection {timings['selection']:.2f} s")
+    say(f"{folder / MASK_FILE}: train it with mask.load={folder / MASK_FILE}")
+    distributed.barrier()

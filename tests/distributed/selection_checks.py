@@ -1,0 +1,124 @@
+"""What runs on every rank to test selection on given scores, and a dense selection to compare it with."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import chain, product
+
+import torch
+from torch import Tensor
+
+from speft_ds import distributed
+from speft_ds.errors import UserError
+from speft_ds.partition import shard_range
+from speft_ds.selection import select
+
+Shapes = dict[str, tuple[int, int]]
+
+
+def local_part(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's shards of flat scores."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    return {name: s[slice(*shard_range(s.numel(), rank, world_size))] for name, s in scores.items()}
+
+
+def cut(shape: tuple[int, int], granularity: str, block_size: int) -> list[list[int]]:
+    """The flat indices of each unit of a weight, row by row of units."""
+    rows, columns = shape
+    height = {"element": 1, "row": 1, "block": block_size, "column": rows}[granularity]
+    width = {"element": 1, "column": 1, "block": block_size, "row": columns}[granularity]
+    return [
+        [
+            r * columns + c
+            for r, c in product(range(rows)[top : top + height], range(columns)[left : left + width])
+        ]
+        for top in range(0, rows, height)
+        for left in range(0, columns, width)
+    ]
+
+
+def shares(sizes: list[int], wanted: int) -> list[int]:
+    """`wanted` in proportion to the sizes: rounded down, then one more by the largest remainder."""
+    exact = [Fraction(wanted * size, sum(sizes)) for size in sizes]
+    counts = [int(share) for share in exact]
+    order = sorted(range(len(sizes)), key=lambda i: (counts[i] - exact[i], i))
+    for i in order[: wanted - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def best(groups: list[list[tuple]], counts: list[int]) -> dict[str, list[int]]:
+    """Of each group's units (weight, indices, score), the best, up to the first that does not fit."""
+    chosen: dict[str, list[int]] = {}
+    for units, left in zip(groups, counts, strict=True):
+        for name, indices, _ in sorted(units, key=lambda unit: -unit[2]):  # stable: ties by order
+            if len(indices) > left:
+                break
+            left -= len(indices)
+            chosen[name] = chosen.get(name, []) + indices
+    return chosen
+
+
+def dense_selection(
+    scores: dict[str, Tensor],
+    shapes: Shapes,
+    wanted: list[int],
+    budget: str,
+    granularity: str,
+    block_size: int,
+) -> dict[int, dict[str, list[int]]]:
+    """The chosen flat indices of every weight, by how many are wanted; means are exact fractions."""
+    by_weight = []
+    for name, shape in shapes.items():
+        exact = [Fraction(value) for value in scores[name].tolist()]
+        units = cut(shape, granularity, block_size)
+        by_weight.append([(name, unit, sum(exact[i] for i in unit) / len(unit)) for unit in units])
+    return {count: choose(by_weight, shapes, count, budget) for count in wanted}
+
+
+def choose(by_weight: list[list[tuple]], shapes: Shapes, wanted: int, budget: str) -> dict[str, list[int]]:
+    """The flat indices that a budget chooses from each weight's units (weight, indices, score)."""
+    sizes = [rows * columns for rows, columns in shapes.values()]
+    if budget == "global":
+        groups, counts = [list(chain.from_iterable(by_weight))], [wanted]
+    elif budget == "per_layer":
+        groups, counts = by_weight, shares(sizes, wanted)
+    else:
+        groups, counts = [], []
+        for units, (rows, columns) in zip(by_weight, shapes.values(), strict=True):
+            groups += [units[row * columns :][:columns] for row in range(rows)]
+            counts += [round(Fraction(wanted * columns, sum(sizes)))] * rows
+    chosen = best(groups, counts)
+    return {name: sorted(chosen.get(name, [])) for name in shapes}
+
+
+def check_select(
+    shapes: Shapes, scores: dict[str, Tensor], expected: dict[int, dict[str, list[int]]], **choice
+) -> None:
+    """Selection on sharded scores is the dense one, for each number of entries wanted."""
+    for wanted, indices in expected.items():
+        mask = select(local_part(scores), shapes, wanted, **choice)
+        assert {name: index.tolist() for name, index in mask.index.items()} == indices, wanted
+        assert mask.shape == shapes, wanted
+
+
+def check_select_many(shapes: Shapes, scores: dict[str, Tensor], wanted: list[int]) -> None:
+    """The same for too many scores to sort as fractions: a stable sort, which keeps ties in order."""
+    flat = torch.cat([*scores.values()])
+    order = flat.sort(descending=True, stable=True).indices
+    for count in wanted:
+        index = select(local_part(scores), shapes, count).index
+        chosen = torch.zeros(len(flat), dtype=torch.bool)
+        chosen[order[:count]] = True
+        expected = chosen.split([score.numel() for score in scores.values()])
+        for name, where in zip(scores, expected, strict=True):
+            assert torch.equal(index[name].to(torch.int64), where.nonzero()[:, 0]), (name, count)
+
+
+def check_select_refuses(shapes: Shapes, scores: dict[str, Tensor], wanted: int) -> str:
+    """The message of the UserError that a selection raises on this rank."""
+    try:
+        select(local_part(scores), shapes, wanted)
+    except UserError as error:
+        return str(error)
+    return ""

@@ -82,7 +82,7 @@ def main() -> None:
                     f"{mask.num_trainable:,}",
                     mask.sha256[:12],
                     f"{same:.6f}",
-                    result["base"]["fingerprint"][:12],
+                    result["fingerprint"][:12],
                 ]
             )
             print(rows[-1], flush=True)

@@ -41,8 +41,9 @@ class Base:
         targets: weight name -> linear whose weight may be trained; `shapes`: weight name -> (out, in).
         num_trainable: entries that are asked for, over all ranks; what a selection comes to may differ by
             the rounding of units and row quotas.
-        fingerprint: of the weights as they are loaded; `rounded`: of the weights rounded to bfloat16, one
-            for all dtypes that a checkpoint may be loaded in.
+        fingerprint: of the weights as they are loaded.
+        fingerprint_bfloat16: of the weights rounded to bfloat16: one for all dtypes that a checkpoint may be
+            loaded in.
     """
 
     def __init__(self, recipe: Recipe, timings: Timings):
@@ -105,10 +106,20 @@ class Base:
         self._check_lift_rank()
         self._check_gate_layers()
         self.fingerprint = fingerprint(model)
-        self.rounded = fingerprint(model, torch.bfloat16)
+        is_bfloat16 = recipe.model.dtype == "bfloat16"
+        self.fingerprint_bfloat16 = self.fingerprint if is_bfloat16 else fingerprint(model, torch.bfloat16)
         self.engine = build_engine(model, ds_config, self.targets)
         for linear in self.targets.values():
             adapt(linear)
+
+    def identity(self) -> dict[str, str]:
+        """Which base this is, for files made from it: masks and adapters."""
+        return {
+            "base": self.recipe.model.name_or_path,
+            "dtype": self.recipe.model.dtype,
+            "fingerprint": self.fingerprint,
+            "fingerprint_bfloat16": self.fingerprint_bfloat16,
+        }
 
     def _find_targets(self, model: nn.Module, loaded: Mask | None) -> dict[str, nn.Linear]:
         recipe = self.recipe.mask

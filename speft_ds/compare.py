@@ -18,10 +18,12 @@ from speft_ds.mask import MASK_FILE, Mask, index_problem, jaccard, read_mask
 from speft_ds.plots import jaccard_picture
 from speft_ds.tables import jaccard_text, percent, print_table, unique_tails
 
+FINGERPRINT = "fingerprint_bfloat16"  # one for all dtypes that the base may have been loaded in
+
 
 @dataclass(frozen=True)
-class Entries:
-    """The entries in a file.
+class MaskSource:
+    """A file with a mask: a mask file or an adapter.
 
     Attributes:
         mask: indices; of an adapter, which does not record them, no shapes.
@@ -52,7 +54,7 @@ def compare(paths: list[Path], output: Path | None) -> None:
     """
     if len(paths) < 2:
         raise UserError("one mask cannot be compared", fix="speft compare-masks A B ...")
-    files = [read_entries(path) for path in paths]
+    files = [read_source(path) for path in paths]
     for position, one in enumerate(files):
         for other in files[:position]:
             check_same_model(other, one)
@@ -70,7 +72,7 @@ def compare(paths: list[Path], output: Path | None) -> None:
     print(f"  {output}")
 
 
-def read_entries(path: Path) -> Entries:
+def read_source(path: Path) -> MaskSource:
     """The mask or the adapter at `path`: a file, the folder it lies in, or the folder of its run.
 
     Raises:
@@ -84,12 +86,12 @@ def read_entries(path: Path) -> Entries:
     return _from_adapter(found) if found.name == ADAPTER_FILE else _from_mask(found)
 
 
-def _from_mask(path: Path) -> Entries:
+def _from_mask(path: Path) -> MaskSource:
     mask, facts = read_mask(path)
-    return Entries(path, mask, mask.num_target_elements, _known(facts, "fingerprint", str))
+    return MaskSource(path, mask, mask.num_target_elements, _known(facts, FINGERPRINT, str))
 
 
-def _from_adapter(path: Path) -> Entries:
+def _from_adapter(path: Path) -> MaskSource:
     tensors, facts = read_adapter(path.parent)
     index = {name.removesuffix(".index"): t for name, t in tensors.items() if name.endswith(".index")}
     for name, tensor in index.items():
@@ -97,7 +99,7 @@ def _from_adapter(path: Path) -> Entries:
             raise UserError(f"{name}: {problem}", where=str(path), fix="copy the adapter from its run again")
     mask_facts = _known(facts, "mask", dict) or {}
     num_target_elements = _known(mask_facts, "num_target_elements", int)
-    return Entries(path, Mask(index, shape={}), num_target_elements, _known(facts, "fingerprint", str))
+    return MaskSource(path, Mask(index, shape={}), num_target_elements, _known(facts, FINGERPRINT, str))
 
 
 def _known(facts: dict, key: str, kind: type) -> Any:
@@ -105,7 +107,7 @@ def _known(facts: dict, key: str, kind: type) -> Any:
     return facts[key] if isinstance(facts.get(key), kind) else None
 
 
-def check_same_model(a: Entries, b: Entries) -> None:
+def check_same_model(a: MaskSource, b: MaskSource) -> None:
     """Refuse what cannot be of one model.
 
     Raises:
@@ -150,7 +152,7 @@ def _without_usual_names(parts: tuple[str, ...]) -> tuple[str, ...]:
     return parts
 
 
-def matrix_table(files: list[Entries], names: list[str], matrix: list[list[float]]) -> Table:
+def matrix_table(files: list[MaskSource], names: list[str], matrix: list[list[float]]) -> Table:
     """The Jaccard matrix with numbered columns, and what is known of each mask."""
     table = Table(title="Jaccard index: entries in both masks / entries in either", box=SIMPLE_HEAD)
     table.add_column("", justify="right")

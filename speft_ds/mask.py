@@ -79,7 +79,7 @@ def save_mask(path: Path, mask: Mask, facts: dict) -> None:
     """Write a mask file atomically; one rank calls this.
 
     Args:
-        facts: what a reader should know, as JSON holds it; `base`, as `score.run` writes it, is checked.
+        facts: what a reader should know, as JSON holds it; with `Base.identity` for `mask.load`.
     Raises:
         OSError: it cannot be written.
     """

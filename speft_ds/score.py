@@ -50,12 +50,7 @@ def run(recipe: Recipe) -> None:
         "salience": recipe.mask.salience,
         "granularity": recipe.mask.granularity,
         "budget": recipe.mask.budget,
-        "base": {
-            "name_or_path": recipe.model.name_or_path,
-            "dtype": recipe.model.dtype,
-            "fingerprint": base.fingerprint,
-            "rounded": base.rounded,
-        },
+        **base.identity(),
         "world_size": distributed.world_size(),
         "versions": versions(),
     }

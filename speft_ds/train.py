@@ -110,13 +110,11 @@ class Trainer:
             return
         recipe, loaded = self.recipe.mask, self.loaded
         where = f"mask.load: {recipe.load}"
-        base = self.loaded_facts.get("base")
-        base = base if isinstance(base, dict) else {"name_or_path": base}
-        if base.get("rounded") != self.base.rounded:
+        if self.loaded_facts.get("fingerprint_bfloat16") != self.base.fingerprint_bfloat16:
             raise UserError(
                 "the mask was scored on another base: the weights of this model have another fingerprint",
                 where=where,
-                fix=f"train {base.get('name_or_path')}, or score this model: speft score",
+                fix=f"train {self.loaded_facts.get('base')}, or score this model: speft score",
             )
         if loaded.num_trainable == 0:
             raise UserError("the mask has no entries: nothing to train", where, "score another: speft score")
@@ -217,9 +215,7 @@ class Trainer:
     def save(self) -> None:
         """Write the adapter (all ranks take part)."""
         facts = {
-            "base": self.recipe.model.name_or_path,
-            "fingerprint": self.base.fingerprint,
-            "dtype": self.recipe.model.dtype,
+            **self.base.identity(),
             "recipe": self.recipe.model_dump(mode="json"),
         }
         with self.timings.stage("save"):

@@ -232,13 +232,7 @@ def write_mask(recipe: Recipe, path) -> str:
     """Score and select as `speft score` does, and write the mask. Returns its sha256."""
     trainer = make_trainer(recipe)
     trainer.choose_mask()
-    base = {
-        "name_or_path": recipe.model.name_or_path,
-        "dtype": recipe.model.dtype,
-        "fingerprint": trainer.base.fingerprint,
-        "rounded": trainer.base.rounded,
-    }
-    distributed.on_rank_0(lambda: save_mask(path, trainer.mask, {"base": base}))
+    distributed.on_rank_0(lambda: save_mask(path, trainer.mask, trainer.base.identity()))
     return trainer.mask.sha256
 
 

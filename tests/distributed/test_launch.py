@@ -14,6 +14,8 @@ from tiny import make_model
 from transformers import AutoModelForCausalLM
 
 import speft_ds
+from speft_ds.compare import compare
+from speft_ds.mask import read_mask, save_mask
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
@@ -99,7 +101,7 @@ def test_a_run_leaves_what_the_readme_says(recipe, tiny, tmp_path):
     assert [line["loss"] for line in others] == pytest.approx([line["loss"] for line in lines], abs=1e-5)
 
 
-def test_a_mask_is_scored_once_and_trained(recipe, tiny, tmp_path):
+def test_a_mask_is_scored_once_and_trained(recipe, tiny, tmp_path, capsys):
     scored = launch(recipe, f"output_dir={tmp_path / 'mask'}", "mask.salience=snip", job="score")
     assert scored.returncode == 0, scored.stderr
     assert files(tmp_path / "mask") == ["mask.png", "mask.safetensors", "recipe.yaml", "score.json"]
@@ -112,6 +114,13 @@ def test_a_mask_is_scored_once_and_trained(recipe, tiny, tmp_path):
     assert trained.returncode == 0, trained.stderr
     mask = json.loads((tmp_path / "run" / "run.json").read_text())["mask"]
     assert mask["sha256"] == facts["mask"]["sha256"] and mask["loaded_from"] == str(tmp_path / "mask")
+    # A mask and the adapter trained with it compare as equal, of one base; a mask of another is noted.
+    compare([tmp_path / "mask", tmp_path / "run"], None)
+    assert "fingerprints differ" not in capsys.readouterr().out
+    mask, facts = read_mask(tmp_path / "mask" / "mask.safetensors")
+    save_mask(tmp_path / "alien.safetensors", mask, {**facts, "fingerprint_bfloat16": "0" * 64})
+    compare([tmp_path / "alien.safetensors", tmp_path / "run"], None)
+    assert "fingerprints differ" in capsys.readouterr().out
     # Another base: the same shapes, other weights.
     other = tmp_path / "other"
     make_model(other, seed=5)

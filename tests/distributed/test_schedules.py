@@ -280,7 +280,9 @@ def test_a_mask_of_another_base_is_refused(ranks, tiny, tmp_path, scored, checkp
     assert all(str(scored()) in message for message in messages), messages
 
 
-@pytest.mark.parametrize("facts", [{"salience": "gradient"}, {"base": "owner/name"}, {"base": None}])
+@pytest.mark.parametrize(
+    "facts", [{"salience": "gradient"}, {"base": "owner/name"}, {"fingerprint_bfloat16": None}]
+)
 def test_a_mask_that_names_no_base_is_refused(ranks, tiny, tmp_path, scored, facts):
     path = tmp_path / "mask.safetensors"
     save_mask(path, read_mask(scored())[0], facts)

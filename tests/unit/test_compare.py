@@ -83,12 +83,12 @@ def test_adapters_alone(write_run, capsys):
 
 @pytest.mark.parametrize("facts", [{"mask": None}, {"mask": {"num_target_elements": "many"}}, {"mask": []}])
 def test_an_adapter_without_mask_facts_has_no_density(write_run, capsys, facts):
-    compare([write_run("a", A, **facts), write_run("b", A, fingerprint=["?"])], None)
+    compare([write_run("a", A, **facts), write_run("b", A, fingerprint_bfloat16=["?"])], None)
     assert [row[3] for row in printed(capsys)] == ["unknown", "1.250%"]
 
 
 def test_masks_of_different_bases_are_noted(write, capsys):
-    a, b = write("a", A, fingerprint="1"), write("b", B, fingerprint="2")
+    a, b = write("a", A, fingerprint_bfloat16="1"), write("b", B, fingerprint_bfloat16="2")
     compare([a, b], None)
     assert "fingerprints differ" in capsys.readouterr().out
     compare([a, a, write("c", A)], None)

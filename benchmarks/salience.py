@@ -19,11 +19,11 @@ from typing import get_args
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from machine import facts, print_table  # noqa: E402
+from markdown import print_table  # noqa: E402
 
 from speft_ds.files import write_json  # noqa: E402
-from speft_ds.mask import MASK_FILE, jaccard, read_mask  # noqa: E402
-from speft_ds.schema import Mask  # noqa: E402
+from speft_ds.mask import jaccard, read_mask  # noqa: E402
+from speft_ds.schema import MASK_FILE, Mask  # noqa: E402
 
 METRICS = get_args(Mask.model_fields["salience"].annotation)
 
@@ -100,7 +100,7 @@ def main() -> None:
     ]
     print()
     print_table(header, rows)
-    write_json(arguments.output / "salience.json", {"machine": facts(), "results": results})
+    write_json(arguments.output / "salience.json", {"results": results})
 
 
 if __name__ == "__main__":

@@ -34,11 +34,12 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     use_all_cores()
-    from machine import facts, print_table
+    from markdown import print_table
 
     from speft_ds import distributed
     from speft_ds.base import Base
     from speft_ds.files import write_json
+    from speft_ds.machine import machine, versions
     from speft_ds.metrics import Timings
     from speft_ds.salience import score
     from speft_ds.score import any_world_size
@@ -83,7 +84,8 @@ def main() -> None:
         "num_trainable": mask.num_trainable,
         "seconds": seconds,
         "ratios": {name: value / floor for name, value in median.items()},
-        "machine": facts(),
+        "versions": versions(),
+        "machine": machine(),
     }
 
     def report() -> None:

@@ -61,7 +61,7 @@ class Base:
         """The tokenised rows of a file, with the columns and template of the `data` section."""
         recipe = self.recipe.data
         pairs = read_pairs(path, recipe.prompt_column, recipe.response_column)
-        return data.tokenize(pairs, self.tokenizer, recipe.chat_template, recipe.max_length)
+        return data.tokenize(pairs, self.tokenizer, recipe.chat_template, recipe.max_length, path)
 
     def read_calibration_rows(self, training_rows: list[data.Row] | None) -> None:
         """Set up what scores are computed from; nothing, where no metric of this recipe needs data.

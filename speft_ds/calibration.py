@@ -14,6 +14,7 @@ from speft_ds.engine import SparseEngine, own_elements
 from speft_ds.errors import UserError
 from speft_ds.kernels.dense import matmul_fp32
 from speft_ds.partition import shard_numel
+from speft_ds.sparse import Sink, feeding
 
 Scores = dict[str, Tensor]
 # (x [rows, tokens, in], grad_y [rows, tokens, out], labels [rows, tokens]) -> dense [out, in]
@@ -114,29 +115,22 @@ class Scorer:
         sums = {name: ShardSum(weight, self.device_of(weight)) for name, weight in self.weights()}
         batch: dict[str, Tensor] = {}
 
-        def make_sink(name: str):
+        def make_sink(name: str) -> Sink:
             return lambda x, grad_y: sums[name].add(dense(x, grad_y, batch["labels"]))
 
-        before = {name: linear.sink for name, linear in self.targets.items()}
-        for name, linear in self.targets.items():
-            linear.sink = make_sink(name)
-        try:
+        with feeding(self.targets, {name: make_sink(name) for name in sums}):
             for batch, mine in self.rows().batches():
                 loss = self.loss(self.engine.module, batch, temperature)
                 (loss * (scale if mine else 0.0)).backward()
                 self.engine.after_plain_backward()
-        finally:
-            for name, linear in self.targets.items():
-                linear.sink = before[name]
         return {name: total.value for name, total in sums.items()}
 
 
 def weight_gradient(x: Tensor, grad_y: Tensor) -> Tensor:
     """The dense [out, in] gradient of a linear's weight from x [..., in] and grad_y [..., out]: fp32.
 
-    On a CPU in bfloat16 it is rounded to bfloat16, as autograd's is: an fp32 result takes three times as
-    long there, and changes 1 entry in 1,300 of a 0.5% mask (1 in 70 changes between a bfloat16 and a
-    float32 model). Sums over batches and ranks are fp32 all the same.
+    On a CPU in bfloat16 it is rounded to bfloat16, as autograd's is: torch has no product with an fp32
+    result there but that of fp32 copies. Sums over batches and ranks are fp32 all the same.
     """
     x, grad_y = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
     return matmul_fp32(grad_y.t(), x) if x.is_cuda else grad_y.t() @ x

@@ -31,12 +31,15 @@ class Row:
         return len(self.ids) - self.num_prompt
 
 
-def tokenize(rows: list[tuple[str, str]], tokenizer, chat_template: bool, max_length: int) -> list[Row]:
+def tokenize(
+    rows: list[tuple[str, str]], tokenizer, chat_template: bool, max_length: int, where: str = "data.path"
+) -> list[Row]:
     """Prompt and response are tokenised apart, so that the loss starts exactly at the response.
 
     Args:
         chat_template: wrap the prompt as the user's message of the tokenizer's chat template.
         max_length: tokens a row may have.
+        where: what an error says of where the rows are.
     Raises:
         UserError: no chat template, no end-of-sequence token, or a row longer than `max_length`.
     """
@@ -60,7 +63,7 @@ def tokenize(rows: list[tuple[str, str]], tokenizer, chat_template: bool, max_le
         if len(row.ids) > max_length:
             raise UserError(
                 f"row {number} has {len(row.ids)} tokens, more than data.max_length={max_length}",
-                where="data.path",
+                where=where,
                 fix=f"data.max_length={len(row.ids)}, or shorten or delete the row",
             )
         result.append(row)

@@ -32,10 +32,14 @@ def shard_of(parameter: nn.Parameter) -> Tensor:
 
 def own_elements(parameter: nn.Parameter) -> tuple[Tensor, int]:
     """This rank's shard without padding, and the global flat index at which it starts."""
-    start, stop = shard_range(
-        parameter.ds_numel, parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size
-    )
+    start, stop = own_range(parameter)
     return shard_of(parameter)[: stop - start], start
+
+
+def own_range(parameter: nn.Parameter) -> tuple[int, int]:
+    """[start, stop) of the global flat indices in this rank's shard, padding left out."""
+    rank, world_size = parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size
+    return shard_range(parameter.ds_numel, rank, world_size)
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from speft_ds import distributed
 from speft_ds.calibration import ShardSum, weight_gradient
-from speft_ds.engine import full_shape, own_elements
+from speft_ds.engine import full_shape, own_elements, own_range
 from speft_ds.mask import Mask
 from speft_ds.radix import Groups
-from speft_ds.selection import gather_mask, select_local
+from speft_ds.selection import gather_mask, groups_by, select_local
 from speft_ds.sparse import Sink, SparseGradient, SparseState
 
 Shape = dict[str, tuple[int, int]]  # weight -> (out, in)
@@ -46,13 +46,14 @@ class Growth(Protocol):
 
 def groups_of(mask: Mask, budget: str) -> tuple[Groups, list[int]]:
     """Which weights compete with each other, and how many entries of the mask each group has."""
-    sizes = {name: index.numel() for name, index in mask.index.items()}
-    if budget == "global":
-        return dict.fromkeys(sizes, 0), [sum(sizes.values())]
-    return {name: number for number, name in enumerate(sizes)}, list(sizes.values())
+    group = groups_by(budget, mask.index)
+    counts = [0] * (max(group.values()) + 1)
+    for name, index in mask.index.items():
+        counts[group[name]] += index.numel()
+    return group, counts
 
 
-def limited(wanted: list[int], group: Groups, there: dict[str, int]) -> list[int]:
+def at_most(wanted: list[int], group: Groups, there: dict[str, int]) -> list[int]:
     """`wanted` of each group, at most what its weights have."""
     room = [0] * len(wanted)
     for name, count in there.items():
@@ -114,7 +115,7 @@ class AccumulatedGradient:
         dense = {name: total.value for name, total in self.dense.items()}
         scores = shut_out({name: value.abs() for name, value in dense.items()}, state)
         group, counts = groups_of(state.mask, self.budget)
-        counts = limited(counts, group, free_entries(state.mask))
+        counts = at_most(counts, group, free_entries(state.mask))
         self.gradient = self._collect(gather_mask(select_local(scores, group, counts), state.mask.shape))
         own = [dense[n][index.to(dense[n].device)] for n, index in self.gradient.local_index().items()]
         self.total = torch.cat(own).to(distributed.device())
@@ -139,7 +140,7 @@ class AccumulatedGradient:
         local = self.gradient.local_index()
         pieces = self.total.abs().split([index.numel() for index in local.values()])
         there = {name: index.numel() for name, index in self.gradient.mask.index.items()}
-        wanted = limited(wanted, group, there)
+        wanted = at_most(wanted, group, there)
         chosen = select_local(dict(zip(local, pieces, strict=True)), group, wanted)
         return {name: index[chosen[name].to(index.device)] for name, index in local.items()}, wanted
 
@@ -159,7 +160,7 @@ class RowColumnMomentum:
     def __init__(self, weights: dict[str, nn.Parameter], decay: float):
         self.decay = decay
         self.shape = {name: tuple(full_shape(weight)) for name, weight in weights.items()}
-        self.span = {name: _span(weight) for name, weight in weights.items()}
+        self.span = {name: own_range(weight) for name, weight in weights.items()}
         lengths = [length for shape in self.shape.values() for length in shape]
         self.statistics = torch.zeros(sum(lengths), device=distributed.device())
 
@@ -200,14 +201,8 @@ class RowColumnMomentum:
     def select(self, state: SparseState, group: Groups, wanted: list[int]) -> Chosen:
         roots = self._views(self.statistics.sqrt())
         scores = {name: _outer(*roots[name], *self.span[name]) for name in self.shape}
-        wanted = limited(wanted, group, free_entries(state.mask))
+        wanted = at_most(wanted, group, free_entries(state.mask))
         return select_local(shut_out(scores, state), group, wanted), wanted
-
-
-def _span(weight: nn.Parameter) -> tuple[int, int]:
-    """[start, stop) of this rank's elements among the weight's."""
-    own, start = own_elements(weight)
-    return start, start + own.numel()
 
 
 def _outer(rows: Tensor, columns: Tensor, start: int, stop: int) -> Tensor:

@@ -22,7 +22,6 @@ from speft_ds.files import write_safetensors
 from speft_ds.partition import index_dtype, locate
 
 FORMAT_VERSION = "1"
-MASK_FILE = "mask.safetensors"
 INDEX_DTYPES = {"I32": torch.int32, "I64": torch.int64}  # by safetensors' names
 
 

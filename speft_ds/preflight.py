@@ -8,7 +8,7 @@ from typing import Any, get_args
 from speft_ds.ds_config import batch_problems, read_ds_config
 from speft_ds.errors import RecipeError, UserError, closest
 from speft_ds.rows import iterate_objects
-from speft_ds.schema import CACHE, FIELDS, NEEDS_DATA, Recipe, expand_path
+from speft_ds.schema import CACHE, FIELDS, MASK_FILE, NEEDS_DATA, Recipe, expand_path
 
 
 def check_inputs(recipe: Recipe, world_size: int, needs_training_rows: bool = True) -> None:
@@ -42,8 +42,8 @@ def mask_file(path: str | Path, where: str | None = None) -> Path:
     Raises:
         UserError: there is no such file, or it is no .safetensors file; `where` says who named it.
     """
-    file = Path(path) / "mask.safetensors" if os.path.isdir(path) else Path(path)
-    fix = "name a mask.safetensors or its folder; `speft score RECIPE` writes one"
+    file = Path(path) / MASK_FILE if os.path.isdir(path) else Path(path)
+    fix = f"name a {MASK_FILE} or its folder; `speft score RECIPE` writes one"
     if file.suffix != ".safetensors":
         raise UserError(f"the mask file {file} is not a .safetensors file", where, fix)
     if not file.is_file():

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from speft_ds import distributed
 from speft_ds.calibration import Scorer, Scores, weight_gradient
 from speft_ds.data import IGNORED
-from speft_ds.engine import full_shape, own_elements, release, shard_of
+from speft_ds.engine import full_shape, own_elements, own_range, release, shard_of
 from speft_ds.errors import UserError
 from speft_ds.linearize import absolute_weights, linear_network
 from speft_ds.model import mix64
-from speft_ds.partition import shard_numel, shard_range
+from speft_ds.optimizer import global_norm
+from speft_ds.partition import shard_numel
+from speft_ds.sparse import Sink, feeding
 
 SALIENCE: dict[str, Callable[[Scorer], Scores]] = {}
 GRASP_TEMPERATURE = 200.0  # Wang et al., "Picking Winning Tickets Before Training", section 4
@@ -143,27 +145,27 @@ def synflow(scorer: Scorer) -> Scores:
     """
     model, found = scorer.engine.module, {}
 
-    def make_sink(name: str, weight: nn.Parameter):
+    def make_sink(name: str, weight: nn.Parameter) -> Sink:
         def keep(x: Tensor, grad_y: Tensor) -> None:  # every rank has the same gradient: keep our part
-            start, stop = shard_range(weight.ds_numel, distributed.rank(), distributed.world_size())
+            start, stop = own_range(weight)
             own = weight_gradient(x, grad_y).reshape(-1)[start:stop]
             found[name] = own.to(scorer.device_of(weight), torch.float32)
 
         return keep
 
-    before = {name: linear.sink for name, linear in scorer.targets.items()}
+    sinks = {name: make_sink(name, weight) for name, weight in scorer.weights()}
     in_training = model.training
     model.eval()
     try:
-        with absolute_weights(list(model.parameters())), linear_network(model) as all_ones:
-            for name, linear in scorer.targets.items():
-                linear.sink = make_sink(name, linear.weight)
+        with (
+            feeding(scorer.targets, sinks),
+            absolute_weights(list(model.parameters())),
+            linear_network(model) as all_ones,
+        ):
             model(inputs_embeds=all_ones, use_cache=False).logits.float().sum().backward()
             scorer.engine.after_plain_backward()
     finally:
         model.train(in_training)
-        for name, linear in scorer.targets.items():
-            linear.sink = before[name]
     return combine(lambda w, g: g.mul_(w).abs_(), own_weights(scorer), found)
 
 
@@ -187,15 +189,15 @@ def grasp(scorer: Scorer) -> Scores:
         raise UserError("the calibration gradient is zero", "mask.salience=grasp", "look at the rows")
     step = 2.0 ** round(math.log2(GRASP_PROBE * size / length))
     try:
-        move(scorer, saved, direction, step)
+        set_weights(scorer, saved, direction, step)
         change = norm(difference(scorer.gradient(GRASP_TEMPERATURE), direction)) / length
         step *= 2.0 ** round(math.log2(GRASP_CHANGE / change)) if change else 1.0
-        move(scorer, saved, direction, step)
+        set_weights(scorer, saved, direction, step)
         product = scorer.gradient(GRASP_TEMPERATURE)
-        move(scorer, saved, direction, -step)
+        set_weights(scorer, saved, direction, -step)
         product = combine(Tensor.sub_, product, scorer.gradient(GRASP_TEMPERATURE))
     finally:
-        move(scorer, saved, direction, 0.0)
+        set_weights(scorer, saved, direction, 0.0)
     return combine(lambda w, hg: hg.mul_(w).div_(2 * step), saved, product)
 
 
@@ -205,14 +207,13 @@ def difference(one: Scores, two: Scores) -> Scores:
 
 
 def norm(values: Scores) -> float:
-    """L2 norm over all weights and ranks."""
-    squares = sum(value.double().square().sum().item() for value in values.values())
-    total = torch.tensor([squares], dtype=torch.float64, device=distributed.device())
-    return math.sqrt(distributed.all_reduce(total).item())
+    """L2 norm over all weights and ranks: that of the weights' norms."""
+    by_weight = [torch.linalg.vector_norm(value, dtype=torch.float64) for value in values.values()]
+    return global_norm(torch.stack(by_weight).to(distributed.device()))
 
 
 @torch.no_grad()
-def move(scorer: Scorer, origin: Scores, direction: Scores, step: float) -> None:
+def set_weights(scorer: Scorer, origin: Scores, direction: Scores, step: float) -> None:
     """Set this rank's fp32 shards to origin + step * direction; step 0 is exact."""
     release([weight for _, weight in scorer.weights()])
     for name, weight in scorer.weights():
@@ -225,8 +226,7 @@ def random(scorer: Scorer) -> Scores:
     """Uniform in [0, 1), a function of (seed, weight name, global index) alone: the control. No data."""
     scores = {}
     for name, weight in scorer.weights():
-        own, start = own_elements(weight)
-        scores[name] = uniform(scorer.seed, name, start, start + own.numel(), scorer.device_of(weight))
+        scores[name] = uniform(scorer.seed, name, *own_range(weight), scorer.device_of(weight))
     return scores
 
 

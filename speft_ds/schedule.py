@@ -22,7 +22,7 @@ from speft_ds.metrics import say
 from speft_ds.optimizer import make_lr_schedule, make_optimizer
 from speft_ds.partition import locate
 from speft_ds.selection import gather_mask, select_local
-from speft_ds.sparse import Sink, SparseState, join
+from speft_ds.sparse import Sink, SparseState, join_sinks
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Schedule:
         self.gate.draw(step)
         for name, linear in self.training.targets.items():
             own = self.state.gradient.sinks[name] if self.gate.is_open(name) else None
-            linear.sink = join(own, self.extra_sink(name, step))
+            linear.sink = join_sinks(own, self.extra_sink(name, step))
 
     def extra_sink(self, name: str, step: int) -> Sink | None:
         """What else looks at this weight's backward in this step."""

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from pydantic_core import PydanticCustomError
 
 CACHE = "~/.cache/speft_ds"
+MASK_FILE = "mask.safetensors"  # in the folder that `speft score` leaves
 # The salience metrics that are computed from rows; the others look at the weights alone.
 NEEDS_DATA = frozenset({"gradient", "snip", "force", "taylor_fo", "fisher", "grasp", "grad_low_magnitude"})
 
@@ -39,6 +40,12 @@ def _exactly_one(value: Any, info: ValidationInfo, section: str, other: str) -> 
         fix = f"keep one; on the command line, {section}.{other}=null switches the other off"
         raise _broken_rule(f"{both} given, and they exclude each other", fix)
     return value
+
+
+def _switch_off(data: Any, key: str, other: str) -> Any:
+    """A section's raw values, in which giving `other` sets the default of `key` aside."""
+    given = isinstance(data, dict) and data.get(other) is not None
+    return {key: None, **data} if given else data
 
 
 def _broken_rule(message: str, fix: str, **context: str) -> PydanticCustomError:
@@ -174,8 +181,7 @@ class Mask(_Section):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _count_switches_density_off(cls, data: Any) -> Any:
-        counted = isinstance(data, dict) and data.get("num_trainable") is not None
-        return {"density": None, **data} if counted else data
+        return _switch_off(data, "density", "num_trainable")
 
     @field_validator("num_trainable")
     @classmethod
@@ -268,8 +274,7 @@ class Train(_Section):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _steps_switch_epochs_off(cls, data: Any) -> Any:
-        counted = isinstance(data, dict) and data.get("steps") is not None
-        return {"epochs": None, **data} if counted else data
+        return _switch_off(data, "epochs", "steps")
 
     @field_validator("epochs")
     @classmethod

@@ -10,15 +10,15 @@ from pathlib import Path
 from speft_ds import distributed
 from speft_ds.base import Base
 from speft_ds.files import write_json
-from speft_ds.mask import MASK_FILE, save_mask
+from speft_ds.machine import machine, versions
+from speft_ds.mask import save_mask
 from speft_ds.metrics import Timings, peak_memory_gib, say
 from speft_ds.model import fingerprint
 from speft_ds.plots import mask_heat_map
 from speft_ds.preflight import check_output_dir
-from speft_ds.recipe import resolved_yaml
-from speft_ds.schema import Recipe
+from speft_ds.recipe import start_folder
+from speft_ds.schema import MASK_FILE, Recipe
 from speft_ds.tables import print_mask_table
-from speft_ds.train import versions
 
 
 def any_world_size(recipe: Recipe) -> Recipe:
@@ -53,12 +53,12 @@ def run(recipe: Recipe) -> None:
         **base.identity(),
         "world_size": distributed.world_size(),
         "versions": versions(),
+        "machine": machine(),
     }
     folder = Path(recipe.output_dir)
 
     def write() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(resolved_yaml(recipe), encoding="utf-8")
+        start_folder(recipe)
         save_mask(folder / MASK_FILE, mask, facts)
         mask_heat_map(folder / "mask.png", mask, f"{recipe.name}: density by {recipe.mask.salience}")
         memory = {"peak_memory_gib": peak_memory_gib()}

@@ -8,6 +8,7 @@ of their scores to the rank that holds the unit.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -71,15 +72,21 @@ def budget_counts(numel: dict[str, int], budget: str, num_trainable: int) -> tup
     Returns:
         weight -> group number, and the number of entries of each group; they sum to `num_trainable`.
     """
+    group = groups_by(budget, numel)
     if budget == "global":
-        return {name: 0 for name in numel}, [num_trainable]
+        return group, [num_trainable]
     total = sum(numel.values())
     shares = [divmod(count * num_trainable, total) for count in numel.values()]
     counts = [whole for whole, _ in shares]
     by_remainder = sorted(range(len(counts)), key=lambda position: -shares[position][1])
     for position in by_remainder[: num_trainable - sum(counts)]:
         counts[position] += 1
-    return {name: group for group, name in enumerate(numel)}, counts
+    return group, counts
+
+
+def groups_by(budget: str, names: Iterable[str]) -> Groups:
+    """Which weights compete with each other: all of them (`global`), or each by itself."""
+    return {name: 0 if budget == "global" else number for number, name in enumerate(names)}
 
 
 def ties_to_take(ties: dict[str, Tensor], group: Groups, wanted: Tensor) -> dict[str, int]:
@@ -140,7 +147,11 @@ def gather_mask(local: dict[str, Tensor], shape: dict[str, tuple[int, int]]) -> 
     Raises:
         RuntimeError: the ranks came to different masks (never silently different).
     """
-    mask = Mask(gather_indices(local, {n: rows * columns for n, (rows, columns) in shape.items()}), shape)
+    return agreed(Mask(gather_indices(local, {n: r * c for n, (r, c) in shape.items()}), shape))
+
+
+def agreed(mask: Mask) -> Mask:
+    """The mask, once its hash is seen to be the same on all ranks; RuntimeError where it is not."""
     if not distributed.same_on_all_ranks(mask.sha256):
         raise RuntimeError("ranks selected different masks")
     return mask
@@ -213,10 +224,7 @@ def select_units(
     chosen = gather_indices(chosen, {name: unit.num_units for name, unit in units.items()})
     shape = {name: unit.shape for name, unit in units.items()}
     dtype = index_dtype(max(rows * columns for rows, columns in shape.values()))
-    mask = Mask({name: unit.entries(chosen[name]).to(dtype) for name, unit in units.items()}, shape)
-    if not distributed.same_on_all_ranks(mask.sha256):
-        raise RuntimeError("ranks selected different masks")
-    return mask
+    return agreed(Mask({name: unit.entries(chosen[name]).to(dtype) for name, unit in units.items()}, shape))
 
 
 def select_per_row(

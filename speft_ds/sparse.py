@@ -9,7 +9,8 @@ so the shards, and every weight gathered from them, always contain the deltas.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,19 @@ class AdaptedLinear(nn.Linear):
 def adapt(linear: nn.Linear) -> None:
     """Turn a live linear into an `AdaptedLinear` in place."""
     linear.__class__ = AdaptedLinear
+
+
+@contextmanager
+def feeding(targets: dict[str, AdaptedLinear], sinks: dict[str, Sink]) -> Iterator[None]:
+    """Inside the block, the backward of each target feeds its sink, and what it fed before not."""
+    before = {name: linear.sink for name, linear in targets.items()}
+    try:
+        for name, linear in targets.items():
+            linear.sink = sinks[name]
+        yield
+    finally:
+        for name, linear in targets.items():
+            linear.sink = before[name]
 
 
 @dataclass
@@ -199,7 +213,7 @@ class SparseState:
         self._write(self.index, (self.base.float() + self.delta).to(self.base.dtype))
 
 
-def join(*sinks: Sink | None) -> Sink | None:
+def join_sinks(*sinks: Sink | None) -> Sink | None:
     """One sink that feeds all that are there."""
     there = [sink for sink in sinks if sink is not None]
     if len(there) < 2:

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from speft_ds import __version__, data, distributed
+from speft_ds import data, distributed
 from speft_ds.adapter import save_adapter
 from speft_ds.base import Base
 from speft_ds.errors import UserError
 from speft_ds.files import write_json
+from speft_ds.machine import machine, versions
 from speft_ds.mask import Mask, read_mask
 from speft_ds.metrics import MetricsLog, Timings, peak_memory_gib, say, tokens_per_second
 from speft_ds.preflight import check_output_dir, mask_file
-from speft_ds.recipe import resolved_yaml
+from speft_ds.recipe import start_folder
 from speft_ds.schedule import SCHEDULES, Schedule, Training
 from speft_ds.schema import Recipe
 from speft_ds.selection import least_wanted
 from speft_ds.sparse import SparseState
-
-PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "lm_eval", "tokenizers")
-
-
-def versions() -> dict[str, str]:
-    """Of all that a result may depend on, for run.json."""
-    own = {"python": platform.python_version(), "speft_ds": __version__}
-    return own | {name: version(name) for name in PACKAGES}
 
 
 class Trainer:
@@ -226,11 +217,7 @@ class Trainer:
         train = self.recipe.train
         return {
             "versions": versions(),
-            "machine": {
-                "device": str(distributed.device()),
-                "num_threads": torch.get_num_threads(),
-                "platform": platform.platform(),
-            },
+            "machine": {"device": str(distributed.device()), **machine()},
             "world_size": distributed.world_size(),
             "global_batch": train.global_batch,
             "micro_batch": train.micro_batch,
@@ -269,16 +256,12 @@ def run(recipe: Recipe) -> None:
     num_ranks = distributed.world_size()
     say(f"{recipe.name}: {len(trainer.rows):,} rows, {trainer.num_steps} steps, {num_ranks} rank(s)")
 
-    def start_folder() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(resolved_yaml(recipe), encoding="utf-8")
-
     def save_results(moment: str) -> None:
         if trainer.results[moment] is not None:
             results = {key: value for key, value in trainer.results[moment].items() if key != "samples"}
             write_json(folder / "eval" / f"{moment}.json", results)
 
-    distributed.on_rank_0(start_folder)
+    distributed.on_rank_0(lambda: start_folder(recipe))
     trainer.evaluate("before")
     distributed.on_rank_0(lambda: save_results("before"))
     trainer.choose_mask()

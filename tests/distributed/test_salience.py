@@ -80,14 +80,15 @@ def test_grasp_refuses_a_flat_loss(ranks, tiny, tmp_path):
 ALL = {metric: {"salience": metric} for metric in [*METRICS, "grasp", "random"]}
 
 
+def at_every_world_size(ranks, check, **arguments) -> list[dict]:
+    """The answers of every rank of 1, of 2 and of 4."""
+    return [answer for world_size in (1, 2, 4) for answer in ranks(world_size)(check, **arguments)]
+
+
 def test_scores_have_the_same_bits_at_every_world_size(ranks, checkpoints, tmp_path):
     """Batches are dealt and summed in one order, whoever computes them."""
     recipe = make_recipe(checkpoints, tmp_path, "rich", mask=SAMPLES)
-    answers = [
-        answer
-        for world_size in (1, 2, 4)
-        for answer in ranks(world_size)(checks.check_bits, recipe=recipe, changes=ALL)
-    ]
+    answers = at_every_world_size(ranks, checks.check_bits, recipe=recipe, changes=ALL)
     for metric in ALL:
         assert len({answer[metric] for answer in answers}) == 1, metric
     assert len(set(answers[0].values())) == len(ALL)
@@ -118,11 +119,7 @@ def test_masks_are_the_same_at_every_world_size(ranks, checkpoints, tmp_path, dt
     recipe = make_recipe(
         checkpoints, tmp_path, "rich", mask={**SAMPLES, "density": 0.2}, model={"dtype": dtype}
     )
-    answers = [
-        answer
-        for world_size in (1, 2, 4)
-        for answer in ranks(world_size)(checks.check_masks, recipe=recipe, choices=choices)
-    ]
+    answers = at_every_world_size(ranks, checks.check_masks, recipe=recipe, choices=choices)
     for name in choices:
         assert len({answer[name] for answer in answers}) == 1, name
     distinct = [sha256 for name, sha256 in answers[0].items() if name != "taylor_fo"]

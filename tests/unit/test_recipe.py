@@ -10,19 +10,13 @@ import yaml
 from speft_ds.ds_config import load_ds_config
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.recipe import RECIPES_DIR, for_scoring, list_recipes, load_recipe, resolved_yaml
-from speft_ds.schema import FIELDS, NEEDS_DATA, Mask, Train, expand_path
-from unit.written import load
+from speft_ds.schema import FIELDS, Mask, expand_path
+from unit.written import load, refused
 
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def refused(tmp_path, text="", *overrides):
-    with pytest.raises(RecipeError) as caught:
-        load(tmp_path, text, *overrides)
-    return caught.value
 
 
 # Loading
@@ -85,44 +79,8 @@ def test_a_finished_mask_is_not_scored(tmp_path):
         for_scoring(load(tmp_path, "", "mask.load=m.x"))
 
 
-@pytest.mark.parametrize(
-    ("overrides", "is_scored", "needs_calibration"),
-    [
-        ([], True, True),
-        (["mask.salience=lift"], True, False),
-        (["mask.load=m"], False, False),
-        (["mask.load=m", "mask.schedule=drop_grow"], False, False),
-        (["mask.load=m", "mask.schedule=periodic"], True, True),
-        (["mask.load=m", "mask.schedule=periodic", "mask.salience=random"], True, False),
-    ],
-)
-def test_when_a_mask_is_scored_and_on_rows(tmp_path, overrides, is_scored, needs_calibration):
-    mask = load(tmp_path, "", *overrides).mask
-    assert (mask.is_scored, mask.needs_calibration) == (is_scored, needs_calibration)
-
-
-def test_metrics_that_need_data_are_metrics():
-    data_free = {"magnitude", "low_magnitude", "synflow", "random", "lift"}
-    assert set(get_args(FIELDS["mask.salience"].annotation)) == NEEDS_DATA | data_free
-    assert not NEEDS_DATA & data_free
-
-
 def test_an_empty_section_is_all_defaults(tmp_path):
     assert load(tmp_path, "mask:\n").mask == Mask()
-
-
-def test_num_trainable_switches_the_default_density_off(tmp_path):
-    mask = load(tmp_path, "", "mask.num_trainable=100").mask
-    assert (mask.density, mask.num_trainable) == (None, 100)
-    mask = load(tmp_path, "mask: {density: 0.1}", "mask.num_trainable=100", "mask.density=null").mask
-    assert (mask.density, mask.num_trainable) == (None, 100)
-    assert Mask(num_trainable=5).density is None
-
-
-def test_steps_switch_the_default_epochs_off(tmp_path):
-    assert (load(tmp_path).train.steps, load(tmp_path).train.epochs) == (None, 1.0)
-    assert load(tmp_path, "", "train.steps=9").train.epochs is None
-    assert Train(steps=5).epochs is None
 
 
 SALIENCES = [[f"mask.salience={name}"] for name in get_args(FIELDS["mask.salience"].annotation)]
@@ -182,10 +140,6 @@ def test_every_recipe_of_the_repository_loads(name):
     lines = (RECIPES_DIR / f"{name}.yaml").read_text().splitlines()
     assert lines[0].startswith("# ") and lines[1].startswith("# ")  # what it is for, what it needs
     assert f"`{name}`" in (RECIPES_DIR / "README.md").read_text()
-
-
-def test_every_field_has_a_description():
-    assert [key for key, field in FIELDS.items() if not field.description] == []
 
 
 @pytest.mark.parametrize("module", ["schema", "recipe", "preflight", "entry", "cli", "errors"])
@@ -306,105 +260,6 @@ BAD_OVERRIDES = {
     "model.name_or_path=": ["model.name_or_path is null", "command line: model.name_or_path="],
     "train.steps='80'": ["train.steps is '80'", "without quotes"],
 }
-
-
-NO_EFFECT = {  # -> the key and values that would give it one
-    "mask.block_size=8": "mask.granularity=block",
-    "mask.lift_rank=8": "mask.salience=lift",
-    "mask.update_every=8": "mask.schedule=periodic or drop_grow",
-    "mask.drop_rate=0.3": "mask.schedule=drop_grow",
-    "mask.drop_anneal=cosine": "mask.schedule=drop_grow",
-    "mask.growth=sft_ma": "mask.schedule=drop_grow",
-    "mask.growth_steps=8": "mask.schedule=drop_grow",
-    "mask.topk_fraction=0.1": "mask.schedule=grad_topk",
-    "mask.gate_every=8": "mask.layer_gate=sampled or half",
-    "mask.gate_layers=8": "mask.layer_gate=sampled",
-}
-
-
-@pytest.mark.parametrize("override", NO_EFFECT)
-def test_a_key_without_effect_is_refused(tmp_path, override):
-    (problem,) = refused(tmp_path, "", override).problems
-    key, used_with = override.partition("=")[0], NO_EFFECT[override].partition(" or ")[0]
-    default = FIELDS[key].default
-    assert problem.what.startswith(f"{override} has no effect with {used_with.partition('=')[0]}=")
-    assert problem.where == f"command line: {override}"
-    assert problem.fix == f"{key}={default}, its default, or {NO_EFFECT[override]}"
-    load(tmp_path, "", override, f"{key}={default}")  # both fixes, as typed
-    load(tmp_path, "", override, used_with)
-
-
-COMBINATIONS = {  # overrides -> what, the last override to blame, and the fixes that mend it
-    ("mask.granularity=row", "mask.budget=per_row"): (
-        "mask.budget=per_row does not go with mask.granularity=row: a row quota counts single entries",
-        "mask.granularity=element, or mask.budget=global or per_layer",
-    ),
-    ("mask.granularity=block", "mask.schedule=drop_grow"): (
-        "mask.schedule=drop_grow does not go with mask.granularity=block: it drops and grows single entries",
-        "mask.granularity=element, or mask.schedule=static or periodic or grad_topk",
-    ),
-    ("mask.schedule=drop_grow", "mask.layer_gate=half"): (
-        "mask.layer_gate=half does not go with mask.schedule=drop_grow: entries that the gate keeps still",
-        "mask.schedule=static or periodic or grad_topk, or mask.layer_gate=none",
-    ),
-    ("mask.schedule=drop_grow", "mask.layer_gate=sampled"): (
-        "mask.layer_gate=sampled does not go with mask.schedule=drop_grow",
-        "mask.schedule=static or periodic or grad_topk, or mask.layer_gate=none",
-    ),
-    ("mask.budget=per_row", "mask.schedule=drop_grow"): (
-        "mask.schedule=drop_grow does not go with mask.budget=per_row: it would not keep the rows' quotas",
-        "mask.budget=global or per_layer, or mask.schedule=static or periodic or grad_topk",
-    ),
-    ("mask.schedule=drop_grow", "mask.update_every=6", "mask.growth_steps=7"): (
-        "mask.growth_steps=7 is more than mask.update_every=6",
-        "mask.growth_steps=6, or mask.update_every=7 or more",
-    ),
-    ("mask.salience=grasp",): (
-        "mask.salience=grasp needs model.dtype=float32, not bfloat16",
-        "model.dtype=float32: it takes a small step along the gradient, which bfloat16 rounds away",
-    ),
-    ("train.steps=9", "mask.schedule=periodic", "mask.update_every=9"): (
-        "mask.update_every=9, train.steps=9: the mask would not change",
-        "mask.update_every=1, or train.steps=10 or more",
-    ),
-    ("mask.schedule=periodic", "train.steps=1", "mask.update_every=1"): (
-        "mask.update_every=1, train.steps=1: the mask would not change",
-        "train.steps=2 or more",
-    ),
-    ("train.steps=20", "mask.schedule=drop_grow", "mask.growth_steps=6", "mask.update_every=20"): (
-        "mask.update_every=20, train.steps=20: the mask would not change",
-        "mask.update_every=6, or train.steps=21 or more",
-    ),
-}
-
-
-@pytest.mark.parametrize("overrides", COMBINATIONS)
-def test_combinations_that_are_refused(tmp_path, overrides):
-    what, fix = COMBINATIONS[overrides]
-    (problem,) = refused(tmp_path, "", *overrides).problems
-    assert problem.what.startswith(what) and problem.fix == fix
-    assert problem.where == f"command line: {overrides[-1]}"
-    for way in fix.partition(":")[0].split(", or "):
-        load(tmp_path, "", *overrides, way.partition(" ")[0].rstrip(","))  # each fix mends it, as typed
-
-
-def test_a_default_that_does_not_fit_is_refused_too(tmp_path):
-    shown = str(refused(tmp_path, "mask: {schedule: drop_grow, update_every: 3}"))
-    assert "mask.growth_steps=5 is more than mask.update_every=3" in shown and "mask.growth_steps=3" in shown
-    shown = str(refused(tmp_path, "mask: {schedule: periodic}\ntrain: {steps: 60}"))
-    assert "mask.update_every=100, train.steps=60" in shown and "mask.update_every=12" in shown
-
-
-def test_a_key_without_effect_is_accepted_where_the_choice_is_given_too(tmp_path):
-    """One line of a recipe changed: its other lines may stay."""
-    text = "mask: {schedule: drop_grow, update_every: 20, growth: sft_ma}"
-    assert load(tmp_path, text, "mask.schedule=static").mask.update_every == 20
-    load(tmp_path, text, "mask.growth_steps=8")
-
-
-def test_a_loaded_mask_is_not_scored_by_grasp(tmp_path):
-    load(tmp_path, "", "mask.salience=grasp", "mask.load=mask.safetensors")
-    refused(tmp_path, "", "mask.salience=grasp", "mask.load=mask.safetensors", "mask.schedule=periodic")
 
 
 @pytest.mark.parametrize("override", BAD_OVERRIDES)

@@ -1,5 +1,8 @@
 """Recipes that tests write on the spot."""
 
+import pytest
+
+from speft_ds.errors import RecipeError
 from speft_ds.recipe import load_recipe
 
 MINIMAL = "model:\n  name_or_path: owner/name\ndata:\n  path: rows.jsonl\n"  # four lines; tests append
@@ -9,3 +12,10 @@ def load(tmp_path, text="", *overrides):
     """A recipe of the four lines that have no default, and `text`, loaded with overrides."""
     (tmp_path / "mine.yaml").write_text(MINIMAL + text)
     return load_recipe("mine.yaml", overrides)
+
+
+def refused(tmp_path, text="", *overrides):
+    """The RecipeError that such a recipe raises."""
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, text, *overrides)
+    return caught.value

@@ -56,7 +56,7 @@ def main() -> None:
 
     def frozen() -> None:
         for batch, _ in scorer.calibration.batches():
-            base.token_loss(module, batch).backward()
+            base.loss(module, batch).backward()
             base.engine.after_plain_backward()
 
     def timed(name: str, work):

@@ -1,4 +1,17 @@
-"""Train a recipe: `deepspeed launch/train.py --recipe NAME_OR_PATH [key.sub=value ...]`."""
+"""Train a recipe: choose a small part of a model's weights, train them on DeepSpeed ZeRO-3, save an adapter.
+
+worked examples:
+  one GPU
+      deepspeed --num_gpus 1 launch/train.py --recipe quickstart
+  eight GPUs (without --num_gpus: every GPU of the machine), results in a folder of your choice
+      deepspeed --num_gpus 8 launch/train.py --recipe llama2_13b_alpaca output_dir=runs/mine
+  two nodes with the same paths; each line of hosts.txt is like: node1 slots=8
+      deepspeed --hostfile hosts.txt launch/train.py --recipe llama2_70b_alpaca
+  two ranks on the CPU
+      DS_ACCELERATOR=cpu deepspeed --num_gpus 2 launch/train.py --recipe quickstart
+  any key of the recipe changed, as often as you like; lists and text as in YAML
+      deepspeed launch/train.py --recipe quickstart mask.density=0.01 'mask.layers=[0, 9]' train.steps=40
+"""
 
 import sys
 from pathlib import Path
@@ -8,4 +21,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from speft_ds.entry import start
 
 if __name__ == "__main__":
-    start("train", "Sparse fine-tuning on DeepSpeed ZeRO-3.")
+    start("train", __doc__)

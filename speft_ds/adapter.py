@@ -1,6 +1,7 @@
 """The adapter on disk: what a run learnt, and applying it to a plain `transformers` model.
 
-adapter.safetensors    per weight: `<name>.index` sorted global flat indices, `<name>.delta` fp32
+adapter.safetensors    per weight: `<name>.index` sorted global flat indices, `<name>.delta` fp32;
+                       of a classifier's head, which the base has not, `<name>.value` whole
 adapter.json           format version, base fingerprint and dtype, shapes, mask facts, recipe
 
 trained weight = pretrained weight, with (base + delta).to(dtype) at the indices
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 
 from speft_ds import distributed
 from speft_ds.errors import UserError
-from speft_ds.files import flush_to_disk, write_json, write_safetensors
+from speft_ds.files import flush_to_disk, write_json
 from speft_ds.partition import Layout
 from speft_ds.selection import gather_indices
 from speft_ds.sparse import SparseState
+from speft_ds.tensor_files import write_safetensors
 
 FORMAT_VERSION = 1
 TENSORS, FACTS = "adapter.safetensors", "adapter.json"
@@ -44,8 +46,11 @@ def save_adapter(folder: Path, state: SparseState, facts: dict) -> None:
     index = gather_indices(local, numel)
     layout = Layout.of(index, numel, distributed.world_size())
     by_rank = distributed.all_gather_padded(delta, layout.lengths)
+    heads = {f"{name}.value": value.cpu() for name, value in state.whole_heads().items()}
     facts = {**facts, "num_entries": sum(layout.lengths), "mask": state.mask.facts()}
-    distributed.on_rank_0(lambda: write_adapter(folder, adapter_tensors(index, layout, by_rank), facts))
+    distributed.on_rank_0(
+        lambda: write_adapter(folder, adapter_tensors(index, layout, by_rank) | heads, facts)
+    )
 
 
 def adapter_tensors(index: dict[str, Tensor], layout: Layout, by_rank: list[Tensor]) -> dict[str, Tensor]:
@@ -98,7 +103,7 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
             "the adapter is damaged: its hash is not the recorded one", where=str(folder / TENSORS)
         )
     for name, tensor in tensors.items():
-        if name.endswith(".delta") and not torch.isfinite(tensor).all():
+        if not name.endswith(".index") and not torch.isfinite(tensor).all():
             raise UserError(f"{name} is not finite", where=str(folder / TENSORS))
     return tensors, facts
 
@@ -108,7 +113,8 @@ def apply_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Turn a pretrained model into the trained one, in place and bit for bit.
 
     Args:
-        model: the plain `transformers` base, loaded in the dtype that the run trained in.
+        model: the plain `transformers` base, loaded in the dtype that the run trained in; for a classifier
+            an `AutoModelForSequenceClassification` with `num_labels`, whose head is replaced.
         folder: the run's `adapter` folder.
     Returns:
         The same model.
@@ -119,13 +125,22 @@ def apply_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     weights = dict(model.named_parameters())
     check_base(model, facts, folder)
     names = [name.removesuffix(".index") for name in tensors if name.endswith(".index")]
+    heads = {n.removesuffix(".value"): value for n, value in tensors.items() if n.endswith(".value")}
     for name in names:
         check_entries(name, tensors[f"{name}.index"], weights[name], folder)
+    for name, value in heads.items():
+        check_head(name, value, weights, folder)
     for name in names:
         flat = weights[name].data.view(-1)
         index = tensors[f"{name}.index"].to(flat.device, torch.int64)
         delta = tensors[f"{name}.delta"].to(flat.device)
         flat[index] = (flat[index].float() + delta).to(flat.dtype)
+    for name, value in heads.items():
+        weights[name].copy_(value)
+    if classes := facts.get("classes"):
+        model.config.id2label = dict(enumerate(classes))
+        model.config.label2id = {name: number for number, name in enumerate(classes)}
+        model.config.get_text_config().pad_token_id = facts["pad_token_id"]  # by which a row's end is found
     return model
 
 
@@ -149,6 +164,16 @@ def check_base(model: nn.Module, facts: dict, folder: str | Path) -> None:
             "the adapter was trained on another base: the weights of this model have another fingerprint",
             where=str(folder),
             fix=f"load {facts['base']} unchanged (an adapter that is already applied changes it, too)",
+        )
+
+
+def check_head(name: str, value: Tensor, weights: dict[str, nn.Parameter], folder: str | Path) -> None:
+    """Refuse a model without this head, or with one of another shape."""
+    if name not in weights or weights[name].shape != value.shape:
+        raise UserError(
+            f"the adapter is a classifier's, with a head {name} of shape {tuple(value.shape)}",
+            where=str(folder),
+            fix=f"load the base by AutoModelForSequenceClassification, num_labels={value.shape[0]}",
         )
 
 

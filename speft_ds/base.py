@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from speft_ds import data, distributed
+from speft_ds import distributed
 from speft_ds.calibration import CalibrationSet, Scorer
+from speft_ds.data.corpus import Corpus, Request, prepare
+from speft_ds.data.order import SampleOrder, hash_seed
+from speft_ds.data.rows import Row
+from speft_ds.data.tokens import load_tokenizer
 from speft_ds.ds_config import load_ds_config
 from speft_ds.engine import build_engine
 from speft_ds.errors import UserError
 from speft_ds.mask import Mask
 from speft_ds.metrics import Timings, say
 from speft_ds.model import (
+    HEAD,
+    fill_head,
     find_targets,
     fingerprint,
     layer_number,
@@ -22,9 +28,9 @@ from speft_ds.model import (
     target_shapes,
     tied_targets,
 )
-from speft_ds.rows import read_pairs
+from speft_ds.objective import NextToken, RowClass
 from speft_ds.salience import score
-from speft_ds.schema import Recipe
+from speft_ds.schema import Data, Recipe
 from speft_ds.selection import entries_wanted, select
 from speft_ds.sparse import adapt
 
@@ -39,6 +45,7 @@ class Base:
     Attributes (after `load`):
         engine: `SparseEngine` over the frozen base.
         targets: weight name -> linear whose weight may be trained; `shapes`: weight name -> (out, in).
+        heads: weight name -> linear that is trained whole: a classifier's head; `classes`: their names.
         num_trainable: entries that are asked for, over all ranks; what a selection comes to may differ by
             the rounding of units and row quotas.
         fingerprint: of the weights as they are loaded.
@@ -47,54 +54,82 @@ class Base:
     """
 
     def __init__(self, recipe: Recipe, timings: Timings):
-        from transformers import AutoTokenizer
-
         self.recipe, self.timings = recipe, timings
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.name_or_path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the tokenizer: {error}", where="model.name_or_path") from error
-        # Padding is never looked at (right padding, causal attention, labels by length): any id will do.
-        self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        self.tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
+        self.classifies = recipe.model.task == "sequence_classification"
+        self.classes = recipe.data.labels
+        self.pad_id = self._choose_pad_id()
 
-    def read_rows(self, path: str) -> list[data.Row]:
-        """The tokenised rows of a file, with the columns and template of the `data` section."""
-        recipe = self.recipe.data
-        pairs = read_pairs(path, recipe.prompt_column, recipe.response_column)
-        return data.tokenize(pairs, self.tokenizer, recipe.chat_template, recipe.max_length, path)
+    def _choose_pad_id(self) -> int:
+        """A token id to pad with, which every model has an embedding for.
 
-    def read_calibration_rows(self, training_rows: list[data.Row] | None) -> None:
+        Padding is never looked at (right padding, causal attention, labels by position), so any will do; but
+        a classifier looks for the last token that is no padding, and has to find the row's EOS.
+        """
+        return int(self.classifies and self.tokenizer.eos_token_id == 0)
+
+    def read_corpus(self, section: Data, where: Callable[[int], str] | None = None) -> Corpus:
+        """The tokenised rows of a data section, the same on every rank; made once a node.
+
+        Args:
+            where: number of a source -> where it is named; None: in the data section.
+        Raises:
+            UserError: see `corpus.prepare`.
+        """
+        recipe = self.recipe
+        where = where or recipe.where_rows
+        request = Request(section, recipe.model.name_or_path, self.classifies, recipe.seed, where)
+        distributed.first_on_each_node(lambda: prepare(request, lambda: self.tokenizer, say))
+        corpus = prepare(request, lambda: self.tokenizer, say)
+        self.classes = corpus.facts["classes"]
+        return corpus
+
+    def read_calibration_rows(self, training: Corpus | None) -> None:
         """Set up what scores are computed from; nothing, where no metric of this recipe needs data.
 
+        Args:
+            training: the training rows, where they are at hand.
         Raises:
             UserError: fewer rows than `mask.calibration_samples`.
         """
-        recipe = self.recipe.mask
-        self.calibration_rows: list[data.Row] = []
+        recipe, section = self.recipe.mask, self.recipe.data
+        self.calibration_rows: Sequence[Row] = []
         if not recipe.needs_calibration:
             return
-        path = recipe.calibration_path or self.recipe.data.path
-        is_training = path == self.recipe.data.path and training_rows is not None
-        self.calibration_rows = training_rows if is_training else self.read_rows(path)
-        if recipe.calibration_samples > len(self.calibration_rows):
+        weights = section.weights
+        if recipe.calibration_path is not None:
+            other = {"path": recipe.calibration_path, "mixture": None, "select": "all", "select_rows": None}
+            section, weights = section.model_copy(update=other), None
+            training = self.read_corpus(section, lambda number: self.recipe.where("mask.calibration_path"))
+        corpus = training or self.read_corpus(section)
+        seed = self.recipe.seed if recipe.calibration_seed is None else recipe.calibration_seed
+        self.calibration_rows = corpus.rows()
+        self.calibration_order = SampleOrder(corpus.row_sizes, weights, seed, "calibration")
+        if recipe.calibration_samples > len(self.calibration_order):
             raise UserError(
                 f"{recipe.calibration_samples} calibration samples are asked for, "
-                f"{path} has {len(self.calibration_rows)} rows",
+                f"{recipe.calibration_path or 'an epoch'} has {len(self.calibration_order)} rows",
                 where="mask.calibration_samples",
-                fix=f"mask.calibration_samples={len(self.calibration_rows)}",
+                fix=f"mask.calibration_samples={len(self.calibration_order)}",
             )
 
     def load(self, loaded: Mask | None = None) -> None:
-        """Load the weights, sharded, and build the engine.
+        """Load the weights, sharded, and build the engine; for a classifier, after its rows are read.
 
         Args:
             loaded: the mask to train, which says what the targets are; None to choose by the recipe.
+        Raises:
+            UserError: the model cannot be loaded, or does not fit the recipe.
         """
         recipe = self.recipe
         ds_config = load_ds_config(recipe, distributed.world_size())
-        model = load_base(recipe.model.name_or_path, recipe.model.dtype, ds_config)
+        if self.classifies and self.classes is None:
+            fix = "data.labels=[...], the names of the classes"
+            raise UserError("without rows nobody knows the classes", "data.labels", fix)
+        num_classes = len(self.classes) if self.classifies else None
+        model = load_base(recipe.model.name_or_path, recipe.model.dtype, ds_config, num_classes)
+        self.heads = self._prepare_head(model) if self.classifies else {}
         self.targets = self._find_targets(model, loaded)
-        self.can_keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         values = model.config.to_dict().items()
         if dropout := {name: value for name, value in values if "drop" in name and value}:
             say(f"note: the model trains with dropout {dropout}: other world sizes draw other masks")
@@ -108,13 +143,25 @@ class Base:
         self.fingerprint = fingerprint(model)
         is_bfloat16 = recipe.model.dtype == "bfloat16"
         self.fingerprint_bfloat16 = self.fingerprint if is_bfloat16 else fingerprint(model, torch.bfloat16)
-        self.engine = build_engine(model, ds_config, self.targets)
-        for linear in self.targets.values():
+        self.engine = build_engine(model, ds_config, self.targets | self.heads)
+        for linear in (self.targets | self.heads).values():
             adapt(linear)
+        self.objective = RowClass() if self.classifies else NextToken(model, recipe.data.packing)
 
-    def identity(self) -> dict[str, str]:
+    def _prepare_head(self, model: nn.Module) -> dict[str, nn.Linear]:
+        """Weight name -> the classification head, filled."""
+        config = model.config.get_text_config()
+        config.pad_token_id = self.pad_id  # what the model takes for padding when it looks for a row's end
+        std = getattr(config, "initializer_range", None) or getattr(config, "init_std", 0.02)
+        fill_head(model.score, std, hash_seed(self.recipe.seed, "head"))
+        return {HEAD: model.score}
+
+    def identity(self) -> dict:
         """Which base this is, for files made from it: masks and adapters."""
+        classifier = {"classes": self.classes, "pad_token_id": self.pad_id} if self.classifies else {}
         return {
+            **classifier,
+            "task": self.recipe.model.task,
             "base": self.recipe.model.name_or_path,
             "dtype": self.recipe.model.dtype,
             "fingerprint": self.fingerprint,
@@ -164,23 +211,19 @@ class Base:
                 fix=f"mask.gate_layers={max(1, len(layers) // 4)}, or mask.layer_gate=none",
             )
 
-    def token_loss(self, module: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
-        """Summed cross-entropy of a batch's label tokens; `module` is the engine or its module."""
-        # Logits over the prompts would be thrown away, and cost a fifth of a small model's step.
-        keep = data.num_logits(batch["labels"]) if self.can_keep_logits else 0
-        options = {"logits_to_keep": keep} if keep else {}
-        logits = module(input_ids=batch["input_ids"], use_cache=False, **options).logits
-        return data.summed_loss(logits, batch["labels"][:, -keep:], temperature)
+    def loss(self, module: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
+        """Summed loss of a batch; `module` is the engine or its module."""
+        return self.objective(module, batch, temperature)[0]
 
     def scorer(self, number: int = 0) -> Scorer:
         """What the (re)selection of this number, from 0, scores with: fresh rows and seed each time."""
-        recipe = self.recipe.mask
-        seed = self.recipe.seed if recipe.calibration_seed is None else recipe.calibration_seed
-        order = data.permutation(len(self.calibration_rows), seed, "calibration", number)
-        rows = [self.calibration_rows[row] for row in order[: recipe.calibration_samples]]
-        calibration = CalibrationSet(rows, recipe.calibration_batch, self.pad_id) if rows else None
-        fresh = data.hash_seed(self.recipe.seed, "salience", number) if number else self.recipe.seed
-        return Scorer(self.engine, self.targets, recipe, fresh, calibration, self.token_loss)
+        recipe, calibration = self.recipe.mask, None
+        if self.calibration_rows:
+            ids = self.calibration_order.epoch(number)[: recipe.calibration_samples]
+            rows = [self.calibration_rows[row] for row in ids]
+            calibration = CalibrationSet(rows, recipe.calibration_batch, self.pad_id)
+        seed = hash_seed(self.recipe.seed, "salience", number) if number else self.recipe.seed
+        return Scorer(self.engine, self.targets, recipe, seed, calibration, self.loss)
 
     def choose_mask(self, number: int = 0) -> Mask:
         """Score the targeted weights as they are now, and select; `number` counts the selections of a run."""

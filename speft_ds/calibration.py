@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from speft_ds import data, distributed
-from speft_ds.data import Row
+from speft_ds import distributed
+from speft_ds.data.batch import collate
+from speft_ds.data.rows import Row
 from speft_ds.engine import SparseEngine, own_elements
 from speft_ds.errors import UserError
 from speft_ds.kernels.dense import matmul_fp32
@@ -29,7 +30,7 @@ class CalibrationSet:
 
     Attributes:
         rows: in order; cut into batches of `batch_size`.
-        pad_id: any token id, see `data.collate`.
+        pad_id: any token id, see `batch.collate`.
     """
 
     rows: list[Row]
@@ -51,7 +52,7 @@ class CalibrationSet:
         for first in range(0, len(batches), world_size):
             mine = first + rank < len(batches)
             batch = batches[first + rank] if mine else batches[0]
-            yield data.collate(batch, self.pad_id, distributed.device()), mine
+            yield collate(batch, self.pad_id, distributed.device()), mine
 
 
 @dataclass

@@ -167,6 +167,23 @@ def on_rank_0(action: Callable[[], None]) -> None:
         raise problem
 
 
+def first_on_each_node(action: Callable[[], None]) -> None:
+    """Run an action on one rank a node before the others go on; its failure is every rank's failure.
+
+    Raises:
+        UserError: on every rank, where an action raised one.
+    """
+    problem = None
+    if os.environ["LOCAL_RANK"] == "0":
+        try:
+            action()
+        except UserError as error:
+            problem = error
+    for other in all_gather_objects(problem):
+        if other is not None:
+            raise other
+
+
 def same_on_all_ranks(value: object) -> bool:
     """Whether every rank passed an equal value; the answer is the same on every rank."""
     values = all_gather_objects(value)

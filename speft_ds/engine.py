@@ -144,7 +144,7 @@ class SparseEngine(DeepSpeedEngine):
                 says which of them step ([num_local] bool; None: all).
         """
         parameters = dict(self.module.named_parameters())
-        weights = [parameters[name] for name in state.mask.shape]
+        weights = [parameters[name] for name in state.trained.shape]
         self.optimizer.attach(state, optimizer, clip_norm, on_gradient, weights)
         self.lr_scheduler = lr_scheduler
 
@@ -169,7 +169,7 @@ def build_engine(model: nn.Module, ds_config: dict, targets: dict[str, nn.Linear
     Args:
         model: frozen, loaded under `zero.Init`.
         ds_config: as `ds_config.load_ds_config` returns it.
-        targets: weight name -> linear.
+        targets: weight name -> linear, of all that is trained.
     """
     if any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("the base must be frozen: call requires_grad_(False) on the model")

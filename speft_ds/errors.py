@@ -37,9 +37,9 @@ def _indent(problem: UserError) -> str:
     return str(problem).replace("\n", "\n  ")
 
 
-def closest(word: object, choices: Iterable[str]) -> list[str]:
-    """Up to two choices that the word may have been meant as."""
-    return difflib.get_close_matches(str(word), list(choices), n=2)
+def closest(word: object, choices: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """Up to two choices that the word may have been meant as, of at least this similarity in [0, 1]."""
+    return difflib.get_close_matches(str(word), list(choices), n=2, cutoff=cutoff)
 
 
 def did_you_mean(word: object, choices: Iterable[str]) -> str:
@@ -50,22 +50,29 @@ def did_you_mean(word: object, choices: Iterable[str]) -> str:
     return f"choose from: {', '.join(choices)}" if choices else "there is nothing to choose from"
 
 
+def _label(loc: Sequence[str | int]) -> str:
+    """A place in a recipe as a user writes it: `mask.layers[0]`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+
+
 def explain(
     error: Mapping[str, Any], sources: Mapping[str, str], file: str, fields: Mapping[str, Any]
 ) -> UserError:
     """Turn one pydantic error into a UserError. `fields`: pydantic's FieldInfo by key like `mask.density`."""
     context, value = error.get("ctx", {}), error["input"]
-    key = context.get("key") or ".".join(part for part in error["loc"] if isinstance(part, str))
-    where = sources.get(key, f"{file} ({key})")
+    label = _label(error["loc"])
+    # The schema's key: of `data.mixture[0].path`, which the user wrote inside a list, data.mixture.
+    key = context.get("key") or label.partition("[")[0]
+    where = sources.get(context.get("key", label)) or sources.get(key, f"{file} ({key})")
     if "fix" in context:  # raised by a rule of ours, which words it itself
         return UserError(error["msg"], where, context["fix"])
-    if key not in fields:
-        what = f"{key} must be a section, not {reprlib.repr(value)}"
-        return UserError(what, where, "indent its keys below it")
+    if error["type"] == "extra_forbidden":
+        return UserError(f"unknown key {label}", where, f"{key} is {fields[key].description}")
+    if error["type"] == "missing" and "[" in label:
+        return UserError(f"{label} is missing", where, f"{key} is {fields[key].description}")
     about = fields[key].description
     if error["type"] == "missing" and key not in sources:
         return UserError(f"{key} is missing", where, f"add it, or type {key}=...  ({about})")
-    label = key + "".join(f"[{part}]" for part in error["loc"] if isinstance(part, int))
     message = error["msg"].replace("Input should be", "must be")
     shown = "null" if value is None else reprlib.repr(value)
     what = f"{label} is {shown}: {message[0].lower()}{message[1:]}"

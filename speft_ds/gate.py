@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from speft_ds.data import permutation
+from speft_ds.data.order import permutation
 from speft_ds.model import layer_number
 
 
@@ -35,4 +35,5 @@ class LayerGate:
             self.open = frozenset(name for name in self.names if layer_number(name) in chosen)
 
     def is_open(self, name: str) -> bool:
-        return self.open is None or name in self.open
+        """Whether a weight trains now; one that the gate was not told of always does."""
+        return self.open is None or name in self.open or name not in self.names

@@ -68,7 +68,8 @@ def free_entries(mask: Mask) -> dict[str, int]:
 
 def shut_out(scores: dict[str, Tensor], state: SparseState) -> dict[str, Tensor]:
     """Put the entries of the mask below every other, in place; scores are not negative."""
-    for name, index in state.index.items():
+    for name in state.mask.shape:
+        index = state.index[name]
         scores[name][index.to(scores[name].device)] = -1.0
     return scores
 
@@ -184,7 +185,8 @@ class RowColumnMomentum:
     def on_gradient(self, state: SparseState, gradient: Tensor) -> None:
         largest = torch.full_like(self.statistics, -1.0)
         new, old = self._views(largest), self._views(self.statistics)
-        for name, own in state.slices.items():
+        for name in self.shape:
+            own = state.slices[name]
             index = state.index[name].to(gradient.device, torch.int64) + self.span[name][0]
             row = index // self.shape[name][1]
             column = index - row * self.shape[name][1]

@@ -13,27 +13,34 @@ from speft_ds.engine import full_shape, is_sharded, own_elements
 from speft_ds.errors import UserError
 
 HASH_CHUNK = 2**20  # elements hashed at once, to bound the int64 temporaries
+HEAD = "score.weight"  # of a classifier: [classes, hidden], new, trained whole
 INTEGER_VIEW = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
-def load_base(name_or_path: str, dtype: str, ds_config: dict) -> nn.Module:
-    """A frozen `transformers` causal language model, sharded while it loads.
+def load_base(name_or_path: str, dtype: str, ds_config: dict, num_classes: int | None = None) -> nn.Module:
+    """A frozen `transformers` model, sharded while it loads.
 
     Args:
         name_or_path: local folder or hub name.
         dtype: `float32` or `bfloat16`; the weights are cast to it.
         ds_config: the complete DeepSpeed configuration.
+        num_classes: None for a causal language model; else it classifies, and its head is new: see `HEAD`.
     Raises:
         UserError: the checkpoint cannot be read, or lacks weights of the model.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.integrations import HfDeepSpeedConfig
 
+    kind, options = transformers.AutoModelForCausalLM, {}
+    if num_classes is not None:
+        # Whatever head a checkpoint brings is for other classes.
+        options = {"num_labels": num_classes, "ignore_mismatched_sizes": True}
+        kind = transformers.AutoModelForSequenceClassification
     # Must be alive while from_pretrained runs, or every rank loads the whole model.
     zero3 = HfDeepSpeedConfig(ds_config)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=getattr(torch, dtype), output_loading_info=True
+        model, info = kind.from_pretrained(
+            name_or_path, dtype=getattr(torch, dtype), output_loading_info=True, **options
         )
     except (OSError, ValueError) as error:
         raise UserError(
@@ -43,10 +50,13 @@ def load_base(name_or_path: str, dtype: str, ds_config: dict) -> nn.Module:
         ) from error
     finally:
         del zero3
+    if num_classes is not None:
+        _check_head(model, name_or_path)
     for kind in ("missing_keys", "mismatched_keys"):
-        if info[kind]:
+        odd = {key if isinstance(key, str) else key[0] for key in info[kind]}
+        if odd := sorted(odd - ({HEAD} if num_classes is not None else set())):
             raise UserError(
-                f"the checkpoint has {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:5]}",
+                f"the checkpoint has {kind.replace('_', ' ')}: {odd[:5]}",
                 where=f"model.name_or_path: {name_or_path}",
                 fix="use a complete checkpoint of this architecture; training random weights is refused",
             )
@@ -54,6 +64,29 @@ def load_base(name_or_path: str, dtype: str, ds_config: dict) -> nn.Module:
         raise RuntimeError("the base was not sharded by ZeRO-3")
     model.requires_grad_(False)
     return model
+
+
+def _check_head(model: nn.Module, name_or_path: str) -> None:
+    head = getattr(model, HEAD.split(".")[0], None)
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise UserError(
+            f"{type(model).__name__} has no linear classification head {HEAD} without bias",
+            where=f"model.name_or_path: {name_or_path}",
+            fix="a decoder model, as Llama, OPT, Qwen, Gemma and Mistral are; or model.task=causal_lm",
+        )
+
+
+@torch.no_grad()
+def fill_head(head: nn.Linear, std: float, seed: int) -> None:
+    """Give a sharded classification head its starting values, the same at every world size.
+
+    Args:
+        std: standard deviation of the normal distribution they are drawn from.
+    """
+    shape = full_shape(head.weight)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul_(std).view(-1)
+    own, start = own_elements(head.weight)
+    own.copy_(values[start : start + own.numel()])
 
 
 def find_targets(
@@ -68,7 +101,11 @@ def find_targets(
     Raises:
         UserError: a pattern, the default or the range matches nothing.
     """
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and f"{name}.weight" != HEAD
+    }
     inside = {name: module for name, module in linears.items() if layer_number(name) is not None}
     if patterns is None:
         found, unmatched = inside, [] if inside else ["every nn.Linear of the decoder layers"]
@@ -150,13 +187,15 @@ def _shift_right(value: Tensor, bits: int) -> Tensor:
 
 
 def fingerprint(model: nn.Module, rounded: torch.dtype | None = None) -> str:
-    """Hash of all weights: names, shapes, dtypes, bits. The same for a sharded and a plain model.
+    """Hash of all pretrained weights: names, shapes, dtypes, bits. The same for a sharded and a plain model.
+
+    A classifier's head is left out: it is not pretrained.
 
     Args:
         rounded: hash the weights rounded to this dtype, so that one checkpoint has one hash whether it
             is loaded in this dtype or in a wider one.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name != HEAD}
     hashes = []
     for parameter in parameters.values():
         values, start = own_elements(parameter) if is_sharded(parameter) else (parameter.detach(), 0)

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speft_ds.files import flush_to_disk, replacing
-from speft_ds.mask import Mask
 from speft_ds.tables import density_table, jaccard_text, short_modules
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from numpy import ndarray as Array
+
+    from speft_ds.mask import Mask
 
 MOST_VALUES = 48  # rows or columns up to which every cell shows its value
 MOST_TICKS = 50
@@ -62,6 +64,31 @@ def jaccard_picture(path: Path, names: Sequence[str], matrix: Sequence[Sequence[
 
     side = 2.5 + 0.6 * len(names)
     _save(path, side + 1.0, side, draw)
+
+
+def length_histogram(path: Path, lengths: Array, num_learnt: Array, max_length: int, title: str) -> None:
+    """Draw how long rows are, in tokens, and how much of them is learnt.
+
+    Args:
+        lengths, num_learnt: [rows] tokens, and learnt tokens, of each row.
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+    def draw(axes: Axes) -> None:
+        edges = [max_length * n / 40 for n in range(41)]
+        axes.hist(
+            [lengths, num_learnt],
+            bins=edges,
+            label=["tokens", "learnt tokens"],
+            histtype="stepfilled",
+            alpha=0.6,
+        )
+        axes.set_title(title, size=10)
+        axes.set(xlabel=f"tokens a row (data.max_length={max_length})", ylabel="rows")
+        axes.legend()
+
+    _save(path, 6.4, 4.0, draw)
 
 
 def _heat_map(

@@ -5,10 +5,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
+from speft_ds import hub
+from speft_ds.data.formats import check_columns
+from speft_ds.data.sources import SUFFIXES, folder_files, is_hub_id, iterate_file, kind_of
 from speft_ds.ds_config import batch_problems, read_ds_config
-from speft_ds.errors import RecipeError, UserError, closest
-from speft_ds.rows import iterate_objects
-from speft_ds.schema import CACHE, FIELDS, MASK_FILE, NEEDS_DATA, Recipe, expand_path
+from speft_ds.errors import RecipeError, UserError
+from speft_ds.schema import CACHE, FIELDS, MASK_FILE, NEEDS_DATA, Recipe, Source, expand_path
 
 
 def check_inputs(recipe: Recipe, world_size: int, needs_training_rows: bool = True) -> None:
@@ -20,12 +22,28 @@ def check_inputs(recipe: Recipe, world_size: int, needs_training_rows: bool = Tr
     Raises:
         RecipeError: all the problems.
     """
-    problems = _model_problems(recipe) + _rows_problems(recipe, needs_training_rows) + _mask_problems(recipe)
+    problems = model_problems(recipe) + rows_problems(recipe, needs_training_rows)
     if needs_training_rows:
-        problems += batch_problems(recipe, world_size) + _task_problems(recipe)
+        problems += other_problems(recipe) + batch_problems(recipe, world_size)
+    else:
+        problems += _mask_problems(recipe)
     problems += read_ds_config(recipe)[1]
     if problems:
         raise RecipeError(problems, f"recipe {recipe.name}")
+
+
+def settle_hub(recipe: Recipe) -> str | None:
+    """Where the hub gives no answer, have its libraries use their cache alone; returns what to tell the user.
+
+    They would retry for minutes.
+    """
+    data = recipe.data
+    names = [recipe.model.name_or_path, data.scorer, *(source.path for source in data.sources)]
+    may_ask = any(name and is_hub_id(name) for name in names) or bool(recipe.eval.tasks)
+    if not may_ask or hub.is_offline_by_choice() or hub.is_reachable():
+        return None
+    hub.give_up()
+    return f"note: {hub.why_not()}: what is in the hub's cache is used as it is (HF_HUB_OFFLINE=1)"
 
 
 def check_output_dir(recipe: Recipe) -> None:
@@ -44,7 +62,7 @@ def mask_file(path: str | Path, where: str | None = None) -> Path:
     """
     file = Path(path) / MASK_FILE if os.path.isdir(path) else Path(path)
     fix = f"name a {MASK_FILE} or its folder; `speft score RECIPE` writes one"
-    if file.suffix != ".safetensors":
+    if file.is_file() and file.suffix != ".safetensors":
         raise UserError(f"the mask file {file} is not a .safetensors file", where, fix)
     if not file.is_file():
         raise UserError(f"no mask file {file}", where, fix)
@@ -57,17 +75,31 @@ def _way_to(path: str, key: str) -> str:
     return f"type {key}=/the/right/path"
 
 
-def _model_problems(recipe: Recipe) -> list[UserError]:
+def other_problems(recipe: Recipe) -> list[UserError]:
+    """What is wrong with the files of the mask and of the tasks."""
+    return _mask_problems(recipe) + _task_problems(recipe)
+
+
+def model_problems(recipe: Recipe) -> list[UserError]:
+    """What is wrong with the folder or the hub id of the model."""
     name, where = recipe.model.name_or_path, recipe.where("model.name_or_path")
     if os.path.isdir(name):
-        if os.path.isfile(os.path.join(name, "config.json")):
-            return []
         fix = _way_to(name, "model.name_or_path")
-        return [UserError(f"the model folder {name} has no config.json", where, fix)]
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            return [UserError(f"the model folder {name} has no config.json", where, fix)]
+        if missing := hub.missing_weights(Path(name)):
+            what = f"the model folder {name} lacks {', '.join(missing[:3])}"
+            what += f" and {len(missing) - 3} more files" if len(missing) > 3 else ""
+            return [UserError(what, where, f"download or copy it again; {fix}")]
+        return []
     if name[0] in "/.~" or name.count("/") != 1:
         fix = _way_to(name, "model.name_or_path") + ("" if name[0] in "/.~" else "; a hub id is owner/name")
         return [UserError(f"no model folder {name}", where, fix)]
-    return []  # a hub id; whether it exists is for the hub to say
+    folder = hub.model_folder(name)
+    if (folder and not hub.missing_weights(folder)) or hub.is_reachable():
+        return []  # whether it exists, is for the hub to say
+    what = f"the model {name} is not in the hub's cache, and cannot be fetched: {hub.why_not()}"
+    return [UserError(what, where, hub.way_to_model(name))]
 
 
 def _task_problems(recipe: Recipe) -> list[UserError]:
@@ -86,20 +118,23 @@ def _mask_problems(recipe: Recipe) -> list[UserError]:
     return []
 
 
-def _rows_problems(recipe: Recipe, needs_training_rows: bool) -> list[UserError]:
+def rows_problems(recipe: Recipe, needs_training_rows: bool) -> list[UserError]:
     """What is wrong with the rows that will be read: to train on, to calibrate on."""
-    training, calibration = recipe.data.path, recipe.mask.calibration_path
+    sources, calibration = recipe.data.sources, recipe.mask.calibration_path
     calibrates = recipe.mask.needs_calibration
     problems = []
-    if needs_training_rows and training is None:
+    if needs_training_rows and not sources:
         fix = f"type data.path=/the/right/path  ({FIELDS['data.path'].description})"
         problems.append(UserError("data.path is missing", recipe.where("data.path"), fix))
-    elif calibrates and training is None and calibration is None:
+    elif calibrates and not sources and calibration is None:
         problems.append(_no_calibration_rows(recipe))
-    if training is not None and (needs_training_rows or (calibrates and calibration is None)):
-        problems += _file_problems(recipe, "data.path", training)
+    if needs_training_rows or (calibrates and calibration is None):
+        for number, source in enumerate(sources):
+            problems += _source_problems(recipe, "data.path", source, recipe.where_rows(number))
     if calibrates and calibration is not None:
-        problems += _file_problems(recipe, "mask.calibration_path", calibration)
+        source = recipe.data.model_copy(update={"path": calibration, "mixture": None}).sources[0]
+        where = recipe.where("mask.calibration_path")
+        problems += _source_problems(recipe, "mask.calibration_path", source, where)
     return problems
 
 
@@ -110,38 +145,44 @@ def _no_calibration_rows(recipe: Recipe) -> UserError:
     return UserError(what, recipe.where("mask.salience"), fix)
 
 
-def _file_problems(recipe: Recipe, key: str, name: str) -> list[UserError]:
-    """What is wrong with a file of rows, going by its first ones; `key` of the recipe names it."""
-    path, where = Path(name), recipe.where(key)
-    if path.suffix not in (".json", ".jsonl"):
-        what = f"the data file {path} is neither .json nor .jsonl"
+def _source_problems(recipe: Recipe, key: str, source: Source, where: str) -> list[UserError]:
+    """What is wrong with a source of rows, going by the first ones; `key` of the recipe names it."""
+    path, fix = Path(source.path), _way_to(source.path, key)
+    if is_hub_id(source.path):
+        if hub.has_dataset(source.path) or hub.is_reachable():
+            return []
+        what = f"the data set {source.path} is not in the hub's cache, and cannot be fetched: {hub.why_not()}"
+        return [UserError(what, where, hub.way_to_dataset(source.path))]
+    if path.is_dir():
+        if not any(kind_of(file) for file in path.rglob("*")):
+            return [UserError(f"the folder {path} has no file of rows ({', '.join(SUFFIXES)})", where, fix)]
+        try:
+            path = folder_files(source)[0]
+        except UserError as error:
+            return [UserError(error.what, where, error.fix)]
+    elif not kind_of(path):
+        what = f"the data file {path} is none of {', '.join(SUFFIXES)}, nor one of them as .gz or .zst"
         return [UserError(what, where, "convert it, or rename it")]
-    if not path.is_file():
-        return [UserError(f"no data file {path}", where, _way_to(name, key))]
+    elif not path.is_file():
+        return [UserError(f"no data file {path}", where, fix)]
     try:
-        rows = list(islice(iterate_objects(path), 5))
+        rows = list(islice(iterate_file(path), 5))
     except UserError as error:
         return [error]
     if not rows:
-        return [UserError(f"the data file {path} has no rows", where, _way_to(name, key))]
-    return _column_problems(recipe, key, rows)
+        return [UserError(f"the data file {path} has no rows", where, fix)]
+    return _column_problems(recipe, key, source, rows)
 
 
-def _column_problems(recipe: Recipe, file_key: str, rows: list[tuple[str, Any]]) -> list[UserError]:
+def _column_problems(
+    recipe: Recipe, file_key: str, source: Source, rows: list[tuple[str, Any]]
+) -> list[UserError]:
     for where, row in rows:
-        if not isinstance(row, dict):
-            return [UserError("a row is not a JSON object", where, "each row is like {column: text, ...}")]
-        columns = ("prompt_column", "response_column")
-        missing = [key for key in columns if getattr(recipe.data, key) not in row]
-        if missing:  # the first bad row says it; the next ones would repeat it
-            return [_no_column(recipe, file_key, f"data.{key}", where, list(row)) for key in missing]
+        problems = check_columns(row, where, source)
+        if problems and file_key == "mask.calibration_path" and recipe.data.sources:
+            columns = ", ".join(map(str, row)) if isinstance(row, dict) else "a list of objects"
+            fix = f"data.columns holds for the training rows too: rename this file's ({columns})"
+            return [UserError(problem.what, problem.where, fix) for problem in problems]
+        if problems:  # the first bad row says it; the next ones would repeat it
+            return problems
     return []
-
-
-def _no_column(recipe: Recipe, file_key: str, key: str, where: str, columns: list[str]) -> UserError:
-    name = getattr(recipe.data, key.split(".")[-1])
-    guess = closest(name, columns)
-    fix = f"did you mean {key}={guess[0]}?" if guess else f"type {key}=COLUMN, one of: {', '.join(columns)}"
-    if file_key == "mask.calibration_path" and recipe.data.path is not None:
-        fix = f"{key} holds for data.path too: rename this file's column, one of: {', '.join(columns)}"
-    return UserError(f"the row has no column {name!r}, named by {recipe.where(key)}", where, fix)

@@ -18,6 +18,7 @@ def summary(folder: Path) -> list[tuple[str, str]]:
     lines += [
         ("trained entries", f"{mask['num_trainable']:,} of {mask['num_target_elements']:,}"),
         ("density", f"{mask['density']:.4%}"),
+        *[("head, trained whole", f"{facts['head']:,} weights") for _ in range(bool(facts["head"]))],
         *change_lines(mask["changes"]),
         ("adapter size", f"{size / 2**20:.2f} MiB"),
         ("seconds", f"{timings['total']:.0f} ({timings['training']:.0f} of them training)"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from speft_ds import distributed
 from speft_ds.calibration import Scorer, Scores, weight_gradient
-from speft_ds.data import IGNORED
+from speft_ds.data.batch import IGNORED
 from speft_ds.engine import full_shape, own_elements, own_range, release, shard_of
 from speft_ds.errors import UserError
 from speft_ds.linearize import absolute_weights, linear_network
@@ -126,7 +126,8 @@ def fisher(scorer: Scorer) -> Scores:
                 fix="mask.targets without the experts, or another metric",
             )
         total = torch.zeros(grad_y.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
-        counts = (labels != IGNORED).sum(1).tolist()
+        # A class is one label a row.
+        counts = (labels != IGNORED).sum(1).tolist() if labels.dim() == 2 else [1] * len(labels)
         for own_x, own_grad, count in zip(x, grad_y, counts, strict=True):
             sample = weight_gradient(own_x, own_grad).float().div_(count)
             total.addcmul_(sample, sample, value=1.0 / num_samples)

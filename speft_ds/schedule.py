@@ -19,6 +19,7 @@ from speft_ds.gate import LayerGate
 from speft_ds.growth import AccumulatedGradient, Growth, RowColumnMomentum, groups_of
 from speft_ds.mask import Mask, jaccard, overlap
 from speft_ds.metrics import say
+from speft_ds.model import target_shapes
 from speft_ds.optimizer import make_lr_schedule, make_optimizer
 from speft_ds.partition import locate
 from speft_ds.selection import gather_mask, select_local
@@ -33,6 +34,7 @@ class Training:
         recipe: the whole recipe.
         engine: the engine over the frozen base.
         targets: weight name -> adapted linear.
+        heads: weight name -> adapted linear that is trained whole.
         num_steps: of the run.
         choose: number of the (re)selection, from 0 -> a mask by fresh scores of the weights of the moment.
     """
@@ -40,8 +42,13 @@ class Training:
     recipe: object
     engine: SparseEngine
     targets: dict[str, nn.Linear]
+    heads: dict[str, nn.Linear]
     num_steps: int
     choose: Callable[[int], Mask]
+
+    @property
+    def trained(self) -> dict[str, nn.Linear]:
+        return self.targets | self.heads
 
 
 class Schedule:
@@ -67,9 +74,10 @@ class Schedule:
         self._attach()
 
     def _make_state(self, mask: Mask, previous: SparseState | None = None, revert: bool = False):
-        shards = {name: shard_of(linear.weight) for name, linear in self.training.targets.items()}
+        shards = {name: shard_of(linear.weight) for name, linear in self.training.trained.items()}
+        heads = target_shapes(self.training.heads)
         train = self.training.recipe.train
-        return SparseState(mask, shards, train.sparse_backend, train.reduce_bucket, previous, revert)
+        return SparseState(mask, shards, train.sparse_backend, train.reduce_bucket, previous, revert, heads)
 
     def _attach(self) -> None:
         clip_norm = self.training.recipe.optimizer.clip_norm
@@ -78,9 +86,10 @@ class Schedule:
     def before_step(self, step: int) -> None:
         """Called before step `step` (from 0) computes its gradients: connect what they are collected by."""
         self.gate.draw(step)
-        for name, linear in self.training.targets.items():
+        for name, linear in self.training.trained.items():
             own = self.state.gradient.sinks[name] if self.gate.is_open(name) else None
-            linear.sink = join_sinks(own, self.extra_sink(name, step))
+            is_target = name in self.training.targets
+            linear.sink = join_sinks(own, self.extra_sink(name, step) if is_target else None)
 
     def extra_sink(self, name: str, step: int) -> Sink | None:
         """What else looks at this weight's backward in this step."""
@@ -105,7 +114,7 @@ class Schedule:
 
     def change_mask(self, mask: Mask, step: int, revert: bool) -> None:
         """Train another mask from here on; `revert` as for SparseState. Kept entries keep their moments."""
-        release([linear.weight for linear in self.training.targets.values()])
+        release([linear.weight for linear in self.training.trained.values()])
         kept = overlap(self.mask, mask)
         old_key = self.state.keys()
         self.state = self._make_state(mask, self.state, revert)
@@ -140,7 +149,7 @@ class Schedule:
 
     def load_state_dict(self, values: dict) -> None:
         """Go on where `state_dict` was taken: same recipe and world size, over the pretrained weights."""
-        release([linear.weight for linear in self.training.targets.values()])
+        release([linear.weight for linear in self.training.trained.values()])
         shape = self.mask.shape
         self.mask, self.first_mask = Mask(values["mask"], shape), Mask(values["first_mask"], shape)
         self.state = self._make_state(self.mask)
@@ -152,8 +161,8 @@ class Schedule:
         self._attach()
 
     def by_weight(self, values: Tensor) -> dict[str, Tensor]:
-        """Views of a flat [num_local] tensor, weight by weight."""
-        return {name: values[own] for name, own in self.state.slices.items()}
+        """Views of a flat [num_local] tensor, weight by weight of the mask."""
+        return {name: values[self.state.slices[name]] for name in self.mask.shape}
 
 
 class Periodic(Schedule):
@@ -188,6 +197,8 @@ class GradTopk(Schedule):
         active = torch.zeros_like(gradient, dtype=torch.bool)
         for name, chosen in select_local(scores, dict.fromkeys(scores, 0), [count]).items():
             active[self.state.slices[name]][chosen] = True
+        for name in self.state.heads:
+            active[self.state.slices[name]] = True
         return active
 
 
@@ -249,7 +260,8 @@ class DropGrow(Schedule):
         smallest = {name: -delta.abs() for name, delta in self.by_weight(self.state.delta.detach()).items()}
         dropped = select_local(smallest, group, wanted)
         local = {}
-        for name, index in self.state.index.items():
+        for name in self.mask.shape:
+            index = self.state.index[name]
             keep = torch.ones_like(index, dtype=torch.bool)
             keep[dropped[name]] = False
             local[name] = torch.cat([index[keep], grown[name].to(index)]).sort().values

@@ -5,11 +5,17 @@ Closed: an unknown key is refused. Imports no torch.
 
 import os
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
+
+from speft_ds.data.templates import fields_of
+from speft_ds.errors import UserError
 
 CACHE = "~/.cache/speft_ds"
 MASK_FILE = "mask.safetensors"  # in the folder that `speft score` leaves
@@ -25,6 +31,11 @@ def expand_path(path: str) -> str:
     return os.path.expanduser(path)
 
 
+def cache_folder(kind: str = "") -> Path:
+    """Where things of a kind (`rows`, `ifd`) that were computed once are kept; of any kind."""
+    return Path(os.environ.get("SPEFT_DS_CACHE") or expand_path(CACHE)) / kind
+
+
 def _number(value: Any) -> Any:
     # YAML 1.1, which PyYAML speaks, reads 1e-3 as text: a float there needs a dot and a signed exponent.
     is_exponent = isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value)
@@ -37,7 +48,7 @@ def _exactly_one(value: Any, info: ValidationInfo, section: str, other: str) -> 
         both = f"{section}.{info.field_name} and {section}.{other} are both"
         if value is None:
             raise _broken_rule(f"{both} null: one is needed", f"give {section}.{other} a value")
-        fix = f"keep one; on the command line, {section}.{other}=null switches the other off"
+        fix = "keep one; one on the command line sets the other aside"
         raise _broken_rule(f"{both} given, and they exclude each other", fix)
     return value
 
@@ -46,6 +57,26 @@ def _switch_off(data: Any, key: str, other: str) -> Any:
     """A section's raw values, in which giving `other` sets the default of `key` aside."""
     given = isinstance(data, dict) and data.get(other) is not None
     return {key: None, **data} if given else data
+
+
+def _refuse_without_effect(
+    section: str,
+    cls: type[BaseModel],
+    used_with: dict[str, dict[str, tuple]],
+    value: Any,
+    info: ValidationInfo,
+) -> None:
+    """Refuse a value other than the default where no other key gives it an effect."""
+    key, default = info.field_name, cls.model_fields[info.field_name].default
+    given = (info.context or {}).get("given", ())
+    for other, values in used_with[key].items():
+        chosen = info.data.get(other, values[0])  # absent where it is itself wrong
+        # Where the other key is given, too, it was not forgotten: one line changed, say, in a recipe.
+        if value != default and chosen not in values and f"{section}.{other}" not in given:
+            message = f"{section}.{key}={value} has no effect with {section}.{other}={chosen}"
+            usual = "null" if default is None else default
+            fix = f"{section}.{key}={usual}, its default, or {section}.{other}={' or '.join(values)}"
+            raise _broken_rule(message, fix)
 
 
 def _broken_rule(message: str, fix: str, **context: str) -> PydanticCustomError:
@@ -74,18 +105,196 @@ class _Section(BaseModel):
 class Model(_Section):
     name_or_path: FilePath = Field(description="a local model folder, or a hub id like owner/name")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="the dtype of the base weights")
+    task: Literal["causal_lm", "sequence_classification"] = Field(
+        "causal_lm",
+        description="predict the next token, or a class of the row by a new, densely trained head",
+    )
+
+
+class Columns(_Section):
+    """Which column of a row holds what; a format uses some of them."""
+
+    instruction: Text = Field("instruction", description="format alpaca: what to do")
+    input: Text | None = Field("input", description="format alpaca: what to do it with; null: no such column")
+    output: Text = Field("output", description="format alpaca: the response")
+    prompt: Text = Field("prompt", description="format prompt_completion: the prompt")
+    response: Text = Field("response", description="format prompt_completion: the response")
+    messages: Text = Field("messages", description="format messages: a list of {role, content}")
+    text: Text = Field("text", description="formats text and classification: the text")
+    label: Text = Field("label", description="format classification: a class, as a name or a number")
+
+
+Format = Literal["prompt_completion", "alpaca", "messages", "text", "classification"]
+COLUMNS = {
+    "prompt_completion": ("prompt", "response"),
+    "alpaca": ("instruction", "input", "output"),
+    "messages": ("messages",),
+    "text": ("text",),
+    "classification": ("text", "label"),
+}
+
+
+class Source(_Section):
+    """One data set of a mixture; what it leaves out is as the data section says."""
+
+    path: FilePath = Field(description="a file, a folder, or a hub id, as data.path")
+    weight: Float | None = Field(None, gt=0, description="its share of an epoch, relative to the others'")
+    subset: Text | None = Field(None, description="as data.subset")
+    split: Text | None = Field(None, description="as data.split")
+    revision: Text | None = Field(None, description="as data.revision")
+    format: Format | None = Field(None, description="as data.format")
+    columns: Columns | None = Field(None, description="as data.columns")
+    template: Text | None = Field(None, description="as data.template")
+    template_no_input: Text | None = Field(None, description="as data.template_no_input")
+    chat_template: bool | None = Field(None, description="as data.chat_template")
+
+    @field_validator("template", "template_no_input")
+    @classmethod
+    def _readable(cls, value: str | None) -> str | None:
+        return _readable_template(value)
+
+
+def _readable_template(value: str | None) -> str | None:
+    try:
+        fields_of(value or "")
+    except UserError as error:
+        raise _broken_rule(error.what, error.fix) from None
+    return value
+
+
+# key of the data section -> an earlier key, and its values that give it an effect
+DATA_USED_WITH: dict[str, dict[str, tuple]] = {
+    "template": {"format": ("prompt_completion", "alpaca", "classification")},
+    "template_no_input": {"format": ("alpaca",)},
+    "labels": {"format": ("classification",)},
+    "select_rows": {"select": ("longest", "random", "ifd")},
+    "scorer": {"select": ("ifd",)},
+}
 
 
 class Data(_Section):
-    path: FilePath | None = Field(None, description="a .json or .jsonl file of training rows")
-    prompt_column: Text = Field("prompt", description="the column of the prompt")
-    response_column: Text = Field("response", description="the column of the response, the loss's labels")
+    path: FilePath | None = Field(
+        None,
+        description="training rows: .json, .jsonl, .csv or .parquet (also .gz, .zst), a folder, or a hub id",
+    )
+    mixture: list[Source] | None = Field(
+        None, min_length=1, description="several data sets in place of path, each {path: ..., weight: ...}"
+    )
+    subset: Text | None = Field(
+        None, description="of a data set in a folder or on the hub: its configuration"
+    )
+    split: Text = Field("train", description="of a data set in a folder or on the hub: its split")
+    revision: Text | None = Field(None, description="of a data set on the hub: branch, tag or commit")
+    format: Format = Field("prompt_completion", description="what the columns of a row are")
+    columns: Columns = Field(Columns(), description="the names of the columns")
+    template: Text | None = Field(
+        None, description="the prompt as text with named fields, like 'Q: {question}'; null: the format's own"
+    )
+    template_no_input: Text | None = Field(
+        None, description="format alpaca: the template of rows whose input is empty"
+    )
     chat_template: bool = Field(True, description="wrap prompt and response in the tokenizer's chat template")
-    max_length: int = Field(1024, ge=8, description="the most tokens that a row may have")
+    labels: list[Text] | None = Field(
+        None, min_length=2, description="format classification: the classes in order; null: found in the rows"
+    )
+    max_length: int = Field(1024, ge=8, description="the most tokens that a row, or a pack of rows, may have")
+    long_rows: Literal["drop", "truncate_prompt", "truncate_response"] = Field(
+        "drop", description="rows above max_length: left out, cut in the prompt's middle, or at the end"
+    )
+    empty_rows: Literal["refuse", "drop"] = Field(
+        "refuse", description="rows without a prompt or a response: an error, or left out"
+    )
+    select: Literal["all", "longest", "random", "ifd"] = Field(
+        "all", description="which rows: all, the longest responses, random ones, the hardest to follow (IFD)"
+    )
+    select_rows: Count | None = Field(None, validate_default=True, description="how many rows select takes")
+    scorer: FilePath | None = Field(
+        None, validate_default=True, description="select ifd: a small language model that scores the rows"
+    )
+    packing: bool = Field(False, description="several rows in a sequence, each attending to itself alone")
+
+    @field_validator("mixture")
+    @classmethod
+    def _one_or_many(cls, value: list[Source] | None, info: ValidationInfo) -> list[Source] | None:
+        if value is None:
+            return None
+        if info.data.get("path") is not None:
+            fix = "keep one; one on the command line sets the other aside"
+            raise _broken_rule("data.path and data.mixture are both given, and they exclude each other", fix)
+        if len({source.weight is None for source in value}) > 1:
+            fix = "give every source a weight, or none: then an epoch has every row once"
+            raise _broken_rule("data.mixture gives a weight to some of its sources only", fix)
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _of_the_format(cls, value: Columns, info: ValidationInfo) -> Columns:
+        known, given = info.data.get("format"), (info.context or {}).get("given", ())
+        changed = [name for name, column in value if column != Columns.model_fields[name].default]
+        for name in changed if known and info.data.get("mixture") is None else ():
+            if name not in COLUMNS[known] and "data.format" not in given:
+                fix = f"its columns are {', '.join(COLUMNS[known])}; or set data.format"
+                what = f"data.columns.{name} has no effect with data.format={known}"
+                raise _broken_rule(what, fix, key=f"data.columns.{name}")
+        return value
+
+    @field_validator("template", "template_no_input")
+    @classmethod
+    def _readable(cls, value: str | None) -> str | None:
+        return _readable_template(value)
+
+    @field_validator("template_no_input")
+    @classmethod
+    def _has_its_partner(cls, value: str | None, info: ValidationInfo) -> str | None:
+        template = info.data.get("template")
+        if value is not None and template is None and "template" in info.data:
+            fix = "give both: data.template for rows with an input, data.template_no_input for the others"
+            raise _broken_rule("data.template_no_input is given without data.template", fix)
+        return value
+
+    @field_validator("chat_template")
+    @classmethod
+    def _messages_need_it(cls, value: bool, info: ValidationInfo) -> bool:
+        if not value and info.data.get("format") == "messages":
+            fix = "data.chat_template=true, or data.format=prompt_completion with plain columns"
+            raise _broken_rule("data.format=messages is written by the tokenizer's chat template", fix)
+        return value
+
+    @field_validator(*DATA_USED_WITH)
+    @classmethod
+    def _has_an_effect(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("mixture") is None or info.field_name in ("select_rows", "scorer"):
+            _refuse_without_effect("data", cls, DATA_USED_WITH, value, info)
+        return value
+
+    @field_validator("select_rows", "scorer")
+    @classmethod
+    def _is_needed(cls, value: Any, info: ValidationInfo) -> Any:
+        select = info.data.get("select", "all")
+        if value is None and select in DATA_USED_WITH[info.field_name]["select"]:
+            about = cls.model_fields[info.field_name].description
+            fix = f"data.{info.field_name}=...  ({about}), or data.select=all"
+            raise _broken_rule(f"data.select={select} needs data.{info.field_name}", fix)
+        return value
+
+    @property
+    def sources(self) -> list[Source]:
+        """Every data set with all that holds for it; empty where the recipe names none."""
+        shared = {name: getattr(self, name) for name in Source.model_fields if name in Data.model_fields}
+        if self.mixture is None:
+            return [] if self.path is None else [Source.model_construct(**shared, weight=None)]
+        given = [{k: v for k, v in source if v is not None} for source in self.mixture]
+        return [Source.model_construct(**{**shared, "weight": None, **own}) for own in given]
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """The sources' shares of an epoch; None: every row once."""
+        weights = [source.weight for source in self.sources]
+        return None if None in weights or not weights else tuple(weights)
 
 
 # key of the mask section -> keys declared before it, and their values that give it an effect
-_USED_WITH: dict[str, dict[str, tuple[str, ...]]] = {
+MASK_USED_WITH: dict[str, dict[str, tuple[str, ...]]] = {
     "block_size": {"granularity": ("block",)},
     "lift_rank": {"salience": ("lift",)},
     "update_every": {"schedule": ("periodic", "drop_grow")},
@@ -98,7 +307,7 @@ _USED_WITH: dict[str, dict[str, tuple[str, ...]]] = {
     "gate_layers": {"layer_gate": ("sampled",)},
 }
 # key, its values that need an earlier key to be one of these, and why
-_GOES_WITH: list[tuple[str, tuple[str, ...], str, tuple[str, ...], str]] = [
+MASK_GOES_WITH: list[tuple[str, tuple[str, ...], str, tuple[str, ...], str]] = [
     ("budget", ("per_row",), "granularity", ("element",), "a row quota counts single entries"),
     ("schedule", ("drop_grow",), "granularity", ("element",), "it drops and grows single entries"),
     ("schedule", ("drop_grow",), "budget", ("global", "per_layer"), "it would not keep the rows' quotas"),
@@ -196,24 +405,16 @@ class Mask(_Section):
             raise _broken_rule(message, f"mask.layers=[{value[1]},{value[0]}]")
         return value
 
-    @field_validator(*_USED_WITH)
+    @field_validator(*MASK_USED_WITH)
     @classmethod
     def _has_an_effect(cls, value: Any, info: ValidationInfo) -> Any:
-        key, default = info.field_name, cls.model_fields[info.field_name].default
-        given = (info.context or {}).get("given", ())
-        for other, values in _USED_WITH[key].items():
-            chosen = info.data.get(other, values[0])  # absent where it is itself wrong
-            # Where the other key is given, too, it was not forgotten: one line changed, say, in a recipe.
-            if value != default and chosen not in values and f"mask.{other}" not in given:
-                message = f"mask.{key}={value} has no effect with mask.{other}={chosen}"
-                fix = f"mask.{key}={default}, its default, or mask.{other}={' or '.join(values)}"
-                raise _broken_rule(message, fix)
+        _refuse_without_effect("mask", cls, MASK_USED_WITH, value, info)
         return value
 
-    @field_validator(*{rule[0] for rule in _GOES_WITH})
+    @field_validator(*{rule[0] for rule in MASK_GOES_WITH})
     @classmethod
     def _goes_with(cls, value: str, info: ValidationInfo) -> str:
-        for key, concerned, other, allowed, why in _GOES_WITH:
+        for key, concerned, other, allowed, why in MASK_GOES_WITH:
             chosen = info.data.get(other, allowed[0])  # absent where it is itself wrong
             if key != info.field_name or value not in concerned or chosen in allowed:
                 continue
@@ -332,6 +533,36 @@ class Recipe(_Section):
             raise _broken_rule(message, fix, key="optimizer.warmup_steps")
         return train
 
+    @field_validator("data")
+    @classmethod
+    def _fits_the_task(cls, data: Data, info: ValidationInfo) -> Data:
+        if "model" not in info.data or info.data["model"].task == "causal_lm":
+            return data
+        task = "model.task=sequence_classification"
+        if other := [source.format for source in data.sources if source.format != "classification"]:
+            fix = "data.format=classification, or model.task=causal_lm"
+            raise _broken_rule(f"{task} does not go with data.format={other[0]}", fix, key="data.format")
+        if data.packing:
+            raise _broken_rule(
+                f"data.packing does not go with {task}", "data.packing=false", key="data.packing"
+            )
+        if data.long_rows == "truncate_response":
+            fix = "data.long_rows=truncate_prompt, which cuts the text in its middle, or drop"
+            message = f"data.long_rows=truncate_response does not go with {task}: there is no response"
+            raise _broken_rule(message, fix, key="data.long_rows")
+        if data.select in ("longest", "ifd"):
+            message = f"data.select={data.select} looks at responses, which {task} has not"
+            raise _broken_rule(message, "data.select=random or all", key="data.select")
+        return data
+
+    @field_validator("eval")
+    @classmethod
+    def _has_a_language_model(cls, value: Eval, info: ValidationInfo) -> Eval:
+        if value.tasks and "model" in info.data and info.data["model"].task != "causal_lm":
+            message = "lm-eval tasks need a language model, and model.task=sequence_classification is none"
+            raise _broken_rule(message, "eval.tasks=[]; metrics.jsonl has the accuracy", key="eval.tasks")
+        return value
+
     @field_validator("mask")
     @classmethod
     def _grasp_in_float32(cls, mask: Mask, info: ValidationInfo) -> Mask:
@@ -360,8 +591,20 @@ class Recipe(_Section):
         """Where the value of a key such as `data.path` was set: file:line, command line, or default."""
         return self._sources.get(key, f"{key} (default)")
 
+    def where_rows(self, number: int = 0) -> str:
+        """Where the data set of this number is named."""
+        return self.where("data.path" if self.data.mixture is None else f"data.mixture[{number}].path")
 
-SECTIONS = {k: f.annotation for k, f in Recipe.model_fields.items() if isinstance(f.default, BaseModel)}
-SECTIONS = {"model": Model} | SECTIONS
-FIELDS = {f"{name}.{leaf}": f for name, cls in SECTIONS.items() for leaf, f in cls.model_fields.items()}
-FIELDS |= {key: Recipe.model_fields[key] for key in ("output_dir", "seed")}
+
+def _walk(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel] | None, FieldInfo]]:
+    """Every key below a section in order: its name in full, its class where it is a section, its field."""
+    for name, field in cls.model_fields.items():
+        nested = field.annotation if isinstance(field.annotation, type) else None
+        section = nested if nested is not None and issubclass(nested, BaseModel) else None
+        yield prefix + name, section, field
+        if section is not None:
+            yield from _walk(section, f"{prefix}{name}.")
+
+
+SECTIONS = {key: section for key, section, _ in _walk(Recipe) if section is not None}
+FIELDS = {key: field for key, section, field in _walk(Recipe) if section is None and key != "name"}

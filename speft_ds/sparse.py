@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from speft_ds import distributed
 from speft_ds.kernels import choose_backend, make_backend
 from speft_ds.mask import Mask
-from speft_ds.partition import Layout, locate
+from speft_ds.partition import Layout, index_dtype, locate, shard_range
 
 Sink = Callable[[Tensor, Tensor], None]
 
@@ -99,11 +99,25 @@ class Entries:
         return Entries(self.key[chosen], self.base[chosen], self.delta[chosen])
 
 
+def with_heads(mask: Mask, heads: dict[str, tuple[int, int]]) -> Mask:
+    """The mask and, behind it, every entry of the heads."""
+    everything = {name: torch.arange(rows * columns) for name, (rows, columns) in heads.items()}
+    device = next(iter(mask.index.values())).device
+    index = {name: i.to(device, index_dtype(i.numel())) for name, i in everything.items()}
+    return Mask(mask.index | index, mask.shape | heads) if heads else mask
+
+
 class SparseState:
     """What one rank trains: `delta`, flat over all its entries, and what it needs to write it through.
 
+    Attributes:
+        mask: the mask; `trained`: it and the heads; `heads`: as given.
+        index: weight -> [n] local indices of this rank's entries, heads last; `slices`: where they lie in
+            the flat buffers.
+
     Args:
         mask: the mask, the same on every rank.
+        heads: weight -> (out, in) of what is trained whole beside the mask: a classification head.
         shards: weight -> this rank's ZeRO-3 shard [shard_numel], written in place.
         backend: sparse gradient backend, `auto` to choose by device and density.
         bucket: entries of one reduce-scatter, over all ranks.
@@ -120,8 +134,10 @@ class SparseState:
         bucket: int = 2**24,
         previous: SparseState | None = None,
         revert: bool = False,
+        heads: dict[str, tuple[int, int]] | None = None,
     ):
-        self.mask = mask
+        self.mask, self.heads = mask, heads or {}
+        mask = self.trained = with_heads(mask, self.heads)
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.device = distributed.device()
         self.shards = {name: shards[name] for name in mask.shape}
@@ -133,7 +149,8 @@ class SparseState:
         self.index = {name: index.to(self.shards[name].device) for name, index in local.items()}
         zeros = torch.zeros(self.num_local, dtype=torch.float32, device=self.device)
         entries = Entries(self.keys(), self._read(self.index), zeros)
-        self.dropped = entries.pick(slice(0, 0))
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.dropped = entries.pick(nothing)  # not a slice, which would keep all the keys alive
         if previous is not None:
             self._follow(previous, entries, revert)
         self.base = entries.base
@@ -163,9 +180,26 @@ class SparseState:
         return Entries(self.keys(), self.base, self.delta.detach())
 
     def touched(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Every entry ever trained and not reverted: weight -> [n] sorted local index, and flat deltas."""
-        everything = Entries.merge(self.entries(), self.dropped)
-        return self._by_weight(everything.key), everything.delta
+        """Every entry ever trained and not reverted: weight -> [n] sorted local index, and flat deltas.
+
+        Heads are left out: of them, every value is new.
+        """
+        own = self.entries().pick(slice(0, self.num_local - sum(self.index[n].numel() for n in self.heads)))
+        everything = Entries.merge(own, self.dropped)
+        index = self._by_weight(everything.key)
+        return {name: index[name] for name in self.mask.shape}, everything.delta
+
+    def whole_heads(self) -> dict[str, Tensor]:
+        """The heads as they are now, [out, in] in base dtype; every rank calls this."""
+        whole = {}
+        for name, shape in self.heads.items():
+            ranges = [
+                shard_range(self.trained.numel(name), r, self.world_size) for r in range(self.world_size)
+            ]
+            lengths = [stop - start for start, stop in ranges]
+            own = self.shards[name][: lengths[self.rank]].to(self.device)
+            whole[name] = torch.cat(distributed.all_gather_padded(own, lengths)).view(shape)
+        return whole
 
     def _by_weight(self, key: Tensor) -> dict[str, Tensor]:
         """Sorted keys -> weight -> local index into its shard."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -10,7 +11,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from speft_ds.mask import Mask
+if TYPE_CHECKING:
+    from speft_ds.mask import Mask
 
 OTHER = "other"  # the row of weights outside the decoder layers
 WIDEST = 10_000

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
-from speft_ds import data, distributed
+from speft_ds import distributed
 from speft_ds.adapter import save_adapter
 from speft_ds.base import Base
+from speft_ds.data.batch import collate, split_global_batch
+from speft_ds.data.order import SampleOrder
 from speft_ds.errors import UserError
 from speft_ds.files import write_json
 from speft_ds.machine import machine, versions
@@ -47,10 +49,11 @@ class Trainer:
         with self.timings.stage("data"):
             self.base = Base(recipe, self.timings)
             self._check_chat_template()
-            self.rows = self.base.read_rows(recipe.data.path)
+            self.rows = self.base.read_corpus(recipe.data)
             self.base.read_calibration_rows(self.rows)
         train = recipe.train
-        self.num_steps = data.num_steps(len(self.rows), train.global_batch, train.steps, train.epochs)
+        self.order = SampleOrder(self.rows.sizes, recipe.data.weights, recipe.seed)
+        self.num_steps = self.order.num_steps(train.global_batch, train.steps, train.epochs)
         self._check_steps()
         with self.timings.stage("model"):
             self.loaded, self.loaded_facts = self._read_mask()
@@ -144,7 +147,10 @@ class Trainer:
             f"mask: {mask.num_trainable:,} of {mask.num_target_elements:,} entries "
             f"(density {mask.density:.4%}) {source}, sha256 {mask.sha256[:12]}"
         )
-        training = Training(self.recipe, self.engine, self.targets, self.num_steps, self.base.choose_mask)
+        base = self.base
+        training = Training(
+            self.recipe, self.engine, self.targets, base.heads, self.num_steps, base.choose_mask
+        )
         self.schedule = SCHEDULES[recipe.schedule](training, mask)
 
     def train_step(self, step: int) -> dict:
@@ -155,20 +161,23 @@ class Trainer:
         """
         start = time.perf_counter()
         train = self.recipe.train
-        ids = data.global_batch_ids(len(self.rows), self.recipe.seed, step, train.global_batch)
-        rows = [self.rows[number] for number in ids]
+        rows = [self.rows[row] for row in self.order.ids(step * train.global_batch, train.global_batch)]
         num_labels = sum(row.num_labels for row in rows)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=distributed.device())
+        # loss and, for a classifier, rows that it got right, over all ranks and micro-batches
+        sums = torch.zeros(2, dtype=torch.float64, device=distributed.device())
         self.schedule.before_step(step)
-        own = data.split_global_batch(rows, train.micro_batch, distributed.rank(), distributed.world_size())
+        own = split_global_batch(rows, train.micro_batch, distributed.rank(), distributed.world_size())
         for micro_batch in own:
-            batch = data.collate(micro_batch, self.base.pad_id, distributed.device())
-            loss = self.base.token_loss(self.engine, batch) / num_labels
-            loss_sum += loss.detach()
+            batch = collate(micro_batch, self.base.pad_id, distributed.device())
+            loss, num_correct = self.base.objective(self.engine, batch)
+            loss = loss / num_labels
+            sums[0] += loss.detach()
+            if num_correct is not None:
+                sums[1] += num_correct
             # Already normalised by the global batch: the engine must not divide by accumulation steps.
             self.engine.backward(loss, scale_wrt_gas=False)
             if micro_batch is own[-1]:
-                self._check_loss(distributed.all_reduce(loss_sum).item(), step)
+                self._check_loss(distributed.all_reduce(sums)[0].item(), step)
             lr = self.engine.optimizer.param_groups[0]["lr"]
             self.engine.step()
         self.schedule.after_step(step)
@@ -176,7 +185,8 @@ class Trainer:
         num_tokens = sum(len(row.ids) for row in rows)
         return {
             "step": step + 1,
-            "loss": loss_sum.item(),
+            "loss": sums[0].item(),
+            **({"accuracy": sums[1].item() / num_labels} if self.base.classifies else {}),
             "lr": lr,
             "grad_norm": self.engine.get_global_grad_norm(),
             "num_tokens": num_tokens,
@@ -234,6 +244,7 @@ class Trainer:
                 "entries_by_rank": self.state.layout.lengths,
                 "changes": self.schedule.changes,
             },
+            "head": sum(rows * columns for rows, columns in self.state.heads.values()),
             "sparse_backends": sorted(set(self.state.gradient.backends.values())),
             "base": {"name_or_path": self.recipe.model.name_or_path, "fingerprint": self.base.fingerprint},
             "timings_s": self.timings,

@@ -1,10 +1,18 @@
+import atexit
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+# What tests tokenise is theirs; ranks and launched runs inherit the folder.
+os.environ["SPEFT_DS_CACHE"] = tempfile.mkdtemp(prefix="speft_ds_cache_")
+atexit.register(shutil.rmtree, os.environ["SPEFT_DS_CACHE"], ignore_errors=True)
 
 from ranks import Ranks  # noqa: E402
 

@@ -30,6 +30,21 @@ def make_tokenizer():
     )
 
 
+def read_rows(path: Path) -> list:
+    """The rows of `make_data` as the chat template has them, tokenised by hand."""
+    from speft_ds.data.rows import Row
+
+    tokenizer, rows = make_tokenizer(), []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        prompt, response = (
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (f"<s>{row['prompt']}</s><s>", f"{row['response']}</s>")
+        )
+        rows.append(Row(prompt + response, [(len(prompt), len(prompt) + len(response))]))
+    return rows
+
+
 def make_model(folder: Path, tied: bool = False, seed: int = 0, attention_bias: bool = False) -> Path:
     """A two-layer fp32 Llama checkpoint: grouped-query attention, odd sizes (35 wide, 53 in the MLP)."""
     import torch

@@ -14,8 +14,9 @@ from distributed.reference import (
     train_like_reference,
     whole_weights,
 )
-from speft_ds import data, distributed
+from speft_ds import distributed
 from speft_ds.adapter import apply_adapter
+from speft_ds.data.batch import collate
 from speft_ds.errors import UserError
 from speft_ds.model import fingerprint
 from speft_ds.schema import Recipe
@@ -119,10 +120,10 @@ def check_nothing_dense(recipe: Recipe) -> None:
     before_this_layer, saved = [], []
     for name, linear in trainer.targets.items():
         linear.sink = watch(name, linear.sink) if linear.sink else None
-    batch = data.collate(trainer.rows[:3], trainer.base.pad_id, torch.device("cpu"))
+    batch = collate([trainer.rows[n] for n in range(3)], trainer.base.pad_id, torch.device("cpu"))
     gc.collect()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        loss = trainer.base.token_loss(trainer.engine, batch)
+        loss = trainer.base.loss(trainer.engine, batch)
     # Saved for backward, of a weight's size: only the parameters themselves, whose data ZeRO-3 frees.
     kept = [tuple(t.shape) for t in saved if t.numel() in sizes and id(t) not in weights]
     assert not kept, kept
@@ -210,8 +211,8 @@ def check_nonfinite(recipe: Recipe) -> str:
     """A loss that overflows on rank 0 alone stops every rank."""
     trainer = make_trainer(recipe)
     trainer.choose_mask()
-    real, scale = trainer.base.token_loss, float("inf") if distributed.rank() == 0 else 1.0
-    trainer.base.token_loss = lambda module, batch: real(module, batch) * scale
+    real, scale = trainer.base.objective, float("inf") if distributed.rank() == 0 else 1.0
+    trainer.base.objective = lambda module, batch: (real(module, batch)[0] * scale, None)
     return refused_first_step(trainer)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from speft_ds import data
+from speft_ds.data.batch import collate
 from speft_ds.schema import Recipe
 from speft_ds.train import Trainer
 
@@ -63,9 +63,9 @@ def plain_model(recipe: Recipe):
 
 def batch_of(trainer: Trainer, step: int) -> dict:
     """The whole global batch of a step in one padded batch, as a single process would run it."""
-    train = trainer.recipe.train
-    ids = data.global_batch_ids(len(trainer.rows), trainer.recipe.seed, step, train.global_batch)
-    return data.collate([trainer.rows[i] for i in ids], trainer.base.pad_id, torch.device("cpu"))
+    global_batch = trainer.recipe.train.global_batch
+    ids = trainer.order.ids(step * global_batch, global_batch)
+    return collate([trainer.rows[i] for i in ids], trainer.base.pad_id, torch.device("cpu"))
 
 
 def reference_loss(model, batch: dict) -> torch.Tensor:

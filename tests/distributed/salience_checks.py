@@ -14,9 +14,10 @@ from torch import Tensor
 from distributed import dense_scores
 from distributed.dense_scores import Llama, Weights
 from distributed.reference import make_trainer, plain_model, whole_weights
-from speft_ds import data, distributed
+from speft_ds import distributed
 from speft_ds.calibration import Scorer
-from speft_ds.data import Row
+from speft_ds.data.order import permutation
+from speft_ds.data.rows import Row
 from speft_ds.engine import own_elements, shard_of
 from speft_ds.errors import UserError
 from speft_ds.model import fingerprint
@@ -46,7 +47,7 @@ OF_GRADIENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def calibration_rows(trainer: Trainer) -> list[Row]:
     """The rows that a run calibrates on."""
     recipe = trainer.recipe
-    order = data.permutation(len(trainer.rows), recipe.seed, "calibration")
+    order = permutation(len(trainer.rows), recipe.seed, "calibration")
     return [trainer.rows[number] for number in order[: recipe.mask.calibration_samples]]
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 import hashlib
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
+import tiny
 import torch
 from torch import Tensor
 
 from distributed.reference import plain_model, reference_loss
-from speft_ds import data
-from speft_ds.rows import read_pairs
+from speft_ds.data.batch import collate
+from speft_ds.data.order import SampleOrder, permutation
 from speft_ds.schema import Recipe
 
 Dense = dict[str, Tensor]  # weight -> [out, in]
@@ -75,12 +77,9 @@ class Reference:
     """
 
     def __init__(self, recipe: Recipe):
-        from transformers import AutoTokenizer
-
         self.recipe, self.settings = recipe, recipe.mask
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model.name_or_path)
-        pairs = read_pairs(recipe.data.path, "prompt", "response")
-        self.rows = data.tokenize(pairs, tokenizer, recipe.data.chat_template, recipe.data.max_length)
+        self.rows = tiny.read_rows(Path(recipe.data.path))
+        self.order = SampleOrder((len(self.rows),), None, recipe.seed)
         self.model = plain_model(recipe).eval()
         parameters = self.model.named_parameters()
         self.weights = {n: p for n, p in parameters if ".layers." in n and p.dim() == 2}
@@ -105,7 +104,7 @@ class Reference:
     def _gradient(self, rows: list) -> tuple[float, Dense]:
         """Mean token loss of the rows and its gradient; right padding with any token changes nothing."""
         self.model.zero_grad()
-        loss = reference_loss(self.model, data.collate(rows, 0, torch.device("cpu")))
+        loss = reference_loss(self.model, collate(rows, 0, torch.device("cpu")))
         loss.backward()
         return loss.item(), {name: p.grad.clone() for name, p in self.weights.items()}
 
@@ -114,7 +113,7 @@ class Reference:
         if self.settings.salience == "magnitude":
             scores = {name: p.detach().abs() for name, p in self.weights.items()}
         else:
-            order = data.permutation(len(self.rows), self.recipe.seed, "calibration", number)
+            order = permutation(len(self.rows), self.recipe.seed, "calibration", number)
             rows = [self.rows[i] for i in order[: self.settings.calibration_samples]]
             scores = {name: g.abs() for name, g in self._gradient(rows)[1].items()}
         sizes = [sum(self.pretrained[n].numel() for n in names) for names in self.groups]
@@ -125,17 +124,17 @@ class Reference:
         """Whether the layer gate lets this weight train in step `done` (from 1)."""
         period = (done - 1) // self.settings.gate_every
         if self.settings.layer_gate == "half":
-            order = data.permutation(len(self.names), self.recipe.seed, "layer_gate", period)
+            order = permutation(len(self.names), self.recipe.seed, "layer_gate", period)
             return self.names.index(name) in order[: math.ceil(len(order) / 2)]
         if self.settings.layer_gate == "sampled":
             layers = self.model.config.num_hidden_layers
-            order = data.permutation(layers, self.recipe.seed, "layer_gate", period)
+            order = permutation(layers, self.recipe.seed, "layer_gate", period)
             return int(name.split(".")[2]) in order[: self.settings.gate_layers]
         return True
 
     def _step(self, done: int) -> None:
         recipe = self.recipe
-        ids = data.global_batch_ids(len(self.rows), recipe.seed, done - 1, recipe.train.global_batch)
+        ids = self.order.ids((done - 1) * recipe.train.global_batch, recipe.train.global_batch)
         loss, gradient = self._gradient([self.rows[i] for i in ids])
         self.losses.append(loss)
         active = {n: mask if self._is_open(n, done) else mask & False for n, mask in self.mask.items()}

@@ -151,7 +151,7 @@ REFUSED = {
     ),
     "no entry of a row": ({"mask": {"budget": "per_row", "density": 1e-2}}, "to give every row anything"),
     "no block": ({"mask": {"granularity": "block", "density": 0.01}}, "mask.granularity=block"),
-    "long rows": ({"data": {"max_length": 8}}, "more than data.max_length=8"),
+    "long rows": ({"data": {"max_length": 8}}, "none is left: 48 too long, left out"),
     "unknown task": ({"eval": {"tasks": ["nosuchtask"]}}, "no task nosuchtask"),
 }
 

@@ -22,6 +22,7 @@ def ready(tmp_path):
     """A recipe whose inputs are all there."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_text("")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n\n' * 3)
 
     def make(*overrides):
@@ -38,7 +39,6 @@ def problems_of(recipe, world_size=1, needs_training_rows=True):
 
 def test_good_inputs_pass(ready, tmp_path):
     check_inputs(ready(), 2)
-    check_inputs(ready("model.name_or_path=owner/name"), 4)
     (tmp_path / "rows.json").write_text('[{"prompt": "a", "response": "b"}]')
     check_inputs(ready("data.path=rows.json"), 1)
 
@@ -69,7 +69,7 @@ def test_a_model_folder_without_a_config(ready, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("rows.csv", "a", ["neither .json nor .jsonl"]),
+        ("rows.txt", "a", ["none of .jsonl, .json, .csv, .parquet"]),
         ("rows.jsonl", None, ["no data file rows.jsonl", "mine.yaml:4 (data.path)"]),
         ("rows.jsonl", "", ["rows.jsonl has no rows"]),
         ("rows.jsonl", "\n \n", ["rows.jsonl has no rows"]),
@@ -83,7 +83,10 @@ def test_a_model_folder_without_a_config(ready, tmp_path):
         (
             "rows.jsonl",
             '{"promt": 1, "output": 2}',
-            ["did you mean data.prompt_column=promt?", "data.response_column=COLUMN, one of: promt, output"],
+            [
+                "did you mean data.columns.prompt=promt?",
+                "type data.columns.response=COLUMN, one of: promt, output",
+            ],
         ),
     ],
 )
@@ -141,7 +144,11 @@ def test_scoring_checks_the_rows_that_it_reads(ready, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("c.csv", "a", ["neither .json nor .jsonl", "command line: mask.calibration_path=c.csv"]),
+        (
+            "c.txt",
+            "a",
+            ["none of .jsonl, .json, .csv, .parquet", "command line: mask.calibration_path=c.txt"],
+        ),
         ("c.jsonl", None, ["no data file c.jsonl", "type mask.calibration_path=/the/right/path"]),
         ("c.jsonl", "", ["c.jsonl has no rows", "type mask.calibration_path=/the/right/path"]),
         ("c.jsonl", "\n{nope}\n", ["not JSON", "c.jsonl:2"]),
@@ -149,7 +156,7 @@ def test_scoring_checks_the_rows_that_it_reads(ready, tmp_path):
         (
             "c.jsonl",
             '{"promt": 1, "response": 2}',
-            ["c.jsonl:1", "no column 'prompt'", "rename this file's column, one of: promt, response"],
+            ["c.jsonl:1", "no column 'prompt'", "rename this file's (promt, response)"],
         ),
     ],
 )
@@ -167,7 +174,7 @@ def test_bad_calibration_files(ready, tmp_path, name, content, expected):
 def test_columns_of_a_calibration_file_that_stands_alone(ready, tmp_path):
     (tmp_path / "c.jsonl").write_text('{"promt": 1, "response": 2}')
     recipe = ready("data.path=null", "mask.calibration_path=c.jsonl")
-    assert "did you mean data.prompt_column=promt?" in problems_of(recipe, needs_training_rows=False)
+    assert "did you mean data.columns.prompt=promt?" in problems_of(recipe, needs_training_rows=False)
 
 
 @pytest.mark.parametrize("load", ["kept/mask.safetensors", "kept", "kept/"])
@@ -182,7 +189,7 @@ def test_a_saved_mask_is_a_file_or_its_folder(ready, tmp_path, load):
     ("load", "what"),
     [
         ("nowhere.safetensors", "no mask file nowhere.safetensors"),
-        ("nowhere", "the mask file nowhere is not a .safetensors file"),
+        ("nowhere", "no mask file nowhere"),
         ("rows.jsonl", "the mask file rows.jsonl is not a .safetensors file"),
         ("model", "no mask file model/mask.safetensors"),
     ],
@@ -200,9 +207,63 @@ def test_a_loaded_mask_needs_no_calibration_rows(ready, tmp_path):
     assert "no data file nowhere.jsonl" in shown  # rescoring reads it
 
 
-def test_a_data_folder_is_no_data_file(ready, tmp_path):
-    (tmp_path / "folder.jsonl").mkdir()
-    assert "no data file folder.jsonl" in problems_of(ready("data.path=folder.jsonl"))
+def test_a_folder_of_rows(ready, tmp_path):
+    (tmp_path / "folder").mkdir()
+    assert "the folder folder has no file of rows" in problems_of(ready("data.path=folder"))
+    (tmp_path / "folder" / "train.csv").write_text("prompt,response\na,b\n")
+    (tmp_path / "folder" / "test.csv").write_text("question,answer\na,b\n")
+    check_inputs(ready("data.path=folder"), 1)
+    shown = problems_of(ready("data.path=folder", "data.split=test"))
+    assert "test.csv:2" in shown and "data.columns.prompt=COLUMN, one of: question, answer" in shown
+    shown = problems_of(ready("data.path=folder", "data.split=tset"))
+    assert "has no split 'tset'; it has train, test" in shown and "did you mean test?" in shown
+    assert "command line: data.path=folder" in shown
+
+
+def test_a_subset_of_a_folder_is_what_is_checked(ready, tmp_path):
+    for name, header in (("cola", "sentence,label"), ("rte", "prompt,response")):
+        (tmp_path / "glue" / name).mkdir(parents=True)
+        (tmp_path / "glue" / name / "train.csv").write_text(f"{header}\na,b\n")
+    check_inputs(ready("data.path=glue", "data.subset=rte"), 1)
+    assert "no column 'prompt'" in problems_of(ready("data.path=glue", "data.subset=cola"))
+    assert "'nosuch' not found" in problems_of(ready("data.path=glue", "data.subset=nosuch"))
+
+
+def test_every_source_of_a_mixture_is_checked(ready, tmp_path):
+    (tmp_path / "mine2.yaml").write_text(
+        "model: {name_or_path: ./model}\n"
+        "data:\n  mixture:\n    - path: rows.jsonl\n    - path: nowhere.jsonl\n      weight: 2\n"
+        "    - path: rows.jsonl\n      weight: 1\n      format: text\n"
+    )
+    with pytest.raises(RecipeError, match=r"(?s)a weight to some of its sources only.*mine2.yaml:3"):
+        load_recipe("mine2.yaml")
+    text = (tmp_path / "mine2.yaml").read_text().replace("- path: rows", "- weight: 3\n      path: rows", 1)
+    (tmp_path / "mine2.yaml").write_text(text)
+    shown = problems_of(load_recipe("mine2.yaml"))
+    assert "no data file nowhere.jsonl\n      where: mine2.yaml:6 (data.mixture[1].path)" in shown
+    assert "no column 'text', named by data.columns.text" in shown
+
+
+@pytest.mark.parametrize("key", ["model.name_or_path", "data.path"])
+def test_what_is_on_the_hub_needs_a_cache_or_a_network(ready, tmp_path, monkeypatch, key):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    recipe = ready(f"{key}=owner/name")
+    shown = problems_of(recipe)
+    assert "owner/name is not in the hub's cache, and cannot be fetched: no answer from http" in shown
+    assert f"command line: {key}=owner/name" in shown and "hf download" in shown
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "offline by choice" in problems_of(recipe)
+    kind = "models" if key.startswith("model") else "datasets"
+    repo = tmp_path / "hf" / "hub" / f"{kind}--owner--name"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    (repo / "snapshots" / "abc").mkdir(parents=True)
+    for file in ("config.json", "model.safetensors"):
+        (repo / "snapshots" / "abc" / file).write_text("{}")
+    check_inputs(recipe, 1)
 
 
 def test_only_the_first_rows_are_read(ready, tmp_path):

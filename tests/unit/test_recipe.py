@@ -179,7 +179,7 @@ BAD = {  # text appended to MINIMAL (so its first line is line 5) -> what the er
     "mask: {density: '0.1'}": ["mask.density is '0.1'", "without quotes"],
     "mask: {density: 0.1, num_trainable: 5}": [
         "mask.num_trainable and mask.density are both given",
-        "mask.density=null",
+        "the command line sets the other aside",
     ],
     "mask: {density: null}": ["mask.num_trainable and mask.density are both null"],
     "mask: {num_trainable: 0}": ["mask.num_trainable is 0: must be greater than or equal to 1"],
@@ -249,7 +249,7 @@ def test_bad_yaml(tmp_path, text):
 BAD_OVERRIDES = {
     "mask.desnity=1": ["unknown key mask.desnity", "command line: mask.desnity=1", "mean mask.density?"],
     "foo.density=1": ["unknown key foo.density", "did you mean mask.density?"],
-    "foo.bar=1": ["unknown key foo.bar", "choose from: model, data, mask"],
+    "foo.bar=1": ["unknown key foo.bar", "choose from: extends, model, data, mask"],
     "seed.x=1": ["unknown key seed.x"],
     "name=x": ["name is not a key"],
     "mask={density: 1}": ["mask is a section", "like mask.salience=..."],

@@ -1,10 +1,14 @@
 """The rules of the schema: what goes with what, and what has no effect."""
 
+from io import StringIO
 from typing import get_args
 
 import pytest
+from rich.console import Console
 
-from speft_ds.schema import FIELDS, NEEDS_DATA, Mask, Train
+from speft_ds.commands.reference import as_text, entries, print_reference, rules, takes
+from speft_ds.schema import FIELDS, NEEDS_DATA, SECTIONS, Mask, Train
+from unit.snapshot import check_snapshot
 from unit.written import load, refused
 
 
@@ -150,3 +154,55 @@ def test_a_key_without_effect_is_accepted_where_the_choice_is_given_too(tmp_path
 def test_a_loaded_mask_is_not_scored_by_grasp(tmp_path):
     load(tmp_path, "", "mask.salience=grasp", "mask.load=mask.safetensors")
     refused(tmp_path, "", "mask.salience=grasp", "mask.load=mask.safetensors", "mask.schedule=periodic")
+
+
+# What `speft schema` prints
+
+
+def test_the_reference_is_as_it_was():
+    """A key, a type, a bound, a default or a meaning that changes should be seen in review."""
+    check_snapshot("schema.txt", as_text(entries()) + "\n")
+
+
+def test_the_reference_has_every_key():
+    keys = [entry.key for entry in entries() if "[]" not in entry.key]
+    assert keys == ["extends", *FIELDS]
+
+
+def terminal(width, key=None):
+    output = StringIO()
+    print_reference(Console(file=output, width=width, force_terminal=True, color_system=None), key)
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_tables_fit_a_terminal(width):
+    shown = terminal(width)
+    assert all(len(line) <= width for line in shown.splitlines()) and "…" not in shown
+    assert all(f"{section}: " in shown for section in SECTIONS)
+    assert all(entry.name in shown for entry in entries())
+
+
+def test_a_section_alone():
+    shown = terminal(80, "data")
+    assert "data.columns: the names of the columns" in shown and "data.mixture[]" in shown
+    assert "mask" not in shown and terminal(80, "data.") == shown
+
+
+def test_one_key_in_detail():
+    assert terminal(80, "mask.density").splitlines() == [
+        "mask.density: the fraction of the targets to train",
+        "  type     number > 0 and <= 1, or null",
+        "  default  0.005",
+        "",
+    ]
+    assert "weight" in terminal(80, "data.mixture").partition("data.mixture[]\n")[2]
+    assert terminal(80, "extends").startswith("extends: a recipe")
+
+
+def test_rules_of_the_schema_are_told():
+    for key, needs in NO_EFFECT.items():
+        told = " ".join(rules(key.partition("=")[0]))
+        assert needs in told
+    assert takes("mask.schedule", "grad_topk") == ["mask.topk_fraction"]
+    assert any("it drops and grows single entries" in rule for rule in rules("mask.granularity"))

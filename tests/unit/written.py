@@ -19,3 +19,12 @@ def refused(tmp_path, text="", *overrides):
     with pytest.raises(RecipeError) as caught:
         load(tmp_path, text, *overrides)
     return caught.value
+
+
+def write_inputs(folder):
+    """A recipe mine.yaml in a folder, with all that it names, as far as is checked without torch."""
+    (folder / "model").mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (folder / "model" / file).write_text("{}")
+    (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (folder / "mine.yaml").write_text(MINIMAL.replace("owner/name", "./model"))

@@ -1,0 +1,1 @@
+"""Rows: from a file to batches of token ids."""

@@ -1,0 +1,244 @@
+"""From a row of a data set to a conversation, by the format that the recipe names. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from speft_ds.data.templates import CHAT, PLAIN, fields_of, fill
+from speft_ds.errors import UserError, closest
+from speft_ds.schema import Source
+
+Rows = Iterable[tuple[str, Any]]  # where a row stands, and the row
+# format -> the columns whose text is the response; the template says what the prompt needs
+RESPONSES = {"alpaca": "output", "prompt_completion": "response", "classification": "label"}
+WHOLE = {"messages": "messages", "text": "text"}  # formats that have no template -> their one column
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as a conversation; the loss is on what the assistant says, or on the label.
+
+    Attributes:
+        turns: `{"role": ..., "content": ...}` in order. Plain text is a user's turn and an assistant's.
+        is_chat: whether the tokenizer's chat template goes around the turns.
+        label: the class, for sequence classification: then there is no assistant's turn.
+    """
+
+    turns: list[dict[str, str]]
+    is_chat: bool
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a classification.
+
+    Attributes:
+        names: in order of their numbers.
+        numbers: what a row's label column may hold -> the class.
+    """
+
+    names: list[str]
+    numbers: Mapping[str | int, int]
+
+    @classmethod
+    def named(cls, names: list[str]) -> Classes:
+        """Classes that the recipe names: rows hold a name or its number (as text, too).
+
+        Where a name is itself a number, like that of five stars, a number in a row is a name.
+        """
+        by_name = {name: i for i, name in enumerate(names)}
+        if any(name.isdecimal() for name in names):
+            return cls(names, by_name | {int(name): i for name, i in by_name.items() if name.isdecimal()})
+        return cls(names, {written: i for i in range(len(names)) for written in (i, str(i))} | by_name)
+
+
+class EmptyRow(UserError):
+    """A row with nothing to learn or nothing to learn it from."""
+
+
+def templates_of(source: Source) -> tuple[str, str | None]:
+    """The template of a source, and the one for rows whose input is empty (None: the same)."""
+    if source.template is not None:
+        return source.template, source.template_no_input
+    return (CHAT if source.chat_template else PLAIN)[source.format]
+
+
+def columns_of(source: Source) -> dict[str, str]:
+    """The columns that every row needs -> the recipe key that names each."""
+    if source.format in WHOLE:
+        roles = [WHOLE[source.format]]
+    else:
+        templates = _templates_used(source)
+        fields = [name for template in templates for name in fields_of(template)]
+        roles = [*fields, *(["input"] if len(templates) > 1 else []), RESPONSES[source.format]]
+    known = type(source.columns).model_fields
+    columns = {role: _column(source, role) for role in roles}
+    named = {role: f"data.columns.{role}" if role in known else "data.template" for role in columns}
+    return {column: named[role] for role, column in columns.items()}
+
+
+def _templates_used(source: Source) -> list[str]:
+    template, without_input = templates_of(source)
+    if without_input is None:
+        return [template]
+    return [without_input] if source.columns.input is None else [template, without_input]
+
+
+def _column(source: Source, role: str) -> str:
+    """The column that a field of a template, or the response, is in: its own name unless renamed."""
+    return (getattr(source.columns, role) or role) if role in type(source.columns).model_fields else role
+
+
+def check_columns(row: Any, where: str, source: Source) -> list[UserError]:
+    """What is wrong with the columns of a row."""
+    if not isinstance(row, dict):
+        return [UserError("a row is not a JSON object", where, "each row is like {column: text, ...}")]
+    missing = {column: key for column, key in columns_of(source).items() if column not in row}
+    return [_no_column(column, key, where, list(row)) for column, key in missing.items()]
+
+
+def _no_column(column: str, key: str, where: str, columns: list[str]) -> UserError:
+    guess = closest(column, columns)
+    if key == "data.template":
+        what = f"the row has no column {column!r}, a field of data.template"
+        return UserError(what, where, f"use its columns as fields: {', '.join(columns)}")
+    fix = f"did you mean {key}={guess[0]}?" if guess else f"type {key}=COLUMN, one of: {', '.join(columns)}"
+    if key == "data.columns.input":
+        fix += "; or give every row the key; data.columns.input=null where no row has an input"
+    return UserError(f"the row has no column {column!r}, named by {key}", where, fix)
+
+
+def make_example(row: Any, where: str, source: Source, classes: Classes | None, classify: bool) -> Example:
+    """A row of a source as a conversation.
+
+    Args:
+        classes: of format `classification`.
+        classify: for sequence classification: the label is a class, not a response.
+    Raises:
+        EmptyRow: prompt or response is empty.
+        UserError: a column is missing or does not hold what the format says.
+    """
+    if problems := check_columns(row, where, source):
+        raise problems[0]
+    if source.format == "messages":
+        return Example(_messages(row[source.columns.messages], where), is_chat=True)
+    if source.format == "text":
+        return Example([_turn("assistant", _text(row, source.columns.text, where))], is_chat=False)
+    prompt = _turn("user", _prompt(row, where, source))
+    if source.format != "classification":
+        response = _text(row, getattr(source.columns, RESPONSES[source.format]), where)
+        return Example([prompt, _turn("assistant", response)], source.chat_template)
+    label = _label(row[source.columns.label], where, classes)
+    if classify:
+        return Example([prompt], source.chat_template, label)
+    return Example([prompt, _turn("assistant", classes.names[label])], source.chat_template)
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _prompt(row: dict, where: str, source: Source) -> str:
+    *with_input, template = _templates_used(source)
+    if with_input and not _is_blank(row[source.columns.input]):
+        template = with_input[0]
+    values = {}
+    for name in fields_of(template):
+        column = _column(source, name)
+        values[name] = "" if _is_blank(row[column]) else _as_text(row[column], column, where)
+    if values and not any(values.values()):
+        raise EmptyRow(f"the prompt is empty: {', '.join(values)}", where, _COMPLETE)
+    return fill(template, values)
+
+
+_COMPLETE = "complete or delete the row, or drop all such rows: data.empty_rows=drop"
+
+
+def _text(row: dict, column: str, where: str) -> str:
+    """The text in a column of a row, which must not be empty."""
+    if _is_blank(row[column]):
+        raise EmptyRow(f"the row has an empty {column!r}", where, _COMPLETE)
+    return _as_text(row[column], column, where)
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether a cell is empty: no value, white space, or the NaN of a table's missing values."""
+    return value is None or (isinstance(value, str) and not value.strip()) or value != value
+
+
+def _as_text(value: Any, column: str, where: str) -> str:
+    if isinstance(value, str):
+        return _encodable(value, where)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    kind = type(value).__name__
+    raise UserError(f"{column!r} holds a {kind}, not text", where, "write text there, or name another column")
+
+
+def _encodable(text: str, where: str) -> str:
+    r"""Raises UserError for half of a surrogate pair, like the JSON "\\ud83d" of a text that was cut."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"the text has half a character at position {error.start}: {text[error.start]!a}"
+        raise UserError(what, where, "complete or delete it") from None
+    return text
+
+
+def _messages(value: Any, where: str) -> list[dict[str, str]]:
+    """A checked conversation, cut after what the assistant says last."""
+    fix = 'like [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+    if not isinstance(value, list | tuple) or not all(isinstance(turn, dict) for turn in value):
+        raise UserError("the messages are not a list of objects", where, fix)
+    turns = []
+    for number, turn in enumerate(value, 1):
+        role, content = turn.get("role"), turn.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise UserError(f"message {number} has no role and content as text", where, fix)
+        turns.append(_turn(role, _encodable(content, where)))
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    if not turns or not any(turn["content"].strip() for turn in turns if turn["role"] == "assistant"):
+        raise EmptyRow("the conversation has nothing that an assistant says", where, _COMPLETE)
+    return turns
+
+
+def _label(value: Any, where: str, classes: Classes) -> int:
+    if _is_blank(value):
+        raise EmptyRow("the row has no label", where, _COMPLETE)
+    if isinstance(value, str | int) and not isinstance(value, bool) and value in classes.numbers:
+        return classes.numbers[value]
+    fix = (
+        f"data.labels names the classes in order; a row holds a name or a number: {', '.join(classes.names)}"
+    )
+    raise UserError(f"the label {value!r} is not one of data.labels", where, fix)
+
+
+def find_classes(rows: Rows, column: str) -> Classes:
+    """The distinct labels of the rows, sorted (numbers by value), as classes; empty ones are left out.
+
+    Raises:
+        UserError: a label that is no class, labels of two kinds, or fewer than two labels.
+    """
+    found: set[str | int] = set()
+    for where, row in rows:
+        value = row[column] if isinstance(row, dict) and column in row else []
+        if _is_blank(value):
+            continue  # refused or left out when its row is read
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            has = "no such column" if value == [] else repr(value)
+            fix = f"data.columns.label names a column of texts or whole numbers; the row has {has}"
+            raise UserError(f"the row has no label in {column!r}", where, fix)
+        found.add(value)
+    if len({type(value) for value in found}) > 1:
+        raise UserError("labels are numbers in some rows, texts in others", column, "name them: data.labels")
+    if len(found) < 2:
+        fix = "classification needs two or more; data.columns.label names their column"
+        raise UserError(f"the rows have {len(found)} different label(s)", column, fix)
+    values = sorted(found)
+    if all(str(value).isdecimal() for value in values):  # the numbers of a .csv file are texts
+        values.sort(key=int)
+    return Classes([str(value) for value in values], {value: i for i, value in enumerate(values)})

@@ -1,0 +1,125 @@
+"""What of the model hub is at hand: cached here, or reachable. Imports no torch; asks the network once."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import urllib.request
+from functools import lru_cache
+from pathlib import Path
+from threading import Thread
+from urllib.parse import urlparse
+
+SECONDS = 1.5  # to wait for the hub to answer
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_gave_up = False
+_TRUE = {"1", "ON", "YES", "TRUE"}
+
+
+def is_offline_by_choice() -> bool:
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+    return any(os.environ.get(name, "").upper() in _TRUE for name in names)
+
+
+def give_up() -> None:
+    """Have the hub's libraries use their cache alone; to be called before any of them is imported."""
+    global _gave_up
+    _gave_up = True
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def is_reachable() -> bool:
+    """Whether a connection to the hub opens within SECONDS; False at once where the user says offline."""
+    return not is_offline_by_choice() and _opens(endpoint())
+
+
+@lru_cache
+def _opens(address: str) -> bool:
+    """Whether a connection to an address opens in time; looking up a name knows no time limit by itself."""
+    answers: list[str | None] = []
+    attempt = Thread(target=lambda: answers.append(connection_error(address)), daemon=True)
+    attempt.start()
+    attempt.join(SECONDS)
+    return answers == [None]
+
+
+def connection_error(url: str) -> str | None:
+    """Why the host of a URL, or the proxy in front of it, takes no TCP connection; None where it does."""
+    direct = urlparse(url)
+    bypass = urllib.request.proxy_bypass(direct.hostname or "")
+    proxy = None if bypass else urllib.request.getproxies().get(direct.scheme)
+    target = urlparse(proxy if "//" in proxy else f"//{proxy}") if proxy else direct
+    try:
+        port = target.port or (443 if target.scheme == "https" else 80)
+        socket.create_connection((target.hostname, port), timeout=SECONDS).close()
+    except (OSError, ValueError) as error:
+        return f"{error} (proxy {target.hostname})" if proxy else str(error)
+    return None
+
+
+def endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+def _home() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("HF_HOME", f"{cache}/huggingface")).expanduser()
+
+
+def _hub_cache() -> Path:
+    return Path(os.environ.get("HF_HUB_CACHE", _home() / "hub")).expanduser()
+
+
+def model_folder(name_or_path: str) -> Path | None:
+    """A local model folder, or where the hub's cache has the model's config; None: not at hand."""
+    if os.path.isdir(name_or_path):
+        return Path(name_or_path)
+    repo = _hub_cache() / f"models--{name_or_path.replace('/', '--')}"
+    try:
+        commit = (repo / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    snapshot = repo / "snapshots" / commit
+    return snapshot if (snapshot / "config.json").is_file() else None
+
+
+def missing_weights(folder: Path) -> list[str]:
+    """Files of weights that a model folder should have and has not."""
+    for kind in WEIGHT_FILES:
+        index = folder / f"{kind}.index.json"
+        if index.is_file():
+            try:
+                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (OSError, ValueError, KeyError, AttributeError):
+                return [f"a readable {index.name}"]
+            return [shard for shard in shards if not (folder / shard).is_file()]
+    return [] if any((folder / kind).is_file() for kind in WEIGHT_FILES) else [WEIGHT_FILES[0]]
+
+
+def has_dataset(name: str) -> bool:
+    """Whether the caches hold files of a hub data set; whether all it needs, only loading it shows."""
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE", _home() / "datasets")).expanduser()
+    folders = (_hub_cache() / f"datasets--{name.replace('/', '--')}", prepared / name.replace("/", "___"))
+    return any(folder.is_dir() for folder in folders)
+
+
+def why_not() -> str:
+    """Why nothing can be fetched."""
+    by_choice = is_offline_by_choice() and not _gave_up
+    return "offline by choice (HF_HUB_OFFLINE)" if by_choice else f"no answer from {endpoint()}"
+
+
+def way_to_model(name: str) -> str:
+    return (
+        f"with a network: hf download {name} (a gated model first needs its licence accepted on its page and "
+        "hf auth login); or set model.name_or_path to a local folder"
+    )
+
+
+def way_to_dataset(name: str) -> str:
+    return (
+        f"with a network: hf download --repo-type dataset {name}; "
+        "or set data.path to a local file or folder of the rows"
+    )

@@ -1,0 +1,183 @@
+"""What a model is made of, from its configuration alone: weights by name, targets, entries to train."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from speft_ds.errors import UserError
+from speft_ds.preflight import mask_file
+from speft_ds.schema import Recipe
+
+HEAD = "score.weight"  # of a classifier: trained whole
+GEOMETRIES_DIR = Path(__file__).resolve().parent / "geometries"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A model without its weights.
+
+    Attributes:
+        config: of `transformers`.
+        source: where the configuration came from, in words.
+        numel: elements of every weight, by name; tied ones once.
+        targets: (out, in) of the weights that the mask chooses from, by name.
+        num_entries: entries that the mask is asked for.
+        num_head: weights of a classification head, all trained; 0 without one.
+    """
+
+    config: object
+    source: str
+    numel: dict[str, int]
+    targets: dict[str, tuple[int, int]]
+    num_entries: int
+    num_head: int
+
+    @property
+    def num_weights(self) -> int:
+        return sum(self.numel.values())
+
+    @property
+    def num_target_elements(self) -> int:
+        return sum(self.numel[name] for name in self.targets)
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """Names of the weights of which something is trained."""
+        return frozenset([*self.targets, *([HEAD] if self.num_head else [])])
+
+    @property
+    def largest_target(self) -> int:
+        """Elements of the largest targeted weight."""
+        return max(self.numel[name] for name in self.targets)
+
+
+def read_geometry(recipe: Recipe) -> Geometry:
+    """The geometry of a recipe's model.
+
+    Raises:
+        UserError: no configuration at hand; targets that the model does not have; too many or few entries.
+    """
+    import torch
+
+    logging.disable(
+        logging.WARNING
+    )  # DeepSpeed's import says that there is no GPU, which a plan does not need
+    try:
+        from speft_ds.model import find_targets, target_shapes
+        from speft_ds.selection import entries_wanted
+    finally:
+        logging.disable(logging.NOTSET)
+    config, source = find_config(recipe)
+    task = task_of(recipe)
+    if task != "causal_lm":
+        config.num_labels = len(getattr(recipe.data, "labels", None) or ("one", "other"))
+        config.pad_token_id = config.pad_token_id or 0
+    with torch.device("meta"):
+        model = build_model(config, task, recipe.model.dtype)
+    numel = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if recipe.mask.load is None:
+        targets = target_shapes(find_targets(model, recipe.mask.targets, recipe.mask.layers))
+        num_entries = entries_wanted(recipe.mask, targets)
+    else:
+        targets, num_entries = read_mask_size(recipe)
+    num_head = 0 if task == "causal_lm" else numel.get(HEAD, 0)
+    return Geometry(config, source, numel, targets, num_entries, num_head)
+
+
+def read_mask_size(recipe: Recipe) -> tuple[dict[str, tuple[int, int]], int]:
+    """(out, in) of the targets of the recipe's saved mask, by name, and its entries; reads the header only.
+
+    Raises:
+        UserError: there is no such mask.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    where = recipe.where("mask.load")
+    file = mask_file(recipe.mask.load, where)
+    try:
+        with safe_open(file, framework="numpy") as mask:
+            shapes = json.loads(mask.metadata()["shape"])
+            num_entries = sum(mask.get_slice(name).get_shape()[0] for name in mask.keys())  # noqa: SIM118
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        fix = "write the mask with `speft score RECIPE`, or copy it again"
+        raise UserError(f"{file} is not a readable mask: {error}", where, fix) from error
+    return {name: (rows, columns) for name, (rows, columns) in shapes.items()}, num_entries
+
+
+def task_of(recipe: Recipe) -> str:
+    return getattr(recipe.model, "task", "causal_lm")
+
+
+def find_config(recipe: Recipe) -> tuple[object, str]:
+    """The model's configuration and where it came from: its folder, the hub cache, or this package.
+
+    Never asks the network.
+
+    Raises:
+        UserError: it is in none of these, or cannot be read.
+    """
+    name, where = recipe.model.name_or_path, recipe.where("model.name_or_path")
+    file, source = config_file(name)
+    if file is None:
+        known = ", ".join(list_geometries())
+        raise UserError(
+            f"no configuration of {name} is at hand: a plan needs its config.json, and downloads nothing",
+            where,
+            f"name a folder that has one, or fetch it: hf download {name} config.json; built in are: {known}",
+        )
+    from transformers import AutoConfig
+
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        config = AutoConfig.for_model(**values)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        what = f"cannot read the configuration: {error}"
+        raise UserError(what, f"{file} ({where})", "a model of another library, or a damaged file") from error
+    return config, source
+
+
+def config_file(name: str) -> tuple[Path | None, str]:
+    """The config.json of a model, and where it is, in words; None where there is none."""
+    if os.path.isdir(name):
+        file = Path(name) / "config.json"
+        return (file if file.is_file() else None), str(file)
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
+    if isinstance(cached, str):
+        return Path(cached), "the hub cache"
+    file = geometry_file(name)
+    return (file if file.is_file() else None), "plan/geometries, which stands for the hub's config.json"
+
+
+def geometry_file(name: str) -> Path:
+    return GEOMETRIES_DIR / f"{name.replace('/', '--')}.json"
+
+
+def list_geometries() -> list[str]:
+    """The models whose configuration comes with this package."""
+    return sorted(path.stem.replace("--", "/") for path in GEOMETRIES_DIR.glob("*.json"))
+
+
+def build_model(config, task: str, dtype: str):
+    """A model of `transformers`, as `from_pretrained` would make it, on the device of the context."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    auto = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
+    try:
+        return auto.from_config(config, dtype=getattr(torch, dtype))
+    except ValueError as error:
+        what = f"transformers has no {task.replace('_', ' ')} model for this configuration"
+        raise UserError(f"{what}: {error}", "model.name_or_path", "choose another model") from error
+
+
+def linears_of(model) -> dict:
+    """Every plain `nn.Linear`, by module name."""
+    import torch
+
+    return {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}

@@ -1,0 +1,103 @@
+"""Sequence classification: the mask is trained sparsely, the new head whole."""
+
+import pytest
+import torch
+
+from distributed import classification_checks as checks
+from distributed import state_checks
+from distributed.reference import make_recipe
+from speft_ds.adapter import apply_adapter
+from speft_ds.errors import UserError
+
+DATA = {"format": "classification", "columns": {"text": "sentence"}, "labels": ["bad", "good"]}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return checks.make_rows(tmp_path_factory.mktemp("reviews"))
+
+
+@pytest.fixture
+def recipe(tiny, rows, tmp_path):
+    def make(output_dir="run", checkpoint="untied", data=None, **sections):
+        given = {"data": {**DATA, "path": str(rows), **(data or {})}, **sections}
+        model = {"task": "sequence_classification", **sections.get("model", {})}
+        return make_recipe(tiny, tmp_path / output_dir, checkpoint, **{**given, "model": model})
+
+    return make
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_it_equals_dense_autograd(ranks, recipe, world_size):
+    ranks(world_size)(checks.check_dense_reference, recipe=recipe())
+
+
+def test_ranks_and_splits_are_not_inputs(ranks, recipe):
+    runs = [ranks(1)(checks.check_run, recipe=recipe("one", train={"micro_batch": 8}))[0]]
+    runs += ranks(2)(checks.check_run, recipe=recipe("two", train={"micro_batch": 1}))
+    runs += ranks(4)(checks.check_run, recipe=recipe("four"))
+    for run in runs[1:]:
+        assert run["losses"] == pytest.approx(runs[0]["losses"], abs=1e-6)
+        assert torch.equal(run["start"], runs[0]["start"])
+        assert torch.allclose(run["head"], runs[0]["head"], atol=1e-6)
+        assert (run["sha256"], run["fingerprint"]) == (runs[0]["sha256"], runs[0]["fingerprint"])
+
+
+SCHEDULES = {
+    "drop_grow ag": {"schedule": "drop_grow", "update_every": 2, "growth_steps": 2},
+    "drop_grow ma": {"schedule": "drop_grow", "update_every": 2, "growth": "sft_ma"},
+    "periodic": {"schedule": "periodic", "update_every": 2},
+    "grad_topk": {"schedule": "grad_topk", "topk_fraction": 0.3},
+    "half": {"layer_gate": "half", "gate_every": 1},
+    "fisher": {"salience": "fisher"},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_keeps_training_the_whole_head(ranks, recipe, name):
+    run = ranks(2)(checks.check_run, recipe=recipe(mask=SCHEDULES[name]))[0]
+    assert run["moved"] == run["head"].numel()
+    assert run["changes"] == (2 if "update_every" in SCHEDULES[name] else 0)
+
+
+def test_bfloat16(ranks, recipe):
+    run = ranks(2)(checks.check_run, recipe=recipe(model={"dtype": "bfloat16"}))[0]
+    assert run["head"].dtype == torch.bfloat16 and run["moved"] > 0
+
+
+def test_an_adapter_with_a_head_needs_a_classifier(ranks, recipe, tiny):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    done = recipe("saved")
+    ranks(1)(checks.check_run, recipe=done)
+    folder = f"{done.output_dir}/adapter"
+    with pytest.raises(UserError, match="another base"):  # a language model has its own head
+        apply_adapter(AutoModelForCausalLM.from_pretrained(tiny["untied"]), folder)
+    three = AutoModelForSequenceClassification.from_pretrained(tiny["untied"], num_labels=3)
+    before = {name: parameter.clone() for name, parameter in three.named_parameters()}
+    with pytest.raises(UserError, match=r"head score.weight of shape \(2, 35\)(.|\n)*num_labels=2"):
+        apply_adapter(three, folder)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in three.named_parameters())
+
+
+def test_an_opt_model(ranks, recipe, tmp_path):
+    """Its head is as wide as its embeddings, not as its layers."""
+    import tiny as small
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 20, "ffn_dim": 48, "num_hidden_layers": 2}
+    config = OPTConfig(
+        vocab_size=260, num_attention_heads=4, max_position_embeddings=128, dropout=0.0, **sizes
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    small.make_tokenizer().save_pretrained(tmp_path / "opt")
+    model = {"name_or_path": str(tmp_path / "opt")}
+    run = ranks(2)(checks.check_run, recipe=recipe(model=model))[0]
+    assert run["head"].shape == (2, 20) and run["moved"] == 40
+
+
+@pytest.mark.parametrize("schedule", ["drop_grow ag", "periodic"])
+def test_resumed_is_uninterrupted(ranks, recipe, schedule):
+    ready = recipe(mask=SCHEDULES[schedule], train={"steps": 8})
+    ranks(2)(state_checks.check_resume, recipe=ready, stop=5)

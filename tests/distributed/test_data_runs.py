@@ -1,0 +1,98 @@
+"""Whole runs on data of every shape, through the launcher."""
+
+import csv
+import gzip
+import json
+
+import pytest
+import yaml
+
+from distributed import classification_checks
+from distributed.test_launch import launch
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path):
+    values = {
+        "model": {"name_or_path": str(tiny["untied"]), "dtype": "float32"},
+        "mask": {"density": 0.05, "calibration_samples": 8},
+        "optimizer": {"lr": 1e-2},
+        "train": {"steps": 3, "global_batch": 4, "micro_batch": 1},
+        "deepspeed": {"config": "zero3_cpu"},
+        "output_dir": str(tmp_path / "run"),
+    }
+
+    def write(**sections):
+        path = tmp_path / "recipe.yaml"
+        merged = {name: {**values.get(name, {}), **section} for name, section in sections.items()}
+        path.write_text(yaml.safe_dump({**values, **merged}))
+        return path
+
+    return write
+
+
+def test_a_packed_mixture(recipe, tiny, tmp_path):
+    tasks = [{"instruction": "add", "input": f"{i} and 1" * (i % 2), "output": str(i)} for i in range(20)]
+    with gzip.open(tmp_path / "tasks.csv.gz", "wt", newline="") as file:
+        writer = csv.DictWriter(file, list(tasks[0]))
+        writer.writeheader()
+        writer.writerows(tasks)
+    chats = [
+        {
+            "messages": [
+                {"role": role, "content": f"{role} {i}"} for role in ("user", "assistant") * (1 + i % 2)
+            ]
+        }
+        for i in range(10)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    mixture = [
+        {"path": str(tiny["data"]), "weight": 2},
+        {"path": str(tmp_path / "tasks.csv.gz"), "weight": 1, "format": "alpaca", "chat_template": False},
+        {"path": str(tmp_path / "chats.jsonl"), "weight": 1, "format": "messages"},
+    ]
+    path = recipe(
+        data={"mixture": mixture, "packing": True, "max_length": 512, "long_rows": "truncate_prompt"}
+    )
+    runs = []
+    for ranks in (1, 2):
+        folder = tmp_path / f"run{ranks}"
+        done = launch(path, f"output_dir={folder}", num_ranks=ranks)
+        assert done.returncode == 0, done.stdout + done.stderr
+        runs.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    for one, two in zip(*runs, strict=True):
+        assert one["num_tokens"] == two["num_tokens"]
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-6)
+    assert len({step["num_tokens"] for step in runs[0]}) > 1
+
+
+def test_a_classifier_is_scored_and_trained_with_that_mask(recipe, tmp_path):
+    rows = classification_checks.make_rows(tmp_path)
+    model = {"task": "sequence_classification"}
+    path = recipe(
+        model=model, data={"path": str(rows), "format": "classification", "columns": {"text": "sentence"}}
+    )
+    done = launch(path, f"output_dir={tmp_path / 'mask'}", job="score")
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = launch(path, f"mask.load={tmp_path / 'mask'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "head, trained whole" in done.stdout and "70 weights" in done.stdout
+    facts = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
+    assert (facts["task"], facts["classes"]) == ("sequence_classification", ["0", "1"])
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= step["accuracy"] <= 1 and step["accuracy"] * 4 % 1 == 0 for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"max_length": 8}, "too long, left out"),
+        ({"template": "{nowhere}"}, "no column 'nowhere'"),
+        ({"select": "longest", "select_rows": 99}, "data.select_rows=99 is more than the 48 rows"),
+    ],
+)
+def test_rows_that_cannot_be_used_end_every_rank(recipe, tiny, tmp_path, data, message):
+    done = launch(recipe(data={"path": str(tiny["data"]), **data}))
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count(message) == 1
+    assert not (tmp_path / "run").exists()

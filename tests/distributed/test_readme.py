@@ -1,0 +1,91 @@
+"""Every command of the READMEs runs: as it stands, or shortened by overrides that come behind it."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SHORT = [
+    "train.steps=2",
+    "optimizer.warmup_steps=1",
+    "train.global_batch=4",
+    "train.micro_batch=2",
+    "mask.calibration_samples=4",
+    "eval.tasks=[]",
+]
+# How a command is run, by its beginning, the first that fits: what is added behind it and the exit codes
+# that it may have; or why it is not run here.
+HOW = {
+    "make quickstart": "tests/distributed/test_quickstart.py runs it, shortened",
+    "make test": "this is it",
+    "source": "of the shell",
+    "deepspeed launch/train.py --recipe llama2": ([], {2}),  # refused: the weights are not here
+    "deepspeed": (SHORT, {0}),
+    "speft score": (["mask.calibration_samples=4"], {0}),
+    "speft compare-masks": ([], {0}),
+    "speft validate llama2": ([], {2}),  # says what is missing
+    "speft": ([], {0}),
+}
+
+
+def commands() -> list[str]:
+    found = []
+    for readme in (ROOT / "README.md", ROOT / "recipes" / "README.md"):
+        for block in re.findall(r"^```bash\n(.*?)^```", readme.read_text(encoding="utf-8"), re.M | re.S):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
+    return found
+
+
+def how(command: str):
+    return next(how for beginning, how in HOW.items() if command.startswith(beginning))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a user would be: the repository's files, and a `runs` of its own."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("launch", "recipes", "ds_configs", "speft_ds"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    beside = str(Path(sys.executable).parent)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "DS_ACCELERATOR": "cpu"}
+    env = {**os.environ, **offline, "PATH": f"{beside}:{os.environ['PATH']}"}
+    env.pop("HF_HUB_CACHE", None)
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=500, check=False
+    )
+
+
+def test_there_are_commands_and_none_is_left_out():
+    assert len(commands()) >= 12
+    kinds = {how(command) if isinstance(how(command), str) else "run" for command in commands()}
+    assert "run" in kinds
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if not isinstance(how(c), str)])
+def test_a_command_runs(command, folder):
+    more, codes = how(command)
+    if command.startswith("speft compare-masks"):
+        make_masks(folder)
+    done = run([*shlex.split(command), *more], folder)
+    assert done.returncode in codes, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def make_masks(folder: Path) -> None:
+    """The two runs that the README compares."""
+    for name in ("a", "b"):
+        if (folder / "runs" / name).exists():
+            continue
+        command = ["speft", "score", "quickstart", "mask.salience=random", f"output_dir=runs/{name}"]
+        done = run(command, folder)
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,104 @@
+"""What a model is made of, from its configuration alone."""
+
+import json
+
+import pytest
+import torch
+from tiny import make_model
+from transformers import AutoModelForCausalLM
+
+from speft_ds.errors import UserError
+from speft_ds.mask import Mask, save_mask
+from speft_ds.plan.geometry import config_file, list_geometries, read_geometry
+from speft_ds.schema import Recipe
+
+# Weights as the checkpoints on the hub have them, tied ones once.
+PUBLISHED = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "Qwen/Qwen2-7B": 7_615_616_512,
+    "facebook/opt-350m": 331_196_416,
+    "google/gemma-2-2b": 2_614_341_888,
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+}
+
+
+def recipe_of(model, **sections) -> Recipe:
+    name = {"name_or_path": str(model), "dtype": "float32"}
+    return Recipe.model_validate({"model": name, "data": {"path": "rows.jsonl"}, **sections})
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch, tmp_path):
+    """No configuration that this machine happens to have fetched."""
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: None)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_built_in_geometries_have_the_published_size(name):
+    geometry = read_geometry(recipe_of(name))
+    assert geometry.num_weights == PUBLISHED[name]
+    assert "plan/geometries" in geometry.source
+
+
+def test_every_built_in_geometry_is_tested():
+    assert set(list_geometries()) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_equals_the_loaded_model(tmp_path, tied):
+    folder = make_model(tmp_path / "model", tied=tied)
+    geometry = read_geometry(recipe_of(folder, mask={"density": 0.1}))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert geometry.numel == {name: weight.numel() for name, weight in model.named_parameters()}
+    weights = dict(model.named_parameters())
+    assert all(tuple(weights[name].shape) == shape for name, shape in geometry.targets.items())
+    assert len(geometry.targets) == 14 and not any("lm_head" in name for name in geometry.targets)
+    elements = sum(weights[name].numel() for name in geometry.targets)
+    assert geometry.num_target_elements == elements
+    assert geometry.num_entries == round(0.1 * elements)
+    assert geometry.source == str(folder / "config.json")
+
+
+def test_targets_layers_and_counts_are_the_recipes(tmp_path):
+    folder = make_model(tmp_path / "model")
+    mask = {"num_trainable": 60, "targets": ["q_proj", "up_proj"], "layers": [1, 1]}
+    geometry = read_geometry(recipe_of(folder, mask=mask))
+    assert sorted(geometry.targets) == [
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+    ]
+    assert geometry.num_entries == 60 and geometry.largest_target == 53 * 35
+
+
+def test_a_saved_mask_says_what_is_trained(tmp_path):
+    folder, name = make_model(tmp_path / "model"), "model.layers.0.mlp.up_proj.weight"
+    save_mask(tmp_path / "mask.safetensors", Mask({name: torch.tensor([3, 7, 9])}, {name: (53, 35)}), {})
+    geometry = read_geometry(recipe_of(folder, mask={"load": str(tmp_path)}))
+    assert geometry.targets == {name: (53, 35)} and geometry.num_entries == 3
+
+
+def test_a_hub_model_is_taken_from_the_cache_before_the_built_in_one(tmp_path, monkeypatch):
+    cached = tmp_path / "config.json"
+    cached.write_text("{}")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(cached))
+    assert config_file("meta-llama/Llama-2-7b-hf") == (cached, "the hub cache")
+
+
+def test_an_unknown_model_is_refused_with_a_way_on():
+    with pytest.raises(UserError, match=r"(?s)no configuration of someone/unknown.*hf download"):
+        read_geometry(recipe_of("someone/unknown"))
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no such type"}))
+    with pytest.raises(UserError, match=r"cannot read the configuration.*no such type"):
+        read_geometry(recipe_of(tmp_path))
+
+
+def test_a_target_that_the_model_does_not_have_is_named(tmp_path):
+    folder = make_model(tmp_path / "model")
+    with pytest.raises(UserError, match="no linear layer matches c_attn"):
+        read_geometry(recipe_of(folder, mask={"targets": ["c_attn"]}))

@@ -123,13 +123,13 @@ def apply_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     tensors, facts = read_adapter(folder)
     weights = dict(model.named_parameters())
-    check_base(model, facts, folder)
-    names = [name.removesuffix(".index") for name in tensors if name.endswith(".index")]
     heads = {n.removesuffix(".value"): value for n, value in tensors.items() if n.endswith(".value")}
-    for name in names:
-        check_entries(name, tensors[f"{name}.index"], weights[name], folder)
     for name, value in heads.items():
         check_head(name, value, weights, folder)
+    check_base(model, facts, folder)
+    names = [name.removesuffix(".index") for name in tensors if name.endswith(".index")]
+    for name in names:
+        check_entries(name, tensors[f"{name}.index"], weights[name], folder)
     for name in names:
         flat = weights[name].data.view(-1)
         index = tensors[f"{name}.index"].to(flat.device, torch.int64)

@@ -19,18 +19,17 @@ from speft_ds.errors import UserError
 from speft_ds.mask import Mask
 from speft_ds.metrics import Timings, say
 from speft_ds.model import (
-    HEAD,
+    check_shapes,
     fill_head,
     find_targets,
     fingerprint,
-    layer_number,
     load_base,
     target_shapes,
     tied_targets,
 )
 from speft_ds.objective import NextToken, RowClass
 from speft_ds.salience import score
-from speft_ds.schema import Data, Recipe
+from speft_ds.schema import HEAD, Data, Recipe
 from speft_ds.selection import entries_wanted, select
 from speft_ds.sparse import adapt
 
@@ -64,9 +63,13 @@ class Base:
         """A token id to pad with, which every model has an embedding for.
 
         Padding is never looked at (right padding, causal attention, labels by position), so any will do; but
-        a classifier looks for the last token that is no padding, and has to find the row's EOS.
+        a classifier looks for the last token that is no padding, and has to find the row's EOS. It keeps the
+        tokenizer's own padding where that is possible: users of the adapter will pad with it.
         """
-        return int(self.classifies and self.tokenizer.eos_token_id == 0)
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        if self.classifies and pad is not None and pad != eos and pad < self.tokenizer.vocab_size:
+            return pad
+        return int(self.classifies and eos == 0)
 
     def read_corpus(self, section: Data, where: Callable[[int], str] | None = None) -> Corpus:
         """The tokenised rows of a data section, the same on every rank; made once a node.
@@ -74,13 +77,23 @@ class Base:
         Args:
             where: number of a source -> where it is named; None: in the data section.
         Raises:
-            UserError: see `corpus.prepare`.
+            UserError: see `corpus.prepare`; or the nodes do not have the same rows.
         """
         recipe = self.recipe
         where = where or recipe.where_rows
         request = Request(section, recipe.model.name_or_path, self.classifies, recipe.seed, where)
+        if section.select == "ifd":
+            say("note: scoring rows takes long on a CPU; `speft data RECIPE` does it ahead of a run")
         distributed.first_on_each_node(lambda: prepare(request, lambda: self.tokenizer, say))
         corpus = prepare(request, lambda: self.tokenizer, say)
+        if not distributed.same_on_all_ranks(corpus.facts["sha256"]):
+            fix = "have one copy of the data and of the tokenizer for all nodes, or the same everywhere"
+            raise UserError("the ranks' nodes have different rows", where(0), fix)
+        return corpus
+
+    def read_training_rows(self) -> Corpus:
+        """The training rows; a classifier's classes are theirs."""
+        corpus = self.read_corpus(self.recipe.data)
         self.classes = corpus.facts["classes"]
         return corpus
 
@@ -97,11 +110,16 @@ class Base:
         if not recipe.needs_calibration:
             return
         weights = section.weights
+        if self.classifies and self.classes is None and section.sources:
+            training = training or self.read_training_rows()
         if recipe.calibration_path is not None:
             other = {"path": recipe.calibration_path, "mixture": None, "select": "all", "select_rows": None}
-            section, weights = section.model_copy(update=other), None
+            # A file without one of the classes must not number the others anew.
+            section, weights = section.model_copy(update={**other, "labels": self.classes}), None
             training = self.read_corpus(section, lambda number: self.recipe.where("mask.calibration_path"))
-        corpus = training or self.read_corpus(section)
+        elif training is None:
+            training = self.read_training_rows()
+        corpus = training
         seed = self.recipe.seed if recipe.calibration_seed is None else recipe.calibration_seed
         self.calibration_rows = corpus.rows()
         self.calibration_order = SampleOrder(corpus.row_sizes, weights, seed, "calibration")
@@ -138,8 +156,7 @@ class Base:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         self.shapes = target_shapes(self.targets)
         self.num_trainable = loaded.num_trainable if loaded else entries_wanted(recipe.mask, self.shapes)
-        self._check_lift_rank()
-        self._check_gate_layers()
+        check_shapes(recipe, self.shapes)
         self.fingerprint = fingerprint(model)
         is_bfloat16 = recipe.model.dtype == "bfloat16"
         self.fingerprint_bfloat16 = self.fingerprint if is_bfloat16 else fingerprint(model, torch.bfloat16)
@@ -158,9 +175,9 @@ class Base:
 
     def identity(self) -> dict:
         """Which base this is, for files made from it: masks and adapters."""
-        classifier = {"classes": self.classes, "pad_token_id": self.pad_id} if self.classifies else {}
+        classifier = {"classes": self.classes, "pad_token_id": self.pad_id, "row_ends_with_eos": True}
         return {
-            **classifier,
+            **(classifier if self.classifies else {}),
             "task": self.recipe.model.task,
             "base": self.recipe.model.name_or_path,
             "dtype": self.recipe.model.dtype,
@@ -190,26 +207,6 @@ class Base:
                 fix="target layers of the decoder only",
             )
         return targets
-
-    def _check_lift_rank(self) -> None:
-        smallest = min(min(shape) for shape in self.shapes.values())
-        if self.recipe.mask.salience == "lift" and self.recipe.mask.lift_rank >= smallest:
-            raise UserError(
-                f"an approximation of rank {self.recipe.mask.lift_rank} leaves a weight with {smallest} "
-                "rows or columns as it is",
-                where="mask.lift_rank",
-                fix=f"mask.lift_rank={max(1, smallest // 2)}, or leave out small weights by mask.targets",
-            )
-
-    def _check_gate_layers(self) -> None:
-        recipe = self.recipe.mask
-        layers = {layer_number(name) for name in self.shapes} - {None}
-        if recipe.layer_gate == "sampled" and recipe.gate_layers >= len(layers):
-            raise UserError(
-                f"a gate that opens {recipe.gate_layers} of {len(layers)} layers shuts nothing",
-                where="mask.gate_layers",
-                fix=f"mask.gate_layers={max(1, len(layers) // 4)}, or mask.layer_gate=none",
-            )
 
     def loss(self, module: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
         """Summed loss of a batch; `module` is the engine or its module."""

@@ -63,7 +63,8 @@ def explain(
     label = _label(error["loc"])
     # The schema's key: of `data.mixture[0].path`, which the user wrote inside a list, data.mixture.
     key = context.get("key") or label.partition("[")[0]
-    where = sources.get(context.get("key", label)) or sources.get(key, f"{file} ({key})")
+    # A rule may name a part of a list, whose line is known where it stands in a file.
+    where = sources.get(context.get("key", label)) or sources.get(key.partition("[")[0], f"{file} ({key})")
     if "fix" in context:  # raised by a rule of ours, which words it itself
         return UserError(error["msg"], where, context["fix"])
     if error["type"] == "extra_forbidden":

@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 SECONDS = 1.5  # to wait for the hub to answer
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
-_gave_up = False
+GAVE_UP = "YES"  # our way to write HF_HUB_OFFLINE=1, which tells ranks and sub-processes who chose it
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
 
@@ -25,9 +25,7 @@ def is_offline_by_choice() -> bool:
 
 def give_up() -> None:
     """Have the hub's libraries use their cache alone; to be called before any of them is imported."""
-    global _gave_up
-    _gave_up = True
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = GAVE_UP
 
 
 def is_reachable() -> bool:
@@ -107,14 +105,14 @@ def has_dataset(name: str) -> bool:
 
 def why_not() -> str:
     """Why nothing can be fetched."""
-    by_choice = is_offline_by_choice() and not _gave_up
+    by_choice = is_offline_by_choice() and os.environ.get("HF_HUB_OFFLINE") != GAVE_UP
     return "offline by choice (HF_HUB_OFFLINE)" if by_choice else f"no answer from {endpoint()}"
 
 
-def way_to_model(name: str) -> str:
+def way_to_model(name: str, key: str = "model.name_or_path") -> str:
     return (
         f"with a network: hf download {name} (a gated model first needs its licence accepted on its page and "
-        "hf auth login); or set model.name_or_path to a local folder"
+        f"hf auth login); or set {key} to a local folder"
     )
 
 

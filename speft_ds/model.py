@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from speft_ds import distributed
 from speft_ds.engine import full_shape, is_sharded, own_elements
 from speft_ds.errors import UserError
+from speft_ds.schema import HEAD, Recipe
 
 HASH_CHUNK = 2**20  # elements hashed at once, to bound the int64 temporaries
-HEAD = "score.weight"  # of a classifier: [classes, hidden], new, trained whole
 INTEGER_VIEW = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
@@ -52,11 +52,11 @@ def load_base(name_or_path: str, dtype: str, ds_config: dict, num_classes: int |
         del zero3
     if num_classes is not None:
         _check_head(model, name_or_path)
-    for kind in ("missing_keys", "mismatched_keys"):
-        odd = {key if isinstance(key, str) else key[0] for key in info[kind]}
+    for problem in ("missing_keys", "mismatched_keys"):
+        odd = {key if isinstance(key, str) else key[0] for key in info[problem]}
         if odd := sorted(odd - ({HEAD} if num_classes is not None else set())):
             raise UserError(
-                f"the checkpoint has {kind.replace('_', ' ')}: {odd[:5]}",
+                f"the checkpoint has {problem.replace('_', ' ')}: {odd[:5]}",
                 where=f"model.name_or_path: {name_or_path}",
                 fix="use a complete checkpoint of this architecture; training random weights is refused",
             )
@@ -147,6 +147,31 @@ def layer_number(name: str) -> int | None:
 def target_shapes(targets: dict[str, nn.Linear]) -> dict[str, tuple[int, int]]:
     """Weight name -> (out, in), whether or not the weights are gathered."""
     return {name: tuple(full_shape(linear.weight)) for name, linear in targets.items()}
+
+
+def check_shapes(recipe: Recipe, shapes: dict[str, tuple[int, int]]) -> None:
+    """Refuse a recipe that asks for more than its targets have.
+
+    Args:
+        shapes: weight name -> (out, in) of the targets.
+    Raises:
+        UserError: `mask.lift_rank` or `mask.gate_layers` is too large.
+    """
+    mask, smallest = recipe.mask, min(min(shape) for shape in shapes.values())
+    if mask.salience == "lift" and mask.lift_rank >= smallest:
+        raise UserError(
+            f"an approximation of rank {mask.lift_rank} leaves a weight with {smallest} "
+            "rows or columns as it is",
+            where="mask.lift_rank",
+            fix=f"mask.lift_rank={max(1, smallest // 2)}, or leave out small weights by mask.targets",
+        )
+    layers = {layer_number(name) for name in shapes} - {None}
+    if mask.layer_gate == "sampled" and mask.gate_layers >= len(layers):
+        raise UserError(
+            f"a gate that opens {mask.gate_layers} of {len(layers)} layers shuts nothing",
+            where="mask.gate_layers",
+            fix=f"mask.gate_layers={max(1, len(layers) // 4)}, or mask.layer_gate=none",
+        )
 
 
 def tied_targets(model: nn.Module, targets: dict[str, nn.Linear]) -> list[str]:

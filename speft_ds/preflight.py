@@ -1,5 +1,6 @@
 """What can be known of a recipe's files before torch is imported: a typo should not cost eight GPUs."""
 
+import json
 import os
 from itertools import islice
 from pathlib import Path
@@ -38,7 +39,8 @@ def settle_hub(recipe: Recipe) -> str | None:
     They would retry for minutes.
     """
     data = recipe.data
-    names = [recipe.model.name_or_path, data.scorer, *(source.path for source in data.sources)]
+    names = [recipe.model.name_or_path, data.scorer, recipe.mask.calibration_path]
+    names += [source.path for source in data.sources]
     may_ask = any(name and is_hub_id(name) for name in names) or bool(recipe.eval.tasks)
     if not may_ask or hub.is_offline_by_choice() or hub.is_reachable():
         return None
@@ -82,9 +84,29 @@ def other_problems(recipe: Recipe) -> list[UserError]:
 
 def model_problems(recipe: Recipe) -> list[UserError]:
     """What is wrong with the folder or the hub id of the model."""
-    name, where = recipe.model.name_or_path, recipe.where("model.name_or_path")
+    name = recipe.model.name_or_path
+    return _model_problems(recipe, "model.name_or_path", name) or _length_problems(recipe)
+
+
+def _length_problems(recipe: Recipe) -> list[UserError]:
+    """Rows that may be longer than the model has positions for."""
+    folder, length = hub.model_folder(recipe.model.name_or_path), recipe.data.max_length
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else {}
+    except (OSError, ValueError) as error:
+        where = str(folder / "config.json")
+        return [UserError(f"not readable as JSON: {error}", where, "download or copy it again")]
+    most = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    if not isinstance(most, int) or length <= most:
+        return []
+    what = f"data.max_length={length} is more than the {most} positions of the model"
+    return [UserError(what, recipe.where("data.max_length"), f"data.max_length={most}, or less")]
+
+
+def _model_problems(recipe: Recipe, key: str, name: str) -> list[UserError]:
+    where = recipe.where(key)
     if os.path.isdir(name):
-        fix = _way_to(name, "model.name_or_path")
+        fix = _way_to(name, key)
         if not os.path.isfile(os.path.join(name, "config.json")):
             return [UserError(f"the model folder {name} has no config.json", where, fix)]
         if missing := hub.missing_weights(Path(name)):
@@ -93,13 +115,13 @@ def model_problems(recipe: Recipe) -> list[UserError]:
             return [UserError(what, where, f"download or copy it again; {fix}")]
         return []
     if name[0] in "/.~" or name.count("/") != 1:
-        fix = _way_to(name, "model.name_or_path") + ("" if name[0] in "/.~" else "; a hub id is owner/name")
+        fix = _way_to(name, key) + ("" if name[0] in "/.~" else "; a hub id is owner/name")
         return [UserError(f"no model folder {name}", where, fix)]
     folder = hub.model_folder(name)
     if (folder and not hub.missing_weights(folder)) or hub.is_reachable():
         return []  # whether it exists, is for the hub to say
     what = f"the model {name} is not in the hub's cache, and cannot be fetched: {hub.why_not()}"
-    return [UserError(what, where, hub.way_to_model(name))]
+    return [UserError(what, where, hub.way_to_model(name, key))]
 
 
 def _task_problems(recipe: Recipe) -> list[UserError]:
@@ -129,6 +151,8 @@ def rows_problems(recipe: Recipe, needs_training_rows: bool) -> list[UserError]:
     elif calibrates and not sources and calibration is None:
         problems.append(_no_calibration_rows(recipe))
     if needs_training_rows or (calibrates and calibration is None):
+        if recipe.data.scorer is not None:
+            problems += _model_problems(recipe, "data.scorer", recipe.data.scorer)
         for number, source in enumerate(sources):
             problems += _source_problems(recipe, "data.path", source, recipe.where_rows(number))
     if calibrates and calibration is not None:

@@ -3,6 +3,8 @@
 Closed: an unknown key is refused. Imports no torch.
 """
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from speft_ds.data.templates import fields_of
 from speft_ds.errors import UserError
 
 CACHE = "~/.cache/speft_ds"
+HEAD = "score.weight"  # of a classifier: [classes, hidden], new, trained whole
 MASK_FILE = "mask.safetensors"  # in the folder that `speft score` leaves
 # The salience metrics that are computed from rows; the others look at the weights alone.
 NEEDS_DATA = frozenset({"gradient", "snip", "force", "taylor_fo", "fisher", "grasp", "grad_low_magnitude"})
@@ -162,6 +165,21 @@ def _readable_template(value: str | None) -> str | None:
     return value
 
 
+def _check_source(place: str, own: Source, whole: Source) -> None:
+    """Refuse what a source of a mixture says without effect, `whole` being it and what it inherits."""
+    for key in ("template", "template_no_input"):
+        takes = DATA_USED_WITH[key]["format"]
+        if getattr(own, key) is not None and whole.format not in takes:
+            message = f"{place}.{key} has no effect with format {whole.format}"
+            raise _broken_rule(message, f"remove it, or format: {' or '.join(takes)}", key=f"{place}.{key}")
+    if whole.template_no_input is not None and whole.template is None:
+        message = f"{place}.template_no_input is given without a template"
+        raise _broken_rule(message, "give both", key=f"{place}.template_no_input")
+    if whole.format == "messages" and whole.chat_template is False:
+        message = f"{place}: format messages is written by the tokenizer's chat template"
+        raise _broken_rule(message, "chat_template: true", key=f"{place}.chat_template")
+
+
 # key of the data section -> an earlier key, and its values that give it an effect
 DATA_USED_WITH: dict[str, dict[str, tuple]] = {
     "template": {"format": ("prompt_completion", "alpaca", "classification")},
@@ -277,6 +295,12 @@ class Data(_Section):
             raise _broken_rule(f"data.select={select} needs data.{info.field_name}", fix)
         return value
 
+    @pydantic.model_validator(mode="after")
+    def _every_source_is_consistent(self) -> Data:
+        for number, source in enumerate(self.mixture or []):
+            _check_source(f"data.mixture[{number}]", source, self.sources[number])
+        return self
+
     @property
     def sources(self) -> list[Source]:
         """Every data set with all that holds for it; empty where the recipe names none."""
@@ -284,7 +308,10 @@ class Data(_Section):
         if self.mixture is None:
             return [] if self.path is None else [Source.model_construct(**shared, weight=None)]
         given = [{k: v for k, v in source if v is not None} for source in self.mixture]
-        return [Source.model_construct(**{**shared, "weight": None, **own}) for own in given]
+        # A template of its own does not go with the section's for rows without an input.
+        alone = [{"template_no_input": None} if "template" in own else {} for own in given]
+        pairs = zip(alone, given, strict=True)
+        return [Source.model_construct(**{**shared, "weight": None, **reset, **own}) for reset, own in pairs]
 
     @property
     def weights(self) -> tuple[float, ...] | None:

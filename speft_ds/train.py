@@ -49,7 +49,7 @@ class Trainer:
         with self.timings.stage("data"):
             self.base = Base(recipe, self.timings)
             self._check_chat_template()
-            self.rows = self.base.read_corpus(recipe.data)
+            self.rows = self.base.read_training_rows()
             self.base.read_calibration_rows(self.rows)
         train = recipe.train
         self.order = SampleOrder(self.rows.sizes, recipe.data.weights, recipe.seed)

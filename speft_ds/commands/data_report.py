@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from speft_ds.data.corpus import Corpus, Request, prepare
+from speft_ds.data.corpus import Corpus, prepare, request_of
 from speft_ds.data.order import SampleOrder
 from speft_ds.data.packing import first_fit
 from speft_ds.data.tokens import load_tokenizer
@@ -33,28 +33,24 @@ def show_data(recipe: Recipe, output: Path | None) -> None:
     """
     console = Console()
     if note := settle_hub(recipe):
-        console.print(note)
-    corpus = prepare(request_of(recipe), lambda: load_tokenizer(recipe.model.name_or_path), console.print)
+        print(note)
+    corpus = prepare(request_of(recipe), lambda: load_tokenizer(recipe.model.name_or_path), print)
     for number, pieces in enumerate(corpus.facts["samples"], 1):
         print_sample(console, f"row {number}", pieces)
     console.print(_sources_table(recipe, corpus))
     console.print(_lengths_table(corpus))
     for line in summary(recipe, corpus):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
     from speft_ds.plots import length_histogram  # late: it takes a second
 
     path = output or Path("runs") / f"{recipe.name}-data.png"
-    length_histogram(path, corpus.lengths, corpus.num_learnt, recipe.data.max_length, recipe.name)
-    console.print(f"picture: {path}", highlight=False, soft_wrap=True)
-
-
-def request_of(recipe: Recipe) -> Request:
-    """The corpus that a run of this recipe trains on. Raises UserError where it names none."""
-    if not recipe.data.sources:
-        fix = "type data.path=/the/right/path"
-        raise UserError("the recipe names no rows", recipe.where("data.path"), fix)
-    classify = recipe.model.task == "sequence_classification"
-    return Request(recipe.data, recipe.model.name_or_path, classify, recipe.seed, recipe.where_rows)
+    try:
+        length_histogram(path, corpus.lengths, corpus.num_learnt, recipe.data.max_length, recipe.name)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the picture: {error}", str(path), "name another: --output FILE.png"
+        ) from error
+    console.print(f"picture: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_sample(console: Console, title: str, pieces: Sequence[tuple[str, bool]]) -> None:
@@ -97,7 +93,7 @@ def _sources_table(recipe: Recipe, corpus: Corpus) -> Table:
     shown = [what for what in counts[0] if what == "rows" or any(count[what] for count in counts)]
     table = Table("data", *shown, "taken")
     for source, count, taken in zip(recipe.data.sources, counts, corpus.row_sizes, strict=True):
-        table.add_row(source.path, *(f"{count[what]:,}" for what in shown), f"{taken:,}")
+        table.add_row(Text(source.path), *(f"{count[what]:,}" for what in shown), f"{taken:,}")
     return table
 
 

@@ -20,14 +20,14 @@ from speft_ds import hub
 from speft_ds.commands.data_report import print_sample
 from speft_ds.commands.launcher import count_gpus
 from speft_ds.data.corpus import classes_of
-from speft_ds.data.formats import EmptyRow, make_example
+from speft_ds.data.formats import Classes, EmptyRow, Example, make_example
 from speft_ds.data.sources import iterate_rows
 from speft_ds.data.tokens import Encoder, load_tokenizer
 from speft_ds.ds_config import batch_problems, read_ds_config
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.preflight import check_output_dir, model_problems, other_problems, rows_problems, settle_hub
 from speft_ds.recipe import load_recipe
-from speft_ds.schema import FIELDS, Recipe
+from speft_ds.schema import FIELDS, Recipe, Source
 
 NUM_ROWS = 3
 BYTES_AN_ENTRY = 8 + 2 * 16  # the adapter and two checkpoints
@@ -118,28 +118,38 @@ class Validation:
     def check_rows(self) -> Outcome:
         if not (self.has_model and self.has_rows):
             return Outcome("needs the model and the data", "skipped")
-        recipe, source = self.recipe, self.recipe.data.sources[0]
-        classes, classify = classes_of(recipe.data), recipe.model.task == "sequence_classification"
+        recipe = self.recipe
         tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
-        examples = []
+        encoder = Encoder(tokenizer, recipe.data.max_length, recipe.data.long_rows)
+        classes, rows = classes_of(recipe.data), []
+        for source in recipe.data.sources:
+            encoded = encoder.encode(self._first_examples(source, classes))
+            rows += [row for row, _ in encoded if row is not None]
+        if not rows:
+            return Outcome("the first rows are all left out: speft data tells why", "note")
+        lengths = ", ".join(str(len(row.ids)) for row in rows)
+        samples = [row.as_text(tokenizer) for row in rows]
+        return Outcome(f"the first ones, of {lengths} tokens; [[learnt]]", samples=samples)
+
+    def _first_examples(self, source: Source, classes: Classes | None) -> list[tuple[str, Example]]:
+        examples, recipe = [], self.recipe
         for where, row in islice(iterate_rows(source), NUM_ROWS):
             try:
+                classify = recipe.model.task == "sequence_classification"
                 examples.append((where, make_example(row, where, source, classes, classify)))
             except EmptyRow:
                 if recipe.data.empty_rows == "refuse":
                     raise
-        encoded = Encoder(tokenizer, recipe.data.max_length, recipe.data.long_rows).encode(examples)
-        rows = [row for row, _ in encoded if row is not None]
-        lengths = ", ".join(str(len(row.ids)) for row in rows)
-        samples = [row.as_text(tokenizer) for row in rows]
-        return Outcome(f"the first {len(examples)}, of {lengths} tokens; [[learnt]]", samples=samples)
+        return examples
 
     def check_targets(self) -> Outcome:
         if not self.has_model:
             return Outcome("needs the model", "skipped")
-        from speft_ds.plan.geometry import read_geometry  # late: it imports torch
+        from speft_ds.model import check_shapes  # late: they import torch
+        from speft_ds.plan.geometry import read_geometry
 
         geometry = read_geometry(self.recipe)
+        check_shapes(self.recipe, geometry.targets)
         self.num_entries = geometry.num_entries + geometry.num_head
         share = geometry.num_entries / geometry.num_target_elements
         return Outcome(
@@ -175,7 +185,7 @@ def validate(name_or_path: str, overrides: list[str], num_ranks: int | None = No
         _print(console, "1", "recipe", Outcome(name_or_path, "problem", error.problems))
         return _verdict(console, len(error.problems), "the other checks need a recipe that loads")
     if note := settle_hub(recipe):
-        console.print(note)
+        console.print(note, markup=False)
     num_gpus = count_gpus()
     ranks = num_ranks or num_gpus or 2
     validation, num_problems = Validation(recipe, ranks, num_gpus), 0
@@ -207,5 +217,6 @@ def _verdict(console: Console, num_problems: int, otherwise: str) -> int:
         plural = "" if num_problems == 1 else "s"
         console.print(f"[red]{num_problems} problem{plural} to mend[/red]")
         return EXIT_PROBLEM
-    console.print("[green]ready[/green];", otherwise)
+    console.print("[green]ready[/green]; ", end="")
+    console.print(otherwise, markup=False)
     return 0

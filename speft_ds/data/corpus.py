@@ -25,25 +25,17 @@ from speft_ds.data.formats import Classes, EmptyRow, Example, find_classes, make
 from speft_ds.data.packing import first_fit
 from speft_ds.data.rows import Row, pack
 from speft_ds.data.sources import Located, is_hub_id, iterate_rows, load_builder
-from speft_ds.data.tokens import LONG_ROWS, Encoder
+from speft_ds.data.tokens import LONG_ROWS, NOTHING_LEARNT, Encoder
 from speft_ds.errors import UserError
-from speft_ds.schema import Data, Source, cache_folder
+from speft_ds.schema import Data, Recipe, Source, cache_folder
 
 FORMAT_VERSION = "1"  # of the file, and of what tokenising does: another version is another key
 BATCH = 1000  # rows tokenised in one call, on all cores
 NUM_SAMPLES = 3  # rows kept as text, to be shown
 EMPTY, NOT_SELECTED = "empty, left out", "not selected"
-TOKENIZER_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
+# All that a tokenizer, or a small model that scores rows, is loaded from.
+MODEL_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+WEIGHT_FILES = (".safetensors", ".bin")
 
 
 class Corpus(Sequence[Row]):
@@ -56,7 +48,7 @@ class Corpus(Sequence[Row]):
         lengths, num_learnt: [rows] tokens of each row, and how many of them are learnt.
         sizes: sequences of each source, and `row_sizes`: rows; those of a source follow each other.
         facts: what was done to the rows: `sources` (a dict of counts each), `classes` (names, or None),
-            `samples` (pieces of text, each with whether it is learnt).
+            `samples` (pieces of text, each with whether it is learnt), `sha256` of all rows and packs.
     Raises:
         UserError: the file is damaged.
     """
@@ -158,11 +150,27 @@ class Request:
             options,
             self.classify,
             seed,
-            hash_tokenizer(self.model),
-            hash_scorer(self.data.scorer),
+            hash_model(self.model, MODEL_FILES),
+            hash_model(self.data.scorer, MODEL_FILES + WEIGHT_FILES),
+            self.data.scorer and scorer_dtype(),
             [hash_source(source) for source in self.data.sources],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def request_of(recipe: Recipe) -> Request:
+    """The corpus that a run of this recipe trains on. Raises UserError where it names no rows."""
+    if not recipe.data.sources:
+        fix = "type data.path=/the/right/path"
+        raise UserError("the recipe names no rows", recipe.where("data.path"), fix)
+    classify = recipe.model.task == "sequence_classification"
+    return Request(recipe.data, recipe.model.name_or_path, classify, recipe.seed, recipe.where_rows)
+
+
+def find_cached(request: Request) -> Corpus | None:
+    """The corpus of a request, if it was made before. Raises UserError for data that is not there."""
+    path = cache_folder("rows") / f"{request.key()}.safetensors"
+    return Corpus(path) if is_whole(path) else None
 
 
 def prepare(
@@ -178,6 +186,10 @@ def prepare(
     """
     from filelock import FileLock
 
+    if hub.model_folder(request.model) is None:
+        load_tokenizer()  # fetches it: the key goes by its files
+    if request.data.scorer and hub.model_folder(request.data.scorer) is None:
+        fetch_scorer(request.data.scorer)
     path = cache_folder("rows") / f"{request.key()}.safetensors"
     if is_whole(path):  # in a folder that may be shared, and not writable
         return Corpus(path)
@@ -202,21 +214,27 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def hash_tokenizer(model: str) -> list[str] | str:
-    """What identifies the model's tokenizer: a hash of each of its files."""
-    folder = hub.model_folder(model)
-    if folder is None:  # a hub model that was never loaded here: loading its tokenizer fetches it
-        return model
-    return [f"{name} {hash_file(folder / name)}" for name in TOKENIZER_FILES if (folder / name).is_file()]
-
-
-def hash_scorer(model: str | None) -> list[str] | str | None:
-    """What identifies the model that `data.select=ifd` scores with: a hash of each of its files."""
+def hash_model(model: str | None, suffixes: tuple[str, ...]) -> list[str] | str | None:
+    """What identifies a model, as far as files of these kinds go: a hash of each."""
     folder = hub.model_folder(model) if model else None
     if folder is None:
         return model
-    kinds = (".safetensors", ".bin", ".json", ".model")
-    return [f"{file.name} {hash_file(file)}" for file in sorted(folder.iterdir()) if file.suffix in kinds]
+    files = sorted(file for file in folder.iterdir() if file.suffix in suffixes and file.is_file())
+    return [f"{file.name} {hash_file(file)}" for file in files]
+
+
+def scorer_dtype() -> str:
+    """Scores depend on it, and it on the machine."""
+    from speft_ds.data.ifd import choose_dtype
+
+    return str(choose_dtype())
+
+
+def fetch_scorer(scorer: str) -> None:
+    """Have the hub's cache hold the model that scores rows. Raises UserError."""
+    from speft_ds.data.ifd import find_folder
+
+    find_folder(scorer)
 
 
 def hash_source(source: Source) -> str:
@@ -298,7 +316,7 @@ def _read_source(
     number: int, request: Request, encoder: Encoder, classes: Classes | None, keeps_text: bool
 ) -> _Table:
     source = request.data.sources[number]
-    table = _Table([], dict.fromkeys(("rows", EMPTY, *LONG_ROWS, NOT_SELECTED), 0), [])
+    table = _Table([], dict.fromkeys(("rows", EMPTY, NOTHING_LEARNT, *LONG_ROWS, NOT_SELECTED), 0), [])
     rows = tqdm(iterate_rows(source), desc=source.path, unit=" rows", disable=not sys.stderr.isatty())
     examples = _examples(rows, source, request, classes, table.counts)
     while batch := list(islice(examples, BATCH)):
@@ -362,7 +380,7 @@ def _random(tables: list[_Table], rows: list[Row], request: Request) -> list[int
 
 
 def _ifd(tables: list[_Table], rows: list[Row], request: Request) -> list[int]:
-    from speft_ds.data.ifd import choose, ifd_scores
+    from speft_ds.data.ifd import choose, ifd_scores  # late: it imports torch
 
     texts = [text for table in tables for text in table.texts]
     return choose(ifd_scores(texts, request.data.scorer), request.data.select_rows)
@@ -393,8 +411,11 @@ def _write(path: Path, by_source: list[list[Row]], packs: list[list[list[int]]],
         "pack_edges": _edges(map(len, all_packs)),
         "sizes": np.array([[len(source) for source in by] for by in (packs or by_source, by_source)]),
     }
+    digest = hashlib.sha256()
+    for array in arrays.values():
+        digest.update(np.ascontiguousarray(array))
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    write_safetensors(path, tensors, {"facts": json.dumps(facts)})
+    write_safetensors(path, tensors, {"facts": json.dumps({**facts, "sha256": digest.hexdigest()})})
 
 
 def _flat(lists, dtype) -> np.ndarray:

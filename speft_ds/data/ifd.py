@@ -51,10 +51,10 @@ def ifd_scores(pairs: Sequence[tuple[str, str]], scorer: str | Path) -> list[flo
     """
     if not pairs:
         return []
-    folder = _find_files(scorer)
+    folder = find_folder(scorer)
     # The dtype is part of the key: what a run trains on must not depend on which machine scored first.
     # fp32 on the CPU: only some CPUs multiply bf16 any faster, and so all of them get the same scores.
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", choose_dtype()
     key = _hash_json([VERSION, MAX_TOKENS, str(dtype), _hash_files(folder, scorer), [*map(list, pairs)]])
     path = cache_folder("ifd") / f"{key}.json"
     scores = _read_cache(path, len(pairs))
@@ -63,6 +63,11 @@ def ifd_scores(pairs: Sequence[tuple[str, str]], scorer: str | Path) -> list[flo
         scores = _score(pairs, model, tokenizer)
         _write_cache(path, scores)
     return scores
+
+
+def choose_dtype() -> torch.dtype:
+    """What the scorer computes in on this machine."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def choose(scores: Sequence[float], k: int) -> list[int]:
@@ -166,7 +171,7 @@ def _batches(rows: list[Row], num_tokens: int) -> Iterator[list[int]]:
         start += size
 
 
-def _find_files(scorer: str | Path) -> Path:
+def find_folder(scorer: str | Path) -> Path:
     """The folder that holds the scorer's files; a model on the hub is downloaded first."""
     folder = Path(scorer)
     if folder.is_dir():

@@ -201,6 +201,9 @@ def _ask_datasets(source: Source, function: str, **options):
     datasets.utils.logging.set_verbosity_error()
     try:
         return getattr(datasets, function)(path, subset, revision=revision, **options)
+    except RuntimeError as error:  # a data set that is a program
+        fix = "set data.path to its files of rows, or to a copy of it as parquet"
+        raise UserError(f"cannot load the data set {source.path}: {error}", source.path, fix) from error
     except (OSError, datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException) as error:
         what = f"cannot load the data set {source.path}: {error.__cause__ or error}"
         raise UserError(what, source.path, way) from error

@@ -4,7 +4,7 @@ from string import Formatter
 
 from speft_ds.errors import UserError
 
-# The prompts of Stanford Alpaca, which many later models were also trained with.
+# The prompts of Stanford Alpaca with a line end behind, as its data set's own `text` column has them.
 _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"

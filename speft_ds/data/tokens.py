@@ -20,6 +20,7 @@ from speft_ds.errors import UserError
 # Of a tokenizer.model, by which a loaded tokenizer is compared with SentencePiece itself.
 _PROBE = "Hello  world, 12 \u00e9\n\u4e16 x"
 Pieces = list[tuple[str, bool]]  # text, and whether it is learnt
+NOTHING_LEARNT = "nothing to learn, left out"
 LONG_ROWS = ("truncated prompt", "truncated response", "too long, left out")
 
 
@@ -34,7 +35,9 @@ def load_tokenizer(name_or_path: str, where: str = "model.name_or_path") -> obje
     """
     try:
         return _load_tokenizer(name_or_path)
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of a damaged file the libraries raise anything: KeyError, RuntimeError
         fix = "the model's folder needs its tokenizer's files, as the hub has them"
         raise UserError(f"cannot load the tokenizer: {error}", where, fix) from error
 
@@ -90,7 +93,9 @@ class Encoder:
             raise UserError("the tokenizer has no end-of-sequence token", "model.name_or_path", fix)
 
     def encode(self, examples: list[tuple[str, Example]]) -> list[tuple[Row | None, str | None]]:
-        """Rows, and what had to be done to long ones (one of LONG_ROWS; with the last, there is no row).
+        """Rows, and what had to be done to some: one of LONG_ROWS or NOTHING_LEARNT, or None.
+
+        Where a row is left out, it is None.
 
         Args:
             examples: where each stands, for errors, and what it is.
@@ -101,11 +106,15 @@ class Encoder:
         ends = [[sum(len(text) for text, _ in row[: n + 1]) for n in range(len(row))] for row in pieces]
         whole = ["".join(text for text, _ in row) for row in pieces]
         texts = [text[:end] for text, stops in zip(whole, ends, strict=True) for end in stops]
-        encoded = iter(self._ids(texts))
+        encoded = iter(self._ids(texts) if texts else [])
         rows = []
         for (_, example), row in zip(examples, pieces, strict=True):
             ids, spans = self._join(row, [next(encoded) for _ in row])
-            rows.append(self._fit(*self._finish(ids, spans, example), example.label))
+            ids, spans = self._finish(ids, spans, example)
+            if not spans and example.label is None:  # a text of one token, which has none before it
+                rows.append((None, NOTHING_LEARNT))
+            else:
+                rows.append(self._fit(ids, spans, example.label))
         return rows
 
     def pieces(self, example: Example, where: str) -> Pieces:

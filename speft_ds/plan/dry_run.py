@@ -2,7 +2,7 @@
 
 The model's real code runs on fake tensors, which have shapes and no data: nothing is computed or allocated.
 Every storage that an operation makes is counted while it lives. The hooks of ZeRO-3 are marked in the course
-of the run, and `simulate_gathers` plays DeepSpeed's coordinator over the marks: which weights are gathered
+of the run, and `gathers.simulate` plays DeepSpeed's coordinator over the marks: which weights are gathered
 when, and how often. The whole depth is run, so nothing is extrapolated; forty layers take two seconds.
 """
 
@@ -274,12 +274,12 @@ def _hold_dense(x: Tensor, grad_y: Tensor, device: str, is_shared: bool, squares
 
 
 def _loss(model: nn.Module, task: str, ids: Tensor) -> Tensor:
-    """`Base.token_loss` where every token but the first of a row is a label, or a loss of one label a row."""
+    """The objective's loss where every token but a row's first is learnt, or of one class a row."""
     if task != "causal_lm":
         logits = model(input_ids=ids, use_cache=False).logits
         return F.cross_entropy(logits.float(), ids[:, 0], reduction="sum")
     logits = model(input_ids=ids, use_cache=False).logits
-    # `data.summed_loss` picks by a bool mask, whose count a fake tensor does not know: the same by numbers.
+    # `batch.summed_loss` picks by a bool mask, whose count a fake tensor does not know: the same by numbers.
     rows, length = ids.shape
     picked = ids.new_zeros(rows * (length - 1))
     scaled = logits[:, :-1][picked, picked].float() / 1.0

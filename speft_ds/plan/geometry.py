@@ -10,9 +10,8 @@ from pathlib import Path
 
 from speft_ds.errors import UserError
 from speft_ds.preflight import mask_file
-from speft_ds.schema import Recipe
+from speft_ds.schema import HEAD, Recipe
 
-HEAD = "score.weight"  # of a classifier: trained whole
 GEOMETRIES_DIR = Path(__file__).resolve().parent / "geometries"
 
 
@@ -72,9 +71,9 @@ def read_geometry(recipe: Recipe) -> Geometry:
     finally:
         logging.disable(logging.NOTSET)
     config, source = find_config(recipe)
-    task = task_of(recipe)
+    task = recipe.model.task
     if task != "causal_lm":
-        config.num_labels = len(getattr(recipe.data, "labels", None) or ("one", "other"))
+        config.num_labels = len(recipe.data.labels or ("one", "other"))
         config.pad_token_id = config.pad_token_id or 0
     with torch.device("meta"):
         model = build_model(config, task, recipe.model.dtype)
@@ -106,10 +105,6 @@ def read_mask_size(recipe: Recipe) -> tuple[dict[str, tuple[int, int]], int]:
         fix = "write the mask with `speft score RECIPE`, or copy it again"
         raise UserError(f"{file} is not a readable mask: {error}", where, fix) from error
     return {name: (rows, columns) for name, (rows, columns) in shapes.items()}, num_entries
-
-
-def task_of(recipe: Recipe) -> str:
-    return getattr(recipe.model, "task", "causal_lm")
 
 
 def find_config(recipe: Recipe) -> tuple[object, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from speft_ds.plan.gathers import GatherRules, Peak, simulate
-from speft_ds.plan.geometry import Geometry, task_of
+from speft_ds.plan.geometry import Geometry
 from speft_ds.schema import Recipe
 
 GIB = 2**30
@@ -124,7 +124,7 @@ class DryRuns:
             length=length,
             checkpointing=train.activation_checkpointing,
             collects=collects,
-            packing=getattr(recipe.data, "packing", False),
+            packing=recipe.data.packing,
             density=geometry.num_entries / geometry.num_target_elements,
             backend=train.sparse_backend,
             device=setup.device,
@@ -132,7 +132,7 @@ class DryRuns:
         )
         if one not in self.traces:
             config, targets = geometry.config, list(geometry.targets)
-            self.traces[one] = dry_run(config, task_of(recipe), recipe.model.dtype, targets, one)
+            self.traces[one] = dry_run(config, recipe.model.task, recipe.model.dtype, targets, one)
         rules = setup.rules()
         if (one, rules) not in self.peaks:
             self.peaks[one, rules] = simulate(self.traces[one], geometry.numel, setup.itemsize, rules)

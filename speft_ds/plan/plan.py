@@ -6,16 +6,18 @@ its arithmetic. Imports no torch by itself; counting activations does.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from speft_ds.data.corpus import find_cached, request_of
+from speft_ds.data.order import SampleOrder
+from speft_ds.data.sources import iterate_rows
 from speft_ds.ds_config import load_ds_config
+from speft_ds.errors import UserError
 from speft_ds.plan.gathers import BACKWARD, FORWARD, RECOMPUTE
 from speft_ds.plan.geometry import Geometry, read_geometry
 from speft_ds.plan.memory import GIB, DryRuns, Line, Setup, host, phases, total
@@ -165,48 +167,48 @@ def traffic(setup: Setup, runs: DryRuns) -> list[Line]:
 
 
 def steps(recipe: Recipe, world_size: int, num_rows: int | None) -> dict[str, tuple[int | None, str]]:
-    """Rows, steps and tokens, with what they follow from; None where the rows are not known."""
+    """Sequences of an epoch, steps and tokens, with what they follow from; None where that is not known."""
     train, length = recipe.train, recipe.data.max_length
-    per_rank = train.micro_batch * world_size
-    rows, why_rows = (num_rows, "--rows") if num_rows is not None else count_rows(recipe)
+    order, why = (SampleOrder((num_rows,), None, 0), "--rows") if num_rows else find_order(recipe)
+    batch = f"{train.global_batch} sequences a step"
     known = {
-        "rows": (rows, why_rows),
+        "sequences an epoch": (len(order) if order else None, why),
         "accumulation": (
-            train.global_batch // per_rank,
-            f"{train.global_batch} rows a step / ({train.micro_batch} rows x {world_size} ranks)",
+            train.global_batch // (train.micro_batch * world_size),
+            f"{batch} / ({train.micro_batch} x {world_size} ranks)",
         ),
-        "tokens a step": (train.global_batch * length, f"at most: {train.global_batch} rows x {length:,}"),
+        "tokens a step": (train.global_batch * length, f"at most: {batch} x {length:,}"),
     }
     if train.steps is not None:
         known["steps"] = (train.steps, "train.steps")
-    elif rows is None:
+    elif order is None:
         known["steps"] = (None, "not known without the number of rows: --rows N, or train.steps=N")
     else:
-        number = math.ceil(rows * train.epochs / train.global_batch)
-        at_most = "at most, since rows are packed: " if getattr(recipe.data, "packing", False) else ""
-        formula = f"{at_most}{rows:,} rows x {train.epochs:g} epochs / {train.global_batch} rows a step"
-        known["steps"] = (number, formula)
+        number = order.num_steps(train.global_batch, None, train.epochs)
+        known["steps"] = (number, f"{len(order):,} sequences x {train.epochs:g} epochs / {batch}")
     number = known["steps"][0]
     tokens = None if number is None else number * train.global_batch * length
     formula = "steps x tokens a step" if number is None else f"at most: {number:,} steps x tokens a step"
     return {**known, "tokens": (tokens, formula)}
 
 
-def count_rows(recipe: Recipe) -> tuple[int | None, str]:
-    """Rows of the recipe's own file; None where it is not a file on this machine."""
-    path = Path(recipe.data.path) if recipe.data.path else None
-    if path is None or not path.is_file():
-        return None, f"{path or 'the data'} is not on this machine: --rows N"
-    if path.suffix == ".jsonl":
-        with path.open("rb") as lines:
-            return sum(bool(line.strip()) for line in lines), str(path)
-    import json
-
+def find_order(recipe: Recipe) -> tuple[SampleOrder | None, str]:
+    """The order of the rows that are on this machine, and how they were counted; None where they are not."""
+    data = recipe.data
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None, f"{path} is not readable as JSON: --rows N"
-    return (len(rows), str(path)) if isinstance(rows, list) else (None, f"{path} holds no list: --rows N")
+        if corpus := find_cached(request_of(recipe)):
+            kind = "packs" if corpus.is_packed else "rows"
+            return SampleOrder(corpus.sizes, data.weights, recipe.seed), f"tokenised before: {kind}"
+        sizes = [sum(1 for _ in iterate_rows(source)) for source in data.sources]
+    except UserError as error:
+        return None, f"{error.what}: --rows N"
+    why = f"rows as they are in {', '.join(source.path for source in data.sources)}"
+    if data.select != "all":
+        kept = min(data.select_rows, sum(sizes))
+        sizes, why = [kept], f"data.select_rows of the rows in {', '.join(s.path for s in data.sources)}"
+    why += ", before packing: speft data tells exactly" if data.packing else ""
+    weights = data.weights if data.select == "all" else None
+    return SampleOrder(tuple(sizes), weights, recipe.seed), why
 
 
 def files(setup: Setup) -> list[Line]:

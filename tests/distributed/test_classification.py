@@ -71,7 +71,7 @@ def test_an_adapter_with_a_head_needs_a_classifier(ranks, recipe, tiny):
     done = recipe("saved")
     ranks(1)(checks.check_run, recipe=done)
     folder = f"{done.output_dir}/adapter"
-    with pytest.raises(UserError, match="another base"):  # a language model has its own head
+    with pytest.raises(UserError, match=r"a classifier's(.|\n)*AutoModelForSequenceClassification"):
         apply_adapter(AutoModelForCausalLM.from_pretrained(tiny["untied"]), folder)
     three = AutoModelForSequenceClassification.from_pretrained(tiny["untied"], num_labels=3)
     before = {name: parameter.clone() for name, parameter in three.named_parameters()}
@@ -101,3 +101,30 @@ def test_an_opt_model(ranks, recipe, tmp_path):
 def test_resumed_is_uninterrupted(ranks, recipe, schedule):
     ready = recipe(mask=SCHEDULES[schedule], train={"steps": 8})
     ranks(2)(state_checks.check_resume, recipe=ready, stop=5)
+
+
+def test_a_calibration_file_does_not_number_the_classes_anew(ranks, recipe, tmp_path):
+    for name, labels in (("train", "abc"), ("calibration", "bc")):
+        rows = "".join(f"{label} word {i},{label}\n" for i in range(8) for label in labels)
+        (tmp_path / f"{name}.csv").write_text(f"sentence,label\n{rows}")
+    data = {"path": str(tmp_path / "train.csv"), "labels": None}
+    mask = {"calibration_path": str(tmp_path / "calibration.csv")}
+    run = ranks(2)(checks.check_run, recipe=recipe(data=data, mask=mask))[0]
+    assert run["head"].shape == (3, 35)
+
+
+def test_an_applied_adapter_classifies_padded_rows(ranks, recipe, tiny):
+    """As transformers does it: rows that end with an EOS, padded by the tokenizer."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    done = recipe("saved")
+    ranks(1)(checks.check_run, recipe=done)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny["untied"], num_labels=2).eval()
+    apply_adapter(model, f"{done.output_dir}/adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tiny["untied"])
+    texts = [f"<s>{text}</s>{tokenizer.eos_token}" for text in ("fine", "bad and much too long", "a bore")]
+    batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+    logits = model(input_ids=batch["input_ids"]).logits
+    for text, padded in zip(texts, logits, strict=True):
+        alone = checks.row_logits(model, tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert torch.allclose(padded, alone, atol=1e-5)

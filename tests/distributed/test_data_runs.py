@@ -15,6 +15,7 @@ from distributed.test_launch import launch
 def recipe(tiny, tmp_path):
     values = {
         "model": {"name_or_path": str(tiny["untied"]), "dtype": "float32"},
+        "data": {"max_length": 256},
         "mask": {"density": 0.05, "calibration_samples": 8},
         "optimizer": {"lr": 1e-2},
         "train": {"steps": 3, "global_batch": 4, "micro_batch": 1},
@@ -52,7 +53,7 @@ def test_a_packed_mixture(recipe, tiny, tmp_path):
         {"path": str(tmp_path / "chats.jsonl"), "weight": 1, "format": "messages"},
     ]
     path = recipe(
-        data={"mixture": mixture, "packing": True, "max_length": 512, "long_rows": "truncate_prompt"}
+        data={"mixture": mixture, "packing": True, "max_length": 256, "long_rows": "truncate_prompt"}
     )
     runs = []
     for ranks in (1, 2):

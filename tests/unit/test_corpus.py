@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -151,7 +152,12 @@ def test_classes_are_found_over_all_sources_whatever_their_columns(tmp_path, mod
 def test_what_became_of_the_rows_is_counted(tmp_path, model):
     rows = [*pairs("yes", "", "y" * 100), {"prompt": "p" * 100, "response": "no"}]
     data = plain(write(tmp_path / "rows.jsonl", rows), empty_rows="drop", max_length=40)
-    zero = {"truncated prompt": 0, "truncated response": 0, "not selected": 0}
+    zero = {
+        "truncated prompt": 0,
+        "truncated response": 0,
+        "not selected": 0,
+        "nothing to learn, left out": 0,
+    }
     corpus = make(data, model)
     assert corpus.facts["sources"] == [{"rows": 4, "empty, left out": 1, "too long, left out": 2, **zero}]
     corpus = make(data.model_copy(update={"long_rows": "truncate_prompt"}), model)
@@ -241,9 +247,9 @@ def test_ifd_chooses_by_prompt_and_response(tmp_path, model, monkeypatch):
         return [0.5, 2.0, 0.9]
 
     monkeypatch.setattr(ifd, "ifd_scores", scores)
-    data = Data(path=str(path), format="messages", select="ifd", select_rows=1, scorer="small")
+    data = Data(path=str(path), format="messages", select="ifd", select_rows=1, scorer=str(model))
     corpus = make(data, model)
-    assert seen == [([("s\na\nb\nc\n", "d"), ("a\n", "b"), ("c\n", "d")], "small")]
+    assert seen == [([("s\na\nb\nc\n", "d"), ("a\n", "b"), ("c\n", "d")], str(model))]
     assert shown(corpus) == ["<s>c</s><s>|d</s>|"] and corpus.facts["sources"][0]["not selected"] == 2
 
 
@@ -439,3 +445,22 @@ def test_ids_are_read_row_by_row_from_the_file(path, model):
     held = [value for value in vars(corpus).values() if isinstance(value, np.ndarray)]
     assert sum(array.size for array in held) < sum(corpus.lengths)  # edges and spans, not the ids
     assert isinstance(corpus[3], Row) and all(type(token) is int for token in corpus[3].ids)
+
+
+def test_a_text_of_one_token_has_nothing_to_learn(tmp_path, model):
+    path = write(tmp_path / "rows.jsonl", [{"text": "</s>"}, {"text": "ab"}])
+    corpus = make(plain(path, format="text"), model)
+    assert shown(corpus) == ["a|b</s>|"]
+    assert corpus.facts["sources"][0]["nothing to learn, left out"] == 1
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "sentencepiece.bpe.model", "chat_template.jinja"])
+def test_any_file_of_a_tokenizer_or_a_scorer_is_in_the_key(tmp_path, model, name):
+    data = plain(write(tmp_path / "rows.jsonl", [{"prompt": "a", "response": "b"}]))
+    shutil.copytree(model, tmp_path / "scorer")
+    other = data.model_copy(update={"select": "ifd", "select_rows": 1, "scorer": str(tmp_path / "scorer")})
+    before = Request(data, model).key(), Request(other, model).key()
+    (tmp_path / "scorer" / name).write_text("changed")
+    assert Request(data, model).key() == before[0] and Request(other, model).key() != before[1]
+    (Path(model) / name).write_text("changed")
+    assert Request(data, model).key() != before[0]

@@ -138,7 +138,7 @@ def test_steps_tokens_and_files_by_hand(recipe, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join('{"prompt": "a"}\n\n' for _ in range(50)))
     plan = make_plan(recipe(), 3, device="cpu")
     assert {name: value for name, (value, _) in plan.steps.items()} == {
-        "rows": 50,
+        "sequences an epoch": 50,
         "accumulation": 2,
         "tokens a step": 12 * 16,
         "steps": 13,  # 50 x 3 / 12, rounded up
@@ -254,3 +254,17 @@ def test_gathers_of_three_layers_by_hand():
     assert peak(prefetch_bucket=10)[0] == 30  # in the backward of c, b and a are on their way
     assert peak(persistent=frozenset("ab")) == (10, 10, 10, 140)
     assert peak(is_shared=False) == (0, 0, 0, 100)
+
+
+def test_the_rows_of_a_plan_are_those_of_the_run(recipe, tmp_path):
+    from speft_ds.plan.plan import find_order
+
+    (tmp_path / "rows.csv").write_text("prompt,response\n" + "a,b\n" * 30)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 50)
+    csv, jsonl = str(tmp_path / "rows.csv"), str(tmp_path / "rows.jsonl")
+    assert len(find_order(recipe(data={"path": csv}))[0]) == 30
+    assert len(find_order(recipe(data={"select": "random", "select_rows": 20}))[0]) == 20
+    mixture = [{"path": csv, "weight": 3.0}, {"path": jsonl, "weight": 1.0}]
+    order, _ = find_order(recipe(data={"path": None, "mixture": mixture}))
+    assert len(order) == 40  # the scarcer source once, and a third of that of the other
+    assert find_order(recipe(data={"path": str(tmp_path / "nowhere.jsonl")}))[0] is None

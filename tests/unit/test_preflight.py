@@ -386,3 +386,17 @@ def test_unknown_ds_configs(ready):
     shown = problems_of(ready("deepspeed.config=zero3_bf61"))
     assert "no DeepSpeed config zero3_bf61" in shown and "did you mean zero3_bf16" in shown
     assert "no DeepSpeed config nowhere.json" in problems_of(ready("deepspeed.config=nowhere.json"))
+
+
+def test_rows_longer_than_the_model_has_positions(ready, tmp_path):
+    (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 512}')
+    check_inputs(ready("data.max_length=512"), 1)
+    shown = problems_of(ready("data.max_length=513"))
+    assert "data.max_length=513 is more than the 512 positions of the model" in shown
+    (tmp_path / "model" / "config.json").write_text("{")
+    assert "config.json" in problems_of(ready())
+
+
+def test_a_scorer_that_is_not_there(ready):
+    shown = problems_of(ready("data.select=ifd", "data.select_rows=1", "data.scorer=/nowhere/small"))
+    assert "no model folder /nowhere/small" in shown and "type data.scorer=/the/right/path" in shown

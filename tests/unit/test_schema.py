@@ -206,3 +206,25 @@ def test_rules_of_the_schema_are_told():
         assert needs in told
     assert takes("mask.schedule", "grad_topk") == ["mask.topk_fraction"]
     assert any("it drops and grows single entries" in rule for rule in rules("mask.granularity"))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{path: a, format: alpaca, template_no_input: x}", "template_no_input is given without a template"),
+        ("{path: a, format: messages, template: x}", "template has no effect with format messages"),
+        ("{path: a, format: messages, chat_template: false}", "written by the tokenizer's chat template"),
+    ],
+)
+def test_a_source_of_a_mixture_that_contradicts_itself(tmp_path, source, message):
+    shown = str(refused(tmp_path, "", "data.path=null", f"data.mixture=[{{path: b}}, {source}]"))
+    assert message in shown and "data.mixture[1]" in shown and "command line: data.mixture" in shown
+
+
+def test_a_source_s_own_template_stands_alone(tmp_path):
+    shared = ["data.format=alpaca", "data.template='{instruction}: {input}'"]
+    shared += ["data.template_no_input='{instruction}'"]
+    mixture = "data.mixture=[{path: a}, {path: b, template: 'Do {instruction}'}]"
+    one, other = load(tmp_path, "", "data.path=null", mixture, *shared).data.sources
+    assert (one.template, one.template_no_input) == ("{instruction}: {input}", "{instruction}")
+    assert (other.template, other.template_no_input) == ("Do {instruction}", None)

@@ -7,9 +7,9 @@ from speft_ds.doctor.folders import check_caches, check_folder
 
 def test_a_file_where_a_cache_should_be(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("SPEFT_DS_CACHE", str(tmp_path / "file"))
     (check,) = check_caches({})
-    assert check.status == "problem" and "export XDG_CACHE_HOME=" in check.fix
+    assert check.status == "problem" and "export SPEFT_DS_CACHE=" in check.fix
 
 
 def test_folders_are_left_as_they_were(tmp_path):

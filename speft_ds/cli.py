@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -143,6 +143,10 @@ def plan(
     rows: Annotated[
         int | None, typer.Option(min=1, help="rows of training data; default: counted, where at hand")
     ] = None,
+    device: Annotated[
+        Literal["cuda", "cpu"],
+        typer.Option(help="of the ranks; with cpu, --gpu-gib is a rank's memory"),
+    ] = "cuda",
 ) -> None:
     """Say what a run will need, before anything is loaded: memory a GPU, traffic, steps, files.
 
@@ -150,7 +154,9 @@ def plan(
     """
     from speft_ds.plan.plan import make_plan, print_plan  # late: it may import torch
 
-    print_plan(make_plan(load_recipe(recipe, overrides or []), world, gpu_gib=gpu_gib, num_rows=rows))
+    print_plan(
+        make_plan(load_recipe(recipe, overrides or []), world, gpu_gib=gpu_gib, num_rows=rows, device=device)
+    )
 
 
 @app.command(

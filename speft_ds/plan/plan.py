@@ -133,7 +133,7 @@ def make_plan(
         steps=steps(recipe, world_size, num_rows),
         files=files(setup),
         smallest_world_size=smallest_world_size(setup, runs, _limit(gpu_gib)),
-        notes=notes(recipe, geometry),
+        notes=notes(recipe, geometry, device),
     )
     return plan if plan.fits else replace(plan, suggestions=list(suggest(setup, runs, plan)))
 
@@ -222,7 +222,7 @@ def files(setup: Setup) -> list[Line]:
     return [Line("adapter", k * (i + 4) + header, formula), Line("a checkpoint", 16 * k, checkpoint)]
 
 
-def notes(recipe: Recipe, geometry: Geometry) -> list[str]:
+def notes(recipe: Recipe, geometry: Geometry, device: str) -> list[str]:
     """What the numbers leave out or take for granted."""
     found = ["every row is taken to be as long as data.max_length; entries to be spread evenly over ranks"]
     if geometry.num_head:
@@ -231,6 +231,8 @@ def notes(recipe: Recipe, geometry: Geometry) -> list[str]:
         found.append("entries that leave a periodic mask stay in memory, about 14 bytes each: not counted")
     if recipe.eval.tasks:
         found.append("evaluation is not counted: eval.batch_size is its own to choose")
+    if device == "cpu":
+        found.append("glibc keeps freed memory, half as much again: MALLOC_MMAP_THRESHOLD_=65536 avoids it")
     return found
 
 

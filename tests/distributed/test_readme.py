@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,10 +89,8 @@ def test_a_command_runs(command, folder):
 
 
 def make_masks(folder: Path) -> None:
-    """The two runs that the README compares."""
-    for name in ("a", "b"):
-        if (folder / "runs" / name).exists():
-            continue
-        command = ["speft", "score", "quickstart", "mask.salience=random", f"output_dir=runs/{name}"]
-        done = run(command, folder)
-        assert done.returncode == 0, done.stdout + done.stderr
+    """The two runs that the README compares; here they are the same."""
+    command = ["speft", "score", "quickstart", "mask.salience=random", "output_dir=runs/a"]
+    done = run(command, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.copytree(folder / "runs" / "a", folder / "runs" / "b")

@@ -307,10 +307,10 @@ def test_plan_hands_over_recipe_and_machine(monkeypatch, called):
     quickstart = load_recipe("quickstart")
     seeded = load_recipe("quickstart", ["seed=1"])
     assert calls[:2] == [
-        ("make_plan", seeded, 8, {"gpu_gib": 40.0, "num_rows": 9}),
+        ("make_plan", seeded, 8, {"gpu_gib": 40.0, "num_rows": 9, "device": "cuda"}),
         ("print_plan", "the plan"),
     ]
-    assert calls[2] == ("make_plan", quickstart, 2, {"gpu_gib": 80.0, "num_rows": None})
+    assert calls[2] == ("make_plan", quickstart, 2, {"gpu_gib": 80.0, "num_rows": None, "device": "cuda"})
 
 
 def test_doctor_exits_as_its_checks_say(monkeypatch, called):

@@ -28,7 +28,8 @@ TEXT = (
 PREPARE = """
 import json, sys, time
 start = time.perf_counter()
-from speft_ds.data.corpus import prepare, request_of
+from speft_ds.data.prepare import prepare
+from speft_ds.data.request import request_of
 from speft_ds.recipe import load_recipe
 from speft_ds.data.tokens import load_tokenizer
 recipe = load_recipe(sys.argv[1], sys.argv[2:])

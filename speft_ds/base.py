@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from speft_ds import distributed
 from speft_ds.calibration import CalibrationSet, Scorer
-from speft_ds.data.corpus import Corpus, Request, prepare
+from speft_ds.data.corpus import Corpus
 from speft_ds.data.order import SampleOrder, hash_seed
+from speft_ds.data.prepare import prepare
+from speft_ds.data.request import Request
 from speft_ds.data.rows import Row
 from speft_ds.data.tokens import load_tokenizer
 from speft_ds.ds_config import load_ds_config
@@ -84,8 +86,9 @@ class Base:
         request = Request(section, recipe.model.name_or_path, self.classifies, recipe.seed, where)
         if section.select == "ifd":
             say("note: scoring rows takes long on a CPU; `speft data RECIPE` does it ahead of a run")
-        distributed.first_on_each_node(lambda: prepare(request, lambda: self.tokenizer, say))
-        corpus = prepare(request, lambda: self.tokenizer, say)
+        made: list[Corpus] = []
+        distributed.first_on_each_node(lambda: made.append(prepare(request, lambda: self.tokenizer, say)))
+        corpus = made[0] if made else prepare(request, lambda: self.tokenizer, say)
         if not distributed.same_on_all_ranks(corpus.facts["sha256"]):
             fix = "have one copy of the data and of the tokenizer for all nodes, or the same everywhere"
             raise UserError("the ranks' nodes have different rows", where(0), fix)

@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from speft_ds.commands.annotated import annotated_yaml
 from speft_ds.commands.completion import complete_key, complete_override, complete_recipe
-from speft_ds.commands.copying import copy_recipe, next_steps
+from speft_ds.commands.cp import copy_recipe, next_steps
 from speft_ds.commands.launcher import default_ranks, fit_overrides, launch
-from speft_ds.commands.listing import print_list
-from speft_ds.commands.reference import json_schema, print_reference
+from speft_ds.commands.ls import print_list
+from speft_ds.commands.schema import json_schema, print_reference
+from speft_ds.commands.show import annotated_yaml
 from speft_ds.errors import UserError
 from speft_ds.recipe import load_recipe, resolved_yaml
 
@@ -175,7 +175,7 @@ def data(
 
     Tokenises the rows if that was not done before, and draws a histogram of their lengths.
     """
-    from speft_ds.commands.data_report import show_data  # late: it may import transformers
+    from speft_ds.commands.data import show_data  # late: it may import transformers
 
     show_data(load_recipe(recipe, overrides or []), output)
 
@@ -245,7 +245,7 @@ def compare_masks(
     if len(paths) < 2:
         fix = f"name another: speft compare-masks {paths[0]} runs/other/mask.safetensors"
         raise UserError("one mask has nothing to be compared with", "command line", fix)
-    from speft_ds.commands.compare import compare  # late, because it imports torch
+    from speft_ds.commands.compare_masks import compare  # late, because it imports torch
 
     compare(paths, output)
 

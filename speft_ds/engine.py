@@ -182,13 +182,14 @@ def build_engine(model: nn.Module, ds_config: dict, targets: dict[str, nn.Linear
     offload.persistent_parameters = [p for p in offload.persistent_parameters if p.ds_persist]
     # Something must need a gradient for autograd to walk the frozen layers. After DeepSpeed's hooks, so
     # that they see an output without gradient and do not gather the embedding again in the backward.
-    model.get_input_embeddings().register_forward_hook(_require_grad)
+    model.get_input_embeddings().register_forward_hook(require_grad)
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_contiguous)
     return engine
 
 
-def _require_grad(module: nn.Module, inputs, output: Tensor) -> Tensor:
+def require_grad(module: nn.Module, inputs, output: Tensor) -> Tensor:
+    """Forward hook of the embedding: its output needs a gradient, so that autograd walks the layers."""
     return output.requires_grad_(True) if torch.is_grad_enabled() else output
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
-from speft_ds.commands.annotated import in_line
-from speft_ds.commands.listing import first_comments
-from speft_ds.commands.reference import EXTENDS_MEANING, choices_of, description_of
+from speft_ds.commands.ls import first_comments
+from speft_ds.commands.schema import EXTENDS_MEANING, choices_of, description_of
+from speft_ds.commands.show import in_line
 from speft_ds.recipe import EXTENDS, RECIPES_DIR, list_recipes
 from speft_ds.schema import FIELDS, SECTIONS
 

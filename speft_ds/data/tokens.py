@@ -20,6 +20,7 @@ from speft_ds.errors import UserError
 # Of a tokenizer.model, by which a loaded tokenizer is compared with SentencePiece itself.
 _PROBE = "Hello  world, 12 \u00e9\n\u4e16 x"
 Pieces = list[tuple[str, bool]]  # text, and whether it is learnt
+MIN_PROMPT = 4  # tokens that a cut prompt keeps; a row that would have fewer is left out
 NOTHING_LEARNT = "nothing to learn, left out"
 LONG_ROWS = ("truncated prompt", "truncated response", "too long, left out")
 
@@ -219,6 +220,3 @@ class Encoder:
             spans = [(start - excess, stop - excess) for start, stop in spans]
             return Row([*ids[:head], *ids[head + excess :]], spans, label=label), LONG_ROWS[0]
         return None, LONG_ROWS[2]
-
-
-MIN_PROMPT = 4  # tokens that a cut prompt keeps; a row that would have fewer is left out

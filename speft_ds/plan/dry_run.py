@@ -174,6 +174,8 @@ def dry_run(config, task: str, dtype: str, targets: list[str], one: Pass, fake: 
         targets: names of the weights that may be trained.
         fake: False for real tensors, with all their memory, to check the count by.
     """
+    from speft_ds.engine import require_grad  # late: it imports DeepSpeed
+
     with FakeTensorMode() if fake else nullcontext(), _packed(one.packing):
         model = build_model(config, task, dtype).requires_grad_(False)
         _prepare(model, set(targets), one)
@@ -184,7 +186,7 @@ def dry_run(config, task: str, dtype: str, targets: list[str], one: Pass, fake: 
         for number, module in enumerate(modules):
             recorder.attach(number, module)
         # After the marks, as the engine does it after DeepSpeed's hooks.
-        model.get_input_embeddings().register_forward_hook(_require_grad)
+        model.get_input_embeddings().register_forward_hook(require_grad)
         ids = torch.zeros(one.rows, one.length, dtype=torch.int64)
         with live:
             (_loss(model, task, ids) / one.rows).backward()
@@ -212,10 +214,6 @@ def _trace(model: nn.Module, modules: list[nn.Module], moments: list[Moment]) ->
         for number, module in enumerate(modules)
     }
     return Trace([name for name, _ in model.named_parameters()], owned, moments)
-
-
-def _require_grad(module: nn.Module, inputs, output: Tensor) -> Tensor:
-    return output.requires_grad_(True) if torch.is_grad_enabled() else output
 
 
 def _prepare(model: nn.Module, targets: set[str], one: Pass) -> None:

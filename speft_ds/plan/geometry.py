@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from speft_ds import hub
 from speft_ds.errors import UserError
 from speft_ds.preflight import mask_file
 from speft_ds.schema import HEAD, Recipe
@@ -62,9 +63,8 @@ def read_geometry(recipe: Recipe) -> Geometry:
     """
     import torch
 
-    logging.disable(
-        logging.WARNING
-    )  # DeepSpeed's import says that there is no GPU, which a plan does not need
+    # DeepSpeed's import says that there is no GPU, which a plan does not need.
+    logging.disable(logging.WARNING)
     try:
         from speft_ds.model import find_targets, target_shapes
         from speft_ds.selection import entries_wanted
@@ -140,11 +140,8 @@ def config_file(name: str) -> tuple[Path | None, str]:
     if os.path.isdir(name):
         file = Path(name) / "config.json"
         return (file if file.is_file() else None), str(file)
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
-    if isinstance(cached, str):
-        return Path(cached), "the hub cache"
+    if cached := hub.model_folder(name):
+        return cached / "config.json", "the hub cache"
     file = geometry_file(name)
     return (file if file.is_file() else None), "plan/geometries, which stands for the hub's config.json"
 

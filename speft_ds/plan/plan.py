@@ -13,8 +13,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from speft_ds.data.corpus import find_cached, request_of
 from speft_ds.data.order import SampleOrder
+from speft_ds.data.prepare import find_cached
+from speft_ds.data.request import request_of
 from speft_ds.data.sources import iterate_rows
 from speft_ds.ds_config import load_ds_config
 from speft_ds.errors import UserError

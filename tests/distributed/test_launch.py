@@ -14,7 +14,7 @@ from tiny import make_model
 from transformers import AutoModelForCausalLM
 
 import speft_ds
-from speft_ds.commands.compare import compare
+from speft_ds.commands.compare_masks import compare
 from speft_ds.mask import read_mask, save_mask
 
 ROOT = Path(__file__).resolve().parent.parent.parent

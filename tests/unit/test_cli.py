@@ -16,9 +16,9 @@ import yaml
 from rich.console import Console
 
 from speft_ds import cli, entry
-from speft_ds.commands import listing
-from speft_ds.commands.annotated import annotated_yaml
-from speft_ds.commands.copying import copy_recipe
+from speft_ds.commands import ls as listing
+from speft_ds.commands.cp import copy_recipe
+from speft_ds.commands.show import annotated_yaml
 from speft_ds.errors import UserError
 from speft_ds.recipe import RECIPES_DIR, ROOT, list_recipes, load_recipe, resolved_yaml
 from speft_ds.schema import Recipe
@@ -71,7 +71,7 @@ def odd_recipes(tmp_path, monkeypatch):
         f"# Good\n# Needs 2.5 GPUs; more\n{MINIMAL}mask: {{num_trainable: 7000}}\n"
     )
     (folder / "bare.yaml").write_text(MINIMAL)
-    for module in ("recipe", "commands.listing"):
+    for module in ("recipe", "commands.ls"):
         monkeypatch.setattr(f"speft_ds.{module}.RECIPES_DIR", folder)
 
 
@@ -285,7 +285,7 @@ def called(monkeypatch):
 
 
 def test_compare_masks_hands_over_the_paths(monkeypatch, called):
-    calls = called("commands.compare", compare=None)
+    calls = called("commands.compare_masks", compare=None)
     assert run(monkeypatch, "compare-masks", "a", "b/mask.safetensors", "--output", "c.png") == 0
     assert run(monkeypatch, "compare-masks", "a", "b", "c") == 0
     assert calls[0] == ("compare", [Path("a"), Path("b/mask.safetensors")], Path("c.png"))
@@ -320,7 +320,7 @@ def test_doctor_exits_as_its_checks_say(monkeypatch, called):
 
 
 def test_data_hands_over_recipe_and_picture(monkeypatch, called):
-    calls = called("commands.data_report", show_data=None)
+    calls = called("commands.data", show_data=None)
     assert run(monkeypatch, "data", "quickstart", "seed=1", "--output", "a.png") == 0
     assert calls == [("show_data", load_recipe("quickstart", ["seed=1"]), Path("a.png"))]
 

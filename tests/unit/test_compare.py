@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from speft_ds.adapter import write_adapter
-from speft_ds.commands.compare import compare, short_names
+from speft_ds.commands.compare_masks import compare, short_names
 from speft_ds.errors import UserError
 from speft_ds.mask import Mask, read_mask, save_mask
 

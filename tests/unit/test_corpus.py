@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import tiny
 
-from speft_ds.data import corpus as corpus_module
-from speft_ds.data.corpus import Corpus, Request, prepare
+from speft_ds.data.corpus import Corpus
+from speft_ds.data.prepare import prepare
+from speft_ds.data.request import Request
 from speft_ds.data.rows import Row
 from speft_ds.errors import UserError
 from speft_ds.schema import Columns, Data, Source
@@ -188,7 +189,7 @@ def test_no_row_left(tmp_path, model):
 def test_more_rows_than_are_tokenised_at_once(tmp_path, model, monkeypatch):
     path = write(tmp_path / "rows.jsonl", pairs(*(f"row {n}" for n in range(25))))
     whole = make(plain(path), model)
-    monkeypatch.setattr(corpus_module, "BATCH", 4)
+    monkeypatch.setattr("speft_ds.data.prepare.BATCH", 4)
     parts = make(plain(path, max_length=100), model)
     assert parts.path != whole.path and list(parts) == list(whole) and len(parts) == 25
 
@@ -399,7 +400,8 @@ RACE = """
 import sys, time
 from pathlib import Path
 import tiny
-from speft_ds.data.corpus import Request, prepare
+from speft_ds.data.prepare import prepare
+from speft_ds.data.request import Request
 from speft_ds.schema import Data
 path, model, folder, me = sys.argv[1:]
 tokenizer = tiny.make_tokenizer()
@@ -428,7 +430,8 @@ def test_two_processes_that_want_one_corpus_make_it_once(tmp_path, path, model, 
 
 CACHED = """
 import sys
-from speft_ds.data.corpus import Request, prepare
+from speft_ds.data.prepare import prepare
+from speft_ds.data.request import Request
 from speft_ds.schema import Data
 corpus = prepare(Request(Data(path=sys.argv[1]), sys.argv[2]), None)
 print(len(list(corpus)), sorted({"torch", "transformers", "datasets"} & set(sys.modules)))

@@ -81,9 +81,12 @@ def test_a_saved_mask_says_what_is_trained(tmp_path):
 
 
 def test_a_hub_model_is_taken_from_the_cache_before_the_built_in_one(tmp_path, monkeypatch):
-    cached = tmp_path / "config.json"
-    cached.write_text("{}")
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(cached))
+    repo, commit = tmp_path / "hub" / "models--meta-llama--Llama-2-7b-hf", "0" * 40
+    cached = repo / "snapshots" / commit / "config.json"
+    for file, text in ((repo / "refs" / "main", commit), (cached, "{}")):
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert config_file("meta-llama/Llama-2-7b-hf") == (cached, "the hub cache")
 
 

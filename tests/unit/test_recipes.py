@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from speft_ds.data.corpus import Request
 from speft_ds.data.formats import Classes, make_example
+from speft_ds.data.request import Request
 from speft_ds.data.sources import is_hub_id, iterate_rows
 from speft_ds.errors import RecipeError
 from speft_ds.preflight import check_inputs

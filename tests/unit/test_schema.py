@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 from rich.console import Console
 
-from speft_ds.commands.reference import as_text, entries, print_reference, rules, takes
+from speft_ds.commands.schema import as_text, entries, print_reference, rules, takes
 from speft_ds.schema import FIELDS, NEEDS_DATA, SECTIONS, Mask, Train
 from unit.snapshot import check_snapshot
 from unit.written import load, refused

@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from speft_ds.data.corpus import Corpus, prepare, request_of
+from speft_ds.data.corpus import Corpus
 from speft_ds.data.order import SampleOrder
 from speft_ds.data.packing import first_fit
+from speft_ds.data.prepare import prepare
+from speft_ds.data.request import request_of
 from speft_ds.data.tokens import load_tokenizer
 from speft_ds.errors import UserError
 from speft_ds.preflight import settle_hub

@@ -17,18 +17,11 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from speft_ds.commands.annotated import in_line
+from speft_ds.commands.show import in_line
 from speft_ds.errors import UserError, closest
+from speft_ds.paths import expand_path
 from speft_ds.recipe import EXTENDS
-from speft_ds.schema import (
-    DATA_USED_WITH,
-    FIELDS,
-    MASK_GOES_WITH,
-    MASK_USED_WITH,
-    SECTIONS,
-    Recipe,
-    expand_path,
-)
+from speft_ds.schema import DATA_USED_WITH, FIELDS, MASK_GOES_WITH, MASK_USED_WITH, SECTIONS, Recipe
 
 TOP = "top level"
 REQUIRED = "required"

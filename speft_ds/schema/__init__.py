@@ -1,0 +1,29 @@
+"""The schema of a recipe: every key, its default, what it means, and the rules between keys.
+
+Closed: an unknown key is refused. Imports no torch.
+"""
+
+from speft_ds.schema.data import DATA_USED_WITH, Columns, Data, Source
+from speft_ds.schema.mask import MASK_FILE, MASK_GOES_WITH, MASK_USED_WITH, NEEDS_DATA, Mask
+from speft_ds.schema.recipe import FIELDS, SECTIONS, Recipe
+from speft_ds.schema.sections import HEAD, Optimizer, Train
+from speft_ds.schema.values import divisors
+
+__all__ = [
+    "DATA_USED_WITH",
+    "FIELDS",
+    "HEAD",
+    "MASK_FILE",
+    "MASK_GOES_WITH",
+    "MASK_USED_WITH",
+    "NEEDS_DATA",
+    "SECTIONS",
+    "Columns",
+    "Data",
+    "Mask",
+    "Optimizer",
+    "Recipe",
+    "Source",
+    "Train",
+    "divisors",
+]

@@ -1,0 +1,78 @@
+"""What the values of a recipe may be, and how a broken rule is told."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from speft_ds.paths import expand_path
+
+
+def _number(value: Any) -> Any:
+    # YAML 1.1, which PyYAML speaks, reads 1e-3 as text: a float there needs a dot and a signed exponent.
+    is_exponent = isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value)
+    return float(value) if is_exponent else value
+
+
+def exactly_one(value: Any, info: ValidationInfo, section: str, other: str) -> Any:
+    """Refuse both and neither. Silent where `other` is itself wrong: that is reported already."""
+    if other in info.data and (value is None) == (info.data[other] is None):
+        both = f"{section}.{info.field_name} and {section}.{other} are both"
+        if value is None:
+            raise broken_rule(f"{both} null: one is needed", f"give {section}.{other} a value")
+        fix = "keep one; one on the command line sets the other aside"
+        raise broken_rule(f"{both} given, and they exclude each other", fix)
+    return value
+
+
+def switch_off(data: Any, key: str, other: str) -> Any:
+    """A section's raw values, in which giving `other` sets the default of `key` aside."""
+    given = isinstance(data, dict) and data.get(other) is not None
+    return {key: None, **data} if given else data
+
+
+def refuse_without_effect(
+    section: str,
+    cls: type[BaseModel],
+    used_with: dict[str, dict[str, tuple]],
+    value: Any,
+    info: ValidationInfo,
+) -> None:
+    """Refuse a value other than the default where no other key gives it an effect."""
+    key, default = info.field_name, cls.model_fields[info.field_name].default
+    given = (info.context or {}).get("given", ())
+    for other, values in used_with[key].items():
+        chosen = info.data.get(other, values[0])  # absent where it is itself wrong
+        # Where the other key is given, too, it was not forgotten: one line changed, say, in a recipe.
+        if value != default and chosen not in values and f"{section}.{other}" not in given:
+            message = f"{section}.{key}={value} has no effect with {section}.{other}={chosen}"
+            usual = "null" if default is None else default
+            fix = f"{section}.{key}={usual}, its default, or {section}.{other}={' or '.join(values)}"
+            raise broken_rule(message, fix)
+
+
+def broken_rule(message: str, fix: str, **context: str) -> PydanticCustomError:
+    return PydanticCustomError("rule", "{message}", {"message": message, "fix": fix, **context})
+
+
+Text = Annotated[str, Field(min_length=1)]
+FilePath = Annotated[Text, AfterValidator(expand_path)]
+Float = Annotated[float, BeforeValidator(_number)]
+Count = Annotated[int, Field(ge=1)]
+Beta = Annotated[Float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0)]
+Layer = Annotated[int, Field(ge=0)]
+Layers = Annotated[list[Layer], Field(min_length=2, max_length=2)]
+Betas = Annotated[list[Beta], Field(min_length=2, max_length=2)]
+
+
+def divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+class Section(BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

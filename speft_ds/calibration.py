@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from speft_ds import distributed
+from speft_ds import distributed, lifeline
 from speft_ds.data.batch import collate
 from speft_ds.data.rows import Row
 from speft_ds.engine import SparseEngine, own_elements
@@ -50,6 +50,8 @@ class CalibrationSet:
         batches = [self.rows[start : start + size] for start in range(0, len(self.rows), size)]
         rank, world_size = distributed.rank(), distributed.world_size()
         for first in range(0, len(batches), world_size):
+            lifeline.beat(f"calibration, batch {first + 1} of {len(batches)}")
+            distributed.stop_if_asked()
             mine = first + rank < len(batches)
             batch = batches[first + rank] if mine else batches[0]
             yield collate(batch, self.pad_id, distributed.device()), mine

@@ -227,6 +227,52 @@ def score(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = None) 
 
 
 @app.command(
+    "submit",
+    epilog=_examples(
+        "speft submit llama2_13b_alpaca --nodes 2 --gpus-per-node 8 --time 12:00:00 --evaluate",
+        "speft submit quickstart --nodes 2 --partition cpu --dry-run",
+        'speft submit quickstart train.steps=40 --gpus-per-node 1 --sbatch "--constraint=a100"',
+    ),
+)
+def submit(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="number of nodes")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node: a rank each")] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="ranks on each node; default: one a GPU, or 1")
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="time limit of a start, like 12:00:00")] = None,
+    partition: Annotated[str | None, typer.Option(help="where to run; `sinfo` lists them")] = None,
+    account: Annotated[str | None, typer.Option(help="who pays")] = None,
+    qos: Annotated[str | None, typer.Option(help="quality of service")] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(metavar="OPTION", help="any other of sbatch's options; repeatable")
+    ] = None,
+    resume_with: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="a harmless change of the recipe to go on with; repeatable"),
+    ] = None,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="a second job scores the finished run on eval.tasks")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the script, submit nothing")] = False,
+) -> None:
+    """Train as a SLURM job: check the recipe, write the script into the run folder, submit it.
+
+    Preempted, requeued or out of time, the job goes on from its last checkpoint; so does the same command.
+    """
+    from speft_ds.commands.submit import Resources, Run, submit  # late: the others do not need it
+
+    given = {"time": time, "partition": partition, "account": account, "qos": qos}
+    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    ranks = ranks_per_node or gpus_per_node or 1
+    resources = Resources(nodes, ranks, gpus_per_node, (*options, *(sbatch or [])))
+    run = Run(recipe, tuple(overrides or ()), tuple(resume_with or ()))
+    submit(run, resources, evaluate, dry_run)
+
+
+@app.command(
     "compare-masks",
     epilog=_examples(
         "speft compare-masks runs/a runs/b",

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from speft_ds import lifeline, rendezvous, stop
 from speft_ds.errors import UserError
 
 # torch 2.13 renames these two and warns at every call of the old names.
@@ -21,21 +23,31 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def init() -> None:
-    """Join the process group that the launcher described; a lone process becomes a group of one."""
+def init(timeout_minutes: float = 30.0) -> None:
+    """Join the process group that the launcher described; a lone process becomes a group of one.
+
+    Args:
+        timeout_minutes: after which a collective that some rank does not enter fails on the others.
+    """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     # DeepSpeed calls torch's collectives by the names that torch 2.13 deprecates, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
-    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(key, value)
-    os.environ.setdefault("MASTER_PORT", "29500")
+    rendezvous.settle()
     # Before the first collective: NCCL's object collectives use the current device.
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        deepspeed.init_distributed(verbose=False)
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
         unlink_shared_buffers()
+
+
+def connect_lifeline(timeout_minutes: float, advice: Callable[[], str]) -> None:
+    """Have the trouble of any rank end all of them; see `lifeline.Lifeline`."""
+    line = lifeline.Lifeline(rank(), world_size(), timeout_minutes * 60, advice)
+    port = broadcast_object(line.port if line.server else None)
+    line.connect(os.environ["MASTER_ADDR"], port)
+    lifeline.hold(line)
 
 
 def unlink_shared_buffers() -> None:
@@ -182,6 +194,12 @@ def first_on_each_node(action: Callable[[], None]) -> None:
     for other in all_gather_objects(problem):
         if other is not None:
             raise other
+
+
+def stop_if_asked() -> None:
+    """Stop here, on all ranks, if one was asked to. Raises Stopped."""
+    if reasons := [reason for reason in all_gather_objects(stop.reason()) if reason]:
+        raise stop.Stopped(reasons[0])
 
 
 def same_on_all_ranks(value: object) -> bool:

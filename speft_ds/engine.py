@@ -17,7 +17,6 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from speft_ds.errors import UserError
 from speft_ds.optimizer import AdamW, clip_factor, global_norm
 from speft_ds.partition import shard_range
 from speft_ds.sparse import SparseState
@@ -70,7 +69,8 @@ class SparseZeroOptimizer(ZeROOptimizer):
         self.weights: list[nn.Parameter] = []
         self.on_gradient: OnGradient | None = None
         self.clip_norm: float | None = None
-        self.overflow = False
+        self.overflow = False  # whether the last step was skipped, which DeepSpeed looks for
+        self.discard = False  # whether to skip the next one
         self._global_grad_norm = 0.0
 
     def __getattr__(self, name):
@@ -99,20 +99,18 @@ class SparseZeroOptimizer(ZeROOptimizer):
     def step(self, closure=None) -> None:
         """Clip by the global norm of what steps, step the optimizer, write the deltas into the shards.
 
-        Raises:
-            UserError: the global gradient norm is not finite (on every rank, before anything changes).
+        A gradient that is not finite, or one whose loss was not (`discard`), changes nothing: `overflow` is
+        set then, by which the engine counts the step as skipped and leaves the learning rate where it is.
         """
         gradient = self.state.delta.grad
+        self._global_grad_norm = global_norm(gradient)
+        self.overflow = self.discard or not math.isfinite(self._global_grad_norm)
+        if self.overflow:
+            return
         active = self.on_gradient(gradient) if self.on_gradient else None
         if active is not None:
             gradient.masked_fill_(~active, 0.0)
-        self._global_grad_norm = global_norm(gradient)
-        if not math.isfinite(self._global_grad_norm):
-            raise UserError(
-                f"the gradient norm is {self._global_grad_norm}",
-                where="optimizer step",
-                fix="lower optimizer.lr, or train with model.dtype=float32",
-            )
+            self._global_grad_norm = global_norm(gradient)
         gradient.mul_(clip_factor(self._global_grad_norm, self.clip_norm))
         self.optimizer.step(active=active)
         release(self.weights)

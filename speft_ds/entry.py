@@ -1,105 +1,137 @@
 """From a launcher's command line to a run: the recipe and its files are checked before torch is imported."""
 
 import argparse
-import contextlib
 import importlib
-import io
 import os
 import sys
 import time
 import traceback
-from typing import Literal, NoReturn
+from pathlib import Path
+from typing import NoReturn
 
+from speft_ds import lifeline, rendezvous, stop
+from speft_ds.arguments import RANK_0_S, Job, parse_arguments
 from speft_ds.errors import UserError
-from speft_ds.preflight import check_inputs, check_output_dir, settle_hub
+from speft_ds.preflight import check_inputs, check_to_evaluate, settle_hub
 from speft_ds.recipe import for_scoring, load_recipe
+from speft_ds.rendezvous import rank, world_size
+from speft_ds.resume import (
+    Resume,
+    Start,
+    as_override,
+    find_start,
+    fit_micro_batch,
+    last_whole,
+    recipe_to_resume,
+    way_on,
+)
+from speft_ds.run_folder import RECIPE, check_output_dir, wait_for_lock
 from speft_ds.schema import Recipe
 
 EXIT_USER_ERROR = 2
-EXIT_CTRL_C = 130
-RANK_0_S = 3  # that the other ranks wait, so that rank 0 has said what is wrong when they exit
-Job = Literal["train", "score"]  # the module of speft_ds whose `run(recipe)` does it
-
-MORE_HELP = """\
-where to look things up:
-  speft ls                  the recipes
-  speft schema mask         the keys of a section, or without it all: types, defaults, meaning
-  speft show quickstart     a recipe with every value, and where each comes from
-
-exit codes:
-  0    done
-  1    it failed inside: the traceback says where
-  2    something that you can mend: the message says what, where, and what to type
-  130  Ctrl-C
-"""
+MODULES: dict[Job, str] = {"train": "train", "score": "score", "evaluate": "evaluate_run"}
 
 
 def start(job: Job, manual: str) -> NoReturn:
     """Do the job on this rank, as the command line says, and exit; `manual` is what --help says of it."""
-    code = main(job, parse_arguments(manual))
+    rendezvous.settle()
+    if job == "train":
+        stop.watch()  # before anything that takes long
+    code = main(job, parse_arguments(job, manual))
     sys.stdout.flush()
     # No interpreter shutdown: a rank that failed must not wait in a collective's destructor for the others.
     os._exit(code) if code else sys.exit(0)
 
 
-def parse_arguments(manual: str) -> argparse.Namespace:
-    """The command line of this rank. Every rank has the same, so only rank 0 prints help and usage errors."""
-    parser = argparse.ArgumentParser(
-        usage="deepspeed [launcher options] launch/%(prog)s --recipe RECIPE [KEY=VALUE ...]",
-        description=manual,
-        epilog=MORE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--recipe", required=True, help="a name (`speft ls`) or the path of a YAML file")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to change")
-    if rank() == 0:
-        return parser.parse_intermixed_args()
-    unseen = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
-            return parser.parse_intermixed_args()
-    except SystemExit as ended:
-        if ended.code:
-            time.sleep(RANK_0_S)
-        raise
-
-
-def rank() -> int:
-    """The rank that the launcher gave this process; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def main(job: Job, arguments: argparse.Namespace) -> int:
     """Check, then run; returns the exit code."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    recipe = None
     try:
-        recipe = checked_recipe(job, arguments.recipe, arguments.overrides, world_size)
-        if rank() == 0:  # the others would see what rank 0 is already writing
-            check_output_dir(recipe)
+        recipe, start = checked_start(job, arguments)
+        if start.state == "finished":
+            if rank() == 0:
+                print(f"the run in {start.source} is finished: there is nothing to resume", flush=True)
+            return 0
         use_all_cores()
         quiet_other_bars()
-        importlib.import_module(f"speft_ds.{job}").run(recipe)
+        more = (start,) if job == "train" else ()
+        importlib.import_module(f"speft_ds.{MODULES[job]}").run(recipe, *more)
         return 0
     except UserError as error:
-        return fail(str(error), EXIT_USER_ERROR)
+        return fail(_with_way_on(str(error), recipe), EXIT_USER_ERROR)
+    except stop.Stopped as reason:
+        if rank() == 0:
+            print(f"stopped: {reason}\n{way_on(Path(recipe.output_dir))}", file=sys.stderr, flush=True)
+        lifeline.close()
+        return stop.EXIT_STOPPED
     except KeyboardInterrupt:
-        return EXIT_CTRL_C
+        return stop.EXIT_CTRL_C
     except Exception:
-        return fail(f"rank {rank()} failed:\n{traceback.format_exc()}", 1)
+        return fail(_with_way_on(f"rank {rank()} failed:\n{traceback.format_exc()}", recipe), 1)
+
+
+def _with_way_on(message: str, recipe: Recipe | None) -> str:
+    """A message, and what to go on from where there is something."""
+    has_checkpoint = recipe is not None and last_whole(Path(recipe.output_dir)) is not None
+    return f"{message}\n{way_on(Path(recipe.output_dir))}" if has_checkpoint else message
+
+
+def checked_start(job: Job, arguments: argparse.Namespace) -> tuple[Recipe, Start]:
+    """The recipe of a job and where it starts, both checked. Raises UserError."""
+    if job == "evaluate":
+        recipe = recipe_to_evaluate(arguments)
+        check_to_evaluate(recipe)
+        return recipe, Start()
+    asked = getattr(arguments, "resume", None)
+    if asked is None:
+        recipe = checked_recipe(job, arguments.recipe, arguments.overrides, world_size())
+        check_output_dir(recipe)
+        return recipe, Start()
+    resume = Resume(asked, tuple(arguments.resume_with))
+    if arguments.recipe is None:
+        recipe = recipe_to_resume(resume, arguments.overrides)
+    else:
+        recipe = load_recipe(arguments.recipe, [*arguments.overrides, *resume.allowed])
+    recipe = fit_micro_batch(recipe, world_size())
+    wait_for_lock(Path(recipe.output_dir))  # a run that is just ending writes its last checkpoint
+    start = find_start(recipe, resume)
+    if start.state != "finished":
+        check_files(job, recipe, world_size())
+    return recipe, start
 
 
 def checked_recipe(job: Job, name_or_path: str, overrides: list[str], world_size: int) -> Recipe:
     """The recipe of a job, its files checked as far as the job reads them. Raises UserError."""
     recipe = load_recipe(name_or_path, overrides)
+    if job == "score":
+        recipe = for_scoring(recipe)
+    check_files(job, recipe, world_size)
+    return recipe
+
+
+def recipe_to_evaluate(arguments: argparse.Namespace) -> Recipe:
+    """The recipe of a finished run, with the tasks that the command line asks for. Raises UserError."""
+    folder = Path(arguments.run)
+    if not (folder / "adapter").is_dir():
+        fix = "name a run folder whose run has come to its end"
+        raise UserError(f"{folder} has no adapter", "--run", fix)
+    asked = {"limit": arguments.limit, "num_fewshot": arguments.num_fewshot}
+    overrides = [f"eval.{key}={value}" for key, value in asked.items() if value is not None]
+    if arguments.tasks:
+        overrides.append(f"eval.tasks=[{arguments.tasks}]")
+    own = as_override("output_dir", str(folder))
+    recipe = load_recipe(str(folder / RECIPE), [own, *overrides, *arguments.overrides])
+    if not recipe.eval.tasks:
+        raise UserError("no tasks to score", "--tasks", "--tasks arc_easy,hellaswag; see `lm-eval ls tasks`")
+    return recipe
+
+
+def check_files(job: Job, recipe: Recipe, world_size: int) -> None:
+    """Check the files of a recipe as far as the job reads them. Raises UserError."""
     note = settle_hub(recipe)  # before the checks, which may import the hub's libraries
     if note and rank() == 0:
         print(note, flush=True)
-    if job == "score":
-        recipe = for_scoring(recipe)
     check_inputs(recipe, world_size, needs_training_rows=job == "train")
-    return recipe
 
 
 def quiet_other_bars() -> None:
@@ -115,7 +147,13 @@ def use_all_cores() -> None:
 
 
 def fail(message: str, code: int) -> int:
-    """Print once: rank 0 at once; the others only if rank 0 (whose exit ends the job) has nothing to say."""
+    """Print once, on the rank that failed first.
+
+    Before the ranks know each other: rank 0 at once, the others only if rank 0 (whose exit ends the job) has
+    nothing to say.
+    """
+    if lifeline.fail(message):
+        return code
     if rank() != 0:
         time.sleep(RANK_0_S)
     print(message, file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from speft_ds import distributed
+from speft_ds import distributed, lifeline
 from speft_ds.errors import UserError
 
 
@@ -80,6 +80,8 @@ def in_lockstep(compute: Callable[[list], list], batches: list[list], num_reques
     rank, world_size = distributed.rank(), distributed.world_size()
     own = []
     for first in range(0, len(batches), world_size):
+        lifeline.beat(f"evaluation, batch {first + 1} of {len(batches)}")
+        distributed.stop_if_asked()
         mine = first + rank < len(batches)
         # A filler keeps the forwards of a rank without a batch in step; its answer is dropped.
         batch = batches[first + rank] if mine else batches[0][:1]

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from speft_ds import distributed
 from speft_ds.calibration import ShardSum, weight_gradient
+from speft_ds.checkpoint.parts import Parts, Table
 from speft_ds.engine import full_shape, own_elements, own_range
 from speft_ds.mask import Mask
+from speft_ds.partition import index_dtype
 from speft_ds.radix import Groups
 from speft_ds.selection import gather_mask, groups_by, select_local
-from speft_ds.sparse import Sink, SparseGradient, SparseState
+from speft_ds.sparse import Sink, SparseGradient, SparseState, spans_of, to_global
 
 Shape = dict[str, tuple[int, int]]  # weight -> (out, in)
 Chosen = tuple[dict[str, Tensor], list[int]]  # weight -> local indices to grow; how many in each group
@@ -37,11 +39,18 @@ class Growth(Protocol):
     def restart(self) -> None:
         """Called after the mask changed."""
 
-    def state_dict(self) -> dict:
-        """All that it has gathered, of this rank, between two steps."""
+    def skip_step(self) -> None:
+        """Called in place of `after_step` where the step's gradients were not finite: forget them."""
 
-    def load_state_dict(self, values: dict, shape: Shape) -> None:
-        """Go on where `state_dict` was taken."""
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has seen what `select` goes by."""
+
+    def snapshot(self) -> tuple[dict[str, Table], dict[str, Tensor]]:
+        """All that it has gathered between two steps: tables of this rank, and what all ranks hold alike."""
+
+    def restore(self, parts: Parts, shape: Shape) -> None:
+        """Go on where `snapshot` was taken."""
 
 
 def groups_of(mask: Mask, budget: str) -> tuple[Groups, list[int]]:
@@ -97,7 +106,8 @@ class AccumulatedGradient:
         self.total: Tensor | None = None  # [own candidates] accumulated gradient
 
     def sink(self, name: str, steps_left: int | None) -> Sink | None:
-        if steps_left == self.growth_steps:
+        in_window = steps_left is not None and steps_left <= self.growth_steps
+        if in_window and self.gradient is None:
             weight = self.weights[name]
             total = self.dense[name] = ShardSum(weight, own_elements(weight)[0].device)
             return lambda x, grad_y: total.add(weight_gradient(x, grad_y))
@@ -126,16 +136,31 @@ class AccumulatedGradient:
         train = self.train
         return SparseGradient(candidates, distributed.device(), train.sparse_backend, train.reduce_bucket)
 
-    def state_dict(self) -> dict:
-        if self.gradient is None:
-            return {}
-        return {"candidates": self.gradient.mask.index, "total": self.total}
+    def skip_step(self) -> None:
+        self.dense = {}
+        if self.gradient is not None:
+            self.gradient.discard()
 
-    def load_state_dict(self, values: dict, shape: Shape) -> None:
+    @property
+    def is_ready(self) -> bool:
+        return self.gradient is not None
+
+    def snapshot(self) -> tuple[dict[str, Table], dict[str, Tensor]]:
+        if self.gradient is None:
+            return {}, {}
+        mask = self.gradient.mask
+        spans = spans_of({name: mask.numel(name) for name in mask.shape})
+        index = to_global(self.gradient.local_index(), spans)
+        return {"candidates": Table(index, {"total": self.total})}, {}
+
+    def restore(self, parts: Parts, shape: Shape) -> None:
         self.restart()
-        if values:
-            self.gradient = self._collect(Mask(values["candidates"], shape))
-            self.total = values["total"].clone()
+        if parts.has("candidates"):
+            device, index = distributed.device(), parts.index("candidates")
+            numel = {name: rows * columns for name, (rows, columns) in shape.items()}
+            candidates = {name: index[name].to(device, index_dtype(numel[name])) for name in shape}
+            self.gradient = self._collect(Mask(candidates, shape))
+            self.total = parts.table("candidates", spans_of(numel)).columns["total"].to(device)
 
     def select(self, state: SparseState, group: Groups, wanted: list[int]) -> Chosen:
         local = self.gradient.local_index()
@@ -173,11 +198,18 @@ class RowColumnMomentum:
     def restart(self) -> None:
         """The statistics go on."""
 
-    def state_dict(self) -> dict:
-        return {"statistics": self.statistics}
+    def skip_step(self) -> None:
+        """`on_gradient` was not called."""
 
-    def load_state_dict(self, values: dict, shape: Shape) -> None:
-        self.statistics = values["statistics"].clone()
+    @property
+    def is_ready(self) -> bool:
+        return True
+
+    def snapshot(self) -> tuple[dict[str, Table], dict[str, Tensor]]:
+        return {}, {"statistics": self.statistics}
+
+    def restore(self, parts: Parts, shape: Shape) -> None:
+        self.statistics = parts.shared("statistics").to(self.statistics.device)
 
     def sink(self, name: str, steps_left: int | None) -> Sink | None:
         return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import resource
 import sys
 import time
@@ -47,18 +49,21 @@ class MetricsLog:
     Args:
         path: metrics.jsonl of the run, on rank 0; None on the other ranks.
         num_steps: of the whole run.
+        done: of these, that are in the file already.
     """
 
-    def __init__(self, path: Path | None, num_steps: int):
+    def __init__(self, path: Path | None, num_steps: int, done: int = 0):
         self.num_steps = num_steps
         self.file = path.open("a", encoding="utf-8") if path else None
-        self.bar = tqdm(total=num_steps, unit="step") if path and sys.stderr.isatty() else None
+        on_terminal = path and sys.stderr.isatty()
+        self.bar = tqdm(total=num_steps, initial=done, unit="step") if on_terminal else None
 
     def log(self, values: dict) -> None:
         """Append one step's values (see `train.Trainer.train_step` for the keys)."""
         if self.file is None:
             return
-        self.file.write(json.dumps(values) + "\n")
+        written = {key: None if _is_nonfinite(value) else value for key, value in values.items()}
+        self.file.write(json.dumps(written) + "\n")
         self.file.flush()
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{values['loss']:.4f}", tokens_s=f"{values['tokens_per_s']:.0f}")
@@ -66,9 +71,16 @@ class MetricsLog:
         else:
             print(self._line(values), flush=True)
 
+    def flush(self) -> None:
+        """Have all lines on the disk: a checkpoint counts on those of its steps."""
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+
     def _line(self, values: dict) -> str:
+        held_out = f"held-out {values['held_out_loss']:.4f}  " if "held_out_loss" in values else ""
+        skipped = f"skipped {values['num_skipped']}  " if values["num_skipped"] else ""
         return (
-            f"step {values['step']:>5}/{self.num_steps}  loss {values['loss']:.4f}  "
+            f"step {values['step']:>5}/{self.num_steps}  loss {values['loss']:.4f}  {held_out}{skipped}"
             f"grad_norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
             f"memory {values['peak_memory_gib']:.2f} GiB  {values['tokens_per_s']:.0f} tokens/s  "
             f"{values['step_ms']:.0f} ms"
@@ -79,6 +91,10 @@ class MetricsLog:
             self.bar.close()
         if self.file is not None:
             self.file.close()
+
+
+def _is_nonfinite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def tokens_per_second(path: Path, num_warmup: int = 3) -> float:

@@ -86,7 +86,7 @@ class AdamW(torch.optim.Optimizer):
         """Go on with a delta and its saved state, exp_avg, exp_avg_sq and age."""
         self.state.clear()
         self.param_groups[0]["params"] = [delta]
-        self.state[delta] = {name: value.clone() for name, value in state.items()}
+        self.state[delta] = {name: value.to(delta.device, copy=True) for name, value in state.items()}
 
 
 def _correction(beta: float, age: Tensor) -> Tensor:

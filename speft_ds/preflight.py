@@ -34,27 +34,26 @@ def check_inputs(recipe: Recipe, world_size: int, needs_training_rows: bool = Tr
         raise RecipeError(problems, f"recipe {recipe.name}")
 
 
+def check_to_evaluate(recipe: Recipe) -> None:
+    """Check what a scoring of the tasks needs: model, task folder, DeepSpeed. Raises RecipeError."""
+    problems = model_problems(recipe) + _task_problems(recipe) + read_ds_config(recipe)[1]
+    if problems:
+        raise RecipeError(problems, f"recipe {recipe.name}")
+
+
 def settle_hub(recipe: Recipe) -> str | None:
     """Where the hub gives no answer, have its libraries use their cache alone; returns what to tell the user.
 
     They would retry for minutes.
     """
     data = recipe.data
-    names = [recipe.model.name_or_path, data.scorer, recipe.mask.calibration_path]
+    names = [recipe.model.name_or_path, data.scorer, recipe.mask.calibration_path, recipe.eval.held_out]
     names += [source.path for source in data.sources]
     may_ask = any(name and is_hub_id(name) for name in names) or bool(recipe.eval.tasks)
     if not may_ask or hub.is_offline_by_choice() or hub.is_reachable():
         return None
     hub.give_up()
     return f"note: {hub.why_not()}: what is in the hub's cache is used as it is (HF_HUB_OFFLINE=1)"
-
-
-def check_output_dir(recipe: Recipe) -> None:
-    """Refuse a run folder that is not empty. Raises UserError."""
-    folder = Path(recipe.output_dir)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        fix = f"choose another, output_dir={folder}-2, or remove this one: rm -r {folder}"
-        raise UserError(f"the run folder {folder} is not empty", recipe.where("output_dir"), fix)
 
 
 def mask_file(path: str | Path, where: str | None = None) -> Path:
@@ -160,6 +159,9 @@ def rows_problems(recipe: Recipe, needs_training_rows: bool) -> list[UserError]:
         source = recipe.data.model_copy(update={"path": calibration, "mixture": None}).sources[0]
         where = recipe.where("mask.calibration_path")
         problems += _source_problems(recipe, "mask.calibration_path", source, where)
+    if needs_training_rows and sources and (held_out := recipe.eval.held_out) is not None:
+        source = recipe.data.model_copy(update={"path": held_out, "mixture": None}).sources[0]
+        problems += _source_problems(recipe, "eval.held_out", source, recipe.where("eval.held_out"))
     return problems
 
 
@@ -204,7 +206,7 @@ def _column_problems(
 ) -> list[UserError]:
     for where, row in rows:
         problems = check_columns(row, where, source)
-        if problems and file_key == "mask.calibration_path" and recipe.data.sources:
+        if problems and file_key != "data.path" and recipe.data.sources:
             columns = ", ".join(map(str, row)) if isinstance(row, dict) else "a list of objects"
             fix = f"data.columns holds for the training rows too: rename this file's ({columns})"
             return [UserError(problem.what, problem.where, fix) for problem in problems]

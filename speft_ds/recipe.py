@@ -140,13 +140,6 @@ def resolved_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude={"name"}), sort_keys=False)
 
 
-def start_folder(recipe: Recipe) -> None:
-    """Make the run folder, with the resolved recipe in it."""
-    folder = Path(recipe.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(resolved_yaml(recipe), encoding="utf-8")
-
-
 def shown(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 

@@ -37,17 +37,24 @@ def change_lines(changes: list[dict]) -> list[tuple[str, str]]:
 
 def score_lines(folder: Path) -> list[tuple[str, str]]:
     """Score lines of the tasks, before and after, with lm-eval's standard error."""
-    from speft_ds.evaluate import main_scores
-
     lines = []
     for moment in ("before", "after"):
         path = folder / "eval" / f"{moment}.json"
         if not path.exists():
             continue
         results = json.loads(path.read_text(encoding="utf-8"))
-        for task, (metric, value, error) in main_scores(results).items():
-            spread = f" ± {error:.1%}" if error is not None else ""
-            lines.append((f"{task} {metric} {moment}", f"{value:.1%}{spread}"))
+        lines += [(f"{what} {moment}", score) for what, score in scores_of(results)]
+    return lines
+
+
+def scores_of(results: dict) -> list[tuple[str, str]]:
+    """(task and metric, score with its standard error) of lm-eval's results."""
+    from speft_ds.evaluate import main_scores  # late: lm-eval takes its time, and not every run has scores
+
+    lines = []
+    for task, (metric, value, error) in main_scores(results).items():
+        spread = f" ± {error:.1%}" if error is not None else ""
+        lines.append((f"{task} {metric}", f"{value:.1%}{spread}"))
     return lines
 
 

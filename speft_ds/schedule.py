@@ -14,16 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from speft_ds import distributed
+from speft_ds.checkpoint.parts import Parts, Snapshot, Table
 from speft_ds.engine import SparseEngine, release, shard_of
+from speft_ds.errors import UserError
 from speft_ds.gate import LayerGate
 from speft_ds.growth import AccumulatedGradient, Growth, RowColumnMomentum, groups_of
 from speft_ds.mask import Mask, jaccard, overlap
 from speft_ds.metrics import say
 from speft_ds.model import target_shapes
 from speft_ds.optimizer import make_lr_schedule, make_optimizer
-from speft_ds.partition import locate
+from speft_ds.partition import index_dtype, locate
 from speft_ds.selection import gather_mask, select_local
-from speft_ds.sparse import Sink, SparseState, join_sinks
+from speft_ds.sparse import Sink, SparseState, join_sinks, spans_of
 
 
 @dataclass
@@ -104,8 +107,8 @@ class Schedule:
             active[own] = self.gate.is_open(name)
         return active
 
-    def after_step(self, step: int) -> None:
-        """Called after the weights moved: change the mask, if it is time."""
+    def after_step(self, step: int, skipped: bool = False) -> None:
+        """Called after the weights moved, or the step was skipped: change the mask, if it is time."""
 
     def is_time(self, step: int) -> bool:
         """Whether the mask changes after this step; never after the last one, which nothing would train."""
@@ -134,35 +137,69 @@ class Schedule:
             f"overlap with the first {change['overlap_with_first']:.3f}, sha256 {mask.sha256[:12]}"
         )
 
-    def state_dict(self) -> dict:
-        """All that the next step depends on, of this rank, between two steps; see `load_state_dict`."""
-        return {
-            "mask": self.mask.index,
-            "first_mask": self.first_mask.index,
-            "delta": self.state.delta.detach(),
-            "dropped": (self.state.dropped.key, self.state.dropped.delta),
-            "optimizer": self.optimizer.state[self.state.delta],
-            "lr_schedule": self.lr_schedule.state_dict(),
-            "num_selections": self.num_selections,
-            "changes": self.changes,
+    def snapshot(self) -> Snapshot:
+        """All that the next step depends on, of this rank, between two steps. Nothing is copied."""
+        moments = self.optimizer.state[self.state.delta]
+        flat = {name: value for name, value in moments.items() if value.dim()}
+        shared_age = None if "age" in flat else int(moments["age"])
+        tables = {
+            "trained": self.state.own_table(delta=self.state.delta.detach(), **flat),
+            "dropped": self.state.dropped_table(),
         }
+        if self.changes:
+            tables["first"] = Table(self._own_part(self.first_mask))
+        lr_schedule = {n: v for n, v in self.lr_schedule.state_dict().items() if n != "lr_lambdas"}
+        facts = {
+            "age": shared_age,
+            "lr_schedule": lr_schedule,
+            "num_selections": self.num_selections,
+            "changes": list(self.changes),
+            "sha256": self.mask.sha256,
+            "first_sha256": self.first_mask.sha256,
+        }
+        return Snapshot(tables, {}, {}, facts)
 
-    def load_state_dict(self, values: dict) -> None:
-        """Go on where `state_dict` was taken: same recipe and world size, over the pretrained weights."""
+    def _own_part(self, mask: Mask) -> dict[str, Tensor]:
+        """Weight -> this rank's global indices of a mask."""
+        own = {}
+        for name, (start, stop) in spans_of({n: mask.numel(n) for n in mask.shape}).items():
+            edges = torch.tensor([start, stop], device=mask.index[name].device)
+            first, last = torch.searchsorted(mask.index[name].to(torch.int64), edges).tolist()
+            own[name] = mask.index[name][first:last]
+        return own
+
+    def restore(self, parts: Parts) -> None:
+        """Go on where `snapshot` was taken: same recipe, any world size, over the pretrained weights."""
         release([linear.weight for linear in self.training.trained.values()])
-        shape = self.mask.shape
-        self.mask, self.first_mask = Mask(values["mask"], shape), Mask(values["first_mask"], shape)
+        facts = parts.facts
+        self.mask = mask_of(parts, "trained", self.mask.shape)
+        self.first_mask = self.mask
+        if facts["changes"]:
+            self.first_mask = mask_of(parts, "first", self.mask.shape)
         self.state = self._make_state(self.mask)
-        self.state.restore(values["delta"], *values["dropped"])
-        self.optimizer.restore(self.state.delta, values["optimizer"])
-        self.lr_schedule.load_state_dict(values["lr_schedule"])
+        own = parts.table("trained", self.state.spans).columns
+        self.state.restore(own.pop("delta"), parts.table("dropped", self.state.spans))
+        if facts["age"] is not None:
+            own["age"] = torch.tensor(facts["age"], dtype=torch.int32)
+        self.optimizer.restore(self.state.delta, own)
+        self.lr_schedule.load_state_dict({**facts["lr_schedule"], "lr_lambdas": [None]})
         self.optimizer.param_groups[0]["lr"] = self.lr_schedule.get_last_lr()[0]
-        self.num_selections, self.changes = values["num_selections"], list(values["changes"])
+        self.num_selections, self.changes = facts["num_selections"], list(facts["changes"])
         self._attach()
 
     def by_weight(self, values: Tensor) -> dict[str, Tensor]:
         """Views of a flat [num_local] tensor, weight by weight of the mask."""
         return {name: values[self.state.slices[name]] for name in self.mask.shape}
+
+
+def mask_of(parts: Parts, table: str, shape: dict[str, tuple[int, int]]) -> Mask:
+    """The mask whose entries a table of a checkpoint has. Raises UserError."""
+    index = parts.index(table)
+    if missing := shape.keys() - index.keys():
+        where = str(parts.paths[0].parent)
+        raise UserError(f"the checkpoint has no entries of {sorted(missing)[0]}: another mask's", where)
+    device = distributed.device()
+    return Mask({n: index[n].to(device, index_dtype(shape[n][0] * shape[n][1])) for n in shape}, shape)
 
 
 class Periodic(Schedule):
@@ -173,7 +210,7 @@ class Periodic(Schedule):
     unequal sizes, which are taken while they fit.
     """
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, skipped: bool = False) -> None:
         if self.is_time(step):
             mask = self.training.choose(self.num_selections)
             self.num_selections += 1
@@ -233,12 +270,14 @@ class DropGrow(Schedule):
     def extra_sink(self, name: str, step: int) -> Sink | None:
         return self.growth.sink(name, self.steps_left(step))
 
-    def state_dict(self) -> dict:
-        return {**super().state_dict(), "growth": self.growth.state_dict()}
+    def snapshot(self) -> Snapshot:
+        snapshot = super().snapshot()
+        tables, shared = self.growth.snapshot()
+        return Snapshot(snapshot.tables | tables, snapshot.shared | shared, {}, snapshot.facts)
 
-    def load_state_dict(self, values: dict) -> None:
-        super().load_state_dict(values)
-        self.growth.load_state_dict(values["growth"], self.mask.shape)
+    def restore(self, parts: Parts) -> None:
+        super().restore(parts)
+        self.growth.restore(parts, self.mask.shape)
 
     def steps_left(self, step: int) -> int | None:
         """Steps until the mask changes, this one included; None where it does not change any more."""
@@ -249,9 +288,15 @@ class DropGrow(Schedule):
         self.growth.on_gradient(self.state, gradient)
         return super().on_gradient(gradient)
 
-    def after_step(self, step: int) -> None:
-        self.growth.after_step(self.state)
+    def after_step(self, step: int, skipped: bool = False) -> None:
+        if skipped:
+            self.growth.skip_step()
+        else:
+            self.growth.after_step(self.state)
         if not self.is_time(step):
+            return
+        if not self.growth.is_ready:
+            say(f"note: the mask stays after step {step + 1}: every step that would tell was skipped")
             return
         group, counts = groups_of(self.mask, self.recipe.budget)
         grown, wanted = self.growth.select(

@@ -15,8 +15,7 @@ from speft_ds.mask import save_mask
 from speft_ds.metrics import Timings, peak_memory_gib, say
 from speft_ds.model import fingerprint
 from speft_ds.plots import mask_heat_map
-from speft_ds.preflight import check_output_dir
-from speft_ds.recipe import start_folder
+from speft_ds.run_folder import check_output_dir, start_folder
 from speft_ds.schema import MASK_FILE, Recipe
 from speft_ds.tables import print_mask_table
 

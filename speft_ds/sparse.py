@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speft_ds import distributed
+from speft_ds.checkpoint.parts import Table
 from speft_ds.kernels import choose_backend, make_backend
 from speft_ds.mask import Mask
 from speft_ds.partition import Layout, index_dtype, locate, shard_range
@@ -175,6 +176,11 @@ class SparseState:
             total += shard.numel()
         return starts
 
+    @property
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """Weight -> [start, stop) of the global flat indices in this rank's shard."""
+        return spans_of({name: self.trained.numel(name) for name in self.trained.shape})
+
     def entries(self) -> Entries:
         """The trained entries as they are now."""
         return Entries(self.keys(), self.base, self.delta.detach())
@@ -232,19 +238,43 @@ class SparseState:
         else:
             self.dropped = others
 
+    def own_table(self, **columns: Tensor) -> Table:
+        """The trained entries in global coordinates, with these [num_local] columns."""
+        return Table(to_global(self.index, self.spans), columns)
+
+    def dropped_table(self) -> Table:
+        """The dropped entries and their deltas, in global coordinates."""
+        index = to_global(self._by_weight(self.dropped.key), self.spans)
+        return Table(index, {"delta": self.dropped.delta})
+
     @torch.no_grad()
-    def restore(self, delta: Tensor, dropped_key: Tensor, dropped_delta: Tensor) -> None:
+    def restore(self, delta: Tensor, dropped: Table) -> None:
         """Take up saved deltas, of the mask's and of dropped entries; the shards hold pretrained values."""
         self.delta.copy_(delta)
-        dropped = self._by_weight(dropped_key)
-        self.dropped = Entries(dropped_key, self._read(dropped), dropped_delta)
-        self._write(dropped, (self.dropped.base.float() + dropped_delta).to(self.base.dtype))
+        starts, spans = self.starts(), self.spans
+        keys = [starts[name] + index - spans[name][0] for name, index in dropped.index.items()]
+        key = torch.cat(keys).to(self.device, torch.int64)
+        delta = dropped.columns["delta"].to(self.device)
+        local = self._by_weight(key)
+        self.dropped = Entries(key, self._read(local), delta)
+        self._write(local, (self.dropped.base.float() + delta).to(self.base.dtype))
         self.write_through()
 
     @torch.no_grad()
     def write_through(self) -> None:
         """shard[index] = (base + delta).to(base dtype), in place and local."""
         self._write(self.index, (self.base.float() + self.delta).to(self.base.dtype))
+
+
+def spans_of(numel: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """Weight -> [start, stop) of the global flat indices that are this rank's."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    return {name: shard_range(count, rank, world_size) for name, count in numel.items()}
+
+
+def to_global(index: dict[str, Tensor], spans: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """Local indices into this rank's shards, as flat indices into the whole weights."""
+    return {name: local + spans[name][0] for name, local in index.items()}
 
 
 def join_sinks(*sinks: Sink | None) -> Sink | None:
@@ -295,6 +325,10 @@ class SparseGradient:
         """Weight -> sorted indices of this rank's entries into its shard."""
         rank = distributed.rank()
         return {name: self.layout.local_index(name, i, rank) for name, i in self.mask.index.items()}
+
+    def discard(self) -> None:
+        """Forget what was added since the last `reduce`."""
+        self.pending.zero_()
 
     def _make_sink(self, name: str) -> Sink | None:
         """What an adapted linear calls in its backward; None where the mask has no entry of this weight."""

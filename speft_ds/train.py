@@ -1,33 +1,54 @@
-"""A run from recipe to report: base, scores before, mask, training, adapter, scores after."""
+"""A run from recipe to report: base, scores before, mask, training, checkpoints, adapter, scores after."""
 
 from __future__ import annotations
 
 import math
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from speft_ds import distributed
+from speft_ds import distributed, lifeline
 from speft_ds.adapter import save_adapter
 from speft_ds.base import Base
+from speft_ds.checkpoint.folder import Checkpoint, clean, damage, newest_whole
+from speft_ds.checkpoint.parts import Parts, Snapshot
+from speft_ds.checkpoint.writer import Writer
 from speft_ds.data.batch import collate, split_global_batch
 from speft_ds.data.order import SampleOrder
 from speft_ds.errors import UserError
 from speft_ds.files import write_json
+from speft_ds.held_out import HeldOut
 from speft_ds.machine import machine, versions
 from speft_ds.mask import Mask, read_mask
 from speft_ds.metrics import MetricsLog, Timings, peak_memory_gib, say, tokens_per_second
-from speft_ds.preflight import check_output_dir, mask_file
-from speft_ds.recipe import start_folder
-from speft_ds.schedule import SCHEDULES, Schedule, Training
+from speft_ds.preflight import mask_file
+from speft_ds.resume import Start, way_on
+from speft_ds.run_folder import (
+    Lock,
+    check_output_dir,
+    copy_scores,
+    new_run_id,
+    read_facts,
+    rewind_metrics,
+    start_folder,
+    write_facts,
+)
+from speft_ds.schedule import SCHEDULES, Schedule, Training, mask_of
 from speft_ds.schema import Recipe
 from speft_ds.selection import least_wanted
 from speft_ds.sparse import SparseState
+from speft_ds.votes import Votes
 
 
 class Trainer:
     """One run. Its methods are the stages, to be called in the order of `run`.
+
+    Args:
+        recipe: the whole recipe.
+        start: where the run starts; None: at the beginning.
 
     Attributes (after construction):
         base: the frozen, sharded base on its engine.
@@ -35,8 +56,9 @@ class Trainer:
         timings: stage -> seconds.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, start: Start | None = None):
         self.recipe = recipe
+        self.checkpoint = start.checkpoint if start else None
         self.folder = Path(recipe.output_dir)
         self.timings = Timings()
         self.results: dict[str, dict | None] = {"before": None, "after": None}
@@ -51,6 +73,7 @@ class Trainer:
             self._check_chat_template()
             self.rows = self.base.read_training_rows()
             self.base.read_calibration_rows(self.rows)
+            self.held_out = HeldOut(self.base) if recipe.eval.held_out else None
         train = recipe.train
         self.order = SampleOrder(self.rows.sizes, recipe.data.weights, recipe.seed)
         self.num_steps = self.order.num_steps(train.global_batch, train.steps, train.epochs)
@@ -60,6 +83,14 @@ class Trainer:
             self.base.load(self.loaded)
         self._check_loaded()
         self.engine, self.targets = self.base.engine, self.base.targets
+        self.first_step = 0  # of this process: the steps before it were made by others
+        self.num_skipped = self.num_nonfinite = 0  # steps: over the run, and in a row up to now
+        self.best_loss = math.inf  # on the held-out rows
+        self.run_id = ""
+        self.writer = Writer(self.folder, recipe.train, self.checkpoint.step if self.checkpoint else 0)
+        self.votes = Votes(self.writer, recipe.train.checkpoint_every)
+        if self.checkpoint is not None:
+            self._check_same()
 
     @property
     def mask(self) -> Mask:
@@ -123,10 +154,25 @@ class Trainer:
             )
         say("note: mask.load is given, so the recipe's salience, density, budget and targets are not used")
 
+    def _check_same(self) -> None:
+        """Refuse to go on over another base, other rows or another loaded mask than the checkpoint's."""
+        manifest, where = self.checkpoint.manifest, str(self.checkpoint.path)
+        if manifest["base"]["fingerprint"] != self.base.fingerprint:
+            what = "the checkpoint is of another base: the weights of this model have another fingerprint"
+            raise UserError(what, where, f"train {manifest['base']['base']}, unchanged")
+        if manifest["rows_sha256"] != self.rows.facts["sha256"]:
+            what = "the training rows are not those of the checkpoint any more"
+            raise UserError(what, where, f"put back the data of {self.recipe.where_rows()}, or start anew")
+        if self.loaded is not None and manifest["state"]["first_sha256"] != self.loaded.sha256:
+            what = f"mask.load={self.recipe.mask.load} is another mask than the one that the run started with"
+            raise UserError(what, where, "put back the mask, or start anew")
+
     def evaluate(self, moment: str) -> None:
-        """Score the tasks `before` or `after` training, if the recipe says so."""
+        """Score the tasks `before` or `after` training, if the recipe says so and it was not done before."""
         recipe = self.recipe.eval
         if not recipe.tasks or not getattr(recipe, moment):
+            return
+        if distributed.broadcast_object((self.folder / "eval" / f"{moment}.json").is_file()):
             return
         from speft_ds.evaluate import evaluate
 
@@ -138,6 +184,8 @@ class Trainer:
 
     def choose_mask(self) -> None:
         """Take the mask that is given, or score and select one, and set up the trainable state."""
+        if self.checkpoint is not None:
+            return self._take_up()
         mask = self.loaded or self.base.choose_mask()
         recipe = self.recipe.mask
         source = f"by {recipe.salience}, {recipe.budget} budget"
@@ -147,27 +195,68 @@ class Trainer:
             f"mask: {mask.num_trainable:,} of {mask.num_target_elements:,} entries "
             f"(density {mask.density:.4%}) {source}, sha256 {mask.sha256[:12]}"
         )
+        self.schedule = self._make_schedule(mask)
+
+    def _make_schedule(self, mask: Mask) -> Schedule:
         base = self.base
         training = Training(
             self.recipe, self.engine, self.targets, base.heads, self.num_steps, base.choose_mask
         )
-        self.schedule = SCHEDULES[recipe.schedule](training, mask)
+        return SCHEDULES[self.recipe.mask.schedule](training, mask)
+
+    def _take_up(self) -> None:
+        """The trainable state, as the checkpoint has it."""
+        parts, manifest = Parts(self.checkpoint), self.checkpoint.manifest
+        with self.timings.stage("resume"):
+            self.schedule = self._make_schedule(mask_of(parts, "trained", self.base.shapes))
+            self.schedule.restore(parts)
+        if self.mask.sha256 != parts.facts["sha256"]:
+            raise UserError("the mask of the checkpoint has another hash now", str(self.checkpoint.path))
+        self.first_step, progress = manifest["step"], manifest["progress"]
+        self.num_skipped, self.num_nonfinite = progress["num_skipped"], progress["num_nonfinite"]
+        self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
+        self.engine.global_steps = self.first_step
+        was, now = manifest["world_size"], distributed.world_size()
+        ranks = f"{now} rank(s)" + (f", it was written by {was}" if was != now else "")
+        say(f"resuming from {self.checkpoint.path}: step {self.first_step} of {self.num_steps}, on {ranks}")
+
+    def check_space(self) -> None:
+        """Refuse a disk that the checkpoints will not fit on. Raises UserError, on every rank."""
+        train = self.recipe.train
+        if train.checkpoint_every is None:
+            return
+        number = train.keep_last + 1 + (self.num_steps // train.keep_every if train.keep_every else 0)
+        per_entry = 16 if self.recipe.mask.schedule == "static" else 20
+        num_trained = self.base.num_trainable + sum(h.weight.ds_numel for h in self.base.heads.values())
+        needed = number * per_entry * num_trained
+
+        def check() -> None:
+            free = shutil.disk_usage(self.folder).free
+            if needed > free:
+                what = f"{number} checkpoints need {needed:,} bytes, the disk has {free:,}"
+                fix = "free space, another output_dir, or train.keep_last=1"
+                raise UserError(what, str(self.folder), fix)
+
+        distributed.on_rank_0(check)
 
     def train_step(self, step: int) -> dict:
         """One optimizer step on global batch `step` (from 0); returns its metrics line.
 
         The loss is the sum of the token losses over the number of label tokens of the global batch, over
-        all ranks and micro-batches: both the one that is optimised and the one that is logged.
+        all ranks and micro-batches: both the one that is optimised and the one that is logged. A step whose
+        loss or gradient is not finite changes nothing.
         """
         start = time.perf_counter()
         train = self.recipe.train
         rows = [self.rows[row] for row in self.order.ids(step * train.global_batch, train.global_batch)]
         num_labels = sum(row.num_labels for row in rows)
-        # loss and, for a classifier, rows that it got right, over all ranks and micro-batches
-        sums = torch.zeros(2, dtype=torch.float64, device=distributed.device())
+        # Over all ranks and micro-batches: loss; for a classifier, rows that it got right; what ranks say.
+        sums = torch.zeros(2 + len(Votes.KINDS), dtype=torch.float64, device=distributed.device())
         self.schedule.before_step(step)
         own = split_global_batch(rows, train.micro_batch, distributed.rank(), distributed.world_size())
-        for micro_batch in own:
+        optimizer = self.engine.optimizer
+        for number, micro_batch in enumerate(own):
+            lifeline.beat(f"step {step + 1}, micro-batch {number + 1} of {len(own)}")
             batch = collate(micro_batch, self.base.pad_id, distributed.device())
             loss, num_correct = self.base.objective(self.engine, batch)
             loss = loss / num_labels
@@ -177,10 +266,13 @@ class Trainer:
             # Already normalised by the global batch: the engine must not divide by accumulation steps.
             self.engine.backward(loss, scale_wrt_gas=False)
             if micro_batch is own[-1]:
-                self._check_loss(distributed.all_reduce(sums)[0].item(), step)
-            lr = self.engine.optimizer.param_groups[0]["lr"]
+                sums[2:] = torch.tensor(self.votes.own(), dtype=torch.float64)
+                self.votes.count(distributed.all_reduce(sums)[2:])
+                optimizer.discard = not math.isfinite(sums[0].item())
+            lr = optimizer.param_groups[0]["lr"]
             self.engine.step()
-        self.schedule.after_step(step)
+        self._count_nonfinite(optimizer.overflow, sums[0].item(), step)
+        self.schedule.after_step(step, optimizer.overflow)
         seconds = time.perf_counter() - start
         num_tokens = sum(len(row.ids) for row in rows)
         return {
@@ -188,30 +280,107 @@ class Trainer:
             "loss": sums[0].item(),
             **({"accuracy": sums[1].item() / num_labels} if self.base.classifies else {}),
             "lr": lr,
-            "grad_norm": self.engine.get_global_grad_norm(),
+            "grad_norm": optimizer._global_grad_norm,
+            "num_skipped": self.num_skipped,
             "num_tokens": num_tokens,
             "tokens_per_s": num_tokens / seconds,
             "step_ms": seconds * 1000,
         }
 
-    def _check_loss(self, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {step + 1}; the weights of the step before are unchanged",
-                where="training",
-                fix="lower optimizer.lr, look at the rows of this step, or set model.dtype=float32",
-            )
+    def _count_nonfinite(self, skipped: bool, loss: float, step: int) -> None:
+        """Count a step that was skipped. Raises UserError, on every rank, where that is one too many."""
+        self.num_skipped += skipped
+        self.num_nonfinite = self.num_nonfinite + 1 if skipped else 0
+        if self.num_nonfinite < self.recipe.train.max_nonfinite:
+            return
+        norm = self.engine.optimizer._global_grad_norm
+        raise UserError(
+            f"the loss is {loss} and the gradient norm {norm} at step {step + 1}, the {self.num_nonfinite}. "
+            f"step in a row that is not finite (train.max_nonfinite); {self.writer.last()}",
+            where="training",
+            fix="lower optimizer.lr, look at the rows of these steps, or set model.dtype=float32",
+        )
 
     def train(self) -> None:
-        """All steps, with one metrics line each."""
+        """All steps that are left, with one metrics line each, and checkpoints beside them.
+
+        Raises:
+            Stopped: a rank was asked to stop; all that was reached is in a checkpoint.
+        """
         path = self.folder / "metrics.jsonl" if distributed.rank() == 0 else None
-        log = MetricsLog(path, self.num_steps)
+        log = MetricsLog(path, self.num_steps, self.first_step)
+        self._restore_random_states()
+        self.votes.restart()
         self.engine.train()
         with self.timings.stage("training"):
-            for step in range(self.num_steps):
-                values = self.train_step(step)
-                log.log({**values, "peak_memory_gib": peak_memory_gib()})
+            for step in range(self.first_step, self.num_steps):
+                values = {**self.train_step(step), "peak_memory_gib": peak_memory_gib()}
+                values |= self._measure_held_out(step + 1)
+                log.log(values)
+                self._keep(step + 1, log, values.get("held_out_loss"))
+            self.writer.finish()
         log.close()
+        self.timings["checkpoints"] = self.writer.seconds
+
+    def _measure_held_out(self, done: int) -> dict[str, float]:
+        """The held-out loss after `done` steps, if it is time."""
+        if self.held_out is None or (done % self.recipe.eval.every and done < self.num_steps):
+            return {}
+        with self.timings.stage("held_out"):
+            return {"held_out_loss": self.held_out.loss()}
+
+    def _keep(self, done: int, log: MetricsLog, held_out_loss: float | None) -> None:
+        """Write a checkpoint after `done` steps if it is time, and stop if a rank was asked to."""
+        votes, writer = self.votes, self.writer
+        if votes.all_written:
+            writer.finish()
+        is_best = held_out_loss is not None and held_out_loss < self.best_loss
+        self.best_loss = held_out_loss if is_best else self.best_loss
+        keeps = self.recipe.train.checkpoint_every is not None
+        is_time = votes.is_time(done) or (is_best and self.recipe.train.keep_best) or done == self.num_steps
+        if votes.stop or (keeps and is_time):
+            log.flush()
+            writer.start(done, self._snapshot(), self._manifest(done, held_out_loss))
+            votes.restart()
+        if votes.stop:
+            writer.finish()
+            distributed.stop_if_asked()
+
+    def _snapshot(self) -> Snapshot:
+        """The trainable state, and this rank's random states (dropout)."""
+        snapshot = self.schedule.snapshot()
+        snapshot.own["random_cpu"] = torch.get_rng_state()
+        if distributed.device().type == "cuda":
+            snapshot.own["random_cuda"] = torch.cuda.get_rng_state()
+        return snapshot
+
+    def _restore_random_states(self) -> None:
+        """Those of this rank, where as many ranks wrote the checkpoint. All else draws by seed and step."""
+        if self.checkpoint is None or self.checkpoint.manifest["world_size"] != distributed.world_size():
+            return
+        own = Parts(self.checkpoint).own(distributed.rank())
+        torch.set_rng_state(own["random_cpu"])
+        if "random_cuda" in own and distributed.device().type == "cuda":
+            torch.cuda.set_rng_state(own["random_cuda"])
+
+    def _manifest(self, done: int, held_out_loss: float | None) -> dict:
+        """What a checkpoint says of the run."""
+        train = self.recipe.train
+        epoch, row = divmod(done * train.global_batch, len(self.order))
+        return {
+            "run_id": self.run_id,
+            "recipe": self.recipe.model_dump(mode="json", exclude={"name"}),
+            "base": self.base.identity(),
+            "rows_sha256": self.rows.facts["sha256"],
+            "order": {"seed": self.recipe.seed, "epoch": epoch, "row": row},
+            "progress": {
+                "num_skipped": self.num_skipped,
+                "num_nonfinite": self.num_nonfinite,
+                "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+            },
+            "held_out_loss": held_out_loss,
+            "versions": versions(),
+        }
 
     def save(self) -> None:
         """Write the adapter (all ranks take part)."""
@@ -251,41 +420,103 @@ class Trainer:
         }
 
 
-def run(recipe: Recipe) -> None:
+def run(recipe: Recipe, start: Start | None = None) -> None:
     """The whole job, on every rank. Rank 0 writes the run folder and prints the table.
 
+    Args:
+        start: where the run starts, as rank 0 sees it; None: at the beginning.
     Raises:
         UserError: anything that the user can mend; the same on every rank.
+        Stopped: a rank was asked to stop, and what was reached is in a checkpoint; the same on every rank.
     """
     from speft_ds.report import print_summary
 
-    start = time.perf_counter()
-    distributed.init()
-    distributed.on_rank_0(lambda: check_output_dir(recipe))
+    began = time.perf_counter()
+    distributed.init(recipe.train.timeout_minutes + 1)
     folder = Path(recipe.output_dir)
-    trainer = Trainer(recipe)
+    distributed.connect_lifeline(recipe.train.timeout_minutes, lambda: way_on(folder))
+    start = whole_start(distributed.broadcast_object(start or Start()))
+    if start.state == "new":
+        distributed.on_rank_0(lambda: check_output_dir(recipe))
+    trainer = Trainer(recipe, start)
     num_ranks = distributed.world_size()
     say(f"{recipe.name}: {len(trainer.rows):,} rows, {trainer.num_steps} steps, {num_ranks} rank(s)")
+    opened: list[Lock] = []  # by rank 0, for as long as the process lives
+    distributed.on_rank_0(lambda: opened.append(open_folder(recipe, start)))
+    trainer.run_id = distributed.broadcast_object(read_facts(folder).get("run_id"))
+    trainer.check_space()
 
     def save_results(moment: str) -> None:
         if trainer.results[moment] is not None:
             results = {key: value for key, value in trainer.results[moment].items() if key != "samples"}
             write_json(folder / "eval" / f"{moment}.json", results)
 
-    distributed.on_rank_0(lambda: start_folder(recipe))
-    trainer.evaluate("before")
-    distributed.on_rank_0(lambda: save_results("before"))
+    if start.checkpoint is None:  # else the weights are scored that a run starts from, not goes on from
+        trainer.evaluate("before")
+        distributed.on_rank_0(lambda: save_results("before"))
+    distributed.stop_if_asked()
     trainer.choose_mask()
+    distributed.stop_if_asked()
     trainer.train()
     trainer.save()
     trainer.evaluate("after")
     distributed.on_rank_0(lambda: save_results("after"))
-    trainer.timings["total"] = time.perf_counter() - start
+    trainer.timings["total"] = time.perf_counter() - began
 
     def finish() -> None:
-        throughput = tokens_per_second(folder / "metrics.jsonl")
-        write_json(folder / "run.json", {**trainer.facts(), "tokens_per_s": throughput})
+        facts = {**read_facts(folder), **trainer.facts(), "finished": True}
+        write_facts(folder, {**facts, "tokens_per_s": tokens_per_second(folder / "metrics.jsonl")})
         print_summary(folder)
 
     distributed.on_rank_0(finish)
     distributed.barrier()
+    lifeline.close()
+
+
+def whole_start(start: Start) -> Start:
+    """The start with a checkpoint whose parts are what was written: the ranks read all of them.
+
+    A damaged one is said so, and the next older one is taken, unless the user named it.
+
+    Raises:
+        UserError: on every rank, where there is no whole one.
+    """
+    while start.checkpoint is not None:
+        own = damage(start.checkpoint, distributed.rank(), distributed.world_size())
+        problems = [problem for problem in distributed.all_gather_objects(own) if problem]
+        if not problems:
+            return start
+        if start.is_chosen:
+            fix = f"take the newest whole one: --resume {start.source}"
+            raise UserError(f"cannot resume: {problems[0]}", str(start.checkpoint.path), fix)
+        say(f"note: checkpoint {start.checkpoint.path}: {problems[0]}; looking for an older one")
+        found: list[Checkpoint | None] = []
+
+        def older(start: Start = start, found: list = found) -> None:
+            run_id = start.checkpoint.manifest["run_id"]
+            found.append(newest_whole(start.source, run_id, say, below=start.checkpoint.step))
+
+        distributed.on_rank_0(older)
+        start = replace(start, checkpoint=distributed.broadcast_object(found[0] if found else None))
+    return start
+
+
+def open_folder(recipe: Recipe, start: Start) -> Lock:
+    """Make the run folder ours, and what is in it what a run has at this step. On rank 0."""
+    folder = Path(recipe.output_dir)
+    lock = Lock(folder)
+    if start.state == "new":
+        check_output_dir(recipe)
+    forked = start.source is not None and start.source.absolute() != folder.absolute()
+    step = start.checkpoint.step if start.checkpoint else 0
+    clean(folder, step, say)
+    if start.state == "resumed":
+        rewind_metrics(folder, step, start.source)
+    if forked:
+        copy_scores(start.source, folder)
+    start_folder(recipe)
+    before = {} if forked else read_facts(folder)
+    starts = [*before.get("starts", []), {"step": step, "world_size": distributed.world_size()}]
+    run_id = before.get("run_id") or new_run_id()
+    write_facts(folder, {"run_id": run_id, "finished": False, "starts": starts, "versions": versions()})
+    return lock

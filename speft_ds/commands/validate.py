@@ -25,12 +25,12 @@ from speft_ds.data.sources import iterate_rows
 from speft_ds.data.tokens import Encoder, load_tokenizer
 from speft_ds.ds_config import batch_problems, read_ds_config
 from speft_ds.errors import RecipeError, UserError
-from speft_ds.preflight import check_output_dir, model_problems, other_problems, rows_problems, settle_hub
+from speft_ds.preflight import model_problems, other_problems, rows_problems, settle_hub
 from speft_ds.recipe import load_recipe
+from speft_ds.run_folder import check_output_dir
 from speft_ds.schema import FIELDS, Recipe, Source
 
 NUM_ROWS = 3
-BYTES_AN_ENTRY = 8 + 2 * 16  # the adapter and two checkpoints
 MARKS = {"ok": "[green]✓[/green]", "problem": "[red]✗[/red]", "note": "[yellow]![/yellow]", "skipped": "-"}
 EXIT_PROBLEM = 2
 
@@ -167,8 +167,9 @@ class Validation:
             return Outcome(what, "problem", [UserError(f"{existing} is not writable", str(existing), fix)])
         if self.num_entries is None:
             return Outcome(f"{what}; what is needed is known with the model", "note")
-        needed = BYTES_AN_ENTRY * self.num_entries
-        what += f"; adapter and two checkpoints take {needed / 2**30:.2f} GiB"
+        num_checkpoints = self.recipe.train.keep_last + 1  # and the one that is being written
+        needed = (8 + 16 * num_checkpoints) * self.num_entries
+        what += f"; adapter and {num_checkpoints} checkpoints take {needed / 2**30:.2f} GiB"
         if needed <= free:
             return Outcome(what)
         return Outcome(

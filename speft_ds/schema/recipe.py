@@ -69,6 +69,15 @@ class Recipe(Section):
             raise broken_rule(message, "eval.tasks=[]; metrics.jsonl has the accuracy", key="eval.tasks")
         return value
 
+    @field_validator("eval")
+    @classmethod
+    def _best_is_measured(cls, value: Eval, info: ValidationInfo) -> Eval:
+        if "train" in info.data and info.data["train"].keep_best and value.held_out is None:
+            message = "train.keep_best needs a held-out loss to go by"
+            fix = "eval.held_out=rows.jsonl, or train.keep_best=false"
+            raise broken_rule(message, fix, key="train.keep_best")
+        return value
+
     @field_validator("mask")
     @classmethod
     def _grasp_in_float32(cls, mask: Mask, info: ValidationInfo) -> Mask:

@@ -12,6 +12,7 @@ from speft_ds.schema.values import (
     Count,
     FilePath,
     Float,
+    Interval,
     Section,
     Text,
     broken_rule,
@@ -57,6 +58,18 @@ class Train(Section):
         "auto", description="how the sparse weight gradient is computed"
     )
     reduce_bucket: Count = Field(16_777_216, description="entries reduced between ranks in one call")
+    checkpoint_every: Interval = Field(
+        "15 minutes", description="steps, or minutes as text, between checkpoints; null: only when stopped"
+    )
+    keep_last: Count = Field(2, description="newest checkpoints that are kept")
+    keep_every: Count | None = Field(None, description="also keep those of every so many steps")
+    keep_best: bool = Field(False, description="also keep that of the lowest loss on eval.held_out")
+    timeout_minutes: Float = Field(
+        30.0, gt=0, description="a rank that makes no progress for so long ends the run, on all ranks"
+    )
+    max_nonfinite: Count = Field(
+        3, description="steps in a row whose loss or gradient may be infinite or NaN; they are skipped"
+    )
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -88,6 +101,10 @@ class Eval(Section):
     include_path: FilePath | None = Field(None, description="a folder of task files of your own")
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="null: the task's own")
     limit: Count | None = Field(None, description="documents a task; null: all")
+    held_out: FilePath | None = Field(
+        None, description="rows like those of data, to measure the loss on while training"
+    )
+    every: Count = Field(100, description="steps between measurements of the held-out loss")
     batch_size: Count = Field(16, description="documents a rank scores at once")
     chat_template: bool = Field(True, description="wrap the prompts in the tokenizer's chat template")
     before: bool = Field(True, description="score the untouched model")

@@ -59,10 +59,30 @@ def broken_rule(message: str, fix: str, **context: str) -> PydanticCustomError:
     return PydanticCustomError("rule", "{message}", {"message": message, "fix": fix, **context})
 
 
+def _interval(value: Any) -> Any:
+    is_steps = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if value is None or is_steps or (isinstance(value, str) and _MINUTES.fullmatch(value)):
+        return value
+    fix = "a number of steps, like 100, or of minutes, like '15 minutes'; null: never"
+    raise broken_rule(f"{value!r} is neither steps nor minutes", fix)
+
+
+_MINUTES = re.compile(r"([1-9]\d*) ?min(ute)?s?")
+
+
+def split_interval(value: int | str | None) -> tuple[int | None, float | None]:
+    """An `Interval` as (steps, seconds), of which one at most is not None."""
+    if isinstance(value, str):
+        return None, 60.0 * int(_MINUTES.fullmatch(value).group(1))
+    return value, None
+
+
 Text = Annotated[str, Field(min_length=1)]
 FilePath = Annotated[Text, AfterValidator(expand_path)]
 Float = Annotated[float, BeforeValidator(_number)]
 Count = Annotated[int, Field(ge=1)]
+# Steps, or text like `15 minutes`, or never.
+Interval = Annotated[int | Text | None, BeforeValidator(_interval)]
 Beta = Annotated[Float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0)]
 Layer = Annotated[int, Field(ge=0)]

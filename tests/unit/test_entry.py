@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 
 from speft_ds import entry
+from speft_ds.arguments import parse_arguments
 from speft_ds.commands.launcher import find_deepspeed
 from speft_ds.errors import UserError
 from speft_ds.recipe import ROOT
@@ -58,8 +59,9 @@ def test_a_launched_script_checks_before_it_imports_torch(ready, stub, job, argu
 
 
 @pytest.fixture
-def own_environment():
-    """A run sets variables for the libraries; other tests should not see them."""
+def own_environment(monkeypatch):
+    """A run sets variables for the libraries, and signal handlers; other tests should not see them."""
+    monkeypatch.setattr("speft_ds.stop.watch", lambda: None)
     with mock.patch.dict(os.environ):
         yield
 
@@ -68,7 +70,7 @@ def own_environment():
 def test_a_launched_script_runs_its_module(ready, own_environment, monkeypatch, job, folder):
     calls = []
     module = types.ModuleType(f"speft_ds.{job}")
-    module.run = calls.append
+    module.run = lambda recipe, *start: calls.append(recipe)
     monkeypatch.setitem(sys.modules, f"speft_ds.{job}", module)
     monkeypatch.setattr(sys, "argv", ["script", "--local_rank=0", "--recipe", "mine.yaml", "seed=3"])
     with pytest.raises(SystemExit) as left:
@@ -78,26 +80,26 @@ def test_a_launched_script_runs_its_module(ready, own_environment, monkeypatch, 
 
 
 def test_an_error_of_the_run_is_shown_without_a_traceback(ready, own_environment, monkeypatch, capsys):
-    def run(recipe):
+    def run(recipe, start):
         raise UserError("the loss is nan", "training", "lower optimizer.lr")
 
     module = types.ModuleType("speft_ds.train")
     module.run = run
     monkeypatch.setitem(sys.modules, "speft_ds.train", module)
     monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", "mine.yaml"])
-    assert entry.main("train", entry.parse_arguments("")) == 2
+    assert entry.main("train", parse_arguments("train", "")) == 2
     assert capsys.readouterr().err.startswith("the loss is nan\n    where: training")
 
 
 def test_ctrl_c_ends_a_rank_quietly(ready, own_environment, monkeypatch, capsys):
-    def run(recipe):
+    def run(recipe, start):
         raise KeyboardInterrupt
 
     module = types.ModuleType("speft_ds.train")
     module.run = run
     monkeypatch.setitem(sys.modules, "speft_ds.train", module)
     monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", "mine.yaml"])
-    assert entry.main("train", entry.parse_arguments("")) == 130
+    assert entry.main("train", parse_arguments("train", "")) == 130
     assert capsys.readouterr() == ("", "")
 
 

@@ -11,10 +11,7 @@ from speft_ds.schema import FIELDS, NEEDS_DATA, SECTIONS, Mask, Train
 from unit.snapshot import check_snapshot
 from unit.written import load, refused
 
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def test_num_trainable_switches_the_default_density_off(tmp_path):

@@ -1,0 +1,66 @@
+"""Who this process is among the ranks, by what its launcher left in the environment. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+
+LONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+PORTS = range(20_000, 60_000)  # of which a SLURM step takes one by its number
+
+
+def settle() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT where they are not set.
+
+    `deepspeed` and `torchrun` set them; `srun` says the same in SLURM_* variables; a process that nobody
+    launched is a group of one.
+    """
+    found = _of_srun() if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ else {}
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun's name for it
+        found["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]
+    for key, value in {**LONE, "MASTER_PORT": "29500", **found}.items():
+        os.environ.setdefault(key, value)
+
+
+def _of_srun() -> dict[str, str]:
+    """What the variables of a job step say. A batch script without srun has none of a step."""
+    env = os.environ
+    found = {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "LOCAL_SIZE": str(tasks_by_node(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])]),
+        "MASTER_PORT": str(PORTS[(int(env["SLURM_JOB_ID"]) * 8 + int(env["SLURM_STEP_ID"])) % len(PORTS)]),
+    }
+    if "MASTER_ADDR" not in env:
+        found["MASTER_ADDR"] = _first_node(env["SLURM_STEP_NODELIST"])
+    return found
+
+
+def tasks_by_node(text: str) -> list[int]:
+    """SLURM's short form of task counts, `2(x3),1`, as [2, 2, 2, 1]."""
+    counts = []
+    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(repeat or 1)
+    return counts
+
+
+def _first_node(nodes: str) -> str:
+    """The first name of a SLURM node list, `node[03-05],gpu1`; rank 0 runs there."""
+    try:
+        listing = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+        return listing.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):  # in a container, say
+        first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes).group()  # up to a comma outside brackets
+        return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

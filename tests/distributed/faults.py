@@ -1,0 +1,91 @@
+"""What a rank of a live run is made to suffer: hooks that it calls before it starts."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+
+
+def _before_step(number: int, action: Callable) -> None:
+    """Have the run call action(trainer) before step `number` (from 1)."""
+    from speft_ds.train import Trainer
+
+    train_step = Trainer.train_step
+
+    def step_with(self, step):
+        if step + 1 == number:
+            action(self)
+        return train_step(self, step)
+
+    Trainer.train_step = step_with
+
+
+def raises() -> None:
+    def boom(trainer):
+        while trainer.writer.in_flight and not trainer.writer.is_written:
+            time.sleep(0.01)
+        raise RuntimeError("boom")
+
+    _before_step(6, boom)
+
+
+def hangs() -> None:
+    _before_step(4, lambda trainer: time.sleep(1000))
+
+
+def dies_after_step_9() -> None:
+    def die(trainer):
+        trainer.writer.in_flight.thread.join() if trainer.writer.in_flight else None
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _before_step(10, die)  # by then, the save of step 8 counts
+
+
+def nan_in_step_3() -> None:
+    _spoil(lambda step: step == 3)
+
+
+def nan_from_step_6_on() -> None:
+    # The checkpoint of step 6 is written all the same: a skipped step leaves the weights whole.
+    _spoil(lambda step: step >= 6)
+
+
+def _spoil(is_bad: Callable[[int], bool]) -> None:
+    """Make the loss of this rank NaN in some steps (from 1)."""
+    from speft_ds.train import Trainer
+
+    train_step = Trainer.train_step
+
+    def step_with(self, step):
+        objective = self.base.objective
+
+        def spoilt(*arguments):
+            loss, num_correct = objective(*arguments)
+            in_training = len(arguments) == 2  # scoring gives a temperature, too
+            return (loss * math.nan if in_training and is_bad(step + 1) else loss), num_correct
+
+        self.base.objective = spoilt
+        try:
+            return train_step(self, step)
+        finally:
+            self.base.objective = objective
+
+    Trainer.train_step = step_with
+
+
+def infinite_gradient_in_step_6() -> None:
+    """The loss is finite, one entry of the gradient of this rank is not."""
+
+    def spoil(trainer):
+        trainer.schedule.state.gradient.pending[0, 0] = math.inf
+
+    _before_step(6, spoil)
+
+
+def short_wait() -> None:
+    from speft_ds import run_folder
+
+    run_folder.LOCK_WAIT_S = 1.0

@@ -1,0 +1,223 @@
+"""Stopped by a signal, moved to other ranks, gone on with: live runs of the real command."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from live import LiveRun, metrics
+from ranks import free_port
+from safetensors.torch import load_file
+
+from speft_ds.checkpoint.folder import list_checkpoints
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 30
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path):
+    """The path of a recipe; its run folder is tmp_path/run."""
+    values = {
+        "model": {"name_or_path": str(tiny["untied"]), "dtype": "float32"},
+        "data": {"path": str(tiny["data"]), "max_length": 128},
+        "mask": {"density": 0.05, "calibration_samples": 12},
+        "optimizer": {"lr": 1e-2, "eps": 1e-5},
+        "train": {"steps": STEPS, "global_batch": 16, "micro_batch": 4, "checkpoint_every": None},
+        "deepspeed": {"config": "zero3_cpu"},
+        "output_dir": str(tmp_path / "run"),
+    }
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def start(recipe, tmp_path):
+    """start(more arguments, ranks): a live run of the recipe."""
+    runs = []
+
+    def begin(*more, num_ranks=2, hooks=None):
+        run = LiveRun(tmp_path / f"log{len(runs)}", ["--recipe", str(recipe), *more], num_ranks, hooks)
+        runs.append(run)
+        return run
+
+    yield begin
+    for run in runs:
+        run.kill()
+
+
+def after_step(run, step):
+    run.wait_for(f"step {step:>5}/")
+
+
+def whole_steps(folder):
+    return [checkpoint.step for checkpoint in list_checkpoints(folder) if checkpoint.problem is None]
+
+
+@pytest.mark.parametrize(
+    ("number", "rank"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGINT, 0)]
+)
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(start, tmp_path, number, rank):
+    run = start("train.steps=500")
+    after_step(run, 3)
+    run.signal(number, rank)
+    assert run.codes() == [85, 85], run.text()
+    done = metrics(tmp_path / "run")[-1]["step"]
+    assert 3 <= done < 500 and whole_steps(tmp_path / "run") == [done]
+    assert run.text().count(f"stopped: received {number.name}") == 1
+    assert f"go on with: --resume {tmp_path / 'run'}" in run.text() and "Traceback" not in run.text()
+
+
+def test_from_2_ranks_to_1_to_4(start, tmp_path):
+    """Equal to the undisturbed run: the rows, the losses and the deltas, to the order of sums."""
+    whole = start(f"output_dir={tmp_path / 'whole'}")
+    assert whole.codes() == [0, 0], whole.text()
+    run = start()
+    after_step(run, 4)
+    run.signal(signal.SIGUSR1, 0)
+    assert run.codes() == [85, 85]
+    run = start("--resume", num_ranks=1)
+    after_step(run, 12)
+    run.signal(signal.SIGTERM, 0)
+    assert run.codes() == [85]
+    first, second = whole_steps(tmp_path / "run")[::-1]
+    run = start("--resume", num_ranks=4)
+    assert run.codes() == [0] * 4, run.text()
+    assert f"step {second} of {STEPS}, on 4 rank(s), it was written by 1" in run.text()
+    assert 4 <= first < 12 <= second < STEPS
+    got, wanted = metrics(tmp_path / "run"), metrics(tmp_path / "whole")
+    assert [line["step"] for line in got] == list(range(1, STEPS + 1))
+    assert [line["num_tokens"] for line in got] == [line["num_tokens"] for line in wanted]
+    assert [line["loss"] for line in got] == pytest.approx([line["loss"] for line in wanted], abs=1e-5)
+    expected = load_file(tmp_path / "whole" / "adapter" / "adapter.safetensors")
+    for name, tensor in load_file(tmp_path / "run" / "adapter" / "adapter.safetensors").items():
+        assert (tensor - expected[name]).abs().max() < 1e-5, name
+
+
+def test_a_micro_batch_that_does_not_fit_the_ranks_is_made_to(start, tmp_path):
+    run = start("train.micro_batch=8")
+    after_step(run, 2)
+    run.signal(signal.SIGTERM, 1)
+    assert run.codes() == [85, 85]
+    run = start("train.micro_batch=8", "--resume", num_ranks=4)
+    assert run.codes() == [0] * 4 and "for 4 rank(s) train.micro_batch=4 (it was 8)" in run.text()
+
+
+def test_a_second_ctrl_c_leaves_at_once(start, tmp_path):
+    hooks = {0: slow_steps, 1: slow_steps}
+    run = start("train.checkpoint_every=1", hooks=hooks)
+    after_step(run, 2)
+    for rank in (0, 1):
+        run.signal(signal.SIGINT, rank)
+    run.until(lambda: "received SIGINT" in run.text(), 10, "the first Ctrl-C")
+    before = time.monotonic()
+    for rank in (0, 1):
+        run.signal(signal.SIGINT, rank)
+    assert set(run.codes()) <= {130, 1} and 130 in run.codes()
+    assert time.monotonic() - before < 3  # the step itself takes 5
+    assert whole_steps(tmp_path / "run")
+
+
+def slow_steps() -> None:
+    from speft_ds.train import Trainer
+
+    step = Trainer.train_step
+
+    def slow(self, number):
+        time.sleep(5 if number > 1 else 0)
+        return step(self, number)
+
+    Trainer.train_step = slow
+
+
+def test_stopped_before_its_first_step(start, tmp_path):
+    """Nothing is lost, since there was nothing: `--resume` starts from the beginning, and says so."""
+    run = start("train.steps=3", hooks={0: slow_load})
+    run.wait_for("loading")
+    run.signal(signal.SIGTERM, 0)
+    assert run.codes() == [85, 85], run.text()
+    assert not (tmp_path / "run" / "checkpoints").exists() and "--resume auto" in run.text()
+    run = start("train.steps=3", "--resume", "auto")
+    assert run.codes() == [0, 0], run.text()
+    assert len(metrics(tmp_path / "run")) == 3
+
+
+def slow_load() -> None:
+    from speft_ds.base import Base
+
+    load = Base.load
+
+    def slow(self, *arguments):
+        print("loading", flush=True)
+        time.sleep(3)
+        return load(self, *arguments)
+
+    Base.load = slow
+
+
+def test_held_out_loss_and_the_best_checkpoint(start, tiny, tmp_path):
+    """The loss rises from some point on, by a rate that is far too high; the best checkpoint is kept."""
+    held_out = ["train.keep_best=true", f"eval.held_out={tiny['data']}", "eval.every=2", "train.keep_last=1"]
+    run = start(*held_out, "train.checkpoint_every=5", "optimizer.lr=0.3")
+    after_step(run, 9)
+    run.signal(signal.SIGTERM, 0)
+    assert run.codes() == [85, 85], run.text()
+    run = start(*held_out, "train.checkpoint_every=5", "optimizer.lr=0.3", "--resume")
+    assert run.codes() == [0, 0], run.text()
+    lines = [line for line in metrics(tmp_path / "run") if "held_out_loss" in line]
+    assert [line["step"] for line in lines] == list(range(2, STEPS + 1, 2))
+    best = min(lines, key=lambda line: line["held_out_loss"])["step"]
+    assert sorted(whole_steps(tmp_path / "run")) == sorted({best, STEPS})
+    whole = start(*held_out, "train.checkpoint_every=5", "optimizer.lr=0.3", f"output_dir={tmp_path / 'w'}")
+    assert whole.codes() == [0, 0]
+    assert metrics(tmp_path / "w") == metrics(tmp_path / "run")
+
+
+def test_the_launcher_is_stopped_and_the_run_resumed_at_once(recipe, tmp_path):
+    """`deepspeed` dies of SIGUSR1 without a word: its ranks notice, and a resume waits for them to end."""
+    env = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    command = [launcher, "--num_gpus", "2", "--master_port", str(free_port()), str(ROOT / "launch/train.py")]
+    first = tmp_path / "first.log"
+    with first.open("w") as log:
+        process = subprocess.Popen(
+            [*command, "--recipe", str(recipe), "train.steps=2000"], env=env, stdout=log, stderr=log
+        )
+    deadline = time.monotonic() + 120
+    while "step     5/" not in first.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, first.read_text()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(30) == -signal.SIGUSR1
+    command[4] = str(free_port())
+    resumed = subprocess.Popen(
+        [*command, "--resume", str(tmp_path / "run")],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = []
+    for line in resumed.stdout:
+        lines.append(line)
+        if "resuming from" in line:
+            break
+    number = int(lines[-1].partition("step ")[2].split()[0])
+    assert "the launcher has ended" in first.read_text() and number >= 5
+    assert f"step_{number:06d}; go on with" in first.read_text()
+    ranks = subprocess.run(
+        ["pgrep", "-f", f"launch/train.py.*--resume {tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for pid in ranks.stdout.split():  # the launchers and the ranks, as `pkill -USR1 -f` would
+        os.kill(int(pid), signal.SIGUSR1)
+    resumed.stdout.read()
+    resumed.wait(60)
+    assert max(whole_steps(tmp_path / "run")) >= number

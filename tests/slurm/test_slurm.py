@@ -1,0 +1,149 @@
+"""Runs on a real Slurm that is disturbed in every way it has: they end as an undisturbed one."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from slurm.cluster import wait_for
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPTS = ROOT / "launch" / "slurm"
+STEPS = 24
+URGENT = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
+ENV = {"SPEFT_ROOT": ROOT, "SPEFT_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1}
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny, tmp_path_factory):
+    values = {
+        "model": {"name_or_path": str(tiny["untied"]), "dtype": "float32"},
+        "data": {"path": str(tiny["data"]), "max_length": 128},
+        "mask": {"density": 0.05, "calibration_samples": 12},
+        "optimizer": {"lr": 1e-2},
+        "train": {"steps": STEPS, "global_batch": 8, "micro_batch": 1, "checkpoint_every": 3},
+        "deepspeed": {"config": "zero3_cpu"},
+        "eval": {"tasks": []},
+    }
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+class Run:
+    """A run folder, and the job that works on it."""
+
+    def __init__(self, cluster, folder):
+        self.cluster, self.folder, self.job = cluster, folder, None
+
+    def start(self, recipe, *options, script="train"):
+        words = [*options, SCRIPTS / f"{script}.sbatch", recipe, f"output_dir={self.folder}"]
+        self.job = self.cluster.submit(*words, folder=self.folder.parent, **ENV)
+        return self
+
+    @property
+    def log(self):
+        return self.folder / f"slurm-{self.job}.out"
+
+    def num_steps(self):
+        metrics = self.folder / "metrics.jsonl"
+        return len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+
+    def wait_for_step(self, step, restart):
+        """Wait until the job is in its start number `restart` and past a step in it."""
+
+        def is_there():
+            is_started = self.log.is_file() and f"restart {restart}\n" in self.log.read_text()
+            return is_started and len(self.cluster.ranks(self.job)) > 0 and self.num_steps() >= step
+
+        self.cluster.wait_during(self.job, is_there, f"step {step}")
+
+    def end(self):
+        return self.cluster.wait_for_end(self.job)
+
+    def result(self):
+        """What must be the same however a run was disturbed."""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        adapter = (self.folder / "adapter" / "adapter.safetensors").read_bytes()
+        return adapter, [(line["loss"], line["grad_norm"], line["num_tokens"]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, recipe, tmp_path_factory):
+    """The result of a run on 2 nodes with a rank each."""
+    run = Run(cluster, tmp_path_factory.mktemp("undisturbed") / "run").start(recipe, "--nodes=2")
+    assert run.end() == ("COMPLETED", "0:0", 0), run.log.read_text()
+    return run.result()
+
+
+def test_preempted_twice(cluster, recipe, undisturbed, folder):
+    run = Run(cluster, folder / "run").start(recipe, "--nodes=2")
+    for restart in range(2):
+        run.wait_for_step(run.num_steps() + 3, restart)
+        urgent = cluster.submit(*URGENT, "--wrap=true", folder=folder)
+        cluster.wait_for_end(urgent)
+    assert run.end() == ("COMPLETED", "0:0", 2)
+    assert run.log.read_text().count("the ranks ended with 85") == 2
+    assert run.result() == undisturbed
+
+
+def test_requeued_a_node_down_and_a_rank_killed(cluster, recipe, undisturbed, folder):
+    run = Run(cluster, folder / "run").start(recipe, "--nodes=2")
+    run.wait_for_step(2, restart=0)
+    cluster.run("scontrol", "requeue", run.job)
+
+    run.wait_for_step(run.num_steps() + 3, restart=1)
+    cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    cluster.wait_until(run.job, "PENDING")
+    cluster.run("scontrol", "update", "nodename=node2", "state=resume")
+
+    run.wait_for_step(run.num_steps() + 3, restart=2)
+    ranks = cluster.ranks(run.job)
+    assert sorted(ranks) == [0, 1]
+    os.kill(ranks[1], signal.SIGKILL)
+    state, code, restarts = run.end()
+    assert (state, restarts) == ("FAILED", 2) and code != "85:0"
+    wait_for(lambda: not cluster.ranks(run.job), "the other rank to end", 20)
+    assert run.num_steps() < STEPS
+
+    assert run.start(recipe, "--nodes=2").end() == ("COMPLETED", "0:0", 0)
+    assert run.result() == undisturbed
+
+
+def test_submitted_on_four_ranks_until_its_time_is_up(cluster, recipe, tiny, undisturbed, folder):
+    """`speft submit` on 2 nodes with 2 ranks each, and the evaluation behind it."""
+    run = Run(cluster, folder / "run")
+    scored = ["eval.tasks=[tiny_choice]", f"eval.include_path={tiny['tasks']}", "eval.limit=9"]
+    later = ["eval.before=false", "eval.after=false", f"output_dir={run.folder}"]
+    speft = [sys.executable, "-m", "speft_ds.cli", "submit", str(recipe), *scored, *later]
+    told = cluster.run(*speft, "--nodes=2", "--ranks-per-node=2", "--evaluate", folder=ROOT, **ENV)
+    run.job, evaluation = re.search(r"job (\d+): .*\n  evaluate  job (\d+)", told, re.DOTALL).groups()
+    assert f"tail -F {run.log}" in told and (run.folder / "submit.sbatch").is_file()
+
+    run.wait_for_step(3, restart=0)
+    cluster.run("scancel", "--signal=USR1", run.job)  # as --signal does ahead of the time limit
+    assert run.end() == ("COMPLETED", "0:0", 1)
+    losses, others = ([loss for loss, _, _ in lines] for lines in (run.result()[1], undisturbed[1]))
+    assert losses == pytest.approx(others, abs=1e-4)  # of four ranks against two
+
+    assert cluster.wait_for_end(evaluation) == ("COMPLETED", "0:0", 0)
+    assert json.loads((run.folder / "eval" / "tiny_choice.json").read_text())["results"]["tiny_choice"]
+    again = subprocess.run(speft, env=cluster.env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 2 and "is finished" in again.stderr
+
+
+def test_an_array_of_three(cluster, recipe, folder):
+    lines = [f"{recipe} train.steps=4 optimizer.lr={rate}" for rate in (1e-3, 1e-2, 3e-2)]
+    (folder / "rates.txt").write_text("\n".join(lines))
+    job = cluster.submit("--array=1-3", SCRIPTS / "array.sbatch", "rates.txt", folder=folder, **ENV)
+    for number in (1, 2, 3):
+        assert cluster.wait_for_end(f"{job}_{number}") == ("COMPLETED", "0:0", 0)
+    runs = [folder / "runs" / "rates" / str(number) for number in (1, 2, 3)]
+    assert len({(run / "adapter" / "adapter.safetensors").read_bytes() for run in runs}) == 3

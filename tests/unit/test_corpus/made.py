@@ -1,0 +1,39 @@
+"""Rows, data sections and corpora that the tests of corpora make."""
+
+import json
+from itertools import pairwise
+
+import tiny
+
+from speft_ds.data.prepare import prepare
+from speft_ds.data.request import Request
+from speft_ds.schema import Data
+
+
+def make(data, model, load=tiny.make_tokenizer, say=lambda line: None, **options):
+    return prepare(Request(data, model, **options), load, say)
+
+
+def plain(path, **data):
+    """A data section without a chat template: one token a byte, and one for the end."""
+    return Data(path=str(path), chat_template=False, **data)
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def pairs(*responses, prompt="p"):
+    return [{"prompt": prompt, "response": response} for response in responses]
+
+
+def shown(corpus):
+    """The rows as text, the start of what is learnt marked."""
+    tokenizer = tiny.make_tokenizer()
+    texts = []
+    for row in corpus:
+        edges = [0, *(edge for span in row.spans for edge in span), len(row.ids)]
+        texts.append("|".join(tokenizer.decode(row.ids[a:b]) for a, b in pairwise(edges)))
+    return texts

@@ -1,0 +1,223 @@
+"""One rank's trouble ends all ranks and is told once: real processes, with real deaths."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from speft_ds import lifeline
+
+SCRIPT = Path(__file__).with_name("lifeline_rank.py")
+SETTINGS = {"GRACE_S": 0.3, "TOLD_S": 0.3, "SILENCE_S": 0.5}
+ADVICE = "\ngo on with: --resume\n"
+DIED = "died; killed, or out of memory: see the log of its node"
+
+
+class Job:
+    """Ranks that do what they are told, until they end; `jobs`: by rank, see lifeline_rank.py."""
+
+    def __init__(self, folder, jobs, timeout_s=60.0, **settings):
+        self.folder = folder
+        more = [f"{name}={value}" for name, value in {**SETTINGS, **settings}.items()]
+        self.ranks = []
+        for rank, job in enumerate(jobs):
+            command = [sys.executable, SCRIPT, folder, rank, len(jobs), timeout_s, job, *more]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            self.ranks.append(subprocess.Popen([*map(str, command)], start_new_session=True, **pipes))
+        self.wait_for(*(f"ready_{rank}" for rank in range(len(jobs))))
+
+    def wait_for(self, *names):
+        deadline = time.monotonic() + 30
+        while not all((self.folder / name).exists() for name in names):
+            assert time.monotonic() < deadline, f"no {names}"
+            time.sleep(0.01)
+
+    def signal(self, rank, number):
+        os.kill(self.ranks[rank].pid, number)
+        if number == signal.SIGKILL:
+            self.ranks[rank].wait()
+            (self.folder / "dead").touch()
+
+    def ended(self, *without, within=15.0):
+        """(Exit codes, what was said) by rank, of all but these, once they have ended by themselves."""
+        deadline = time.monotonic() + within
+        for rank, process in enumerate(self.ranks):
+            if rank not in without:
+                process.wait(max(0.1, deadline - time.monotonic()))
+        self.kill()
+        said = [process.communicate() for process in self.ranks]
+        assert all(out == "" for out, _ in said)
+        return [process.returncode for process in self.ranks], [error for _, error in said]
+
+    def kill(self):
+        for process in self.ranks:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                process.wait()
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Start a job; it is killed after the test."""
+    jobs = []
+
+    def start(*ranks, **settings):
+        jobs.append(Job(tmp_path, ranks, **settings))
+        return jobs[-1]
+
+    yield start
+    for started in jobs:
+        started.kill()
+
+
+def but(rank, values):
+    return [value for number, value in enumerate(values) if number != rank]
+
+
+# Deaths
+
+
+@pytest.mark.parametrize(("world_size", "victim"), [(2, 0), (2, 1), (4, 0), (4, 2)])
+def test_the_death_of_a_rank_ends_all_and_is_told_once(job, world_size, victim):
+    ranks = job(*["work"] * world_size)
+    ranks.signal(victim, signal.SIGKILL)
+    start = time.monotonic()
+    codes, said = ranks.ended()
+    assert time.monotonic() - start < 8
+    assert but(victim, codes) == [1] * (world_size - 1) and codes[victim] == -signal.SIGKILL
+    teller = 1 if victim == 0 else 0
+    assert said[teller] == f"rank {victim} {DIED}{ADVICE}" and not any(but(teller, said))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_death_is_told_and_not_the_errors_that_it_causes(job, victim):
+    doing = ["fail_at_the_others_death:connection reset by peer"] * 3
+    doing[victim] = "work"
+    ranks = job(*doing)
+    ranks.signal(victim, signal.SIGKILL)
+    codes, said = ranks.ended()
+    assert all(code in (1, 2) for code in but(victim, codes))
+    teller = 1 if victim == 0 else 0
+    assert said[teller] == f"rank {victim} {DIED}{ADVICE}" and not any(but(teller, said))
+
+
+def test_a_death_is_heard_of_though_a_process_that_the_rank_forked_lives_on(job):
+    """lm-eval's bootstrap forks helpers, which outlive a rank that is out of memory."""
+    ranks = job("work", "fork_and_work")
+    ranks.wait_for("forked")
+    ranks.signal(1, signal.SIGKILL)
+    codes, said = ranks.ended(within=5)
+    assert codes[0] == 1 and said[0] == f"rank 1 {DIED}{ADVICE}"
+
+
+# Errors
+
+
+@pytest.mark.parametrize(("world_size", "culprit"), [(1, 0), (2, 0), (2, 1), (4, 3)])
+def test_an_error_is_told_by_its_rank_and_ends_the_others_silently(job, world_size, culprit):
+    doing = ["work"] * world_size
+    doing[culprit] = "fail:rank failed\nat line 3"
+    codes, said = job(*doing).ended()
+    assert said[culprit] == f"rank failed\nat line 3{ADVICE}" and not any(but(culprit, said))
+    assert codes[culprit] == 2 and but(culprit, codes) == [1] * (world_size - 1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_an_error_of_all_ranks_is_told_once(job, world_size):
+    codes, said = job(*["fail:no such mask"] * world_size).ended()
+    assert "".join(said) == f"no such mask{ADVICE}"
+    assert all(code in (1, 2) for code in codes) and 2 in codes
+
+
+def test_an_error_after_the_end_of_rank_0_is_told(job):
+    codes, said = job("close", "close_then_fail:no space left", "close:1").ended()
+    assert (codes, said) == ([0, 2, 0], ["", f"no space left{ADVICE}", ""])
+
+
+# Hangs
+
+
+@pytest.mark.parametrize(("world_size", "culprit"), [(1, 0), (2, 0), (2, 1), (4, 3)])
+def test_a_rank_that_hangs_is_told_with_where_it_stands(job, world_size, culprit):
+    doing = ["wait"] * world_size
+    doing[culprit] = "hang"
+    codes, said = job(*doing, timeout_s=0.9, GRACE_S=0.6).ended()
+    assert codes == [1] * world_size and not any(said[1:])
+    first, _, rest = said[0].partition("\n")
+    what = f"rank {culprit} made no progress for 0.015 minutes (train.timeout_minutes)"
+    assert first == f"{what}, after: start; it stands at"
+    assert "in hang\n    time.sleep(60)" in rest and "all_reduce" not in rest and rest.endswith(ADVICE)
+
+
+def test_a_rank_that_hangs_while_the_others_go_on(job):
+    codes, said = job("work", "hang", "work", timeout_s=1.0).ended()
+    assert codes == [1, 1, 1] and said[0].startswith("rank 1 made no progress") and not any(said[1:])
+
+
+def test_where_all_wait_one_tells(job):
+    codes, said = job("wait", "wait", "wait", timeout_s=0.8).ended()
+    assert codes == [1, 1, 1] and not any(said[1:])
+    assert said[0].count("made no progress") == 1 and "in all_reduce" in said[0]
+
+
+@pytest.mark.parametrize("stopped", [1, 2])
+def test_a_rank_that_is_frozen_gives_no_answer(job, stopped):
+    ranks = job("wait", "wait", "wait", timeout_s=1.2, GRACE_S=0.8)
+    ranks.signal(stopped, signal.SIGSTOP)
+    codes, said = ranks.ended(stopped)
+    assert but(stopped, codes) == [1, 1] and not any(said[1:])
+    assert said[0].startswith(f"rank {stopped} gives no answer\nrank ") and "in all_reduce" in said[0]
+    assert said[0].endswith(ADVICE)
+
+
+def test_a_frozen_rank_0_is_told_by_rank_1(job):
+    ranks = job("work", "wait", "wait", timeout_s=0.8)
+    ranks.signal(0, signal.SIGSTOP)
+    codes, said = ranks.ended(0)
+    assert codes[1:] == [1, 1] and said[0] == said[2] == ""
+    assert said[1].startswith("rank 0 gives no answer\nrank 1 made no progress") and said[1].endswith(ADVICE)
+
+
+def test_a_rank_that_never_lets_go_of_its_interpreter_is_ended(job):
+    """A collective in C may hold it, and then no thread of ours runs."""
+    codes, said = job("work", "hold_the_interpreter", timeout_s=1.0, DEADLOCK_S=0.5).ended()
+    assert codes == [1, 1] and said[0] == f"rank 1 {DIED}{ADVICE}"
+    assert "Timeout" in said[1] and "in hold_the_interpreter" in said[1]
+
+
+# Normal ends
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
+def test_a_normal_end_is_silent_in_any_order(job, order):
+    codes, said = job(*[f"close:{0.2 * place}" for place in order]).ended()
+    assert (codes, said) == ([0, 0, 0], ["", "", ""])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_that_end_together_end_silently(job, world_size):
+    codes, said = job(*["close"] * world_size).ended()
+    assert codes == [0] * world_size and not any(said)
+
+
+def test_who_has_closed_is_not_in_trouble(job):
+    """Neither by taking longer than the others, nor by making no progress any more."""
+    codes, said = job("close_and_linger:1.5", "close:1", "close", timeout_s=0.7).ended()
+    assert (codes, said) == ([0, 0, 0], ["", "", ""])
+
+
+def test_progress_is_no_trouble_however_long_it_takes(job):
+    codes, said = job("close:2", "close:2", timeout_s=0.8).ended()
+    assert (codes, said) == ([0, 0], ["", ""])
+
+
+def test_without_a_lifeline_nobody_listens():
+    lifeline.beat("step 1")
+    lifeline.close()
+    assert lifeline.fail("an error before the ranks know each other") is False

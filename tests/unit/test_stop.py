@@ -1,0 +1,193 @@
+"""Being asked to stop, by signals and by the end of a launcher, in processes of their own."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from speft_ds.recipe import ROOT
+from speft_ds.stop import EXIT_CTRL_C
+
+# A rank: says its id and whether it has a launcher, then what it was asked, and lives on until it is killed.
+RANK = """
+import os, sys, time
+from speft_ds import stop
+stop.POLL_S = 0.1
+stop.watch()
+print(os.getpid(), len(stop.launchers()), flush=True)
+while not stop.reason():
+    time.sleep(0.02)
+print(stop.reason(), flush=True)
+while True:
+    time.sleep(0.02)
+"""
+# Two who never look: one sleeps, one computes where the interpreter does not come by for minutes.
+ASLEEP = RANK.partition("while")[0] + "time.sleep(600)"
+IN_C = RANK.partition("while")[0] + "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+# What starts the program of its other arguments, and waits; the first is for those who look at it.
+PARENT = """
+import subprocess, sys
+subprocess.Popen([sys.executable, *sys.argv[2:]]).wait()
+"""
+
+
+class Started:
+    """A rank of a test and what it says; `command` starts it, or its parent. At the end all are killed."""
+
+    def __init__(self, *command, **environment):
+        env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+        self.rank, self.num_launchers = map(int, self.line().split())
+
+    def line(self):
+        return self.process.stdout.readline().rstrip("\n")
+
+    def told(self):
+        """All that was said on stderr; ends it."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.communicate()[1]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(ProcessLookupError):
+            self.told()
+
+
+def started(body, **environment):
+    return Started(sys.executable, "-c", body, **environment)
+
+
+def launched_by(*names):
+    """A rank whose parent, and its parent, have these names on their command lines."""
+    parents = [word for name in names for word in ("-c", PARENT, name)]
+    return Started(sys.executable, *parents, "-c", RANK)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_is_a_request_and_the_process_lives(number):
+    with started(RANK) as rank:
+        os.kill(rank.rank, number)
+        assert rank.line() == f"received {number.name}"
+        time.sleep(0.1)
+        assert rank.process.poll() is None
+        said = f"received {number.name}: stopping after this step, with a checkpoint\n"
+        assert rank.told() == said
+
+
+def test_the_first_reason_counts_and_is_told_once():
+    with started(RANK) as rank:
+        os.kill(rank.rank, signal.SIGUSR1)
+        assert rank.line() == "received SIGUSR1"
+        for _ in range(3):
+            os.kill(rank.rank, signal.SIGTERM)
+            time.sleep(0.05)
+        assert rank.process.poll() is None
+        assert rank.told().count("stopping") == 1
+
+
+def test_only_rank_0_tells():
+    with started(RANK, RANK="1") as rank:
+        os.kill(rank.rank, signal.SIGTERM)
+        assert rank.line() == "received SIGTERM"
+        assert rank.told() == ""
+
+
+def test_other_signals_keep_their_meaning():
+    with started(RANK) as rank:
+        os.kill(rank.rank, signal.SIGHUP)
+        assert rank.process.wait(10) == -signal.SIGHUP
+
+
+@pytest.mark.parametrize("body", [ASLEEP, IN_C], ids=["asleep", "in C"])
+def test_a_request_is_heard_while_the_main_thread_is_busy_and_a_second_ctrl_c_leaves(body):
+    with started(body) as rank:
+        os.kill(rank.rank, signal.SIGINT)
+        assert rank.process.stderr.readline().startswith("received SIGINT: stopping")
+        assert rank.process.poll() is None
+        start = time.monotonic()
+        os.kill(rank.rank, signal.SIGINT)
+        assert rank.process.wait(10) == EXIT_CTRL_C == 130
+        assert time.monotonic() - start < 3  # "at once", on a busy machine
+
+
+def test_ctrl_c_after_another_request_is_no_second_one():
+    with started(RANK) as rank:
+        os.kill(rank.rank, signal.SIGTERM)
+        assert rank.line() == "received SIGTERM"
+        os.kill(rank.rank, signal.SIGINT)
+        time.sleep(0.3)
+        assert rank.process.poll() is None
+
+
+# Processes that a rank forks: lm-eval's bootstrap does, in a pool that it ends by SIGTERM
+
+FORKS = RANK.replace("while not", "{body}\nprint('done', flush=True)\nwhile not")
+TERMINATE = """
+import multiprocessing
+helper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+helper.start()
+time.sleep(0.2)
+helper.terminate()
+helper.join(5)
+print(helper.exitcode, flush=True)
+helper.kill()
+"""
+
+
+def test_a_forked_process_can_be_terminated_and_its_end_is_no_request():
+    with started(FORKS.replace("{body}", TERMINATE)) as rank:
+        assert rank.line() == f"{-signal.SIGTERM}"
+        assert rank.line() == "done"
+        time.sleep(0.3)
+        assert rank.told() == ""
+
+
+# Launchers
+
+
+@pytest.mark.parametrize("name", ["deepspeed.launcher.launch", "torch.distributed.run", "/usr/bin/deepspeed"])
+def test_the_end_of_the_launcher_is_a_request(name):
+    with launched_by(name) as job:
+        assert job.num_launchers == 1
+        job.process.kill()
+        assert job.line() == "the launcher has ended"
+        assert job.told() == "the launcher has ended: stopping after this step, with a checkpoint\n"
+
+
+@pytest.mark.parametrize("name", ["", "deepspeedy", "my.deepspeed.launcher.launch.py"])
+def test_the_end_of_another_parent_is_not(name):
+    with launched_by(name) as job:
+        assert job.num_launchers == 0
+        job.process.kill()
+        job.process.wait()
+        time.sleep(0.5)  # five looks
+        assert job.told() == ""
+
+
+def test_a_program_with_the_name_of_a_launcher_is_python():
+    """A shell, or an editor, with the script of the launcher on its command line is none."""
+    script = 'python=$1; "$python" -c "$2" & wait'
+    with Started("bash", "-c", script, "deepspeed.launcher.launch", sys.executable, RANK) as job:
+        assert job.num_launchers == 0
+
+
+def test_the_end_of_the_launchers_own_launcher_is_a_request():
+    """`deepspeed` starts a helper, which starts the ranks."""
+    with launched_by("deepspeed", "deepspeed.launcher.launch") as job:
+        assert job.num_launchers == 2
+        job.process.kill()
+        assert job.line() == "the launcher has ended"
+
+
+def test_a_rank_without_a_launcher_is_asked_by_nobody():
+    with started(RANK) as rank:
+        assert rank.num_launchers == 0
+        time.sleep(0.3)
+        assert rank.told() == ""

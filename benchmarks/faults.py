@@ -3,8 +3,8 @@
     python benchmarks/faults.py [--kills 40] [--points 20] [--ranks 2] [--seed 0]
 
 Each row is one run that checkpoints every 2 steps: `kill -9` of one rank or of all of them, at a random
-moment of its training (`--kills`), or just before a random file operation of a save (`--points`: open,
-rename, remove and so on under checkpoints/); then `--resume auto`. Identical means, bit for bit: the adapter,
+moment of its training (`--kills`), or just before a random file operation (`--points`: open,
+rename, remove and so on in the run folder); then `--resume auto`. Identical means, bit for bit: the adapter,
 every part of the last checkpoint (deltas, moments, ages), and losses and norms in metrics.jsonl, each step
 once. Redone are the steps that the killed run had logged beyond the checkpoint that was resumed from. The
 mask schedules take turns.
@@ -48,13 +48,14 @@ MASKS = {
 
 @dataclass(frozen=True)
 class KillAt:
-    """Ends its process without warning before file operation number `point` (from 1) of its saves.
+    """Ends its process without warning before file operation number `point` (from 1) in its run folder.
 
     Args:
         point: 0: never, only count, in `counter`.
     """
 
     point: int
+    folder: Path
     counter: Path | None = None
 
     def __call__(self) -> None:
@@ -63,9 +64,9 @@ class KillAt:
         def look(event: str, arguments: tuple) -> None:
             nonlocal seen
             is_file = event == "open" or event.startswith(("os.", "shutil."))
-            if is_file and arguments and "/checkpoints" in str(arguments[0]):
+            if is_file and arguments and str(arguments[0]).startswith(f"{self.folder}/"):
                 seen += 1
-                if self.counter is not None and not str(arguments[0]).startswith(str(self.counter)):
+                if self.counter is not None:
                     self.counter.write_text(str(seen))
                 if seen == self.point:
                     signal.raise_signal(signal.SIGKILL)
@@ -104,10 +105,12 @@ class Trials:
         return LiveRun(log, arguments, options.pop("num_ranks", self.ranks), **options)
 
     def reference(self, mask: str) -> Path:
-        """The folder of the undisturbed run of a schedule, made once; its saves' operations are counted."""
+        """The folder of the undisturbed run of a schedule, made once; its file operations are counted."""
         if mask not in self.undisturbed:
             output = self.folder / f"undisturbed-{mask}"
-            hooks = {rank: KillAt(0, self.folder / f"count-{mask}-{rank}") for rank in range(self.ranks)}
+            hooks = {
+                rank: KillAt(0, output, self.folder / f"count-{mask}-{rank}") for rank in range(self.ranks)
+            }
             run = self.run(mask, output, hooks=hooks)
             if any(run.codes()):
                 raise RuntimeError(run.text())
@@ -115,7 +118,7 @@ class Trials:
         return self.undisturbed[mask]
 
     def num_points(self, mask: str, rank: int) -> int:
-        """File operations of the saves of a rank."""
+        """File operations of a rank in the run folder."""
         self.reference(mask)
         return int((self.folder / f"count-{mask}-{rank}").read_text())
 
@@ -133,9 +136,9 @@ class Trials:
         return self.resume(mask, output, run, f"step {step} + {delay * 1000:.0f} ms", who)
 
     def kill_in_save(self, mask: str, rank: int, point: int) -> dict:
-        """Kill a rank just before a file operation of a save."""
+        """Kill a rank just before a file operation."""
         output = self.folder / f"run-{self.number}"
-        run = self.run(mask, output, hooks={rank: KillAt(point)})
+        run = self.run(mask, output, hooks={rank: KillAt(point, output)})
         return self.resume(mask, output, run, f"file operation {point}", f"rank {rank}")
 
     def resume(self, mask: str, output: Path, run: LiveRun, moment: str, who: str) -> dict:

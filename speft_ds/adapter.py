@@ -76,6 +76,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], facts: dict) -> None
         write_json(temporary / FACTS, {"format_version": FORMAT_VERSION, "tensors_sha256": digest, **facts})
         flush_to_disk(temporary)
         read_adapter(temporary)  # every check that a later reader makes
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed when it was almost done
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

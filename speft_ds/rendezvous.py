@@ -7,7 +7,7 @@ import re
 import subprocess
 
 LONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-PORTS = range(20_000, 60_000)  # of which a SLURM step takes one by its number
+PORTS = range(10_000, 30_000)  # a SLURM step takes one; below those that the system hands out
 
 
 def settle() -> None:

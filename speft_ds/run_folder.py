@@ -23,7 +23,7 @@ from speft_ds.rendezvous import rank
 from speft_ds.schema import Recipe
 
 RECIPE, FACTS, METRICS, LOCK = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"
-NOT_OF_A_RUN = (LOCK, "slurm-*", "submit.sbatch")  # what may lie there before a run starts
+NOT_OF_A_RUN = (LOCK, "slurm-*", "submit.sbatch", "*.tmp")  # what may lie there before a run starts
 LOCK_WAIT_S = 120.0  # for a run that is just ending: it may be writing its last checkpoint
 
 

@@ -12,7 +12,7 @@ from speft_ds.checkpoint.folder import look_at
 from speft_ds.checkpoint.parts import Parts
 from speft_ds.resume import Start
 from speft_ds.schema import Recipe
-from speft_ds.train import Trainer
+from speft_ds.trainer import Trainer
 
 
 def run_piece(recipe: Recipe, stop: int, checkpoint: Path | None = None) -> dict:

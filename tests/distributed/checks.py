@@ -20,7 +20,8 @@ from speft_ds.data.batch import collate
 from speft_ds.errors import UserError
 from speft_ds.model import fingerprint
 from speft_ds.schema import Recipe
-from speft_ds.train import Trainer, run
+from speft_ds.train import run
+from speft_ds.trainer import Trainer
 
 
 def check_dense_reference(recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 def _before_step(number: int, action: Callable) -> None:
     """Have the run call action(trainer) before step `number` (from 1)."""
-    from speft_ds.train import Trainer
+    from speft_ds.trainer import Trainer
 
     train_step = Trainer.train_step
 
@@ -55,7 +55,7 @@ def nan_from_step_6_on() -> None:
 
 def _spoil(is_bad: Callable[[int], bool]) -> None:
     """Make the loss of this rank NaN in some steps (from 1)."""
-    from speft_ds.train import Trainer
+    from speft_ds.trainer import Trainer
 
     train_step = Trainer.train_step
 

@@ -12,7 +12,7 @@ import torch
 
 from speft_ds.data.batch import collate
 from speft_ds.schema import Recipe
-from speft_ds.train import Trainer
+from speft_ds.trainer import Trainer
 
 
 def make_recipe(tiny: dict, output_dir: Path, checkpoint: str = "untied", **sections: dict) -> Recipe:

@@ -23,7 +23,7 @@ from speft_ds.errors import UserError
 from speft_ds.model import fingerprint
 from speft_ds.salience import score
 from speft_ds.schema import NEEDS_DATA, Recipe
-from speft_ds.train import Trainer
+from speft_ds.trainer import Trainer
 
 # What fp32 makes of a gradient and of all that is computed from it, relative to the largest of its weight.
 # Seen: 1.1e-6; the hand-written forward is in fp64.

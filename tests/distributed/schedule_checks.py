@@ -14,7 +14,7 @@ from speft_ds.mask import Mask, save_mask
 from speft_ds.partition import shard_range
 from speft_ds.schema import Recipe
 from speft_ds.sparse import SparseState
-from speft_ds.train import Trainer
+from speft_ds.trainer import Trainer
 
 Dense = dict[str, Tensor]  # weight -> [out, in]
 

@@ -124,7 +124,7 @@ def test_a_second_ctrl_c_leaves_at_once(start, tmp_path):
 
 
 def slow_steps() -> None:
-    from speft_ds.train import Trainer
+    from speft_ds.trainer import Trainer
 
     step = Trainer.train_step
 

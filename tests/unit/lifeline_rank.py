@@ -27,13 +27,14 @@ def work(seconds=60.0):
         time.sleep(0.02)
 
 
-def wait():
+def wait(seconds=0.3):
     """Wait for the other ranks, after some progress."""
-    work(0.3)
+    work(seconds)
     all_reduce()  # noqa: F821
 
 
-def hang():
+def hang(seconds=0.0):
+    work(seconds)
     time.sleep(60)
 
 

@@ -24,6 +24,13 @@ def rewrite_manifest(folder, **changes):
     (folder / "COMPLETE").write_text(file_sha256(folder / "manifest.json") + "\n")
 
 
+def cleaned(run, step):
+    """What was said."""
+    said = []
+    clean(run, step, said.append)
+    return said
+
+
 def truncate(file, size):
     with file.open("r+b") as opened:
         opened.truncate(size)
@@ -136,13 +143,29 @@ def test_all_are_listed_newest_first_by_number(tmp_path):
     assert list_checkpoints(tmp_path / "nowhere") == []
 
 
-def test_clean_removes_what_an_interrupted_save_left_and_nothing_else(tmp_path):
-    whole, unfinished = save(tmp_path, 10), unmark(save(tmp_path, 20))
+def test_what_interrupted_saves_left_is_cleared_away(tmp_path):
+    whole, unfinished = save(tmp_path, 10), unmark(save(tmp_path, 5))
+    write_parts(tmp_path, 10)
     write_parts(tmp_path, 30)
-    clean(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [whole.name, unfinished.name]
+    assert cleaned(tmp_path, 10) == []
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {whole.name, unfinished.name}
     assert damage(look_at(whole)) is None
-    clean(tmp_path / "nowhere")
+    assert cleaned(tmp_path / "nowhere", 0) == []
+
+
+def test_later_ones_that_cannot_be_used_are_set_aside(tmp_path):
+    """They would be taken for newer ones than those that the run is going to make."""
+    whole, unfinished, damaged = save(tmp_path, 10), unmark(save(tmp_path, 20)), save(tmp_path, 30)
+    flip(damaged / "part_00000.safetensors")
+    said = cleaned(tmp_path, 10)
+    assert sorted(said) == [
+        f"note: {path} is set aside as {path.name}.unusable" for path in (unfinished, damaged)
+    ]
+    assert [c.step for c in list_checkpoints(tmp_path)] == [10] and damage(look_at(whole)) is None
+    assert (damaged.with_name("step_000030.unusable") / "part_00000.safetensors").is_file()
+    save(tmp_path, 30)
+    assert len(cleaned(tmp_path, 10)) == 1  # in the place of the other
+    assert cleaned(tmp_path, 10) == []
 
 
 # The newest whole one

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speft_ds.checkpoint.folder import best_of, damage, list_checkpoints, look_at, prune
+from speft_ds.checkpoint.folder import best_of, damage, folder_of, list_checkpoints, look_at, prune
 from unit.saved import flip, save, unmark
 
 LOSSES = st.sampled_from([None, 1.0, 1.5, 2.0])
@@ -17,40 +17,51 @@ def steps(run):
     return [checkpoint.step for checkpoint in list_checkpoints(run)]
 
 
-def is_kept(step, whole, losses, keep_last, keep_every, keep_best):
-    """The rule for one step; `whole`: the steps of whole ones; `losses`: by step."""
-    if not whole or step >= max(whole):
+def is_kept(step, newest, found, keep_last, keep_every, keep_best):
+    """The rule for one step; `found`: step -> whether it is whole, whose it is, held-out loss."""
+    is_whole, run_id, loss = found[step]
+    if step >= newest or (is_whole and run_id != "mine"):
         return True
-    if step not in whole:
+    if not is_whole:
         return False
-    is_last = sum(other > step for other in whole) < keep_last
+    losses = {
+        other: loss
+        for other, (is_whole, run_id, loss) in found.items()
+        if is_whole and run_id == "mine" and other <= newest
+    }
+    is_last = sum(other > step for other in losses) < keep_last
     is_every = keep_every is not None and step % keep_every == 0
-    measured = [(losses[other], other) for other in whole if losses[other] is not None]
-    is_best = keep_best and (losses[step], step) in measured and (losses[step], step) == min(measured)
+    measured = [(loss, other) for other, loss in losses.items() if loss is not None]
+    is_best = keep_best and (loss, step) in measured and (loss, step) == min(measured)
     return is_last or is_every or is_best
 
 
 @given(
-    st.dictionaries(st.integers(1, 24), st.tuples(st.booleans(), LOSSES), max_size=8),
+    st.dictionaries(
+        st.integers(1, 24),
+        st.tuples(st.booleans(), st.sampled_from(["mine", "mine", "other"]), LOSSES),
+        max_size=8,
+    ),
+    st.integers(1, 24),
+    LOSSES,
     st.integers(1, 4),
     st.none() | st.integers(1, 6),
     st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
-def test_what_nothing_says_to_keep_is_removed(found, keep_last, keep_every, keep_best):
+def test_what_nothing_says_to_keep_is_removed(found, newest, loss, keep_last, keep_every, keep_best):
+    found[newest] = (True, "mine", loss)
     with TemporaryDirectory() as folder:
         run = Path(folder)
-        for step, (is_whole, loss) in found.items():
-            path = save(run, step, (), held_out_loss=loss)
+        for step, (is_whole, run_id, loss) in found.items():
+            path = save(run, step, (), held_out_loss=loss, run_id=run_id)
             if not is_whole:
                 unmark(path)
-        prune(run, keep_last, keep_every, keep_best)
-        whole = {step for step, (is_whole, _) in found.items() if is_whole}
-        losses = {step: loss for step, (_, loss) in found.items()}
-        kept = {step for step in found if is_kept(step, whole, losses, keep_last, keep_every, keep_best)}
+        prune(folder_of(run, newest), keep_last, keep_every, keep_best)
+        kept = {step for step in found if is_kept(step, newest, found, keep_last, keep_every, keep_best)}
         assert set(steps(run)) == kept
-        if whole:  # what the rule above is there for
-            assert max(whole) in kept and {step for step in found if step > max(whole)} <= kept
+        # What the rule is there for: the one just made stays, and all that is newer.
+        assert {step for step in found if step >= newest} <= kept
 
 
 def test_an_unfinished_one_among_older_ones_is_removed_and_a_newer_one_stays(tmp_path):
@@ -58,16 +69,8 @@ def test_an_unfinished_one_among_older_ones_is_removed_and_a_newer_one_stays(tmp
         save(tmp_path, step)
     unmark(tmp_path / "checkpoints" / "step_000020")
     unmark(tmp_path / "checkpoints" / "step_000040")
-    prune(tmp_path, keep_last=2, keep_every=None, keep_best=False)
+    prune(folder_of(tmp_path, 30), keep_last=2, keep_every=None, keep_best=False)
     assert steps(tmp_path) == [40, 30, 10]
-
-
-def test_without_a_whole_one_nothing_is_removed(tmp_path):
-    for step in (10, 20):
-        unmark(save(tmp_path, step))
-    prune(tmp_path, keep_last=1, keep_every=None, keep_best=True)
-    assert steps(tmp_path) == [20, 10]
-    prune(tmp_path / "nowhere", keep_last=1, keep_every=None, keep_best=True)
 
 
 def test_of_equal_losses_the_first_is_the_best(tmp_path):
@@ -83,14 +86,12 @@ def test_one_that_was_found_damaged_and_passed_over_costs_no_whole_one(tmp_path,
     for step in (20, 30):
         save(tmp_path, step)
     flip(tmp_path / "checkpoints" / "step_000030" / "part_00000.safetensors")
-    save(tmp_path, 25)
-    prune(tmp_path, keep_last, keep_every=None, keep_best=False)
+    prune(save(tmp_path, 25), keep_last, keep_every=None, keep_best=False)
     assert [c.step for c in list_checkpoints(tmp_path) if c.problem is damage(c) is None][:1] == [25]
 
 
 def test_one_of_another_run_costs_no_own_one(tmp_path):
     """`newest_whole` passes over it, so it must not count as one that is kept."""
     save(tmp_path, 30, run_id="other")
-    save(tmp_path, 25)
-    prune(tmp_path, keep_last=1, keep_every=None, keep_best=False)
+    prune(save(tmp_path, 25), keep_last=1, keep_every=None, keep_best=False)
     assert 25 in steps(tmp_path)

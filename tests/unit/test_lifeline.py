@@ -13,7 +13,7 @@ import pytest
 from speft_ds import lifeline
 
 SCRIPT = Path(__file__).with_name("lifeline_rank.py")
-SETTINGS = {"GRACE_S": 0.3, "TOLD_S": 0.3, "SILENCE_S": 0.5}
+SETTINGS = {"GRACE_S": 0.2, "TOLD_S": 0.2, "SILENCE_S": 0.3}
 ADVICE = "\ngo on with: --resume\n"
 DIED = "died; killed, or out of memory: see the log of its node"
 
@@ -83,7 +83,7 @@ def but(rank, values):
 # Deaths
 
 
-@pytest.mark.parametrize(("world_size", "victim"), [(2, 0), (2, 1), (4, 0), (4, 2)])
+@pytest.mark.parametrize(("world_size", "victim"), [(2, 1), (4, 0), (4, 2)])
 def test_the_death_of_a_rank_ends_all_and_is_told_once(job, world_size, victim):
     ranks = job(*["work"] * world_size)
     ranks.signal(victim, signal.SIGKILL)
@@ -107,6 +107,15 @@ def test_a_death_is_told_and_not_the_errors_that_it_causes(job, victim):
     assert said[teller] == f"rank {victim} {DIED}{ADVICE}" and not any(but(teller, said))
 
 
+def test_a_death_is_told_though_the_errors_that_it_causes_are_heard_of_first(job):
+    ranks = job(*["fail_at_the_others_death:connection reset by peer"] * 2, "work", GRACE_S=1.0)
+    (ranks.folder / "dead").touch()
+    time.sleep(0.3)
+    ranks.signal(2, signal.SIGKILL)
+    _, said = ranks.ended()
+    assert said == [f"rank 2 {DIED}{ADVICE}", "", ""]
+
+
 def test_a_death_is_heard_of_though_a_process_that_the_rank_forked_lives_on(job):
     """lm-eval's bootstrap forks helpers, which outlive a rank that is out of memory."""
     ranks = job("work", "fork_and_work")
@@ -119,38 +128,38 @@ def test_a_death_is_heard_of_though_a_process_that_the_rank_forked_lives_on(job)
 # Errors
 
 
-@pytest.mark.parametrize(("world_size", "culprit"), [(1, 0), (2, 0), (2, 1), (4, 3)])
+@pytest.mark.parametrize(("world_size", "culprit"), [(1, 0), (2, 0), (4, 3)])
 def test_an_error_is_told_by_its_rank_and_ends_the_others_silently(job, world_size, culprit):
     doing = ["work"] * world_size
     doing[culprit] = "fail:rank failed\nat line 3"
     codes, said = job(*doing).ended()
-    assert said[culprit] == f"rank failed\nat line 3{ADVICE}" and not any(but(culprit, said))
+    assert said[culprit] == "rank failed\nat line 3\n" and not any(but(culprit, said))
     assert codes[culprit] == 2 and but(culprit, codes) == [1] * (world_size - 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_an_error_of_all_ranks_is_told_once(job, world_size):
     codes, said = job(*["fail:no such mask"] * world_size).ended()
-    assert "".join(said) == f"no such mask{ADVICE}"
-    assert all(code in (1, 2) for code in codes) and 2 in codes
+    assert "".join(said) == "no such mask\n"
+    assert codes == [2] * world_size
 
 
 def test_an_error_after_the_end_of_rank_0_is_told(job):
     codes, said = job("close", "close_then_fail:no space left", "close:1").ended()
-    assert (codes, said) == ([0, 2, 0], ["", f"no space left{ADVICE}", ""])
+    assert (codes, said) == ([0, 2, 0], ["", "no space left\n", ""])
 
 
 # Hangs
 
 
-@pytest.mark.parametrize(("world_size", "culprit"), [(1, 0), (2, 0), (2, 1), (4, 3)])
+@pytest.mark.parametrize(("world_size", "culprit"), [(1, 0), (2, 0), (4, 3)])
 def test_a_rank_that_hangs_is_told_with_where_it_stands(job, world_size, culprit):
     doing = ["wait"] * world_size
     doing[culprit] = "hang"
-    codes, said = job(*doing, timeout_s=0.9, GRACE_S=0.6).ended()
+    codes, said = job(*doing, timeout_s=0.6, GRACE_S=0.4).ended()
     assert codes == [1] * world_size and not any(said[1:])
     first, _, rest = said[0].partition("\n")
-    what = f"rank {culprit} made no progress for 0.015 minutes (train.timeout_minutes)"
+    what = f"rank {culprit} made no progress for 0.01 minutes (train.timeout_minutes)"
     assert first == f"{what}, after: start; it stands at"
     assert "in hang\n    time.sleep(60)" in rest and "all_reduce" not in rest and rest.endswith(ADVICE)
 
@@ -160,15 +169,19 @@ def test_a_rank_that_hangs_while_the_others_go_on(job):
     assert codes == [1, 1, 1] and said[0].startswith("rank 1 made no progress") and not any(said[1:])
 
 
+def test_who_hangs_is_told_though_those_who_wait_for_it_are_heard_of_first(job):
+    codes, said = job("wait:0", "hang:0.3", "wait:0", timeout_s=0.6, GRACE_S=0.8).ended()
+    assert codes == [1, 1, 1] and said[0].startswith("rank 1 made no progress") and not any(said[1:])
+
+
 def test_where_all_wait_one_tells(job):
-    codes, said = job("wait", "wait", "wait", timeout_s=0.8).ended()
+    codes, said = job("wait", "wait", "wait", timeout_s=0.5).ended()
     assert codes == [1, 1, 1] and not any(said[1:])
     assert said[0].count("made no progress") == 1 and "in all_reduce" in said[0]
 
 
-@pytest.mark.parametrize("stopped", [1, 2])
-def test_a_rank_that_is_frozen_gives_no_answer(job, stopped):
-    ranks = job("wait", "wait", "wait", timeout_s=1.2, GRACE_S=0.8)
+def test_a_rank_that_is_frozen_gives_no_answer(job, stopped=2):
+    ranks = job("wait", "wait", "wait", timeout_s=0.6, GRACE_S=0.6)
     ranks.signal(stopped, signal.SIGSTOP)
     codes, said = ranks.ended(stopped)
     assert but(stopped, codes) == [1, 1] and not any(said[1:])
@@ -177,7 +190,7 @@ def test_a_rank_that_is_frozen_gives_no_answer(job, stopped):
 
 
 def test_a_frozen_rank_0_is_told_by_rank_1(job):
-    ranks = job("work", "wait", "wait", timeout_s=0.8)
+    ranks = job("work", "wait", "wait", timeout_s=0.6)
     ranks.signal(0, signal.SIGSTOP)
     codes, said = ranks.ended(0)
     assert codes[1:] == [1, 1] and said[0] == said[2] == ""
@@ -186,7 +199,7 @@ def test_a_frozen_rank_0_is_told_by_rank_1(job):
 
 def test_a_rank_that_never_lets_go_of_its_interpreter_is_ended(job):
     """A collective in C may hold it, and then no thread of ours runs."""
-    codes, said = job("work", "hold_the_interpreter", timeout_s=1.0, DEADLOCK_S=0.5).ended()
+    codes, said = job("work", "hold_the_interpreter", timeout_s=0.7, DEADLOCK_S=0.3).ended()
     assert codes == [1, 1] and said[0] == f"rank 1 {DIED}{ADVICE}"
     assert "Timeout" in said[1] and "in hold_the_interpreter" in said[1]
 
@@ -196,7 +209,7 @@ def test_a_rank_that_never_lets_go_of_its_interpreter_is_ended(job):
 
 @pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
 def test_a_normal_end_is_silent_in_any_order(job, order):
-    codes, said = job(*[f"close:{0.2 * place}" for place in order]).ended()
+    codes, said = job(*[f"close:{0.1 * place}" for place in order]).ended()
     assert (codes, said) == ([0, 0, 0], ["", "", ""])
 
 
@@ -208,12 +221,12 @@ def test_ranks_that_end_together_end_silently(job, world_size):
 
 def test_who_has_closed_is_not_in_trouble(job):
     """Neither by taking longer than the others, nor by making no progress any more."""
-    codes, said = job("close_and_linger:1.5", "close:1", "close", timeout_s=0.7).ended()
+    codes, said = job("close_and_linger:1.2", "close:1", "close", timeout_s=0.7).ended()
     assert (codes, said) == ([0, 0, 0], ["", "", ""])
 
 
 def test_progress_is_no_trouble_however_long_it_takes(job):
-    codes, said = job("close:2", "close:2", timeout_s=0.8).ended()
+    codes, said = job("close:1.2", "close:1.2", timeout_s=0.8).ended()
     assert (codes, said) == ([0, 0], ["", ""])
 
 

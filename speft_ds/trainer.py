@@ -1,0 +1,328 @@
+"""One run: its stages, and the step that it repeats."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from speft_ds import distributed, lifeline
+from speft_ds.adapter import save_adapter
+from speft_ds.base import Base
+from speft_ds.checkpoint.parts import Parts, Snapshot
+from speft_ds.checkpoint.writer import Writer
+from speft_ds.checks import check_chat_template, check_loaded_mask, check_same_run, check_steps
+from speft_ds.data.batch import collate, split_global_batch
+from speft_ds.data.order import SampleOrder
+from speft_ds.errors import UserError
+from speft_ds.held_out import HeldOut
+from speft_ds.machine import machine, versions
+from speft_ds.mask import Mask, read_mask
+from speft_ds.metrics import MetricsLog, Timings, peak_memory_gib, say
+from speft_ds.preflight import mask_file
+from speft_ds.resume import Start
+from speft_ds.schedule import SCHEDULES, Schedule, Training, mask_of
+from speft_ds.schema import Recipe
+from speft_ds.sparse import SparseState
+from speft_ds.votes import Votes
+
+
+class Trainer:
+    """One run. Its methods are the stages, to be called in the order of `run`.
+
+    Args:
+        recipe: the whole recipe.
+        start: where the run starts; None: at the beginning.
+
+    Attributes (after construction):
+        base: the frozen, sharded base on its engine.
+        rows: tokenised training rows, the same on every rank.
+        timings: stage -> seconds.
+    """
+
+    def __init__(self, recipe: Recipe, start: Start | None = None):
+        self.recipe = recipe
+        self.checkpoint = start.checkpoint if start else None
+        self.folder = Path(recipe.output_dir)
+        self.timings = Timings()
+        self.results: dict[str, dict | None] = {"before": None, "after": None}
+        self.schedule: Schedule | None = None
+        if recipe.eval.tasks:  # an unknown task should not wait for the end of training
+            from speft_ds.evaluate import find_tasks
+
+            with self.timings.stage("tasks"):
+                self.task_manager = find_tasks(recipe.eval)
+        with self.timings.stage("data"):
+            self.base = Base(recipe, self.timings)
+            check_chat_template(recipe, self.base)
+            self.rows = self.base.read_training_rows()
+            self.base.read_calibration_rows(self.rows)
+            self.held_out = HeldOut(self.base) if recipe.eval.held_out else None
+        train = recipe.train
+        self.order = SampleOrder(self.rows.sizes, recipe.data.weights, recipe.seed)
+        self.num_steps = self.order.num_steps(train.global_batch, train.steps, train.epochs)
+        check_steps(recipe, self.num_steps)
+        with self.timings.stage("model"):
+            self.loaded, facts = self._read_mask()
+            self.base.load(self.loaded)
+        if self.loaded is not None:
+            check_loaded_mask(recipe, self.base, self.loaded, facts)
+            say("note: with mask.load, the recipe's salience, density, budget and targets are not used")
+        self.engine, self.targets = self.base.engine, self.base.targets
+        self.first_step = 0  # of this process: the steps before it were made by others
+        self.num_skipped = self.num_nonfinite = 0  # steps: over the run, and in a row up to now
+        self.best_loss = math.inf  # on the held-out rows
+        self.run_id = ""
+        self.writer = Writer(self.folder, recipe.train, self.checkpoint.step if self.checkpoint else 0)
+        self.votes = Votes(self.writer, recipe.train.checkpoint_every)
+        if self.checkpoint is not None:
+            check_same_run(recipe, self.base, self.rows, self.loaded, self.checkpoint)
+
+    @property
+    def mask(self) -> Mask:
+        """The mask of the moment."""
+        return self.schedule.mask
+
+    @property
+    def state(self) -> SparseState:
+        """The trained entries of the moment."""
+        return self.schedule.state
+
+    def _read_mask(self) -> tuple[Mask | None, dict]:
+        path = self.recipe.mask.load
+        return read_mask(mask_file(path)) if path else (None, {})
+
+    def evaluate(self, moment: str) -> None:
+        """Score the tasks `before` or `after` training, if the recipe says so and it was not done before."""
+        recipe = self.recipe.eval
+        if not recipe.tasks or not getattr(recipe, moment):
+            return
+        if distributed.broadcast_object((self.folder / "eval" / f"{moment}.json").is_file()):
+            return
+        from speft_ds.evaluate import evaluate
+
+        say(f"evaluating {', '.join(recipe.tasks)} {moment} training")
+        with self.timings.stage(f"eval_{moment}"):
+            self.results[moment] = evaluate(
+                self.engine.module, self.base.tokenizer, recipe, self.task_manager, self.recipe.seed
+            )
+
+    def choose_mask(self) -> None:
+        """Take the mask that is given, or score and select one, and set up the trainable state."""
+        if self.checkpoint is not None:
+            return self._take_up()
+        mask = self.loaded or self.base.choose_mask()
+        recipe = self.recipe.mask
+        source = f"by {recipe.salience}, {recipe.budget} budget"
+        if self.loaded:
+            source = f"loaded from {recipe.load}"
+        say(
+            f"mask: {mask.num_trainable:,} of {mask.num_target_elements:,} entries "
+            f"(density {mask.density:.4%}) {source}, sha256 {mask.sha256[:12]}"
+        )
+        self.schedule = self._make_schedule(mask)
+
+    def _make_schedule(self, mask: Mask) -> Schedule:
+        base = self.base
+        training = Training(
+            self.recipe, self.engine, self.targets, base.heads, self.num_steps, base.choose_mask
+        )
+        return SCHEDULES[self.recipe.mask.schedule](training, mask)
+
+    def _take_up(self) -> None:
+        """The trainable state, as the checkpoint has it."""
+        parts, manifest = Parts(self.checkpoint), self.checkpoint.manifest
+        with self.timings.stage("resume"):
+            self.schedule = self._make_schedule(mask_of(parts, "trained", self.base.shapes))
+            self.schedule.restore(parts)
+        if self.mask.sha256 != parts.facts["sha256"]:
+            raise UserError("the mask of the checkpoint has another hash now", str(self.checkpoint.path))
+        self.first_step, progress = manifest["step"], manifest["progress"]
+        self.num_skipped, self.num_nonfinite = progress["num_skipped"], progress["num_nonfinite"]
+        self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
+        self.engine.global_steps = self.first_step
+        was, now = manifest["world_size"], distributed.world_size()
+        ranks = f"{now} rank(s)" + (f", it was written by {was}" if was != now else "")
+        say(f"resuming from {self.checkpoint.path}: step {self.first_step} of {self.num_steps}, on {ranks}")
+
+    def train_step(self, step: int) -> dict:
+        """One optimizer step on global batch `step` (from 0); returns its metrics line.
+
+        The loss is the sum of the token losses over the number of label tokens of the global batch, over
+        all ranks and micro-batches: both the one that is optimised and the one that is logged. A step whose
+        loss or gradient is not finite changes nothing.
+        """
+        start = time.perf_counter()
+        train = self.recipe.train
+        rows = [self.rows[row] for row in self.order.ids(step * train.global_batch, train.global_batch)]
+        num_labels = sum(row.num_labels for row in rows)
+        # Over all ranks and micro-batches: loss; for a classifier, rows that it got right; what ranks say.
+        sums = torch.zeros(2 + len(Votes.KINDS), dtype=torch.float64, device=distributed.device())
+        self.schedule.before_step(step)
+        own = split_global_batch(rows, train.micro_batch, distributed.rank(), distributed.world_size())
+        optimizer = self.engine.optimizer
+        for number, micro_batch in enumerate(own):
+            lifeline.beat(f"step {step + 1}, micro-batch {number + 1} of {len(own)}")
+            batch = collate(micro_batch, self.base.pad_id, distributed.device())
+            loss, num_correct = self.base.objective(self.engine, batch)
+            loss = loss / num_labels
+            sums[0] += loss.detach()
+            if num_correct is not None:
+                sums[1] += num_correct
+            # Already normalised by the global batch: the engine must not divide by accumulation steps.
+            self.engine.backward(loss, scale_wrt_gas=False)
+            if micro_batch is own[-1]:
+                sums[2:] = torch.tensor(self.votes.own(), dtype=torch.float64)
+                self.votes.count(distributed.all_reduce(sums)[2:])
+                optimizer.discard = not math.isfinite(sums[0].item())
+            lr = optimizer.param_groups[0]["lr"]
+            self.engine.step()
+        self._count_nonfinite(optimizer.overflow, sums[0].item(), step)
+        self.schedule.after_step(step, optimizer.overflow)
+        seconds = time.perf_counter() - start
+        num_tokens = sum(len(row.ids) for row in rows)
+        return {
+            "step": step + 1,
+            "loss": sums[0].item(),
+            **({"accuracy": sums[1].item() / num_labels} if self.base.classifies else {}),
+            "lr": lr,
+            "grad_norm": optimizer._global_grad_norm,
+            "num_skipped": self.num_skipped,
+            "num_tokens": num_tokens,
+            "tokens_per_s": num_tokens / seconds,
+            "step_ms": seconds * 1000,
+        }
+
+    def _count_nonfinite(self, skipped: bool, loss: float, step: int) -> None:
+        """Count a step that was skipped. Raises UserError, on every rank, where that is one too many."""
+        self.num_skipped += skipped
+        self.num_nonfinite = self.num_nonfinite + 1 if skipped else 0
+        if self.num_nonfinite < self.recipe.train.max_nonfinite:
+            return
+        norm = self.engine.optimizer._global_grad_norm
+        raise UserError(
+            f"the loss is {loss} and the gradient norm {norm} at step {step + 1}, the {self.num_nonfinite}. "
+            f"step in a row that is not finite (train.max_nonfinite); {self.writer.last()}",
+            where="training",
+            fix="lower optimizer.lr, look at the rows of these steps, or set model.dtype=float32",
+        )
+
+    def train(self) -> None:
+        """All steps that are left, with one metrics line each, and checkpoints beside them.
+
+        Raises:
+            Stopped: a rank was asked to stop; all that was reached is in a checkpoint.
+        """
+        path = self.folder / "metrics.jsonl" if distributed.rank() == 0 else None
+        log = MetricsLog(path, self.num_steps, self.first_step)
+        self._restore_random_states()
+        self.votes.restart()
+        self.engine.train()
+        with self.timings.stage("training"):
+            for step in range(self.first_step, self.num_steps):
+                values = {**self.train_step(step), "peak_memory_gib": peak_memory_gib()}
+                values |= self._measure_held_out(step + 1)
+                log.log(values)
+                self._keep(step + 1, log, values.get("held_out_loss"))
+            self.writer.finish()
+        log.close()
+        self.timings["checkpoints"] = self.writer.seconds
+
+    def _measure_held_out(self, done: int) -> dict[str, float]:
+        """The held-out loss after `done` steps, if it is time."""
+        if self.held_out is None or (done % self.recipe.eval.every and done < self.num_steps):
+            return {}
+        with self.timings.stage("held_out"):
+            return {"held_out_loss": self.held_out.loss()}
+
+    def _keep(self, done: int, log: MetricsLog, held_out_loss: float | None) -> None:
+        """Write a checkpoint after `done` steps if it is time, and stop if a rank was asked to."""
+        votes, writer = self.votes, self.writer
+        if votes.all_written:
+            writer.finish()
+        is_best = held_out_loss is not None and held_out_loss < self.best_loss
+        self.best_loss = held_out_loss if is_best else self.best_loss
+        keeps = self.recipe.train.checkpoint_every is not None
+        is_time = votes.is_time(done) or (is_best and self.recipe.train.keep_best) or done == self.num_steps
+        if votes.stop or (keeps and is_time):
+            log.flush()
+            writer.start(done, self._snapshot(), self._manifest(done, held_out_loss))
+            votes.restart()
+        if votes.stop:
+            writer.finish()
+            distributed.stop_if_asked()
+
+    def _snapshot(self) -> Snapshot:
+        """The trainable state, and this rank's random states (dropout)."""
+        snapshot = self.schedule.snapshot()
+        snapshot.own["random_cpu"] = torch.get_rng_state()
+        if distributed.device().type == "cuda":
+            snapshot.own["random_cuda"] = torch.cuda.get_rng_state()
+        return snapshot
+
+    def _restore_random_states(self) -> None:
+        """Those of this rank, where as many ranks wrote the checkpoint. All else draws by seed and step."""
+        if self.checkpoint is None or self.checkpoint.manifest["world_size"] != distributed.world_size():
+            return
+        own = Parts(self.checkpoint).own(distributed.rank())
+        torch.set_rng_state(own["random_cpu"])
+        if "random_cuda" in own and distributed.device().type == "cuda":
+            torch.cuda.set_rng_state(own["random_cuda"])
+
+    def _manifest(self, done: int, held_out_loss: float | None) -> dict:
+        """What a checkpoint says of the run."""
+        train = self.recipe.train
+        epoch, row = divmod(done * train.global_batch, len(self.order))
+        return {
+            "run_id": self.run_id,
+            "recipe": self.recipe.model_dump(mode="json", exclude={"name"}),
+            "base": self.base.identity(),
+            "rows_sha256": self.rows.facts["sha256"],
+            "order": {"seed": self.recipe.seed, "epoch": epoch, "row": row},
+            "progress": {
+                "num_skipped": self.num_skipped,
+                "num_nonfinite": self.num_nonfinite,
+                "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+            },
+            "held_out_loss": held_out_loss,
+            "versions": versions(),
+        }
+
+    def save(self) -> None:
+        """Write the adapter (all ranks take part)."""
+        facts = {
+            **self.base.identity(),
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+        with self.timings.stage("save"):
+            save_adapter(self.folder / "adapter", self.state, facts)
+
+    def facts(self) -> dict:
+        """The contents of run.json."""
+        train = self.recipe.train
+        return {
+            "versions": versions(),
+            "machine": {"device": str(distributed.device()), **machine()},
+            "world_size": distributed.world_size(),
+            "global_batch": train.global_batch,
+            "micro_batch": train.micro_batch,
+            "num_steps": self.num_steps,
+            "mask": {
+                "salience": self.recipe.mask.salience,
+                "granularity": self.recipe.mask.granularity,
+                "budget": self.recipe.mask.budget,
+                "schedule": self.recipe.mask.schedule,
+                "layer_gate": self.recipe.mask.layer_gate,
+                "loaded_from": self.recipe.mask.load,
+                "calibration_samples": self.recipe.mask.calibration_samples,
+                **self.mask.facts(),
+                "entries_by_rank": self.state.layout.lengths,
+                "changes": self.schedule.changes,
+            },
+            "head": sum(rows * columns for rows, columns in self.state.heads.values()),
+            "sparse_backends": sorted(set(self.state.gradient.backends.values())),
+            "base": {"name_or_path": self.recipe.model.name_or_path, "fingerprint": self.base.fingerprint},
+            "timings_s": self.timings,
+        }

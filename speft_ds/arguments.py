@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import os
+import sys
 import time
 from typing import Literal
 
@@ -46,25 +47,31 @@ def parse_arguments(job: Job, manual: str) -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to change")
     if rank() == 0:
-        return _settled(parser, parser.parse_intermixed_args())
+        return _settled(parser, parser.parse_intermixed_args(_words()))
     unseen = io.StringIO()
     try:
         with contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
-            return _settled(parser, parser.parse_intermixed_args())
+            return _settled(parser, parser.parse_intermixed_args(_words()))
     except SystemExit as ended:
         if ended.code:
             time.sleep(RANK_0_S)
         raise
 
 
+def _words() -> list[str]:
+    """The words of the command line; a KEY=VALUE behind `--resume` is not its path."""
+    words = sys.argv[1:]
+    for number, word in enumerate(words[1:], 1):
+        if words[number - 1] == "--resume" and "=" in word and not os.path.exists(word):
+            words[number - 1] = f"--resume={NEWEST}"
+    return words
+
+
 def _settled(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
-    """The arguments, with what argparse takes for the path of `--resume` sorted out."""
+    """The arguments, refused where they do not go together."""
     if "resume" not in arguments:
         return arguments
     resume = arguments.resume
-    if resume is not None and "=" in resume and not os.path.exists(resume):
-        arguments.overrides.insert(0, resume)
-        arguments.resume = NEWEST
     if arguments.recipe is None and resume is None:
         parser.error("the following arguments are required: --recipe")
     if arguments.resume_with and resume is None:

@@ -95,6 +95,8 @@ def checked_start(job: Job, arguments: argparse.Namespace) -> tuple[Recipe, Star
     recipe = fit_micro_batch(recipe, world_size())
     wait_for_lock(Path(recipe.output_dir))  # a run that is just ending writes its last checkpoint
     start = find_start(recipe, resume)
+    if start.state == "new":
+        check_output_dir(recipe)
     if start.state != "finished":
         check_files(job, recipe, world_size())
     return recipe, start
@@ -154,7 +156,10 @@ def fail(message: str, code: int) -> int:
     """
     if lifeline.fail(message):
         return code
-    if rank() != 0:
-        time.sleep(RANK_0_S)
+    deadline = time.monotonic() + (RANK_0_S if rank() != 0 else 0)
+    while time.monotonic() < deadline:
+        if stop.reason():  # the launcher ends this rank, since rank 0 has told and left
+            return code
+        time.sleep(0.1)
     print(message, file=sys.stderr, flush=True)
     return code

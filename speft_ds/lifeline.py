@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 GRACE_S = 1.5  # between the first report and the verdict: a death and the errors that it causes come together
-SILENCE_S = 10.0  # after which a rank 0 that gives no verdict counts as hanging itself
+SILENCE_S = 10.0  # after which a rank that says nothing while all others wait counts as hanging
 TOLD_S = 2.0  # for the rank at fault to say what happened, before the others' exit ends the job
 DEADLOCK_S = 20.0  # past the timeout: this process holds its interpreter and cannot even report
 CONNECT_S = 60.0
@@ -85,7 +85,14 @@ class Lifeline:
             _keep_alive(self.to_rank_0)
             self._send(self.to_rank_0, {"rank": self.rank})
         self.beat("start")
+        # The system closes a connection with its last holder: a forked helper must not outlive this rank's.
+        os.register_at_fork(after_in_child=self._let_go)
         threading.Thread(target=self._listen, name="lifeline", daemon=True).start()
+
+    def _let_go(self) -> None:
+        for end in [*self.peers, self.to_rank_0, self.server]:
+            if end is not None:
+                end.close()
 
     def beat(self, where: str) -> None:
         """This rank makes progress; `where` it is, for the message if this was the last time."""
@@ -106,7 +113,7 @@ class Lifeline:
         """Report an error of this rank, and print it if it is the first cause; returns when all is told."""
         self.failing = True
         self._report(RAISED, text)
-        self.decided.wait(GRACE_S + SILENCE_S)
+        self.decided.wait(GRACE_S + 2 * SILENCE_S)
         if self.verdict is None or self.verdict.rank == self.rank:
             print(text, file=sys.stderr, flush=True)
         else:
@@ -137,8 +144,8 @@ class Lifeline:
                 reported_at = now
                 self._report(*self._stuck())
             if self.first_at is not None and now - self.first_at > GRACE_S:
-                self._decide()
-            if self.rank != 0 and reported_at is not None and now - reported_at > GRACE_S + SILENCE_S:
+                self._decide(is_last_call=now - self.first_at > SILENCE_S)
+            if self.rank != 0 and reported_at is not None and now - reported_at > GRACE_S + 2 * SILENCE_S:
                 self._give_up_rank_0(HANGS, f"rank 0 gives no answer\n{self._stuck()[1]}")
         if self.verdict is not None:
             self._end()
@@ -164,12 +171,14 @@ class Lifeline:
             self._give_up_rank_0(DIED, "rank 0 died")
         return message is not None
 
-    def _decide(self) -> None:
-        """On rank 0: the first cause, told to all."""
+    def _decide(self, is_last_call: bool) -> None:
+        """On rank 0: the first cause, told to all; not yet, where all who spoke only wait for others."""
         with self.lock:
             first = min(self.troubles)
             silent = set(range(self.world_size)) - {trouble.rank for trouble in self.troubles}
-        if first.kind == WAITS and silent:  # all who can speak only wait for those who cannot
+        if first.kind == WAITS and silent:
+            if not is_last_call:
+                return
             ranks = ", ".join(map(str, sorted(silent)))
             first = Trouble(HANGS, 0, min(silent), f"rank {ranks} gives no answer\n{first.text}")
         for peer in self.peers:

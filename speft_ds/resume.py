@@ -136,10 +136,14 @@ def _named(path: Path, folder: Path) -> Start:
         if has_files(folder):
             fix = f"output_dir= a new folder, or output_dir={source} to go on there"
             raise UserError(f"the run folder {folder} is not empty", "output_dir", fix)
-    elif newer := [other for other in list_checkpoints(source) if other.step > checkpoint.step]:
+    elif newer := _whole_after(checkpoint, source):
         fix = f"output_dir= a new folder to branch off, or remove the newer ones: rm -r {newer[0].path} ..."
         raise UserError(f"{source} has newer checkpoints than {path.name}", "--resume", fix)
     return Start("resumed", checkpoint, source, is_chosen=not is_run)
+
+
+def _whole_after(checkpoint: Checkpoint, run: Path) -> list[Checkpoint]:
+    return [c for c in list_checkpoints(run) if c.step > checkpoint.step and c.problem is None]
 
 
 def _newest(folder: Path, resume: Resume) -> Start:

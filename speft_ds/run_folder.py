@@ -72,6 +72,8 @@ class Lock:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / LOCK).open("w", encoding="utf-8")
         _wait(folder, lambda: _take(self.file, fcntl.LOCK_EX))
+        # Held as long as anybody has the file open: a forked helper must not outlive this process' lock.
+        os.register_at_fork(after_in_child=self.file.close)
 
 
 def _take(file: IO, how: int) -> bool:

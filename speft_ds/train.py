@@ -125,6 +125,7 @@ def open_folder(recipe: Recipe, start: Start) -> Lock:
     start_folder(recipe)
     before = {} if forked else read_facts(folder)
     starts = [*before.get("starts", []), {"step": step, "world_size": distributed.world_size()}]
-    run_id = before.get("run_id") or new_run_id()
+    own_id = start.checkpoint.manifest["run_id"] if start.checkpoint and not forked else new_run_id()
+    run_id = before.get("run_id") or own_id
     write_facts(folder, {"run_id": run_id, "finished": False, "starts": starts, "versions": versions()})
     return lock

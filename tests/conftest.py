@@ -14,6 +14,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["SPEFT_DS_CACHE"] = tempfile.mkdtemp(prefix="speft_ds_cache_")
 atexit.register(shutil.rmtree, os.environ["SPEFT_DS_CACHE"], ignore_errors=True)
 
+# As in an activated environment. Ranks and launched runs compile DeepSpeed's op with one ninja: two ninjas
+# of different versions would each compile it anew, half a minute whenever they take turns.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
 from ranks import Ranks  # noqa: E402
 
 _GROUPS: dict[int, Ranks] = {}

@@ -33,13 +33,15 @@ def _server():
     return context
 
 
-def _rank(arguments: Sequence[str], environment: dict[str, str], log: Path, hook: Callable | None) -> None:
-    """Body of a rank: `launch/train.py` with these arguments."""
+def _rank(
+    job: str, arguments: Sequence[str], environment: dict[str, str], log: Path, hook: Callable | None
+) -> None:
+    """Body of a rank: `launch/<job>.py` with these arguments."""
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.argv = ["train.py", *arguments]
+    sys.argv = [f"{job}.py", *arguments]
     import torch
 
     torch.set_num_threads(1)
@@ -47,14 +49,14 @@ def _rank(arguments: Sequence[str], environment: dict[str, str], log: Path, hook
 
     if hook is not None:
         hook()
-    start("train", "")
+    start(job, "")
 
 
 class LiveRun:
     """A started run.
 
     Args:
-        arguments: of `launch/train.py`.
+        arguments: of `launch/<job>.py`.
         hooks: rank -> what it calls before it starts (picklable).
     Attributes:
         processes: by rank; log: what all of them print.
@@ -66,6 +68,7 @@ class LiveRun:
         arguments: Sequence[str],
         num_ranks: int = 2,
         hooks: dict[int, Callable] | None = None,
+        job: str = "train",
     ):
         self.log = log
         shared = {"WORLD_SIZE": num_ranks, "LOCAL_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1"}
@@ -73,7 +76,7 @@ class LiveRun:
         self.processes = []
         for rank in range(num_ranks):
             environment = {k: str(v) for k, v in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            body = (list(arguments), environment, log, (hooks or {}).get(rank))
+            body = (job, list(arguments), environment, log, (hooks or {}).get(rank))
             self.processes.append(_server().Process(target=_rank, args=body, daemon=True))
         for process in self.processes:
             process.start()

@@ -20,8 +20,7 @@ from speft_ds.data.batch import collate
 from speft_ds.errors import UserError
 from speft_ds.model import fingerprint
 from speft_ds.schema import Recipe
-from speft_ds.train import run
-from speft_ds.trainer import Trainer
+from speft_ds.train import Trainer, run
 
 
 def check_dense_reference(recipe: Recipe) -> None:
@@ -253,6 +252,6 @@ def check_stock_evaluation(recipe: Recipe) -> dict | None:
         tasks=list(recipe.eval.tasks),
         limit=recipe.eval.limit,
         apply_chat_template=recipe.eval.chat_template,
-        task_manager=TaskManager(include_path=recipe.eval.include_path),
+        task_manager=TaskManager(include_path=recipe.eval.include_path, include_defaults=False),
     )
     return scores_and_answers(results)

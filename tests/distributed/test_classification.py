@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from distributed import checkpoint_checks
 from distributed import classification_checks as checks
-from distributed import state_checks
+from distributed.checkpoint_checks import contents
 from distributed.reference import make_recipe
+from distributed.test_checkpoints import same
 from speft_ds.adapter import apply_adapter
 from speft_ds.errors import UserError
 
@@ -99,8 +101,16 @@ def test_an_opt_model(ranks, recipe, tmp_path):
 
 @pytest.mark.parametrize("schedule", ["drop_grow ag", "periodic"])
 def test_resumed_is_uninterrupted(ranks, recipe, schedule):
-    ready = recipe(mask=SCHEDULES[schedule], train={"steps": 8})
-    ranks(2)(state_checks.check_resume, recipe=ready, stop=5)
+    def piece(folder, stop, checkpoint=None):
+        ready = recipe(folder, mask=SCHEDULES[schedule], train={"steps": 8})
+        run_piece = checkpoint_checks.run_piece
+        return ranks(2)(run_piece, recipe=ready, stop=stop, checkpoint=checkpoint)[0]
+
+    whole, first = piece("whole", 8), piece("first", 5)
+    second = piece("second", 8, first["checkpoint"])
+    assert first["losses"] + second["losses"] == whole["losses"]
+    same(contents(second["checkpoint"]), contents(whole["checkpoint"]))
+    same(torch.load(second["weights"]), torch.load(whole["weights"]), "weights")
 
 
 def test_a_calibration_file_does_not_number_the_classes_anew(ranks, recipe, tmp_path):

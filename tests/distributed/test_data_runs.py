@@ -1,4 +1,4 @@
-"""Whole runs on data of every shape, through the launcher."""
+"""Whole runs on data of every shape: the real command on real ranks."""
 
 import csv
 import gzip
@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from distributed import classification_checks
-from distributed.test_launch import launch
+from distributed.test_launch import finishes, is_refused, live
 
 
 @pytest.fixture
@@ -58,8 +58,7 @@ def test_a_packed_mixture(recipe, tiny, tmp_path):
     runs = []
     for ranks in (1, 2):
         folder = tmp_path / f"run{ranks}"
-        done = launch(path, f"output_dir={folder}", num_ranks=ranks)
-        assert done.returncode == 0, done.stdout + done.stderr
+        finishes(live(path, f"output_dir={folder}", num_ranks=ranks))
         runs.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
     for one, two in zip(*runs, strict=True):
         assert one["num_tokens"] == two["num_tokens"]
@@ -73,11 +72,9 @@ def test_a_classifier_is_scored_and_trained_with_that_mask(recipe, tmp_path):
     path = recipe(
         model=model, data={"path": str(rows), "format": "classification", "columns": {"text": "sentence"}}
     )
-    done = launch(path, f"output_dir={tmp_path / 'mask'}", job="score")
-    assert done.returncode == 0, done.stdout + done.stderr
-    done = launch(path, f"mask.load={tmp_path / 'mask'}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "head, trained whole" in done.stdout and "70 weights" in done.stdout
+    finishes(live(path, f"output_dir={tmp_path / 'mask'}", job="score"))
+    printed = finishes(live(path, f"mask.load={tmp_path / 'mask'}"))
+    assert "head, trained whole" in printed and "70 weights" in printed
     facts = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
     assert (facts["task"], facts["classes"]) == ("sequence_classification", ["0", "1"])
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -88,12 +85,21 @@ def test_a_classifier_is_scored_and_trained_with_that_mask(recipe, tmp_path):
     ("data", "message"),
     [
         ({"max_length": 8}, "too long, left out"),
-        ({"template": "{nowhere}"}, "no column 'nowhere'"),
         ({"select": "longest", "select_rows": 99}, "data.select_rows=99 is more than the 48 rows"),
     ],
 )
 def test_rows_that_cannot_be_used_end_every_rank(recipe, tiny, tmp_path, data, message):
-    done = launch(recipe(data={"path": str(tiny["data"]), **data}))
-    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
-    assert done.stderr.count(message) == 1
+    run = live(recipe(data={"path": str(tiny["data"]), **data}))
+    is_refused(run)
+    assert run.text().count(message) == 1, run.text()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_row_without_a_response_is_named(recipe, tmp_path):
+    rows = [{"prompt": "a", "response": "b"}] * 20 + [{"prompt": "a", "response": ""}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = live(recipe(data={"path": str(path)}))
+    is_refused(run)
+    assert run.text().count("has an empty 'response'") == 1 and f"{path}:21" in run.text(), run.text()
     assert not (tmp_path / "run").exists()

@@ -15,9 +15,9 @@ SHORT = [
     "model.dtype=float32",
     "train.steps=3",
     "optimizer.warmup_steps=1",
-    "train.global_batch=8",
-    "train.micro_batch=4",
-    "mask.calibration_samples=8",
+    "train.global_batch=4",
+    "train.micro_batch=2",
+    "mask.calibration_samples=4",
     "eval.before=false",
     "eval.limit=2",
 ]

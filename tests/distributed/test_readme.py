@@ -15,7 +15,7 @@ SHORT = [
     "train.steps=1",
     "optimizer.warmup_steps=1",
     "train.global_batch=4",
-    "train.micro_batch=1",
+    "train.micro_batch=2",
     "mask.calibration_samples=2",
     "eval.tasks=[]",
 ]

@@ -9,7 +9,7 @@ from faults import trials
 
 
 def test_killed_and_resumed_is_undisturbed(tmp_path):
-    """At two moments of training, and before three file operations: bit for bit, from the newest whole one."""
+    """At two moments of training, and before three file operations: bit for bit, from the newest whole."""
     rows = list(trials(tmp_path, kills=2, points=3, ranks=2, seed=1))
     assert len(rows) == 5
     for row in rows:

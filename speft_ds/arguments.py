@@ -26,7 +26,7 @@ exit codes:
   0    done
   1    it failed inside: the traceback says where
   2    something that you can mend: the message says what, where, and what to type
-  85   stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, with a checkpoint: --resume goes on
+  85   training was stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, with a checkpoint: --resume goes on
   130  Ctrl-C a second time: left at once
 """
 

@@ -79,7 +79,7 @@ class Base:
         Args:
             where: number of a source -> where it is named; None: in the data section.
         Raises:
-            UserError: see `corpus.prepare`; or the nodes do not have the same rows.
+            UserError: see `prepare.prepare`; or the nodes do not have the same rows.
         """
         recipe = self.recipe
         where = where or recipe.where_rows
@@ -221,7 +221,7 @@ class Base:
         if self.calibration_rows:
             ids = self.calibration_order.epoch(number)[: recipe.calibration_samples]
             rows = [self.calibration_rows[row] for row in ids]
-            calibration = CalibrationSet(rows, recipe.calibration_batch, self.pad_id)
+            calibration = CalibrationSet(rows, recipe.calibration_batch, self.pad_id, number == 0)
         seed = hash_seed(self.recipe.seed, "salience", number) if number else self.recipe.seed
         return Scorer(self.engine, self.targets, recipe, seed, calibration, self.loss)
 

@@ -31,11 +31,14 @@ class CalibrationSet:
     Attributes:
         rows: in order; cut into batches of `batch_size`.
         pad_id: any token id, see `batch.collate`.
+        may_stop: whether a rank that is asked to stop stops here. Between steps it may; within one, what the
+            steps before have learnt would be lost.
     """
 
     rows: list[Row]
     batch_size: int
     pad_id: int
+    may_stop: bool = False
 
     @property
     def num_labels(self) -> int:
@@ -51,7 +54,8 @@ class CalibrationSet:
         rank, world_size = distributed.rank(), distributed.world_size()
         for first in range(0, len(batches), world_size):
             lifeline.beat(f"calibration, batch {first + 1} of {len(batches)}")
-            distributed.stop_if_asked()
+            if self.may_stop:
+                distributed.stop_if_asked()
             mine = first + rank < len(batches)
             batch = batches[first + rank] if mine else batches[0]
             yield collate(batch, self.pad_id, distributed.device()), mine

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from speft_ds import distributed
 from speft_ds.base import Base
-from speft_ds.checkpoint.folder import Checkpoint
+from speft_ds.checkpoint.folder import CHECKPOINTS, Checkpoint
 from speft_ds.data.corpus import Corpus
 from speft_ds.errors import UserError
 from speft_ds.mask import Mask
@@ -84,12 +84,14 @@ def check_space(recipe: Recipe, base: Base, num_steps: int) -> None:
     if train.checkpoint_every is None:
         return
     number = train.keep_last + 1 + (num_steps // train.keep_every if train.keep_every else 0)
-    per_entry = 16 if recipe.mask.schedule == "static" else 20
+    has_ages = recipe.mask.schedule != "static" or recipe.mask.layer_gate != "none"
+    per_entry = 20 if has_ages else 16
     num_trained = base.num_trainable + sum(head.weight.ds_numel for head in base.heads.values())
     needed = number * per_entry * num_trained
 
     def check() -> None:
-        free = shutil.disk_usage(folder).free
+        there = sum(file.stat().st_size for file in (folder / CHECKPOINTS).rglob("*") if file.is_file())
+        free = shutil.disk_usage(folder).free + there  # of a run that goes on: they make room
         if needed > free:
             what = f"{number} checkpoints need {needed:,} bytes, the disk has {free:,}"
             raise UserError(what, str(folder), "free space, another output_dir, or train.keep_last=1")

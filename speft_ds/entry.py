@@ -58,7 +58,8 @@ def main(job: Job, arguments: argparse.Namespace) -> int:
         importlib.import_module(f"speft_ds.{MODULES[job]}").run(recipe, *more)
         return 0
     except UserError as error:
-        return fail(_with_way_on(str(error), recipe), EXIT_USER_ERROR)
+        can_go_on = job == "train" and error.can_go_on
+        return fail(_with_way_on(str(error), recipe if can_go_on else None), EXIT_USER_ERROR)
     except stop.Stopped as reason:
         if rank() == 0:
             print(f"stopped: {reason}\n{way_on(Path(recipe.output_dir))}", file=sys.stderr, flush=True)
@@ -67,7 +68,8 @@ def main(job: Job, arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return stop.EXIT_CTRL_C
     except Exception:
-        return fail(_with_way_on(f"rank {rank()} failed:\n{traceback.format_exc()}", recipe), 1)
+        message = f"rank {rank()} failed:\n{traceback.format_exc()}"
+        return fail(_with_way_on(message, recipe if job == "train" else None), 1)
 
 
 def _with_way_on(message: str, recipe: Recipe | None) -> str:

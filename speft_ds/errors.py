@@ -9,11 +9,15 @@ from typing import Any
 
 
 class UserError(Exception):
-    """One problem that the user can fix."""
+    """One problem that the user can fix.
 
-    def __init__(self, what: str, where: str | None = None, fix: str | None = None):
-        super().__init__(what, where, fix)
-        self.what, self.where, self.fix = what, where, fix
+    Args:
+        can_go_on: once it is mended, the run can go on from its last checkpoint.
+    """
+
+    def __init__(self, what: str, where: str | None = None, fix: str | None = None, can_go_on: bool = True):
+        super().__init__(what, where, fix, can_go_on)
+        self.what, self.where, self.fix, self.can_go_on = what, where, fix, can_go_on
 
     def __str__(self) -> str:
         notes = [("where", self.where), ("fix", self.fix)]
@@ -25,7 +29,7 @@ class RecipeError(UserError):
 
     def __init__(self, problems: Sequence[UserError], title: str = "recipe"):
         count = f"{len(problems)} problem{'' if len(problems) == 1 else 's'}"
-        super().__init__(f"{title}: {count}")
+        super().__init__(f"{title}: {count}", can_go_on=False)
         self.args = (list(problems), title)  # what a copy in another process is built from
         self.problems = list(problems)
 

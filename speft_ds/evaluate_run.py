@@ -9,12 +9,13 @@ import torch
 from speft_ds import distributed, lifeline
 from speft_ds.adapter import read_adapter
 from speft_ds.base import Base
-from speft_ds.engine import own_elements, own_range
+from speft_ds.engine import own_elements, own_range, release
 from speft_ds.errors import UserError
 from speft_ds.files import write_json
+from speft_ds.mask import read_mask
 from speft_ds.metrics import Timings, say
+from speft_ds.preflight import mask_file
 from speft_ds.report import scores_of
-from speft_ds.resume import way_on
 from speft_ds.schema import Recipe
 
 
@@ -26,6 +27,7 @@ def apply_to_shards(base: Base, folder: Path) -> None:
         what = "the adapter was trained on another base, or in another dtype"
         raise UserError(what, str(folder), f"evaluate {facts['base']} in {facts['dtype']}")
     weights = dict(base.engine.module.named_parameters())
+    release([weights[key.removesuffix(".index")] for key in tensors if key.endswith(".index")])
     for key in [key for key in tensors if key.endswith(".index")]:
         name = key.removesuffix(".index")
         weight, index = weights[name], tensors[key].to(torch.int64)
@@ -51,16 +53,17 @@ def run(recipe: Recipe) -> None:
 
     distributed.init(recipe.train.timeout_minutes + 1)
     folder, section = Path(recipe.output_dir), recipe.eval
-    distributed.connect_lifeline(recipe.train.timeout_minutes, lambda: way_on(folder))
+    distributed.connect_lifeline(recipe.train.timeout_minutes, lambda: "start it again")
     manager = find_tasks(section)
     # The batch of the training run need not suit this number of ranks: nothing is trained.
     train = recipe.train.model_copy(update={"global_batch": distributed.world_size(), "micro_batch": 1})
     base = Base(recipe.model_copy(update={"train": train}), Timings())
-    base.load()
+    base.load(read_mask(mask_file(recipe.mask.load))[0] if recipe.mask.load else None)
     apply_to_shards(base, folder / "adapter")
     say(f"evaluating {', '.join(section.tasks)} on {distributed.world_size()} rank(s)")
     results = evaluate(base.engine.module, base.tokenizer, section, manager, recipe.seed)
-    path = folder / "eval" / f"{'+'.join(section.tasks)}.json"
+    limit = f"-limit{section.limit}" if section.limit else ""
+    path = folder / "eval" / f"{'+'.join(section.tasks)[:200]}{limit}.json"
 
     def finish() -> None:
         write_json(path, {key: value for key, value in results.items() if key != "samples"})

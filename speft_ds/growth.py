@@ -124,6 +124,10 @@ class AccumulatedGradient:
 
     def _choose_candidates(self, state: SparseState) -> None:
         dense = {name: total.value for name, total in self.dense.items()}
+        bad = torch.tensor([float(any(not v.isfinite().all() for v in dense.values()))])
+        if distributed.all_reduce_max(bad.to(distributed.device())).item():
+            self.dense = {}  # the next step of the window chooses
+            return
         scores = shut_out({name: value.abs() for name, value in dense.items()}, state)
         group, counts = groups_of(state.mask, self.budget)
         counts = at_most(counts, group, free_entries(state.mask))

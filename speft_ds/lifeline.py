@@ -78,7 +78,10 @@ class Lifeline:
             while len(self.peers) < self.world_size - 1:
                 peer, _ = self.server.accept()
                 _keep_alive(peer)
-                self.peers[peer] = json.loads(_read_line(peer))["rank"]
+                peer.settimeout(CONNECT_S)
+                with contextlib.suppress(ValueError, KeyError, OSError):  # a stranger at the door
+                    self.peers[peer] = json.loads(_read_line(peer))["rank"]
+                    peer.settimeout(None)
         else:
             self.to_rank_0 = socket.create_connection((host, port), timeout=CONNECT_S)
             self.to_rank_0.settimeout(None)
@@ -202,12 +205,15 @@ class Lifeline:
         """Leave, after the rank at fault has had its say."""
         verdict = self.verdict
         self.decided.set()
-        if verdict.kind != RAISED and self.rank == self.teller:
-            died = "; killed, or out of memory: see the log of its node" if verdict.kind == DIED else ""
-            print(f"{verdict.text}{died}\n{self.advice()}", file=sys.stderr, flush=True)
-        if not self.failing:  # else the main thread leaves, with its own exit code
-            time.sleep(TOLD_S)
-            os._exit(EXIT_FAILURE)
+        try:
+            if verdict.kind != RAISED and self.rank == self.teller:
+                died = "; killed, or out of memory: see the log of its node" if verdict.kind == DIED else ""
+                print(f"{verdict.text}{died}", file=sys.stderr, flush=True)
+                print(self.advice(), file=sys.stderr, flush=True)
+        finally:  # whatever becomes of the advice, which looks into folders
+            if not self.failing:  # else the main thread leaves, with its own exit code
+                time.sleep(TOLD_S)
+                os._exit(EXIT_FAILURE)
 
     @staticmethod
     def _send(peer: socket.socket, message: dict) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from speft_ds import distributed
+from speft_ds import distributed, lifeline
 
 
 def say(text: str) -> None:
@@ -30,6 +30,7 @@ class Timings(dict[str, float]):
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
+        lifeline.beat(name)
         try:
             yield
         finally:
@@ -59,7 +60,7 @@ class MetricsLog:
         self.bar = tqdm(total=num_steps, initial=done, unit="step") if on_terminal else None
 
     def log(self, values: dict) -> None:
-        """Append one step's values (see `train.Trainer.train_step` for the keys)."""
+        """Append one step's values (see `trainer.Trainer.train_step` for the keys)."""
         if self.file is None:
             return
         written = {key: None if _is_nonfinite(value) else value for key, value in values.items()}

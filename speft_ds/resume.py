@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from speft_ds.checkpoint.folder import CHECKPOINTS, Checkpoint, list_checkpoints, look_at, newest_whole
 from speft_ds.errors import UserError
 from speft_ds.recipe import load_recipe
@@ -114,6 +116,9 @@ def find_start(recipe: Recipe, resume: Resume) -> Start:
         start = _newest(folder, resume)
     if start.checkpoint is not None:
         check_unchanged(start.checkpoint.manifest["recipe"], recipe, resume.allowed, start.checkpoint.path)
+    elif start.source is not None:  # finished, or stopped before its first checkpoint
+        path = start.source / RECIPE
+        check_unchanged(yaml.safe_load(path.read_text(encoding="utf-8")), recipe, resume.allowed, path)
     return start
 
 
@@ -159,6 +164,9 @@ def _newest(folder: Path, resume: Resume) -> Start:
     if checkpoint is None:
         if not (folder / RECIPE).is_file():
             raise UserError(f"{folder} is not a run folder: it has no {RECIPE}", "--resume", "output_dir=...")
+        if any(begun["step"] for begun in facts.get("starts", [])):
+            fix = f"remove it, and branch off again: rm -r {folder}"
+            raise UserError(f"{folder} branched off another run, and has no checkpoint yet", "--resume", fix)
         _note(f"note: {folder} was stopped before its first checkpoint: it starts from the beginning")
     return Start("resumed", checkpoint, folder)
 

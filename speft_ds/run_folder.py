@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from speft_ds.errors import UserError
-from speft_ds.files import replacing, write_json
+from speft_ds.files import flush_to_disk, replacing, write_json
 from speft_ds.recipe import resolved_yaml
 from speft_ds.rendezvous import rank
 from speft_ds.schema import Recipe
@@ -55,6 +55,7 @@ def start_folder(recipe: Recipe) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / RECIPE) as temporary:
         temporary.write_text(resolved_yaml(recipe), encoding="utf-8")
+        flush_to_disk(temporary)
 
 
 def wait_for_lock(folder: Path) -> None:
@@ -135,6 +136,7 @@ def rewind_metrics(folder: Path, step: int, source: Path | None = None) -> None:
         raise UserError(f"{path} lacks lines of the first {step} steps", str(path), fix)
     with replacing(folder / METRICS) as temporary:
         temporary.write_text("".join(line for _, line in kept), encoding="utf-8")
+        flush_to_disk(temporary)
 
 
 def _values(line: str) -> dict[str, Any] | None:

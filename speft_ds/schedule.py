@@ -308,7 +308,7 @@ class DropGrow(Schedule):
         for name in self.mask.shape:
             index = self.state.index[name]
             keep = torch.ones_like(index, dtype=torch.bool)
-            keep[dropped[name]] = False
+            keep[dropped[name].to(keep.device)] = False
             local[name] = torch.cat([index[keep], grown[name].to(index)]).sort().values
         self.change_mask(gather_mask(local, self.mask.shape), step, revert=True)
         self.growth.restart()

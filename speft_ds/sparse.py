@@ -216,7 +216,8 @@ class SparseState:
 
     def _read(self, index: dict[str, Tensor]) -> Tensor:
         """The shards' values at local indices, flat."""
-        values = [self.shards[name][where] for name, where in index.items()]
+        shards = self.shards
+        values = [shards[name][where.to(shards[name].device)] for name, where in index.items()]
         return torch.cat(values).to(self.device)
 
     def _write(self, index: dict[str, Tensor], values: Tensor) -> None:

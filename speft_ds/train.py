@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from speft_ds import distributed, lifeline
-from speft_ds.checkpoint.folder import Checkpoint, clean, damage, newest_whole
+from speft_ds.checkpoint.folder import Checkpoint, clean, damage, list_checkpoints, newest_whole
 from speft_ds.checks import check_space
 from speft_ds.errors import UserError
 from speft_ds.files import write_json
@@ -109,6 +109,14 @@ def whole_start(start: Start) -> Start:
     return start
 
 
+def check_still_newest(folder: Path, step: int) -> None:
+    """Refuse to set back a run that another job took on while this one was starting. Raises UserError."""
+    later = [c for c in list_checkpoints(folder) if c.step > step and c.problem is None and damage(c) is None]
+    if later:
+        what = f"another job has taken the run on to {later[0].path} while this one was starting"
+        raise UserError(what, str(folder), "the same command once more")
+
+
 def open_folder(recipe: Recipe, start: Start) -> Lock:
     """Make the run folder ours, and what is in it what a run has at this step. On rank 0."""
     folder = Path(recipe.output_dir)
@@ -117,11 +125,14 @@ def open_folder(recipe: Recipe, start: Start) -> Lock:
         check_output_dir(recipe)
     forked = start.source is not None and start.source.absolute() != folder.absolute()
     step = start.checkpoint.step if start.checkpoint else 0
+    if not start.is_chosen and not forked and start.state == "resumed":
+        check_still_newest(folder, step)
     clean(folder, step, say)
     if start.state == "resumed":
         rewind_metrics(folder, step, start.source)
     if forked:
         copy_scores(start.source, folder)
+    (folder / "eval" / "after.json").unlink(missing_ok=True)  # what it scored is trained on now
     start_folder(recipe)
     before = {} if forked else read_facts(folder)
     starts = [*before.get("starts", []), {"step": step, "world_size": distributed.world_size()}]

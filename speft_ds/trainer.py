@@ -201,12 +201,15 @@ class Trainer:
         self.num_nonfinite = self.num_nonfinite + 1 if skipped else 0
         if self.num_nonfinite < self.recipe.train.max_nonfinite:
             return
+        self.writer.finish()
         norm = self.engine.optimizer._global_grad_norm
         raise UserError(
-            f"the loss is {loss} and the gradient norm {norm} at step {step + 1}, the {self.num_nonfinite}. "
-            f"step in a row that is not finite (train.max_nonfinite); {self.writer.last()}",
+            f"the loss is {loss} and the gradient norm {norm} at step {step + 1}; {self.num_nonfinite} steps "
+            f"in a row were not finite (train.max_nonfinite); {self.writer.last()}",
             where="training",
-            fix="lower optimizer.lr, look at the rows of these steps, or set model.dtype=float32",
+            fix="look at the rows of these steps; start another run with a lower optimizer.lr, or "
+            "model.dtype=float32",
+            can_go_on=False,
         )
 
     def train(self) -> None:
@@ -244,9 +247,12 @@ class Trainer:
             writer.finish()
         is_best = held_out_loss is not None and held_out_loss < self.best_loss
         self.best_loss = held_out_loss if is_best else self.best_loss
-        keeps = self.recipe.train.checkpoint_every is not None
-        is_time = votes.is_time(done) or (is_best and self.recipe.train.keep_best) or done == self.num_steps
-        if votes.stop or (keeps and is_time):
+        train, scores_after = self.recipe.train, self.recipe.eval.after and bool(self.recipe.eval.tasks)
+        keeps = train.checkpoint_every is not None
+        at_the_end = done == self.num_steps and (keeps or scores_after)  # a stop while scoring costs nothing
+        is_kept = train.keep_every is not None and done % train.keep_every == 0
+        is_time = votes.is_time(done) or is_kept or (is_best and train.keep_best)
+        if votes.stop or at_the_end or (keeps and is_time):
             log.flush()
             writer.start(done, self._snapshot(), self._manifest(done, held_out_loss))
             votes.restart()

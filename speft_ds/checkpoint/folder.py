@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -112,6 +113,10 @@ def publish(temporary: Path, folder: Path, manifest: dict[str, Any]) -> None:
     wanted = {part["file"] for part in manifest["parts"]}
     for stray in [path for path in temporary.iterdir() if path.name not in wanted]:
         stray.unlink()  # of a save that another number of ranks did not finish
+    for part in manifest["parts"]:
+        file = temporary / part["file"]
+        if not file.is_file() or file.stat().st_size != part["bytes"]:
+            raise OSError(f"{file} is not what its rank wrote: do all nodes see this folder?")
     write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, **manifest})
     flush_to_disk(temporary)
     if folder.exists():
@@ -145,7 +150,7 @@ def prune(newest: Path, keep_last: int, keep_every: int | None, keep_best: bool)
     up_to_it = [c for c in list_checkpoints(newest.parent.parent) if c.step <= made.step]
     ours = [c for c in up_to_it if c.problem or c.manifest["run_id"] == made.manifest["run_id"]]
     whole = [checkpoint for checkpoint in ours if checkpoint.problem is None]
-    kept = {checkpoint.path for checkpoint in whole[:keep_last]}
+    kept = {newest, *(checkpoint.path for checkpoint in whole[:keep_last])}
     if keep_every:
         kept |= {checkpoint.path for checkpoint in whole if checkpoint.step % keep_every == 0}
     if keep_best and (best := best_of(whole)):
@@ -157,7 +162,8 @@ def prune(newest: Path, keep_last: int, keep_every: int | None, keep_best: bool)
 
 def best_of(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     """The one of the lowest held-out loss, of equal ones the first; None where none was measured."""
-    measured = [checkpoint for checkpoint in checkpoints if checkpoint.held_out_loss is not None]
+    losses = ((checkpoint, checkpoint.held_out_loss) for checkpoint in checkpoints)
+    measured = [checkpoint for checkpoint, loss in losses if loss is not None and math.isfinite(loss)]
     return min(measured, key=lambda checkpoint: (checkpoint.held_out_loss, checkpoint.step), default=None)
 
 

@@ -94,11 +94,11 @@ def check_changing_mask(recipe: Recipe) -> dict:
     stepped: Dense = {}  # live deltas between a step and the change of the mask after it
     change = trainer.schedule.after_step
 
-    def after_step(step: int) -> None:
+    def after_step(step: int, skipped: bool) -> None:
         stepped.update(live_deltas(trainer.state))
         for linear in trainer.targets.values():
             linear.weight.all_gather()  # a whole copy, which a change of the shards must not leave behind
-        change(step)
+        change(step, skipped)
 
     trainer.schedule.after_step = after_step
     seen = {"moved": 0, "returned": 0, "reverted": 0}

@@ -73,6 +73,31 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(start, tmp_path, numbe
     assert f"go on with: --resume {tmp_path / 'run'}" in run.text() and "Traceback" not in run.text()
 
 
+def test_a_signal_while_the_mask_is_chosen_anew(start, tmp_path):
+    """What the steps before have learnt is in the checkpoint, too."""
+    periodic = ["mask.schedule=periodic", "mask.update_every=3"]
+    run = start(*periodic, hooks={0: slow_selection, 1: slow_selection})
+    run.wait_for("choosing anew")
+    run.signal(signal.SIGTERM, 1)
+    assert run.codes() == [85, 85], run.text()
+    # The ranks had agreed on step 3 before: they stop at the end of the next one.
+    assert whole_steps(tmp_path / "run") == [4] and "mask changed after step 3" in run.text()
+
+
+def slow_selection() -> None:
+    from speft_ds.base import Base
+
+    choose_mask = Base.choose_mask
+
+    def slow(self, number=0):
+        if number:
+            print("choosing anew", flush=True)
+            time.sleep(1)
+        return choose_mask(self, number)
+
+    Base.choose_mask = slow
+
+
 def test_from_2_ranks_to_1_to_4(start, tmp_path):
     """Equal to the undisturbed run: the rows, the losses and the deltas, to the order of sums."""
     whole = start(f"output_dir={tmp_path / 'whole'}")

@@ -50,12 +50,16 @@ def test_a_folder_of_the_same_step_is_replaced(tmp_path, spoil):
     assert look_at(folder).problem is None and contents(folder) == CONTENTS
 
 
-def test_a_part_that_is_missing_does_not_count(tmp_path):
+@pytest.mark.parametrize("what", ["missing", "short"])
+def test_without_all_parts_there_is_no_checkpoint(tmp_path, what):
+    """As where the nodes do not share the run folder."""
     parts = write_parts(tmp_path, 10)
     folder = folder_of(tmp_path, 10)
-    (temporary_of(folder) / part_name(1)).unlink()
-    publish(temporary_of(folder), folder, {"step": 10, "run_id": "mine", "parts": parts})
-    assert look_at(folder).problem == "it is damaged: part_00001.safetensors is missing"
+    part = temporary_of(folder) / part_name(1)
+    part.unlink() if what == "missing" else os.truncate(part, part.stat().st_size - 1)
+    with pytest.raises(OSError, match=r"part_00001.*do all nodes see this folder"):
+        publish(temporary_of(folder), folder, {"step": 10, "run_id": "mine", "parts": parts})
+    assert not folder.exists()
 
 
 # Interruptions. Each state is what a save of step 20 may find.

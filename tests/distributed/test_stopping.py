@@ -59,9 +59,7 @@ def whole_steps(folder):
     return [checkpoint.step for checkpoint in list_checkpoints(folder) if checkpoint.problem is None]
 
 
-@pytest.mark.parametrize(
-    ("number", "rank"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGINT, 0)]
-)
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0), (signal.SIGINT, 0)])
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(start, tmp_path, number, rank):
     run = start("train.steps=500")
     after_step(run, 3)

@@ -29,10 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tiny  # noqa: E402
-from live import LiveRun, metrics  # noqa: E402
+from live import LiveRun, metrics, whole_steps  # noqa: E402
 from markdown import print_table  # noqa: E402
 
-from speft_ds.checkpoint.folder import list_checkpoints  # noqa: E402
 from speft_ds.files import write_json  # noqa: E402
 from speft_ds.machine import machine  # noqa: E402
 
@@ -84,16 +83,10 @@ class Trials:
 
     def __init__(self, folder: Path, ranks: int):
         self.folder, self.ranks, self.number = folder, ranks, 0
-        model, rows = tiny.make_model(folder / "model"), tiny.make_data(folder)
+        paths = {"untied": tiny.make_model(folder / "model"), "data": tiny.make_data(folder)}
+        train = {"steps": STEPS, "checkpoint_every": EVERY}
         for name, mask in MASKS.items():
-            recipe = {
-                "model": {"name_or_path": str(model), "dtype": "float32"},
-                "data": {"path": str(rows), "max_length": 128},
-                "mask": {"density": 0.05, "calibration_samples": 12, **mask},
-                "optimizer": {"lr": 1e-2, "weight_decay": 0.1},
-                "train": {"steps": STEPS, "global_batch": 8, "micro_batch": 2, "checkpoint_every": EVERY},
-                "deepspeed": {"config": "zero3_cpu"},
-            }
+            recipe = tiny.recipe_values(paths, mask=mask, optimizer={"weight_decay": 0.1}, train=train)
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
         self.undisturbed: dict[str, Path] = {}
 
@@ -145,7 +138,7 @@ class Trials:
         """Let a killed run end, resume it, and compare what comes out."""
         codes = run.codes(60)
         logged = len((output / "metrics.jsonl").read_text().splitlines()) if logs(output) else 0
-        whole = [c.step for c in list_checkpoints(output) if c.problem is None]
+        whole = whole_steps(output)
         again = self.run(mask, output, "--resume", "auto")
         ended = again.codes()
         started = re.search(r"resuming from \S+: step (\d+)", again.text())
@@ -210,10 +203,12 @@ def main() -> None:
             print(f"{len(rows)}: {row}", file=sys.stderr, flush=True)
     header = list(rows[0])
     print_table(header, [[str(row[key]) for key in header] for row in rows])
-    good = sum(row["identical"] and row["newest kept"] for row in rows)
-    print(f"\n{good} of {len(rows)} identical, each resumed from its newest whole checkpoint")
+    good = [row["identical"] and row["newest kept"] for row in rows]
+    print("\nidentical, and resumed from the newest whole checkpoint:")
+    print(f"killed at a random moment: {sum(good[: arguments.kills])} of {arguments.kills}")
+    print(f"killed at a random file operation: {sum(good[arguments.kills :])} of {arguments.points}")
     write_json(arguments.json, {"machine": machine(), "rows": rows})
-    sys.exit(good != len(rows))
+    sys.exit(not all(good))
 
 
 if __name__ == "__main__":

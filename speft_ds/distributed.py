@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from speft_ds import lifeline, rendezvous, stop
+from speft_ds import lifeline, rendezvous, shm_op, stop
 from speft_ds.errors import UserError
 
 # torch 2.13 renames these two and warns at every call of the old names.
@@ -38,6 +38,8 @@ def init(timeout_minutes: float = 30.0) -> None:
     # Before the first collective: NCCL's object collectives use the current device.
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
+        if device().type == "cpu":
+            shm_op.wait_for_build(shm_op.extensions_folder() / shm_op.NAME)
         deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
         unlink_shared_buffers()
 

@@ -41,6 +41,8 @@ class Trouble:
 
 
 DIED, RAISED, HANGS, WAITS = range(4)
+# Where a rank waits for the others: the last of them for weights that are on their way.
+COLLECTIVES = ("torch/distributed", "deepspeed/comm", "deepspeed/runtime/zero/part")
 
 
 class Lifeline:
@@ -194,7 +196,7 @@ class Lifeline:
     def _stuck(self) -> tuple[int, str]:
         """What this rank does instead of making progress."""
         stack = traceback.format_stack(sys._current_frames()[self.main_thread])
-        waits = any(name in "".join(stack[-4:]) for name in ("torch/distributed", "deepspeed/comm"))
+        waits = any(name in "".join(stack[-4:]) for name in COLLECTIVES)
         text = (
             f"rank {self.rank} made no progress for {self.timeout_s / 60:g} minutes "
             f"(train.timeout_minutes), after: {self.where}; it stands at\n{''.join(stack[-4:])}"

@@ -14,6 +14,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["SPEFT_DS_CACHE"] = tempfile.mkdtemp(prefix="speft_ds_cache_")
 atexit.register(shutil.rmtree, os.environ["SPEFT_DS_CACHE"], ignore_errors=True)
 
+# DeepSpeed's op is compiled for this tree alone: no other run takes turns with it, and what a killed test
+# run left behind is known to be of no use.
+os.environ["TORCH_EXTENSIONS_DIR"] = str(ROOT / ".torch_extensions")
+for lock in (ROOT / ".torch_extensions").glob("*/lock"):
+    lock.unlink()
+
 # As in an activated environment. Ranks and launched runs compile DeepSpeed's op with one ninja: two ninjas
 # of different versions would each compile it anew, half a minute whenever they take turns.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

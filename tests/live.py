@@ -16,6 +16,8 @@ from pathlib import Path
 
 from ranks import free_port
 
+from speft_ds.checkpoint.folder import list_checkpoints
+
 PRELOAD = [
     "speft_ds.train",
     "speft_ds.report",
@@ -123,3 +125,8 @@ def metrics(run: Path) -> list[dict]:
     clocked = {"tokens_per_s", "step_ms", "peak_memory_gib"}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in clocked} for line in lines]
+
+
+def whole_steps(run: Path) -> list[int]:
+    """The steps of the checkpoints that count, newest first."""
+    return [checkpoint.step for checkpoint in list_checkpoints(run) if checkpoint.problem is None]

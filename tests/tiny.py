@@ -105,3 +105,18 @@ def make_task(folder: Path, data_path: Path) -> Path:
         "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
     )
     return tasks
+
+
+def recipe_values(tiny: dict, checkpoint: str = "untied", **sections: dict | str) -> dict:
+    """A short fp32 recipe, as in a file, of the paths `tiny`; `sections` override keys."""
+    values = {
+        "model": {"name_or_path": str(tiny[checkpoint]), "dtype": "float32"},
+        "data": {"path": str(tiny["data"]), "max_length": 128},
+        "mask": {"density": 0.05, "calibration_samples": 12},
+        "optimizer": {"lr": 1e-2},
+        "train": {"steps": 4, "global_batch": 8, "micro_batch": 2},
+        "deepspeed": {"config": "zero3_cpu"},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    return values

@@ -7,17 +7,15 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-import time
 from pathlib import Path
 
+from speft_ds import shm_op
 from speft_ds.doctor.check import MIB, Check
 from speft_ds.doctor.gpus import uses_gpus
 from speft_ds.doctor.packages import PIP_INSTALL
 from speft_ds.doctor.processes import run_tool
 
 SHM_MIB_A_RANK = 66  # what DeepSpeed's collectives on the CPU map for every rank
-SHM_OP = "deepspeed_shm_comm"
-STALE_LOCK_S = 300  # the op compiles in about 30 s
 # As DeepSpeed's op; torch 2.13 compiles extensions as C++20, which has `concepts`.
 HELLO = "#include <Python.h>\n#include <omp.h>\n#include <concepts>\nint hello() { return 0; }\n"
 
@@ -67,20 +65,21 @@ def check_shm_op(facts: dict) -> list[Check]:
         return [Check(name, "skipped", f"DeepSpeed does not say: {facts.get('error')}")]
     if not facts["shm_op_compatible"]:
         return [Check(name, "ok", "not for this machine: collectives use gloo alone")]
-    folder = Path(facts["extensions"]) / SHM_OP
+    folder = Path(facts["extensions"]) / shm_op.NAME
     found = "not built yet: the first start compiles it, about 30 s"
     if facts["shm_op_installed"]:
         found = "installed with DeepSpeed"
-    elif (folder / f"{SHM_OP}.so").is_file():
+    elif (folder / f"{shm_op.NAME}.so").is_file():
         found = f"built, {folder}"
-    lock = folder / "lock"
-    if not lock.exists():
+    age_s = shm_op.lock_age_s(folder)
+    if age_s is None:
         return [Check(name, "ok", found)]
-    age_s = time.time() - lock.stat().st_mtime
-    if age_s < STALE_LOCK_S:
+    if age_s < shm_op.STALE_S:
         return [Check(name, "ok", f"being compiled now, since {age_s:.0f} s")]
-    what = f"a build that was interrupted left {lock}: every start waits for it, for ever"
-    return [Check(name, "problem", what, f"rm -r {folder}")]
+    what = (
+        f"a build that was interrupted left {folder / 'lock'}: a run of ours removes it, others wait for ever"
+    )
+    return [Check(name, "warning", what, f"rm -r {folder}")]
 
 
 def check_shared_memory(

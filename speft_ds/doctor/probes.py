@@ -7,14 +7,11 @@ is known.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
 from datetime import timedelta
-from pathlib import Path
 
-from speft_ds import hub
-from speft_ds.doctor.build import SHM_OP
+from speft_ds import hub, shm_op
 from speft_ds.hub import connection_error
 
 COLLECTIVE_S = 30  # of one collective
@@ -54,7 +51,7 @@ def _tell_about_torch() -> None:
         gpu_bf16=bool(gpus) and torch.cuda.is_bf16_supported(including_emulation=False),
         nccl=".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None,
     )
-    _tell(gpu_error=_gpu_error(count), extensions=_extensions_folder())
+    _tell(gpu_error=_gpu_error(count), extensions=str(shm_op.extensions_folder()))
 
 
 def _gpu_error(count: int) -> str | None:
@@ -69,16 +66,6 @@ def _gpu_error(count: int) -> str | None:
     return None
 
 
-def _extensions_folder() -> str:
-    """Where torch keeps what it compiles."""
-    import torch
-    from torch.utils.cpp_extension import get_default_build_root
-
-    build = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu"
-    default = Path(get_default_build_root()) / f"py{sys.version_info[0]}{sys.version_info[1]}_{build}"
-    return os.environ.get("TORCH_EXTENSIONS_DIR") or str(default)
-
-
 def _tell_about_deepspeed() -> None:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -86,8 +73,8 @@ def _tell_about_deepspeed() -> None:
 
     accelerator = get_accelerator()
     _tell(accelerator=accelerator.device_name(), backend=accelerator.communication_backend_name())
-    compatible = bool(deepspeed.ops.__compatible_ops__.get(SHM_OP))  # what DeepSpeed itself goes by
-    _tell(shm_op_compatible=compatible, shm_op_installed=bool(installed_ops.get(SHM_OP)))
+    compatible = bool(deepspeed.ops.__compatible_ops__.get(shm_op.NAME))  # what DeepSpeed itself goes by
+    _tell(shm_op_compatible=compatible, shm_op_installed=bool(installed_ops.get(shm_op.NAME)))
 
 
 def _tell_about_hub() -> None:

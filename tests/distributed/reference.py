@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tiny import recipe_values
 
 from speft_ds.data.batch import collate
 from speft_ds.schema import Recipe
@@ -17,19 +18,10 @@ from speft_ds.trainer import Trainer
 
 def make_recipe(tiny: dict, output_dir: Path, checkpoint: str = "untied", **sections: dict) -> Recipe:
     """A short fp32 recipe on a tiny checkpoint; `sections` override whole keys of its sections."""
-    values = {
-        "model": {"name_or_path": str(tiny[checkpoint]), "dtype": "float32"},
-        "data": {"path": str(tiny["data"]), "max_length": 128},
-        "mask": {"density": 0.05, "calibration_samples": 12},
-        "optimizer": {"lr": 1e-2, "clip_norm": 0.5, "warmup_steps": 2},
-        "train": {"steps": 5, "global_batch": 8, "micro_batch": 2},
-        "deepspeed": {"config": "zero3_cpu"},
-        "output_dir": str(output_dir),
-        "seed": 3,
-    }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    return Recipe.model_validate(values)
+    sections["optimizer"] = {"clip_norm": 0.5, "warmup_steps": 2, **sections.get("optimizer", {})}
+    sections["train"] = {"steps": 5, **sections.get("train", {})}
+    values = recipe_values(tiny, checkpoint, **sections)
+    return Recipe.model_validate({**values, "output_dir": str(output_dir), "seed": 3})
 
 
 def make_trainer(recipe: Recipe) -> Trainer:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import yaml
+from tiny import recipe_values
 
 from distributed import classification_checks
 from distributed.test_launch import finishes, is_refused, live
@@ -13,15 +14,11 @@ from distributed.test_launch import finishes, is_refused, live
 
 @pytest.fixture
 def recipe(tiny, tmp_path):
-    values = {
-        "model": {"name_or_path": str(tiny["untied"]), "dtype": "float32"},
-        "data": {"max_length": 256},
-        "mask": {"density": 0.05, "calibration_samples": 8},
-        "optimizer": {"lr": 1e-2},
-        "train": {"steps": 3, "global_batch": 4, "micro_batch": 1},
-        "deepspeed": {"config": "zero3_cpu"},
-        "output_dir": str(tmp_path / "run"),
-    }
+    train = {"steps": 3, "global_batch": 4, "micro_batch": 1}
+    values = recipe_values(
+        tiny, mask={"calibration_samples": 8}, train=train, output_dir=str(tmp_path / "run")
+    )
+    values["data"] = {"max_length": 256}
 
     def write(**sections):
         path = tmp_path / "recipe.yaml"

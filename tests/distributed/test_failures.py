@@ -1,5 +1,6 @@
 """What goes wrong in a run ends it on all ranks, soon, with the first cause and the way on: live runs."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -9,10 +10,10 @@ from pathlib import Path
 import pytest
 import tiny as made
 import yaml
-from live import LiveRun, metrics
+from live import LiveRun, metrics, whole_steps
+from tiny import recipe_values
 
-from distributed import faults
-from speft_ds.checkpoint.folder import list_checkpoints
+from distributed import rank_hooks
 
 STEPS = 12
 
@@ -20,15 +21,8 @@ STEPS = 12
 @pytest.fixture
 def values(tiny, tmp_path):
     """A recipe; its run folder is tmp_path/run."""
-    return {
-        "model": {"name_or_path": str(tiny["untied"]), "dtype": "float32"},
-        "data": {"path": str(tiny["data"]), "max_length": 128},
-        "mask": {"density": 0.05, "calibration_samples": 12},
-        "optimizer": {"lr": 1e-2},
-        "train": {"steps": STEPS, "global_batch": 8, "micro_batch": 2, "checkpoint_every": 2},
-        "deepspeed": {"config": "zero3_cpu"},
-        "output_dir": str(tmp_path / "run"),
-    }
+    train = {"steps": STEPS, "checkpoint_every": 2}
+    return recipe_values(tiny, train=train, output_dir=str(tmp_path / "run"))
 
 
 @pytest.fixture
@@ -47,10 +41,6 @@ def start(values, tmp_path):
         run.kill()
 
 
-def whole_steps(folder):
-    return [checkpoint.step for checkpoint in list_checkpoints(folder) if checkpoint.problem is None]
-
-
 def ends(run, codes, limit=60):
     """It ends within a minute; returns what it said after its last step, without the libraries' noise."""
     assert run.codes(limit) == codes, run.text()
@@ -60,7 +50,7 @@ def ends(run, codes, limit=60):
 
 @pytest.mark.parametrize(("rank", "num_ranks"), [(0, 2), (2, 4)])
 def test_a_rank_that_raises(start, tmp_path, rank, num_ranks):
-    run = start(num_ranks=num_ranks, hooks={rank: faults.raises})
+    run = start(num_ranks=num_ranks, hooks={rank: rank_hooks.raises})
     said = ends(run, [1] * num_ranks)
     assert said.count("Traceback") == 1 and said.count(f"rank {rank} failed:") == 1, said
     assert "RuntimeError: boom" in said
@@ -81,7 +71,7 @@ def test_a_rank_that_is_killed(start, rank, num_ranks):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs(start, rank):
-    run = start("train.timeout_minutes=0.1", hooks={rank: faults.hangs})
+    run = start("train.timeout_minutes=0.1", hooks={rank: rank_hooks.hangs})
     said = ends(run, [1, 1])
     assert f"rank {rank} made no progress for 0.1 minutes" in said and "time.sleep(1000)" in said, said
     assert said.count("made no progress") == 1 and "go on with: --resume" in said
@@ -100,7 +90,7 @@ def test_a_rank_that_is_frozen(start):
 
 def test_a_step_that_is_not_finite_is_skipped(start, tmp_path):
     """NaN on one rank in step 3, and an infinite gradient in step 6: nothing moves, on any rank."""
-    run = start(hooks={1: faults.nan_in_step_3, 0: faults.infinite_gradient_in_step_6})
+    run = start(hooks={1: rank_hooks.nan_in_step_3, 0: rank_hooks.infinite_gradient_in_step_6})
     assert run.codes() == [0, 0], run.text()
     lines = metrics(tmp_path / "run")
     assert [line["num_skipped"] for line in lines] == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2]
@@ -118,7 +108,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("case", SCHEDULES)
 def test_schedules_do_not_learn_from_what_is_not_finite(values, start, tmp_path, case):
     values["mask"] |= SCHEDULES[case]
-    run = start(hooks={1: faults.nan_in_step_3})
+    run = start(hooks={1: rank_hooks.nan_in_step_3})
     assert run.codes() == [0, 0], run.text()
     assert metrics(tmp_path / "run")[-1]["num_skipped"] == 1
     assert ("mask stays after step 3" in run.text()) == (case == "sft_ag in one step")
@@ -126,7 +116,7 @@ def test_schedules_do_not_learn_from_what_is_not_finite(values, start, tmp_path,
 
 
 def test_too_many_in_a_row_stop_the_run(start, tmp_path):
-    run = start(hooks={1: faults.nan_from_step_6_on})
+    run = start(hooks={1: rank_hooks.nan_from_step_6_on})
     said = ends(run, [2, 2])
     assert "the loss is nan" in said and "3 steps in a row were not finite" in said, said
     assert "Traceback" not in said and "go on with" not in said  # the same steps would fail again
@@ -156,13 +146,20 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def fill_up(file, left):
+    """Take all space of a disk that a run writes to at the same time, but for `left` bytes."""
+    with file.open("wb", buffering=0) as others, contextlib.suppress(OSError):
+        while others.write(b"x" * 4096):
+            pass
+    os.truncate(file, file.stat().st_size - left)
+
+
 def test_a_disk_that_fills_up(values, start, small_disk):
     disk = small_disk("size=2m")
     values["output_dir"] = str(disk / "run")
     run = start("train.steps=1000")
     run.wait_for("step     6/")
-    left = shutil.disk_usage(disk).free
-    (disk / "others").write_bytes(b"x" * (left - left % 4096 - 8192))
+    fill_up(disk / "others", left=8192)
     said = ends(run, [2, 2])
     assert "cannot write" in said and "No space left" in said and "Traceback" not in said, said
     steps = whole_steps(disk / "run")
@@ -191,7 +188,7 @@ def test_two_runs_in_one_folder(start, tmp_path):
     first.wait_for("step     3/")
     second = start("train.steps=1000")
     assert 2 in second.codes() and "is not empty" in second.text()
-    third = start("train.steps=1000", "--resume", hooks={0: faults.short_wait, 1: faults.short_wait})
+    third = start("train.steps=1000", "--resume", hooks={0: rank_hooks.short_wait, 1: rank_hooks.short_wait})
     assert 2 in third.codes() and "another run is writing to" in third.text()
     assert all(process.is_alive() for process in first.processes)
 
@@ -202,7 +199,7 @@ def test_two_runs_in_one_folder(start, tmp_path):
 @pytest.fixture
 def stopped(start, tmp_path):
     """The folder of a run that stopped after 9 of its steps, with checkpoints of steps 6 and 8."""
-    run = start(hooks={0: faults.dies_after_step_9})
+    run = start(hooks={0: rank_hooks.dies_after_step_9})
     run.codes()
     assert whole_steps(tmp_path / "run") == [8, 6], run.text()
     return tmp_path / "run"
@@ -263,3 +260,8 @@ def test_a_run_branches_off_into_a_new_folder(start, stopped, tmp_path):
     assert run.codes() == [0, 0], run.text()
     assert len(metrics(tmp_path / "new")) == STEPS and len(metrics(stopped)) == 9
     assert metrics(tmp_path / "new")[:9] == metrics(stopped)
+
+
+def test_the_lock_of_a_killed_build_does_not_hold_a_run_up(start, tmp_path):
+    run = start("train.steps=1", hooks=dict.fromkeys((0, 1), rank_hooks.stale_build_lock))
+    assert run.codes(60) == [0, 0] and "60 min old: its build was killed" in run.text(), run.text()

@@ -13,7 +13,7 @@ import torch
 import yaml
 from live import LiveRun
 from ranks import free_port
-from tiny import make_model
+from tiny import make_model, recipe_values
 from transformers import AutoModelForCausalLM
 
 import speft_ds
@@ -38,21 +38,9 @@ def launch(
 
 @pytest.fixture
 def recipe(tiny, tmp_path):
-    values = {
-        "model": {"name_or_path": str(tiny["untied"]), "dtype": "float32"},
-        "data": {"path": str(tiny["data"]), "max_length": 128},
-        "mask": {"density": 0.05, "calibration_samples": 12},
-        "optimizer": {"lr": 1e-2},
-        "train": {"steps": 4, "global_batch": 8, "micro_batch": 2},
-        "deepspeed": {"config": "zero3_cpu"},
-        "eval": {
-            "tasks": ["tiny_generate", "tiny_choice"],
-            "include_path": str(tiny["tasks"]),
-            "batch_size": 8,
-            "limit": 9,
-        },
-        "output_dir": str(tmp_path / "run"),
-    }
+    tasks = {"tasks": ["tiny_generate", "tiny_choice"], "include_path": str(tiny["tasks"])}
+    scores = {**tasks, "batch_size": 8, "limit": 9}
+    values = recipe_values(tiny, eval=scores, output_dir=str(tmp_path / "run"))
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

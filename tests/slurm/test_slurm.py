@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import recipe_values
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = ROOT / "launch" / "slurm"
@@ -20,15 +21,7 @@ ENV = {"SPEFT_ROOT": ROOT, "SPEFT_PYTHON": sys.executable, "DS_ACCELERATOR": "cp
 
 @pytest.fixture(scope="module")
 def recipe(tiny, tmp_path_factory):
-    values = {
-        "model": {"name_or_path": str(tiny["untied"]), "dtype": "float32"},
-        "data": {"path": str(tiny["data"]), "max_length": 128},
-        "mask": {"density": 0.05, "calibration_samples": 12},
-        "optimizer": {"lr": 1e-2},
-        "train": {"steps": STEPS, "global_batch": 8, "micro_batch": 1, "checkpoint_every": 3},
-        "deepspeed": {"config": "zero3_cpu"},
-        "eval": {"tasks": []},
-    }
+    values = recipe_values(tiny, train={"steps": STEPS, "micro_batch": 1, "checkpoint_every": 3})
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def _before_step(number: int, action: Callable) -> None:
@@ -89,3 +92,52 @@ def short_wait() -> None:
     from speft_ds import run_folder
 
     run_folder.LOCK_WAIT_S = 1.0
+
+
+def slow_selection() -> None:
+    from speft_ds.base import Base
+
+    choose_mask = Base.choose_mask
+
+    def slow(self, number=0):
+        if number:
+            print("choosing anew", flush=True)
+            time.sleep(1)
+        return choose_mask(self, number)
+
+    Base.choose_mask = slow
+
+
+def slow_steps() -> None:
+    from speft_ds.trainer import Trainer
+
+    step = Trainer.train_step
+
+    def slow(self, number):
+        time.sleep(5 if number > 1 else 0)
+        return step(self, number)
+
+    Trainer.train_step = slow
+
+
+def slow_load() -> None:
+    from speft_ds.base import Base
+
+    load = Base.load
+
+    def slow(self, *arguments):
+        print("loading", flush=True)
+        time.sleep(3)
+        return load(self, *arguments)
+
+    Base.load = slow
+
+
+def stale_build_lock() -> None:
+    """The compiled op in a folder of its own, with the lock of a build that was killed an hour ago."""
+    compiled = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    own = Path(tempfile.mkdtemp()) / "extensions"
+    shutil.copytree(compiled, own)
+    (own / "deepspeed_shm_comm" / "lock").touch()
+    os.utime(own / "deepspeed_shm_comm" / "lock", (time.time() - 3600,) * 2)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(own)

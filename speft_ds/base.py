@@ -110,6 +110,7 @@ class Base:
         """
         recipe, section = self.recipe.mask, self.recipe.data
         self.calibration_rows: Sequence[Row] = []
+        self.calibration_sha256 = None
         if not recipe.needs_calibration:
             return
         weights = section.weights
@@ -124,7 +125,7 @@ class Base:
             training = self.read_training_rows()
         corpus = training
         seed = self.recipe.seed if recipe.calibration_seed is None else recipe.calibration_seed
-        self.calibration_rows = corpus.rows()
+        self.calibration_rows, self.calibration_sha256 = corpus.rows(), corpus.facts["sha256"]
         self.calibration_order = SampleOrder(corpus.row_sizes, weights, seed, "calibration")
         if recipe.calibration_samples > len(self.calibration_order):
             raise UserError(

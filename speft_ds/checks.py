@@ -73,6 +73,9 @@ def check_same_run(
     if manifest["rows_sha256"] != rows.facts["sha256"]:
         what = "the training rows are not those of the checkpoint any more"
         raise UserError(what, where, f"put back the data of {recipe.where_rows()}, or start anew")
+    if recipe.mask.schedule == "periodic" and manifest["calibration_sha256"] != base.calibration_sha256:
+        what = "the calibration rows, which choose every mask, are not those of the checkpoint any more"
+        raise UserError(what, where, f"put back {recipe.mask.calibration_path or 'the data'}, or start anew")
     if loaded is not None and manifest["state"]["first_sha256"] != loaded.sha256:
         what = f"mask.load={recipe.mask.load} is another mask than the one that the run started with"
         raise UserError(what, where, "put back the mask, or start anew")

@@ -1,6 +1,7 @@
 """The DeepSpeed configuration: the user's JSON file, and the keys that recipes own."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,16 @@ def _zero_problems(zero: Any, file: str) -> list[UserError]:
     keys = [key for key, is_set in refused.items() if is_set]
     whats = {key: f"{key}: {json.dumps(zero[key])} is not supported yet" for key in keys}
     return [UserError(whats[key], f"{file} (zero_optimization.{key})", "remove it") for key in keys]
+
+
+def shared_micro_batch(recipe: Recipe, world_size: int) -> int:
+    """The recipe's micro-batch, or the largest that divides it and that this many ranks can share.
+
+    Where the global batch cannot be shared at all, the recipe's own: see `batch_problems`.
+    """
+    rows, left_over = divmod(recipe.train.global_batch, world_size)
+    micro_batch = recipe.train.micro_batch
+    return micro_batch if left_over or not rows else math.gcd(micro_batch, rows)
 
 
 def batch_problems(recipe: Recipe, world_size: int) -> list[UserError]:

@@ -146,7 +146,7 @@ def quiet_other_bars() -> None:
 
 def use_all_cores() -> None:
     """Share a CPU machine's cores among its ranks: more threads than cores run several times slower."""
-    local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    local_ranks = int(os.environ.get("LOCAL_SIZE", 1))  # `rendezvous.settle` knows it of every launcher
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local_ranks)))
 
 

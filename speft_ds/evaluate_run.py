@@ -15,6 +15,7 @@ from speft_ds.files import write_json
 from speft_ds.mask import read_mask
 from speft_ds.metrics import Timings, say
 from speft_ds.preflight import mask_file
+from speft_ds.recipe import without_training
 from speft_ds.report import scores_of
 from speft_ds.schema import Recipe
 
@@ -55,9 +56,7 @@ def run(recipe: Recipe) -> None:
     folder, section = Path(recipe.output_dir), recipe.eval
     distributed.connect_lifeline(recipe.train.timeout_minutes, lambda: "start it again")
     manager = find_tasks(section)
-    # The batch of the training run need not suit this number of ranks: nothing is trained.
-    train = recipe.train.model_copy(update={"global_batch": distributed.world_size(), "micro_batch": 1})
-    base = Base(recipe.model_copy(update={"train": train}), Timings())
+    base = Base(without_training(recipe, distributed.world_size()), Timings())
     base.load(read_mask(mask_file(recipe.mask.load))[0] if recipe.mask.load else None)
     apply_to_shards(base, folder / "adapter")
     say(f"evaluating {', '.join(section.tasks)} on {distributed.world_size()} rank(s)")

@@ -135,6 +135,12 @@ def for_scoring(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"output_dir": f"runs/{recipe.name}-score-{recipe.mask.salience}"})
 
 
+def without_training(recipe: Recipe, world_size: int) -> Recipe:
+    """The recipe with a global batch that suits any number of ranks, for jobs that train nothing."""
+    train = recipe.train.model_copy(update={"global_batch": world_size, "micro_batch": 1})
+    return recipe.model_copy(update={"train": train})
+
+
 def resolved_yaml(recipe: Recipe) -> str:
     """The recipe with every default filled in, as YAML that loads again."""
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude={"name"}), sort_keys=False)

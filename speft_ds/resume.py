@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from speft_ds.checkpoint.folder import CHECKPOINTS, Checkpoint, list_checkpoints, look_at, newest_whole
+from speft_ds.ds_config import shared_micro_batch
 from speft_ds.errors import UserError
 from speft_ds.recipe import load_recipe
 from speft_ds.rendezvous import rank
@@ -157,13 +157,13 @@ def _newest(folder: Path, resume: Resume) -> Start:
             return Start()
         fix = "check output_dir; without --resume it starts (--resume auto: whichever fits)"
         raise UserError(f"there is no run in {folder} to resume", "--resume", fix)
+    if not (folder / RECIPE).is_file():
+        raise UserError(f"{folder} is not a run folder: it has no {RECIPE}", "--resume", "output_dir=...")
     facts = read_facts(folder)
     if facts.get("finished"):
         return Start("finished", source=folder)
     checkpoint = newest_whole(folder, facts.get("run_id"), _note)
     if checkpoint is None:
-        if not (folder / RECIPE).is_file():
-            raise UserError(f"{folder} is not a run folder: it has no {RECIPE}", "--resume", "output_dir=...")
         if any(begun["step"] for begun in facts.get("starts", [])):
             fix = f"remove it, and branch off again: rm -r {folder}"
             raise UserError(f"{folder} branched off another run, and has no checkpoint yet", "--resume", fix)
@@ -250,10 +250,8 @@ def _leaf(nested: dict[str, Any], key: str) -> Any:
 
 def fit_micro_batch(recipe: Recipe, world_size: int) -> Recipe:
     """The recipe with a micro-batch that another number of ranks can share; what is learnt stays the same."""
-    train = recipe.train
-    rows, left_over = divmod(train.global_batch, world_size)
-    micro_batch = math.gcd(train.micro_batch, rows)
-    if left_over or not rows or micro_batch == train.micro_batch:
+    train, micro_batch = recipe.train, shared_micro_batch(recipe, world_size)
+    if micro_batch == train.micro_batch:
         return recipe
     _note(f"note: for {world_size} rank(s) train.micro_batch={micro_batch} (it was {train.micro_batch})")
     return recipe.model_copy(update={"train": train.model_copy(update={"micro_batch": micro_batch})})

@@ -169,14 +169,15 @@ class Schedule:
         return own
 
     def restore(self, parts: Parts) -> None:
-        """Go on where `snapshot` was taken: same recipe, any world size, over the pretrained weights."""
+        """Go on where `snapshot` was taken: same recipe, any world size, over the pretrained weights.
+
+        The schedule was made with the checkpoint's mask; only its contents are taken up here.
+        """
         release([linear.weight for linear in self.training.trained.values()])
         facts = parts.facts
-        self.mask = mask_of(parts, "trained", self.mask.shape)
-        self.first_mask = self.mask
         if facts["changes"]:
-            self.first_mask = mask_of(parts, "first", self.mask.shape)
-        self.state = self._make_state(self.mask)
+            first = mask_of(parts, "first", self.mask.shape)
+            self.first_mask = Mask({n: index.cpu() for n, index in first.index.items()}, first.shape)
         own = parts.table("trained", self.state.spans).columns
         self.state.restore(own.pop("delta"), parts.table("dropped", self.state.spans))
         if facts["age"] is not None:
@@ -185,7 +186,6 @@ class Schedule:
         self.lr_schedule.load_state_dict({**facts["lr_schedule"], "lr_lambdas": [None]})
         self.optimizer.param_groups[0]["lr"] = self.lr_schedule.get_last_lr()[0]
         self.num_selections, self.changes = facts["num_selections"], list(facts["changes"])
-        self._attach()
 
     def by_weight(self, values: Tensor) -> dict[str, Tensor]:
         """Views of a flat [num_local] tensor, weight by weight of the mask."""

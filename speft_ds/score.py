@@ -15,15 +15,10 @@ from speft_ds.mask import save_mask
 from speft_ds.metrics import Timings, peak_memory_gib, say
 from speft_ds.model import fingerprint
 from speft_ds.plots import mask_heat_map
+from speft_ds.recipe import without_training
 from speft_ds.run_folder import check_output_dir, start_folder
 from speft_ds.schema import MASK_FILE, Recipe
 from speft_ds.tables import print_mask_table
-
-
-def any_world_size(recipe: Recipe) -> Recipe:
-    """The recipe with a training batch that suits the number of ranks: nothing is trained."""
-    train = recipe.train.model_copy(update={"global_batch": distributed.world_size(), "micro_batch": 1})
-    return recipe.model_copy(update={"train": train})
 
 
 def run(recipe: Recipe) -> None:
@@ -37,7 +32,7 @@ def run(recipe: Recipe) -> None:
     distributed.on_rank_0(lambda: check_output_dir(recipe))
     timings = Timings()
     with timings.stage("data"):
-        base = Base(any_world_size(recipe), timings)
+        base = Base(without_training(recipe, distributed.world_size()), timings)
         base.read_calibration_rows(None)
     with timings.stage("model"):
         base.load()

@@ -16,6 +16,7 @@ from speft_ds.checkpoint.writer import Writer
 from speft_ds.checks import check_chat_template, check_loaded_mask, check_same_run, check_steps
 from speft_ds.data.batch import collate, split_global_batch
 from speft_ds.data.order import SampleOrder
+from speft_ds.data.rows import Row
 from speft_ds.errors import UserError
 from speft_ds.held_out import HeldOut
 from speft_ds.machine import machine, versions
@@ -155,14 +156,37 @@ class Trainer:
         loss or gradient is not finite changes nothing.
         """
         start = time.perf_counter()
-        train = self.recipe.train
-        rows = [self.rows[row] for row in self.order.ids(step * train.global_batch, train.global_batch)]
-        num_labels = sum(row.num_labels for row in rows)
+        size, optimizer = self.recipe.train.global_batch, self.engine.optimizer
+        rows = [self.rows[row] for row in self.order.ids(step * size, size)]
+        num_labels, num_tokens = sum(row.num_labels for row in rows), sum(len(row.ids) for row in rows)
+        lr = optimizer.param_groups[0]["lr"]
+        self.schedule.before_step(step)
+        loss, num_correct = self._accumulate(rows, num_labels, step)
+        self._count_nonfinite(optimizer.overflow, loss, step)
+        self.schedule.after_step(step, optimizer.overflow)
+        seconds = time.perf_counter() - start
+        return {
+            "step": step + 1,
+            "loss": loss,
+            **({"accuracy": num_correct / num_labels} if self.base.classifies else {}),
+            "lr": lr,
+            "grad_norm": optimizer._global_grad_norm,
+            "num_skipped": self.num_skipped,
+            "num_tokens": num_tokens,
+            "tokens_per_s": num_tokens / seconds,
+            "step_ms": seconds * 1000,
+        }
+
+    def _accumulate(self, rows: list[Row], num_labels: int, step: int) -> tuple[float, float]:
+        """Forward and backward of a global batch, each rank its own micro-batches, and the optimizer's step.
+
+        Returns:
+            (loss, rows that a classifier got right), over all ranks and micro-batches.
+        """
+        train, rank, world_size = self.recipe.train, distributed.rank(), distributed.world_size()
         # Over all ranks and micro-batches: loss; for a classifier, rows that it got right; what ranks say.
         sums = torch.zeros(2 + len(Votes.KINDS), dtype=torch.float64, device=distributed.device())
-        self.schedule.before_step(step)
-        own = split_global_batch(rows, train.micro_batch, distributed.rank(), distributed.world_size())
-        optimizer = self.engine.optimizer
+        own = split_global_batch(rows, train.micro_batch, rank, world_size)
         for number, micro_batch in enumerate(own):
             lifeline.beat(f"step {step + 1}, micro-batch {number + 1} of {len(own)}")
             batch = collate(micro_batch, self.base.pad_id, distributed.device())
@@ -176,24 +200,9 @@ class Trainer:
             if micro_batch is own[-1]:
                 sums[2:] = torch.tensor(self.votes.own(), dtype=torch.float64)
                 self.votes.count(distributed.all_reduce(sums)[2:])
-                optimizer.discard = not math.isfinite(sums[0].item())
-            lr = optimizer.param_groups[0]["lr"]
+                self.engine.optimizer.discard = not math.isfinite(sums[0].item())
             self.engine.step()
-        self._count_nonfinite(optimizer.overflow, sums[0].item(), step)
-        self.schedule.after_step(step, optimizer.overflow)
-        seconds = time.perf_counter() - start
-        num_tokens = sum(len(row.ids) for row in rows)
-        return {
-            "step": step + 1,
-            "loss": sums[0].item(),
-            **({"accuracy": sums[1].item() / num_labels} if self.base.classifies else {}),
-            "lr": lr,
-            "grad_norm": optimizer._global_grad_norm,
-            "num_skipped": self.num_skipped,
-            "num_tokens": num_tokens,
-            "tokens_per_s": num_tokens / seconds,
-            "step_ms": seconds * 1000,
-        }
+        return sums[0].item(), sums[1].item()
 
     def _count_nonfinite(self, skipped: bool, loss: float, step: int) -> None:
         """Count a step that was skipped. Raises UserError, on every rank, where that is one too many."""
@@ -286,6 +295,7 @@ class Trainer:
             "recipe": self.recipe.model_dump(mode="json", exclude={"name"}),
             "base": self.base.identity(),
             "rows_sha256": self.rows.facts["sha256"],
+            "calibration_sha256": self.base.calibration_sha256,
             "order": {"seed": self.recipe.seed, "epoch": epoch, "row": row},
             "progress": {
                 "num_skipped": self.num_skipped,

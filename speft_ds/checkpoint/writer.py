@@ -16,7 +16,7 @@ from speft_ds import distributed
 from speft_ds.checkpoint.folder import folder_of, prune, publish, temporary_of
 from speft_ds.checkpoint.parts import Snapshot, write_part
 from speft_ds.errors import UserError
-from speft_ds.schema.sections import Train
+from speft_ds.schema import Train
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Writer:
     Args:
         run: the run folder.
         recipe: the `train` section of its recipe: what to keep.
+        saved: step of the checkpoint that the run goes on from; 0: none.
     Attributes:
         saved: step of the newest checkpoint; 0: there is none.
         seconds: that training waited for its checkpoints.

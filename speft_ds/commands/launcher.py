@@ -1,6 +1,5 @@
 """Starting a job under the deepspeed launcher: on how many ranks, where its results go. Imports no torch."""
 
-import math
 import os
 import shlex
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from speft_ds.arguments import Job
+from speft_ds.ds_config import shared_micro_batch
 from speft_ds.entry import checked_recipe
 from speft_ds.errors import UserError
 from speft_ds.recipe import ROOT, load_recipe
@@ -54,9 +54,8 @@ def fit_overrides(name: str, overrides: list[str], world_size: int) -> list[str]
         overrides = [f"output_dir={folder}", *overrides]
         if folder != recipe.output_dir:
             print(f"{recipe.output_dir} is not empty: this run goes to {folder}")
-    rows, left_over = divmod(recipe.train.global_batch, world_size)
-    micro = math.gcd(recipe.train.micro_batch, rows)
-    if "train.micro_batch" not in given and not left_over and micro < recipe.train.micro_batch:
+    micro = shared_micro_batch(recipe, world_size)
+    if "train.micro_batch" not in given and micro != recipe.train.micro_batch:
         overrides = [*overrides, f"train.micro_batch={micro}"]
         print(f"for {world_size} ranks: train.micro_batch={micro}")
     return overrides

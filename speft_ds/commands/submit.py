@@ -61,7 +61,7 @@ def submit(run: Run, resources: Resources, evaluate: bool, dry_run: bool) -> Non
         dry_run: print the scripts; nothing is written or submitted, and the files that the run needs are not
             looked for.
     Raises:
-        UserError: recipe, options or cluster are not right; nothing is submitted then.
+        UserError: recipe, options or cluster are not right; it says what is submitted all the same.
     """
     _check_options(resources.options)
     recipe = load_recipe(run.recipe, [*run.overrides, *run.resume_with])
@@ -91,7 +91,9 @@ def submit(run: Run, resources: Resources, evaluate: bool, dry_run: bool) -> Non
     print(f"  watch     squeue --job={job}")
     print(f"  stop      scancel {job}   (it writes a checkpoint; the same `speft submit` goes on from there)")
     if evaluate:
-        print(f"  evaluate  job {_sbatch(folder / EVALUATE, f'--dependency=afterok:{job}')}, behind it")
+        note = f"job {job}, which trains, is submitted all the same"
+        behind = _sbatch(folder / EVALUATE, f"--dependency=afterok:{job}", note=note)
+        print(f"  evaluate  job {behind}, behind it")
 
 
 def _check_start(recipe: Recipe, run: Run, resources: Resources) -> Start:
@@ -145,12 +147,12 @@ def job_script(job: str, kind: str, folder: Path, arguments: list[str], resource
     return "\n".join(lines) + "\n"
 
 
-def _sbatch(script: Path, *options: str) -> str:
-    """Submit a script; the job's number."""
+def _sbatch(script: Path, *options: str, note: str = "nothing is submitted") -> str:
+    """Submit a script; the job's number. Raises UserError, with the note of what becomes of the rest."""
     command = ["sbatch", "--parsable", *options, str(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().removeprefix("sbatch: error: ")
         fix = "change the options; `sinfo` shows the partitions, nodes and time limits"
-        raise UserError(f"sbatch refused the job: {said}", str(script), fix)
+        raise UserError(f"sbatch refused the job: {said}; {note}", str(script), fix)
     return done.stdout.strip().partition(";")[0]

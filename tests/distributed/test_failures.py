@@ -246,6 +246,21 @@ def test_other_rows_are_refused(start, stopped, tmp_path):
     assert 2 in run.codes() and "the training rows are not those of the checkpoint" in run.text()
 
 
+def test_other_calibration_rows_are_refused_where_masks_are_chosen_anew(values, start, tiny, tmp_path):
+    rows = tmp_path / "calibration.jsonl"
+    rows.write_bytes(tiny["data"].read_bytes())
+    values["mask"] |= {"calibration_path": str(rows), "schedule": "periodic", "update_every": 5}
+    run = start(hooks={0: rank_hooks.dies_after_step_9})
+    run.codes()
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines[1:] + lines[:1]))
+    run = start("--resume")
+    assert 2 in run.codes() and "the calibration rows, which choose every mask, are not" in run.text()
+    rows.write_bytes(tiny["data"].read_bytes())
+    run = start("--resume")
+    assert run.codes() == [0, 0], run.text()
+
+
 def test_a_changed_recipe_is_refused_with_its_keys(start, stopped):
     run = start("--resume", "optimizer.lr=0.5", "mask.density=0.1")
     assert set(run.codes()) == {2}

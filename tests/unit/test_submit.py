@@ -10,7 +10,7 @@ import pytest
 from speft_ds.commands import submit as module
 from speft_ds.commands.submit import Resources, Run, submit
 from speft_ds.errors import RecipeError, UserError
-from speft_ds.recipe import ROOT
+from speft_ds.recipe import ROOT, load_recipe, resolved_yaml
 from unit.commands import run, speft
 from unit.written import write_inputs
 
@@ -132,10 +132,19 @@ def test_what_sbatch_says_is_passed_on(sbatch, tmp_path):
         submit(Run("mine.yaml"), TWO_NODES, evaluate=False, dry_run=False)
 
 
+def test_a_refused_evaluation_does_not_hide_the_run_that_is_submitted(sbatch, tmp_path):
+    tool = tmp_path / "bin" / "sbatch"
+    refuse = 'case "$*" in *afterok*) echo no >&2; exit 1;; esac; echo 7\n'
+    tool.write_text(f"#!/bin/sh\n{refuse}")
+    with pytest.raises(UserError, match="refused the job: no; job 7, which trains, is submitted"):
+        submit(Run("mine.yaml", ("eval.tasks=[arc_easy]",)), TWO_NODES, evaluate=True, dry_run=False)
+
+
 def test_a_finished_run_is_not_submitted_again(sbatch, tmp_path):
     folder = tmp_path / "runs" / "mine"
     folder.mkdir(parents=True)
     (folder / "run.json").write_text('{"finished": true}')
+    (folder / "recipe.yaml").write_text(resolved_yaml(load_recipe("mine.yaml")))
     with pytest.raises(UserError, match="is finished"):
         submit(Run("mine.yaml"), TWO_NODES, evaluate=False, dry_run=False)
     assert sbatch() == []

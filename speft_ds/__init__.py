@@ -4,9 +4,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    """`speft_ds.apply_adapter`, loaded when asked for: recipes are checked without importing torch."""
-    if name == "apply_adapter":
-        from speft_ds.adapter import apply_adapter
+    """`speft_ds.apply_adapter` and so on, loaded when asked for: recipes are checked without torch."""
+    if name in ("apply_adapter", "remove_adapter", "switch_adapter"):
+        from speft_ds import adapter
 
-        return apply_adapter
+        return getattr(adapter, name)
     raise AttributeError(name)

@@ -14,7 +14,11 @@ from speft_ds.rendezvous import rank
 from speft_ds.resume import IF_ANY, NEWEST
 
 Job = Literal["train", "score", "evaluate"]
-MUST: dict[Job, str] = {"train": "--recipe RECIPE", "score": "--recipe RECIPE", "evaluate": "--run RUN"}
+MUST: dict[Job, str] = {
+    "train": "--recipe RECIPE",
+    "score": "--recipe RECIPE",
+    "evaluate": "--run RUN | --model PATH --tasks A,B",
+}
 RANK_0_S = 3  # that the other ranks wait, so that rank 0 has said what is wrong when they exit
 MORE_HELP = """\
 where to look things up:
@@ -69,6 +73,8 @@ def _words() -> list[str]:
 
 def _settled(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
     """The arguments, refused where they do not go together."""
+    if getattr(arguments, "adapter", None) and arguments.model is None:
+        parser.error("--adapter goes with --model; a run has its own")
     if "resume" not in arguments:
         return arguments
     resume = arguments.resume
@@ -103,7 +109,10 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", required=True, metavar="RUN", help="the folder of a finished run")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", metavar="RUN", help="the folder of a finished run: its base and its adapter")
+    what.add_argument("--model", metavar="PATH", help="a model folder or hub id, with --adapter or as it is")
+    parser.add_argument("--adapter", metavar="PATH", help="an adapter of that model")
     parser.add_argument("--tasks", metavar="A,B", help="lm-eval tasks; default: those of the run's recipe")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples in each prompt")
     parser.add_argument("--limit", type=int, metavar="N", help="documents a task")

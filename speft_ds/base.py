@@ -177,6 +177,10 @@ class Base:
         fill_head(model.score, std, hash_seed(self.recipe.seed, "head"))
         return {HEAD: model.score}
 
+    def own_facts(self) -> dict[str, str]:
+        """What the untouched base's answers depend on, whatever its name is."""
+        return {"fingerprint": self.fingerprint, "dtype": self.recipe.model.dtype}
+
     def identity(self) -> dict:
         """Which base this is, for files made from it: masks and adapters."""
         classifier = {"classes": self.classes, "pad_token_id": self.pad_id, "row_ends_with_eos": True}

@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from speft_ds.commands import adapters
 from speft_ds.commands.completion import complete_key, complete_override, complete_recipe
 from speft_ds.commands.cp import copy_recipe, next_steps
+from speft_ds.commands.help import examples as _examples
 from speft_ds.commands.launcher import default_ranks, fit_overrides, launch
 from speft_ds.commands.ls import print_list
 from speft_ds.commands.schema import json_schema, print_reference
@@ -44,10 +46,6 @@ Overrides = Annotated[
 Ranks = Annotated[
     int | None, typer.Option(min=1, help="number of ranks; default: one a GPU, or 2 on the CPU")
 ]
-
-
-def _examples(*commands: str) -> str:
-    return "\n  ".join(["Examples:", *commands])
 
 
 @app.command("ls", epilog=_examples("speft ls", "COLUMNS=200 speft ls"))
@@ -294,6 +292,32 @@ def compare_masks(
     from speft_ds.commands.compare_masks import compare  # late, because it imports torch
 
     compare(paths, output)
+
+
+@app.command(
+    "report",
+    epilog=_examples("speft report runs/quickstart", "speft report runs/a runs/b --output runs/a-and-b"),
+)
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN", help="run folders, one or more")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="where to; default: the run's own, or runs/report-A-vs-B for several"
+        ),
+    ] = None,
+) -> None:
+    """Write the report of a run, or of several side by side: report.html, report.md and pictures.
+
+    Scores with errors and baselines, curves, the mask, time, memory and sizes, and how to do it again.
+    Runs that differ in their seed alone are combined.
+    """
+    from speft_ds.commands.report import report as write  # late, because it draws
+
+    write(folders, output)
+
+
+app.add_typer(adapters.app)
 
 
 def main() -> None:

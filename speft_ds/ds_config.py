@@ -19,6 +19,7 @@ OWNED = {
     "bfloat16": "model.dtype",  # DeepSpeed's older name
     "fp16": "model.dtype",
     "gradient_clipping": "optimizer.clip_norm",
+    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), "train.monitor"),
 }
 
 

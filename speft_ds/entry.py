@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from speft_ds import lifeline, rendezvous, stop
 from speft_ds.arguments import RANK_0_S, Job, parse_arguments
 from speft_ds.errors import UserError
 from speft_ds.preflight import check_inputs, check_to_evaluate, settle_hub
-from speft_ds.recipe import for_scoring, load_recipe
+from speft_ds.recipe import for_scoring, load_recipe, recipe_of
 from speft_ds.rendezvous import rank, world_size
 from speft_ds.resume import (
     Resume,
@@ -54,7 +55,7 @@ def main(job: Job, arguments: argparse.Namespace) -> int:
             return 0
         use_all_cores()
         quiet_other_bars()
-        more = (start,) if job == "train" else ()
+        more = {"train": (start,), "score": (), "evaluate": (start.source,)}[job]
         importlib.import_module(f"speft_ds.{MODULES[job]}").run(recipe, *more)
         return 0
     except UserError as error:
@@ -81,9 +82,9 @@ def _with_way_on(message: str, recipe: Recipe | None) -> str:
 def checked_start(job: Job, arguments: argparse.Namespace) -> tuple[Recipe, Start]:
     """The recipe of a job and where it starts, both checked. Raises UserError."""
     if job == "evaluate":
-        recipe = recipe_to_evaluate(arguments)
+        recipe, adapter = recipe_to_evaluate(arguments)
         check_to_evaluate(recipe)
-        return recipe, Start()
+        return recipe, Start(source=adapter)
     asked = getattr(arguments, "resume", None)
     if asked is None:
         recipe = checked_recipe(job, arguments.recipe, arguments.overrides, world_size())
@@ -113,21 +114,39 @@ def checked_recipe(job: Job, name_or_path: str, overrides: list[str], world_size
     return recipe
 
 
-def recipe_to_evaluate(arguments: argparse.Namespace) -> Recipe:
-    """The recipe of a finished run, with the tasks that the command line asks for. Raises UserError."""
-    folder = Path(arguments.run)
-    if not (folder / "adapter").is_dir():
-        fix = "name a run folder whose run has come to its end"
-        raise UserError(f"{folder} has no adapter", "--run", fix)
+def recipe_to_evaluate(arguments: argparse.Namespace) -> tuple[Recipe, Path | None]:
+    """What to score, with the tasks that the command line asks for, and the adapter. Raises UserError."""
     asked = {"limit": arguments.limit, "num_fewshot": arguments.num_fewshot}
     overrides = [f"eval.{key}={value}" for key, value in asked.items() if value is not None]
     if arguments.tasks:
         overrides.append(f"eval.tasks=[{arguments.tasks}]")
-    own = as_override("output_dir", str(folder))
-    recipe = load_recipe(str(folder / RECIPE), [own, *overrides, *arguments.overrides])
+    if arguments.run:
+        folder = Path(arguments.run)
+        adapter = folder / "adapter"
+        if not adapter.is_dir():
+            fix = "name a run folder whose run has come to its end"
+            raise UserError(f"{folder} has no adapter", "--run", fix)
+        own = as_override("output_dir", str(folder))
+        recipe = load_recipe(str(folder / RECIPE), [own, *overrides, *arguments.overrides])
+    else:
+        adapter = Path(arguments.adapter) if arguments.adapter else None
+        recipe = recipe_of(*_of_model(arguments.model, adapter, [*overrides, *arguments.overrides]))
     if not recipe.eval.tasks:
         raise UserError("no tasks to score", "--tasks", "--tasks arc_easy,hellaswag; see `lm-eval ls tasks`")
-    return recipe
+    return recipe, adapter
+
+
+def _of_model(model: str, adapter: Path | None, overrides: list[str]) -> tuple[str, list[str]]:
+    """Name and keys of a recipe that scores a model; an adapter says in which dtype."""
+    own = [as_override("model.name_or_path", model)]
+    if adapter is not None:
+        try:
+            facts = json.loads((adapter / "adapter.json").read_text(encoding="utf-8"))
+            own.append(as_override("model.dtype", facts["dtype"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"not a readable adapter: {error}", str(adapter)) from error
+    own.append("deepspeed.config=zero3_cpu")  # on GPUs, too: what differs is the exchange of gradients
+    return f"evaluate-{Path(model).name}", [*own, *overrides]
 
 
 def check_files(job: Job, recipe: Recipe, world_size: int) -> None:

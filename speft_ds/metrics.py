@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from speft_ds import distributed, lifeline
+from speft_ds.monitor import Monitor
 
 
 def say(text: str) -> None:
@@ -51,10 +52,11 @@ class MetricsLog:
         path: metrics.jsonl of the run, on rank 0; None on the other ranks.
         num_steps: of the whole run.
         done: of these, that are in the file already.
+        monitor: what else is told of every step.
     """
 
-    def __init__(self, path: Path | None, num_steps: int, done: int = 0):
-        self.num_steps = num_steps
+    def __init__(self, path: Path | None, num_steps: int, done: int = 0, monitor: Monitor | None = None):
+        self.num_steps, self.monitor = num_steps, monitor
         self.file = path.open("a", encoding="utf-8") if path else None
         on_terminal = path and sys.stderr.isatty()
         self.bar = tqdm(total=num_steps, initial=done, unit="step") if on_terminal else None
@@ -66,6 +68,8 @@ class MetricsLog:
         written = {key: None if _is_nonfinite(value) else value for key, value in values.items()}
         self.file.write(json.dumps(written) + "\n")
         self.file.flush()
+        if self.monitor is not None:
+            self.monitor.log(values["step"], values)
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{values['loss']:.4f}", tokens_s=f"{values['tokens_per_s']:.0f}")
             self.bar.update()
@@ -90,6 +94,8 @@ class MetricsLog:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+        if self.monitor is not None:
+            self.monitor.close()
         if self.file is not None:
             self.file.close()
 
@@ -103,3 +109,39 @@ def tokens_per_second(path: Path, num_warmup: int = 3) -> float:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     lines = lines[num_warmup:] or lines
     return sum(line["num_tokens"] for line in lines) / (sum(line["step_ms"] for line in lines) / 1000)
+
+
+class Progress:
+    """Progress of long work that is counted: a bar on rank 0's terminal, else a line every half minute.
+
+    Args:
+        what: is done, like "scoring"; total: how many.
+    """
+
+    EVERY_S = 30.0
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total = what, total
+        self.is_ours = distributed.rank() == 0
+        on_terminal = self.is_ours and sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=what, leave=False) if on_terminal else None
+        self.start = self.last = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, done: int) -> None:
+        """`done` of them are done by now."""
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.update(done - self.bar.n)
+        elif self.is_ours and now - self.last > self.EVERY_S:
+            self.last, rate = now, done / (now - self.start)
+            left = (self.total - done) / rate
+            print(
+                f"{self.what}: {done:,} of {self.total:,}, {rate:.1f}/s, about {left:.0f} s left", flush=True
+            )

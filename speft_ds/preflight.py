@@ -11,6 +11,7 @@ from speft_ds.data.formats import check_columns
 from speft_ds.data.sources import SUFFIXES, folder_files, is_hub_id, iterate_file, kind_of
 from speft_ds.ds_config import batch_problems, read_ds_config
 from speft_ds.errors import RecipeError, UserError
+from speft_ds.monitor import monitor_problems
 from speft_ds.paths import CACHE, expand_path
 from speft_ds.schema import FIELDS, MASK_FILE, NEEDS_DATA, Recipe, Source
 
@@ -36,7 +37,8 @@ def check_inputs(recipe: Recipe, world_size: int, needs_training_rows: bool = Tr
 
 def check_to_evaluate(recipe: Recipe) -> None:
     """Check what a scoring of the tasks needs: model, task folder, DeepSpeed. Raises RecipeError."""
-    problems = model_problems(recipe) + _task_problems(recipe) + read_ds_config(recipe)[1]
+    problems = _model_problems(recipe, "model.name_or_path", recipe.model.name_or_path)
+    problems += _task_problems(recipe) + read_ds_config(recipe)[1]
     if problems:
         raise RecipeError(problems, f"recipe {recipe.name}")
 
@@ -78,8 +80,8 @@ def _way_to(path: str, key: str) -> str:
 
 
 def other_problems(recipe: Recipe) -> list[UserError]:
-    """What is wrong with the files of the mask and of the tasks."""
-    return _mask_problems(recipe) + _task_problems(recipe)
+    """What is wrong with the files of the mask and of the tasks, and with where metrics go."""
+    return _mask_problems(recipe) + _task_problems(recipe) + monitor_problems(recipe)
 
 
 def model_problems(recipe: Recipe) -> list[UserError]:
@@ -125,10 +127,16 @@ def _model_problems(recipe: Recipe, key: str, name: str) -> list[UserError]:
 
 
 def _task_problems(recipe: Recipe) -> list[UserError]:
-    folder, key = recipe.eval.include_path, "eval.include_path"
-    if folder is None or os.path.isdir(folder):
-        return []
-    return [UserError(f"no task folder {folder}", recipe.where(key), _way_to(folder, key))]
+    section, problems = recipe.eval, []
+    named = [
+        ("eval.include_path", section.include_path, "task folder", os.path.isdir),
+        ("eval.data_dir", section.data_dir, "data folder", os.path.isdir),
+        ("eval.forgetting_text", section.forgetting_text, "text file", os.path.isfile),
+    ]
+    for key, path, what, is_there in named:
+        if path is not None and not is_there(path):
+            problems.append(UserError(f"no {what} {path}", recipe.where(key), _way_to(path, key)))
+    return problems
 
 
 def _mask_problems(recipe: Recipe) -> list[UserError]:

@@ -106,17 +106,25 @@ def list_recipes() -> list[str]:
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe by name or path, apply `key.sub=value` overrides, and check it. Raises RecipeError."""
     path = find_recipe(name_or_path)
-    draft = _read_yaml(path).under(_read_overrides(overrides))
+    return _checked(_read_yaml(path).under(_read_overrides(overrides)), path.stem, shown(path))
+
+
+def recipe_of(name: str, overrides: Sequence[str]) -> Recipe:
+    """A recipe of `key.sub=value` texts alone, with a name. Raises RecipeError."""
+    return _checked(_read_overrides(overrides), name, "command line")
+
+
+def _checked(draft: _Draft, name: str, where: str) -> Recipe:
     if draft.leaves.get("output_dir") is None:
-        draft.leaves["output_dir"] = f"runs/{path.stem}"
+        draft.leaves["output_dir"] = f"runs/{name}"
         draft.sources.pop("output_dir", None)  # null chooses nothing
     try:
-        values = {**draft.nested(), "name": path.stem}
+        values = {**draft.nested(), "name": name}
         recipe = Recipe.model_validate(values, context={"given": draft.sources})
     except pydantic.ValidationError as failed:
-        draft.problems += [explain(e, draft.sources, shown(path), FIELDS) for e in failed.errors()]
+        draft.problems += [explain(e, draft.sources, where, FIELDS) for e in failed.errors()]
     if draft.problems:
-        raise RecipeError(draft.problems, f"recipe {path.stem}")
+        raise RecipeError(draft.problems, f"recipe {name}")
     recipe._sources = draft.sources
     return recipe
 

@@ -31,6 +31,7 @@ FREE = {
     "train.keep_every",
     "train.keep_best",
     "train.timeout_minutes",
+    "train.monitor",
     "train.max_nonfinite",
     "deepspeed.config",
     "eval.batch_size",

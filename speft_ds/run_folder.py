@@ -150,6 +150,6 @@ def _values(line: str) -> dict[str, Any] | None:
 
 def copy_scores(source: Path, folder: Path) -> None:
     """Take over the scores from before training."""
-    if (source / "eval" / "before.json").is_file():
+    for path in (source / "eval").glob("before*.json"):
         (folder / "eval").mkdir(parents=True, exist_ok=True)
-        shutil.copy(source / "eval" / "before.json", folder / "eval" / "before.json")
+        shutil.copy(path, folder / "eval" / path.name)

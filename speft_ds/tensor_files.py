@@ -39,11 +39,11 @@ def _compare(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | 
         if set(file.keys()) != set(tensors) or file.metadata() != metadata:
             raise OSError(f"{path}: the header read back differs from what was written")
         for name, tensor in tensors.items():
-            if not _same_bits(file.get_tensor(name), tensor.detach().cpu()):
+            if not same_bits(file.get_tensor(name), tensor.detach().cpu()):
                 raise OSError(f"{path}: {name} read back differs from what was written")
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two CPU tensors have one dtype, one shape and the same bytes (NaN equals itself)."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from speft_ds import distributed, lifeline
+from speft_ds.adapter.card import write_card
 from speft_ds.checkpoint.folder import Checkpoint, clean, damage, list_checkpoints, newest_whole
 from speft_ds.checks import check_space
 from speft_ds.errors import UserError
-from speft_ds.files import write_json
 from speft_ds.machine import versions
 from speft_ds.metrics import say, tokens_per_second
+from speft_ds.report.scores import card_scores
 from speft_ds.resume import Start, way_on
 from speft_ds.run_folder import (
     Lock,
@@ -37,7 +38,7 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
         UserError: anything that the user can mend; the same on every rank.
         Stopped: a rank was asked to stop, and what was reached is in a checkpoint; the same on every rank.
     """
-    from speft_ds.report import print_summary
+    from speft_ds.report import print_summary, write_report
 
     began = time.perf_counter()
     distributed.init(recipe.train.timeout_minutes + 1)
@@ -54,26 +55,21 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     trainer.run_id = distributed.broadcast_object(read_facts(folder).get("run_id"))
     check_space(recipe, trainer.base, trainer.num_steps)
 
-    def save_results(moment: str) -> None:
-        if trainer.results[moment] is not None:
-            results = {key: value for key, value in trainer.results[moment].items() if key != "samples"}
-            write_json(folder / "eval" / f"{moment}.json", results)
-
     if start.checkpoint is None:  # else the weights are scored that a run starts from, not goes on from
         trainer.evaluate("before")
-        distributed.on_rank_0(lambda: save_results("before"))
     distributed.stop_if_asked()
     trainer.choose_mask()
     distributed.stop_if_asked()
     trainer.train()
     trainer.save()
     trainer.evaluate("after")
-    distributed.on_rank_0(lambda: save_results("after"))
     trainer.timings["total"] = time.perf_counter() - began
 
     def finish() -> None:
         facts = {**read_facts(folder), **trainer.facts(), "finished": True}
         write_facts(folder, {**facts, "tokens_per_s": tokens_per_second(folder / "metrics.jsonl")})
+        write_card(folder / "adapter", card_scores(folder))
+        write_report(folder)
         print_summary(folder)
 
     distributed.on_rank_0(finish)
@@ -132,7 +128,8 @@ def open_folder(recipe: Recipe, start: Start) -> Lock:
         rewind_metrics(folder, step, start.source)
     if forked:
         copy_scores(start.source, folder)
-    (folder / "eval" / "after.json").unlink(missing_ok=True)  # what it scored is trained on now
+    for path in (folder / "eval").glob("after*.json"):  # what they scored is trained on now
+        path.unlink()
     start_folder(recipe)
     before = {} if forked else read_facts(folder)
     starts = [*before.get("starts", []), {"step": step, "world_size": distributed.world_size()}]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,16 +20,21 @@ from speft_ds.data.batch import collate, split_global_batch
 from speft_ds.data.order import SampleOrder
 from speft_ds.data.rows import Row
 from speft_ds.errors import UserError
+from speft_ds.evaluation.rounds import Moment, rounds_of
 from speft_ds.held_out import HeldOut
 from speft_ds.machine import machine, versions
 from speft_ds.mask import Mask, read_mask
 from speft_ds.metrics import MetricsLog, Timings, peak_memory_gib, say
+from speft_ds.monitor import Monitor
 from speft_ds.preflight import mask_file
 from speft_ds.resume import Start
 from speft_ds.schedule import SCHEDULES, Schedule, Training, mask_of
 from speft_ds.schema import Recipe
 from speft_ds.sparse import SparseState
 from speft_ds.votes import Votes
+
+if TYPE_CHECKING:
+    from speft_ds.evaluation.evaluation import Scored
 
 
 class Trainer:
@@ -48,13 +55,13 @@ class Trainer:
         self.checkpoint = start.checkpoint if start else None
         self.folder = Path(recipe.output_dir)
         self.timings = Timings()
-        self.results: dict[str, dict | None] = {"before": None, "after": None}
         self.schedule: Schedule | None = None
-        if recipe.eval.tasks:  # an unknown task should not wait for the end of training
-            from speft_ds.evaluate import find_tasks
+        self.evaluation = None
+        if any(rounds_of(recipe.eval, moment) for moment in ("before", "after")):
+            from speft_ds.evaluation.evaluation import Evaluation  # late: lm-eval takes its time
 
-            with self.timings.stage("tasks"):
-                self.task_manager = find_tasks(recipe.eval)
+            with self.timings.stage("tasks"):  # an unknown task should not wait for the end of training
+                self.evaluation = Evaluation(recipe)
         with self.timings.stage("data"):
             self.base = Base(recipe, self.timings)
             check_chat_template(recipe, self.base)
@@ -95,20 +102,24 @@ class Trainer:
         path = self.recipe.mask.load
         return read_mask(mask_file(path)) if path else (None, {})
 
-    def evaluate(self, moment: str) -> None:
-        """Score the tasks `before` or `after` training, if the recipe says so and it was not done before."""
-        recipe = self.recipe.eval
-        if not recipe.tasks or not getattr(recipe, moment):
+    def evaluate(self, moment: Moment) -> None:
+        """Score what the recipe says `before` or `after` training, as far as it was not done before."""
+        folder = self.folder / "eval"
+        wanted = rounds_of(self.recipe.eval, moment)
+        left = [round for round in wanted if not (folder / f"{round.label}.json").is_file()]
+        left = distributed.broadcast_object(left)
+        if not left:
             return
-        if distributed.broadcast_object((self.folder / "eval" / f"{moment}.json").is_file()):
-            return
-        from speft_ds.evaluate import evaluate
-
-        say(f"evaluating {', '.join(recipe.tasks)} {moment} training")
+        base = self.base.own_facts() if moment == "before" else None
         with self.timings.stage(f"eval_{moment}"):
-            self.results[moment] = evaluate(
-                self.engine.module, self.base.tokenizer, recipe, self.task_manager, self.recipe.seed
-            )
+            self.evaluation.tokenizer = self.base.tokenizer
+            for scored in self.evaluation.run(self.engine.module, left, base):
+                distributed.on_rank_0(partial(self._write_scores, folder, scored))
+
+    def _write_scores(self, folder: Path, scored: Scored) -> None:
+        from speft_ds.evaluation.scores import write_scores
+
+        write_scores(folder, scored.document, scored.samples if self.recipe.eval.samples else None)
 
     def choose_mask(self) -> None:
         """Take the mask that is given, or score and select one, and set up the trainable state."""
@@ -228,26 +239,35 @@ class Trainer:
             Stopped: a rank was asked to stop; all that was reached is in a checkpoint.
         """
         path = self.folder / "metrics.jsonl" if distributed.rank() == 0 else None
-        log = MetricsLog(path, self.num_steps, self.first_step)
+        made: list[Monitor] = []  # on rank 0 alone, where any error is every rank's
+        distributed.on_rank_0(lambda: made.append(Monitor(self.recipe, self.folder)))
+        log = MetricsLog(path, self.num_steps, self.first_step, *made)
         self._restore_random_states()
         self.votes.restart()
         self.engine.train()
         with self.timings.stage("training"):
             for step in range(self.first_step, self.num_steps):
                 values = {**self.train_step(step), "peak_memory_gib": peak_memory_gib()}
-                values |= self._measure_held_out(step + 1)
+                values |= self._measure(step + 1)
                 log.log(values)
                 self._keep(step + 1, log, values.get("held_out_loss"))
             self.writer.finish()
         log.close()
         self.timings["checkpoints"] = self.writer.seconds
 
-    def _measure_held_out(self, done: int) -> dict[str, float]:
-        """The held-out loss after `done` steps, if it is time."""
-        if self.held_out is None or (done % self.recipe.eval.every and done < self.num_steps):
-            return {}
-        with self.timings.stage("held_out"):
-            return {"held_out_loss": self.held_out.loss()}
+    def _measure(self, done: int) -> dict:
+        """Held-out loss and scores on a slice of the tasks after `done` steps, if it is time."""
+        recipe, values = self.recipe.eval, {}
+        is_last = done == self.num_steps
+        if done % recipe.every and not is_last:
+            return values
+        if self.held_out is not None:
+            with self.timings.stage("held_out"):
+                values["held_out_loss"] = self.held_out.loss()
+        if recipe.slice is not None and not (is_last and recipe.after):
+            with self.timings.stage("slices"):
+                values["scores"] = self.evaluation.slice_scores(self.engine.module)
+        return values
 
     def _keep(self, done: int, log: MetricsLog, held_out_loss: float | None) -> None:
         """Write a checkpoint after `done` steps if it is time, and stop if a rank was asked to."""
@@ -256,7 +276,7 @@ class Trainer:
             writer.finish()
         is_best = held_out_loss is not None and held_out_loss < self.best_loss
         self.best_loss = held_out_loss if is_best else self.best_loss
-        train, scores_after = self.recipe.train, self.recipe.eval.after and bool(self.recipe.eval.tasks)
+        train, scores_after = self.recipe.train, bool(rounds_of(self.recipe.eval, "after"))
         keeps = train.checkpoint_every is not None
         at_the_end = done == self.num_steps and (keeps or scores_after)  # a stop while scoring costs nothing
         is_kept = train.keep_every is not None and done % train.keep_every == 0
@@ -267,6 +287,7 @@ class Trainer:
             votes.restart()
         if votes.stop:
             writer.finish()
+            log.close()
             distributed.stop_if_asked()
 
     def _snapshot(self) -> Snapshot:

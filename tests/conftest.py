@@ -17,8 +17,9 @@ atexit.register(shutil.rmtree, os.environ["SPEFT_DS_CACHE"], ignore_errors=True)
 # DeepSpeed's op is compiled for this tree alone: no other run takes turns with it, and what a killed test
 # run left behind is known to be of no use.
 os.environ["TORCH_EXTENSIONS_DIR"] = str(ROOT / ".torch_extensions")
-for lock in (ROOT / ".torch_extensions").glob("*/lock"):
-    lock.unlink()
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    for lock in (ROOT / ".torch_extensions").glob("*/lock"):
+        lock.unlink()
 
 # As in an activated environment. Ranks and launched runs compile DeepSpeed's op with one ninja: two ninjas
 # of different versions would each compile it anew, half a minute whenever they take turns.
@@ -27,6 +28,14 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 from ranks import Ranks  # noqa: E402
 
 _GROUPS: dict[int, Ranks] = {}
+
+
+def pytest_collection_modifyitems(items):
+    """With several workers, one of them has all the tests on ranks, and one those on Slurm."""
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        group = folder if folder in ("distributed", "slurm") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,10 @@ from speft_ds.checkpoint.folder import list_checkpoints
 PRELOAD = [
     "speft_ds.train",
     "speft_ds.report",
-    "speft_ds.evaluate",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
+    "matplotlib.figure",
+    "speft_ds.evaluation.evaluation",
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.tokenization_auto",
     "transformers.tokenization_utils_tokenizers",
@@ -130,3 +133,15 @@ def metrics(run: Path) -> list[dict]:
 def whole_steps(run: Path) -> list[int]:
     """The steps of the checkpoints that count, newest first."""
     return [checkpoint.step for checkpoint in list_checkpoints(run) if checkpoint.problem is None]
+
+
+def finishes(run: LiveRun) -> str:
+    """It ends well; returns what it printed."""
+    assert set(run.codes()) == {0}, run.text()
+    return run.text()
+
+
+def is_refused(run: LiveRun) -> None:
+    """It ends on every rank with the code of a user error; with 1 where another rank was first to say so."""
+    codes = run.codes()
+    assert 2 in codes and set(codes) <= {1, 2} and "Traceback" not in run.text(), run.text()

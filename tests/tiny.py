@@ -86,13 +86,10 @@ def make_data(folder: Path, num_rows: int = 48) -> Path:
 
 
 def make_task(folder: Path, data_path: Path) -> Path:
-    """A local lm-eval task folder with a generation and a multiple-choice task over the same rows."""
+    """lm-eval tasks over the same rows: generation, choice, choice of one token, rolling, a group."""
     tasks = folder / "tasks"
     tasks.mkdir(parents=True, exist_ok=True)
-    common = (
-        "dataset_path: json\ndataset_kwargs:\n  data_files:\n"
-        f"    test: {data_path}\ntest_split: test\nnum_fewshot: 0\n"
-    )
+    common = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data_path}\ntest_split: test\n"
     (tasks / "tiny_generate.yaml").write_text(
         f"task: tiny_generate\n{common}output_type: generate_until\ndoc_to_text: '{{{{prompt}}}}'\n"
         "doc_to_target: '{{response}}'\ngeneration_kwargs:\n  until: ['</s>']\n  max_gen_toks: 8\n"
@@ -103,6 +100,19 @@ def make_task(folder: Path, data_path: Path) -> Path:
         f"task: tiny_choice\n{common}output_type: multiple_choice\ndoc_to_text: '{{{{prompt}}}}'\n"
         "doc_to_target: 0\ndoc_to_choice: ['{{response}}', 'zebra', 'yak 1', 'ox']\n"
         "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    (tasks / "tiny_letters.yaml").write_text(
+        f"task: tiny_letters\n{common}output_type: multiple_choice\n"
+        'doc_to_text: "Question: {{prompt}}\\nAnswer:"\n'
+        "doc_to_target: 0\ndoc_to_choice: ['a', 'b', 'c', 'd']\n"
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    (tasks / "tiny_rolling.yaml").write_text(
+        f"task: tiny_rolling\n{common}output_type: loglikelihood_rolling\ndoc_to_text: ''\n"
+        "doc_to_target: '{{prompt}} {{response}}'\nmetric_list:\n  - metric: byte_perplexity\n"
+    )
+    (tasks / "tiny_group.yaml").write_text(
+        "group: tiny_group\ntask: [tiny_choice, tiny_letters]\naggregate_metric_list:\n  - metric: acc\n"
     )
     return tasks
 

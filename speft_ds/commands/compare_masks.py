@@ -11,10 +11,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from speft_ds.adapter import TENSORS as ADAPTER_FILE
-from speft_ds.adapter import read_adapter
+from speft_ds.adapter.format import TENSORS as ADAPTER_FILE
+from speft_ds.adapter.format import Adapter
 from speft_ds.errors import UserError
-from speft_ds.mask import Mask, index_problem, jaccard, read_mask
+from speft_ds.mask import Mask, jaccard, read_mask
 from speft_ds.plots import jaccard_picture
 from speft_ds.schema import MASK_FILE
 from speft_ds.tables import jaccard_text, percent, print_table, unique_tails
@@ -27,7 +27,7 @@ class MaskSource:
     """A file with a mask: a mask file or an adapter.
 
     Attributes:
-        mask: indices; of an adapter, which does not record them, no shapes.
+        mask: of an adapter, with the weights that have entries alone.
         num_target_elements: what the density is a fraction of; None where unknown.
         fingerprint: of the base; None where unknown.
     """
@@ -40,7 +40,7 @@ class MaskSource:
     @property
     def weights(self) -> set[str]:
         """Targets, as far as they are known: an adapter has only those with entries."""
-        return set(self.mask.shape or self.mask.index)
+        return set(self.mask.shape)
 
 
 def compare(paths: list[Path], output: Path | None) -> None:
@@ -93,14 +93,10 @@ def _from_mask(path: Path) -> MaskSource:
 
 
 def _from_adapter(path: Path) -> MaskSource:
-    tensors, facts = read_adapter(path.parent)
-    index = {name.removesuffix(".index"): t for name, t in tensors.items() if name.endswith(".index")}
-    for name, tensor in index.items():
-        if problem := index_problem(tensor):
-            raise UserError(f"{name}: {problem}", where=str(path), fix="copy the adapter from its run again")
-    mask_facts = _known(facts, "mask", dict) or {}
-    num_target_elements = _known(mask_facts, "num_target_elements", int)
-    return MaskSource(path, Mask(index, shape={}), num_target_elements, _known(facts, FINGERPRINT, str))
+    adapter = Adapter.open(path.parent)
+    mask = Mask({name: adapter.entries(name)[0] for name in adapter.names}, adapter.shape)
+    num_target_elements = _known(adapter.facts.get("mask") or {}, "num_target_elements", int)
+    return MaskSource(path, mask, num_target_elements, _known(adapter.facts, FINGERPRINT, str))
 
 
 def _known(facts: dict, key: str, kind: type) -> Any:
@@ -112,28 +108,17 @@ def check_same_model(a: MaskSource, b: MaskSource) -> None:
     """Refuse what cannot be of one model.
 
     Raises:
-        UserError: no weight in common, another shape of one, or an index beyond its shape.
+        UserError: no weight in common, or another shape of one.
     """
     where, fix = f"{a.path} and {b.path}", "compare masks of one model"
     common = a.weights & b.weights
     if not common:
         raise UserError("these masks have no weight in common", where, fix)
     for name in sorted(common):
-        shapes = [file.mask.shape[name] for file in (a, b) if name in file.mask.shape]
-        if len(set(shapes)) > 1:
-            raise UserError(
-                f"these masks are of different models: {name} is {shapes[0]} and {shapes[1]}", where, fix
-            )
-        last = max(_last_index(a.mask, name), _last_index(b.mask, name))
-        if shapes and last >= shapes[0][0] * shapes[0][1]:
-            what = f"these masks are of different models: {name} is {shapes[0]} and has an index {last}"
+        shapes = a.mask.shape[name], b.mask.shape[name]
+        if shapes[0] != shapes[1]:
+            what = f"these masks are of different models: {name} is {shapes[0]} and {shapes[1]}"
             raise UserError(what, where, fix)
-
-
-def _last_index(mask: Mask, name: str) -> int:
-    """The largest index of a weight, -1 where it has none."""
-    index = mask.index.get(name)
-    return -1 if index is None or index.numel() == 0 else int(index[-1])
 
 
 def short_names(paths: list[Path]) -> list[str]:

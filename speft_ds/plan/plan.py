@@ -214,13 +214,13 @@ def find_order(recipe: Recipe) -> tuple[SampleOrder | None, str]:
 
 def files(setup: Setup) -> list[Line]:
     """What the run writes."""
-    k, i = setup.num_trained, setup.index_size
+    k = setup.num_trained
     header = 2 * sum(len(name) + 70 for name in setup.geometry.targets)
-    formula = f"{k:,} entries x ({i} + 4) B + names"
+    formula = f"{k:,} entries x about 6 B (delta 4, coded index 1 to 3) + names"
     if setup.recipe.mask.schedule == "periodic":
         formula += "; more with every change of the mask"
     checkpoint = f"about {k:,} entries x 16 B"
-    return [Line("adapter", k * (i + 4) + header, formula), Line("a checkpoint", 16 * k, checkpoint)]
+    return [Line("adapter", 6 * k + header, formula), Line("a checkpoint", 16 * k, checkpoint)]
 
 
 def notes(recipe: Recipe, geometry: Geometry, device: str) -> list[str]:

@@ -37,6 +37,6 @@ def prepare(cache_dir: Path | None = None) -> Path:
     folder = cache_dir / "quickstart"
     train, heldout = write_data(folder)
     print(f"data   {train} and {heldout.name}")
-    task = write_task(folder / "tasks", heldout)
+    task = write_task(folder / "tasks", train, heldout)
     print(f"task   {task}")
     return cache_dir

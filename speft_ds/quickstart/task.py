@@ -7,18 +7,19 @@ from speft_ds.quickstart.files import write_text
 
 TASK_NAME = "quickstart_json"
 
-# Only a test split: lm-eval loads every split that a task names when it builds the task.
 TEMPLATE = """\
 task: {task}
 dataset_path: json
 dataset_kwargs:
   data_files:
+    train: {train}
     test: {heldout}
+training_split: train
+fewshot_split: train
 test_split: test
 output_type: generate_until
 doc_to_text: "{{{{prompt}}}}"
 doc_to_target: "{{{{response}}}}"
-num_fewshot: 0
 generation_kwargs:
   until: ["\\n", "<|im_end|>"]
   max_gen_toks: {max_gen_toks}
@@ -33,13 +34,14 @@ metadata:
 """
 
 
-def write_task(folder: Path, heldout: Path, max_gen_toks: int = 56) -> Path:
+def write_task(folder: Path, train: Path, heldout: Path, max_gen_toks: int = 56) -> Path:
     """Write `quickstart_json.yaml` for the rows in `heldout` (a jsonl file) into `folder`; return its path.
 
-    Pass `folder` to lm-eval as `include_path`. The longest response takes fewer than `max_gen_toks` tokens.
+    Pass `folder` to lm-eval as `include_path`. Few-shot examples come from the rows in `train`. The longest
+    response takes fewer than `max_gen_toks` tokens.
     """
-    path = Path(folder) / f"{TASK_NAME}.yaml"
+    path, rows = Path(folder) / f"{TASK_NAME}.yaml", {"train": train, "heldout": heldout}
     # a JSON string is a YAML string, whatever characters the path holds
-    absolute = json.dumps(str(Path(heldout).resolve()))
-    write_text(path, TEMPLATE.format(task=TASK_NAME, heldout=absolute, max_gen_toks=max_gen_toks))
+    files = {name: json.dumps(str(Path(file).resolve())) for name, file in rows.items()}
+    write_text(path, TEMPLATE.format(task=TASK_NAME, **files, max_gen_toks=max_gen_toks))
     return path

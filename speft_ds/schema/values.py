@@ -81,6 +81,7 @@ Text = Annotated[str, Field(min_length=1)]
 FilePath = Annotated[Text, AfterValidator(expand_path)]
 Float = Annotated[float, BeforeValidator(_number)]
 Count = Annotated[int, Field(ge=1)]
+Shots = Annotated[int, Field(ge=0)]
 # Steps, or text like `15 minutes`, or never.
 Interval = Annotated[int | Text | None, BeforeValidator(_interval)]
 Beta = Annotated[Float, Field(ge=0, lt=1)]

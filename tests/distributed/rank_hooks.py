@@ -109,12 +109,14 @@ def slow_selection() -> None:
 
 
 def slow_steps() -> None:
+    """From the first checkpoint on."""
+    from speft_ds.checkpoint.folder import list_checkpoints
     from speft_ds.trainer import Trainer
 
     step = Trainer.train_step
 
     def slow(self, number):
-        time.sleep(5 if number > 1 else 0)
+        time.sleep(5 if list_checkpoints(self.folder) else 0)
         return step(self, number)
 
     Trainer.train_step = slow

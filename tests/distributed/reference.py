@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tiny import recipe_values
 
+from speft_ds.adapter.format import Adapter
 from speft_ds.data.batch import collate
 from speft_ds.schema import Recipe
 from speft_ds.trainer import Trainer
@@ -22,6 +23,12 @@ def make_recipe(tiny: dict, output_dir: Path, checkpoint: str = "untied", **sect
     sections["train"] = {"steps": 5, **sections.get("train", {})}
     values = recipe_values(tiny, checkpoint, **sections)
     return Recipe.model_validate({**values, "output_dir": str(output_dir), "seed": 3})
+
+
+def read_entries(run: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Weight -> indices and deltas of the adapter of a run."""
+    adapter = Adapter.open(run / "adapter")
+    return {name: adapter.entries(name) for name in adapter.names}
 
 
 def make_trainer(recipe: Recipe) -> Trainer:

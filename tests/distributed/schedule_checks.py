@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from distributed.reference import make_trainer, plain_model, whole_weights
+from distributed.reference import make_trainer, plain_model, read_entries, whole_weights
 from distributed.schedule_reference import count, entries, sha256
 from speft_ds import distributed
 from speft_ds.adapter import apply_adapter
@@ -136,9 +135,9 @@ def check_changing_mask(recipe: Recipe) -> dict:
 def check_applied(trainer: Trainer, recipe: Recipe, touched: Dense) -> None:
     """The saved adapter has every touched entry, and turns the pretrained model into the live one."""
     folder = trainer.folder / "adapter"
-    tensors = load_file(folder / "adapter.safetensors")
+    entries = read_entries(trainer.folder)
     for name, where in touched.items():
-        index = tensors.get(f"{name}.index", torch.empty(0))
+        index, _ = entries.get(name, (torch.empty(0), None))
         assert index.tolist() == where.view(-1).nonzero()[:, 0].tolist(), name
     trained = whole_weights(trainer.engine.module)
     for name, parameter in apply_adapter(plain_model(recipe), folder).named_parameters():

@@ -6,10 +6,11 @@ import json
 
 import pytest
 import yaml
+from live import finishes, is_refused
 from tiny import recipe_values
 
 from distributed import classification_checks
-from distributed.test_launch import finishes, is_refused, live
+from distributed.test_launch import live
 
 
 @pytest.fixture

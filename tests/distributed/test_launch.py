@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from live import LiveRun
+from live import LiveRun, finishes, is_refused
 from ranks import free_port
 from tiny import make_model, recipe_values
 from transformers import AutoModelForCausalLM
@@ -21,6 +21,8 @@ from speft_ds.commands.compare_masks import compare
 from speft_ds.mask import read_mask, save_mask
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+CURVES = ("grad_norm", "loss", "lr", "peak_memory_gib", "time", "tokens_per_s")
+PICTURES = sorted([*(f"{name}.svg" for name in CURVES), "mask.png"])
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
 
 
@@ -52,18 +54,6 @@ def live(recipe: Path, *overrides: str, num_ranks: int = 2, job: str = "train") 
     return LiveRun(log, ["--recipe", str(recipe), *overrides], num_ranks, job=job)
 
 
-def finishes(run: LiveRun) -> str:
-    """It ends well; returns what it printed."""
-    assert set(run.codes()) == {0}, run.text()
-    return run.text()
-
-
-def is_refused(run: LiveRun) -> None:
-    """It ends on every rank with the code of a user error; with 1 where another rank was first to say so."""
-    codes = run.codes()
-    assert 2 in codes and set(codes) <= {1, 2} and "Traceback" not in run.text(), run.text()
-
-
 def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -76,6 +66,7 @@ def test_a_run_leaves_what_the_readme_says(recipe, tiny, tmp_path):
     run = tmp_path / "run"
     assert files(run) == [
         ".lock",
+        "adapter/README.md",
         "adapter/adapter.json",
         "adapter/adapter.safetensors",
         *[
@@ -83,9 +74,16 @@ def test_a_run_leaves_what_the_readme_says(recipe, tiny, tmp_path):
             for name in ("COMPLETE", "manifest.json", "part_00000.safetensors", "part_00001.safetensors")
         ],
         "eval/after.json",
+        "eval/after/tiny_choice.jsonl",
+        "eval/after/tiny_generate.jsonl",
         "eval/before.json",
+        "eval/before/tiny_choice.jsonl",
+        "eval/before/tiny_generate.jsonl",
         "metrics.jsonl",
         "recipe.yaml",
+        "report.html",
+        "report.md",
+        *[f"report/{name}" for name in PICTURES],
         "run.json",
     ]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -98,8 +96,8 @@ def test_a_run_leaves_what_the_readme_says(recipe, tiny, tmp_path):
     assert facts["world_size"] == 2 and sum(mask["per_layer"].values()) == mask["num_trainable"] == 892
     assert sum(mask["entries_by_rank"]) == 892 and len(mask["sha256"]) == 64
     for moment in ("before", "after"):
-        results = json.loads((run / "eval" / f"{moment}.json").read_text())["results"]
-        assert sorted(results) == ["tiny_choice", "tiny_generate"]
+        scores = json.loads((run / "eval" / f"{moment}.json").read_text())["scores"]
+        assert sorted(row["task"] for row in scores) == ["tiny_choice", "tiny_generate"]
     assert "trained entries" in finished.stdout and "tiny_choice acc after" in finished.stdout
     assert str(run / "adapter") in finished.stdout
     assert finished.stdout.count("step ") >= 4

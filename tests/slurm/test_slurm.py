@@ -128,7 +128,8 @@ def test_submitted_on_four_ranks_until_its_time_is_up(cluster, recipe, tiny, und
     assert losses == pytest.approx(others, abs=1e-4)  # of four ranks against two
 
     assert cluster.wait_for_end(evaluation) == ("COMPLETED", "0:0", 0)
-    assert json.loads((run.folder / "eval" / "tiny_choice.json").read_text())["results"]["tiny_choice"]
+    scored = json.loads((run.folder / "eval" / "tuned-tiny_choice-limit9.json").read_text())
+    assert [(row["task"], row["num_documents"]) for row in scored["scores"]] == [("tiny_choice", 9)]
     again = subprocess.run(speft, env=cluster.env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 2 and "is finished" in again.stderr
 

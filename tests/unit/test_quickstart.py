@@ -73,8 +73,8 @@ def test_task_loads_in_lm_eval_with_all_heldout_rows(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     tasks = pytest.importorskip("lm_eval.tasks")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    _, heldout = data.write_data(tmp_path / "with 'odd\" name")
-    folder = write_task(tmp_path / "tasks", heldout).parent
+    train, heldout = data.write_data(tmp_path / "with 'odd\" name")
+    folder = write_task(tmp_path / "tasks", train, heldout).parent
 
     manager = tasks.TaskManager(include_path=str(folder), include_defaults=False)
     task = manager.load([TASK_NAME])["tasks"][TASK_NAME]
@@ -82,6 +82,8 @@ def test_task_loads_in_lm_eval_with_all_heldout_rows(tmp_path, monkeypatch):
     assert len(docs) == 128
     assert [task.doc_to_text(doc) for doc in docs] == [row["prompt"] for row in rows]
     assert [task.doc_to_target(doc) for doc in docs] == [row["response"] for row in rows]
+    assert [task.doc_to_text(doc) for doc in task.fewshot_docs()] == [r["prompt"] for r in read_rows(train)]
+    assert task.config.num_fewshot is None  # else lm-eval would not take another number
     assert task.process_results(docs[0], [rows[0]["response"]]) == {"exact_match": 1.0}
     assert task.process_results(docs[0], [rows[1]["response"]]) == {"exact_match": 0.0}
     # as strings and not as parsed objects: a record with other spacing is not strict

@@ -1,0 +1,1 @@
+"""lm-eval on the live, sharded engine: before, during and after training, and on finished runs."""

@@ -1,0 +1,116 @@
+"""Uploads to a stand-in hub: what arrives, what does not, and how it fails."""
+
+import pytest
+
+from speft_ds import hub
+from speft_ds.adapter.card import write_card
+from speft_ds.adapter.push import files_to_push, push
+from speft_ds.errors import UserError
+from unit.commands import run
+from unit.test_adapter_tools.hub_server import TOKEN, HubServer
+from unit.test_adapter_tools.made import matrices, write
+
+OURS = ["README.md", "adapter.json", "adapter.safetensors"]
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = HubServer()
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    hub._opens.cache_clear()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    folder = write(tmp_path / "run" / "adapter", matrices(0))
+    write_card(folder, [])
+    return folder
+
+
+def test_the_files_of_the_folder_arrive(server, adapter):
+    (adapter / "NOTES.txt").write_text("mine")
+    address = push(adapter, "me/mine")
+    assert address == f"{server.address}/me/mine" and server.repositories == {"me/mine": False}
+    assert server.files == {path.name: path.read_bytes() for path in adapter.iterdir()}
+    assert sorted(server.files) == sorted([*OURS, "NOTES.txt"])
+
+
+def test_a_run_and_a_private_repository(server, adapter):
+    push(adapter.parent, "me/mine", private=True)
+    assert server.repositories == {"me/mine": True} and sorted(server.files) == OURS
+
+
+def test_nothing_outside_the_folder_is_uploaded(server, adapter, tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    (adapter / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (adapter / "elsewhere").symlink_to(tmp_path)
+    (adapter / ".env").write_text("secret")
+    (adapter / "inner").mkdir()
+    (adapter / "inner" / "secret.txt").write_text("secret")
+    (adapter.parent / "run.json").write_text("{}")
+    chosen, left_out = files_to_push(adapter)
+    assert [path.name for path in chosen] == OURS
+    assert [path.name for path in left_out] == [".env", "elsewhere", "inner", "link.txt"]
+    push(adapter, "me/mine")
+    assert sorted(server.files) == OURS
+
+
+def test_an_adapter_whose_files_are_links_is_not_uploaded_without_them(server, adapter):
+    (adapter / "adapter.safetensors").rename(adapter.parent / "adapter.safetensors")
+    (adapter / "adapter.safetensors").symlink_to(adapter.parent / "adapter.safetensors")
+    with pytest.raises(UserError, match=r"adapter\.safetensors is a link"):
+        push(adapter, "me/mine")
+    assert server.repositories == {} and server.files == {}
+
+
+def refuse(adapter, name, *messages):
+    with pytest.raises(UserError) as caught:
+        push(adapter, name)
+    assert all(message in str(caught.value) for message in messages), str(caught.value)
+
+
+def test_how_it_fails(server, adapter, monkeypatch, tmp_path):
+    refuse(adapter, "mine", "names no repository", "owner/name")
+    refuse(adapter, "me/a b", "names no repository")
+    refuse(tmp_path, "me/mine", "there is no adapter")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    refuse(adapter, "me/mine", "401", "hf auth whoami")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_STORED_TOKENS_PATH", str(tmp_path / "none"))
+    refuse(adapter, "me/mine", "there is no token", "hf auth login")
+    assert server.files == {}
+
+
+def test_without_a_network_it_says_so(adapter, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    hub._opens.cache_clear()
+    refuse(adapter, "me/mine", "no answer from http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refuse(adapter, "me/mine", "HF_HUB_OFFLINE")
+
+
+def test_a_damaged_adapter_is_not_uploaded(server, adapter):
+    path = adapter / "adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\7")
+    refuse(adapter, "me/mine", "damaged")
+    assert server.repositories == {}
+
+
+def test_the_command(server, adapter, monkeypatch, capsys):
+    (adapter / ".hidden").touch()
+    assert run(monkeypatch, "push", str(adapter), "me/mine", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name}  {(adapter / name).stat().st_size:,} bytes" in out for name in OURS)
+    assert "not uploaded: .hidden" in out and "nothing was uploaded" in out and server.files == {}
+    assert "the run's recipe" in out and "others will not find" not in out
+    assert run(monkeypatch, "push", str(adapter.parent), "me/mine", "--private") == 0
+    assert f"{server.address}/me/mine" in capsys.readouterr().out
+    assert sorted(server.files) == OURS and server.repositories == {"me/mine": True}

@@ -69,7 +69,6 @@ def stock(arguments: argparse.Namespace) -> None:
                 samples={task: list(range(arguments.half, arguments.limit, 2))},
                 task_manager=manager,
                 apply_chat_template=True,
-                fewshot_random_seed=0,
             )
         rows = [[row["doc_id"], answer(row)] for row in results["samples"][task]]
         found[task] = {"seconds": time.perf_counter() - start, "answers": rows}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 
 import torch
@@ -177,9 +179,25 @@ class Base:
         fill_head(model.score, std, hash_seed(self.recipe.seed, "head"))
         return {HEAD: model.score}
 
-    def own_facts(self) -> dict[str, str]:
-        """What the untouched base's answers depend on, whatever its name is."""
-        return {"fingerprint": self.fingerprint, "dtype": self.recipe.model.dtype}
+    def scored_model(self, adapter: str | None = None) -> dict[str, str | None]:
+        """What answers depend on, whatever the model is called: weights, tokenizer, configuration.
+
+        Args:
+            adapter: hash of the adapter whose weights these are; None: the untouched base.
+        """
+        model, tokenizer = self.engine.module, self.tokenizer
+        config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "dtype")}
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        written = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+        flags = [getattr(tokenizer, f"add_{which}_token", None) for which in ("bos", "eos")]
+        parts = [config, model.generation_config.to_dict(), tokenizer.special_tokens_map, flags]
+        text = json.dumps([*parts, tokenizer.chat_template, written], sort_keys=True, default=str)
+        return {
+            "fingerprint": self.fingerprint,
+            "dtype": self.recipe.model.dtype,
+            "settings": hashlib.sha256(text.encode()).hexdigest(),
+            "adapter": adapter,
+        }
 
     def identity(self) -> dict:
         """Which base this is, for files made from it: masks and adapters."""

@@ -17,7 +17,12 @@ from speft_ds.selection import least_wanted
 
 def check_chat_template(recipe: Recipe, base: Base) -> None:
     """Refuse tasks in a chat template that the tokenizer does not have."""
-    if recipe.eval.tasks and recipe.eval.chat_template and not base.tokenizer.chat_template:
+    section = recipe.eval
+    if (
+        (section.tasks or section.forgetting_tasks)
+        and section.chat_template
+        and not base.tokenizer.chat_template
+    ):
         fix = "eval.chat_template=false"
         raise UserError("the tokenizer has no chat template", "eval.chat_template", fix)
 

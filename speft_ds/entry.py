@@ -83,6 +83,7 @@ def checked_start(job: Job, arguments: argparse.Namespace) -> tuple[Recipe, Star
     """The recipe of a job and where it starts, both checked. Raises UserError."""
     if job == "evaluate":
         recipe, adapter = recipe_to_evaluate(arguments)
+        settle(recipe)
         check_to_evaluate(recipe)
         return recipe, Start(source=adapter)
     asked = getattr(arguments, "resume", None)
@@ -151,10 +152,15 @@ def _of_model(model: str, adapter: Path | None, overrides: list[str]) -> tuple[s
 
 def check_files(job: Job, recipe: Recipe, world_size: int) -> None:
     """Check the files of a recipe as far as the job reads them. Raises UserError."""
-    note = settle_hub(recipe)  # before the checks, which may import the hub's libraries
+    settle(recipe)
+    check_inputs(recipe, world_size, needs_training_rows=job == "train")
+
+
+def settle(recipe: Recipe) -> None:
+    """Find out about the hub, before the checks, which may import its libraries."""
+    note = settle_hub(recipe)
     if note and rank() == 0:
         print(note, flush=True)
-    check_inputs(recipe, world_size, needs_training_rows=job == "train")
 
 
 def quiet_other_bars() -> None:

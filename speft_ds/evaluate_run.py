@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,13 +10,15 @@ import torch
 
 from speft_ds import distributed, lifeline
 from speft_ds.adapter.apply import another_base, check_weights, with_delta
-from speft_ds.adapter.format import Adapter
+from speft_ds.adapter.format import Adapter, tensors_sha256
 from speft_ds.base import Base
+from speft_ds.checks import check_chat_template
 from speft_ds.engine import full_shape, own_elements, own_range, release
 from speft_ds.errors import UserError
 from speft_ds.evaluation.evaluation import Evaluation, Scored
+from speft_ds.evaluation.files import has_scored, keep_scores
 from speft_ds.evaluation.rounds import Round
-from speft_ds.evaluation.scores import main_scores, write_scores
+from speft_ds.evaluation.scores import main_scores
 from speft_ds.mask import read_mask
 from speft_ds.metrics import Timings, say
 from speft_ds.preflight import mask_file
@@ -74,21 +77,39 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     distributed.init(recipe.train.timeout_minutes + 1)
     distributed.connect_lifeline(recipe.train.timeout_minutes, lambda: "start it again")
     base = Base(without_training(recipe, distributed.world_size()), Timings())
+    check_chat_template(recipe, base)
     evaluation = Evaluation(recipe, base.tokenizer)
     base.load(read_mask(mask_file(recipe.mask.load))[0] if recipe.mask.load else None)
     if adapter is not None:
         apply_to_shards(base, adapter)
     folder = Path(recipe.output_dir) / "eval"
-    rounds = rounds_to_score(recipe.eval, "tuned" if adapter else "base")
-    facts = None if adapter else base.own_facts()
-    for scored in evaluation.run(base.engine.module, rounds, facts):
-        distributed.on_rank_0(partial(_keep, folder, scored, recipe.eval.samples))
+    rounds = rounds_to_score(recipe.eval, _name_of(adapter))
+    of = base.scored_model(tensors_sha256(adapter))
+    rounds = distributed.broadcast_object([_with_free_label(folder, round, of, recipe) for round in rounds])
+    for scored in evaluation.run(base.engine.module, rounds, of):
+        distributed.on_rank_0(partial(_keep, folder, scored, recipe.eval))
     distributed.barrier()
     lifeline.close()
 
 
-def _keep(folder: Path, scored: Scored, with_samples: bool) -> None:
-    write_scores(folder, scored.document, scored.samples if with_samples else None)
+def _name_of(adapter: Path | None) -> str:
+    """What the labels of its scores begin with: `base`; `tuned`, of a run; or the adapter's own name."""
+    if adapter is None:
+        return "base"
+    return "tuned" if adapter.name == "adapter" else adapter.resolve().name
+
+
+def _with_free_label(folder: Path, round: Round, of: dict, recipe: Recipe) -> Round:
+    """The round with a label that no scores of other weights or settings have."""
+    number, candidate = 1, round
+    while (folder / f"{candidate.label}.json").exists() and not has_scored(folder, candidate, of, recipe):
+        number += 1
+        candidate = replace(round, label=f"{round.label}-{number}")
+    return candidate
+
+
+def _keep(folder: Path, scored: Scored, recipe: Eval) -> None:
+    keep_scores(folder, scored, recipe)
     for score in main_scores(scored.document):
         say(f"{score.name}: {score.text}, {score.num_documents} documents")
     say(str(folder / f"{scored.document['label']}.json"))

@@ -51,7 +51,9 @@ def settle_hub(recipe: Recipe) -> str | None:
     data = recipe.data
     names = [recipe.model.name_or_path, data.scorer, recipe.mask.calibration_path, recipe.eval.held_out]
     names += [source.path for source in data.sources]
-    may_ask = any(name and is_hub_id(name) for name in names) or bool(recipe.eval.tasks)
+    may_ask = any(name and is_hub_id(name) for name in names) or bool(
+        recipe.eval.tasks or recipe.eval.forgetting_tasks
+    )
     if not may_ask or hub.is_offline_by_choice() or hub.is_reachable():
         return None
     hub.give_up()

@@ -150,6 +150,9 @@ def _values(line: str) -> dict[str, Any] | None:
 
 def copy_scores(source: Path, folder: Path) -> None:
     """Take over the scores from before training."""
-    for path in (source / "eval").glob("before*.json"):
+    for path in (source / "eval").glob("before*"):
         (folder / "eval").mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, folder / "eval" / path.name)
+        if path.is_dir():
+            shutil.copytree(path, folder / "eval" / path.name)
+        else:
+            shutil.copy(path, folder / "eval" / path.name)

@@ -55,10 +55,12 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     trainer.run_id = distributed.broadcast_object(read_facts(folder).get("run_id"))
     check_space(recipe, trainer.base, trainer.num_steps)
 
-    if start.checkpoint is None:  # else the weights are scored that a run starts from, not goes on from
+    if start.checkpoint is None:
         trainer.evaluate("before")
     distributed.stop_if_asked()
     trainer.choose_mask()
+    if start.checkpoint is not None:
+        trainer.evaluate("before")  # says what is missing: the weights are not the base's any more
     distributed.stop_if_asked()
     trainer.train()
     trainer.save()
@@ -128,8 +130,6 @@ def open_folder(recipe: Recipe, start: Start) -> Lock:
         rewind_metrics(folder, step, start.source)
     if forked:
         copy_scores(start.source, folder)
-    for path in (folder / "eval").glob("after*.json"):  # what they scored is trained on now
-        path.unlink()
     start_folder(recipe)
     before = {} if forked else read_facts(folder)
     starts = [*before.get("starts", []), {"step": step, "world_size": distributed.world_size()}]

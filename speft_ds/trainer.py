@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from speft_ds import distributed, lifeline
+from speft_ds import distributed, lifeline, stop
 from speft_ds.adapter import save_adapter
+from speft_ds.adapter.format import tensors_sha256
 from speft_ds.base import Base
 from speft_ds.checkpoint.parts import Parts, Snapshot
 from speft_ds.checkpoint.writer import Writer
@@ -20,7 +21,8 @@ from speft_ds.data.batch import collate, split_global_batch
 from speft_ds.data.order import SampleOrder
 from speft_ds.data.rows import Row
 from speft_ds.errors import UserError
-from speft_ds.evaluation.rounds import Moment, rounds_of
+from speft_ds.evaluation.files import keep_scores, still_to_score
+from speft_ds.evaluation.rounds import Moment, Round, rounds_of
 from speft_ds.held_out import HeldOut
 from speft_ds.machine import machine, versions
 from speft_ds.mask import Mask, read_mask
@@ -32,9 +34,6 @@ from speft_ds.schedule import SCHEDULES, Schedule, Training, mask_of
 from speft_ds.schema import Recipe
 from speft_ds.sparse import SparseState
 from speft_ds.votes import Votes
-
-if TYPE_CHECKING:
-    from speft_ds.evaluation.evaluation import Scored
 
 
 class Trainer:
@@ -57,7 +56,9 @@ class Trainer:
         self.timings = Timings()
         self.schedule: Schedule | None = None
         self.evaluation = None
-        if any(rounds_of(recipe.eval, moment) for moment in ("before", "after")):
+        if (recipe.eval.slice and recipe.eval.tasks) or any(
+            rounds_of(recipe.eval, moment) for moment in ("before", "after")
+        ):
             from speft_ds.evaluation.evaluation import Evaluation  # late: lm-eval takes its time
 
             with self.timings.stage("tasks"):  # an unknown task should not wait for the end of training
@@ -65,6 +66,8 @@ class Trainer:
         with self.timings.stage("data"):
             self.base = Base(recipe, self.timings)
             check_chat_template(recipe, self.base)
+            if self.evaluation is not None:
+                self.evaluation.tokenizer = self.base.tokenizer
             self.rows = self.base.read_training_rows()
             self.base.read_calibration_rows(self.rows)
             self.held_out = HeldOut(self.base) if recipe.eval.held_out else None
@@ -103,23 +106,23 @@ class Trainer:
         return read_mask(mask_file(path)) if path else (None, {})
 
     def evaluate(self, moment: Moment) -> None:
-        """Score what the recipe says `before` or `after` training, as far as it was not done before."""
-        folder = self.folder / "eval"
-        wanted = rounds_of(self.recipe.eval, moment)
-        left = [round for round in wanted if not (folder / f"{round.label}.json").is_file()]
+        """Score what the recipe says `before` or `after` training, as far as it was not done before.
+
+        Scores of this moment that are of other weights, or made otherwise, are set aside.
+        """
+        folder, wanted = self.folder / "eval", rounds_of(self.recipe.eval, moment)
+        adapter = self.folder / "adapter" if moment == "after" else None
+        model = self.base.scored_model(distributed.broadcast_object(tensors_sha256(adapter)))
+        left: list[Round] = []  # as rank 0 sees the folder
+        distributed.on_rank_0(lambda: left.extend(still_to_score(folder, moment, wanted, model, self.recipe)))
         left = distributed.broadcast_object(left)
-        if not left:
-            return
-        base = self.base.own_facts() if moment == "before" else None
-        with self.timings.stage(f"eval_{moment}"):
-            self.evaluation.tokenizer = self.base.tokenizer
-            for scored in self.evaluation.run(self.engine.module, left, base):
-                distributed.on_rank_0(partial(self._write_scores, folder, scored))
-
-    def _write_scores(self, folder: Path, scored: Scored) -> None:
-        from speft_ds.evaluation.scores import write_scores
-
-        write_scores(folder, scored.document, scored.samples if self.recipe.eval.samples else None)
+        if left and moment == "before" and self.first_step > 0:
+            labels = ", ".join(round.label for round in left)
+            say(f"note: {labels}: not scored the way the recipe asks; the weights are trained by now")
+        elif left:
+            with self.timings.stage(f"eval_{moment}"):
+                for scored in self.evaluation.run(self.engine.module, left, model):
+                    distributed.on_rank_0(partial(keep_scores, folder, scored, self.recipe.eval))
 
     def choose_mask(self) -> None:
         """Take the mask that is given, or score and select one, and set up the trainable state."""
@@ -245,14 +248,13 @@ class Trainer:
         self._restore_random_states()
         self.votes.restart()
         self.engine.train()
-        with self.timings.stage("training"):
+        with self.timings.stage("training"), closing(log):
             for step in range(self.first_step, self.num_steps):
                 values = {**self.train_step(step), "peak_memory_gib": peak_memory_gib()}
                 values |= self._measure(step + 1)
                 log.log(values)
                 self._keep(step + 1, log, values.get("held_out_loss"))
             self.writer.finish()
-        log.close()
         self.timings["checkpoints"] = self.writer.seconds
 
     def _measure(self, done: int) -> dict:
@@ -264,8 +266,9 @@ class Trainer:
         if self.held_out is not None:
             with self.timings.stage("held_out"):
                 values["held_out_loss"] = self.held_out.loss()
-        if recipe.slice is not None and not (is_last and recipe.after):
-            with self.timings.stage("slices"):
+        if recipe.slice is not None and recipe.tasks and not (is_last and recipe.after):
+            # A rank that is asked to stop does so in a step, where a checkpoint is written: scores can wait.
+            with self.timings.stage("slices"), suppress(stop.Stopped):
                 values["scores"] = self.evaluation.slice_scores(self.engine.module)
         return values
 
@@ -287,7 +290,6 @@ class Trainer:
             votes.restart()
         if votes.stop:
             writer.finish()
-            log.close()
             distributed.stop_if_asked()
 
     def _snapshot(self) -> Snapshot:

@@ -155,6 +155,15 @@ class Adapter:
         return tensor
 
 
+def tensors_sha256(folder: Path | None) -> str | None:
+    """The hash that an adapter folder has recorded; None: there is no folder, or it does not say."""
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8")) if folder else {}
+        return facts.get("tensors_sha256")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def damaged(folder: Path, what: str) -> UserError:
     return UserError(f"the adapter is damaged: {what}", where=str(folder / TENSORS))
 

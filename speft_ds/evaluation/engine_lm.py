@@ -9,12 +9,14 @@ every forward, as ZeRO-3 demands.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Hashable
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -37,6 +39,8 @@ class EngineLM(HFLM):
         is_sharded: whether a forward gathers weights, so that the ranks must keep in step.
         prompt_format: how prompts are rewritten.
         answers: where answers of this very model are kept; None: nowhere.
+    Attributes:
+        num_rewritten: task -> prompts that the format changed.
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class EngineLM(HFLM):
         log.setLevel(level)
         self._device = distributed.device()  # a released ZeRO-3 weight does not tell
         self.is_sharded, self.prompt_format, self.answers = is_sharded, prompt_format, answers
-        self.own_batch_size = batch_size
+        self.own_batch_size, self.num_rewritten = batch_size, Counter()
 
     def loglikelihood(self, requests, disable_tqdm=False):
         return self._answer("loglikelihood", requests, super().loglikelihood)
@@ -75,15 +79,18 @@ class EngineLM(HFLM):
     def _answer(self, method: str, requests: list, compute: Callable) -> list:
         """Answers to requests as they are put, rewritten in the format; from the answers kept, if there."""
         if self.prompt_format is not None and method != "loglikelihood_rolling":
-            rewrite = self.prompt_format.rewrite
-            requests = [
-                SimpleNamespace(args=(rewrite(request.args[0]), *request.args[1:])) for request in requests
-            ]
+            requests = [self._rewritten(request) for request in requests]
         if self.answers is None:
             return compute(requests, disable_tqdm=True)
         return self.answers.get(
             method, [request.args for request in requests], lambda: compute(requests, disable_tqdm=True)
         )
+
+    def _rewritten(self, request: Instance) -> SimpleNamespace:
+        arguments = self.prompt_format.rewrite_request(request.args)
+        if arguments[0] != request.args[0]:
+            self.num_rewritten[request.task_name] += 1
+        return SimpleNamespace(args=arguments)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         score = super()._loglikelihood_tokens

@@ -15,6 +15,7 @@ DESCRIPTOR = re.compile(r"^([A-Z][A-Za-z]*(?: [A-Za-z]+){0,2}):(?=[ \n]|$)", re.
 CASES: tuple[Callable[[str], str], ...] = (str, str.upper, str.lower)
 SEPARATORS = (":", " :", "::", " -", " ->", ":\t", " |", ": :")
 BREAKS = ("\n", "\n\n", "\n\t")
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,16 @@ class PromptFormat:
     case: Callable[[str], str]
     separator: str
     line_break: str
+
+    def rewrite_request(self, arguments: tuple) -> tuple:
+        """A request of lm-eval in this format: its prompt, and what ends an answer, in both forms."""
+        prompt, *more = arguments
+        if more and isinstance(more[0], dict) and "until" in more[0]:
+            until = more[0]["until"]
+            until = [until] if isinstance(until, str) else list(until)
+            written = [self.rewrite(text) for text in until]
+            more[0] = {**more[0], "until": list(dict.fromkeys([*until, *written]))}
+        return self.rewrite(prompt), *more
 
     def rewrite(self, prompt: str) -> str:
         """The prompt in this format; one without descriptors at the start of a line stays as it is."""
@@ -47,9 +58,9 @@ class PromptFormat:
         return repr(self.line_break + self.case("Question") + self.separator)[1:-1]
 
 
-def prompt_formats(count: int, seed: int) -> list[PromptFormat | None]:
-    """`count` different formats, drawn by the seed; the first is the task's own (None)."""
+def prompt_formats(count: int) -> list[PromptFormat | None]:
+    """The first `count` formats of an order that is the same for every run; the task's own (None) first."""
     ways = [PromptFormat(c, s, b) for c in CASES for s in SEPARATORS for b in BREAKS]
-    own = PromptFormat(str, ":", "\n")
-    others = [way for way in ways if way != own]
-    return [None, *random.Random(seed).sample(others, count - 1)]
+    ways.remove(PromptFormat(str, ":", "\n"))
+    random.Random(SEED).shuffle(ways)
+    return [None, *ways[: count - 1]]

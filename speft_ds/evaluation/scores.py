@@ -1,14 +1,10 @@
-"""What is kept of a scoring: `eval/<label>.json`, and every document beside it."""
+"""lm-eval's results as rows: a task (or group), metric and filter each."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Collection, Mapping
 
-from lm_eval.utils import handle_non_serializable
-
-from speft_ds.files import replacing, write_json
+from speft_ds.evaluation.rounds import Round
 from speft_ds.report.scores import Evaluation as ScoreFile
 from speft_ds.report.scores import Score
 
@@ -19,34 +15,42 @@ def score_rows(results: dict, forgetting: Collection[str] = ()) -> list[dict]:
     Args:
         forgetting: tasks that are not trained on, scored to see what is lost.
     """
-    parent_of = {child: group for group, own in results["group_subtasks"].items() for child in own}
+    # Of a group that has no score of its own, the parts stand for themselves.
+    named = {child: group for group, own in results["group_subtasks"].items() for child in own}
+    parent_of = {child: group for child, group in named.items() if _metrics(results, group)}
+    groups = set(parent_of.values())
     rows = []
-    for task, values in results["results"].items():
-        metrics = [key for key in values if "," in key and "_stderr," not in key]
-        metrics = [key for key in metrics if isinstance(values[key], float | int)]
-        roots = {task, parent_of.get(task), parent_of.get(parent_of.get(task))}
-        for number, key in enumerate(metrics):
+    for task in results["results"]:
+        roots = {task, named.get(task), named.get(named.get(task))}
+        for number, (key, value) in enumerate(_metrics(results, task).items()):
             metric, filter_name = key.split(",")
-            error = values.get(f"{metric}_stderr,{filter_name}")
+            error = results["results"][task].get(f"{metric}_stderr,{filter_name}")
             higher = results.get("higher_is_better", {}).get(task, {}).get(metric)
             rows.append(
                 {
                     "task": task,
                     "metric": metric,
                     "filter": filter_name,
-                    "value": float(values[key]),
+                    "value": float(value),
                     "stderr": float(error) if isinstance(error, float | int) else None,
-                    "num_documents": values.get("sample_len") or _num_documents(results, task),
+                    "num_documents": _num_documents(results, task),
                     "num_fewshot": results.get("n-shot", {}).get(task),
                     "version": results.get("versions", {}).get(task),
                     "higher_is_better": higher is not False,
                     "is_main": number == 0,
-                    "is_group": bool(results["group_subtasks"].get(task)),
+                    "is_group": task in groups,
                     "group": parent_of.get(task),
                     "role": "forgetting" if roots & set(forgetting) else "task",
                 }
             )
     return rows
+
+
+def _metrics(results: dict, task: str) -> dict[str, float]:
+    """`metric,filter` -> value."""
+    values = results["results"].get(task, {})
+    named = {key: value for key, value in values.items() if "," in key and "_stderr," not in key}
+    return {key: value for key, value in named.items() if isinstance(value, float | int)}
 
 
 def _num_documents(results: dict, task: str) -> int | None:
@@ -57,13 +61,30 @@ def _num_documents(results: dict, task: str) -> int | None:
     return counts.get(task, {}).get("effective")
 
 
-def write_scores(folder: Path, document: dict, samples: dict[str, list[dict]] | None) -> None:
-    """Write `<folder>/<label>.json` and, first, each task's documents, `<folder>/<label>/<task>.jsonl`."""
-    for task, rows in (samples or {}).items():
-        with replacing(folder / document["label"] / f"{task}.jsonl") as temporary:
-            lines = (json.dumps(row, default=handle_non_serializable, ensure_ascii=False) for row in rows)
-            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    write_json(folder / f"{document['label']}.json", document)
+def check_rows(
+    rows: list[dict], round: Round, num_rewritten: Mapping[str, int]
+) -> tuple[list[dict], list[str]]:
+    """The rows that are what the round asked for, and what to say of the others.
+
+    Args:
+        num_rewritten: task -> prompts that the round's format changed.
+    """
+    notes, tasks = [], {row["task"]: row for row in rows}
+    # lm-eval keeps a number that a task's own file sets to 0.
+    fixed = {
+        task: row["num_fewshot"]
+        for task, row in tasks.items()
+        if round.num_fewshot is not None and row["num_fewshot"] not in (None, round.num_fewshot)
+    }
+    for task, number in fixed.items():
+        notes.append(f"{task}: scored with {number} examples, not {round.num_fewshot}: its file says so")
+    left_out = set(fixed) if round.kind == "fewshot" else set()
+    if round.format:
+        grown = {row["group"] for row in rows if num_rewritten.get(row["task"])}
+        same = {task for task in tasks if not num_rewritten.get(task) and task not in grown}
+        notes += [f"{task}: left out, no `Field:` in its prompts to write otherwise" for task in sorted(same)]
+        left_out |= same
+    return [row for row in rows if row["task"] not in left_out], notes
 
 
 def main_scores(document: dict) -> list[Score]:

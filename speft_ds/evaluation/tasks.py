@@ -39,15 +39,17 @@ def find_tasks(names: Sequence[str], include_path: str | None) -> TaskManager:
 
 
 @contextmanager
-def local_data(folder: str | None) -> Iterator[None]:
+def local_data(folder: str | None) -> Iterator[list[str]]:
     """Inside the block, tasks read their data sets from `folder`/<hub id> where that is there.
 
     Of a local copy that has some splits only, a task keeps those: few-shot examples come from what is left.
 
+    Yields:
+        what to tell of that, filled while tasks are loaded.
     Raises:
         UserError: a task's data can be read neither there nor from the hub.
     """
-    download = ConfigurableTask.download
+    download, notes = ConfigurableTask.download, []
 
     def look_there_first(self: ConfigurableTask, dataset_kwargs: dict | None = None, **more: object) -> None:
         hub_id, local = str(self.DATASET_PATH), Path(folder or "", str(self.DATASET_PATH))
@@ -59,26 +61,28 @@ def local_data(folder: str | None) -> Iterator[None]:
         except Exception as error:  # whatever `datasets` raises: it depends on what is wrong
             raise _no_data(self.config.task, hub_id, folder, error) from error
         if is_local:
-            _leave_out_what_is_missing(self)
+            notes.extend(_leave_out_what_is_missing(self))
 
     ConfigurableTask.download = look_there_first
     try:
-        yield
+        yield notes
     finally:
         ConfigurableTask.download = download
 
 
-def _leave_out_what_is_missing(task: ConfigurableTask) -> None:
+def _leave_out_what_is_missing(task: ConfigurableTask) -> list[str]:
+    """Point a task at the splits that are there; returns what to tell."""
     named = {split: getattr(task.config, split) for split in SPLITS}
-    examples = task.fewshot_cfg.split or named["training_split"]
+    wanted = task.fewshot_cfg.split or named["training_split"]
     for split, name in named.items():
         if name is not None and name not in task.dataset:
             setattr(task.config, split, None)
-    if task.fewshot_cfg.split not in task.dataset:
-        task.fewshot_cfg.split = None
-    if examples is not None and examples not in task.dataset:
-        name = task.config.task
-        print(f"note: {name}: no split {examples} in {task.DATASET_PATH}; examples come from another split")
+    if wanted is None or wanted in task.dataset:
+        return []
+    left = task.config.training_split or task.config.validation_split or task.config.test_split
+    # By name: only then does lm-eval keep a document out of its own examples.
+    task.fewshot_cfg.split = left
+    return [f"{task.config.task}: {task.DATASET_PATH} has no split {wanted}: few-shot examples are of {left}"]
 
 
 def _no_data(task: str, hub_id: str, folder: str | None, error: Exception) -> UserError:

@@ -111,9 +111,10 @@ class Evaluation(_Part):
     @property
     def num_fewshot(self) -> int | None:
         """Examples in the prompt; None: not one number for all tasks."""
-        numbers = {score.num_fewshot for score in self.scores}
-        own = numbers.pop() if len(numbers) == 1 else None
-        return self.settings.num_fewshot if self.settings.num_fewshot is not None else own
+        numbers = {score.num_fewshot for score in self.scores} - {None}
+        if not numbers:
+            return self.settings.num_fewshot
+        return numbers.pop() if len(numbers) == 1 else None
 
     @property
     def prompt(self) -> str:

@@ -18,16 +18,20 @@ STAGES = {
     "resume": "taking up the checkpoint",
     "training": "training",
     "held_out": "held-out loss (within training)",
+    "slices": "scoring slices (within training)",
     "checkpoints": "writing checkpoints (within training)",
     "save": "writing the adapter",
     "eval_after": "scoring after training",
 }
-WITHIN = ("held_out", "checkpoints")
+WITHIN = ("held_out", "slices", "checkpoints")
 SMALL = {  # key of metrics.jsonl -> (axis, what the picture shows)
     "grad_norm": ("gradient norm", "the global norm of the sparse gradient before clipping"),
     "lr": ("learning rate", "the learning rate of each step"),
     "tokens_per_s": ("tokens/s", "tokens of the global batch over the seconds of the step, over all ranks"),
-    "peak_memory_gib": ("GiB on rank 0", "the highest memory so far of rank 0"),
+    "peak_memory_gib": (
+        "GiB on rank 0",
+        "the highest memory of rank 0 so far, scoring and selection included",
+    ),
     "accuracy": ("accuracy", "rows of the global batch that the classifier got right"),
 }
 

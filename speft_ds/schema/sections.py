@@ -136,14 +136,15 @@ class Eval(Section):
     after: bool = Field(True, description="score the trained model")
 
     @pydantic.model_validator(mode="after")
-    def _has_tasks(self) -> Eval:
-        """What is scored on `tasks` needs some."""
+    def _has_tasks(self, info: ValidationInfo) -> Eval:
+        """What is scored on `tasks` needs some, unless they were taken away: eval.tasks=[]."""
         needing = {
             "manual_fewshot": bool(self.manual_fewshot),
             "format_spread": self.format_spread > 1,
             "slice": self.slice is not None,
         }
-        if not self.tasks and (idle := [key for key, is_set in needing.items() if is_set]):
+        is_forgotten = not self.tasks and "eval.tasks" not in (info.context or {}).get("given", ())
+        if is_forgotten and (idle := [key for key, is_set in needing.items() if is_set]):
             message = f"eval.{idle[0]} has no effect without eval.tasks"
             raise broken_rule(message, f"eval.tasks=[...], or remove eval.{idle[0]}", key=f"eval.{idle[0]}")
         return self

@@ -25,8 +25,7 @@ def scores_and_answers(results: dict) -> dict:
 def check_evaluation(recipe: Recipe) -> list[dict] | None:
     """lm-eval on the live engine: each round of `before`, with its documents; on rank 0."""
     trainer = make_trainer(recipe)
-    trainer.evaluation.tokenizer = trainer.base.tokenizer
-    scored = list(trainer.evaluation.run(trainer.engine.module, rounds_of(recipe.eval, "before"), None))
+    scored = list(trainer.evaluation.run(trainer.engine.module, rounds_of(recipe.eval, "before"), {}))
     if distributed.rank() != 0:
         return None
     return [{**scores_and_answers(each.results), "document": each.document} for each in scored]
@@ -45,6 +44,5 @@ def check_stock_evaluation(recipe: Recipe, num_fewshot: int | None = None) -> di
         num_fewshot=num_fewshot,
         apply_chat_template=section.chat_template,
         task_manager=TaskManager(include_path=section.include_path, include_defaults=False),
-        fewshot_random_seed=recipe.seed,
     )
     return scores_and_answers(results)

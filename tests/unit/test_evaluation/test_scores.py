@@ -1,13 +1,12 @@
 """What is kept of lm-eval's results: real ones, of a group and of a task with two filters."""
 
-import json
-
 import pytest
 import tiny as made
 from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 
-from speft_ds.evaluation.scores import main_scores, score_rows, write_scores
+from speft_ds.evaluation.rounds import Round
+from speft_ds.evaluation.scores import check_rows, main_scores, score_rows
 from speft_ds.evaluation.tasks import find_tasks
 
 
@@ -51,10 +50,28 @@ def test_the_parts_of_a_forgetting_group_are_of_that_role(results):
     assert roles["tiny_generate"] == "task"
 
 
-def test_files_of_scores_and_of_every_document(results, tmp_path):
+def test_a_group_without_a_score_leaves_its_parts_to_themselves(results):
+    own = {**results, "results": {k: v for k, v in results["results"].items() if k != "tiny_group"}}
+    rows = score_rows(own, ["tiny_group"])
+    assert {row["group"] for row in rows} == {None}
+    assert {row["task"] for row in rows if row["role"] == "forgetting"} == {"tiny_choice", "tiny_letters"}
+
+
+def test_main_scores_are_those_of_groups(results):
     document = {"label": "before", "model": "base", "kind": "main", "scores": score_rows(results)}
-    write_scores(tmp_path, document, results["samples"])
-    assert json.loads((tmp_path / "before.json").read_text()) == document
-    lines = (tmp_path / "before" / "tiny_choice.jsonl").read_text().splitlines()
-    assert [json.loads(line)["doc_id"] for line in lines] == list(range(10))
     assert [score.task for score in main_scores(document)] == ["tiny_generate", "tiny_group"]
+
+
+def test_few_shot_scores_that_are_none_are_left_out_and_said(results):
+    rows = score_rows(results)
+    kept, notes = check_rows(rows, Round("before-4shot", "fewshot", ("tiny_generate",), 4, None), {})
+    assert kept == [] and "tiny_generate: scored with 0 examples, not 4: its file says so" in notes
+    kept, notes = check_rows(rows, Round("before", "main", ("tiny_generate",), 4, None), {})
+    assert kept == rows and len(notes) == 4
+
+
+def test_a_format_that_changed_no_prompt_is_no_format(results):
+    round = Round("before-format-1", "format", ("tiny_group", "tiny_generate"), None, None, format=1)
+    kept, notes = check_rows(score_rows(results), round, {"tiny_letters": 40})
+    assert {row["task"] for row in kept} == {"tiny_letters", "tiny_group"}
+    assert [note.split(":")[0] for note in notes] == ["tiny_choice", "tiny_generate"]

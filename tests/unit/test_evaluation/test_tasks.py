@@ -39,23 +39,25 @@ def write_split(hub, split):
 
 
 def load(manager, folder):
-    with local_data(str(folder)):
-        return manager.load(["quiz"])["tasks"]["quiz"]
+    with local_data(str(folder)) as notes:
+        return manager.load(["quiz"])["tasks"]["quiz"], notes
 
 
 def test_data_are_read_from_the_folder_by_their_hub_id(manager, tmp_path):
     for split in ("train", "validation"):
         write_split(tmp_path / "hub", split)
-    task = load(manager, tmp_path / "hub")
+    task, notes = load(manager, tmp_path / "hub")
     assert [doc["q"] for doc in task.validation_docs()] == ["validation 0", "validation 1", "validation 2"]
-    assert task.config.training_split == "train"
+    assert task.config.training_split == "train" and notes == []
 
 
-def test_a_copy_without_the_training_split_still_scores(manager, tmp_path, capsys):
+def test_a_copy_without_the_training_split_still_scores(manager, tmp_path):
     write_split(tmp_path / "hub", "validation")
-    task = load(manager, tmp_path / "hub")
+    task, notes = load(manager, tmp_path / "hub")
     assert not task.has_training_docs() and len(list(task.validation_docs())) == 3
-    assert "note: quiz: no split train in" in capsys.readouterr().out
+    assert notes == [
+        f"quiz: {tmp_path}/hub/someone/quiz has no split train: few-shot examples are of validation"
+    ]
 
 
 def test_data_that_are_nowhere_are_said_with_the_way_to_get_them(manager, tmp_path, monkeypatch):
@@ -72,3 +74,16 @@ def test_data_that_are_nowhere_are_said_with_the_way_to_get_them(manager, tmp_pa
 def test_an_unknown_task_is_refused(tmp_path):
     with pytest.raises(UserError, match="lm-eval knows no task arc_esay"):
         find_tasks(["arc_easy", "arc_esay"], None)
+
+
+def test_a_document_is_never_its_own_example(manager, tmp_path):
+    """Where only the split that is scored is there, lm-eval must know that the examples are of it."""
+    write_split(tmp_path / "hub", "validation")
+    tasks = tmp_path / "tasks" / "quiz.yaml"
+    tasks.write_text(tasks.read_text().replace("validation_split: validation", "test_split: validation"))
+    task, _ = load(TaskManager(include_path=str(tasks.parent), include_defaults=False), tmp_path / "hub")
+    task.set_config("num_fewshot", 2)
+    task.set_fewshot_seed(1234)
+    for document in task.test_docs():
+        prompt = task.fewshot_context(document, 2)
+        assert prompt.count(document["q"]) == 1 and prompt.count("validation ") == 3

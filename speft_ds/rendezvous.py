@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 
 LONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -19,8 +20,17 @@ def settle() -> None:
     found = _of_srun() if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ else {}
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun's name for it
         found["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]
-    for key, value in {**LONE, "MASTER_PORT": "29500", **found}.items():
+    # A lone process may have others beside it, so its port is any; a group's is that of the launchers.
+    is_lone = "WORLD_SIZE" not in os.environ and "WORLD_SIZE" not in found
+    port = str(_free_port()) if is_lone else "29500"
+    for key, value in {**LONE, "MASTER_PORT": port, **found}.items():
         os.environ.setdefault(key, value)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _of_srun() -> dict[str, str]:

@@ -30,11 +30,15 @@ from ranks import Ranks  # noqa: E402
 _GROUPS: dict[int, Ranks] = {}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items):
-    """With several workers, one of them has all the tests on ranks, and one those on Slurm."""
+    """With several workers, a file's tests stay together; so do those on Slurm, and those on one port."""
     for item in items:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
-        group = folder if folder in ("distributed", "slurm") else item.path.name
+        group = item.path.name
+        if "slurm" in item.path.parts:
+            group = "slurm"
+        elif group in ("test_readme.py", "test_quickstart.py"):
+            group = "port 29500"  # of plain `deepspeed`
         item.add_marker(pytest.mark.xdist_group(group))
 
 

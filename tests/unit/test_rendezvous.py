@@ -46,7 +46,8 @@ def port_of(**environment):
 
 
 def test_a_process_that_nobody_launched_is_a_group_of_one():
-    assert settled({}) == ["0", "1", "0", "1", "127.0.0.1", "29500"]
+    *others, port = settled({})
+    assert others == ["0", "1", "0", "1", "127.0.0.1"] and int(port) > 1023
     with mock.patch.dict(os.environ, clear=True):
         assert (rendezvous.rank(), rendezvous.world_size()) == (0, 1)
 

@@ -97,6 +97,7 @@ class EngineLM(HFLM):
         batches = make_batches(
             requests,
             self.own_batch_size,
+            order=lambda request: (-len(request[1] + request[2]), tuple(request[1] + request[2])),
             length=lambda request: len(request[1]) + len(request[2]),
             # One forward answers all continuations of one token: lm-eval groups them by this.
             forward=lambda request: (tuple(request[1]), tuple(request[2][:-1])),
@@ -110,9 +111,11 @@ class EngineLM(HFLM):
         batches = []
         for _, group in groupby(by_settings, key=lambda i: repr(requests[i].args[1])):
             numbers = list(group)
-            prompts = [requests[i] for i in numbers]
-            for batch in make_batches(prompts, self.own_batch_size, lambda request: len(request.args[0])):
-                batches.append([(numbers[position], request) for position, request in batch])
+            prompts = [(requests[i], len(self.tok_encode(requests[i].args[0]))) for i in numbers]
+            for batch in make_batches(
+                prompts, self.own_batch_size, order=lambda each: (-each[1], each[0].args[0])
+            ):
+                batches.append([(numbers[position], request) for position, (request, _) in batch])
         return self._deal(lambda batch: generate(batch, disable_tqdm=True), batches, len(requests))
 
     def _model_generate(self, context, max_length, stop, **kwargs):
@@ -127,15 +130,18 @@ class EngineLM(HFLM):
 def make_batches(
     requests: list,
     batch_size: int,
-    length: Callable[[Any], int],
+    order: Callable[[Any], Any],
+    length: Callable[[Any], int] = len,
     forward: Callable[[Any], Hashable] | None = None,
     max_tokens: int | None = None,
 ) -> list[list]:
-    """(position, request) pairs in batches of about equal length, longest first, whatever the world size.
+    """(position, request) pairs in batches, whatever the world size.
 
     Args:
         batch_size: forwards a batch, at most.
-        length: of a request, in tokens where `max_tokens` is given.
+        order: sorts the requests, longest first. As lm-eval's own: in bfloat16, who else is in a batch may
+            change an answer.
+        length: of a request in tokens, for `max_tokens`.
         forward: requests of one value share a forward, and so a batch; None: none do.
         max_tokens: of a batch padded to its longest; a longer request is a batch of its own.
     """
@@ -143,10 +149,10 @@ def make_batches(
     for position, request in enumerate(requests):
         shared.setdefault(forward(request) if forward else position, []).append((position, request))
     batches, size, longest = [], batch_size, 0
-    for group in sorted(shared.values(), key=lambda group: -length(group[0][1])):
+    for group in sorted(shared.values(), key=lambda group: order(group[0][1])):
         if size == batch_size or (max_tokens and (size + 1) * longest > max_tokens):
             batches.append([])
-            size, longest = 0, length(group[0][1])
+            size, longest = 0, length(group[0][1]) if max_tokens else 0
         batches[-1] += group
         size += 1
     return batches

@@ -98,7 +98,7 @@ def test_counts_of_tasks(text, counts):
 
 
 def test_a_batch_script_without_srun_is_one_process():
-    assert settled(JOB) == settled({})
+    assert settled(JOB)[:-1] == settled({})[:-1]  # the port is any
 
 
 def test_an_address_and_a_port_that_are_given_are_taken():

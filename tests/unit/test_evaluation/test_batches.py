@@ -11,6 +11,7 @@ def test_every_request_is_in_one_batch(requests, batch_size, max_tokens):
     batches = make_batches(
         requests,
         batch_size,
+        order=lambda request: -request[0],
         length=lambda request: request[0],
         forward=lambda request: request,
         max_tokens=max_tokens,
@@ -27,4 +28,4 @@ def test_every_request_is_in_one_batch(requests, batch_size, max_tokens):
 
 
 def test_without_more_said_every_request_is_a_forward():
-    assert [len(batch) for batch in make_batches(["a"] * 5, 2, length=len, forward=None)] == [2, 2, 1]
+    assert [len(batch) for batch in make_batches(["a"] * 5, 2, order=len)] == [2, 2, 1]

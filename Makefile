@@ -3,13 +3,24 @@ PYTHON ?= python3.11
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-ranks test-others lint clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/speft quickstart $(ARGS)
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	$(MAKE) --no-print-directory --keep-going -j2 test-ranks test-others
+else
+	$(VENV)/bin/python -m pytest $(ARGS)
+endif
+
+# Two at a time: tests that run on ranks keep both cores busy only now and then.
+test-ranks:
+	$(VENV)/bin/python -m pytest tests/distributed
+
+test-others:
+	$(VENV)/bin/python -m pytest tests/unit tests/slurm
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -111,6 +111,8 @@ class Trainer:
         Scores of this moment that are of other weights, or made otherwise, are set aside.
         """
         folder, wanted = self.folder / "eval", rounds_of(self.recipe.eval, moment)
+        if not wanted:
+            return
         adapter = self.folder / "adapter" if moment == "after" else None
         model = self.base.scored_model(distributed.broadcast_object(tensors_sha256(adapter)))
         left: list[Round] = []  # as rank 0 sees the folder

@@ -17,9 +17,8 @@ atexit.register(shutil.rmtree, os.environ["SPEFT_DS_CACHE"], ignore_errors=True)
 # DeepSpeed's op is compiled for this tree alone: no other run takes turns with it, and what a killed test
 # run left behind is known to be of no use.
 os.environ["TORCH_EXTENSIONS_DIR"] = str(ROOT / ".torch_extensions")
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    for lock in (ROOT / ".torch_extensions").glob("*/lock"):
-        lock.unlink()
+for lock in (ROOT / ".torch_extensions").glob("*/lock"):
+    lock.unlink()
 
 # As in an activated environment. Ranks and launched runs compile DeepSpeed's op with one ninja: two ninjas
 # of different versions would each compile it anew, half a minute whenever they take turns.
@@ -28,18 +27,6 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 from ranks import Ranks  # noqa: E402
 
 _GROUPS: dict[int, Ranks] = {}
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items):
-    """With several workers, a file's tests stay together; so do those on Slurm, and those on one port."""
-    for item in items:
-        group = item.path.name
-        if "slurm" in item.path.parts:
-            group = "slurm"
-        elif group in ("test_readme.py", "test_quickstart.py"):
-            group = "port 29500"  # of plain `deepspeed`
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

@@ -33,9 +33,8 @@ def test_quickstart_trains_the_real_model(tmp_path):
     facts = json.loads((run / "run.json").read_text())
     assert facts["mask"]["num_trainable"] == 530_842  # 0.5% of 210 linears, 106,168,320 entries
     assert (run / "adapter" / "adapter.safetensors").stat().st_size < 5.5 * 530_842
-    for label in ("before", "before-4shot", "after"):
-        (row,) = json.loads((run / "eval" / f"{label}.json").read_text())["scores"]
-        assert (row["task"], row["num_documents"]) == ("quickstart_json", 2)
+    (row,) = json.loads((run / "eval" / "after.json").read_text())["scores"]
+    assert (row["task"], row["num_documents"]) == ("quickstart_json", 2)
     assert (run / "report.html").stat().st_size > 50_000
     # The adapter fits the checkpoint that was downloaded, and changes at most the masked entries.
     folder = default_cache_dir() / "SmolLM2-135M-Instruct"

@@ -20,6 +20,7 @@ from speft_ds.data.tokens import load_tokenizer
 from speft_ds.ds_config import load_ds_config
 from speft_ds.engine import build_engine
 from speft_ds.errors import UserError
+from speft_ds.linear import adapt, feeding
 from speft_ds.mask import Mask
 from speft_ds.metrics import Timings, say
 from speft_ds.model import (
@@ -35,7 +36,6 @@ from speft_ds.objective import NextToken, RowClass
 from speft_ds.salience import score
 from speft_ds.schema import HEAD, Data, Recipe
 from speft_ds.selection import entries_wanted, select
-from speft_ds.sparse import adapt
 
 
 class Base:
@@ -166,9 +166,11 @@ class Base:
         self.fingerprint = fingerprint(model)
         is_bfloat16 = recipe.model.dtype == "bfloat16"
         self.fingerprint_bfloat16 = self.fingerprint if is_bfloat16 else fingerprint(model, torch.bfloat16)
-        self.engine = build_engine(model, ds_config, self.targets | self.heads)
-        for linear in (self.targets | self.heads).values():
-            adapt(linear)
+        checkpointing, trained = recipe.train.activation_checkpointing, self.targets | self.heads
+        walks_all_layers = checkpointing == "reentrant" or recipe.mask.layer_gate != "none"
+        self.engine = build_engine(model, ds_config, trained, walks_all_layers)
+        for linear in trained.values():
+            adapt(linear, recomputes_input=checkpointing == "none")
         self.objective = RowClass() if self.classifies else NextToken(model, recipe.data.packing)
 
     def _prepare_head(self, model: nn.Module) -> dict[str, nn.Linear]:
@@ -255,7 +257,8 @@ class Base:
         in_training = module.training
         module.train(self.recipe.train.activation_checkpointing != "none")
         try:
-            with self.timings.stage("salience"):
+            # A head learns nothing from what only scores.
+            with self.timings.stage("salience"), feeding(self.heads, dict.fromkeys(self.heads)):
                 scores = score(self.scorer(number))
         finally:
             module.train(in_training)

@@ -14,8 +14,8 @@ from speft_ds.data.rows import Row
 from speft_ds.engine import SparseEngine, own_elements
 from speft_ds.errors import UserError
 from speft_ds.kernels.dense import matmul_fp32
+from speft_ds.linear import Sink, feeding
 from speft_ds.partition import shard_numel
-from speft_ds.sparse import Sink, feeding
 
 Scores = dict[str, Tensor]
 # (x [rows, tokens, in], grad_y [rows, tokens, out], labels [rows, tokens]) -> dense [out, in]

@@ -21,6 +21,7 @@ from speft_ds.errors import UserError
 # torch 2.13 renames these two and warns at every call of the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_side_group = None  # all ranks; for sums beside other collectives
 
 
 def init(timeout_minutes: float = 30.0) -> None:
@@ -125,13 +126,26 @@ def all_gather_padded(local: Tensor, lengths: list[int]) -> list[Tensor]:
     return [piece[:length] for piece, length in zip(gathered.view(-1, longest), lengths, strict=True)]
 
 
-def reduce_scatter(pieces: Tensor) -> Tensor:
-    """Sum over ranks of [world_size, n] pieces; returns this rank's [n] row of the sum."""
-    if world_size() == 1:
-        return pieces.reshape(-1)
+def start_reduce_scatter(pieces: Tensor) -> Callable[[], Tensor]:
+    """Start to sum [world_size, n] pieces over ranks, beside other work; the pieces must stay as they are.
+
+    On a group of its own, so that only these sums must come in one order on all ranks: where they fall
+    between the gathers of ZeRO-3 may differ.
+
+    Returns:
+        what waits for the sum and returns this rank's [n] row of it.
+    """
+    global _side_group
+    if _side_group is None:
+        _side_group = dist.new_group()
     own = torch.empty_like(pieces[0])
-    _reduce_scatter(own, pieces.reshape(-1))
-    return own
+    work = _reduce_scatter(own, pieces.reshape(-1), group=_side_group, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return own
+
+    return wait
 
 
 def exchange(pieces: Tensor) -> Tensor:

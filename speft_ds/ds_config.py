@@ -69,16 +69,40 @@ def _zero_problems(zero: Any, file: str) -> list[UserError]:
     if not isinstance(zero, dict) or zero.get("stage") != 3:
         fix = 'write "zero_optimization": {"stage": 3, ...}'
         return [UserError("only ZeRO stage 3 is supported", where, fix)]
-    offload = zero.get("offload_param")
     refused = {
         "zero_quantized_weights": bool(zero.get("zero_quantized_weights")),
         "zero_quantized_nontrainable_weights": bool(zero.get("zero_quantized_nontrainable_weights")),
         "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) != 1,
-        "offload_param": isinstance(offload, dict) and offload.get("device") == "nvme",
     }
-    keys = [key for key, is_set in refused.items() if is_set]
-    whats = {key: f"{key}: {json.dumps(zero[key])} is not supported yet" for key in keys}
-    return [UserError(whats[key], f"{file} (zero_optimization.{key})", "remove it") for key in keys]
+    problems = [
+        UserError(f"{key}: {json.dumps(zero[key])} is not supported yet", _at(file, key), "remove it")
+        for key, is_set in refused.items()
+        if is_set
+    ]
+    return problems + _offload_problems(zero, file)
+
+
+def _offload_problems(zero: dict[str, Any], file: str) -> list[UserError]:
+    devices = {
+        key: zero[key].get("device", "none") if isinstance(zero.get(key), dict) else "none"
+        for key in ("offload_param", "offload_optimizer")
+    }
+    problems = []
+    if devices["offload_param"] == "nvme":
+        what = (
+            "offload_param to nvme is not supported: every step writes to the shards, which must be in memory"
+        )
+        fix = 'write "offload_param": {"device": "cpu", "pin_memory": true}'
+        problems.append(UserError(what, _at(file, "offload_param"), fix))
+    if devices["offload_optimizer"] != "none":
+        what = "offload_optimizer has no effect: DeepSpeed's optimizer is not used"
+        fix = "remove it; optimizer.name=paged_adamw_8bit is what gives way where a GPU is full"
+        problems.append(UserError(what, _at(file, "offload_optimizer"), fix))
+    return problems
+
+
+def _at(file: str, key: str) -> str:
+    return f"{file} (zero_optimization.{key})"
 
 
 def shared_micro_batch(recipe: Recipe, world_size: int) -> int:

@@ -17,11 +17,16 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from speft_ds.optimizer import AdamW, clip_factor, global_norm
+from speft_ds.gathers import Gathers
+from speft_ds.layer_input import PASSING
+from speft_ds.optimizer import Clip, FlatOptimizer, global_norm
 from speft_ds.partition import shard_range
 from speft_ds.sparse import SparseState
 
 OnGradient = Callable[[Tensor], Tensor | None]
+
+# The autograd functions by which ZeRO-3 hooks into the backward of every module.
+PASSING.update({"PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBackward"})
 
 
 def shard_of(parameter: nn.Parameter) -> Tensor:
@@ -65,10 +70,10 @@ class SparseZeroOptimizer(ZeROOptimizer):
         super().__init__()
         self.offload = offload
         self.state: SparseState | None = None
-        self.optimizer: AdamW | None = None
+        self.optimizer: FlatOptimizer | None = None
         self.weights: list[nn.Parameter] = []
         self.on_gradient: OnGradient | None = None
-        self.clip_norm: float | None = None
+        self.clip: Clip | None = None
         self.overflow = False  # whether the last step was skipped, which DeepSpeed looks for
         self.discard = False  # whether to skip the next one
         self._global_grad_norm = 0.0
@@ -80,24 +85,29 @@ class SparseZeroOptimizer(ZeROOptimizer):
     def param_groups(self) -> list:
         return self.optimizer.param_groups if self.optimizer else []
 
-    def attach(self, state: SparseState, optimizer, clip_norm, on_gradient, weights: list) -> None:
+    def attach(self, state: SparseState, optimizer, clip: Clip, on_gradient, weights: list) -> None:
         """Train `state` with `optimizer`, whose one parameter is the state's delta; see SparseEngine."""
-        self.state, self.optimizer, self.clip_norm, self.weights = state, optimizer, clip_norm, weights
+        self.state, self.optimizer, self.clip, self.weights = state, optimizer, clip, weights
         self.on_gradient = on_gradient
 
     def backward_epilogue(self, **kwargs) -> None:
-        # The embedding takes ids, so its post-backward hook never fires; neither does that of a layer
-        # whose input needs no gradient. What they gathered would otherwise stay.
+        # A backward ends at the lowest layer that is trained, and the hooks of what takes no gradient never
+        # fire. What was gathered for them, or is on its way, would otherwise stay.
         self.offload.release_backward_leftovers()
+        self.offload.get_param_coordinator()._clean_inflight_param_registry()
+        release([p for p in self.offload.module.parameters() if not p.ds_persist])
 
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
-        """Called by the engine after every micro-batch's backward: reduce at the accumulation boundary."""
-        if self.state is not None and self.is_gradient_accumulation_boundary():
-            self.state.delta.grad = self.state.gradient.reduce()
+        """Called by the engine after every micro-batch's backward: what was not reduced during it, is now."""
+        if self.state is None:
+            return
+        self.state.gradient.finish()
+        if self.is_gradient_accumulation_boundary():
+            self.state.delta.grad = self.state.gradient.take()
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """Clip by the global norm of what steps, step the optimizer, write the deltas into the shards.
+        """Clip what steps by its norms over all ranks, step the optimizer, write the deltas into the shards.
 
         A gradient that is not finite, or one whose loss was not (`discard`), changes nothing: `overflow` is
         set then, by which the engine counts the step as skipped and leaves the learning rate where it is.
@@ -111,7 +121,7 @@ class SparseZeroOptimizer(ZeROOptimizer):
         if active is not None:
             gradient.masked_fill_(~active, 0.0)
             self._global_grad_norm = global_norm(gradient)
-        gradient.mul_(clip_factor(self._global_grad_norm, self.clip_norm))
+        self.clip(gradient, self._global_grad_norm, self.state.slices)
         self.optimizer.step(active=active)
         release(self.weights)
         self.state.write_through()
@@ -122,7 +132,13 @@ class SparseZeroOptimizer(ZeROOptimizer):
 
 
 class SparseEngine(DeepSpeedEngine):
-    """A `DeepSpeedEngine` over a frozen ZeRO-3 model whose optimizer trains a `SparseState`."""
+    """A `DeepSpeedEngine` over a frozen ZeRO-3 model whose optimizer trains a `SparseState`.
+
+    Attributes:
+        gathers: what ZeRO-3 gathers.
+    """
+
+    gathers: Gathers
 
     def _configure_zero_optimizer(self, optimizer):
         return SparseZeroOptimizer(super()._configure_zero_optimizer(None))
@@ -130,9 +146,9 @@ class SparseEngine(DeepSpeedEngine):
     def attach(
         self,
         state: SparseState,
-        optimizer: AdamW,
+        optimizer: FlatOptimizer,
         lr_scheduler,
-        clip_norm: float | None,
+        clip: Clip,
         on_gradient: OnGradient | None = None,
     ) -> None:
         """Give the engine what it trains, at the start and after every change of the mask.
@@ -143,8 +159,12 @@ class SparseEngine(DeepSpeedEngine):
         """
         parameters = dict(self.module.named_parameters())
         weights = [parameters[name] for name in state.trained.shape]
-        self.optimizer.attach(state, optimizer, clip_norm, on_gradient, weights)
+        self.optimizer.attach(state, optimizer, clip, on_gradient, weights)
         self.lr_scheduler = lr_scheduler
+        # Backwards may end elsewhere from here on: ZeRO-3 must not prefetch for the layers below.
+        coordinator = self.optimizer.offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
 
     def after_plain_backward(self) -> None:
         """What the engine does after its own backward, for a `loss.backward()` that it did not run."""
@@ -161,26 +181,33 @@ def release(parameters: list[nn.Parameter]) -> None:
             parameter.partition()
 
 
-def build_engine(model: nn.Module, ds_config: dict, targets: dict[str, nn.Linear]) -> SparseEngine:
+def build_engine(
+    model: nn.Module, ds_config: dict, targets: dict[str, nn.Linear], walks_all_layers: bool = False
+) -> SparseEngine:
     """A `SparseEngine` over a frozen model; targeted weights are never kept whole.
 
     Args:
         model: frozen, loaded under `zero.Init`.
         ds_config: as `ds_config.load_ds_config` returns it.
         targets: weight name -> linear, of all that is trained.
+        walks_all_layers: have a backward go down to the embedding, not just to the lowest layer that is
+            trained: where that is another one every step, or inputs must need a gradient (re-entrant
+            activation checkpointing).
     """
     if any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("the base must be frozen: call requires_grad_(False) on the model")
     config = DeepSpeedConfig(ds_config)
     engine = SparseEngine(args=None, model=model, config=ds_config, config_class=config)
+    engine.gathers = Gathers(engine.optimizer.offload.get_param_coordinator(), list(model.parameters()))
     # Small weights stay gathered ("persistent") and would go stale when their shard changes.
     for linear in targets.values():
         linear.weight.ds_persist = False
     offload = engine.optimizer.offload
     offload.persistent_parameters = [p for p in offload.persistent_parameters if p.ds_persist]
-    # Something must need a gradient for autograd to walk the frozen layers. After DeepSpeed's hooks, so
-    # that they see an output without gradient and do not gather the embedding again in the backward.
-    model.get_input_embeddings().register_forward_hook(require_grad)
+    if walks_all_layers:
+        # After DeepSpeed's hooks, so that they see an output without gradient and do not gather the
+        # embedding again in the backward.
+        model.get_input_embeddings().register_forward_hook(require_grad)
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_contiguous)
     return engine

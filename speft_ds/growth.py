@@ -11,11 +11,13 @@ from speft_ds import distributed
 from speft_ds.calibration import ShardSum, weight_gradient
 from speft_ds.checkpoint.parts import Parts, Table
 from speft_ds.engine import full_shape, own_elements, own_range
+from speft_ds.gradient import Options, SparseGradient
+from speft_ds.linear import Sink
 from speft_ds.mask import Mask
 from speft_ds.partition import index_dtype
 from speft_ds.radix import Groups
 from speft_ds.selection import gather_mask, groups_by, select_local
-from speft_ds.sparse import Sink, SparseGradient, SparseState, spans_of, to_global
+from speft_ds.sparse import SparseState, spans_of, to_global
 
 Shape = dict[str, tuple[int, int]]  # weight -> (out, in)
 Chosen = tuple[dict[str, Tensor], list[int]]  # weight -> local indices to grow; how many in each group
@@ -93,11 +95,11 @@ class AccumulatedGradient:
         weights: every targeted weight, by name.
         budget: of the mask: whether weights compete with each other.
         growth_steps: see above.
-        train: the `train` section of the recipe, for the sparse gradient.
+        options: of the candidates' gradient, which is reduced after a step's last backward.
     """
 
-    def __init__(self, weights: dict[str, nn.Parameter], budget: str, growth_steps: int, train):
-        self.weights, self.budget, self.growth_steps, self.train = weights, budget, growth_steps, train
+    def __init__(self, weights: dict[str, nn.Parameter], budget: str, growth_steps: int, options: Options):
+        self.weights, self.budget, self.growth_steps, self.options = weights, budget, growth_steps, options
         self.restart()
 
     def restart(self) -> None:
@@ -120,7 +122,8 @@ class AccumulatedGradient:
         if self.dense:
             self._choose_candidates(state)
         elif self.gradient is not None:
-            self.total += self.gradient.reduce()
+            self.gradient.finish()
+            self.total += self.gradient.take()
 
     def _choose_candidates(self, state: SparseState) -> None:
         dense = {name: total.value for name, total in self.dense.items()}
@@ -137,8 +140,7 @@ class AccumulatedGradient:
         self.dense = {}
 
     def _collect(self, candidates: Mask) -> SparseGradient:
-        train = self.train
-        return SparseGradient(candidates, distributed.device(), train.sparse_backend, train.reduce_bucket)
+        return SparseGradient(candidates, distributed.device(), self.options)
 
     def skip_step(self) -> None:
         self.dense = {}

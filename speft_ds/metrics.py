@@ -39,7 +39,7 @@ class Timings(dict[str, float]):
 
 
 def peak_memory_gib() -> float:
-    """Highest memory so far: allocated on the GPU, or resident in the process on a CPU."""
+    """Highest memory so far: allocated on the GPU (while training: since its start), or resident on a CPU."""
     if distributed.device().type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

@@ -19,11 +19,11 @@ from speft_ds.calibration import Scorer, Scores, weight_gradient
 from speft_ds.data.batch import IGNORED
 from speft_ds.engine import full_shape, own_elements, own_range, release, shard_of
 from speft_ds.errors import UserError
+from speft_ds.linear import Sink, feeding
 from speft_ds.linearize import absolute_weights, linear_network
 from speft_ds.model import mix64
 from speft_ds.optimizer import global_norm
 from speft_ds.partition import shard_numel
-from speft_ds.sparse import Sink, feeding
 
 SALIENCE: dict[str, Callable[[Scorer], Scores]] = {}
 GRASP_TEMPERATURE = 200.0  # Wang et al., "Picking Winning Tickets Before Training", section 4

@@ -19,14 +19,18 @@ from speft_ds.checkpoint.parts import Parts, Snapshot, Table
 from speft_ds.engine import SparseEngine, release, shard_of
 from speft_ds.errors import UserError
 from speft_ds.gate import LayerGate
+from speft_ds.gradient import Options
 from speft_ds.growth import AccumulatedGradient, Growth, RowColumnMomentum, groups_of
+from speft_ds.linear import Sink, join_sinks
 from speft_ds.mask import Mask, jaccard, overlap
 from speft_ds.metrics import say
 from speft_ds.model import target_shapes
-from speft_ds.optimizer import make_lr_schedule, make_optimizer
+from speft_ds.optimizer import Clip, Saved, make_lr_schedule, make_optimizer
 from speft_ds.partition import index_dtype, locate
 from speft_ds.selection import gather_mask, select_local
-from speft_ds.sparse import Sink, SparseState, join_sinks, spans_of
+from speft_ds.sparse import SparseState, spans_of
+
+OWN = "optimizer."  # of the optimizer, among a rank's own tensors in a checkpoint
 
 
 @dataclass
@@ -79,12 +83,12 @@ class Schedule:
     def _make_state(self, mask: Mask, previous: SparseState | None = None, revert: bool = False):
         shards = {name: shard_of(linear.weight) for name, linear in self.training.trained.items()}
         heads = target_shapes(self.training.heads)
-        train = self.training.recipe.train
-        return SparseState(mask, shards, train.sparse_backend, train.reduce_bucket, previous, revert, heads)
+        return SparseState(mask, shards, Options.of(self.training.recipe), previous, revert, heads)
 
     def _attach(self) -> None:
-        clip_norm = self.training.recipe.optimizer.clip_norm
-        self.training.engine.attach(self.state, self.optimizer, self.lr_schedule, clip_norm, self.on_gradient)
+        recipe = self.training.recipe.optimizer
+        clip = Clip(recipe.clip, recipe.clip_norm)
+        self.training.engine.attach(self.state, self.optimizer, self.lr_schedule, clip, self.on_gradient)
 
     def before_step(self, step: int) -> None:
         """Called before step `step` (from 0) computes its gradients: connect what they are collected by."""
@@ -139,25 +143,24 @@ class Schedule:
 
     def snapshot(self) -> Snapshot:
         """All that the next step depends on, of this rank, between two steps. Nothing is copied."""
-        moments = self.optimizer.state[self.state.delta]
-        flat = {name: value for name, value in moments.items() if value.dim()}
-        shared_age = None if "age" in flat else int(moments["age"])
+        saved = self.optimizer.snapshot()
         tables = {
-            "trained": self.state.own_table(delta=self.state.delta.detach(), **flat),
+            "trained": self.state.own_table(delta=self.state.delta.detach(), **saved.columns),
             "dropped": self.state.dropped_table(),
         }
         if self.changes:
             tables["first"] = Table(self._own_part(self.first_mask))
         lr_schedule = {n: v for n, v in self.lr_schedule.state_dict().items() if n != "lr_lambdas"}
         facts = {
-            "age": shared_age,
+            "age": saved.age,
             "lr_schedule": lr_schedule,
             "num_selections": self.num_selections,
             "changes": list(self.changes),
             "sha256": self.mask.sha256,
             "first_sha256": self.first_mask.sha256,
         }
-        return Snapshot(tables, {}, {}, facts)
+        own = {OWN + name: value for name, value in saved.own.items()}
+        return Snapshot(tables, {}, own, facts)
 
     def _own_part(self, mask: Mask) -> dict[str, Tensor]:
         """Weight -> this rank's global indices of a mask."""
@@ -178,14 +181,19 @@ class Schedule:
         if facts["changes"]:
             first = mask_of(parts, "first", self.mask.shape)
             self.first_mask = Mask({n: index.cpu() for n, index in first.index.items()}, first.shape)
-        own = parts.table("trained", self.state.spans).columns
-        self.state.restore(own.pop("delta"), parts.table("dropped", self.state.spans))
-        if facts["age"] is not None:
-            own["age"] = torch.tensor(facts["age"], dtype=torch.int32)
-        self.optimizer.restore(self.state.delta, own)
+        columns = parts.table("trained", self.state.spans).columns
+        self.state.restore(columns.pop("delta"), parts.table("dropped", self.state.spans))
+        self.optimizer.restore(self.state.delta, Saved(columns, self._own_of(parts), facts["age"]))
         self.lr_schedule.load_state_dict({**facts["lr_schedule"], "lr_lambdas": [None]})
         self.optimizer.param_groups[0]["lr"] = self.lr_schedule.get_last_lr()[0]
         self.num_selections, self.changes = facts["num_selections"], list(facts["changes"])
+
+    def _own_of(self, parts: Parts) -> dict[str, Tensor]:
+        """What this rank's optimizer wrote for itself, where as many ranks wrote the checkpoint."""
+        if len(parts.paths) != distributed.world_size():
+            return {}
+        own = parts.own(distributed.rank())
+        return {name.removeprefix(OWN): value for name, value in own.items() if name.startswith(OWN)}
 
     def by_weight(self, values: Tensor) -> dict[str, Tensor]:
         """Views of a flat [num_local] tensor, weight by weight of the mask."""
@@ -251,11 +259,11 @@ class DropGrow(Schedule):
 
     def __init__(self, training: Training, mask: Mask):
         super().__init__(training, mask)
-        train = training.recipe.train
+        options = Options.of(training.recipe, overlap=False)
         weights = {name: linear.weight for name, linear in training.targets.items()}
         self.growth: Growth = {
             "sft_ag": lambda: AccumulatedGradient(
-                weights, self.recipe.budget, self.recipe.growth_steps, train
+                weights, self.recipe.budget, self.recipe.growth_steps, options
             ),
             "sft_ma": lambda: RowColumnMomentum(weights, training.recipe.optimizer.betas[1]),
         }[self.recipe.growth]()
@@ -273,7 +281,7 @@ class DropGrow(Schedule):
     def snapshot(self) -> Snapshot:
         snapshot = super().snapshot()
         tables, shared = self.growth.snapshot()
-        return Snapshot(snapshot.tables | tables, snapshot.shared | shared, {}, snapshot.facts)
+        return Snapshot(snapshot.tables | tables, snapshot.shared | shared, snapshot.own, snapshot.facts)
 
     def restore(self, parts: Parts) -> None:
         super().restore(parts)

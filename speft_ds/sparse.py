@@ -1,4 +1,4 @@
-"""The trainable state of one rank, and the linear layer whose weight gradient is sparse.
+"""The trainable state of one rank.
 
 Each rank holds, for the entries in its own shards only, flat `base` and `delta` buffers. After a step
 
@@ -9,75 +9,16 @@ so the shards, and every weight gathered from them, always contain the deltas.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speft_ds import distributed
 from speft_ds.checkpoint.parts import Table
-from speft_ds.kernels import choose_backend, make_backend
+from speft_ds.gradient import Options, SparseGradient
 from speft_ds.mask import Mask
-from speft_ds.partition import Layout, index_dtype, locate, shard_range
-
-Sink = Callable[[Tensor, Tensor], None]
-
-
-class _LinearWithSink(torch.autograd.Function):
-    """A frozen linear that hands (x, grad_y) of its backward to a sink.
-
-    Saves the leaf parameter itself: ZeRO-3 frees its data after the forward and gathers it again before
-    this module's backward. A view (as `F.linear` saves) would keep the gathered weight alive in between.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, sink):
-        ctx.save_for_backward(weight, *([x] if sink is not None else []))
-        ctx.sink = sink
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        weight, *saved = ctx.saved_tensors
-        if ctx.sink is not None:
-            (x,) = saved
-            ctx.sink(x, grad_y)
-        grad_x = grad_y.matmul(weight) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, None
-
-
-class AdaptedLinear(nn.Linear):
-    """An `nn.Linear` with a frozen weight whose backward feeds `sink(x [..., in], grad_y [..., out])`.
-
-    Without a sink it is a plain frozen linear and saves no activation. Made from a live `nn.Linear` by
-    `adapt`, so that names, hooks and ZeRO-3 state stay as they are.
-    """
-
-    sink: Sink | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _LinearWithSink.apply(x, self.weight, self.bias, self.sink)
-
-
-def adapt(linear: nn.Linear) -> None:
-    """Turn a live linear into an `AdaptedLinear` in place."""
-    linear.__class__ = AdaptedLinear
-
-
-@contextmanager
-def feeding(targets: dict[str, AdaptedLinear], sinks: dict[str, Sink]) -> Iterator[None]:
-    """Inside the block, the backward of each target feeds its sink, and what it fed before not."""
-    before = {name: linear.sink for name, linear in targets.items()}
-    try:
-        for name, linear in targets.items():
-            linear.sink = sinks[name]
-        yield
-    finally:
-        for name, linear in targets.items():
-            linear.sink = before[name]
+from speft_ds.partition import index_dtype, locate, shard_range
 
 
 @dataclass
@@ -120,8 +61,7 @@ class SparseState:
         mask: the mask, the same on every rank.
         heads: weight -> (out, in) of what is trained whole beside the mask: a classification head.
         shards: weight -> this rank's ZeRO-3 shard [shard_numel], written in place.
-        backend: sparse gradient backend, `auto` to choose by device and density.
-        bucket: entries of one reduce-scatter, over all ranks.
+        options: of the gradient.
         previous: the state that this one follows: entries of both masks keep base and delta.
         revert: what becomes of entries that only `previous` has: True gives them their pretrained values
             back; False keeps what they learnt, as `dropped`.
@@ -131,8 +71,7 @@ class SparseState:
         self,
         mask: Mask,
         shards: dict[str, Tensor],
-        backend: str = "auto",
-        bucket: int = 2**24,
+        options: Options,
         previous: SparseState | None = None,
         revert: bool = False,
         heads: dict[str, tuple[int, int]] | None = None,
@@ -142,7 +81,7 @@ class SparseState:
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.device = distributed.device()
         self.shards = {name: shards[name] for name in mask.shape}
-        self.gradient = SparseGradient(mask, self.device, backend, bucket)
+        self.gradient = SparseGradient(mask, self.device, options)
         self.layout = self.gradient.layout
         self.slices = {name: self.layout.local_slice(name, self.rank) for name in mask.shape}
         # Where the shards are, which may be host memory; base and delta where the optimizer is.
@@ -276,80 +215,3 @@ def spans_of(numel: dict[str, int]) -> dict[str, tuple[int, int]]:
 def to_global(index: dict[str, Tensor], spans: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
     """Local indices into this rank's shards, as flat indices into the whole weights."""
     return {name: local + spans[name][0] for name, local in index.items()}
-
-
-def join_sinks(*sinks: Sink | None) -> Sink | None:
-    """One sink that feeds all that are there."""
-    there = [sink for sink in sinks if sink is not None]
-    if len(there) < 2:
-        return there[0] if there else None
-
-    def feed(x: Tensor, grad_y: Tensor) -> None:
-        for sink in there:
-            sink(x, grad_y)
-
-    return feed
-
-
-class SparseGradient:
-    """The k-long gradient of a mask's entries on its way to their owners.
-
-    `pending` is [world_size, longest]: row r holds, in the order of rank r's flat buffers, what this rank
-    adds to the gradient of rank r's entries. A reduce-scatter sums each row to its owner; rows are padded
-    to the longest only, so traffic is that of k entries when ownership is balanced.
-    """
-
-    def __init__(self, mask: Mask, device: torch.device, backend: str, bucket: int):
-        world_size = distributed.world_size()
-        layout = Layout.of(mask.index, {name: mask.numel(name) for name in mask.shape}, world_size)
-        self.mask, self.layout, self.device = mask, layout, device
-        self.columns = max(1, bucket // world_size)
-        self.pending = torch.zeros(world_size, max(layout.lengths), dtype=torch.float32, device=device)
-        self.own_length = layout.lengths[distributed.rank()]
-        self.counts = {name: layout.counts(name) for name in layout.bounds}
-        self.views = {
-            name: [
-                row[start : start + count]
-                for row, start, count in zip(
-                    self.pending, layout.offsets[name], self.counts[name], strict=True
-                )
-            ]
-            for name in layout.bounds
-        }
-        self.backends = {
-            name: choose_backend(backend, index.numel() / mask.numel(name), device)
-            for name, index in mask.index.items()
-        }
-        self.sinks = {name: self._make_sink(name) for name in mask.shape}
-
-    def local_index(self) -> dict[str, Tensor]:
-        """Weight -> sorted indices of this rank's entries into its shard."""
-        rank = distributed.rank()
-        return {name: self.layout.local_index(name, i, rank) for name, i in self.mask.index.items()}
-
-    def discard(self) -> None:
-        """Forget what was added since the last `reduce`."""
-        self.pending.zero_()
-
-    def _make_sink(self, name: str) -> Sink | None:
-        """What an adapted linear calls in its backward; None where the mask has no entry of this weight."""
-        index = self.mask.index[name]
-        if index.numel() == 0:
-            return None
-        backend = make_backend(self.backends[name], index.to(self.device), self.mask.shape[name])
-
-        def sink(x: Tensor, grad_y: Tensor) -> None:
-            self.add(name, backend(x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])))
-
-        return sink
-
-    def add(self, name: str, values: Tensor) -> None:
-        """Accumulate the [k] fp32 gradient of one weight's entries, in index order."""
-        torch._foreach_add_(self.views[name], list(values.split(self.counts[name])))
-
-    def reduce(self) -> Tensor:
-        """Sum over ranks; returns the [num_local] fp32 gradient of this rank's entries and starts anew."""
-        buckets = self.pending.split(self.columns, dim=1)
-        own = torch.cat([distributed.reduce_scatter(bucket.contiguous()) for bucket in buckets])
-        self.pending.zero_()
-        return own[: self.own_length]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from speft_ds import distributed, lifeline, stop
+from speft_ds import account, distributed, lifeline, stop
 from speft_ds.adapter import save_adapter
 from speft_ds.adapter.format import tensors_sha256
 from speft_ds.base import Base
@@ -77,6 +78,7 @@ class Trainer:
         check_steps(recipe, self.num_steps)
         with self.timings.stage("model"):
             self.loaded, facts = self._read_mask()
+            self.process_bytes = account.held_now()
             self.base.load(self.loaded)
         if self.loaded is not None:
             check_loaded_mask(recipe, self.base, self.loaded, facts)
@@ -86,6 +88,7 @@ class Trainer:
         self.num_skipped = self.num_nonfinite = 0  # steps: over the run, and in a row up to now
         self.best_loss = math.inf  # on the held-out rows
         self.run_id = ""
+        self.accounts: list[dict] = []  # by rank, of the training: bytes held and sent
         self.writer = Writer(self.folder, recipe.train, self.checkpoint.step if self.checkpoint else 0)
         self.votes = Votes(self.writer, recipe.train.checkpoint_every)
         if self.checkpoint is not None:
@@ -140,6 +143,9 @@ class Trainer:
             f"(density {mask.density:.4%}) {source}, sha256 {mask.sha256[:12]}"
         )
         self.schedule = self._make_schedule(mask)
+        backends = Counter(self.state.gradient.backends.values()).most_common()
+        parts = [f"{name} ({count} weights)" for name, count in backends]
+        say(f"sparse gradient by {', '.join(parts)}: train.sparse_backend={self.recipe.train.sparse_backend}")
 
     def _make_schedule(self, mask: Mask) -> Schedule:
         base = self.base
@@ -172,6 +178,7 @@ class Trainer:
         loss or gradient is not finite changes nothing.
         """
         start = time.perf_counter()
+        self.engine.gathers.restart()
         size, optimizer = self.recipe.train.global_batch, self.engine.optimizer
         rows = [self.rows[row] for row in self.order.ids(step * size, size)]
         num_labels, num_tokens = sum(row.num_labels for row in rows), sum(len(row.ids) for row in rows)
@@ -250,6 +257,7 @@ class Trainer:
         self._restore_random_states()
         self.votes.restart()
         self.engine.train()
+        account.restart_peak()
         with self.timings.stage("training"), closing(log):
             for step in range(self.first_step, self.num_steps):
                 values = {**self.train_step(step), "peak_memory_gib": peak_memory_gib()}
@@ -257,6 +265,10 @@ class Trainer:
                 log.log(values)
                 self._keep(step + 1, log, values.get("held_out_loss"))
             self.writer.finish()
+        own = account.memory(self.engine, self.state, self.schedule.optimizer, self.process_bytes)
+        self.accounts = distributed.all_gather_objects(
+            {"memory": own, "sent": account.sent(self.engine, self.state)}
+        )
         self.timings["checkpoints"] = self.writer.seconds
 
     def _measure(self, done: int) -> dict:
@@ -364,6 +376,7 @@ class Trainer:
             },
             "head": sum(rows * columns for rows, columns in self.state.heads.values()),
             "sparse_backends": sorted(set(self.state.gradient.backends.values())),
+            "accounts": self.accounts,
             "base": {"name_or_path": self.recipe.model.name_or_path, "fingerprint": self.base.fingerprint},
             "timings_s": self.timings,
         }

@@ -21,7 +21,15 @@ from speft_ds.commands.show import in_line
 from speft_ds.errors import UserError, closest
 from speft_ds.paths import expand_path
 from speft_ds.recipe import EXTENDS
-from speft_ds.schema import DATA_USED_WITH, FIELDS, MASK_GOES_WITH, MASK_USED_WITH, SECTIONS, Recipe
+from speft_ds.schema import (
+    DATA_USED_WITH,
+    FIELDS,
+    MASK_GOES_WITH,
+    MASK_USED_WITH,
+    OPTIMIZER_USED_WITH,
+    SECTIONS,
+    Recipe,
+)
 
 TOP = "top level"
 REQUIRED = "required"
@@ -166,7 +174,8 @@ def takes(key: str, choice: str) -> list[str]:
 
 
 def _used_with(section: str) -> dict[str, dict[str, tuple]]:
-    return {"mask": MASK_USED_WITH, "data": DATA_USED_WITH}.get(section, {})
+    used_with = {"mask": MASK_USED_WITH, "data": DATA_USED_WITH, "optimizer": OPTIMIZER_USED_WITH}
+    return used_with.get(section, {})
 
 
 # Printing

@@ -101,7 +101,7 @@ def _add_as_rank(backend: str, rank: int, port: int) -> None:
     dist.init_process_group(backend, init_method=address, rank=rank, world_size=2, timeout=limit)
     total = distributed.all_reduce(torch.full((8,), rank + 1.0, device=device))
     pieces = torch.arange(16.0, device=device).view(2, 8)
-    own = distributed.reduce_scatter(pieces + rank)
+    own = distributed.start_reduce_scatter(pieces + rank)()
     _expect("all_reduce", total.tolist(), [3.0] * 8)
     _expect("reduce_scatter", own.tolist(), (2 * pieces[rank] + 1).tolist())
     dist.destroy_process_group()

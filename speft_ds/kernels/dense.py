@@ -33,6 +33,7 @@ class DenseGradient:
         self.bounds = [*positions.tolist(), index.numel()]
 
     def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
+        x, grad_y = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
         values = torch.empty(self.index.numel(), dtype=torch.float32, device=x.device)
         for number, row in enumerate(range(0, self.out_features, self.block)):
             start, stop = self.bounds[number], self.bounds[number + 1]

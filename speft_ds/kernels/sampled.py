@@ -7,9 +7,22 @@ import warnings
 import torch
 from torch import Tensor
 
+from speft_ds.kernels.transpose import SharedTranspose, transpose
+
+
+def transpose_fp32(x: Tensor) -> Tensor:
+    """[..., features] -> [features, tokens] fp32: transposed first, while it is narrow."""
+    return transpose(x).float()
+
+
+shared_transpose = SharedTranspose(transpose_fp32)
+
 
 class SampledGradient:
     """`torch.sparse.sampled_addmm` on a CSR pattern that is laid out once a mask.
+
+    The product takes the dot product of two rows of [features, tokens] for each entry. torch has it in fp32
+    only; the casts also give fp32 accumulation to bf16 activations.
 
     Args:
         index: [k] sorted flat indices.
@@ -30,6 +43,5 @@ class SampledGradient:
             )
 
     def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
-        # MKL has this product in fp32 only; the casts also give fp32 accumulation to bf16 activations.
-        product = torch.sparse.sampled_addmm(self.pattern, grad_y.float().t(), x.float(), beta=0.0)
-        return product.values()
+        x_t, grad_t = shared_transpose(x), transpose_fp32(grad_y)
+        return torch.sparse.sampled_addmm(self.pattern, grad_t, x_t.t(), beta=0.0).values()

@@ -21,11 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from speft_ds.kernels import choose_backend
+from speft_ds import layer_input
+from speft_ds.kernels import launch, sampled
 from speft_ds.kernels.dense import BLOCK_ELEMENTS
+from speft_ds.kernels.transpose import SharedTranspose, transpose
+from speft_ds.linear import AdaptedLinear, Sink, adapt
 from speft_ds.plan.gathers import Moment, Trace
 from speft_ds.plan.geometry import build_model, linears_of
-from speft_ds.sparse import Sink, adapt
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class Pass:
         collects: what the backward of a target feeds: `entries` (the sparse gradient), `gradient` (the dense
             one, to score by) or `squares` (one dense gradient a row).
         packing: several rows may share a row of the batch.
+        walks_all_layers: see `engine.build_engine`.
         density: fraction of a target's entries that are trained.
-        backend: as `train.sparse_backend`.
+        backend: the sparse gradient's.
         device: `cuda` or `cpu`, where it is going to run.
         is_shared: more than one rank.
     """
@@ -49,6 +52,7 @@ class Pass:
     checkpointing: str
     collects: str
     packing: bool
+    walks_all_layers: bool
     density: float
     backend: str
     device: str
@@ -154,6 +158,9 @@ class _Mark(torch.autograd.Function):
         return gradient, None
 
 
+layer_input.PASSING.add("_MarkBackward")
+
+
 def _apply(function: Callable[[Tensor], Tensor], value):
     """`function` of every tensor in nested lists, tuples and dicts, as DeepSpeed goes through them."""
     if isinstance(value, list | tuple):
@@ -185,8 +192,8 @@ def dry_run(config, task: str, dtype: str, targets: list[str], one: Pass, fake: 
         modules = list(model.modules())
         for number, module in enumerate(modules):
             recorder.attach(number, module)
-        # After the marks, as the engine does it after DeepSpeed's hooks.
-        model.get_input_embeddings().register_forward_hook(require_grad)
+        if one.walks_all_layers:  # after the marks, as the engine does it after DeepSpeed's hooks
+            model.get_input_embeddings().register_forward_hook(require_grad)
         ids = torch.zeros(one.rows, one.length, dtype=torch.int64)
         with live:
             (_loss(model, task, ids) / one.rows).backward()
@@ -224,20 +231,31 @@ def _prepare(model: nn.Module, targets: set[str], one: Pass) -> None:
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": one.checkpointing == "reentrant"})
     for name, linear in linears_of(model).items():
-        adapt(linear)
-        # Any other linear is DeepSpeed's, which saves its input, needed or not (`zero3_linear_wrap`).
-        linear.sink = _sink(one, linear) if f"{name}.weight" in targets else lambda x, grad_y: None
+        adapt(linear, recomputes_input=one.checkpointing == "none" and f"{name}.weight" in targets)
+        if f"{name}.weight" in targets:
+            linear.sink = _sink(one, linear)
+        else:
+            linear.__class__ = _Zero3Linear
+
+
+class _Zero3Linear(AdaptedLinear):
+    """DeepSpeed's own, which saves its input, needed or not (`zero3_linear_wrap`), if any gradient passes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sink = (lambda x, grad_y: None) if x.requires_grad else None
+        return super().forward(x)
 
 
 def _sink(one: Pass, linear: nn.Linear) -> Sink:
     """Holds for a moment what the real sink of a target holds."""
     rows, columns = linear.weight.shape
     if one.collects == "entries":
-        device = torch.device(one.device)
-        sampled = choose_backend(one.backend, one.density, device) == "sampled"
         num_entries = round(one.density * rows * columns)
-        hold = _hold_sampled if sampled else _hold_blocks
-        return lambda x, grad_y: hold(
+        if one.backend == "sampled":
+            return lambda x, grad_y: _hold_sampled(x, grad_y, num_entries)
+        if one.backend == "element":
+            return lambda x, grad_y: _hold_element(x, grad_y, num_entries)
+        return lambda x, grad_y: _hold_blocks(
             x.reshape(-1, columns), grad_y.reshape(-1, rows), num_entries, one.device == "cpu"
         )
     return lambda x, grad_y: _hold_dense(
@@ -245,10 +263,23 @@ def _sink(one: Pass, linear: nn.Linear) -> Sink:
     )
 
 
-def _hold_sampled(x: Tensor, grad_y: Tensor, num_entries: int, on_cpu: bool) -> None:
-    """kernels/sampled.py: fp32 copies, each also in the layout of the product; the pattern, copied."""
-    left, right = grad_y.float(), x.float()
-    _ = (left.t().contiguous(), right.t().contiguous(), torch.empty(num_entries, 2, dtype=torch.int32))
+def _hold_sampled(x: Tensor, grad_y: Tensor, num_entries: int) -> None:
+    """kernels/sampled.py: transposed copies in fp32, that of x shared; the pattern, copied."""
+    _ = (
+        sampled.shared_transpose(x),
+        sampled.transpose_fp32(grad_y),
+        torch.empty(num_entries, 2, dtype=torch.int32),
+    )
+
+
+_transposed = SharedTranspose(transpose)
+
+
+def _hold_element(x: Tensor, grad_y: Tensor, num_entries: int) -> None:
+    """kernels/element.py: a transposed copy of x, shared; sums of each split of the tokens; the values."""
+    tokens = grad_y.numel() // grad_y.shape[-1]
+    splits, _ = launch.split_tokens(tokens, x.shape[-1], x.dtype.itemsize, num_entries)
+    _ = (_transposed(x), torch.empty(splits, num_entries), torch.empty(num_entries))
 
 
 def _hold_blocks(x: Tensor, grad_y: Tensor, num_entries: int, on_cpu: bool) -> None:

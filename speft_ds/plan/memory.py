@@ -6,6 +6,7 @@ by a dry run; what is estimated says "about".
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 from speft_ds.plan.gathers import GatherRules, Peak, simulate
@@ -15,9 +16,12 @@ from speft_ds.schema import Recipe
 GIB = 2**30
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
 INT32_ELEMENTS = 2**31  # from here on, flat indices are int64
+MOMENT_BLOCK = 256  # 8-bit moments that share a scale
 # Measured on Linux: Python, torch, DeepSpeed, transformers and gloo, without a model. On a GPU the CUDA
 # context and NCCL's buffers: assumed, not measured.
 PROCESS = {"cpu": 450 * 2**20, "cuda": 1 * GIB}
+if importlib.util.find_spec("triton"):
+    PROCESS["cpu"] += 75 * 2**20  # torch loads it where it is there
 # Sets of fp32 scores alive at once.
 SCORE_SETS = {"snip": 2, "force": 2, "taylor_fo": 2, "grad_low_magnitude": 2, "synflow": 2, "grasp": 4}
 # DeepSpeed's own defaults.
@@ -125,8 +129,10 @@ class DryRuns:
             checkpointing=train.activation_checkpointing,
             collects=collects,
             packing=recipe.data.packing,
+            walks_all_layers=train.activation_checkpointing == "reentrant"
+            or recipe.mask.layer_gate != "none",
             density=geometry.num_entries / geometry.num_target_elements,
-            backend=train.sparse_backend,
+            backend=backend_of(setup),
             device=setup.device,
             is_shared=setup.world_size > 1,
         )
@@ -183,32 +189,76 @@ def state(setup: Setup) -> list[Line]:
     ranks = f"{k:,} entries / {setup.world_size} ranks"
     lines = [
         Line("mask", i * k, f"{k:,} entries x {i} B (all ranks' entries)"),
-        Line("gradient buffer", 4 * own * setup.world_size, f"{k:,} entries x 4 B (all ranks' entries)"),
+        Line("gradient", 4 * own, f"{ranks} x 4 B"),
+        *buckets(setup),
         *patterns(setup),
         Line("index", 0 if setup.is_offloaded else i * own, f"{ranks} x {i} B"),
         Line("base values", b * own, f"{ranks} x {b} B"),
         Line("delta", 4 * own, f"{ranks} x 4 B"),
-        Line("Adam moments", 8 * own, f"{ranks} x 8 B"),
+        *optimizer_state(setup, ranks),
     ]
-    if setup.recipe.mask.schedule != "static" or setup.recipe.mask.layer_gate != "none":
-        lines.append(Line("ages", 4 * own, f"{ranks} x 4 B"))
     return lines + growth(setup)
 
 
-def patterns(setup: Setup) -> list[Line]:
-    """What the sparse gradient keeps of the mask in its own layout: only the sampled backend's CSR."""
-    import torch
+def optimizer_state(setup: Setup, ranks: str) -> list[Line]:
+    """What the optimizer keeps of each entry; `ranks` says how many there are."""
+    recipe, mask, own = setup.recipe.optimizer, setup.recipe.mask, setup.num_own
+    if recipe.name == "sgd":
+        return [Line("momentum", 4 * own, f"{ranks} x 4 B")] if recipe.momentum else []
+    if recipe.name == "lion":
+        return [Line("Lion's average", 4 * own, f"{ranks} x 4 B")]
+    lines = [Line("Adam moments", 8 * own, f"{ranks} x 8 B")]
+    if recipe.name != "adamw":
+        slots = -(-own // MOMENT_BLOCK) * MOMENT_BLOCK
+        formula = f"{ranks} x 2 B + 8 B for {MOMENT_BLOCK} of them, in whole blocks"
+        if recipe.name == "paged_adamw_8bit" and setup.device == "cuda":
+            formula += " (on the host where the GPU is full)"
+        lines = [Line("8-bit Adam moments", 2 * slots + 8 * slots // MOMENT_BLOCK, formula)]
+        if mask.schedule in ("periodic", "drop_grow"):
+            lines.append(Line("slots", 4 * slots, f"{ranks} x 4 B (from the first change of the mask)"))
+    if mask.schedule != "static" or mask.layer_gate != "none":
+        lines.append(Line("ages", 4 * own, f"{ranks} x 4 B"))
+    return lines
 
-    from speft_ds.kernels import choose_backend  # torch only names a device here
 
-    density = setup.geometry.num_entries / setup.geometry.num_target_elements
-    backend = setup.recipe.train.sparse_backend
-    if choose_backend(backend, density, torch.device(setup.device)) != "sampled":
+def buckets(setup: Setup) -> list[Line]:
+    """Gradients on their way to their owners: see `gradient.SparseGradient`."""
+    from speft_ds.gradient import IN_FLIGHT
+
+    if setup.world_size == 1:
         return []
+    train, k = setup.recipe.train, setup.num_trained
+    if not train.overlap or k <= (IN_FLIGHT + 2) * train.reduce_bucket:
+        return [Line("gradient buckets", 4 * k, f"{k:,} entries x 4 B (all ranks' entries)")]
+    count = (IN_FLIGHT + 2) * train.reduce_bucket
+    formula = f"at most {IN_FLIGHT + 2} buckets of {train.reduce_bucket:,} entries x 4 B"
+    return [Line("gradient buckets", 4 * count, formula)]
+
+
+def patterns(setup: Setup) -> list[Line]:
+    """What the sparse gradient keeps of the mask in its backend's own layout."""
     k, i = setup.geometry.num_entries, setup.index_size
     starts = sum(rows + 1 for rows, _ in setup.geometry.targets.values())
-    formula = f"{k:,} entries x ({i} + 4) B + {starts:,} rows x {i} B (CSR)"
-    return [Line("gradient pattern", k * (i + 4) + starts * i, formula)]
+    backend = backend_of(setup)
+    if backend == "sampled":
+        formula = f"{k:,} entries x ({i} + 4) B + {starts:,} rows x {i} B (CSR)"
+        return [Line("gradient pattern", k * (i + 4) + starts * i, formula)]
+    if backend == "element":
+        return [Line("gradient pattern", 13 * k, f"at most {k:,} entries x (5 + 8) B (slots)")]
+    return []
+
+
+def backend_of(setup: Setup) -> str:
+    """The sparse gradient's backend, as it should be chosen."""
+    import torch  # only names a device here
+
+    from speft_ds.kernels import expected_backend
+
+    density = setup.geometry.num_entries / setup.geometry.num_target_elements
+    recipe = setup.recipe
+    device = torch.device(setup.device)
+    mask = recipe.mask
+    return expected_backend(recipe.train.sparse_backend, density, device, mask.granularity, mask.block_size)
 
 
 def growth(setup: Setup) -> list[Line]:
@@ -271,13 +321,8 @@ def scoring(setup: Setup, runs: DryRuns) -> list[Line]:
 
 def step(setup: Setup) -> list[Line]:
     """What the reduction and the optimizer step add, when the activations are gone."""
-    k, own = setup.num_trained, setup.num_own
-    bucket = setup.recipe.train.reduce_bucket
-    copied = min(bucket, k) if k > bucket else 0
-    formula = f"about {own:,} own entries x 28 B"
-    if copied:
-        formula += f" + a bucket of {copied:,} x 4 B"
-    return [Line("step's temporaries", 28 * own + 4 * copied, formula)]
+    own = setup.num_own
+    return [Line("step's temporaries", 28 * own, f"about {own:,} own entries x 28 B")]
 
 
 def host(setup: Setup) -> list[Line]:

@@ -22,7 +22,7 @@ from speft_ds.errors import UserError
 from speft_ds.plan.gathers import BACKWARD, FORWARD, RECOMPUTE
 from speft_ds.plan.geometry import Geometry, read_geometry
 from speft_ds.plan.memory import GIB, DryRuns, Line, Setup, host, phases, total
-from speft_ds.schema import Recipe
+from speft_ds.schema import ADAMW, Recipe
 
 MARGIN = 0.1  # of the GPU, left to the allocator: what it holds beyond what is asked for
 MOST_RANKS = 4096
@@ -160,10 +160,10 @@ def traffic(setup: Setup, runs: DryRuns) -> list[Line]:
         formula = f"{count:,} weights x {b} B x {ranks - 1}/{ranks} x {rounds} micro-batches"
         lines.append(Line(f"weights, {kind}", count * b * (ranks - 1) // ranks * rounds, formula))
     k = setup.num_trained
-    formula = f"{k:,} entries x 4 B x {ranks - 1}/{ranks}, once a step"
+    formula = f"{k:,} entries x 4 B x {ranks - 1}/{ranks} x {rounds} micro-batches"
     return [
         *(line for line in lines if line.num_bytes),
-        Line("gradient", 4 * k * (ranks - 1) // ranks, formula),
+        Line("gradient", 4 * k * (ranks - 1) // ranks * rounds, formula),
     ]
 
 
@@ -219,8 +219,20 @@ def files(setup: Setup) -> list[Line]:
     formula = f"{k:,} entries x about 6 B (delta 4, coded index 1 to 3) + names"
     if setup.recipe.mask.schedule == "periodic":
         formula += "; more with every change of the mask"
-    checkpoint = f"about {k:,} entries x 16 B"
-    return [Line("adapter", 6 * k + header, formula), Line("a checkpoint", 16 * k, checkpoint)]
+    each = checkpoint_entry(setup.recipe)
+    checkpoint = f"about {k:,} entries x {each} B ({setup.recipe.optimizer.name})"
+    return [Line("adapter", 6 * k + header, formula), Line("a checkpoint", each * k, checkpoint)]
+
+
+def checkpoint_entry(recipe: Recipe) -> int:
+    """Bytes of an entry in a checkpoint: index and delta, and what the optimizer keeps of it."""
+    optimizer, mask = recipe.optimizer, recipe.mask
+    kept = {"sgd": 4 * (optimizer.momentum > 0), "lion": 4, "adamw": 8}.get(optimizer.name, 10)
+    if optimizer.name in ADAMW and (mask.schedule != "static" or mask.layer_gate != "none"):
+        kept += 4  # its age
+    if "8bit" in optimizer.name and mask.schedule in ("periodic", "drop_grow"):
+        kept += 4  # its slot
+    return 8 + kept
 
 
 def notes(recipe: Recipe, geometry: Geometry, device: str) -> list[str]:

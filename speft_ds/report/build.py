@@ -11,6 +11,7 @@ from speft_ds.report.facts_sections import (
     in_bytes,
     machine_section,
     mask_section,
+    memory_section,
     reproduce_section,
     sizes_section,
 )
@@ -52,6 +53,7 @@ def report_of(run: Run) -> Document:
             curves_section(run),
             mask_section(run),
             time_section(run),
+            *memory_section(run),
             sizes_section(run),
             machine_section(run),
             reproduce_section(run),

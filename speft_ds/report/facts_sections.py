@@ -125,6 +125,24 @@ def sizes_section(run: Run) -> Section:
     return Section("Sizes", [Table(("file", ""), rows)])
 
 
+def memory_section(run: Run) -> list[Section]:
+    """What a rank held while it trained, and what it sent in a step; nothing for runs that did not count."""
+    memory, sent = run.account.get("memory"), run.account.get("sent")
+    if not memory:
+        return []
+    rows = [(kind, in_bytes(size)) for kind, size in memory.items() if size]
+    blocks: list[Block] = [Table(("held by a rank", ""), [*rows, ("peak", in_bytes(sum(memory.values())))])]
+    if sent and any(sent.values()):
+        rows = [(kind, in_bytes(size)) for kind, size in sent.items()]
+        blocks.append(Table(("sent by a rank in a step", ""), rows))
+    how = (
+        "How: of the rank that held most while training. Buffers are counted as they were allocated, "
+        "weights as they were gathered in the last step; what is left of the peak is activations and all "
+        "else. A rank sends as on a ring."
+    )
+    return [Section("Memory and traffic", [*blocks, Text(how, is_small=True)])]
+
+
 def in_bytes(number: float) -> str:
     """`4.1 MiB`."""
     for unit in ("bytes", "KiB", "MiB"):

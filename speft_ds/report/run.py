@@ -99,6 +99,15 @@ class Run:
     def peak_memory_gib(self) -> float | None:
         return max(self.series("peak_memory_gib")[1], default=None)
 
+    @property
+    def account(self) -> dict[str, dict[str, int]]:
+        """`memory` and `sent` of the rank that held most while training: kind -> bytes; empty if unknown."""
+        accounts = [
+            {what: _numbers(look_up(each, what, dict) or {}) for what in ("memory", "sent")}
+            for each in self.fact("accounts", list) or []
+        ]
+        return max(accounts, key=lambda each: sum(each["memory"].values()), default={})
+
     @cached_property
     def adapter_bytes(self) -> int:
         return size_of(self.folder / ADAPTER)
@@ -106,6 +115,10 @@ class Run:
 
 def is_number(value: object) -> bool:
     return isinstance(value, Number) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _numbers(values: dict) -> dict:
+    return {key: value for key, value in values.items() if is_number(value)}
 
 
 def look_up(nested: Any, key: str, kind: type | tuple = object) -> Any:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from speft_ds.report.facts_sections import in_bytes
 from speft_ds.report.run import Run, look_up, read_run
 from speft_ds.report.score_sections import verdict
 from speft_ds.report.scores import Change
@@ -57,6 +58,13 @@ def _cost_lines(run: Run) -> list[tuple[str, str]]:
     total, training = run.fact("timings_s.total", float), run.fact("timings_s.training", float)
     if total is not None and training is not None:
         lines.append(("seconds", f"{total:.0f} ({training:.0f} of them training)"))
+    if memory := run.account.get("memory"):
+        largest = sorted(memory, key=memory.get, reverse=True)[:3]
+        parts = ", ".join(f"{kind} {in_bytes(memory[kind])}" for kind in largest)
+        lines.append(("memory of a rank", f"{in_bytes(sum(memory.values()))} ({parts}, ...)"))
+    if sent := run.account.get("sent"):
+        parts = ", ".join(f"{kind} {in_bytes(size)}" for kind, size in sent.items())
+        lines.append(("sent a step", parts))
     if tokens := run.tokens_per_s:
         lines.append(("tokens/s", f"{tokens:.0f} on {run.fact('world_size')} rank(s)"))
     return lines

@@ -30,7 +30,7 @@ SMALL = {  # key of metrics.jsonl -> (axis, what the picture shows)
     "tokens_per_s": ("tokens/s", "tokens of the global batch over the seconds of the step, over all ranks"),
     "peak_memory_gib": (
         "GiB on rank 0",
-        "the highest memory of rank 0 so far, scoring and selection included",
+        "the highest memory of rank 0 so far, since training began",
     ),
     "accuracy": ("accuracy", "rows of the global batch that the classifier got right"),
 }

@@ -34,15 +34,65 @@ class Model(Section):
     )
 
 
+ADAMW = ("adamw", "adamw_8bit", "paged_adamw_8bit")
+# key of the optimizer section -> an earlier key, and its values that give it an effect
+OPTIMIZER_USED_WITH: dict[str, dict[str, tuple[str, ...]]] = {
+    "betas": {"name": (*ADAMW, "lion")},
+    "eps": {"name": ADAMW},
+    "momentum": {"name": ("sgd",)},
+}
+LION_BETAS = [0.9, 0.99]  # of its paper; its average is not a second moment
+
+
 class Optimizer(Section):
-    name: Literal["adamw"] = Field("adamw", description="the optimizer of the trained entries")
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "lion"] = Field(
+        "adamw", description="the optimizer of the trained entries; 8bit: moments of one byte"
+    )
     lr: Float = Field(1e-3, gt=0, description="the peak learning rate")
-    betas: Betas = Field([0.9, 0.999], description="the two decay rates of the moments, each in [0, 1)")
+    betas: Betas = Field(
+        [0.9, 0.999],
+        description="the two decay rates of the moments, each in [0, 1); by default, lion's are [0.9, 0.99]",
+    )
     eps: Float = Field(1e-8, gt=0, description="added to the denominator of the update")
-    weight_decay: Float = Field(0.0, ge=0, description="decoupled weight decay")
-    clip_norm: Float | None = Field(1.0, gt=0, description="the largest global gradient norm; null: any")
+    momentum: Float = Field(0.0, ge=0, lt=1, description="the decay rate of sgd's heavy ball; 0: none")
+    weight_decay: Float = Field(0.0, ge=0, description="decoupled weight decay, to the pretrained value")
+    clip_norm: Float | None = Field(1.0, gt=0, description="the largest gradient norm; null: any")
+    clip: Literal["global", "per_layer", "per_component"] = Field(
+        "global", description="what clip_norm bounds: the whole gradient, each layer's, each weight's"
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="lr after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _lion_has_betas_of_its_own(cls, data: Any) -> Any:
+        is_lion = isinstance(data, dict) and data.get("name") == "lion"
+        return {"betas": LION_BETAS, **data} if is_lion else data
+
+    @field_validator(*OPTIMIZER_USED_WITH)
+    @classmethod
+    def _has_an_effect(cls, value: Any, info: ValidationInfo) -> Any:
+        key, default = info.field_name, cls.model_fields[info.field_name].default
+        names = OPTIMIZER_USED_WITH[key]["name"]
+        name = info.data.get("name", names[0])  # absent where it is itself wrong
+        if value != default and name not in names:
+            message = f"optimizer.{key}={_typed(value)} has no effect with optimizer.name={name}"
+            fix = f"optimizer.{key}={_typed(default)}, its default, or optimizer.name={' or '.join(names)}"
+            raise broken_rule(message, fix)
+        return value
+
+    @field_validator("clip")
+    @classmethod
+    def _clips(cls, value: str, info: ValidationInfo) -> str:
+        if value != "global" and info.data.get("clip_norm", 1.0) is None:
+            message = f"optimizer.clip={value} has no effect with optimizer.clip_norm=null"
+            raise broken_rule(message, "optimizer.clip_norm=1.0, or optimizer.clip=global")
+        return value
+
+
+def _typed(value: Any) -> str:
+    """As the command line takes it."""
+    return str(value).replace(" ", "")
 
 
 class Train(Section):
@@ -55,10 +105,11 @@ class Train(Section):
     activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = Field(
         "none", description="recompute activations in the backward: less memory, more time"
     )
-    sparse_backend: Literal["auto", "dense", "sampled"] = Field(
+    sparse_backend: Literal["auto", "dense", "sampled", "element", "tiled"] = Field(
         "auto", description="how the sparse weight gradient is computed"
     )
-    reduce_bucket: Count = Field(16_777_216, description="entries reduced between ranks in one call")
+    reduce_bucket: Count = Field(4_194_304, description="entries reduced between ranks in one call")
+    overlap: bool = Field(True, description="reduce while the backward goes on; false: after it")
     checkpoint_every: Interval = Field(
         "15 minutes", description="steps, or minutes as text, between checkpoints; null: only when stopped"
     )

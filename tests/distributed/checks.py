@@ -133,9 +133,9 @@ def check_nothing_dense(recipe: Recipe) -> None:
     dirty = [(name, found) for name, found in before_this_layer if found]
     assert not dirty, dirty
     assert not strays(), strays()
-    for linear in trainer.targets.values():
+    for name, linear in trainer.targets.items():
         assert linear.weight.grad is None
-        assert linear.weight.numel() == 0, "a gathered weight outlived its layer's backward"
+        assert linear.weight.numel() == 0, f"the gathered {name} outlived its layer's backward"
 
 
 def check_no_stale_copy(recipe: Recipe) -> None:

@@ -83,7 +83,7 @@ def infinite_gradient_in_step_6() -> None:
     """The loss is finite, one entry of the gradient of this rank is not."""
 
     def spoil(trainer):
-        trainer.schedule.state.gradient.pending[0, 0] = math.inf
+        trainer.schedule.state.gradient.own[0] = math.inf
 
     _before_step(6, spoil)
 

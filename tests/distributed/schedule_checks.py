@@ -177,7 +177,8 @@ def check_shut_weights(recipe: Recipe) -> list[int]:
         after = live_deltas(trainer.state)
         shut = [name for name, linear in trainer.targets.items() if linear.sink is None]
         for name in trainer.targets:
-            assert saved[name] == (1 if name in shut else 2), (name, step)  # the weight, the input
+            # The weight; the input, where it is not made again (first pass of ZeRO-3, attention's output).
+            assert 1 <= saved[name] <= (1 if name in shut else 2), (name, step)
             assert torch.equal(before[name], after[name]) == (name in shut), (name, step)
         num_open.append(len(trainer.targets) - len(shut))
     return num_open

@@ -9,10 +9,11 @@ from tiny import VOCABULARY, make_tokenizer
 
 from distributed import plan_checks
 from distributed.reference import make_recipe
+from speft_ds.ds_config import load_ds_config
 from speft_ds.plan.dry_run import Pass, dry_run
 from speft_ds.plan.gathers import GatherRules, simulate
 from speft_ds.plan.geometry import read_geometry
-from speft_ds.plan.memory import PROCESS, total
+from speft_ds.plan.memory import PROCESS, Setup, optimizer_state, total
 from speft_ds.plan.plan import make_plan
 
 LENGTH = 128  # tokens of every row
@@ -58,11 +59,17 @@ def test_gathers_are_deepspeeds(ranks, tmp_path, name, checkpointing):
     tiny = make_model(tmp_path / "model", 6, 64, "float32")
     train = {"steps": 4, "global_batch": 4, "micro_batch": 2, "activation_checkpointing": checkpointing}
     recipe = make_recipe(
-        tiny, tmp_path / "run", "wide", train=train, deepspeed={"config": str(tmp_path / "ds.json")}
+        tiny,
+        tmp_path / "run",
+        "wide",
+        mask={"budget": "per_layer"},  # every target has entries
+        train=train,
+        deepspeed={"config": str(tmp_path / "ds.json")},
     )
     got = ranks(2)(plan_checks.check_gathers, recipe=recipe)[0]
     geometry = read_geometry(recipe)
-    one = Pass(2, LENGTH, checkpointing, "entries", False, 0.05, "auto", "cpu", True)
+    walks = checkpointing == "reentrant"
+    one = Pass(2, LENGTH, checkpointing, "entries", False, walks, 0.05, "sampled", "cpu", True)
     trace = dry_run(geometry.config, "causal_lm", "float32", list(geometry.targets), one)
     targets = frozenset(geometry.targets)
     small = frozenset(n for n, count in geometry.numel.items() if count <= threshold and n not in targets)
@@ -73,20 +80,44 @@ def test_gathers_are_deepspeeds(ranks, tmp_path, name, checkpointing):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("changes", [{}, {"schedule": "grad_topk"}, {"density": 0.5}])
-def test_buffers_have_the_planned_sizes(ranks, tiny, tmp_path, world_size, changes):
-    """Every buffer of the trainable state and every shard, byte for byte."""
-    recipe = make_recipe(tiny, tmp_path, mask={"density": 0.04, "budget": "per_layer", **changes})
-    allocated = ranks(world_size)(plan_checks.check_buffers, recipe=recipe)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mask": {"schedule": "grad_topk"}},
+        {"mask": {"density": 0.5}},
+        {"optimizer": {"name": "adamw_8bit"}, "model": {"dtype": "bfloat16"}},
+        {"optimizer": {"name": "lion"}},
+        {"optimizer": {"name": "sgd", "momentum": 0.9}},
+        {"train": {"micro_batch": 1, "steps": 4}},
+    ],
+)
+def test_a_run_counts_what_was_planned(ranks, tiny, tmp_path, world_size, changes):
+    """Memory by kind, byte for byte, and what is sent in a step: plan and account name the same kinds."""
+    sections = {"mask": {"density": 0.04, "budget": "per_layer", **changes.get("mask", {})}}
+    recipe = make_recipe(tiny, tmp_path, **{**changes, **sections})
     plan = make_plan(recipe, world_size, device="cpu")
     planned = {line.kind: line.num_bytes for line in plan.memory["training"]}
-    for by_kind in allocated:
-        num_own = by_kind.pop("own")  # the plan spreads entries evenly; the mask does not
-        planned_own = -(-by_kind["mask"] // 4 // world_size)
-        for kind, (size, per_entry) in by_kind.pop("by rank").items():
-            assert size == per_entry * num_own
-            assert planned[kind] == per_entry * planned_own
-        assert {kind: planned.get(kind, 0) for kind in by_kind} == by_kind
+    zero = load_ds_config(recipe, world_size)["zero_optimization"]
+    setup = Setup(recipe, read_geometry(recipe), zero, world_size, "cpu")
+    # Two maps of the 8-bit codes and their edges.
+    tables = 4 * (2 * 256 + 2 * 255) if recipe.optimizer.name == "adamw_8bit" else 0
+    planned["optimizer"] = sum(line.num_bytes for line in optimizer_state(setup, ""))
+    for counted in ranks(world_size)(plan_checks.check_account, recipe=recipe):
+        memory, planned_own = counted["memory"], setup.num_own
+        # The plan spreads entries evenly over the ranks; the mask does not.
+        for kind in ("index", "base values", "delta", "gradient"):
+            assert memory[kind] * planned_own == planned[kind] * counted["own"], kind
+        assert memory["optimizer"] == pytest.approx(planned["optimizer"], rel=0.1, abs=200 + tables)
+        for kind in ("base shard", "mask", "gradient pattern"):
+            assert memory[kind] == planned.get(kind, 0), kind
+        assert memory["small weights, whole"] == planned.get("small weights, whole", 0)
+        assert memory["gradient buckets"] == pytest.approx(planned.get("gradient buckets", 0), rel=0.1)
+        assert memory["activations and all else"] > 0
+        sent = {line.kind: line.num_bytes for line in plan.traffic if world_size > 1}
+        assert counted["sent"].pop("gradient") == pytest.approx(sent.pop("gradient", 0), rel=0.1)
+        # Shards are padded to equal lengths.
+        assert counted["sent"] == pytest.approx(sent, rel=0.01)
 
 
 def test_the_planned_memory_is_what_a_deeper_run_takes(tmp_path, monkeypatch):

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from speft_ds.kernels import BACKENDS, choose_backend, make_backend
+from speft_ds.errors import UserError
+from speft_ds.granularity import Units
+from speft_ds.kernels import available_backends, make_backend
+
+BACKENDS = available_backends(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -19,13 +23,50 @@ def test_backend_equals_the_dense_gradient(name, dtype, shape, density):
     x = torch.randn(19, in_features, generator=generator).to(dtype)
     grad_y = torch.randn(19, out_features, generator=generator).to(dtype)
     expected = (grad_y.double().t() @ x.double()).view(-1)[index.long()]
-    values = make_backend(name, index, shape)(x, grad_y)
+    _, backend = make_backend(name, index, shape)
+    values = backend(x, grad_y)
     assert values.dtype == torch.float32 and values.shape == (count,)
     assert torch.allclose(values.double(), expected, atol=1e-4)
 
 
-def test_auto_is_by_device_and_density():
-    assert choose_backend("auto", 0.005, torch.device("cpu")) == "sampled"
-    assert choose_backend("auto", 0.5, torch.device("cpu")) == "dense"
-    assert choose_backend("auto", 0.005, torch.device("cuda")) == "dense"
-    assert choose_backend("dense", 0.005, torch.device("cpu")) == "dense"
+def entries(density: float, shape: tuple[int, int] = (40, 50)) -> torch.Tensor:
+    numel = shape[0] * shape[1]
+    return torch.randperm(numel)[: round(density * numel)].sort().values.to(torch.int32)
+
+
+def test_auto_is_by_density_and_granularity():
+    assert make_backend("auto", entries(0.005), (40, 50))[0] == "sampled"
+    assert make_backend("auto", entries(0.5), (40, 50))[0] == "dense"
+    assert make_backend("dense", entries(0.005), (40, 50))[0] == "dense"
+    rows = Units.of("row", 1, (40, 50))
+    assert make_backend("auto", rows.entries(torch.tensor([3, 7])).int(), (40, 50), rows)[0] == "tiled"
+    assert make_backend("auto", entries(0.005), (40, 50), rows)[0] == "sampled"  # a loaded mask, say
+
+
+@pytest.mark.parametrize("granularity", ["row", "column"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_rows_and_columns_equal_the_dense_gradient(granularity, dtype):
+    shape = (41, 53)
+    units = Units.of(granularity, 1, shape)
+    index = units.entries(torch.tensor([0, 7, 40])).int()
+    x, grad_y = torch.randn(2, 19, 53).to(dtype), torch.randn(2, 19, 41).to(dtype)
+    name, backend = make_backend("auto", index, shape, units)
+    expected = (grad_y.double().flatten(0, 1).t() @ x.double().flatten(0, 1)).view(-1)[index.long()]
+    assert name == "tiled" and torch.allclose(backend(x, grad_y).double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["element", "tiled"])
+def test_a_backend_for_something_else_is_refused(name):
+    with pytest.raises(UserError, match=f"train.sparse_backend={name} is for"):
+        make_backend(name, entries(0.005), (40, 50))
+
+
+def test_a_transposed_input_is_shared_and_goes_with_it():
+    from speft_ds.kernels.sampled import shared_transpose
+
+    x, other = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    first = shared_transpose(x)
+    assert first is shared_transpose(x) and torch.equal(first, x.view(10, 4).t())
+    assert shared_transpose(other) is not first
+    del other
+    assert shared_transpose.copy is None

@@ -69,7 +69,7 @@ def test_state_and_shards_by_hand(recipe):
     assert got["small weights, whole"] == 4 * (NORMS + EMBEDDINGS)
     assert got["mask"] == 4 * 301
     own = 101  # 301 / 3, rounded up
-    assert got["gradient buffer"] == 4 * 3 * own
+    assert (got["gradient"], got["gradient buckets"]) == (4 * own, 4 * 301)
     assert (got["index"], got["base values"], got["delta"]) == (4 * own, 4 * own, 4 * own)
     assert got["Adam moments"] == 8 * own
     rows = 2 * (40 + 8 + 8 + 35 + 53 + 53 + 35)
@@ -102,6 +102,8 @@ def test_scores_on_the_host_leave_the_gpu(recipe):
 
 
 def test_schedules_add_what_they_keep(recipe):
+    buckets = sizes(make_plan(recipe(train={"reduce_bucket": 50}), 2, device="cpu").memory["training"])
+    assert buckets["gradient buckets"] == 4 * 4 * 50
     periodic = make_plan(recipe(mask={"schedule": "periodic", "update_every": 2}), 2, device="cpu")
     assert sizes(periodic.memory["scoring"])["Adam moments"] == 8 * 151
     assert sizes(periodic.memory["training"])["ages"] == 4 * 151
@@ -131,7 +133,7 @@ def test_traffic_by_hand(recipe):
     # Everything is within the reuse distance: each weight is gathered once a micro-batch.
     got = sizes(make_plan(recipe(), 3, device="cpu").traffic)
     rounds = 12 // (2 * 3)
-    assert got == {"weights, forward": TARGETS * 4 * 2 // 3 * rounds, "gradient": 4 * 301 * 2 // 3}
+    assert got == {"weights, forward": TARGETS * 4 * 2 // 3 * rounds, "gradient": 4 * 301 * 2 // 3 * rounds}
 
 
 def test_steps_tokens_and_files_by_hand(recipe, tmp_path):
@@ -145,6 +147,13 @@ def test_steps_tokens_and_files_by_hand(recipe, tmp_path):
         "tokens": 13 * 12 * 16,
     }
     assert sizes(plan.files)["a checkpoint"] == 16 * 301
+    for changes, each in [
+        ({"optimizer": {"name": "sgd"}}, 8),
+        ({"optimizer": {"name": "lion"}, "mask": {"schedule": "grad_topk"}}, 12),
+        ({"optimizer": {"name": "adamw_8bit"}}, 18),
+        ({"optimizer": {"name": "adamw_8bit"}, "mask": {"schedule": "periodic", "update_every": 2}}, 26),
+    ]:
+        assert sizes(make_plan(recipe(**changes), 3, device="cpu").files)["a checkpoint"] == each * 301
     assert 6 * 301 < sizes(plan.files)["adapter"] < 6 * 301 + 14 * 300
 
 
@@ -222,7 +231,9 @@ def test_live_bytes_counts_storages_while_they_live():
 def test_a_dry_run_counts_what_a_real_run_holds(recipe, checkpointing):
     """The same code on real tensors: the storages that live are the same, to the byte."""
     geometry = read_geometry(recipe())
-    one = Pass(3, 24, checkpointing, "entries", False, 0.05, "auto", "cpu", True)
+    one = Pass(
+        3, 24, checkpointing, "entries", False, checkpointing == "reentrant", 0.05, "sampled", "cpu", True
+    )
     arguments = (geometry.config, "causal_lm", "float32", list(geometry.targets), one)
     fake = dry_run(*arguments)
     real = dry_run(*arguments, fake=False)

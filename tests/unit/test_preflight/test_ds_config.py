@@ -32,6 +32,14 @@ def test_the_given_configs_differ_in_overlap_alone():
     assert gpu == cpu and not any(isinstance(value, float) for value in gpu.values())
 
 
+def test_the_offload_config_is_that_of_gpus_with_offload():
+    offload, plain = (
+        json.loads((DS_CONFIGS_DIR / f"{name}.json").read_text())["zero_optimization"]
+        for name in ("zero3_bf16_offload", "zero3_bf16")
+    )
+    assert offload.pop("offload_param") == {"device": "cpu", "pin_memory": True} and offload == plain
+
+
 def test_steps_per_print_may_be_given(ready, tmp_path):
     (tmp_path / "ds.json").write_text('{"steps_per_print": 5, "zero_optimization": {"stage": 3}}')
     assert load_ds_config(ready("deepspeed.config=ds.json"), 1)["steps_per_print"] == 5
@@ -67,7 +75,11 @@ def test_keys_that_recipes_own_are_refused(ready, tmp_path, key):
         ({"stage": 3, "zero_quantized_weights": True}, "zero_quantized_weights: true is not supported yet"),
         ({"stage": 3, "zero_quantized_nontrainable_weights": True}, "nontrainable_weights: true is not"),
         ({"stage": 3, "zero_hpz_partition_size": 8}, "zero_hpz_partition_size: 8 is not supported yet"),
-        ({"stage": 3, "offload_param": {"device": "nvme"}}, "offload_param: .* is not supported yet"),
+        (
+            {"stage": 3, "offload_param": {"device": "nvme"}},
+            "offload_param to nvme is not supported(.|\n)*cpu",
+        ),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer has no effect(.|\n)*paged"),
     ],
 )
 def test_zero_settings_that_are_refused(ready, tmp_path, zero, what):
@@ -78,7 +90,7 @@ def test_zero_settings_that_are_refused(ready, tmp_path, zero, what):
 
 def test_zero_settings_that_are_fine(ready, tmp_path):
     zero = {"stage": 3, "zero_hpz_partition_size": 1, "zero_quantized_weights": False}
-    zero["offload_param"] = {"device": "cpu"}
+    zero["offload_param"], zero["offload_optimizer"] = {"device": "cpu"}, {"device": "none"}
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
     load_ds_config(ready("deepspeed.config=ds.json"), 1)
 

@@ -107,6 +107,13 @@ def facts(**changes):
             ],
         },
         "head": 0, "sparse_backends": ["dense", "sampled"],
+        "accounts": [
+            {
+                "memory": {"process": 2**29, "base shard": 2**20 * (n + 1), "gradient": 0, "delta": 3000},
+                "sent": {"weights, forward": 5 * 2**20, "gradient": 2048},
+            }
+            for n in range(2)
+        ],
         "base": {"name_or_path": "owner/name", "fingerprint": "f" * 64},
         "timings_s": {
             "tasks": 1.2, "data": 3.1, "model": 4.2, "eval_before": 68.8, "salience": 16.7, "selection": 0.55,

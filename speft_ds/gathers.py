@@ -1,0 +1,59 @@
+"""What ZeRO-3 gathers in a step: elements by kind, and the most that are whole at a time; counted as it does.
+
+Part of the DeepSpeed seam, see `engine`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import nn
+
+_GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
+FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
+
+
+class Gathers:
+    """Counts what a coordinator of ZeRO-3 gathers from here on.
+
+    Attributes:
+        elements: kind -> elements gathered since `restart`.
+        sent: kind -> bytes of its own shards that this rank sent to the others for that.
+        most_whole: the most bytes of gathered weights at a time, those left out that stay whole.
+    """
+
+    def __init__(self, coordinator, parameters: list[nn.Parameter]):
+        self.parameters = parameters
+        self.restart()
+        gather, fetch = getattr(coordinator, _GATHER), coordinator.fetch_sub_module
+
+        def counted_gather(weights, forward, quantize=False):
+            weights = list(weights)
+            self._count_gather([w for w in weights if w.ds_status == ZeroParamStatus.NOT_AVAILABLE], forward)
+            return gather(weights, forward, quantize)
+
+        def counted_fetch(module, forward):
+            fetch(module, forward)
+            self._count_whole()
+
+        setattr(coordinator, _GATHER, counted_gather)
+        coordinator.fetch_sub_module = counted_fetch
+
+    def restart(self) -> None:
+        self.elements: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
+        self.most_whole = 0
+
+    def _count_gather(self, weights: list[nn.Parameter], forward: bool) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1
+        kind = BACKWARD if not forward else RECOMPUTE if in_backward else FORWARD
+        for weight in weights:
+            self.elements[kind] += weight.ds_numel
+            self.sent[kind] += weight.ds_tensor.nbytes * (weight.ds_zero_partition_world_size - 1)
+
+    def _count_whole(self) -> None:
+        whole = [p for p in self.parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
+        size = sum(p.ds_numel * p.element_size() for p in whole if not p.ds_persist)
+        self.most_whole = max(self.most_whole, size)

@@ -1,0 +1,181 @@
+"""The benchmarks: what they count, when they call a method broken, and that `--quick` runs to its end."""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from tiny import recipe_values
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import counting  # noqa: E402
+import rounds  # noqa: E402
+import scale  # noqa: E402
+import step  # noqa: E402
+
+MIB = 2**20
+
+
+def run(script: str, *arguments: str) -> str:
+    own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [sys.executable, BENCHMARKS / script, "--quick", *arguments],
+        env={**os.environ, **own},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+def read(path: Path) -> dict:
+    document = json.loads(path.read_text())
+    assert document["machine"]["num_cores"] >= 1
+    return document
+
+
+def test_peak_is_all_that_lives_at_once():
+    device, held = torch.device("cpu"), torch.zeros(MIB)  # 4 MiB that were there before
+
+    def work():
+        one = held + 1  # 4 MiB
+        one = one.sum()
+        two = torch.cat([held, held]).relu()  # 8 MiB, and 8
+        return one + two.sum()
+
+    before = counting.peak_bytes(lambda: None, device)
+    assert before >= 4 * MIB
+    assert counting.peak_bytes(work, device) - before == pytest.approx(16 * MIB, abs=1000)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_peak_counts_sparse_tensors():
+    before = counting.peak_bytes(lambda: None, torch.device("cpu"))
+    index, values = torch.arange(MIB).repeat(2, 1), torch.ones(MIB)
+
+    def work():
+        torch.sparse_coo_tensor(index, values, (MIB, MIB)) * 2.0
+
+    peak = counting.peak_bytes(work, torch.device("cpu"))
+    assert peak - before >= (16 + 4 + 4) * MIB  # indices and values of before, and the new values
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_saved_is_what_only_the_backward_needs(trains):
+    first, second = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+    model = nn.Sequential(first, second).requires_grad_(trains)
+    x = torch.zeros(100, 64, requires_grad=True)
+
+    saved, loss = counting.saved_bytes(model, lambda: model(x).sum())
+    loss.backward()
+    inputs = 2 * 100 * 64 * 4  # of both linears; the weights are the model's
+    assert saved == (inputs if trains else 0)
+    assert (first.weight.grad is not None) == trains
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.distributed.*deprecated:FutureWarning")
+def test_traffic_of_a_ring():
+    """A group of two ranks of which there is one: what it would send."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with counting.Traffic(2) as sent:
+            dist.reduce_scatter_tensor(torch.zeros(50), torch.ones(100))
+            dist.all_reduce(torch.ones(10))
+            dist.all_gather_into_tensor(torch.zeros(200), torch.ones(100))
+    finally:
+        dist.destroy_process_group()
+    assert sent.gradients == 400 / 2 + 2 * 40 / 2
+    assert sent.weights == 800 / 2
+
+
+def row_of(losses: list[float], num_trainable: int = 5) -> dict:
+    return {**rounds.empty_row("lora", 2), "losses": losses, "num_trainable": num_trainable}
+
+
+def test_methods_that_train_nothing_or_otherwise_fail():
+    assert rounds.does_not_fall([2.0, 1.9]) is None
+    assert "trains nothing" in rounds.does_not_fall([2.0, 2.0])
+    assert "trains nothing" in rounds.does_not_fall([2.0, math.nan])
+
+    alone = row_of([2.0, 1.5, 1.0])
+    assert rounds.differs_from_alone(row_of([2.0, 1.501, 1.001]), alone, "float32") is None
+    assert "as in one process" in rounds.differs_from_alone(row_of([2.0, 1.9, 1.8]), alone, "float32")
+    assert rounds.differs_from_alone(row_of([2.0, 1.6, 1.2]), alone, "bfloat16") is None
+    assert "trains 4 weights" in rounds.differs_from_alone(row_of([2.0, 1.5, 1.0], 4), alone, "float32")
+
+
+def test_a_sharded_method_that_trains_otherwise_has_no_figures():
+    alone = {**row_of([2.0, 1.0]), "world_size": 1, "step_over_floor": 1.1}
+    good = {**row_of([2.0, 1.0]), "step_over_floor": 1.2}
+    bad = {**row_of([2.0, 1.9]), "step_over_floor": 1.3}
+    assert step.compare_with_one([alone, good], "float32") == [alone, good]
+    checked = step.compare_with_one([alone, bad], "float32")[1]
+    assert checked["step_over_floor"] is None
+    assert "as in one process" in checked["error"]
+
+
+def test_nothing_is_measured_twice():
+    arguments = argparse.Namespace(sizes=["27M", "135M"], base="135M", densities=[0.005, 0.05], ranks=[1, 2])
+    assert scale.cases(arguments) == {"135M": {1: [0.005, 0.05], 2: [0.005]}, "27M": {1: [0.005]}}
+
+
+def test_exponents():
+    assert scale.exponent([(x, 3 * x**1.5) for x in (1.0, 2.0, 8.0)]) == pytest.approx(1.5)
+    assert scale.exponent([(1.0, 2.0)]) is None
+    assert scale.exponent([(1.0, 2.0), (2.0, -0.1)]) is None
+
+
+def test_step_runs(tiny, tmp_path):
+    arguments = ["--model", str(tiny["tied"]), "--rows", "2", "--length", "16", "--ranks", "2"]
+    methods = ["--methods", "speft_ds", "shira", "supertuning"]
+    out = run("step.py", *arguments, *methods, "--json", str(tmp_path / "step.json"))
+    floor, ours, shira, supertuning = read(tmp_path / "step.json")["rows"]
+    assert out.count("\n| ") == 2 + 4
+    for row in (floor, ours, shira):
+        assert row["error"] is None
+        assert row["step_over_floor"] > 0
+        assert row["tokens"] == 32
+    assert floor["sent_bytes"] == 0
+    assert (
+        ours["num_trainable"] * 2 <= ours["sent_bytes"] <= ours["num_trainable"] * 2 + 100
+    )  # half of 4 bytes
+    assert ours["saved_over_floor"] < shira["saved_over_floor"]
+    assert "0 elements" in supertuning["error"]  # it looks for the largest of weights that are elsewhere
+    assert supertuning["step_over_floor"] is None
+
+
+def test_scale_runs(tiny, tmp_path):
+    config = tmp_path / "small.json"
+    config.write_text((tiny["untied"] / "config.json").read_text())
+    arguments = ["--sizes", str(config), "--ranks", "1", "--densities", "0.005"]
+    json_file = tmp_path / "scale.json"
+    out = run("scale.py", *arguments, "--rows", "2", "--length", "16", "--json", str(json_file))
+    document = read(json_file)
+    (row,) = document["rows"]
+    assert (row["model"], row["density"], row["world_size"]) == ("small", 0.005, 1)
+    assert row["extra_ms"] == row["step_ms"] - row["floor_ms"]
+    assert {fit["over"]: fit["num_points"] for fit in document["fits"]} == {"num_weights": 1, "density": 1}
+    assert "small" in out
+
+
+def test_selection_runs(tiny, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_values(tiny)))
+    out = run("selection.py", "--recipe", str(recipe), "--json", str(tmp_path / "selection.json"))
+    rows = {row["what"]: row for row in read(tmp_path / "selection.json")["rows"]}
+    assert rows["frozen forward and backward"]["over_floor"] == 1.0
+    assert rows["salience + selection"]["seconds"] >= rows["salience"]["seconds"] > 0
+    assert "16 rows" in out

@@ -198,7 +198,8 @@ def build_engine(
         raise ValueError("the base must be frozen: call requires_grad_(False) on the model")
     config = DeepSpeedConfig(ds_config)
     engine = SparseEngine(args=None, model=model, config=ds_config, config_class=config)
-    engine.gathers = Gathers(engine.optimizer.offload.get_param_coordinator(), list(model.parameters()))
+    itemsize = next(model.parameters()).element_size()
+    engine.gathers = Gathers(engine.optimizer.offload.get_param_coordinator(), itemsize)
     # Small weights stay gathered ("persistent") and would go stale when their shard changes.
     for linear in targets.values():
         linear.weight.ds_persist = False

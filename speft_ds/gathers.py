@@ -12,11 +12,14 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 _GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
+_AVAILABLE = (
+    "_PartitionedParameterCoordinator__n_available_params"  # elements gathered since the forward began
+)
 FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
 
 
 class Gathers:
-    """Counts what a coordinator of ZeRO-3 gathers from here on.
+    """Counts what a coordinator of ZeRO-3 gathers from here on, of weights of `itemsize` bytes an element.
 
     Attributes:
         elements: kind -> elements gathered since `restart`.
@@ -24,8 +27,7 @@ class Gathers:
         most_whole: the most bytes of gathered weights at a time, those left out that stay whole.
     """
 
-    def __init__(self, coordinator, parameters: list[nn.Parameter]):
-        self.parameters = parameters
+    def __init__(self, coordinator, itemsize: int):
         self.restart()
         gather, fetch = getattr(coordinator, _GATHER), coordinator.fetch_sub_module
 
@@ -36,7 +38,7 @@ class Gathers:
 
         def counted_fetch(module, forward):
             fetch(module, forward)
-            self._count_whole()
+            self.most_whole = max(self.most_whole, getattr(coordinator, _AVAILABLE) * itemsize)
 
         setattr(coordinator, _GATHER, counted_gather)
         coordinator.fetch_sub_module = counted_fetch
@@ -52,8 +54,3 @@ class Gathers:
         for weight in weights:
             self.elements[kind] += weight.ds_numel
             self.sent[kind] += weight.ds_tensor.nbytes * (weight.ds_zero_partition_world_size - 1)
-
-    def _count_whole(self) -> None:
-        whole = [p for p in self.parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
-        size = sum(p.ds_numel * p.element_size() for p in whole if not p.ds_persist)
-        self.most_whole = max(self.most_whole, size)

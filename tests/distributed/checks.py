@@ -214,3 +214,26 @@ def check_nonfinite(recipe: Recipe) -> str:
     real, scale = trainer.base.objective, float("inf") if distributed.rank() == 0 else 1.0
     trainer.base.objective = lambda module, batch: (real(module, batch)[0] * scale, None)
     return refused_first_step(trainer)
+
+
+def check_inputs_are_made_again(recipe: Recipe) -> list[str]:
+    """Linears whose backward has a saved input, once ZeRO-3 knows the order of the modules."""
+    trainer = make_trainer(recipe)
+    trainer.choose_mask()
+    for step in range(recipe.train.steps - 1):
+        trainer.train_step(step)
+    saved = []
+    for name, linear in trainer.targets.items():
+        forward = linear.forward
+
+        def watched(x, name=name, forward=forward):
+            kept = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+                y = forward(x)
+            if len(kept) > 1:  # more than the weight
+                saved.append(name)
+            return y
+
+        linear.forward = watched
+    trainer.train_step(recipe.train.steps - 1)
+    return sorted({name.split(".", 2)[2] for name in saved})

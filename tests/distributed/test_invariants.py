@@ -159,3 +159,27 @@ def test_bad_input_is_refused_on_every_rank(ranks, tiny, tmp_path, name):
     recipe = make_recipe(tiny, tmp_path / "run", "tied", **sections)
     messages = ranks(2)(checks.check_refused, recipe=recipe)
     assert all(message in text for text in messages), messages
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_inputs_are_made_again_behind_zero3s_hooks(ranks, tiny, tmp_path, world_size, dtype):
+    """Only what no frozen layer saves either way: attention's output (it does), the lowest layer's norm."""
+    mask = {"budget": "per_layer"}  # every weight has entries
+    recipe = make_recipe(tiny, tmp_path, model={"dtype": dtype}, mask=mask)
+    lowest = [f"0.self_attn.{name}_proj.weight" for name in ("k", "o", "q", "v")]
+    for saved in ranks(world_size)(checks.check_inputs_are_made_again, recipe=recipe):
+        assert saved == [*lowest, "1.self_attn.o_proj.weight"]
+
+
+@pytest.mark.parametrize("schedule", [{}, {"schedule": "drop_grow", "update_every": 2, "growth_steps": 1}])
+def test_two_runs_write_the_same_bytes(ranks, tiny, tmp_path, schedule):
+    """One recipe on one machine: adapter and metrics do not depend on chance."""
+    adapters = []
+    for name in ("first", "second"):
+        recipe = make_recipe(
+            tiny, tmp_path / name, model={"dtype": "bfloat16"}, mask=schedule, train={"reduce_bucket": 200}
+        )
+        ranks(2)(checks.check_losses, recipe=recipe)
+        adapters.append((tmp_path / name / "adapter" / "adapter.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]

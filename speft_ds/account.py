@@ -11,6 +11,7 @@ from torch import Tensor
 
 from speft_ds import distributed
 from speft_ds.engine import SparseEngine
+from speft_ds.metrics import say
 from speft_ds.optimizer import FlatOptimizer
 from speft_ds.sparse import SparseState
 
@@ -26,8 +27,11 @@ def restart_peak() -> None:
     """From here on, `peak` forgets what was before."""
     if distributed.device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    else:
+        return
+    try:
         CLEAR_REFS.write_text("5", encoding="utf-8")
+    except OSError as error:
+        say(f"note: the peak of memory is that of the whole run, selection included: {error}")
 
 
 def peak() -> int:

@@ -41,8 +41,8 @@ class Trouble:
 
 
 DIED, RAISED, HANGS, WAITS = range(4)
-# Where a rank waits for the others: the last of them for weights that are on their way.
-COLLECTIVES = ("torch/distributed", "deepspeed/comm", "deepspeed/runtime/zero/part")
+# Where a rank waits for the others: for weights that are on their way, and for a sum beside a backward.
+COLLECTIVES = ("torch/distributed", "deepspeed/comm", "deepspeed/runtime/zero/part", "wait_for_ranks")
 
 
 class Lifeline:

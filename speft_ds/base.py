@@ -166,11 +166,10 @@ class Base:
         self.fingerprint = fingerprint(model)
         is_bfloat16 = recipe.model.dtype == "bfloat16"
         self.fingerprint_bfloat16 = self.fingerprint if is_bfloat16 else fingerprint(model, torch.bfloat16)
-        checkpointing, trained = recipe.train.activation_checkpointing, self.targets | self.heads
-        walks_all_layers = checkpointing == "reentrant" or recipe.mask.layer_gate != "none"
-        self.engine = build_engine(model, ds_config, trained, walks_all_layers)
+        trained = self.targets | self.heads
+        self.engine = build_engine(model, ds_config, trained, recipe.walks_all_layers)
         for linear in trained.values():
-            adapt(linear, recomputes_input=checkpointing == "none")
+            adapt(linear, recomputes_input=recipe.train.activation_checkpointing == "none")
         self.objective = RowClass() if self.classifies else NextToken(model, recipe.data.packing)
 
     def _prepare_head(self, model: nn.Module) -> dict[str, nn.Linear]:

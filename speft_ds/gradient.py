@@ -59,7 +59,7 @@ class Bucket:
     Attributes:
         names: in the mask's order, so that each rank's part is one slice of its flat buffers.
         starts, lengths: rank -> where that slice starts, and its entries.
-        pieces: [world_size, longest] what was added; None before anything was.
+        pieces: [world_size, longest] what was added and not sent yet; None where nothing was.
         views: weight -> its parts in the rows of `pieces`.
     """
 
@@ -102,7 +102,8 @@ class SparseGradient:
         self.sinks = {name: self._make_sink(name) for name in mask.shape}
         self.buckets = self._make_buckets(options.bucket)
         self.bucket_of = {name: bucket for bucket in self.buckets for name in bucket.names}
-        self.expected: dict[str, int] | None = None  # uses of a weight in a backward; known after the first
+        # Uses of a weight in a backward: one, until the first backward has told.
+        self.expected, self.is_learning = dict.fromkeys(self.bucket_of, 1), options.overlap
         self.most_buffered = self.sent = self.num_sent = 0
         self._start_backward()
 
@@ -132,7 +133,7 @@ class SparseGradient:
     def _start_backward(self) -> None:
         self.uses: Counter[str] = Counter()
         self.waiting = deque(self.buckets)  # that were not sent yet
-        self.in_flight: deque[tuple[Bucket, Callable[[], Tensor]]] = deque()
+        self.in_flight: deque[tuple[Bucket, Tensor, Callable[[], Tensor]]] = deque()
 
     def local_index(self) -> dict[str, Tensor]:
         """Weight -> sorted indices of this rank's entries into its shard."""
@@ -157,17 +158,17 @@ class SparseGradient:
             return
         bucket = self.bucket_of[name]
         self.uses[name] += 1
-        if self.expected is not None and self.uses[name] > self.expected[name]:
+        if self.options.overlap and self.uses[name] > self.expected[name] and not self.is_learning:
             self._refuse_change(name)
         if bucket.pieces is None:
             self._allocate(bucket)
         torch._foreach_add_(bucket.views[name], list(values.split(self.counts[name])))
         # Always in the one order, which all ranks keep, whatever their backwards do.
-        while self.expected is not None and self.waiting and self._is_complete(self.waiting[0]):
+        while self.options.overlap and self.waiting and self._is_complete(self.waiting[0]):
             self._send(self.waiting.popleft())
 
     def _is_complete(self, bucket: Bucket) -> bool:
-        return all(self.uses[name] == self.expected[name] for name in bucket.names)
+        return all(self.uses[name] >= self.expected[name] for name in bucket.names)
 
     def _refuse_change(self, name: str) -> None:
         raise UserError(
@@ -188,34 +189,38 @@ class SparseGradient:
             ]
             for name in bucket.names
         }
-        alive = sum(4 * other.pieces.numel() for other in self.buckets if other.pieces is not None)
-        self.most_buffered = max(self.most_buffered, alive)
+        filling = [other.pieces for other in self.buckets if other.pieces is not None]
+        alive = [*filling, *(pieces for _, pieces, _ in self.in_flight)]
+        self.most_buffered = max(self.most_buffered, sum(pieces.nbytes for pieces in alive))
 
     def _send(self, bucket: Bucket) -> None:
         """Start the reduction of a bucket; one that nothing was added to takes part, too."""
         if bucket.pieces is None:
             self._allocate(bucket)
-        self.num_sent += bucket.pieces.nbytes * (self.world_size - 1) // self.world_size
-        self.in_flight.append((bucket, distributed.start_reduce_scatter(bucket.pieces)))
-        while len(self.in_flight) > IN_FLIGHT:
+        if len(self.in_flight) == IN_FLIGHT:
             self._receive()
+        pieces, bucket.pieces, bucket.views = bucket.pieces, None, {}
+        self.num_sent += pieces.nbytes * (self.world_size - 1) // self.world_size
+        self.in_flight.append((bucket, pieces, distributed.start_reduce_scatter(pieces)))
 
     def _receive(self) -> None:
         """Wait for the oldest bucket that is under way, and add its sum to what is ours."""
-        bucket, wait = self.in_flight.popleft()
+        bucket, _, wait = self.in_flight.popleft()
         rank = distributed.rank()
         start, length = bucket.starts[rank], bucket.lengths[rank]
         self.own[start : start + length] += wait()[:length]
-        bucket.pieces, bucket.views = None, {}
 
     def finish(self) -> None:
         """After a backward: reduce what is left."""
         while self.waiting:
             self._send(self.waiting.popleft())
+        if self.is_learning and self.buckets:
+            self._learn_uses()
+            for bucket in self.buckets:
+                if any(self.expected[name] > 1 for name in bucket.names):
+                    self._send(bucket)  # once more: parts may have come when it was on its way
         while self.in_flight:
             self._receive()
-        if self.expected is None and self.options.overlap and self.buckets:
-            self._learn_uses()
         self._start_backward()
 
     def _learn_uses(self) -> None:
@@ -223,7 +228,7 @@ class SparseGradient:
         names = list(self.bucket_of)
         uses = torch.tensor([self.uses[name] for name in names], dtype=torch.int64, device=self.device)
         uses = distributed.all_reduce_max(uses).clamp_(min=1).tolist()
-        self.expected = dict(zip(names, uses, strict=True))
+        self.expected, self.is_learning = dict(zip(names, uses, strict=True)), False
 
     def take(self) -> Tensor:
         """The [num_local] fp32 gradient of this rank's entries, summed over ranks and backwards."""

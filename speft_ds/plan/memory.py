@@ -129,8 +129,7 @@ class DryRuns:
             checkpointing=train.activation_checkpointing,
             collects=collects,
             packing=recipe.data.packing,
-            walks_all_layers=train.activation_checkpointing == "reentrant"
-            or recipe.mask.layer_gate != "none",
+            walks_all_layers=recipe.walks_all_layers,
             density=geometry.num_entries / geometry.num_target_elements,
             backend=backend_of(setup),
             device=setup.device,
@@ -228,10 +227,10 @@ def buckets(setup: Setup) -> list[Line]:
     if setup.world_size == 1:
         return []
     train, k = setup.recipe.train, setup.num_trained
-    if not train.overlap or k <= (IN_FLIGHT + 2) * train.reduce_bucket:
+    if not train.overlap or k <= (IN_FLIGHT + 1) * train.reduce_bucket:
         return [Line("gradient buckets", 4 * k, f"{k:,} entries x 4 B (all ranks' entries)")]
-    count = (IN_FLIGHT + 2) * train.reduce_bucket
-    formula = f"at most {IN_FLIGHT + 2} buckets of {train.reduce_bucket:,} entries x 4 B"
+    count = (IN_FLIGHT + 1) * train.reduce_bucket
+    formula = f"at most {IN_FLIGHT + 1} buckets of {train.reduce_bucket:,} entries x 4 B"
     return [Line("gradient buckets", 4 * count, formula)]
 
 

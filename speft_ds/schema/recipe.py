@@ -102,6 +102,15 @@ class Recipe(Section):
             raise broken_rule(message, ", or ".join(ways), key="mask.update_every")
         return train
 
+    @property
+    def walks_all_layers(self) -> bool:
+        """Whether a backward goes down to the embedding, not just to the lowest layer that is trained.
+
+        It must where that is another layer every step, or where inputs need a gradient (re-entrant
+        activation checkpointing).
+        """
+        return self.train.activation_checkpointing == "reentrant" or self.mask.layer_gate != "none"
+
     def where(self, key: str) -> str:
         """Where the value of a key such as `data.path` was set: file:line, command line, or default."""
         return self._sources.get(key, f"{key} (default)")

@@ -89,7 +89,7 @@ def check_sums(bucket: int, overlap: bool) -> dict:
         "buckets": len(gradient.buckets),
         "during": during,
         "most": gradient.most_buffered,
-        "bound": (IN_FLIGHT + 2) * largest,
+        "bound": (IN_FLIGHT + 1) * largest,  # on their way, and one that is filled
         "sent": sum(sizes),
         "least": 4 * mask.num_trainable,
     }
@@ -118,19 +118,42 @@ def own_sum_of_used(gradient: SparseGradient, number: int) -> Tensor:
     return torch.cat(own)
 
 
-def check_shared_weight() -> None:
-    """A weight that is used twice in a forward is sent when it has both parts."""
+def check_shared_weight(name: str, users: list[int]) -> list[list[int]]:
+    """A weight that some ranks use twice in a forward; what was sent in each backward, before its end.
+
+    In the first backward nobody knows of the second use, and its part comes when the first may be under way.
+    """
     mask, rank = make_mask(), distributed.rank()
-    gradient = SparseGradient(mask, torch.device("cpu"), Options(bucket=16))
-    for number in range(2):
+    gradient, sent = SparseGradient(mask, torch.device("cpu"), Options(bucket=16)), []
+    for number in range(3):
         parts = parts_of(mask, number, rank)
-        backward(gradient, parts)
-        gradient.add("a", parts["a"])
-        gradient.finish()
-        twice = gradient.layout.counts("a")[rank]
+        with watching() as sizes:
+            backward(gradient, parts)
+            if rank in users:
+                gradient.add(name, parts[name])
+            sent.append(len(sizes))
+            gradient.finish()
+        again = sum(parts_of(mask, number, r)[name] for r in users)
+        bounds = gradient.layout.bounds[name]
         expected = own_sum_of(gradient, number)
-        expected[:twice] *= 2
-        assert torch.equal(gradient.take(), expected)
+        expected[gradient.own_slices[name]] += again[bounds[rank] : bounds[rank + 1]]
+        assert torch.equal(gradient.take(), expected), number
+    return sent
+
+
+def check_memory() -> tuple[int, int, int]:
+    """Bytes of buckets alive at most in the first backward and later, of one bucket, and of the gradient."""
+    shapes = {f"w{n}": (8, 16) for n in range(20)}
+    index = {name: torch.arange(128, dtype=torch.int32) for name in shapes}
+    gradient = SparseGradient(Mask(index, shapes), torch.device("cpu"), Options(bucket=128))
+    most = []
+    for _ in range(2):
+        for name in reversed(shapes):
+            gradient.add(name, torch.ones(128))
+        gradient.finish()
+        most.append(gradient.most_buffered)
+    assert most[0] == most[1]
+    return most[0], 4 * 128, 4 * 128 * len(shapes)
 
 
 def own_sum_of(gradient: SparseGradient, number: int) -> Tensor:

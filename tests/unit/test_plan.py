@@ -103,7 +103,7 @@ def test_scores_on_the_host_leave_the_gpu(recipe):
 
 def test_schedules_add_what_they_keep(recipe):
     buckets = sizes(make_plan(recipe(train={"reduce_bucket": 50}), 2, device="cpu").memory["training"])
-    assert buckets["gradient buckets"] == 4 * 4 * 50
+    assert buckets["gradient buckets"] == 3 * 4 * 50
     periodic = make_plan(recipe(mask={"schedule": "periodic", "update_every": 2}), 2, device="cpu")
     assert sizes(periodic.memory["scoring"])["Adam moments"] == 8 * 151
     assert sizes(periodic.memory["training"])["ages"] == 4 * 151

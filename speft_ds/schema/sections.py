@@ -19,6 +19,7 @@ from speft_ds.schema.values import (
     broken_rule,
     divisors,
     exactly_one,
+    refuse_without_effect,
     switch_off,
 )
 
@@ -72,13 +73,8 @@ class Optimizer(Section):
     @field_validator(*OPTIMIZER_USED_WITH)
     @classmethod
     def _has_an_effect(cls, value: Any, info: ValidationInfo) -> Any:
-        key, default = info.field_name, cls.model_fields[info.field_name].default
-        names = OPTIMIZER_USED_WITH[key]["name"]
-        name = info.data.get("name", names[0])  # absent where it is itself wrong
-        if value != default and name not in names:
-            message = f"optimizer.{key}={_typed(value)} has no effect with optimizer.name={name}"
-            fix = f"optimizer.{key}={_typed(default)}, its default, or optimizer.name={' or '.join(names)}"
-            raise broken_rule(message, fix)
+        # Even beside another name: what is left would be another optimizer's.
+        refuse_without_effect("optimizer", cls, OPTIMIZER_USED_WITH, value, info, even_if_given=True)
         return value
 
     @field_validator("clip")
@@ -88,11 +84,6 @@ class Optimizer(Section):
             message = f"optimizer.clip={value} has no effect with optimizer.clip_norm=null"
             raise broken_rule(message, "optimizer.clip_norm=1.0, or optimizer.clip=global")
         return value
-
-
-def _typed(value: Any) -> str:
-    """As the command line takes it."""
-    return str(value).replace(" ", "")
 
 
 class Train(Section):

@@ -41,18 +41,29 @@ def refuse_without_effect(
     used_with: dict[str, dict[str, tuple]],
     value: Any,
     info: ValidationInfo,
+    even_if_given: bool = False,
 ) -> None:
-    """Refuse a value other than the default where no other key gives it an effect."""
+    """Refuse a value other than the default where no other key gives it an effect.
+
+    Args:
+        used_with: key -> keys declared before it, and their values that give it an effect.
+        even_if_given: refuse it beside another key that was chosen by hand, too. By default that is taken
+            for a recipe in which one line was changed, not for one that forgot the key.
+    """
     key, default = info.field_name, cls.model_fields[info.field_name].default
     given = (info.context or {}).get("given", ())
     for other, values in used_with[key].items():
         chosen = info.data.get(other, values[0])  # absent where it is itself wrong
-        # Where the other key is given, too, it was not forgotten: one line changed, say, in a recipe.
-        if value != default and chosen not in values and f"{section}.{other}" not in given:
+        is_forgotten = even_if_given or f"{section}.{other}" not in given
+        if value != default and chosen not in values and is_forgotten:
             message = f"{section}.{key}={value} has no effect with {section}.{other}={chosen}"
-            usual = "null" if default is None else default
-            fix = f"{section}.{key}={usual}, its default, or {section}.{other}={' or '.join(values)}"
-            raise broken_rule(message, fix)
+            fix = f"{section}.{key}={_typed(default)}, its default"
+            raise broken_rule(message, f"{fix}, or {section}.{other}={' or '.join(values)}")
+
+
+def _typed(value: Any) -> str:
+    """As the command line takes it, unquoted."""
+    return "null" if value is None else str(value).replace(", ", ",")
 
 
 def broken_rule(message: str, fix: str, **context: str) -> PydanticCustomError:

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 
 NO_EFFECT = {  # section -> what is wrong, and the fixes
     "name: sgd, betas: [0.8, 0.9]": (
-        "optimizer.betas=[0.8,0.9] has no effect with optimizer.name=sgd",
+        "optimizer.betas=[0.8, 0.9] has no effect with optimizer.name=sgd",
         "optimizer.betas=[0.9,0.999], its default, or "
         "optimizer.name=adamw or adamw_8bit or paged_adamw_8bit or lion",
     ),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import socket
 import sys
 import time
 import traceback
@@ -17,6 +16,8 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection
+
+from speft_ds.rendezvous import free_port, on_one_machine
 
 DIED = (False, ("the process died", "the process died, of too little memory perhaps"))
 PRELOADED = ["peft", "speft_ds.schedule", "transformers.models.llama.modeling_llama"]
@@ -51,14 +52,7 @@ class Failure(Exception):
 
 def serve(method: str, case: Case, rank: int, world_size: int, port: int, pipe) -> None:
     """Body of one rank: make the method, then answer orders until told to stop."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(on_one_machine(rank, world_size, port))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # DeepSpeed's log; the table is the parent's
     warnings.simplefilter("ignore")
     subject = None
@@ -115,9 +109,7 @@ class Group:
 
     def __init__(self, method: str, case: Case, world_size: int, limit_s: float):
         context, self.limit_s = start_method(), limit_s
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         pipes = [context.Pipe() for _ in range(world_size)]
         self.pipes = [ours for ours, _ in pipes]
         self.processes = [

@@ -7,7 +7,6 @@ import re
 import socket
 import subprocess
 
-LONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 PORTS = range(10_000, 30_000)  # a SLURM step takes one; below those that the system hands out
 
 
@@ -22,12 +21,25 @@ def settle() -> None:
         found["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]
     # A lone process may have others beside it, so its port is any; a group's is that of the launchers.
     is_lone = "WORLD_SIZE" not in os.environ and "WORLD_SIZE" not in found
-    port = str(_free_port()) if is_lone else "29500"
-    for key, value in {**LONE, "MASTER_PORT": port, **found}.items():
+    lone = on_one_machine(0, 1, free_port() if is_lone else 29500)
+    for key, value in {**lone, **found}.items():
         os.environ.setdefault(key, value)
 
 
-def _free_port() -> int:
+def on_one_machine(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """The environment of a rank whose group is on this machine."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -14,9 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ranks import free_port
-
 from speft_ds.checkpoint.folder import list_checkpoints
+from speft_ds.rendezvous import free_port, on_one_machine
 
 PRELOAD = [
     "speft_ds.train",
@@ -76,11 +75,10 @@ class LiveRun:
         job: str = "train",
     ):
         self.log = log
-        shared = {"WORLD_SIZE": num_ranks, "LOCAL_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1"}
-        shared |= {"MASTER_PORT": free_port(), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1}
+        port, shared = free_port(), {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         self.processes = []
         for rank in range(num_ranks):
-            environment = {k: str(v) for k, v in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            environment = shared | on_one_machine(rank, num_ranks, port)
             body = (job, list(arguments), environment, log, (hooks or {}).get(rank))
             self.processes.append(_server().Process(target=_rank, args=body, daemon=True))
         for process in self.processes:

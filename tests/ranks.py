@@ -11,7 +11,6 @@ import faulthandler
 import multiprocessing
 import os
 import signal
-import socket
 import tempfile
 import time
 import traceback
@@ -19,26 +18,13 @@ from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from speft_ds.rendezvous import free_port, on_one_machine
 
 
 def serve(rank: int, world_size: int, port: int, pipe, stack_path: str) -> None:
     """Body of one rank: join the group, then run checks until told to stop."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-        OMP_NUM_THREADS="1",
-        TOKENIZERS_PARALLELISM="false",
-    )
+    os.environ.update(on_one_machine(rank, world_size, port))
+    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     import torch
 
     torch.set_num_threads(1)

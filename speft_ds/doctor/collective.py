@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import tempfile
 import time
@@ -13,6 +12,7 @@ from typing import Literal
 from speft_ds.doctor.check import Check
 from speft_ds.doctor.gpus import uses_gpus
 from speft_ds.doctor.processes import probe_command, why_failed
+from speft_ds.rendezvous import free_port
 
 RANKS_S = 60  # of two ranks with their import of torch
 
@@ -28,9 +28,7 @@ def check_collectives(facts: dict) -> list[Check]:
 def check_collective(backend: Literal["gloo", "nccl"] = "gloo", timeout_s: float = RANKS_S) -> Check:
     """all_reduce and reduce_scatter of two processes on this machine, over the loopback address."""
     name, start = f"2 ranks, {backend}", time.monotonic()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in range(2)]
         ranks = [_start_rank(backend, rank, port, log) for rank, log in enumerate(logs)]

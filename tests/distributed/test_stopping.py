@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 from live import LiveRun, metrics, whole_steps
-from ranks import free_port
 from tiny import recipe_values
 
 from distributed import rank_hooks
 from distributed.reference import read_entries
+from speft_ds.rendezvous import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30

@@ -40,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes and tokens")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--densities", nargs="+", type=float, default=DENSITIES)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, default=ROOT / "runs" / "benchmarks" / "kernels.json")
@@ -112,7 +113,7 @@ def main() -> None:
     for dtype in arguments.dtype:
         for shape in shapes:
             for num_tokens in tokens:
-                for density in DENSITIES:
+                for density in arguments.densities:
                     rows += measure(
                         shape, num_tokens, density, getattr(torch, dtype), device, arguments.rounds
                     )

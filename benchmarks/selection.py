@@ -12,14 +12,21 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from speft_ds.entry import checked_recipe, use_all_cores  # noqa: E402
 
+if TYPE_CHECKING:
+    from speft_ds.base import Base
+    from speft_ds.schema import Recipe
+
+FROZEN = "frozen forward and backward"
 QUICK = ["mask.calibration_samples=16"]
 
 
@@ -34,6 +41,74 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
+class Clock:
+    """Seconds of pieces of work that all ranks do together.
+
+    Attributes:
+        rounds: name -> seconds of each time that it was done.
+    """
+
+    def __init__(self):
+        self.rounds: dict[str, list[float]] = {}
+
+    def time(self, name: str, work: Callable):
+        from speft_ds import distributed
+
+        distributed.barrier()
+        start = time.perf_counter()
+        result = work()
+        distributed.barrier()
+        self.rounds.setdefault(name, []).append(time.perf_counter() - start)
+        return result
+
+    def rows(self) -> list[dict]:
+        """Medians, and over the frozen pass's."""
+        medians = {name: statistics.median(values) for name, values in self.rounds.items()}
+        medians["salience + selection"] = medians["salience"] + medians["selection"]
+        floor = medians[FROZEN]
+        return [{"what": name, "seconds": s, "over_floor": s / floor} for name, s in medians.items()]
+
+
+def measure(base: Base, recipe: Recipe, rounds: int) -> tuple[dict, str]:
+    """What is found, and a line that says on how many rows."""
+    from speft_ds import distributed
+    from speft_ds.engine import require_grad
+    from speft_ds.machine import machine, versions
+    from speft_ds.salience import score
+    from speft_ds.selection import select
+
+    clock, scorer, module = Clock(), base.scorer(), base.engine.module
+    module.eval()
+    # For the frozen backward, which nothing else asks for; scoring walks as far, or ZeRO-3 would trace anew.
+    module.get_input_embeddings().register_forward_hook(require_grad)
+
+    def frozen() -> None:
+        for batch, _ in scorer.calibration.batches():
+            base.loss(module, batch).backward()
+            base.engine.after_plain_backward()
+
+    frozen()  # warm-up: allocators, ZeRO-3's trace
+    for _ in range(rounds):
+        clock.time(FROZEN, frozen)
+        scores = clock.time("salience", partial(score, scorer))
+        choice = partial(select, scores, base.shapes, base.num_trainable, recipe.mask.budget)
+        mask = clock.time("selection", choice)
+    num_tokens = sum(len(row.ids) for row in scorer.calibration.rows)
+    result = {
+        "machine": machine(),
+        "rows": clock.rows(),
+        "what": f"choosing a mask by {recipe.mask.salience}, medians of {rounds} rounds",
+        "recipe": recipe.model_dump(mode="json"),
+        "num_tokens": num_tokens,
+        "num_trainable": mask.num_trainable,
+        "rounds_s": clock.rounds,
+        "versions": versions(),
+    }
+    batch, dtype = recipe.mask.calibration_batch, recipe.model.dtype
+    how = f"{len(scorer.calibration.rows)} rows, {num_tokens:,} tokens in batches of {batch}, {dtype}"
+    return result, f"{how}, {distributed.world_size()} rank(s)"
+
+
 def main() -> None:
     arguments = parse_arguments()
     rounds = arguments.rounds or (2 if arguments.quick else 5)
@@ -43,67 +118,20 @@ def main() -> None:
 
     from speft_ds import distributed
     from speft_ds.base import Base
-    from speft_ds.engine import require_grad
     from speft_ds.files import write_json
-    from speft_ds.machine import machine, versions
     from speft_ds.metrics import Timings
     from speft_ds.recipe import without_training
-    from speft_ds.salience import score
-    from speft_ds.selection import select
 
     recipe = checked_recipe("score", arguments.recipe, overrides, 1)
     distributed.init()
     base = Base(without_training(recipe, distributed.world_size()), Timings())
     base.read_calibration_rows(None)
     base.load()
-    scorer, module = base.scorer(), base.engine.module
-    module.eval()
-    seconds: dict[str, list[float]] = {"frozen forward and backward": [], "salience": [], "selection": []}
-
-    # For the frozen backward, which nothing else asks for; scoring walks as far, or ZeRO-3 would trace anew.
-    module.get_input_embeddings().register_forward_hook(require_grad)
-
-    def frozen() -> None:
-        for batch, _ in scorer.calibration.batches():
-            base.loss(module, batch).backward()
-            base.engine.after_plain_backward()
-
-    def timed(name: str, work):
-        distributed.barrier()
-        start = time.perf_counter()
-        result = work()
-        distributed.barrier()
-        seconds[name].append(time.perf_counter() - start)
-        return result
-
-    frozen()  # warm-up: allocators, ZeRO-3's trace
-    for _ in range(rounds):
-        timed("frozen forward and backward", frozen)
-        scores = timed("salience", partial(score, scorer))
-        choice = partial(select, scores, base.shapes, base.num_trainable, recipe.mask.budget)
-        mask = timed("selection", choice)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    median["salience + selection"] = median["salience"] + median["selection"]
-    floor = median["frozen forward and backward"]
-    rows = [{"what": name, "seconds": value, "over_floor": value / floor} for name, value in median.items()]
-    result = {
-        "machine": machine(),
-        "rows": rows,
-        "what": f"choosing a mask by {recipe.mask.salience}, medians of {rounds} rounds",
-        "recipe": recipe.model_dump(mode="json"),
-        "num_tokens": sum(len(row.ids) for row in scorer.calibration.rows),
-        "num_trainable": mask.num_trainable,
-        "rounds_s": seconds,
-        "versions": versions(),
-    }
+    result, how = measure(base, recipe, rounds)
 
     def report() -> None:
-        num_rows, world_size = len(scorer.calibration.rows), distributed.world_size()
-        print(
-            f"\n{result['what']}: {num_rows} rows, {result['num_tokens']:,} tokens in batches of "
-            f"{recipe.mask.calibration_batch}, {recipe.model.dtype}, {world_size} rank(s)\n"
-        )
-        shown = [[row["what"], f"{row['seconds']:.2f}", f"{row['over_floor']:.3f}"] for row in rows]
+        print(f"\n{result['what']}: {how}\n")
+        shown = [[row["what"], f"{row['seconds']:.2f}", f"{row['over_floor']:.3f}"] for row in result["rows"]]
         print_table(["", "s", "ratio"], shown)
         write_json(arguments.json, result)
         print(f"\n{arguments.json}")

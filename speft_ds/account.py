@@ -4,45 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import is_dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from speft_ds import distributed
+from speft_ds import distributed, peak_memory
 from speft_ds.engine import SparseEngine
-from speft_ds.metrics import say
 from speft_ds.optimizer import FlatOptimizer
 from speft_ds.sparse import SparseState
-
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def held_now() -> int:
-    """Bytes of this rank: allocated on the GPU, or resident in the process on a CPU."""
-    return torch.cuda.memory_allocated() if distributed.device().type == "cuda" else _status("VmRSS")
-
-
-def restart_peak() -> None:
-    """From here on, `peak` forgets what was before."""
-    if distributed.device().type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return
-    try:
-        CLEAR_REFS.write_text("5", encoding="utf-8")
-    except OSError as error:
-        say(f"note: the peak of memory is that of the whole run, selection included: {error}")
-
-
-def peak() -> int:
-    """The most that `held_now` was since `restart_peak`."""
-    return torch.cuda.max_memory_allocated() if distributed.device().type == "cuda" else _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    """A size that Linux tells of this process."""
-    (line,) = [line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(key)]
-    return int(line.split()[1]) * 1024
 
 
 def held_bytes(things: Iterable[object], but: Iterable[object] = ()) -> int:
@@ -98,7 +67,7 @@ def memory(
         "delta": held_bytes([state.delta]),
         "optimizer": held_bytes([optimizer.state[state.delta], vars(optimizer)], but=[state.delta]),
     }
-    return {**kinds, "activations and all else": max(0, peak() - sum(kinds.values()))}
+    return {**kinds, "activations and all else": max(0, peak_memory.peak() - sum(kinds.values()))}
 
 
 def sent(engine: SparseEngine, state: SparseState) -> dict[str, int]:

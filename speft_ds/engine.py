@@ -17,7 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from speft_ds.gathers import Gathers
+from speft_ds.gather_counter import GatherCounter
 from speft_ds.layer_input import PASSING
 from speft_ds.optimizer import Clip, FlatOptimizer, global_norm
 from speft_ds.partition import shard_range
@@ -138,7 +138,7 @@ class SparseEngine(DeepSpeedEngine):
         gathers: what ZeRO-3 gathers.
     """
 
-    gathers: Gathers
+    gathers: GatherCounter
 
     def _configure_zero_optimizer(self, optimizer):
         return SparseZeroOptimizer(super()._configure_zero_optimizer(None))
@@ -199,7 +199,7 @@ def build_engine(
     config = DeepSpeedConfig(ds_config)
     engine = SparseEngine(args=None, model=model, config=ds_config, config_class=config)
     itemsize = next(model.parameters()).element_size()
-    engine.gathers = Gathers(engine.optimizer.offload.get_param_coordinator(), itemsize)
+    engine.gathers = GatherCounter(engine.optimizer.offload.get_param_coordinator(), itemsize)
     # Small weights stay gathered ("persistent") and would go stale when their shard changes.
     for linear in targets.values():
         linear.weight.ds_persist = False

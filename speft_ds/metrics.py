@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from speft_ds import distributed, lifeline
@@ -36,13 +34,6 @@ class Timings(dict[str, float]):
             yield
         finally:
             self[name] = self.get(name, 0.0) + time.perf_counter() - start
-
-
-def peak_memory_gib() -> float:
-    """Highest memory so far: allocated on the GPU (while training: since its start), or resident on a CPU."""
-    if distributed.device().type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
 class MetricsLog:

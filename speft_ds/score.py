@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from speft_ds import distributed
+from speft_ds import distributed, peak_memory
 from speft_ds.base import Base
 from speft_ds.files import write_json
 from speft_ds.machine import machine, versions
 from speft_ds.mask import save_mask
-from speft_ds.metrics import Timings, peak_memory_gib, say
+from speft_ds.metrics import Timings, say
 from speft_ds.model import fingerprint
 from speft_ds.plots import mask_heat_map
 from speft_ds.recipe import without_training
@@ -55,7 +55,7 @@ def run(recipe: Recipe) -> None:
         start_folder(recipe)
         save_mask(folder / MASK_FILE, mask, facts)
         mask_heat_map(folder / "mask.png", mask, f"{recipe.name}: density by {recipe.mask.salience}")
-        memory = {"peak_memory_gib": peak_memory_gib()}
+        memory = {"peak_memory_gib": peak_memory.peak_gib()}
         write_json(folder / "score.json", {**facts, "mask": mask.facts(), "timings_s": timings, **memory})
         print_mask_table(mask)
 

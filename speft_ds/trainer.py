@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from speft_ds import account, distributed, lifeline, stop
+from speft_ds import account, distributed, lifeline, peak_memory, stop
 from speft_ds.adapter import save_adapter
 from speft_ds.adapter.format import tensors_sha256
 from speft_ds.base import Base
@@ -27,7 +27,7 @@ from speft_ds.evaluation.rounds import Moment, Round, rounds_of
 from speft_ds.held_out import HeldOut
 from speft_ds.machine import machine, versions
 from speft_ds.mask import Mask, read_mask
-from speft_ds.metrics import MetricsLog, Timings, peak_memory_gib, say
+from speft_ds.metrics import MetricsLog, Timings, say
 from speft_ds.monitor import Monitor
 from speft_ds.preflight import mask_file
 from speft_ds.resume import Start
@@ -78,7 +78,7 @@ class Trainer:
         check_steps(recipe, self.num_steps)
         with self.timings.stage("model"):
             self.loaded, facts = self._read_mask()
-            self.process_bytes = account.held_now()
+            self.process_bytes = peak_memory.held()
             self.base.load(self.loaded)
         if self.loaded is not None:
             check_loaded_mask(recipe, self.base, self.loaded, facts)
@@ -257,10 +257,10 @@ class Trainer:
         self._restore_random_states()
         self.votes.restart()
         self.engine.train()
-        account.restart_peak()
+        peak_memory.restart()
         with self.timings.stage("training"), closing(log):
             for step in range(self.first_step, self.num_steps):
-                values = {**self.train_step(step), "peak_memory_gib": peak_memory_gib()}
+                values = {**self.train_step(step), "peak_memory_gib": peak_memory.peak_gib()}
                 values |= self._measure(step + 1)
                 log.log(values)
                 self._keep(step + 1, log, values.get("held_out_loss"))

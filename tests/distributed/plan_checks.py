@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from distributed.reference import make_trainer
-from speft_ds import account, distributed
-from speft_ds.gathers import BACKWARD, FORWARD, RECOMPUTE
+from speft_ds import distributed, peak_memory
+from speft_ds.plan.gathers import BACKWARD, FORWARD, RECOMPUTE
 from speft_ds.schema import Recipe
 
 
@@ -25,14 +25,14 @@ def check_gathers(recipe: Recipe) -> dict:
 def check_memory(recipe: Recipe) -> dict[str, int]:
     """Peak bytes of this process while it scores and while it trains; a fresh process measures best."""
     trainer = make_trainer(recipe)
-    account.restart_peak()
+    peak_memory.restart()
     trainer.choose_mask()
-    scoring = account.peak()
-    account.restart_peak()
+    scoring = peak_memory.peak()
+    peak_memory.restart()
     trainer.engine.train()
     for step in range(recipe.train.steps):
         trainer.train_step(step)
-    return {"scoring": scoring, "training": account.peak()}
+    return {"scoring": scoring, "training": peak_memory.peak()}
 
 
 def check_account(recipe: Recipe) -> dict:

@@ -11,14 +11,15 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
+from speft_ds.plan.gathers import BACKWARD, FORWARD, RECOMPUTE
+
 _GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
 _AVAILABLE = (
     "_PartitionedParameterCoordinator__n_available_params"  # elements gathered since the forward began
 )
-FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
 
 
-class Gathers:
+class GatherCounter:
     """Counts what a coordinator of ZeRO-3 gathers from here on, of weights of `itemsize` bytes an element.
 
     Attributes:

@@ -17,6 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
+from speft_ds import distributed
 from speft_ds.gather_counter import GatherCounter
 from speft_ds.layer_input import PASSING
 from speft_ds.optimizer import Clip, FlatOptimizer, global_norm
@@ -25,8 +26,11 @@ from speft_ds.sparse import SparseState
 
 OnGradient = Callable[[Tensor], Tensor | None]
 
-# The autograd functions by which ZeRO-3 hooks into the backward of every module.
-PASSING.update({"PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBackward"})
+# The autograd functions by which ZeRO-3 hooks into the backward of every module, and what stands for them on
+# a lone rank.
+PASSING.update(
+    {"PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBackward", "AliasBackward0"}
+)
 
 
 def shard_of(parameter: nn.Parameter) -> Tensor:
@@ -76,6 +80,7 @@ class SparseZeroOptimizer(ZeROOptimizer):
         self.clip: Clip | None = None
         self.overflow = False  # whether the last step was skipped, which DeepSpeed looks for
         self.discard = False  # whether to skip the next one
+        self.is_whole = False  # whether no weight is ever gathered or released
         self._global_grad_norm = 0.0
 
     def __getattr__(self, name):
@@ -90,7 +95,27 @@ class SparseZeroOptimizer(ZeROOptimizer):
         self.state, self.optimizer, self.clip, self.weights = state, optimizer, clip, weights
         self.on_gradient = on_gradient
 
+    def keep_whole(self) -> None:
+        """Have weights that are whole on this rank stay so, and ZeRO-3 not look for them at every module.
+
+        They are views of the shards, in which they are trained. A hook on the whole model makes views again
+        of those that were released since its last forward.
+        """
+        self.is_whole = True
+        self.offload._remove_module_hooks()
+
+        def before_forward(module: nn.Module, inputs) -> None:
+            released = [p for p in module.parameters() if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+            if released:
+                released[0].all_gather_coalesced(released).wait()
+
+        self.offload.module.register_forward_pre_hook(before_forward, prepend=True)
+        for module in self.offload.module.modules():
+            module.register_forward_pre_hook(_sum_apart)
+
     def backward_epilogue(self, **kwargs) -> None:
+        if self.is_whole:
+            return
         # A backward ends at the lowest layer that is trained, and the hooks of what takes no gradient never
         # fire. What was gathered for them, or is on its way, would otherwise stay.
         self.offload.release_backward_leftovers()
@@ -123,7 +148,8 @@ class SparseZeroOptimizer(ZeROOptimizer):
             self._global_grad_norm = global_norm(gradient)
         self.clip(gradient, self._global_grad_norm, self.state.slices)
         self.optimizer.step(active=active)
-        release(self.weights)
+        if not self.is_whole:
+            release(self.weights)
         self.state.write_through()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -205,6 +231,9 @@ def build_engine(
         linear.weight.ds_persist = False
     offload = engine.optimizer.offload
     offload.persistent_parameters = [p for p in offload.persistent_parameters if p.ds_persist]
+    is_here = all(shard_of(p).device.type == engine.device.type for p in model.parameters())
+    if distributed.world_size() == 1 and is_here:
+        engine.optimizer.keep_whole()
     if walks_all_layers:
         # After DeepSpeed's hooks, so that they see an output without gradient and do not gather the
         # embedding again in the backward.
@@ -217,6 +246,12 @@ def build_engine(
 def require_grad(module: nn.Module, inputs, output: Tensor) -> Tensor:
     """Forward hook of the embedding: its output needs a gradient, so that autograd walks the layers."""
     return output.requires_grad_(True) if torch.is_grad_enabled() else output
+
+
+def _sum_apart(module: nn.Module, inputs: tuple) -> tuple:
+    # What a module's uses of its input add up to, is added to what others' do: so it is behind ZeRO-3's hooks,
+    # and scores have the same bits on one rank as on several.
+    return tuple(torch.ops.aten.alias(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs)
 
 
 def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

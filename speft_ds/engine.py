@@ -249,8 +249,8 @@ def require_grad(module: nn.Module, inputs, output: Tensor) -> Tensor:
 
 
 def _sum_apart(module: nn.Module, inputs: tuple) -> tuple:
-    # What a module's uses of its input add up to, is added to what others' do: so it is behind ZeRO-3's hooks,
-    # and scores have the same bits on one rank as on several.
+    # What a module's own uses of its input add up to is added to what others' do, as behind ZeRO-3's hooks:
+    # scores have the same bits on one rank as on several.
     return tuple(torch.ops.aten.alias(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs)
 
 

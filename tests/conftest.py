@@ -20,6 +20,9 @@ os.environ["TORCH_EXTENSIONS_DIR"] = str(ROOT / ".torch_extensions")
 for lock in (ROOT / ".torch_extensions").glob("*/lock"):
     lock.unlink()
 
+# `make test` runs two at a time, and ranks beside them: more threads than cores are several times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # As in an activated environment. Ranks and launched runs compile DeepSpeed's op with one ninja: two ninjas
 # of different versions would each compile it anew, half a minute whenever they take turns.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -9,13 +9,24 @@ from torch import Tensor
 
 from speft_ds.kernels.transpose import SharedTranspose, transpose
 
+# Of one product, at most: what is longer falls out of the cache before it is used again.
+TOKENS, INPUT_BYTES = 1024, 6 * 2**20
+
 
 def transpose_fp32(x: Tensor) -> Tensor:
     """[..., features] -> [features, tokens] fp32: transposed first, while it is narrow."""
     return transpose(x).float()
 
 
-shared_transpose = SharedTranspose(transpose_fp32)
+def split_tokens(x: Tensor, in_features: int) -> tuple[Tensor, ...]:
+    """[..., features], input or gradient of a layer -> views [tokens of one product, features]."""
+    flat = x.reshape(-1, x.shape[-1])
+    num_tokens = flat.shape[0]
+    num_parts = max(1, -(-num_tokens // TOKENS), -(-4 * num_tokens * in_features // INPUT_BYTES))
+    return flat.chunk(num_parts)
+
+
+shared_transpose = SharedTranspose(lambda x: [transpose_fp32(part) for part in split_tokens(x, x.shape[-1])])
 
 
 class SampledGradient:
@@ -43,5 +54,8 @@ class SampledGradient:
             )
 
     def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
-        x_t, grad_t = shared_transpose(x), transpose_fp32(grad_y)
-        return torch.sparse.sampled_addmm(self.pattern, grad_t, x_t.t(), beta=0.0).values()
+        total = None
+        for x_t, part in zip(shared_transpose(x), split_tokens(grad_y, x.shape[-1]), strict=True):
+            product = torch.sparse.sampled_addmm(self.pattern, transpose_fp32(part), x_t.t(), beta=0.0)
+            total = product.values() if total is None else total.add_(product.values())
+        return total

@@ -264,11 +264,13 @@ def _sink(one: Pass, linear: nn.Linear) -> Sink:
 
 
 def _hold_sampled(x: Tensor, grad_y: Tensor, num_entries: int) -> None:
-    """kernels/sampled.py: transposed copies in fp32, that of x shared; the pattern, copied."""
+    """kernels/sampled.py: transposed fp32 copies, that of x shared and whole; the pattern, copied; sums."""
+    parts = sampled.split_tokens(grad_y, x.shape[-1])
     _ = (
         sampled.shared_transpose(x),
-        sampled.transpose_fp32(grad_y),
+        sampled.transpose_fp32(parts[0]),
         torch.empty(num_entries, 2, dtype=torch.int32),
+        torch.empty(min(len(parts), 2) - 1, num_entries),
     )
 
 

@@ -30,7 +30,7 @@ def test_dense_reference_agrees(ranks, tiny, tmp_path, world_size, optimizer):
 
 
 @pytest.mark.parametrize("clip", ["global", "per_layer", "per_component"])
-@pytest.mark.parametrize(("optimizer", "world_size"), [("adamw", 2), ("sgd", 1), ("sgd", 2), ("sgd", 4)])
+@pytest.mark.parametrize(("optimizer", "world_size"), [("adamw", 2), ("sgd", 1), ("sgd", 4)])
 def test_clipping_is_that_of_dense_gradients(ranks, tiny, tmp_path, world_size, optimizer, clip):
     """In every mode some groups are above the norm and some below."""
     clip_norm = {"global": 1.0, "per_layer": 0.8, "per_component": 0.3}[clip]
@@ -44,8 +44,11 @@ def test_clipping_is_that_of_dense_gradients(ranks, tiny, tmp_path, world_size, 
 SPLITS = [(1, 8), (2, 2), (4, 1)]  # ranks, micro-batch
 
 
-@pytest.mark.parametrize("mask", [{}, PERIODIC, TOPK], ids=["static", "periodic", "grad_topk"])
-@pytest.mark.parametrize("optimizer", [SGD, LION, ADAMW_8BIT], ids=lambda optimizer: optimizer["name"])
+@pytest.mark.parametrize(
+    ("optimizer", "mask"),
+    [(SGD, {}), (SGD, TOPK), (LION, PERIODIC), (ADAMW_8BIT, {}), (ADAMW_8BIT, PERIODIC), (ADAMW_8BIT, TOPK)],
+    ids=lambda of: of.get("name") or of.get("schedule", "static"),
+)
 def test_world_size_and_split_are_no_input(ranks, tiny, tmp_path, optimizer, mask):
     """Equal to the order of sums; 8 bits are rounded in blocks, which depend on the ranks."""
     runs, adapters = [], []
@@ -71,15 +74,12 @@ def test_world_size_and_split_are_no_input(ranks, tiny, tmp_path, optimizer, mas
 
 CASES = {  # optimizer, mask, step to stop after
     "static": (ADAMW_8BIT, {}, 4),
-    "paged": ({**ADAMW_8BIT, "name": "paged_adamw_8bit"}, {}, 4),
-    "periodic before its first change": (ADAMW_8BIT, PERIODIC, 3),
     "periodic after two changes": (ADAMW_8BIT, PERIODIC, 9),
     "drop_grow within a window": (ADAMW_8BIT, SFT_AG, 9),
     "grad_topk": (ADAMW_8BIT, TOPK, 5),
     "half": (ADAMW_8BIT, HALF, 4),
     "sgd": (SGD, SFT_AG, 6),
     "sgd without momentum": ({**SGD, "momentum": 0.0}, PERIODIC, 6),
-    "lion": (LION, PERIODIC, 6),
     "lion and half": (LION, HALF, 4),
 }
 STEPS = 14

@@ -5,7 +5,7 @@ import torch
 
 from speft_ds.errors import UserError
 from speft_ds.granularity import Units
-from speft_ds.kernels import available_backends, make_backend
+from speft_ds.kernels import available_backends, make_backend, sampled
 
 BACKENDS = available_backends(torch.device("cpu"))
 
@@ -27,6 +27,19 @@ def test_backend_equals_the_dense_gradient(name, dtype, shape, density):
     values = backend(x, grad_y)
     assert values.dtype == torch.float32 and values.shape == (count,)
     assert torch.allclose(values.double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "columns", "num_parts"),
+    [((2, 700), 53, 2), ((1, 1024), 53, 1), ((3, 1025), 53, 4), ((1, 0), 53, 1), ((5, 205), 3001, 2)],
+)
+def test_long_sequences_and_wide_inputs_are_multiplied_in_parts(dtype, shape, columns, num_parts):
+    _, backend = make_backend("sampled", index := entries(0.1, (37, columns)), (37, columns))
+    x, grad_y = torch.randn(*shape, columns).to(dtype), torch.randn(*shape, 37).to(dtype)
+    assert len(sampled.split_tokens(grad_y, columns)) == num_parts
+    expected = (grad_y.double().flatten(0, 1).t() @ x.double().flatten(0, 1)).view(-1)[index.long()]
+    assert torch.allclose(backend(x, grad_y).double(), expected, atol=1e-3)
 
 
 def entries(density: float, shape: tuple[int, int] = (40, 50)) -> torch.Tensor:
@@ -62,11 +75,10 @@ def test_a_backend_for_something_else_is_refused(name):
 
 
 def test_a_transposed_input_is_shared_and_goes_with_it():
-    from speft_ds.kernels.sampled import shared_transpose
-
+    shared_transpose = sampled.shared_transpose
     x, other = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
     first = shared_transpose(x)
-    assert first is shared_transpose(x) and torch.equal(first, x.view(10, 4).t())
+    assert first is shared_transpose(x) and torch.equal(first[0], x.view(10, 4).t())
     assert shared_transpose(other) is not first
     del other
     assert shared_transpose.copy is None

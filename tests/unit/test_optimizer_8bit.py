@@ -71,7 +71,7 @@ def test_a_run_is_close_to_bitsandbytes_own(decades, limit):
 
 
 def test_an_entry_without_gradient_stays_bit_for_bit():
-    start, end = (run(lambda delta: ours(delta, weight_decay=0.0), steps) for steps in (0, 500))
+    start, end = (run(lambda delta: ours(delta, weight_decay=0.0), steps) for steps in (0, 200))
     assert bits(end[::7]) == bits(start[::7])
     assert (end != start).sum() == LENGTH - len(range(0, LENGTH, 7))
 

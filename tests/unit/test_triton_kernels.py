@@ -66,15 +66,16 @@ def compare(interpreter, index, shape, tokens, dtype="bfloat16", **options):
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (64, 1), (1, 33), (37, 53), (70, 301)])
+@pytest.mark.parametrize("shape", [(1, 1), (64, 1), (1, 33), (37, 53), (70, 301)])
 @pytest.mark.parametrize("density", [0.0, 0.01, 1.0])
 def test_entries_equal_the_dense_gradient(interpreter, shape, dtype, density):
     compare(interpreter, choose(shape, density), shape, 19, dtype)
 
 
 @needs_triton
-@pytest.mark.parametrize("tokens", [0, 1, 63, 64, 65, 200])
-@pytest.mark.parametrize("rows", [16, 32, 64])
+@pytest.mark.parametrize(
+    ("tokens", "rows"), [(0, 32), (1, 16), (63, 64), (64, 32), (65, 16), (65, 64), (200, 16), (200, 32)]
+)
 def test_any_number_of_tokens_and_every_group_size(interpreter, tokens, rows):
     _, facts = compare(interpreter, choose((90, 75), 0.07, torch.int64), (90, 75), tokens, rows=rows)
     assert facts["rows"] == rows and facts["segments"] > 1

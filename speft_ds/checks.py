@@ -11,6 +11,7 @@ from speft_ds.checkpoint.folder import CHECKPOINTS, Checkpoint
 from speft_ds.data.corpus import Corpus
 from speft_ds.errors import UserError
 from speft_ds.mask import Mask
+from speft_ds.plan.plan import checkpoint_entry
 from speft_ds.schema import Recipe
 from speft_ds.selection import least_wanted
 
@@ -92,10 +93,8 @@ def check_space(recipe: Recipe, base: Base, num_steps: int) -> None:
     if train.checkpoint_every is None:
         return
     number = train.keep_last + 1 + (num_steps // train.keep_every if train.keep_every else 0)
-    has_ages = recipe.mask.schedule != "static" or recipe.mask.layer_gate != "none"
-    per_entry = 20 if has_ages else 16
     num_trained = base.num_trainable + sum(head.weight.ds_numel for head in base.heads.values())
-    needed = number * per_entry * num_trained
+    needed = number * checkpoint_entry(recipe) * num_trained
 
     def check() -> None:
         there = sum(file.stat().st_size for file in (folder / CHECKPOINTS).rglob("*") if file.is_file())

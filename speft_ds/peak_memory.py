@@ -34,7 +34,7 @@ def restart() -> None:
 
 
 def peak() -> int:
-    """The most that was held since `restart`."""
+    """The most that was held since `restart`, or since the process began where that cannot be restarted."""
     if distributed.device().type == "cuda":
         return torch.cuda.max_memory_allocated()
     if STATUS.exists():

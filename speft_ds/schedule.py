@@ -74,9 +74,8 @@ class Schedule:
         self.first_mask = Mask({n: index.cpu() for n, index in mask.index.items()}, mask.shape)
         self.changes: list[dict] = []
         self.gate = LayerGate(self.recipe, training.recipe.seed, list(mask.shape))
-        ages = self.recipe.schedule != "static" or self.recipe.layer_gate != "none"
         self.state = self._make_state(mask)
-        self.optimizer = make_optimizer(self.state.delta, training.recipe.optimizer, ages)
+        self.optimizer = make_optimizer(self.state.delta, training.recipe.optimizer, self.recipe.has_ages)
         self.lr_schedule = make_lr_schedule(self.optimizer, training.recipe.optimizer, training.num_steps)
         self._attach()
 

@@ -215,7 +215,7 @@ def optimizer_state(setup: Setup, ranks: str) -> list[Line]:
         lines = [Line("8-bit Adam moments", 2 * slots + 8 * slots // MOMENT_BLOCK, formula)]
         if mask.schedule in ("periodic", "drop_grow"):
             lines.append(Line("slots", 4 * slots, f"{ranks} x 4 B (from the first change of the mask)"))
-    if mask.schedule != "static" or mask.layer_gate != "none":
+    if mask.has_ages:
         lines.append(Line("ages", 4 * own, f"{ranks} x 4 B"))
     return lines
 

@@ -173,6 +173,11 @@ class Mask(Section):
         return self.load is None or self.schedule == "periodic"
 
     @property
+    def has_ages(self) -> bool:
+        """Whether entries differ in how often they stepped, so that each has its own count."""
+        return self.schedule != "static" or self.layer_gate != "none"
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether the weights are scored by a metric that is computed from rows."""
         return self.is_scored and self.salience in NEEDS_DATA

@@ -52,12 +52,12 @@ class Clock:
         self.rounds: dict[str, list[float]] = {}
 
     def time(self, name: str, work: Callable):
-        from speft_ds import distributed
+        from speft_ds.comm import collectives
 
-        distributed.barrier()
+        collectives.barrier()
         start = time.perf_counter()
         result = work()
-        distributed.barrier()
+        collectives.barrier()
         self.rounds.setdefault(name, []).append(time.perf_counter() - start)
         return result
 
@@ -71,7 +71,7 @@ class Clock:
 
 def measure(base: Base, recipe: Recipe, rounds: int) -> tuple[dict, str]:
     """What is found, and a line that says on how many rows."""
-    from speft_ds import distributed
+    from speft_ds.comm import collectives
     from speft_ds.engine import require_grad
     from speft_ds.machine import machine, versions
     from speft_ds.salience import score
@@ -106,7 +106,7 @@ def measure(base: Base, recipe: Recipe, rounds: int) -> tuple[dict, str]:
     }
     batch, dtype = recipe.mask.calibration_batch, recipe.model.dtype
     how = f"{len(scorer.calibration.rows)} rows, {num_tokens:,} tokens in batches of {batch}, {dtype}"
-    return result, f"{how}, {distributed.world_size()} rank(s)"
+    return result, f"{how}, {collectives.world_size()} rank(s)"
 
 
 def main() -> None:
@@ -116,15 +116,15 @@ def main() -> None:
     use_all_cores()
     from markdown import print_table
 
-    from speft_ds import distributed
     from speft_ds.base import Base
+    from speft_ds.comm import collectives
     from speft_ds.files import write_json
     from speft_ds.metrics import Timings
     from speft_ds.recipe import without_training
 
     recipe = checked_recipe("score", arguments.recipe, overrides, 1)
-    distributed.init()
-    base = Base(without_training(recipe, distributed.world_size()), Timings())
+    collectives.init()
+    base = Base(without_training(recipe, collectives.world_size()), Timings())
     base.read_calibration_rows(None)
     base.load()
     result, how = measure(base, recipe, rounds)
@@ -136,8 +136,8 @@ def main() -> None:
         write_json(arguments.json, result)
         print(f"\n{arguments.json}")
 
-    distributed.on_rank_0(report)
-    distributed.barrier()
+    collectives.run_on_rank0(report)
+    collectives.barrier()
 
 
 if __name__ == "__main__":

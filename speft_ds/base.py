@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from speft_ds import distributed
 from speft_ds.calibration import CalibrationSet, Scorer
+from speft_ds.comm import collectives
+from speft_ds.comm.collectives import log_rank0
 from speft_ds.data.corpus import Corpus
 from speft_ds.data.order import SampleOrder, hash_seed
 from speft_ds.data.prepare import prepare
@@ -22,7 +23,7 @@ from speft_ds.engine import build_engine
 from speft_ds.errors import UserError
 from speft_ds.linear import adapt, feeding
 from speft_ds.mask import Mask
-from speft_ds.metrics import Timings, say
+from speft_ds.metrics import Timings
 from speft_ds.model import (
     check_shapes,
     fill_head,
@@ -87,11 +88,13 @@ class Base:
         where = where or recipe.where_rows
         request = Request(section, recipe.model.name_or_path, self.classifies, recipe.seed, where)
         if section.select == "ifd":
-            say("note: scoring rows takes long on a CPU; `speft data RECIPE` does it ahead of a run")
+            log_rank0("note: scoring rows takes long on a CPU; `speft data RECIPE` does it ahead of a run")
         made: list[Corpus] = []
-        distributed.first_on_each_node(lambda: made.append(prepare(request, lambda: self.tokenizer, say)))
-        corpus = made[0] if made else prepare(request, lambda: self.tokenizer, say)
-        if not distributed.same_on_all_ranks(corpus.facts["sha256"]):
+        collectives.local_rank0_first(
+            lambda: made.append(prepare(request, lambda: self.tokenizer, log_rank0))
+        )
+        corpus = made[0] if made else prepare(request, lambda: self.tokenizer, log_rank0)
+        if not collectives.same_on_all_ranks(corpus.facts["sha256"]):
             fix = "have one copy of the data and of the tokenizer for all nodes, or the same everywhere"
             raise UserError("the ranks' nodes have different rows", where(0), fix)
         return corpus
@@ -146,7 +149,7 @@ class Base:
             UserError: the model cannot be loaded, or does not fit the recipe.
         """
         recipe = self.recipe
-        ds_config = load_ds_config(recipe, distributed.world_size())
+        ds_config = load_ds_config(recipe, collectives.world_size())
         if self.classifies and self.classes is None:
             fix = "data.labels=[...], the names of the classes"
             raise UserError("without rows nobody knows the classes", "data.labels", fix)
@@ -156,7 +159,7 @@ class Base:
         self.targets = self._find_targets(model, loaded)
         values = model.config.to_dict().items()
         if dropout := {name: value for name, value in values if "drop" in name and value}:
-            say(f"note: the model trains with dropout {dropout}: other world sizes draw other masks")
+            log_rank0(f"note: the model trains with dropout {dropout}: other world sizes draw other masks")
         if recipe.train.activation_checkpointing != "none":
             reentrant = recipe.train.activation_checkpointing == "reentrant"
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})

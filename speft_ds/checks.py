@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from speft_ds import distributed
 from speft_ds.base import Base
 from speft_ds.checkpoint.folder import CHECKPOINTS, Checkpoint
+from speft_ds.comm import collectives
 from speft_ds.data.corpus import Corpus
 from speft_ds.errors import UserError
 from speft_ds.mask import Mask
@@ -103,4 +103,4 @@ def check_space(recipe: Recipe, base: Base, num_steps: int) -> None:
             what = f"{number} checkpoints need {needed:,} bytes, the disk has {free:,}"
             raise UserError(what, str(folder), "free space, another output_dir, or train.keep_last=1")
 
-    distributed.on_rank_0(check)
+    collectives.run_on_rank0(check)

@@ -17,7 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.gather_counter import GatherCounter
 from speft_ds.layer_input import PASSING
 from speft_ds.optimizer import Clip, FlatOptimizer, global_norm
@@ -232,7 +232,7 @@ def build_engine(
     offload = engine.optimizer.offload
     offload.persistent_parameters = [p for p in offload.persistent_parameters if p.ds_persist]
     is_here = all(shard_of(p).device.type == engine.device.type for p in model.parameters())
-    if distributed.world_size() == 1 and is_here:
+    if collectives.world_size() == 1 and is_here:
         engine.optimizer.keep_whole()
     if walks_all_layers:
         # After DeepSpeed's hooks, so that they see an output without gradient and do not gather the

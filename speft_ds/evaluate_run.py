@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from speft_ds import distributed, lifeline
 from speft_ds.adapter.apply import another_base, check_weights, with_delta
 from speft_ds.adapter.format import Adapter, tensors_sha256
 from speft_ds.base import Base
 from speft_ds.checks import check_chat_template
+from speft_ds.comm import collectives, watchdog
+from speft_ds.comm.collectives import log_rank0
 from speft_ds.engine import full_shape, own_elements, own_range, release
 from speft_ds.errors import UserError
 from speft_ds.evaluation.evaluation import Evaluation, Scored
@@ -20,7 +21,7 @@ from speft_ds.evaluation.files import has_scored, keep_scores
 from speft_ds.evaluation.rounds import Round
 from speft_ds.evaluation.scores import main_scores
 from speft_ds.mask import read_mask
-from speft_ds.metrics import Timings, say
+from speft_ds.metrics import Timings
 from speft_ds.preflight import mask_file
 from speft_ds.recipe import without_training
 from speft_ds.schema import Eval, Recipe
@@ -74,9 +75,9 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     Raises:
         UserError: anything that the user can mend; the same on every rank.
     """
-    distributed.init(recipe.train.timeout_minutes + 1)
-    distributed.connect_lifeline(recipe.train.timeout_minutes, lambda: "start it again")
-    base = Base(without_training(recipe, distributed.world_size()), Timings())
+    collectives.init(recipe.train.timeout_minutes + 1)
+    collectives.start_watchdog(recipe.train.timeout_minutes, lambda: "start it again")
+    base = Base(without_training(recipe, collectives.world_size()), Timings())
     check_chat_template(recipe, base)
     evaluation = Evaluation(recipe, base.tokenizer)
     base.load(read_mask(mask_file(recipe.mask.load))[0] if recipe.mask.load else None)
@@ -85,11 +86,11 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     folder = Path(recipe.output_dir) / "eval"
     rounds = rounds_to_score(recipe.eval, _name_of(adapter))
     of = base.scored_model(tensors_sha256(adapter))
-    rounds = distributed.broadcast_object([_with_free_label(folder, round, of, recipe) for round in rounds])
+    rounds = collectives.broadcast_object([_with_free_label(folder, round, of, recipe) for round in rounds])
     for scored in evaluation.run(base.engine.module, rounds, of):
-        distributed.on_rank_0(partial(_keep, folder, scored, recipe.eval))
-    distributed.barrier()
-    lifeline.close()
+        collectives.run_on_rank0(partial(_keep, folder, scored, recipe.eval))
+    collectives.barrier()
+    watchdog.close()
 
 
 def _name_of(adapter: Path | None) -> str:
@@ -111,5 +112,5 @@ def _with_free_label(folder: Path, round: Round, of: dict, recipe: Recipe) -> Ro
 def _keep(folder: Path, scored: Scored, recipe: Eval) -> None:
     keep_scores(folder, scored, recipe)
     for score in main_scores(scored.document):
-        say(f"{score.name}: {score.text}, {score.num_documents} documents")
-    say(str(folder / f"{scored.document['label']}.json"))
+        log_rank0(f"{score.name}: {score.text}, {score.num_documents} documents")
+    log_rank0(str(folder / f"{scored.document['label']}.json"))

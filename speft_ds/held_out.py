@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from speft_ds import distributed, lifeline
 from speft_ds.base import Base
+from speft_ds.comm import collectives, watchdog
 from speft_ds.data.batch import collate
 
 
@@ -33,14 +33,14 @@ class HeldOut:
         forwards as the others, as ZeRO-3 demands.
         """
         module, size = self.base.engine.module, self.base.recipe.eval.batch_size
-        rank, world_size, device = distributed.rank(), distributed.world_size(), distributed.device()
+        rank, world_size, device = collectives.rank(), collectives.world_size(), collectives.device()
         by_length = sorted(self.rows, key=lambda row: -len(row.ids))
         batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
         sums = torch.zeros(len(batches), dtype=torch.float64, device=device)
         was_training = module.training
         module.eval()
         for first in range(0, len(batches), world_size):
-            lifeline.beat(f"held-out batch {first + 1} of {len(batches)}")
+            watchdog.heartbeat(f"held-out batch {first + 1} of {len(batches)}")
             number = first + rank
             rows = batches[number] if number < len(batches) else batches[0][:1]
             value = self.base.loss(module, collate(rows, self.base.pad_id, device))
@@ -48,5 +48,5 @@ class HeldOut:
                 sums[number] = value
         module.train(was_training)
         # Summed in one order whatever the number of ranks.
-        total = distributed.all_reduce(sums).cpu().sum().item()
+        total = collectives.all_reduce(sums).cpu().sum().item()
         return total / sum(row.num_labels for row in by_length)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from speft_ds import distributed, peak_memory
+from speft_ds import peak_memory
 from speft_ds.base import Base
+from speft_ds.comm import collectives
+from speft_ds.comm.collectives import log_rank0
 from speft_ds.files import write_json
 from speft_ds.machine import machine, versions
 from speft_ds.mask import save_mask
-from speft_ds.metrics import Timings, say
+from speft_ds.metrics import Timings
 from speft_ds.model import fingerprint
 from speft_ds.plots import mask_heat_map
 from speft_ds.recipe import without_training
@@ -28,11 +30,11 @@ def run(recipe: Recipe) -> None:
         UserError: anything that the user can mend; the same on every rank.
         RuntimeError: the weights are not what they were before.
     """
-    distributed.init()
-    distributed.on_rank_0(lambda: check_output_dir(recipe))
+    collectives.init()
+    collectives.run_on_rank0(lambda: check_output_dir(recipe))
     timings = Timings()
     with timings.stage("data"):
-        base = Base(without_training(recipe, distributed.world_size()), timings)
+        base = Base(without_training(recipe, collectives.world_size()), timings)
         base.read_calibration_rows(None)
     with timings.stage("model"):
         base.load()
@@ -45,7 +47,7 @@ def run(recipe: Recipe) -> None:
         "granularity": recipe.mask.granularity,
         "budget": recipe.mask.budget,
         **base.identity(),
-        "world_size": distributed.world_size(),
+        "world_size": collectives.world_size(),
         "versions": versions(),
         "machine": machine(),
     }
@@ -59,11 +61,11 @@ def run(recipe: Recipe) -> None:
         write_json(folder / "score.json", {**facts, "mask": mask.facts(), "timings_s": timings, **memory})
         print_mask_table(mask)
 
-    distributed.on_rank_0(write)
-    say(
+    collectives.run_on_rank0(write)
+    log_rank0(
         f"{mask.num_trainable:,} of {mask.num_target_elements:,} entries (density {mask.density:.4%}) "
         f"by {recipe.mask.salience}, sha256 {mask.sha256[:12]}; base unchanged, {base.fingerprint[:12]}"
     )
-    say(f"salience {timings['salience']:.2f} s, selection {timings['selection']:.2f} s")
-    say(f"{folder / MASK_FILE}: train it with mask.load={folder / MASK_FILE}")
-    distributed.barrier()
+    log_rank0(f"salience {timings['salience']:.2f} s, selection {timings['selection']:.2f} s")
+    log_rank0(f"{folder / MASK_FILE}: train it with mask.load={folder / MASK_FILE}")
+    collectives.barrier()

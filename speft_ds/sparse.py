@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from speft_ds import distributed
 from speft_ds.checkpoint.parts import Table
+from speft_ds.comm import collectives
 from speft_ds.gradient import Options, SparseGradient
 from speft_ds.mask import Mask
 from speft_ds.partition import index_dtype, locate, shard_range
@@ -78,8 +78,8 @@ class SparseState:
     ):
         self.mask, self.heads = mask, heads or {}
         mask = self.trained = with_heads(mask, self.heads)
-        self.rank, self.world_size = distributed.rank(), distributed.world_size()
-        self.device = distributed.device()
+        self.rank, self.world_size = collectives.rank(), collectives.world_size()
+        self.device = collectives.device()
         self.shards = {name: shards[name] for name in mask.shape}
         self.gradient = SparseGradient(mask, self.device, options)
         self.layout = self.gradient.layout
@@ -143,7 +143,7 @@ class SparseState:
             ]
             lengths = [stop - start for start, stop in ranges]
             own = self.shards[name][: lengths[self.rank]].to(self.device)
-            whole[name] = torch.cat(distributed.all_gather_padded(own, lengths)).view(shape)
+            whole[name] = torch.cat(collectives.all_gather_padded(own, lengths)).view(shape)
         return whole
 
     def _by_weight(self, key: Tensor) -> dict[str, Tensor]:
@@ -208,7 +208,7 @@ class SparseState:
 
 def spans_of(numel: dict[str, int]) -> dict[str, tuple[int, int]]:
     """Weight -> [start, stop) of the global flat indices that are this rank's."""
-    rank, world_size = distributed.rank(), distributed.world_size()
+    rank, world_size = collectives.rank(), collectives.world_size()
     return {name: shard_range(count, rank, world_size) for name, count in numel.items()}
 
 

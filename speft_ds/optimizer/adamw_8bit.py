@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from speft_ds.metrics import say
+from speft_ds.comm.collectives import log_rank0
 from speft_ds.optimizer.adamw import advance_adamw, zero_age
 from speft_ds.optimizer.blockwise import BLOCK, Blockwise, paged_memory, plain_memory, slots_of
 from speft_ds.optimizer.flat import FlatOptimizer, Saved
@@ -47,7 +47,9 @@ class AdamW8bit(FlatOptimizer):
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(delta, settings, {"age": zero_age(delta, ages)})
         if is_paged and delta.device.type != "cuda":
-            say("note: optimizer.name=paged_adamw_8bit: only a GPU has paged memory; ordinary memory is used")
+            log_rank0(
+                "note: optimizer.name=paged_adamw_8bit: only a GPU has paged memory; ordinary memory is used"
+            )
             is_paged = False
         self.allocate = paged_memory if is_paged else plain_memory
         self._make_moments(-(-delta.numel() // BLOCK))

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.tables import place
 
 
 def global_norm(gradient: Tensor) -> float:
     """L2 norm of the gradient over the entries of all ranks; each rank passes its own part."""
     squared = torch.linalg.vector_norm(gradient, dtype=torch.float64).square().reshape(1)
-    return math.sqrt(distributed.all_reduce(squared).item())
+    return math.sqrt(collectives.all_reduce(squared).item())
 
 
 def clip_factor(norm: float, clip_norm: float | None) -> float:
@@ -54,7 +54,7 @@ class Clip:
         for name, own in slices.items():
             norm = torch.linalg.vector_norm(gradient[own], dtype=torch.float64)
             squared[number[keys[name]]] += norm.square()
-        norms = distributed.all_reduce(squared).sqrt().tolist()
+        norms = collectives.all_reduce(squared).sqrt().tolist()
         for name, own in slices.items():
             gradient[own].mul_(clip_factor(norms[number[keys[name]]], self.clip_norm))
 

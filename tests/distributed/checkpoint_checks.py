@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from distributed.reference import whole_weights
-from speft_ds import distributed
 from speft_ds.checkpoint.folder import look_at
 from speft_ds.checkpoint.parts import Parts
+from speft_ds.comm import collectives
 from speft_ds.resume import Start
 from speft_ds.schema import Recipe
 from speft_ds.trainer import Trainer
@@ -35,9 +35,9 @@ def run_piece(recipe: Recipe, stop: int, checkpoint: Path | None = None) -> dict
     trainer.writer.start(stop, trainer._snapshot(), trainer._manifest(stop, None))
     trainer.writer.finish()
     trainer.save()
-    distributed.barrier()
+    collectives.barrier()
     weights = whole_weights(trainer.engine.module)
-    distributed.on_rank_0(lambda: torch.save(weights, trainer.folder / "weights.pt"))
+    collectives.run_on_rank0(lambda: torch.save(weights, trainer.folder / "weights.pt"))
     return {
         "ids": ids,
         "losses": losses,

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from distributed.reference import make_trainer, whole_weights
-from speft_ds import distributed
 from speft_ds.adapter import apply_adapter
+from speft_ds.comm import collectives
 from speft_ds.schema import Recipe
 
 HEAD = "score.weight"
@@ -82,7 +82,7 @@ def check_run(recipe: Recipe) -> dict:
     start = whole_weights(trainer.engine.module)[HEAD]
     losses = [trainer.train_step(step)["loss"] for step in range(recipe.train.steps)]
     trainer.save()
-    distributed.barrier()
+    collectives.barrier()
     trained = whole_weights(trainer.engine.module)
     model = apply_adapter(plain_classifier(recipe, len(trainer.base.classes)), trainer.folder / "adapter")
     for name, parameter in model.named_parameters():

@@ -14,8 +14,8 @@ from torch import Tensor
 from distributed import dense_scores
 from distributed.dense_scores import Llama, Weights
 from distributed.reference import make_trainer, plain_model, whole_weights
-from speft_ds import distributed
 from speft_ds.calibration import Scorer
+from speft_ds.comm import collectives
 from speft_ds.data.order import permutation
 from speft_ds.data.rows import Row
 from speft_ds.engine import own_elements, shard_of
@@ -223,7 +223,7 @@ def check_bits(recipe: Recipe, changes: dict[str, dict]) -> dict[str, str]:
     for name, change in changes.items():
         digest = hashlib.sha256()
         for value in score(scorer_of(trainer, **change)).values():
-            for piece in distributed.all_gather_objects(value.numpy().tobytes()):
+            for piece in collectives.all_gather_objects(value.numpy().tobytes()):
                 digest.update(piece)
         hashes[name] = digest.hexdigest()
     return hashes

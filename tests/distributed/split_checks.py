@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from distributed.reference import make_trainer, plain_model, reference_loss
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.data.batch import collate
 from speft_ds.schema import Recipe
 
@@ -18,7 +18,7 @@ def first_step(recipe: Recipe) -> dict:
     trainer.engine.optimizer.on_gradient = lambda gradient: seen.append(gradient.clone())
     logged = trainer.train_step(0)
     (gradient,), state = seen, trainer.state
-    by_rank = distributed.all_gather_padded(gradient, state.layout.lengths)
+    by_rank = collectives.all_gather_padded(gradient, state.layout.lengths)
     whole = {
         name: torch.cat([by_rank[r][state.layout.local_slice(name, r)] for r in range(state.world_size)])
         for name in trainer.mask.shape

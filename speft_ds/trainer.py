@@ -218,7 +218,7 @@ class Trainer:
         sums = torch.zeros(2 + len(StepFlags.KINDS), dtype=torch.float64, device=collectives.device())
         own = split_global_batch(rows, train.micro_batch, rank, world_size)
         for number, micro_batch in enumerate(own):
-            watchdog.heartbeat(f"step {step + 1}, micro-batch {number + 1} of {len(own)}")
+            watchdog.heartbeat(f"step {step + 1}, micro-batch {number + 1} of {len(own)}", counts=True)
             batch = collate(micro_batch, self.base.pad_id, collectives.device())
             loss, num_correct = self.base.objective(self.engine, batch)
             loss = loss / num_labels

@@ -31,6 +31,8 @@ def init(timeout_minutes: float = 30.0) -> None:
 
     Args:
         timeout_minutes: after which a collective that some rank does not enter fails on the others.
+    Raises:
+        UserError: on rank 0, where another program listens on the port of the group.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -43,7 +45,14 @@ def init(timeout_minutes: float = 30.0) -> None:
     if not dist.is_initialized():
         if device().type == "cpu":
             deepspeed_shm.wait_for_build(deepspeed_shm.extensions_folder() / deepspeed_shm.NAME)
-        deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
+        try:
+            deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            what = f"port {os.environ['MASTER_PORT']} is taken, maybe by another run on this machine"
+            fix = f"deepspeed --master_port {rendezvous.free_port()} ...; with srun: export MASTER_PORT=..."
+            raise UserError(what, "the launcher", fix) from error
         unlink_shared_buffers()
 
 
@@ -52,6 +61,7 @@ def start_watchdog(timeout_minutes: float, advice: Callable[[], str]) -> None:
     # A connection of its own: the run's other client may wait in it for long.
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+    store = dist.PrefixStore(f"watchdog {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     processes = all_gather_objects(watchdog.own_process())
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_beside_agent = has_agent and processes[rank()][0] == processes[0][0]

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import IntEnum
 from typing import NamedTuple
 
 SILENCE_S = 30.0  # a node without a pulse for so long is lost
 SETTLE_S = 10.0  # from a failure to the choice of the root cause, where a rank shows no pulse meanwhile
 
-DIED, RAISED, SILENT, STUCK = range(4)  # kinds of failures; each may cause those after it
+
+class Kind(IntEnum):
+    """Of failures; each may cause those after it."""
+
+    DIED = 0
+    RAISED = 1
+    SILENT = 2
+    STUCK = 3
 
 
 class Failure(NamedTuple):
     """What went wrong on a rank."""
 
-    kind: int
+    kind: Kind
     rank: int
     text: str
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether the rank itself cannot tell any more, nor hear."""
+        return self.kind in (Kind.DIED, Kind.SILENT)
 
 
 class Pulse(NamedTuple):
@@ -59,7 +72,7 @@ class RootCause:
         running = {rank for rank, pulse in enumerate(pulses) if not pulse.is_done}
         gone = self._silent_nodes(running, now_s)
         failures = [failure for failure in failures if failure.rank in running]  # the others ended in peace
-        failures += [Failure(SILENT, rank, no_answer(gone)) for rank in gone]
+        failures += [Failure(Kind.SILENT, rank, no_answer(gone)) for rank in gone]
         if not failures:
             return None
         self.alarm = self.alarm or (now_s, pulses)
@@ -68,18 +81,18 @@ class RootCause:
         unheard = {rank for rank in waiting if pulses[rank].number < before[rank].number + 2}
         if unheard and now_s - since_s < SETTLE_S:
             return None
-        self.lost = unheard | {failure.rank for failure in failures if failure.kind in (DIED, SILENT)}
+        self.lost = unheard | {failure.rank for failure in failures if failure.is_loss}
         cause = min(failures, key=lambda failure: failure.kind)  # of the same kind, the first
-        if cause.kind != STUCK:
+        if cause.kind != Kind.STUCK:
             return cause._replace(text="\n".join([cause.text, *([no_answer(unheard)] if unheard else [])]))
         if unheard:
-            return Failure(SILENT, min(unheard), no_answer(unheard))
+            return Failure(Kind.SILENT, min(unheard), no_answer(unheard))
         # All wait for one rank: it has the fewest heartbeats, whoever reported first.
         fewest = min(pulses[rank].heartbeats for rank in running)
         behind = [rank for rank in running if pulses[rank].heartbeats == fewest]
         limit = f"{self.timeout_s / 60:g} minutes (train.timeout_minutes)"
         text = f"{_ranks(behind)} made no progress for {limit}, after: {pulses[min(behind)].where}"
-        return Failure(STUCK, min(behind), text)
+        return Failure(Kind.STUCK, min(behind), text)
 
     def _silent_nodes(self, running: set[int], now_s: float) -> set[int]:
         """The ranks of nodes without a pulse. One rank of several may hold its interpreter for long."""

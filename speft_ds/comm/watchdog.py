@@ -22,29 +22,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speft_ds.comm.root_cause import (
-    DIED,
-    RAISED,
-    SETTLE_S,
-    SILENCE_S,
-    SILENT,
-    STUCK,
-    Failure,
-    Pulse,
-    RootCause,
-    died,
-    no_answer,
-)
+from speft_ds.comm.root_cause import SETTLE_S, SILENCE_S, Failure, Kind, Pulse, RootCause, died, no_answer
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+    from torch.distributed import Store
 
 PULSE_S = 0.5
 TOLD_S = 2.0  # to tell the root cause in, before the exit of other ranks ends the job
 FAREWELL_S = 10.0  # for rank 0, which serves the store, to outlive those who read there how the run ended
 DEADLOCK_S = 20.0  # past the timeout: a main thread that never lets go of the interpreter
 EXIT_FAILURE = 1
-PULSE, FAILURES, END = "watchdog/pulse/{}", "watchdog/failures", "watchdog/end"
+PULSE, FAILURES, END = "pulse of rank {}", "failures", "end"  # keys
 
 
 class Watchdog:
@@ -60,7 +48,7 @@ class Watchdog:
 
     def __init__(
         self,
-        store: TCPStore,
+        store: Store,
         rank: int,
         processes: list[tuple[str, int]],
         timeout_s: float,
@@ -82,6 +70,7 @@ class Watchdog:
                 with contextlib.suppress(OSError):  # it is dead by now, or the kernel is too old
                     self.processes[os.pidfd_open(pid)] = other
         self._show_pulse()
+        self._postpone_exit()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.thread.start()
         threading.Thread(target=self._watch_store, name="watchdog of the store", daemon=True).start()
@@ -100,7 +89,7 @@ class Watchdog:
         """Report an error of this rank, which prints it if it is the root cause; returns when all is told."""
         self.is_failing = True
         with contextlib.suppress(RuntimeError):  # the store is gone, as the thread will see
-            self._report(RAISED, self.rank, text)
+            self._report(Kind.RAISED, self.rank, text)
         if not self.ended.wait(SILENCE_S + SETTLE_S + FAREWELL_S) or self.root_cause is None:
             print(text, file=sys.stderr, flush=True)
 
@@ -111,12 +100,10 @@ class Watchdog:
             now = time.monotonic()
             self.now_s += min(now - looked_at, 4 * PULSE_S)
             looked_at = now
-            # In C, and without the interpreter: the last resort, for when this thread cannot run.
-            faulthandler.dump_traceback_later(self.timeout_s + DEADLOCK_S, exit=True)
             try:
                 has_ended = self._exchange()
             except RuntimeError:
-                return self._lose_store(DIED)
+                return self._lose_store(Kind.DIED)
             if self.root_cause is not None:
                 return self._end(self.root_cause)
         self._rest()
@@ -127,17 +114,22 @@ class Watchdog:
         while not self.ended.wait(PULSE_S):
             waited_s = waited_s + PULSE_S if self.number == number else 0.0
             number = self.number
+            self._postpone_exit()
             # A process that rank 0 forked may hold its connections open.
             if waited_s > 4 * PULSE_S and 0 in self._dead():
-                self._lose_store(DIED)
+                self._lose_store(Kind.DIED)
             elif waited_s > SILENCE_S:
-                self._lose_store(SILENT)
+                self._lose_store(Kind.SILENT)
 
-    def _lose_store(self, kind: int) -> None:
+    def _lose_store(self, kind: Kind) -> None:
         """Rank 0 is gone, or else the launcher."""
         if not self.is_done and not self.outlives_store:
-            self._end(Failure(kind, 0, died(0) if kind == DIED else no_answer([0])))
+            self._end(Failure(kind, 0, died(0) if kind == Kind.DIED else no_answer([0])))
         self._rest()
+
+    def _postpone_exit(self) -> None:
+        """In C, without the interpreter: the last resort where no thread of ours can run."""
+        faulthandler.dump_traceback_later(self.timeout_s + DEADLOCK_S, exit=True)
 
     def _rest(self) -> None:
         """The watch is over, and the process goes on."""
@@ -147,18 +139,19 @@ class Watchdog:
     def _exchange(self) -> bool:
         """Report what is wrong here, then show a pulse, then look how the run goes; whether it has ended."""
         dead, is_done = self._dead(), self.is_done
+        if 0 in dead and not is_done:
+            self.root_cause = Failure(Kind.DIED, 0, died(0))
+            return True
         for rank in dead:
-            self._report(DIED, rank, died(rank))
+            self._report(Kind.DIED, rank, died(rank))
         if self.now_s - self.heartbeat_s > self.timeout_s:
-            self._report(STUCK, self.rank, "")
+            self._report(Kind.STUCK, self.rank, "")
         self._show_pulse()
         if self.rank == 0:
             return self._lead()
         if not is_done and self.store.check([END]):
             end = json.loads(self.store.get(END))
             self.is_done, self.root_cause = True, Failure(*end) if end else None
-        elif not is_done and 0 in dead:
-            self.root_cause = Failure(DIED, 0, died(0))
         return is_done
 
     def _lead(self) -> bool:
@@ -180,8 +173,9 @@ class Watchdog:
     def _end(self, cause: Failure) -> None:
         """Leave, once one rank has told the root cause."""
         self.root_cause = cause
-        is_rank_0_lost = cause.rank == 0 and cause.kind in (DIED, SILENT)
-        if self.rank == (1 if is_rank_0_lost else cause.rank if cause.kind in (RAISED, STUCK) else 0):
+        # Rank 0 has picked it, unless it is lost itself, and its store with it.
+        is_rank_0_lost = cause.is_loss and cause.rank == 0
+        if self.rank == (int(is_rank_0_lost) if cause.is_loss else cause.rank):
             self._tell(cause)
         else:
             time.sleep(TOLD_S)
@@ -195,11 +189,11 @@ class Watchdog:
 
     def _tell(self, cause: Failure) -> None:
         text = cause.text
-        if cause.kind == STUCK:
+        if cause.kind == Kind.STUCK:
             stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
             text += f"; rank {self.rank} stands at\n{''.join(stack[-4:]).rstrip()}"
         print(text, file=sys.stderr, flush=True)
-        if cause.kind != RAISED:
+        if cause.kind != Kind.RAISED:
             with contextlib.suppress(Exception):  # it looks into folders
                 print(self.advice(), file=sys.stderr, flush=True)
 
@@ -215,7 +209,7 @@ class Watchdog:
         pulse = Pulse(self.number, self.is_done, self.heartbeats, self.where)
         self.store.set(PULSE.format(self.rank), json.dumps(pulse))
 
-    def _report(self, kind: int, rank: int, text: str) -> None:
+    def _report(self, kind: Kind, rank: int, text: str) -> None:
         if rank not in self.reported:
             self.reported.add(rank)
             self.store.append(FAILURES, json.dumps(Failure(kind, rank, text)) + "\n")

@@ -6,10 +6,13 @@ import math
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+sockets: list[socket.socket] = []  # open for the life of the process
 
 
 def _before_step(number: int, action: Callable) -> None:
@@ -133,6 +136,10 @@ def slow_load() -> None:
         return load(self, *arguments)
 
     Base.load = slow
+
+
+def port_is_taken() -> None:
+    sockets.append(socket.create_server(("", int(os.environ["MASTER_PORT"]))))
 
 
 def stale_build_lock() -> None:

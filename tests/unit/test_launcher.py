@@ -49,6 +49,7 @@ def launched(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "speft_ds.quickstart", module)
     monkeypatch.setattr(launcher, "find_deepspeed", lambda: "deepspeed")
     monkeypatch.setattr(launcher, "run_to_end", run)
+    monkeypatch.setattr(launcher, "free_port", lambda: 4711)
 
     def start(*arguments, name="quickstart", gpus=0, code=0):
         run.code = code
@@ -61,7 +62,8 @@ def launched(tmp_path, monkeypatch):
     return start
 
 
-TRAIN = [str(ROOT / "launch" / "train.py"), "--recipe", "quickstart"]
+PORT = ["--master_port", "4711"]
+TRAIN = [*PORT, str(ROOT / "launch" / "train.py"), "--recipe", "quickstart"]
 
 
 def test_without_gpus_two_cpu_ranks(launched):
@@ -138,7 +140,7 @@ def scored(launched, tmp_path):
     return lambda *arguments, **machine: launched("mine.yaml", *arguments, name="score", **machine)
 
 
-SCORE = [str(ROOT / "launch" / "score.py"), "--recipe", "mine.yaml"]
+SCORE = [*PORT, str(ROOT / "launch" / "score.py"), "--recipe", "mine.yaml"]
 
 
 def test_score_runs_on_two_cpu_ranks_or_all_gpus(scored):

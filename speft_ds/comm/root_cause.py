@@ -9,14 +9,7 @@ from typing import NamedTuple
 SILENCE_S = 30.0  # a node without a pulse for so long is lost
 SETTLE_S = 10.0  # from a failure to the choice of the root cause, where a rank shows no pulse meanwhile
 
-
-class Kind(IntEnum):
-    """Of failures; each may cause those after it."""
-
-    DIED = 0
-    RAISED = 1
-    SILENT = 2
-    STUCK = 3
+Kind = IntEnum("Kind", "DIED RAISED SILENT STUCK")  # each may cause those after it
 
 
 class Failure(NamedTuple):
@@ -28,7 +21,7 @@ class Failure(NamedTuple):
 
     @property
     def is_loss(self) -> bool:
-        """Whether the rank itself cannot tell any more, nor hear."""
+        """Whether the rank itself can neither tell nor hear of it."""
         return self.kind in (Kind.DIED, Kind.SILENT)
 
 
@@ -45,7 +38,7 @@ class RootCause:
     """What rank 0 knows of all ranks, and how it picks the failure that is told.
 
     Args:
-        nodes: of every rank.
+        nodes: by rank.
         timeout_s: `train.timeout_minutes`, for the message.
     Attributes:
         lost: ranks that will not hear of the root cause.
@@ -75,8 +68,7 @@ class RootCause:
         failures += [Failure(Kind.SILENT, rank, no_answer(gone)) for rank in gone]
         if not failures:
             return None
-        self.alarm = self.alarm or (now_s, pulses)
-        since_s, before = self.alarm
+        since_s, before = self.alarm = self.alarm or (now_s, pulses)
         waiting = running - {failure.rank for failure in failures} - {0}
         unheard = {rank for rank in waiting if pulses[rank].number < before[rank].number + 2}
         if unheard and now_s - since_s < SETTLE_S:
@@ -84,10 +76,10 @@ class RootCause:
         self.lost = unheard | {failure.rank for failure in failures if failure.is_loss}
         cause = min(failures, key=lambda failure: failure.kind)  # of the same kind, the first
         if cause.kind != Kind.STUCK:
-            return cause._replace(text="\n".join([cause.text, *([no_answer(unheard)] if unheard else [])]))
+            return cause._replace(text=f"{cause.text}\n{no_answer(unheard)}") if unheard else cause
         if unheard:
             return Failure(Kind.SILENT, min(unheard), no_answer(unheard))
-        # All wait for one rank: it has the fewest heartbeats, whoever reported first.
+        # The others wait for the rank with the fewest heartbeats, whoever reported first.
         fewest = min(pulses[rank].heartbeats for rank in running)
         behind = [rank for rank in running if pulses[rank].heartbeats == fewest]
         limit = f"{self.timeout_s / 60:g} minutes (train.timeout_minutes)"

@@ -80,13 +80,11 @@ class Watchdog:
         self.heartbeats += counts
 
     def close(self) -> None:
-        """The run is done: that processes end is no failure any more. Rank 0 waits for the others."""
         self.is_done = True
         self.thread.join(FAREWELL_S)
-        self._rest()
+        self.ended.set()
 
     def fail(self, text: str) -> None:
-        """Report an error of this rank, which prints it if it is the root cause; returns when all is told."""
         self.is_failing = True
         with contextlib.suppress(RuntimeError):  # the store is gone, as the thread will see
             self._report(Kind.RAISED, self.rank, text)
@@ -106,35 +104,7 @@ class Watchdog:
                 return self._lose_store(Kind.DIED)
             if self.root_cause is not None:
                 return self._end(self.root_cause)
-        self._rest()
-
-    def _watch_store(self) -> None:
-        """Notice a store that gives no answer: its client would wait for ever."""
-        number, waited_s = -1, 0.0
-        while not self.ended.wait(PULSE_S):
-            waited_s = waited_s + PULSE_S if self.number == number else 0.0
-            number = self.number
-            self._postpone_exit()
-            # A process that rank 0 forked may hold its connections open.
-            if waited_s > 4 * PULSE_S and 0 in self._dead():
-                self._lose_store(Kind.DIED)
-            elif waited_s > SILENCE_S:
-                self._lose_store(Kind.SILENT)
-
-    def _lose_store(self, kind: Kind) -> None:
-        """Rank 0 is gone, or else the launcher."""
-        if not self.is_done and not self.outlives_store:
-            self._end(Failure(kind, 0, died(0) if kind == Kind.DIED else no_answer([0])))
-        self._rest()
-
-    def _postpone_exit(self) -> None:
-        """In C, without the interpreter: the last resort where no thread of ours can run."""
-        faulthandler.dump_traceback_later(self.timeout_s + DEADLOCK_S, exit=True)
-
-    def _rest(self) -> None:
-        """The watch is over, and the process goes on."""
         self.ended.set()
-        faulthandler.cancel_dump_traceback_later()
 
     def _exchange(self) -> bool:
         """Report what is wrong here, then show a pulse, then look how the run goes; whether it has ended."""
@@ -148,25 +118,22 @@ class Watchdog:
             self._report(Kind.STUCK, self.rank, "")
         self._show_pulse()
         if self.rank == 0:
-            return self._lead()
+            return self._lead(is_done)
         if not is_done and self.store.check([END]):
             end = json.loads(self.store.get(END))
             self.is_done, self.root_cause = True, Failure(*end) if end else None
         return is_done
 
-    def _lead(self) -> bool:
-        """On rank 0: look for a root cause; whether all others know how the run ended."""
-        is_done = self.is_done
+    def _lead(self, is_done: bool) -> bool:
+        """On rank 0: pick a root cause, or say that the run is done; whether all others know how it ended."""
         lines = self.store.get(FAILURES).splitlines() if self.store.check([FAILURES]) else []
         values = self.store.multi_get([PULSE.format(rank) for rank in range(self.world_size)])
         pulses = [Pulse(*json.loads(value)) for value in values]
-        if is_done and self.root_cause is None:
-            self.store.set(END, "null")
-        elif self.root_cause is None:
+        if self.root_cause is None and not is_done:
             failures = [Failure(*json.loads(line)) for line in lines]
             self.root_cause = self.of_all.pick(failures, pulses, self.now_s)
-            if self.root_cause is not None:
-                self.store.set(END, json.dumps(self.root_cause))
+        if self.root_cause is not None or is_done:
+            self.store.set(END, json.dumps(self.root_cause))
         others = set(range(1, self.world_size)) - self.of_all.lost
         return is_done and all(pulses[rank].is_done for rank in others)
 
@@ -197,6 +164,29 @@ class Watchdog:
             with contextlib.suppress(Exception):  # it looks into folders
                 print(self.advice(), file=sys.stderr, flush=True)
 
+    def _watch_store(self) -> None:
+        """Notice a store that gives no answer: its client would wait for ever."""
+        number, waited_s = -1, 0.0
+        while not self.ended.wait(PULSE_S):
+            self._postpone_exit()
+            waited_s = waited_s + PULSE_S if self.number == number else 0.0
+            number = self.number
+            if waited_s > 4 * PULSE_S and 0 in self._dead():  # a process that it forked holds its connections
+                self._lose_store(Kind.DIED)
+            elif waited_s > SILENCE_S:
+                self._lose_store(Kind.SILENT)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _lose_store(self, kind: Kind) -> None:
+        """Rank 0 is gone, or else the launcher."""
+        if not self.is_done and not self.outlives_store:
+            self._end(Failure(kind, 0, died(0) if kind == Kind.DIED else no_answer([0])))
+        self.ended.set()
+
+    def _postpone_exit(self) -> None:
+        """In C, without the interpreter: the last resort where no thread of ours can run."""
+        faulthandler.dump_traceback_later(self.timeout_s + DEADLOCK_S, exit=True)
+
     def _dead(self) -> set[int]:
         """The ranks of this node whose processes have ended."""
         poll = select.poll()
@@ -221,7 +211,7 @@ def own_process() -> tuple[str, int]:
     return f"{boot} {os.readlink('/proc/self/ns/pid')}", os.getpid()
 
 
-current: Watchdog | None = None  # that of the process
+current: Watchdog | None = None  # that of this process
 
 
 def heartbeat(where: str | None = None, counts: bool = False) -> None:
@@ -236,16 +226,17 @@ def heartbeat(where: str | None = None, counts: bool = False) -> None:
 
 
 def close() -> None:
-    """The run is done on this rank."""
-    global current
+    """The run is done: that processes end is no failure any more. Rank 0 waits for the others."""
     if current is not None:
         current.close()
-    current = None
 
 
 def fail(text: str) -> bool:
-    """Tell of an error of this rank if it is the root cause; False without a watchdog."""
-    if current is None:
-        return False
-    current.fail(text)
-    return True
+    """Report an error of this rank, which prints it if it is the root cause; returns when all is told.
+
+    Returns:
+        False without a watchdog: nothing is printed then.
+    """
+    if current is not None:
+        current.fail(text)
+    return current is not None

@@ -67,8 +67,14 @@ def test_a_rank_that_has_not_looked_around_is_waited_for(dies_late):
 def test_the_end_of_a_rank_that_is_done_is_no_failure():
     ranks = Ranks()
     assert [ranks.seen(A_DEATH, done=[3], silent=[3]) for _ in range(3)] == [None] * 3
-    ranks.seen(A_DEATH, A_HANG = Failure(Kind.DIED, 3, "died"), Failure(Kind.STUCK, 0, "")
-AN_ERROR, ANOTHER = Failure(Kind.RAISED, 2, "no such file"), Failure(Kind.RAISED, 1, "connection reset")
+    ranks.seen(A_DEATH, AN_ERROR, done=[3], silent=[3])
+    assert ranks.seen(A_DEATH, AN_ERROR, done=[3], silent=[3]) == AN_ERROR
+
+
+@pytest.mark.parametrize(
+    ("heartbeats", "behind", "shown"),
+    [((5, 5, 4, 5), 2, "rank 2 "), ((0, 0, 0, 0), 0, "ranks 0, 1, 2, 3 "), ((7, 6, 7, 6), 1, "ranks 1, 3 ")],
+)
 def test_the_rank_with_the_fewest_heartbeats_is_at_fault(heartbeats, behind, shown):
     """Those who wait for it may well be stuck before it is, after some progress that does not count."""
     ranks = Ranks(heartbeats=heartbeats)

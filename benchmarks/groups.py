@@ -20,7 +20,7 @@ from multiprocessing import connection
 from speft_ds.rendezvous import free_port, on_one_machine
 
 DIED = (False, ("the process died", "the process died, of too little memory perhaps"))
-PRELOADED = ["peft", "speft_ds.schedule", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["peft", "speft_ds.training.schedule", "transformers.models.llama.modeling_llama"]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from speft_ds import distributed, peak_memory
-from speft_ds.engine import SparseEngine
-from speft_ds.optimizer import FlatOptimizer
-from speft_ds.sparse import SparseState
+from speft_ds.sparse.optim.flat import FlatOptimizer
+from speft_ds.sparse.state import SparseState
+from speft_ds.zero.engine import SparseEngine
 
 
 def held_bytes(things: Iterable[object], but: Iterable[object] = ()) -> int:

@@ -16,7 +16,8 @@ from speft_ds.errors import UserError
 from speft_ds.preflight import check_inputs, check_to_evaluate, settle_hub
 from speft_ds.recipe import for_scoring, load_recipe, recipe_of
 from speft_ds.rendezvous import rank, world_size
-from speft_ds.resume import (
+from speft_ds.schema import Recipe
+from speft_ds.training.checkpoint.resume import (
     Resume,
     Start,
     as_override,
@@ -26,8 +27,7 @@ from speft_ds.resume import (
     recipe_to_resume,
     way_on,
 )
-from speft_ds.run_folder import RECIPE, check_output_dir, wait_for_lock
-from speft_ds.schema import Recipe
+from speft_ds.training.run_dir import RECIPE, check_output_dir, wait_for_lock
 
 EXIT_USER_ERROR = 2
 MODULES: dict[Job, str] = {"train": "train", "score": "score", "evaluate": "evaluate_run"}

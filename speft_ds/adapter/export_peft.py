@@ -26,7 +26,7 @@ from speft_ds.adapter.format import DTYPES, Adapter
 from speft_ds.adapter.new_folder import new_folder
 from speft_ds.errors import UserError
 from speft_ds.files import write_json
-from speft_ds.partition import INT32_ELEMENTS
+from speft_ds.sparse.layout import INT32_ELEMENTS
 from speft_ds.tensor_files import write_safetensors
 
 TENSORS = "adapter_model.safetensors"

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from speft_ds import distributed
 from speft_ds.adapter.format import write_adapter
-from speft_ds.partition import Layout
-from speft_ds.selection import gather_indices
-from speft_ds.sparse import SparseState
+from speft_ds.selection.topk import gather_indices
+from speft_ds.sparse.layout import Layout
+from speft_ds.sparse.state import SparseState
 
 
 def save_adapter(folder: Path, state: SparseState, facts: dict) -> None:

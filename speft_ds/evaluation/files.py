@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speft_ds.evaluation.formats import prompt_formats
-from speft_ds.evaluation.rounds import Moment, Round
+from speft_ds.evaluation.eval_jobs import Moment, Round
+from speft_ds.evaluation.prompt_formats import prompt_formats
 from speft_ds.files import replacing, write_json
 from speft_ds.schema import Eval, Recipe
 
 if TYPE_CHECKING:
-    from speft_ds.evaluation.evaluation import Scored
+    from speft_ds.evaluation.runner import Scored
 
 OLD = "old"  # folder of scores that do not hold any more
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from speft_ds.evaluation.rounds import Round
+from speft_ds.evaluation.eval_jobs import Round
 from speft_ds.report.scores import Evaluation as ScoreFile
 from speft_ds.report.scores import Score
 

@@ -21,13 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from speft_ds import layer_input
-from speft_ds.kernels import launch, sampled
-from speft_ds.kernels.dense import BLOCK_ELEMENTS
-from speft_ds.kernels.transpose import SharedTranspose, transpose
-from speft_ds.linear import AdaptedLinear, Sink, adapt
+from speft_ds.model import input_recompute
+from speft_ds.model.linear import AdaptedLinear, Sink, adapt
 from speft_ds.plan.gathers import Moment, Trace
 from speft_ds.plan.geometry import build_model, linears_of
+from speft_ds.sparse.kernels import launch, sampled
+from speft_ds.sparse.kernels.dense import BLOCK_ELEMENTS
+from speft_ds.sparse.kernels.transpose import SharedTranspose, transpose
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class _Mark(torch.autograd.Function):
         return gradient, None
 
 
-layer_input.PASSING.add("_MarkBackward")
+input_recompute.PASSING.add("_MarkBackward")
 
 
 def _apply(function: Callable[[Tensor], Tensor], value):
@@ -181,7 +181,7 @@ def dry_run(config, task: str, dtype: str, targets: list[str], one: Pass, fake: 
         targets: names of the weights that may be trained.
         fake: False for real tensors, with all their memory, to check the count by.
     """
-    from speft_ds.engine import require_grad  # late: it imports DeepSpeed
+    from speft_ds.zero.engine import require_grad  # late: it imports DeepSpeed
 
     with FakeTensorMode() if fake else nullcontext(), _packed(one.packing):
         model = build_model(config, task, dtype).requires_grad_(False)

@@ -66,8 +66,8 @@ def read_geometry(recipe: Recipe) -> Geometry:
     # DeepSpeed's import says that there is no GPU, which a plan does not need.
     logging.disable(logging.WARNING)
     try:
-        from speft_ds.model import find_targets, target_shapes
-        from speft_ds.selection import entries_wanted
+        from speft_ds.model.targets import find_targets, target_shapes
+        from speft_ds.selection.topk import entries_wanted
     finally:
         logging.disable(logging.NOTSET)
     config, source = find_config(recipe)

@@ -8,11 +8,11 @@ import torch
 
 from distributed.reference import whole_weights
 from speft_ds import distributed
-from speft_ds.checkpoint.folder import look_at
-from speft_ds.checkpoint.parts import Parts
-from speft_ds.resume import Start
 from speft_ds.schema import Recipe
-from speft_ds.trainer import Trainer
+from speft_ds.training.checkpoint.folder import look_at
+from speft_ds.training.checkpoint.parts import Parts
+from speft_ds.training.checkpoint.resume import Start
+from speft_ds.training.trainer import Trainer
 
 
 def run_piece(recipe: Recipe, stop: int, checkpoint: Path | None = None) -> dict:

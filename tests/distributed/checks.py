@@ -6,6 +6,7 @@ import gc
 from pathlib import Path
 
 import torch
+from speft_ds.model.fingerprint import fingerprint
 
 from distributed.reference import (
     batch_of,
@@ -18,9 +19,8 @@ from speft_ds import distributed
 from speft_ds.adapter import apply_adapter
 from speft_ds.data.batch import collate
 from speft_ds.errors import UserError
-from speft_ds.model import fingerprint
+from speft_ds.jobs.train import Trainer, run
 from speft_ds.schema import Recipe
-from speft_ds.train import Trainer, run
 
 
 def check_dense_reference(recipe: Recipe) -> None:

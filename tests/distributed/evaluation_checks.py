@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from distributed.reference import make_trainer, plain_model
 from speft_ds import distributed
-from speft_ds.evaluation.rounds import rounds_of
+from speft_ds.evaluation.eval_jobs import rounds_of
 from speft_ds.schema import Recipe
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from speft_ds import distributed
 from speft_ds.errors import UserError
-from speft_ds.gradient import IN_FLIGHT, Options, SparseGradient
-from speft_ds.mask import Mask
+from speft_ds.sparse.gradient import IN_FLIGHT, Options, SparseGradient
+from speft_ds.sparse.mask import Mask
 
 SHAPES = {"a": (7, 5), "b": (16, 16), "c": (1, 1), "d": (33, 8), "e": (4, 4), "f": (64, 32)}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 def _before_step(number: int, action: Callable) -> None:
     """Have the run call action(trainer) before step `number` (from 1)."""
-    from speft_ds.trainer import Trainer
+    from speft_ds.training.trainer import Trainer
 
     train_step = Trainer.train_step
 
@@ -58,7 +58,7 @@ def nan_from_step_6_on() -> None:
 
 def _spoil(is_bad: Callable[[int], bool]) -> None:
     """Make the loss of this rank NaN in some steps (from 1)."""
-    from speft_ds.trainer import Trainer
+    from speft_ds.training.trainer import Trainer
 
     train_step = Trainer.train_step
 
@@ -89,13 +89,13 @@ def infinite_gradient_in_step_6() -> None:
 
 
 def short_wait() -> None:
-    from speft_ds import run_folder
+    from speft_ds.training import run_dir
 
-    run_folder.LOCK_WAIT_S = 1.0
+    run_dir.LOCK_WAIT_S = 1.0
 
 
 def slow_selection() -> None:
-    from speft_ds.base import Base
+    from speft_ds.training.setup import Base
 
     choose_mask = Base.choose_mask
 
@@ -110,8 +110,8 @@ def slow_selection() -> None:
 
 def slow_steps() -> None:
     """From the first checkpoint on."""
-    from speft_ds.checkpoint.folder import list_checkpoints
-    from speft_ds.trainer import Trainer
+    from speft_ds.training.checkpoint.folder import list_checkpoints
+    from speft_ds.training.trainer import Trainer
 
     step = Trainer.train_step
 
@@ -123,7 +123,7 @@ def slow_steps() -> None:
 
 
 def slow_load() -> None:
-    from speft_ds.base import Base
+    from speft_ds.training.setup import Base
 
     load = Base.load
 
@@ -146,7 +146,7 @@ def stale_build_lock() -> None:
 
 
 def slow_slices() -> None:
-    from speft_ds.evaluation.evaluation import Evaluation
+    from speft_ds.evaluation.runner import Evaluation
 
     score = Evaluation.slice_scores
 

@@ -14,7 +14,7 @@ from tiny import recipe_values
 from speft_ds.adapter.format import Adapter
 from speft_ds.data.batch import collate
 from speft_ds.schema import Recipe
-from speft_ds.trainer import Trainer
+from speft_ds.training.trainer import Trainer
 
 
 def make_recipe(tiny: dict, output_dir: Path, checkpoint: str = "untied", **sections: dict) -> Recipe:

@@ -9,21 +9,21 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from speft_ds.model.fingerprint import fingerprint
 from torch import Tensor
 
 from distributed import dense_scores
 from distributed.dense_scores import Llama, Weights
 from distributed.reference import make_trainer, plain_model, whole_weights
 from speft_ds import distributed
-from speft_ds.calibration import Scorer
 from speft_ds.data.order import permutation
 from speft_ds.data.rows import Row
-from speft_ds.engine import own_elements, shard_of
 from speft_ds.errors import UserError
-from speft_ds.model import fingerprint
-from speft_ds.salience import score
 from speft_ds.schema import NEEDS_DATA, Recipe
-from speft_ds.trainer import Trainer
+from speft_ds.selection.calibration import Scorer
+from speft_ds.selection.salience import score
+from speft_ds.training.trainer import Trainer
+from speft_ds.zero.shards import own_elements, shard_of
 
 # What fp32 makes of a gradient and of all that is computed from it, relative to the largest of its weight.
 # Seen: 1.1e-6; the hand-written forward is in fp64.

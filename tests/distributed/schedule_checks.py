@@ -9,11 +9,11 @@ from distributed.reference import make_trainer, plain_model, read_entries, whole
 from distributed.schedule_reference import count, entries, sha256
 from speft_ds import distributed
 from speft_ds.adapter import apply_adapter
-from speft_ds.mask import Mask, save_mask
-from speft_ds.partition import shard_range
 from speft_ds.schema import Recipe
-from speft_ds.sparse import SparseState
-from speft_ds.trainer import Trainer
+from speft_ds.sparse.mask import Mask, save_mask
+from speft_ds.sparse.state import SparseState
+from speft_ds.training.trainer import Trainer
+from speft_ds.zero.shards import shard_range
 
 Dense = dict[str, Tensor]  # weight -> [out, in]
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from speft_ds.granularity import Units
-from speft_ds.kernels import launch
-from speft_ds.kernels.dense import matmul_fp32
-from speft_ds.kernels.element import ElementGradient
-from speft_ds.kernels.tiles import BlockGradient, ColumnGradient, RowGradient, make_tiled
+from speft_ds.sparse.kernels import launch
+from speft_ds.sparse.kernels.dense import matmul_fp32
+from speft_ds.sparse.kernels.element import ElementGradient
+from speft_ds.sparse.kernels.tiled import BlockGradient, ColumnGradient, RowGradient, make_tiled
+from speft_ds.sparse.tiles import Units
 
 pytestmark = [
     pytest.mark.gpu,

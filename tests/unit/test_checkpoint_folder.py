@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from speft_ds.checkpoint.folder import (
+from speft_ds.errors import UserError
+from speft_ds.training.checkpoint.folder import (
     clean,
     damage,
     file_sha256,
@@ -13,7 +14,6 @@ from speft_ds.checkpoint.folder import (
     newest_whole,
     temporary_of,
 )
-from speft_ds.errors import UserError
 from unit.saved import CONTENTS, flip, save, unmark, write_parts
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from speft_ds.checkpoint.folder import damage, folder_of, look_at, publish, temporary_of
-from speft_ds.checkpoint.parts import Parts, Snapshot, Table, write_part
+from speft_ds.training.checkpoint.folder import damage, folder_of, look_at, publish, temporary_of
+from speft_ds.training.checkpoint.parts import Parts, Snapshot, Table, write_part
 from unit.saved import quick_disk
 
 WORLDS = [1, 2, 3, 4, 5]
@@ -244,7 +244,7 @@ def test_a_snapshot_is_a_copy(tmp_path):
 
 @pytest.mark.parametrize("world_size", [*WORLDS, 8])
 def test_the_shards_of_this_file_are_those_of_the_package(world_size):
-    from speft_ds.partition import shard_range
+    from speft_ds.zero.shards import shard_range
 
     for numel in range(1, 41):
         spans = [span(numel, rank, world_size) for rank in range(world_size)]

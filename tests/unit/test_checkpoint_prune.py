@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speft_ds.checkpoint.folder import best_of, damage, folder_of, list_checkpoints, look_at, prune
+from speft_ds.training.checkpoint.folder import best_of, damage, folder_of, list_checkpoints, look_at, prune
 from unit.saved import flip, save, unmark
 
 LOSSES = st.sampled_from([None, 1.0, 1.5, 2.0])

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from speft_ds.checkpoint.folder import (
+from speft_ds.training.checkpoint.folder import (
     damage,
     folder_of,
     list_checkpoints,

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from speft_ds.gate import LayerGate
 from speft_ds.schema import Mask
+from speft_ds.training.layer_sampler import LayerGate
 
 LAYERS, KINDS = range(7), ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
 NAMES = [f"model.layers.{layer}.{kind}.weight" for layer in LAYERS for kind in KINDS]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speft_ds.granularity import Units
+from speft_ds.sparse.tiles import Units
 
 GRANULARITIES = st.sampled_from(["element", "block", "row", "column"])
 SHAPES = st.tuples(st.integers(1, 20), st.integers(1, 20))

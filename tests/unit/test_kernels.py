@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from speft_ds.errors import UserError
-from speft_ds.granularity import Units
-from speft_ds.kernels import available_backends, make_backend, sampled
+from speft_ds.sparse.kernels import sampled
+from speft_ds.sparse.kernels.backends import available_backends, make_backend
+from speft_ds.sparse.tiles import Units
 
 BACKENDS = available_backends(torch.device("cpu"))
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from speft_ds.errors import UserError
 from speft_ds.files import write_json
-from speft_ds.mask import Mask, jaccard, overlap, read_mask, save_mask
+from speft_ds.sparse.mask import Mask, jaccard, overlap, read_mask, save_mask
 from speft_ds.tensor_files import write_safetensors
 
 Q, K, UP = "model.layers.0.q.weight", "model.layers.0.k.weight", "model.layers.1.up.weight"

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from speft_ds.optimizer import AdamW, clip_factor, lr_factor, make_lr_schedule, make_optimizer
 from speft_ds.schema import Optimizer
+from speft_ds.sparse.optim.adamw import AdamW
+from speft_ds.sparse.optim.clipping import clip_factor
+from speft_ds.sparse.optim.lr_schedule import lr_factor, make_lr_schedule
+from speft_ds.sparse.optim.make import make_optimizer
 
 SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
 LENGTH = 40

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from speft_ds.optimizer import SGD, AdamW, Lion, make_optimizer
 from speft_ds.schema import Optimizer
+from speft_ds.sparse.optim.adamw import AdamW
+from speft_ds.sparse.optim.lion import Lion
+from speft_ds.sparse.optim.make import make_optimizer
+from speft_ds.sparse.optim.sgd import SGD
 
 LENGTH = 60
 LR = 1e-2

@@ -4,10 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from speft_ds.checkpoint.folder import folder_of
 from speft_ds.errors import UserError
-from speft_ds.resume import IF_ANY, NEWEST, Resume, Start, find_start, recipe_to_resume, way_on
-from speft_ds.run_folder import start_folder, write_facts
+from speft_ds.training.checkpoint.folder import folder_of
+from speft_ds.training.checkpoint.resume import (
+    IF_ANY,
+    NEWEST,
+    Resume,
+    Start,
+    find_start,
+    recipe_to_resume,
+    way_on,
+)
+from speft_ds.training.run_dir import start_folder, write_facts
 from unit.saved import flip, save, unmark, write_parts
 from unit.written import load
 

@@ -9,8 +9,8 @@ import pytest
 
 from speft_ds.errors import UserError
 from speft_ds.recipe import load_recipe
-from speft_ds.resume import FREE, WITH_CONSENT, check_unchanged, fit_micro_batch
 from speft_ds.schema import FIELDS, Train
+from speft_ds.training.checkpoint.resume import FREE, WITH_CONSENT, check_unchanged, fit_micro_batch
 from unit.written import load
 
 pytestmark = pytest.mark.usefixtures("own_folder")

@@ -10,15 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speft_ds.errors import UserError
-from speft_ds.radix import sortable_key
 from speft_ds.schema import Mask
-from speft_ds.selection import (
-    _overlap,
-    budget_counts,
-    entries_wanted,
-    least_wanted,
-    top_of_rows,
-)
+from speft_ds.selection.radix import sortable_key
+from speft_ds.selection.topk import _overlap, budget_counts, entries_wanted, least_wanted, top_of_rows
 
 SHAPE = st.tuples(st.integers(1, 40), st.integers(1, 40))
 SHAPES = st.lists(SHAPE, min_size=1, max_size=5).map(lambda s: {f"w{i}": shape for i, shape in enumerate(s)})

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from speft_ds.granularity import Units
-from speft_ds.kernels.element import ElementGradient
-from speft_ds.kernels.tiles import BlockGradient, ColumnGradient, RowGradient, is_tiled, make_tiled
+from speft_ds.sparse.kernels.element import ElementGradient
+from speft_ds.sparse.kernels.tiled import BlockGradient, ColumnGradient, RowGradient, is_tiled, make_tiled
+from speft_ds.sparse.tiles import Units
 from unit import triton_checks
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -224,8 +224,8 @@ def test_an_index_is_tiled_if_each_unit_is_whole():
 def test_triton_is_imported_only_for_a_gradient():
     code = """if True:
         import sys
-        import speft_ds.kernels.element, speft_ds.kernels.tiles, speft_ds.sparse
-        speft_ds.kernels.element.is_available()
+        import speft_ds.sparse.kernels.element, speft_ds.sparse.kernels.tiled, speft_ds.sparse.state
+        speft_ds.sparse.kernels.element.is_available()
         assert "triton" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", code], check=True)

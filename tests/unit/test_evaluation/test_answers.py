@@ -2,7 +2,7 @@
 
 import pytest
 
-from speft_ds.evaluation.answers import Answers, read
+from speft_ds.evaluation.response_cache import Answers, read
 
 
 @pytest.fixture

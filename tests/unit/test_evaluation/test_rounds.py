@@ -3,7 +3,7 @@
 import pydantic
 import pytest
 
-from speft_ds.evaluation.rounds import Round, rounds_of
+from speft_ds.evaluation.eval_jobs import Round, rounds_of
 from speft_ds.schema import Eval
 
 ALL = Eval(

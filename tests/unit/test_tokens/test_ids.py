@@ -64,7 +64,7 @@ def test_a_padding_that_was_added_behind_the_vocabulary_is_not_used(tokenizers, 
 
 
 def choose_pad_id(tokenizer, classifies):
-    from speft_ds.base import Base
+    from speft_ds.training.setup import Base
 
     base = Base.__new__(Base)
     base.tokenizer, base.classifies = tokenizer, classifies

@@ -16,7 +16,6 @@ import peft
 import torch
 from deepspeed.accelerator import get_accelerator
 from groups import Case
-from speft_ds.model.targets import find_targets
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
@@ -25,6 +24,7 @@ from speft_ds import distributed
 from speft_ds.ds_config import load_ds_config
 from speft_ds.model.load_model import load_base
 from speft_ds.model.loss import NextToken
+from speft_ds.model.targets import find_targets
 from speft_ds.schema import Recipe
 from speft_ds.training.metrics import Timings
 from speft_ds.training.schedule import SCHEDULES, Training

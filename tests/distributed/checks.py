@@ -6,7 +6,6 @@ import gc
 from pathlib import Path
 
 import torch
-from speft_ds.model.fingerprint import fingerprint
 
 from distributed.reference import (
     batch_of,
@@ -20,6 +19,7 @@ from speft_ds.adapter import apply_adapter
 from speft_ds.data.batch import collate
 from speft_ds.errors import UserError
 from speft_ds.jobs.train import Trainer, run
+from speft_ds.model.fingerprint import fingerprint
 from speft_ds.schema import Recipe
 
 

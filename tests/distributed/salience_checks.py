@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from speft_ds.model.fingerprint import fingerprint
 from torch import Tensor
 
 from distributed import dense_scores
@@ -19,6 +18,7 @@ from speft_ds import distributed
 from speft_ds.data.order import permutation
 from speft_ds.data.rows import Row
 from speft_ds.errors import UserError
+from speft_ds.model.fingerprint import fingerprint
 from speft_ds.schema import NEEDS_DATA, Recipe
 from speft_ds.selection.calibration import Scorer
 from speft_ds.selection.salience import score

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from speft_ds.sparse.layout import Layout, index_dtype, locate, owner_bounds
 
+from speft_ds.sparse.layout import Layout, index_dtype, locate, owner_bounds
 from speft_ds.zero.shards import shard_numel, shard_range
 
 WORLDS = st.integers(1, 70)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from speft_ds.sparse.layout import Layout
 
 from speft_ds.adapter.save import entries_of
+from speft_ds.sparse.layout import Layout
 from speft_ds.zero.shards import shard_range
 
 

@@ -27,8 +27,8 @@ from speft_ds.model.loss import NextToken
 from speft_ds.model.targets import find_targets
 from speft_ds.schema import Recipe
 from speft_ds.training.metrics import Timings
-from speft_ds.training.schedule import SCHEDULES, Training
-from speft_ds.training.setup import Base
+from speft_ds.training.schedule import SCHEDULES
+from speft_ds.training.setup import choose_mask, load_context, load_data
 from speft_ds.zero.engine import require_grad
 from speft_ds.zero.shards import full_shape
 
@@ -159,10 +159,9 @@ class OnOurEngine(Method):
     def __init__(self, case: Case, world_size: int):
         super().__init__(case, world_size)
         self.recipe = recipe_of(case, world_size)
-        self.base = Base(self.recipe, Timings())
-        self.base.read_calibration_rows(None)
-        self.base.load()
-        self.engine, self.objective = self.base.engine, self.base.objective
+        data = load_data(self.recipe, needs_calibration=True)
+        self.context = load_context(self.recipe, data)
+        self.engine, self.objective = self.context.engine, self.context.objective
         self.model = self.engine.module
 
 
@@ -184,11 +183,12 @@ class Ours(OnOurEngine):
 
     def __init__(self, case: Case, world_size: int):
         super().__init__(case, world_size)
-        base, recipe = self.base, self.recipe
-        self.mask = base.choose_mask()
-        targets, num_steps = base.targets, recipe.train.steps
-        training = Training(recipe, self.engine, targets, base.heads, num_steps, base.choose_mask)
-        self.schedule = SCHEDULES[recipe.mask.schedule](training, self.mask)
+        recipe, timings = self.recipe, Timings()
+        self.mask = choose_mask(self.context, timings)
+        schedule, num_steps = SCHEDULES[recipe.mask.schedule], recipe.train.steps
+        self.schedule = schedule(
+            self.context, self.mask, num_steps, lambda number: choose_mask(self.context, timings, number)
+        )
         self.engine.train()
         self.num_steps = 0
 

@@ -24,7 +24,7 @@ from speft_ds.entry import checked_recipe, use_all_cores  # noqa: E402
 
 if TYPE_CHECKING:
     from speft_ds.schema import Recipe
-    from speft_ds.training.setup import Base
+    from speft_ds.training.setup import TrainContext
 
 FROZEN = "frozen forward and backward"
 QUICK = ["mask.calibration_samples=16"]
@@ -69,29 +69,30 @@ class Clock:
         return [{"what": name, "seconds": s, "over_floor": s / floor} for name, s in medians.items()]
 
 
-def measure(base: Base, recipe: Recipe, rounds: int) -> tuple[dict, str]:
+def measure(context: TrainContext, recipe: Recipe, rounds: int) -> tuple[dict, str]:
     """What is found, and a line that says on how many rows."""
     from speft_ds import distributed
     from speft_ds.machine import machine, versions
     from speft_ds.selection.salience import score
     from speft_ds.selection.topk import select
+    from speft_ds.training.setup import make_scorer
     from speft_ds.zero.engine import require_grad
 
-    clock, scorer, module = Clock(), base.scorer(), base.engine.module
+    clock, scorer, module = Clock(), make_scorer(context), context.engine.module
     module.eval()
     # For the frozen backward, which nothing else asks for; scoring walks as far, or ZeRO-3 would trace anew.
     module.get_input_embeddings().register_forward_hook(require_grad)
 
     def frozen() -> None:
         for batch, _ in scorer.calibration.batches():
-            base.loss(module, batch).backward()
-            base.engine.after_plain_backward()
+            context.loss(module, batch).backward()
+            context.engine.after_plain_backward()
 
     frozen()  # warm-up: allocators, ZeRO-3's trace
     for _ in range(rounds):
         clock.time(FROZEN, frozen)
         scores = clock.time("salience", partial(score, scorer))
-        choice = partial(select, scores, base.shapes, base.num_trainable, recipe.mask.budget)
+        choice = partial(select, scores, context.shapes, context.num_trainable, recipe.mask.budget)
         mask = clock.time("selection", choice)
     num_tokens = sum(len(row.ids) for row in scorer.calibration.rows)
     result = {
@@ -119,15 +120,13 @@ def main() -> None:
     from speft_ds import distributed
     from speft_ds.files import write_json
     from speft_ds.recipe import without_training
-    from speft_ds.training.metrics import Timings
-    from speft_ds.training.setup import Base
+    from speft_ds.training.setup import load_context, load_data
 
     recipe = checked_recipe("score", arguments.recipe, overrides, 1)
     distributed.init()
-    base = Base(without_training(recipe, distributed.world_size()), Timings())
-    base.read_calibration_rows(None)
-    base.load()
-    result, how = measure(base, recipe, rounds)
+    resolved = without_training(recipe, distributed.world_size())
+    context = load_context(resolved, load_data(resolved, needs_calibration=True))
+    result, how = measure(context, recipe, rounds)
 
     def report() -> None:
         print(f"\n{result['what']}: {how}\n")

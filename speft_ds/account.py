@@ -58,7 +58,7 @@ def memory(
         "gathered weights": engine.gathers.most_whole if distributed.world_size() > 1 else 0,
         "mask": held_bytes(mask),
         "gradient": held_bytes([gradient.own]),
-        "gradient buckets": gradient.most_buffered,
+        "gradient buckets": gradient.peak_buffer_bytes,
         "gradient pattern": held_bytes(gradient.kernels.values(), but=mask),
         "index": held_bytes(
             [i for i in state.index.values() if i.device.type == state.device.type], but=mask
@@ -73,4 +73,4 @@ def memory(
 def sent(engine: SparseEngine, state: SparseState) -> dict[str, int]:
     """Bytes that this rank sent in the last step, by kind, as `speft plan` names them."""
     weights = {f"weights, {kind}": count for kind, count in engine.gathers.sent.items() if count}
-    return {**weights, "gradient": state.gradient.sent}
+    return {**weights, "gradient": state.gradient.bytes_sent}

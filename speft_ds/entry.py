@@ -25,7 +25,7 @@ from speft_ds.training.checkpoint.resume import (
     fit_micro_batch,
     last_whole,
     recipe_to_resume,
-    way_on,
+    resume_hint,
 )
 from speft_ds.training.run_dir import RECIPE, check_output_dir, wait_for_lock
 
@@ -63,7 +63,7 @@ def main(job: Job, arguments: argparse.Namespace) -> int:
         return fail(_with_way_on(str(error), recipe if can_go_on else None), EXIT_USER_ERROR)
     except stop.Stopped as reason:
         if rank() == 0:
-            print(f"stopped: {reason}\n{way_on(Path(recipe.output_dir))}", file=sys.stderr, flush=True)
+            print(f"stopped: {reason}\n{resume_hint(Path(recipe.output_dir))}", file=sys.stderr, flush=True)
         lifeline.close()
         return stop.EXIT_STOPPED
     except KeyboardInterrupt:
@@ -76,7 +76,7 @@ def main(job: Job, arguments: argparse.Namespace) -> int:
 def _with_way_on(message: str, recipe: Recipe | None) -> str:
     """A message, and what to go on from where there is something."""
     has_checkpoint = recipe is not None and last_whole(Path(recipe.output_dir)) is not None
-    return f"{message}\n{way_on(Path(recipe.output_dir))}" if has_checkpoint else message
+    return f"{message}\n{resume_hint(Path(recipe.output_dir))}" if has_checkpoint else message
 
 
 def checked_start(job: Job, arguments: argparse.Namespace) -> tuple[Recipe, Start]:

@@ -7,11 +7,11 @@ from typing import Literal
 
 from speft_ds.schema import Eval
 
-Moment = Literal["before", "after"]
+Phase = Literal["before", "after"]
 
 
 @dataclass(frozen=True)
-class Round:
+class EvalJob:
     """One scoring of some tasks.
 
     Attributes:
@@ -33,7 +33,7 @@ class Round:
     has_text: bool = False
 
 
-def rounds_of(recipe: Eval, moment: Moment) -> list[Round]:
+def jobs_of(recipe: Eval, moment: Phase) -> list[EvalJob]:
     """What is scored before or after training, the recipe's tasks first; nothing where it says so."""
     if not getattr(recipe, moment):
         return []
@@ -42,10 +42,10 @@ def rounds_of(recipe: Eval, moment: Moment) -> list[Round]:
     rounds = []
     if tasks or kept or recipe.forgetting_text:
         has_text = recipe.forgetting_text is not None
-        rounds.append(Round(moment, "main", tasks + kept, shots, limit, has_text=has_text))
+        rounds.append(EvalJob(moment, "main", tasks + kept, shots, limit, has_text=has_text))
     if not tasks:
         return rounds
     if moment == "before":
-        rounds += [Round(f"before-{k}shot", "fewshot", tasks, k, limit) for k in recipe.manual_fewshot]
+        rounds += [EvalJob(f"before-{k}shot", "fewshot", tasks, k, limit) for k in recipe.manual_fewshot]
     numbers = range(1, recipe.format_spread)
-    return rounds + [Round(f"{moment}-format-{i}", "format", tasks, shots, limit, i) for i in numbers]
+    return rounds + [EvalJob(f"{moment}-format-{i}", "format", tasks, shots, limit, i) for i in numbers]

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from speft_ds import distributed, lifeline
 from speft_ds.evaluation.prompt_formats import PromptFormat
-from speft_ds.evaluation.response_cache import Answers
+from speft_ds.evaluation.response_cache import ResponseCache
 from speft_ds.training.metrics import Progress
 
 LOGITS = 2**28  # of a batch, at most (1 GiB in fp32): lm-eval holds those of all positions
@@ -50,7 +50,7 @@ class EngineLM(HFLM):
         batch_size: int,
         is_sharded: bool = True,
         prompt_format: PromptFormat | None = None,
-        answers: Answers | None = None,
+        answers: ResponseCache | None = None,
     ):
         # HFLM warns that a ready-made model is evaluated by one process; dealing its batches is what we do.
         log = logging.getLogger("lm_eval.models.huggingface")
@@ -124,7 +124,7 @@ class EngineLM(HFLM):
         return super()._model_generate(context, max_length, stop, **kwargs)
 
     def _deal(self, compute: Callable[[list], list], batches: list[list], num_requests: int) -> list:
-        return deal(compute, batches, num_requests, needs_fillers=self.is_sharded)
+        return shard_batches(compute, batches, num_requests, needs_fillers=self.is_sharded)
 
 
 def make_batches(
@@ -158,7 +158,7 @@ def make_batches(
     return batches
 
 
-def deal(
+def shard_batches(
     compute: Callable[[list], list], batches: list[list], num_requests: int, needs_fillers: bool = True
 ) -> list:
     """Answers to all requests, on every rank.

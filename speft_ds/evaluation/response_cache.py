@@ -13,7 +13,7 @@ from speft_ds.files import write_json
 from speft_ds.paths import cache_folder
 
 
-class Answers:
+class ResponseCache:
     """Answers to lists of requests, in files named by all that they depend on.
 
     The requests themselves are part of the name: prompts, few-shot examples and documents of another

@@ -19,13 +19,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from speft_ds import distributed
-from speft_ds.evaluation.eval_jobs import Round
+from speft_ds.evaluation.eval_jobs import EvalJob
 from speft_ds.evaluation.files import asked
 from speft_ds.evaluation.gathered import model_to_score
 from speft_ds.evaluation.lm import EngineLM
 from speft_ds.evaluation.perplexity import text_perplexity
 from speft_ds.evaluation.prompt_formats import prompt_formats
-from speft_ds.evaluation.response_cache import Answers
+from speft_ds.evaluation.response_cache import ResponseCache
 from speft_ds.evaluation.scores import check_rows, main_scores, score_rows
 from speft_ds.evaluation.tasks import find_tasks, local_data
 from speft_ds.machine import versions
@@ -64,7 +64,7 @@ class Evaluation:
         self.manager = find_tasks(names, section.include_path) if names else None
         self.formats = prompt_formats(section.format_spread)
 
-    def run(self, module: nn.Module, rounds: list[Round], of: dict) -> Iterator[Scored | None]:
+    def run(self, module: nn.Module, rounds: list[EvalJob], of: dict) -> Iterator[Scored | None]:
         """Score rounds one after the other; as `score`, of the engine's module.
 
         Each is yielded when it is done, so that what was scored is kept if a later one is stopped.
@@ -80,14 +80,14 @@ class Evaluation:
     def slice_scores(self, module: nn.Module) -> dict[str, float]:
         """Task and metric -> score on the first `eval.slice` documents a task, on every rank."""
         section = self.recipe.eval
-        slice = Round("slice", "main", tuple(section.tasks), section.num_fewshot, section.slice)
+        slice = EvalJob("slice", "main", tuple(section.tasks), section.num_fewshot, section.slice)
         (scored,) = self.run(module, [slice], {})
         scores = None
         if scored is not None:
             scores = {f"{score.task} {score.metric}": score.value for score in main_scores(scored.document)}
         return distributed.broadcast_object(scores)
 
-    def score(self, model: nn.Module, is_sharded: bool, round: Round, of: dict) -> Scored | None:
+    def score(self, model: nn.Module, is_sharded: bool, round: EvalJob, of: dict) -> Scored | None:
         """One round; every rank enters this together.
 
         Args:
@@ -100,7 +100,7 @@ class Evaluation:
         """
         start = time.perf_counter()
         is_base = "adapter" in of and of["adapter"] is None
-        answers = Answers({**of, **self._settings_of_answers(is_sharded)}) if is_base else None
+        answers = ResponseCache({**of, **self._settings_of_answers(is_sharded)}) if is_base else None
         lm = EngineLM(
             model,
             self.tokenizer,
@@ -133,14 +133,14 @@ class Evaluation:
         }
         return Scored(document, self._samples(results, round) if results else {}, results or {})
 
-    def _samples(self, results: dict, round: Round) -> dict[str, list[dict]]:
+    def _samples(self, results: dict, round: EvalJob) -> dict[str, list[dict]]:
         """lm-eval's documents, with the prompts as the model got them."""
         if (way := self.formats[round.format]) is not None:
             for row in (row for rows in results["samples"].values() for row in rows):
                 row["arguments"] = [way.rewrite_request(arguments) for arguments in row["arguments"]]
         return results["samples"]
 
-    def _ask(self, lm: EngineLM, round: Round) -> tuple[dict | None, list[str]]:
+    def _ask(self, lm: EngineLM, round: EvalJob) -> tuple[dict | None, list[str]]:
         # lm-eval seeds all generators, with its own defaults, so that stock lm-eval makes the same prompts.
         with local_data(self.recipe.eval.data_dir) as notes, _quiet():
             results = simple_evaluate(
@@ -153,7 +153,7 @@ class Evaluation:
             )
         return results, sorted(set(notes))
 
-    def _settings(self, round: Round, is_sharded: bool) -> dict[str, Any]:
+    def _settings(self, round: EvalJob, is_sharded: bool) -> dict[str, Any]:
         section = self.recipe.eval
         return {
             "num_fewshot": round.num_fewshot,

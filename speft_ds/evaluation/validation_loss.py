@@ -1,49 +1,52 @@
-"""The loss on rows that are not trained on."""
+"""Loss on rows that are not trained on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor, nn
 
 from speft_ds import distributed, lifeline
 from speft_ds.data.batch import collate
-from speft_ds.training.setup import Base
+from speft_ds.data.corpus import Corpus
 
 
-class HeldOut:
-    """The held-out rows of a recipe.
+class ValidationLoss:
+    """The mean loss per label token (per row for a classifier) of some rows.
+
+    The rows are cut into batches that do not depend on the number of ranks.
 
     Args:
-        base: with its training rows read: the classes of a classifier are theirs.
-    Attributes:
         rows: tokenised, the same on every rank.
+        batch_size: rows per forward.
+        pad_id: see `batch.collate`.
     """
 
-    def __init__(self, base: Base):
-        self.base, recipe = base, base.recipe
-        # All rows of the file, whatever is chosen of the training rows.
-        changes = {"path": recipe.eval.held_out, "mixture": None, "select": "all", "select_rows": None}
-        section = recipe.data.model_copy(update={**changes, "labels": base.classes})
-        self.rows = base.read_corpus(section, lambda number: recipe.where("eval.held_out"))
+    def __init__(self, rows: Corpus, batch_size: int, pad_id: int):
+        self.rows, self.batch_size, self.pad_id = rows, batch_size, pad_id
 
     @torch.no_grad()
-    def loss(self) -> float:
-        """Mean loss a label token (a classifier's: a row), the same on every rank and any number of them.
+    def measure(self, module: nn.Module, loss: Callable[[nn.Module, dict[str, Tensor]], Tensor]) -> float:
+        """The loss of the weights as they are now, the same on every rank and any number of them.
 
-        The rows are cut into batches of `eval.batch_size`, dealt over the ranks; each rank runs as many
-        forwards as the others, as ZeRO-3 demands.
+        Each rank runs as many forwards as the others, as ZeRO-3 demands.
+
+        Args:
+            loss: (module, batch) -> summed loss.
         """
-        module, size = self.base.engine.module, self.base.recipe.eval.batch_size
         rank, world_size, device = distributed.rank(), distributed.world_size(), distributed.device()
         by_length = sorted(self.rows, key=lambda row: -len(row.ids))
+        size = self.batch_size
         batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
         sums = torch.zeros(len(batches), dtype=torch.float64, device=device)
         was_training = module.training
         module.eval()
         for first in range(0, len(batches), world_size):
-            lifeline.beat(f"held-out batch {first + 1} of {len(batches)}")
+            lifeline.beat(f"validation batch {first + 1} of {len(batches)}")
             number = first + rank
             rows = batches[number] if number < len(batches) else batches[0][:1]
-            value = self.base.loss(module, collate(rows, self.base.pad_id, device))
+            value = loss(module, collate(rows, self.pad_id, device))
             if number < len(batches):
                 sums[number] = value
         module.train(was_training)

@@ -12,7 +12,7 @@ from speft_ds import distributed, lifeline
 from speft_ds.adapter.apply import another_base, check_weights, with_delta
 from speft_ds.adapter.format import Adapter, tensors_sha256
 from speft_ds.errors import UserError
-from speft_ds.evaluation.eval_jobs import Round
+from speft_ds.evaluation.eval_jobs import EvalJob
 from speft_ds.evaluation.files import has_scored, keep_scores
 from speft_ds.evaluation.runner import Evaluation, Scored
 from speft_ds.evaluation.scores import main_scores
@@ -21,13 +21,13 @@ from speft_ds.recipe import without_training
 from speft_ds.schema import Eval, Recipe
 from speft_ds.sparse.mask import read_mask
 from speft_ds.training.checks import check_chat_template
-from speft_ds.training.metrics import Timings, say
-from speft_ds.training.setup import Base
-from speft_ds.zero.shards import full_shape, own_elements, own_range, release
+from speft_ds.training.metrics import say
+from speft_ds.training.setup import TrainContext, load_context, load_data, scored_model_facts
+from speft_ds.zero.shards import full_shape, own_elements, own_range, repartition
 
 
 @torch.no_grad()
-def apply_to_shards(base: Base, folder: Path) -> None:
+def apply_to_shards(context: TrainContext, folder: Path) -> None:
     """Turn the loaded, sharded base into the trained model, each rank its own shards.
 
     Raises:
@@ -35,14 +35,14 @@ def apply_to_shards(base: Base, folder: Path) -> None:
     """
     adapter = Adapter.open(folder)
     dtype = adapter.facts["dtype"]
-    if dtype != base.recipe.model.dtype:
-        what = f"the adapter was trained on {dtype} weights, not {base.recipe.model.dtype}"
+    if dtype != context.recipe.model.dtype:
+        what = f"the adapter was trained on {dtype} weights, not {context.recipe.model.dtype}"
         raise UserError(what, str(folder), f"model.dtype={dtype}")
-    if base.fingerprint != adapter.facts["fingerprint"]:
+    if context.fingerprint != adapter.facts["fingerprint"]:
         raise another_base(adapter)
-    weights = dict(base.engine.module.named_parameters())
+    weights = dict(context.engine.module.named_parameters())
     check_weights(adapter, {name: tuple(full_shape(weight)) for name, weight in weights.items()})
-    release([weights[name] for name in adapter.names])
+    repartition([weights[name] for name in adapter.names])
     for name in adapter.names:
         index, delta = adapter.entries(name)
         start, stop = own_range(weights[name])
@@ -52,15 +52,16 @@ def apply_to_shards(base: Base, folder: Path) -> None:
         shard[where] = with_delta(shard[where], delta[first:last])
 
 
-def rounds_to_score(recipe: Eval, model: str) -> list[Round]:
+def rounds_to_score(recipe: Eval, model: str) -> list[EvalJob]:
     """The tasks, in all prompt formats that the recipe asks for; `model` (base, tuned) begins their names."""
     shots = "" if recipe.num_fewshot is None else f"-{recipe.num_fewshot}shot"
     limit = f"-limit{recipe.limit}" if recipe.limit else ""
     label = f"{model}-{'+'.join(recipe.tasks)[:150]}{shots}{limit}".replace("/", "_")
-    first = Round(label, "extra", tuple(recipe.tasks), recipe.num_fewshot, recipe.limit)
+    first = EvalJob(label, "extra", tuple(recipe.tasks), recipe.num_fewshot, recipe.limit)
     numbers = range(1, recipe.format_spread)
     more = [
-        Round(f"{label}-format-{i}", "extra", first.tasks, first.num_fewshot, first.limit, i) for i in numbers
+        EvalJob(f"{label}-format-{i}", "extra", first.tasks, first.num_fewshot, first.limit, i)
+        for i in numbers
     ]
     return [first, *more]
 
@@ -76,17 +77,19 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     """
     distributed.init(recipe.train.timeout_minutes + 1)
     distributed.connect_lifeline(recipe.train.timeout_minutes, lambda: "start it again")
-    base = Base(without_training(recipe, distributed.world_size()), Timings())
-    check_chat_template(recipe, base)
-    evaluation = Evaluation(recipe, base.tokenizer)
-    base.load(read_mask(mask_file(recipe.mask.load))[0] if recipe.mask.load else None)
+    resolved = without_training(recipe, distributed.world_size())
+    data = load_data(resolved)
+    check_chat_template(recipe.eval, data.tokenizer)
+    evaluation = Evaluation(recipe, data.tokenizer)
+    loaded = read_mask(mask_file(recipe.mask.load))[0] if recipe.mask.load else None
+    context = load_context(resolved, data, loaded)
     if adapter is not None:
-        apply_to_shards(base, adapter)
+        apply_to_shards(context, adapter)
     folder = Path(recipe.output_dir) / "eval"
     rounds = rounds_to_score(recipe.eval, _name_of(adapter))
-    of = base.scored_model(tensors_sha256(adapter))
+    of = scored_model_facts(context, tensors_sha256(adapter))
     rounds = distributed.broadcast_object([_with_free_label(folder, round, of, recipe) for round in rounds])
-    for scored in evaluation.run(base.engine.module, rounds, of):
+    for scored in evaluation.run(context.engine.module, rounds, of):
         distributed.on_rank_0(partial(_keep, folder, scored, recipe.eval))
     distributed.barrier()
     lifeline.close()
@@ -99,7 +102,7 @@ def _name_of(adapter: Path | None) -> str:
     return "tuned" if adapter.name == "adapter" else adapter.resolve().name
 
 
-def _with_free_label(folder: Path, round: Round, of: dict, recipe: Recipe) -> Round:
+def _with_free_label(folder: Path, round: EvalJob, of: dict, recipe: Recipe) -> EvalJob:
     """The round with a label that no scores of other weights or settings have."""
     number, candidate = 1, round
     while (folder / f"{candidate.label}.json").exists() and not has_scored(folder, candidate, of, recipe):

@@ -16,9 +16,10 @@ from speft_ds.recipe import without_training
 from speft_ds.schema import MASK_FILE, Recipe
 from speft_ds.sparse.mask import save_mask
 from speft_ds.tables import print_mask_table
+from speft_ds.training.checks import check_targets
 from speft_ds.training.metrics import Timings, say
 from speft_ds.training.run_dir import check_output_dir, start_folder
-from speft_ds.training.setup import Base
+from speft_ds.training.setup import base_facts, choose_mask, load_context, load_data
 
 
 def run(recipe: Recipe) -> None:
@@ -32,19 +33,20 @@ def run(recipe: Recipe) -> None:
     distributed.on_rank_0(lambda: check_output_dir(recipe))
     timings = Timings()
     with timings.stage("data"):
-        base = Base(without_training(recipe, distributed.world_size()), timings)
-        base.read_calibration_rows(None)
+        resolved = without_training(recipe, distributed.world_size())
+        data = load_data(resolved, needs_calibration=True)
     with timings.stage("model"):
-        base.load()
-    mask = base.choose_mask()
+        context = load_context(resolved, data)
+    check_targets(context)
+    mask = choose_mask(context, timings)
     with timings.stage("check"):
-        if fingerprint(base.engine.module) != base.fingerprint:
+        if fingerprint(context.engine.module) != context.fingerprint:
             raise RuntimeError(f"scoring by {recipe.mask.salience} changed the weights")
     facts = {
         "salience": recipe.mask.salience,
         "granularity": recipe.mask.granularity,
         "budget": recipe.mask.budget,
-        **base.identity(),
+        **base_facts(context),
         "world_size": distributed.world_size(),
         "versions": versions(),
         "machine": machine(),
@@ -62,7 +64,7 @@ def run(recipe: Recipe) -> None:
     distributed.on_rank_0(write)
     say(
         f"{mask.num_trainable:,} of {mask.num_target_elements:,} entries (density {mask.density:.4%}) "
-        f"by {recipe.mask.salience}, sha256 {mask.sha256[:12]}; base unchanged, {base.fingerprint[:12]}"
+        f"by {recipe.mask.salience}, sha256 {mask.sha256[:12]}; base unchanged, {context.fingerprint[:12]}"
     )
     say(f"salience {timings['salience']:.2f} s, selection {timings['selection']:.2f} s")
     say(f"{folder / MASK_FILE}: train it with mask.load={folder / MASK_FILE}")

@@ -12,8 +12,8 @@ from speft_ds.errors import UserError
 from speft_ds.machine import versions
 from speft_ds.report.scores import card_scores
 from speft_ds.schema import Recipe
-from speft_ds.training.checkpoint.folder import Checkpoint, clean, damage, list_checkpoints, newest_whole
-from speft_ds.training.checkpoint.resume import Start, way_on
+from speft_ds.training.checkpoint.folder import Checkpoint, clean, latest_valid, list_checkpoints, verify
+from speft_ds.training.checkpoint.resume import Start, resume_hint
 from speft_ds.training.checks import check_space
 from speft_ds.training.metrics import say, tokens_per_second
 from speft_ds.training.run_dir import (
@@ -43,7 +43,7 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     began = time.perf_counter()
     distributed.init(recipe.train.timeout_minutes + 1)
     folder = Path(recipe.output_dir)
-    distributed.connect_lifeline(recipe.train.timeout_minutes, lambda: way_on(folder))
+    distributed.connect_lifeline(recipe.train.timeout_minutes, lambda: resume_hint(folder))
     start = whole_start(distributed.broadcast_object(start or Start()))
     if start.state == "new":
         distributed.on_rank_0(lambda: check_output_dir(recipe))
@@ -53,7 +53,7 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     opened: list[Lock] = []  # by rank 0, for as long as the process lives
     distributed.on_rank_0(lambda: opened.append(open_folder(recipe, start)))
     trainer.run_id = distributed.broadcast_object(read_facts(folder).get("run_id"))
-    check_space(recipe, trainer.base, trainer.num_steps)
+    check_space(trainer.context, trainer.num_steps)
 
     if start.checkpoint is None:
         trainer.evaluate("before")
@@ -88,7 +88,7 @@ def whole_start(start: Start) -> Start:
         UserError: on every rank, where there is no whole one.
     """
     while start.checkpoint is not None:
-        own = damage(start.checkpoint, distributed.rank(), distributed.world_size())
+        own = verify(start.checkpoint, distributed.rank(), distributed.world_size())
         problems = [problem for problem in distributed.all_gather_objects(own) if problem]
         if not problems:
             return start
@@ -100,7 +100,7 @@ def whole_start(start: Start) -> Start:
 
         def older(start: Start = start, found: list = found) -> None:
             run_id = start.checkpoint.manifest["run_id"]
-            found.append(newest_whole(start.source, run_id, say, below=start.checkpoint.step))
+            found.append(latest_valid(start.source, run_id, say, below=start.checkpoint.step))
 
         distributed.on_rank_0(older)
         start = replace(start, checkpoint=distributed.broadcast_object(found[0] if found else None))
@@ -109,7 +109,7 @@ def whole_start(start: Start) -> Start:
 
 def check_still_newest(folder: Path, step: int) -> None:
     """Refuse to set back a run that another job took on while this one was starting. Raises UserError."""
-    later = [c for c in list_checkpoints(folder) if c.step > step and c.problem is None and damage(c) is None]
+    later = [c for c in list_checkpoints(folder) if c.step > step and c.problem is None and verify(c) is None]
     if later:
         what = f"another job has taken the run on to {later[0].path} while this one was starting"
         raise UserError(what, str(folder), "the same command once more")

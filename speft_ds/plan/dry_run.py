@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from speft_ds.model import input_recompute
-from speft_ds.model.linear import AdaptedLinear, Sink, adapt
+from speft_ds.model.linear import AdaptedLinear, WeightGradHook, adapt
 from speft_ds.plan.gathers import Moment, Trace
 from speft_ds.plan.geometry import build_model, linears_of
 from speft_ds.sparse.kernels import launch, sampled
@@ -158,7 +158,7 @@ class _Mark(torch.autograd.Function):
         return gradient, None
 
 
-input_recompute.PASSING.add("_MarkBackward")
+input_recompute.PASSTHROUGH_GRAD_FNS.add("_MarkBackward")
 
 
 def _apply(function: Callable[[Tensor], Tensor], value):
@@ -233,7 +233,7 @@ def _prepare(model: nn.Module, targets: set[str], one: Pass) -> None:
     for name, linear in linears_of(model).items():
         adapt(linear, recomputes_input=one.checkpointing == "none" and f"{name}.weight" in targets)
         if f"{name}.weight" in targets:
-            linear.sink = _sink(one, linear)
+            linear.weight_grad_hook = _sink(one, linear)
         else:
             linear.__class__ = _Zero3Linear
 
@@ -242,11 +242,11 @@ class _Zero3Linear(AdaptedLinear):
     """DeepSpeed's own, which saves its input, needed or not (`zero3_linear_wrap`), if any gradient passes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        self.sink = (lambda x, grad_y: None) if x.requires_grad else None
+        self.weight_grad_hook = (lambda x, grad_y: None) if x.requires_grad else None
         return super().forward(x)
 
 
-def _sink(one: Pass, linear: nn.Linear) -> Sink:
+def _sink(one: Pass, linear: nn.Linear) -> WeightGradHook:
     """Holds for a moment what the real sink of a target holds."""
     rows, columns = linear.weight.shape
     if one.collects == "entries":

@@ -12,7 +12,7 @@ from speft_ds import distributed, lifeline
 from speft_ds.data.batch import collate
 from speft_ds.data.rows import Row
 from speft_ds.errors import UserError
-from speft_ds.model.linear import Sink, feeding
+from speft_ds.model.linear import WeightGradHook, weight_grad_hooks
 from speft_ds.sparse.kernels.dense import matmul_fp32
 from speft_ds.zero.engine import SparseEngine
 from speft_ds.zero.shards import own_elements, shard_numel
@@ -122,10 +122,10 @@ class Scorer:
         sums = {name: ShardSum(weight, self.device_of(weight)) for name, weight in self.weights()}
         batch: dict[str, Tensor] = {}
 
-        def make_sink(name: str) -> Sink:
+        def make_sink(name: str) -> WeightGradHook:
             return lambda x, grad_y: sums[name].add(dense(x, grad_y, batch["labels"]))
 
-        with feeding(self.targets, {name: make_sink(name) for name in sums}):
+        with weight_grad_hooks(self.targets, {name: make_sink(name) for name in sums}):
             for batch, mine in self.rows().batches():
                 loss = self.loss(self.engine.module, batch, temperature)
                 (loss * (scale if mine else 0.0)).backward()

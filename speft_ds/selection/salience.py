@@ -18,11 +18,18 @@ from speft_ds import distributed
 from speft_ds.data.batch import IGNORED
 from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import mix64
-from speft_ds.model.linear import Sink, feeding
+from speft_ds.model.linear import WeightGradHook, weight_grad_hooks
 from speft_ds.selection.calibration import Scorer, Scores, weight_gradient
 from speft_ds.selection.synflow import absolute_weights, linear_network
-from speft_ds.sparse.optim.clipping import global_norm
-from speft_ds.zero.shards import full_shape, own_elements, own_range, release, shard_numel, shard_of
+from speft_ds.zero.shards import (
+    full_shape,
+    global_norm,
+    own_elements,
+    own_range,
+    repartition,
+    shard_numel,
+    shard_of,
+)
 
 SALIENCE: dict[str, Callable[[Scorer], Scores]] = {}
 GRASP_TEMPERATURE = 200.0  # Wang et al., "Picking Winning Tickets Before Training", section 4
@@ -145,7 +152,7 @@ def synflow(scorer: Scorer) -> Scores:
     """
     model, found = scorer.engine.module, {}
 
-    def make_sink(name: str, weight: nn.Parameter) -> Sink:
+    def make_sink(name: str, weight: nn.Parameter) -> WeightGradHook:
         def keep(x: Tensor, grad_y: Tensor) -> None:  # every rank has the same gradient: keep our part
             start, stop = own_range(weight)
             own = weight_gradient(x, grad_y).reshape(-1)[start:stop]
@@ -158,7 +165,7 @@ def synflow(scorer: Scorer) -> Scores:
     model.eval()
     try:
         with (
-            feeding(scorer.targets, sinks),
+            weight_grad_hooks(scorer.targets, sinks),
             absolute_weights(list(model.parameters())),
             linear_network(model) as all_ones,
         ):
@@ -215,7 +222,7 @@ def norm(values: Scores) -> float:
 @torch.no_grad()
 def set_weights(scorer: Scorer, origin: Scores, direction: Scores, step: float) -> None:
     """Set this rank's fp32 shards to origin + step * direction; step 0 is exact."""
-    release([weight for _, weight in scorer.weights()])
+    repartition([weight for _, weight in scorer.weights()])
     for name, weight in scorer.weights():
         own, _ = own_elements(weight)
         own.copy_(origin[name] + direction[name] * step if step else origin[name])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from speft_ds import distributed
 from speft_ds.errors import UserError
-from speft_ds.zero.shards import release, shard_of
+from speft_ds.zero.shards import repartition, shard_of
 
 ACTIVATION_MODULES = ("transformers.activations", "torch.nn.modules.activation")
 
@@ -20,7 +20,7 @@ ACTIVATION_MODULES = ("transformers.activations", "torch.nn.modules.activation")
 @torch.no_grad()
 def absolute_weights(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Every ZeRO-3 shard holds absolute values inside the block, and its own bits again after it."""
-    release(parameters)
+    repartition(parameters)
     signs = [pack(torch.signbit(shard_of(parameter))) for parameter in parameters]
     for parameter in parameters:
         shard_of(parameter).abs_()
@@ -28,7 +28,7 @@ def absolute_weights(parameters: list[nn.Parameter]) -> Iterator[None]:
         with torch.enable_grad():
             yield
     finally:
-        release(parameters)
+        repartition(parameters)
         for parameter, packed in zip(parameters, signs, strict=True):
             shard = shard_of(parameter)
             shard.copy_(torch.where(unpack(packed, shard.numel()), -shard, shard))

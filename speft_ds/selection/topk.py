@@ -19,11 +19,11 @@ from speft_ds.errors import UserError
 from speft_ds.selection.radix import Groups, find_thresholds, positions
 from speft_ds.sparse.layout import index_dtype
 from speft_ds.sparse.mask import Mask
-from speft_ds.sparse.tiles import Units, unit_scores
+from speft_ds.sparse.tiles import Tiles, tile_scores
 from speft_ds.zero.shards import shard_range
 
 
-def entries_wanted(recipe, shape: dict[str, tuple[int, int]]) -> int:
+def num_trainable(recipe, shape: dict[str, tuple[int, int]]) -> int:
     """How many entries a recipe's `mask` section asks for; a density is one of the targeted weights.
 
     Raises:
@@ -38,7 +38,7 @@ def entries_wanted(recipe, shape: dict[str, tuple[int, int]]) -> int:
             fix=f"mask.num_trainable={total} at most, or mask.density",
         )
     wanted = recipe.num_trainable or round(recipe.density * total)
-    least = least_wanted(recipe, shape)
+    least = min_trainable(recipe, shape)
     if wanted < least:
         given = f"density {recipe.density}" if recipe.num_trainable is None else "mask.num_trainable"
         part = {"global": "a single unit", "per_layer": "every layer", "per_row": "every row"}[recipe.budget]
@@ -51,12 +51,12 @@ def entries_wanted(recipe, shape: dict[str, tuple[int, int]]) -> int:
     return wanted
 
 
-def least_wanted(recipe, shape: dict[str, tuple[int, int]]) -> int:
+def min_trainable(recipe, shape: dict[str, tuple[int, int]]) -> int:
     """The smallest number of entries with which the budget gives something to all that it must."""
     total = sum(rows * columns for rows, columns in shape.values())
     if recipe.budget == "per_row":  # round(fraction * columns) >= 1 in the narrowest weight
         return total // (2 * min(columns for _, columns in shape.values())) + 1
-    units = {n: Units.of(recipe.granularity, recipe.block_size, s) for n, s in shape.items()}
+    units = {n: Tiles.of(recipe.granularity, recipe.block_size, s) for n, s in shape.items()}
     if recipe.budget == "global":
         return max(unit.largest for unit in units.values())
     shares = (unit.largest * total / (unit.shape[0] * unit.shape[1]) for unit in units.values())
@@ -148,10 +148,10 @@ def gather_mask(local: dict[str, Tensor], shape: dict[str, tuple[int, int]]) -> 
     Raises:
         RuntimeError: the ranks came to different masks (never silently different).
     """
-    return agreed(Mask(gather_indices(local, {n: r * c for n, (r, c) in shape.items()}), shape))
+    return assert_same_mask(Mask(gather_indices(local, {n: r * c for n, (r, c) in shape.items()}), shape))
 
 
-def agreed(mask: Mask) -> Mask:
+def assert_same_mask(mask: Mask) -> Mask:
     """The mask, once its hash is seen to be the same on all ranks; RuntimeError where it is not."""
     if not distributed.same_on_all_ranks(mask.sha256):
         raise RuntimeError("ranks selected different masks")
@@ -208,12 +208,12 @@ def select(
     group, counts = budget_counts(numel, budget, num_trainable)
     if granularity == "element":
         return gather_mask(select_local(scores, group, counts), shape)
-    units = {name: Units.of(granularity, block_size, shape[name]) for name in shape}
-    return select_units(unit_scores(scores, units), units, group, counts)
+    units = {name: Tiles.of(granularity, block_size, shape[name]) for name in shape}
+    return select_units(tile_scores(scores, units), units, group, counts)
 
 
 def select_units(
-    scores: dict[str, Tensor], units: dict[str, Units], group: Groups, counts: list[int]
+    scores: dict[str, Tensor], units: dict[str, Tiles], group: Groups, counts: list[int]
 ) -> Mask:
     """The mask of the entries of the best units; `scores` as from `unit_scores`."""
     rank, world_size = distributed.rank(), distributed.world_size()
@@ -225,7 +225,9 @@ def select_units(
     chosen = gather_indices(chosen, {name: unit.num_units for name, unit in units.items()})
     shape = {name: unit.shape for name, unit in units.items()}
     dtype = index_dtype(max(rows * columns for rows, columns in shape.values()))
-    return agreed(Mask({name: unit.entries(chosen[name]).to(dtype) for name, unit in units.items()}, shape))
+    return assert_same_mask(
+        Mask({name: unit.entries(chosen[name]).to(dtype) for name, unit in units.items()}, shape)
+    )
 
 
 def select_per_row(

@@ -1,4 +1,4 @@
-"""The k-long gradient of a mask's entries, on its way to the ranks that own them.
+"""Gradient of the mask's entries, reduced to the ranks that own them.
 
 The backward of an adapted linear adds its weight's part. Neighbouring weights are a bucket: a buffer
 [world_size, longest] whose row r has, in the order of rank r's flat buffers, what this rank adds to the
@@ -18,17 +18,17 @@ from torch import Tensor
 
 from speft_ds import distributed
 from speft_ds.errors import UserError
-from speft_ds.model.linear import Sink
+from speft_ds.model.linear import WeightGradHook
 from speft_ds.sparse.kernels.backends import Backend, make_backend
 from speft_ds.sparse.layout import Layout
 from speft_ds.sparse.mask import Mask
-from speft_ds.sparse.tiles import Units
+from speft_ds.sparse.tiles import Tiles
 
 IN_FLIGHT = 2  # buckets under way between the ranks, at most
 
 
 @dataclass(frozen=True)
-class Options:
+class GradientOptions:
     """How a gradient is computed and collected.
 
     Attributes:
@@ -45,9 +45,8 @@ class Options:
     overlap: bool = True
 
     @classmethod
-    def of(cls, recipe, overlap: bool = True) -> Options:
-        """Those of a recipe; `overlap` as far as the recipe has it, too."""
-        mask, train = recipe.mask, recipe.train
+    def of(cls, mask, train, overlap: bool = True) -> GradientOptions:
+        """Those of a recipe's `mask` and `train` sections; `overlap` only where `train.overlap` is set."""
         how = (train.sparse_backend, mask.granularity, mask.block_size, train.reduce_bucket)
         return cls(*how, overlap and train.overlap)
 
@@ -59,52 +58,52 @@ class Bucket:
     Attributes:
         names: in the mask's order, so that each rank's part is one slice of its flat buffers.
         starts, lengths: rank -> where that slice starts, and its entries.
-        pieces: [world_size, longest] what was added and not sent yet; None where nothing was.
-        views: weight -> its parts in the rows of `pieces`.
+        buffer: [world_size, longest] what was added and not sent yet; None where nothing was.
+        views: weight -> its parts in the rows of `buffer`.
     """
 
     names: list[str]
     starts: list[int]
     lengths: list[int]
-    pieces: Tensor | None = None
+    buffer: Tensor | None = None
     views: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 class SparseGradient:
     """Collects the gradient of a mask's entries.
 
-    A micro-batch's backward calls the sinks; `finish` must follow it. `take` hands out what has come together
+    A micro-batch's backward calls the hooks; `finish` must follow it. `pop` hands out what has come together
     and starts anew. All ranks call both together.
 
     Attributes:
         own: [num_local] fp32, the sum so far of this rank's entries.
         layout: where the entries lie.
         backends: weight with entries -> name of its backend; `kernels`: -> the backend.
-        sinks: weight -> what its linear feeds; None where the mask has no entry of it.
-        most_buffered: bytes of buckets alive at once, at most.
-        sent: bytes that this rank sent to the others for the gradient that was last taken.
+        hooks: weight -> what its linear calls in its backward; None where the mask has no entry of it.
+        peak_buffer_bytes: bytes of buckets alive at once, at most.
+        bytes_sent: bytes that this rank sent to the others for the gradient that was last popped.
 
     Args:
         mask: what is trained, the same on every rank.
         device: of the activations.
     """
 
-    def __init__(self, mask: Mask, device: torch.device, options: Options):
+    def __init__(self, mask: Mask, device: torch.device, options: GradientOptions):
         self.mask, self.device, self.options = mask, device, options
         self.world_size, rank = distributed.world_size(), distributed.rank()
         layout = Layout.of(mask.index, {name: mask.numel(name) for name in mask.shape}, self.world_size)
         self.layout = layout
         self.own = torch.zeros(layout.lengths[rank], dtype=torch.float32, device=device)
-        self.own_slices = {name: layout.local_slice(name, rank) for name in mask.shape}
+        self.own_slices = {name: layout.places(name, rank) for name in mask.shape}
         self.counts = {name: layout.counts(name) for name in mask.shape}
         self.backends: dict[str, str] = {}
         self.kernels: dict[str, Backend] = {}
-        self.sinks = {name: self._make_sink(name) for name in mask.shape}
+        self.hooks = {name: self._make_hook(name) for name in mask.shape}
         self.buckets = self._make_buckets(options.bucket)
         self.bucket_of = {name: bucket for bucket in self.buckets for name in bucket.names}
         # Uses of a weight in a backward: one, until the first backward has told.
-        self.expected, self.is_learning = dict.fromkeys(self.bucket_of, 1), options.overlap
-        self.most_buffered = self.sent = self.num_sent = 0
+        self.expected, self.is_profiling = dict.fromkeys(self.bucket_of, 1), options.overlap
+        self.peak_buffer_bytes = self.bytes_sent = self._bytes_sending = 0
         self._start_backward()
 
     def _make_buckets(self, size: int) -> list[Bucket]:
@@ -140,13 +139,13 @@ class SparseGradient:
         rank = distributed.rank()
         return {name: self.layout.local_index(name, i, rank) for name, i in self.mask.index.items()}
 
-    def _make_sink(self, name: str) -> Sink | None:
+    def _make_hook(self, name: str) -> WeightGradHook | None:
         """What an adapted linear calls in its backward; None where the mask has no entry of this weight."""
         index = self.mask.index[name]
         if index.numel() == 0:
             return None
         options, shape = self.options, self.mask.shape[name]
-        units = Units.of(options.granularity, options.block_size, shape)
+        units = Tiles.of(options.granularity, options.block_size, shape)
         self.backends[name], backend = make_backend(options.backend, index.to(self.device), shape, units)
         self.kernels[name] = backend
         return lambda x, grad_y: self.add(name, backend(x, grad_y))
@@ -158,9 +157,9 @@ class SparseGradient:
             return
         bucket = self.bucket_of[name]
         self.uses[name] += 1
-        if self.options.overlap and self.uses[name] > self.expected[name] and not self.is_learning:
+        if self.options.overlap and self.uses[name] > self.expected[name] and not self.is_profiling:
             self._refuse_change(name)
-        if bucket.pieces is None:
+        if bucket.buffer is None:
             self._allocate(bucket)
         torch._foreach_add_(bucket.views[name], list(values.split(self.counts[name])))
         # Always in the one order, which all ranks keep, whatever their backwards do.
@@ -179,29 +178,29 @@ class SparseGradient:
 
     def _allocate(self, bucket: Bucket) -> None:
         shape = (self.world_size, max(bucket.lengths))
-        bucket.pieces = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        bucket.buffer = torch.zeros(shape, dtype=torch.float32, device=self.device)
         bucket.views = {
             name: [
                 row[offset - start : offset - start + count]
                 for row, offset, start, count in zip(
-                    bucket.pieces, self.layout.offsets[name], bucket.starts, self.counts[name], strict=True
+                    bucket.buffer, self.layout.offsets[name], bucket.starts, self.counts[name], strict=True
                 )
             ]
             for name in bucket.names
         }
-        filling = [other.pieces for other in self.buckets if other.pieces is not None]
-        alive = [*filling, *(pieces for _, pieces, _ in self.in_flight)]
-        self.most_buffered = max(self.most_buffered, sum(pieces.nbytes for pieces in alive))
+        filling = [other.buffer for other in self.buckets if other.buffer is not None]
+        alive = [*filling, *(buffer for _, buffer, _ in self.in_flight)]
+        self.peak_buffer_bytes = max(self.peak_buffer_bytes, sum(buffer.nbytes for buffer in alive))
 
     def _send(self, bucket: Bucket) -> None:
         """Start the reduction of a bucket; one that nothing was added to takes part, too."""
-        if bucket.pieces is None:
+        if bucket.buffer is None:
             self._allocate(bucket)
         if len(self.in_flight) == IN_FLIGHT:
             self._receive()
-        pieces, bucket.pieces, bucket.views = bucket.pieces, None, {}
-        self.num_sent += pieces.nbytes * (self.world_size - 1) // self.world_size
-        self.in_flight.append((bucket, pieces, distributed.start_reduce_scatter(pieces)))
+        buffer, bucket.buffer, bucket.views = bucket.buffer, None, {}
+        self._bytes_sending += buffer.nbytes * (self.world_size - 1) // self.world_size
+        self.in_flight.append((bucket, buffer, distributed.start_reduce_scatter(buffer)))
 
     def _receive(self) -> None:
         """Wait for the oldest bucket that is under way, and add its sum to what is ours."""
@@ -214,8 +213,8 @@ class SparseGradient:
         """After a backward: reduce what is left."""
         while self.waiting:
             self._send(self.waiting.popleft())
-        if self.is_learning and self.buckets:
-            self._learn_uses()
+        if self.is_profiling and self.buckets:
+            self._profile_uses()
             for bucket in self.buckets:
                 if any(self.expected[name] > 1 for name in bucket.names):
                     self._send(bucket)  # once more: parts may have come when it was on its way
@@ -223,22 +222,22 @@ class SparseGradient:
             self._receive()
         self._start_backward()
 
-    def _learn_uses(self) -> None:
+    def _profile_uses(self) -> None:
         """How often a backward uses each weight, on the rank that does so most (experts may idle on some)."""
         names = list(self.bucket_of)
         uses = torch.tensor([self.uses[name] for name in names], dtype=torch.int64, device=self.device)
         uses = distributed.all_reduce_max(uses).clamp_(min=1).tolist()
-        self.expected, self.is_learning = dict(zip(names, uses, strict=True)), False
+        self.expected, self.is_profiling = dict(zip(names, uses, strict=True)), False
 
-    def take(self) -> Tensor:
+    def pop(self) -> Tensor:
         """The [num_local] fp32 gradient of this rank's entries, summed over ranks and backwards."""
         own, self.own = self.own, torch.zeros_like(self.own)
-        self.sent, self.num_sent = self.num_sent, 0
+        self.bytes_sent, self._bytes_sending = self._bytes_sending, 0
         return own
 
-    def discard(self) -> None:
-        """Forget what was added since the last `take`."""
+    def clear(self) -> None:
+        """Forget what was added since the last `pop`."""
         for bucket in self.buckets:
-            bucket.pieces, bucket.views = None, {}
+            bucket.buffer, bucket.views = None, {}
         self.own.zero_()
         self._start_backward()

@@ -19,7 +19,7 @@ SUM_BITS = 61  # of the fixed-point sums, one less than would overflow
 
 
 @dataclass(frozen=True)
-class Units:
+class Tiles:
     """A weight cut into rectangles of `height` x `width`.
 
     Attributes:
@@ -31,7 +31,7 @@ class Units:
     width: int
 
     @classmethod
-    def of(cls, granularity: str, block_size: int, shape: tuple[int, int]) -> Units:
+    def of(cls, granularity: str, block_size: int, shape: tuple[int, int]) -> Tiles:
         rows, columns = shape
         height, width = {
             "element": (1, 1),
@@ -79,7 +79,7 @@ def _divmod(value: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
     return quotient, value - quotient * divisor
 
 
-def unit_scores(scores: dict[str, Tensor], units: dict[str, Units]) -> dict[str, Tensor]:
+def tile_scores(scores: dict[str, Tensor], units: dict[str, Tiles]) -> dict[str, Tensor]:
     """Mean score of the entries of each unit, sharded over the ranks as the elements of a weight are.
 
     A mean rather than a sum: the same order among full blocks, and it lets smaller edge blocks, or rows of
@@ -99,7 +99,7 @@ def unit_scores(scores: dict[str, Tensor], units: dict[str, Units]) -> dict[str,
     return {name: _means(score, units[name], shift) for name, score in scores.items()}
 
 
-def _means(score: Tensor, units: Units, shift: int) -> Tensor:
+def _means(score: Tensor, units: Tiles, shift: int) -> Tensor:
     rank, world_size = distributed.rank(), distributed.world_size()
     numel = units.shape[0] * units.shape[1]
     start, stop = shard_range(numel, rank, world_size)

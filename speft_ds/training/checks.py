@@ -1,33 +1,26 @@
-"""What has to hold before a run begins, and is known once the model is loaded; on every rank alike."""
+"""Checks of a run that need its rows or its model; the same on every rank."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from speft_ds import distributed
-from speft_ds.data.corpus import Corpus
 from speft_ds.errors import UserError
 from speft_ds.model.targets import layer_number
 from speft_ds.plan.plan import checkpoint_entry
-from speft_ds.schema import Recipe
-from speft_ds.selection.topk import least_wanted
+from speft_ds.schema import Eval, Recipe
+from speft_ds.selection.topk import min_trainable
 from speft_ds.sparse.mask import Mask
 from speft_ds.training.checkpoint.folder import CHECKPOINTS, Checkpoint
-
-if TYPE_CHECKING:
-    from speft_ds.training.setup import Base
+from speft_ds.training.setup import TrainContext
 
 
-def check_chat_template(recipe: Recipe, base: Base) -> None:
+def check_chat_template(section: Eval, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse tasks in a chat template that the tokenizer does not have."""
-    section = recipe.eval
-    if (
-        (section.tasks or section.forgetting_tasks)
-        and section.chat_template
-        and not base.tokenizer.chat_template
-    ):
+    if (section.tasks or section.forgetting_tasks) and section.chat_template and not tokenizer.chat_template:
         fix = "eval.chat_template=false"
         raise UserError("the tokenizer has no chat template", "eval.chat_template", fix)
 
@@ -46,14 +39,14 @@ def check_steps(recipe: Recipe, num_steps: int) -> None:
         raise UserError(what, "mask.update_every", fix)
 
 
-def check_loaded_mask(recipe: Recipe, base: Base, loaded: Mask, facts: dict) -> None:
+def check_loaded_mask(context: TrainContext, loaded: Mask, facts: dict) -> None:
     """Refuse a loaded mask of another base, or one that cannot be chosen anew in the same size.
 
     Args:
         facts: that the mask was saved with.
     """
-    section, where = recipe.mask, f"mask.load: {recipe.mask.load}"
-    if facts.get("fingerprint_bfloat16") != base.fingerprint_bfloat16:
+    section, where = context.recipe.mask, f"mask.load: {context.recipe.mask.load}"
+    if facts.get("fingerprint_bfloat16") != context.fingerprint_bfloat16:
         raise UserError(
             "the mask was scored on another base: the weights of this model have another fingerprint",
             where=where,
@@ -62,7 +55,7 @@ def check_loaded_mask(recipe: Recipe, base: Base, loaded: Mask, facts: dict) -> 
     if loaded.num_trainable == 0:
         raise UserError("the mask has no entries: nothing to train", where, "score another: speft score")
     if section.schedule == "periodic" and (
-        section.budget == "per_row" or loaded.num_trainable < least_wanted(section, base.shapes)
+        section.budget == "per_row" or loaded.num_trainable < min_trainable(section, context.shapes)
     ):
         raise UserError(
             f"mask.budget={section.budget} with mask.granularity={section.granularity} cannot choose "
@@ -72,18 +65,17 @@ def check_loaded_mask(recipe: Recipe, base: Base, loaded: Mask, facts: dict) -> 
         )
 
 
-def check_same_run(
-    recipe: Recipe, base: Base, rows: Corpus, loaded: Mask | None, checkpoint: Checkpoint
-) -> None:
+def check_same_run(context: TrainContext, loaded: Mask | None, checkpoint: Checkpoint) -> None:
     """Refuse to go on over another base, other rows or another loaded mask than the checkpoint's."""
+    recipe, data = context.recipe, context.data
     manifest, where = checkpoint.manifest, str(checkpoint.path)
-    if manifest["base"]["fingerprint"] != base.fingerprint:
+    if manifest["base"]["fingerprint"] != context.fingerprint:
         what = "the checkpoint is of another base: the weights of this model have another fingerprint"
         raise UserError(what, where, f"train {manifest['base']['base']}, unchanged")
-    if manifest["rows_sha256"] != rows.facts["sha256"]:
+    if manifest["rows_sha256"] != data.training.facts["sha256"]:
         what = "the training rows are not those of the checkpoint any more"
         raise UserError(what, where, f"put back the data of {recipe.where_rows()}, or start anew")
-    if recipe.mask.schedule == "periodic" and manifest["calibration_sha256"] != base.calibration_sha256:
+    if recipe.mask.schedule == "periodic" and manifest["calibration_sha256"] != data.calibration.sha256:
         what = "the calibration rows, which choose every mask, are not those of the checkpoint any more"
         raise UserError(what, where, f"put back {recipe.mask.calibration_path or 'the data'}, or start anew")
     if loaded is not None and manifest["state"]["first_sha256"] != loaded.sha256:
@@ -91,13 +83,14 @@ def check_same_run(
         raise UserError(what, where, "put back the mask, or start anew")
 
 
-def check_space(recipe: Recipe, base: Base, num_steps: int) -> None:
+def check_space(context: TrainContext, num_steps: int) -> None:
     """Refuse a disk that the checkpoints will not fit on; the run folder is there."""
+    recipe = context.recipe
     train, folder = recipe.train, Path(recipe.output_dir)
     if train.checkpoint_every is None:
         return
     number = train.keep_last + 1 + (num_steps // train.keep_every if train.keep_every else 0)
-    num_trained = base.num_trainable + sum(head.weight.ds_numel for head in base.heads.values())
+    num_trained = context.num_trainable + sum(head.weight.ds_numel for head in context.heads.values())
     needed = number * checkpoint_entry(recipe) * num_trained
 
     def check() -> None:
@@ -110,15 +103,14 @@ def check_space(recipe: Recipe, base: Base, num_steps: int) -> None:
     distributed.on_rank_0(check)
 
 
-def check_shapes(recipe: Recipe, shapes: dict[str, tuple[int, int]]) -> None:
+def check_targets(context: TrainContext) -> None:
     """Refuse a recipe that asks for more than its targets have.
 
-    Args:
-        shapes: weight name -> (out, in) of the targets.
     Raises:
         UserError: `mask.lift_rank` or `mask.gate_layers` is too large.
     """
-    mask, smallest = recipe.mask, min(min(shape) for shape in shapes.values())
+    mask, shapes = context.recipe.mask, context.shapes
+    smallest = min(min(shape) for shape in shapes.values())
     if mask.salience == "lift" and mask.lift_rank >= smallest:
         raise UserError(
             f"an approximation of rank {mask.lift_rank} leaves a weight with {smallest} "

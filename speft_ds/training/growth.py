@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from speft_ds import distributed
-from speft_ds.model.linear import Sink
+from speft_ds.model.linear import WeightGradHook
 from speft_ds.selection.calibration import ShardSum, weight_gradient
 from speft_ds.selection.radix import Groups
 from speft_ds.selection.topk import gather_mask, groups_by, select_local
-from speft_ds.sparse.gradient import Options, SparseGradient
-from speft_ds.sparse.layout import index_dtype
+from speft_ds.sparse.gradient import GradientOptions, SparseGradient
+from speft_ds.sparse.layout import EntryTable, RankShards, index_dtype
 from speft_ds.sparse.mask import Mask
-from speft_ds.sparse.state import SparseState, spans_of, to_global
-from speft_ds.training.checkpoint.parts import Parts, Table
+from speft_ds.sparse.state import SparseState
+from speft_ds.training.checkpoint.parts import Parts
 from speft_ds.zero.shards import full_shape, own_elements, own_range
 
 Shape = dict[str, tuple[int, int]]  # weight -> (out, in)
@@ -26,7 +26,7 @@ Chosen = tuple[dict[str, Tensor], list[int]]  # weight -> local indices to grow;
 class Growth(Protocol):
     """What `drop_grow` asks of a growth criterion, in this order within a step."""
 
-    def sink(self, name: str, steps_left: int | None) -> Sink | None:
+    def hook(self, name: str, steps_left: int | None) -> WeightGradHook | None:
         """What looks at a weight's backward; the mask changes after `steps_left` steps, or not any more."""
 
     def on_gradient(self, state: SparseState, gradient: Tensor) -> None:
@@ -48,7 +48,7 @@ class Growth(Protocol):
     def is_ready(self) -> bool:
         """Whether it has seen what `select` goes by."""
 
-    def snapshot(self) -> tuple[dict[str, Table], dict[str, Tensor]]:
+    def snapshot(self) -> tuple[dict[str, EntryTable], dict[str, Tensor]]:
         """All that it has gathered between two steps: tables of this rank, and what all ranks hold alike."""
 
     def restore(self, parts: Parts, shape: Shape) -> None:
@@ -98,7 +98,9 @@ class AccumulatedGradient:
         options: of the candidates' gradient, which is reduced after a step's last backward.
     """
 
-    def __init__(self, weights: dict[str, nn.Parameter], budget: str, growth_steps: int, options: Options):
+    def __init__(
+        self, weights: dict[str, nn.Parameter], budget: str, growth_steps: int, options: GradientOptions
+    ):
         self.weights, self.budget, self.growth_steps, self.options = weights, budget, growth_steps, options
         self.restart()
 
@@ -107,13 +109,13 @@ class AccumulatedGradient:
         self.gradient: SparseGradient | None = None  # of the candidates, once they are chosen
         self.total: Tensor | None = None  # [own candidates] accumulated gradient
 
-    def sink(self, name: str, steps_left: int | None) -> Sink | None:
+    def hook(self, name: str, steps_left: int | None) -> WeightGradHook | None:
         in_window = steps_left is not None and steps_left <= self.growth_steps
         if in_window and self.gradient is None:
             weight = self.weights[name]
             total = self.dense[name] = ShardSum(weight, own_elements(weight)[0].device)
             return lambda x, grad_y: total.add(weight_gradient(x, grad_y))
-        return self.gradient.sinks[name] if self.gradient else None
+        return self.gradient.hooks[name] if self.gradient else None
 
     def on_gradient(self, state: SparseState, gradient: Tensor) -> None:
         """Nothing to learn from entries that are in the mask."""
@@ -123,7 +125,7 @@ class AccumulatedGradient:
             self._choose_candidates(state)
         elif self.gradient is not None:
             self.gradient.finish()
-            self.total += self.gradient.take()
+            self.total += self.gradient.pop()
 
     def _choose_candidates(self, state: SparseState) -> None:
         dense = {name: total.value for name, total in self.dense.items()}
@@ -145,19 +147,19 @@ class AccumulatedGradient:
     def skip_step(self) -> None:
         self.dense = {}
         if self.gradient is not None:
-            self.gradient.discard()
+            self.gradient.clear()
 
     @property
     def is_ready(self) -> bool:
         return self.gradient is not None
 
-    def snapshot(self) -> tuple[dict[str, Table], dict[str, Tensor]]:
+    def snapshot(self) -> tuple[dict[str, EntryTable], dict[str, Tensor]]:
         if self.gradient is None:
             return {}, {}
         mask = self.gradient.mask
-        spans = spans_of({name: mask.numel(name) for name in mask.shape})
-        index = to_global(self.gradient.local_index(), spans)
-        return {"candidates": Table(index, {"total": self.total})}, {}
+        shards = RankShards({name: mask.numel(name) for name in mask.shape})
+        index = shards.to_global(self.gradient.local_index())
+        return {"candidates": EntryTable(index, {"total": self.total})}, {}
 
     def restore(self, parts: Parts, shape: Shape) -> None:
         self.restart()
@@ -166,14 +168,14 @@ class AccumulatedGradient:
             numel = {name: rows * columns for name, (rows, columns) in shape.items()}
             candidates = {name: index[name].to(device, index_dtype(numel[name])) for name in shape}
             self.gradient = self._collect(Mask(candidates, shape))
-            self.total = parts.table("candidates", spans_of(numel)).columns["total"].to(device)
+            self.total = parts.table("candidates", RankShards(numel).spans).columns["total"].to(device)
 
     def select(self, state: SparseState, group: Groups, wanted: list[int]) -> Chosen:
         local = self.gradient.local_index()
-        pieces = self.total.abs().split([index.numel() for index in local.values()])
+        parts_ = self.total.abs().split([index.numel() for index in local.values()])
         there = {name: index.numel() for name, index in self.gradient.mask.index.items()}
         wanted = at_most(wanted, group, there)
-        chosen = select_local(dict(zip(local, pieces, strict=True)), group, wanted)
+        chosen = select_local(dict(zip(local, parts_, strict=True)), group, wanted)
         return {name: index[chosen[name].to(index.device)] for name, index in local.items()}, wanted
 
 
@@ -198,8 +200,8 @@ class RowColumnMomentum:
 
     def _views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Weight -> views of its rows and its columns."""
-        pieces = iter(flat.split([length for shape in self.shape.values() for length in shape]))
-        return {name: (next(pieces), next(pieces)) for name in self.shape}
+        parts_ = iter(flat.split([length for shape in self.shape.values() for length in shape]))
+        return {name: (next(parts_), next(parts_)) for name in self.shape}
 
     def restart(self) -> None:
         """The statistics go on."""
@@ -211,13 +213,13 @@ class RowColumnMomentum:
     def is_ready(self) -> bool:
         return True
 
-    def snapshot(self) -> tuple[dict[str, Table], dict[str, Tensor]]:
+    def snapshot(self) -> tuple[dict[str, EntryTable], dict[str, Tensor]]:
         return {}, {"statistics": self.statistics}
 
     def restore(self, parts: Parts, shape: Shape) -> None:
         self.statistics = parts.shared("statistics").to(self.statistics.device)
 
-    def sink(self, name: str, steps_left: int | None) -> Sink | None:
+    def hook(self, name: str, steps_left: int | None) -> WeightGradHook | None:
         return None
 
     def on_gradient(self, state: SparseState, gradient: Tensor) -> None:

@@ -9,109 +9,96 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from speft_ds import distributed
 from speft_ds.errors import UserError
-from speft_ds.model.linear import Sink, join_sinks
+from speft_ds.model.linear import WeightGradHook, chain_hooks
 from speft_ds.model.targets import target_shapes
 from speft_ds.selection.topk import gather_mask, select_local
-from speft_ds.sparse.gradient import Options
-from speft_ds.sparse.layout import index_dtype, locate
+from speft_ds.sparse.gradient import GradientOptions, SparseGradient
+from speft_ds.sparse.layout import EntryTable, RankShards, index_dtype, locate
 from speft_ds.sparse.mask import Mask, jaccard, overlap
 from speft_ds.sparse.optim.clipping import Clip
-from speft_ds.sparse.optim.flat import Saved
+from speft_ds.sparse.optim.flat import OptimizerState
 from speft_ds.sparse.optim.lr_schedule import make_lr_schedule
 from speft_ds.sparse.optim.make import make_optimizer
-from speft_ds.sparse.state import SparseState, spans_of
-from speft_ds.training.checkpoint.parts import Parts, Snapshot, Table
+from speft_ds.sparse.state import SparseState
+from speft_ds.training.checkpoint.parts import Parts, Snapshot
 from speft_ds.training.growth import AccumulatedGradient, Growth, RowColumnMomentum, groups_of
-from speft_ds.training.layer_sampler import LayerGate
+from speft_ds.training.layer_sampler import LayerSampler
 from speft_ds.training.metrics import say
-from speft_ds.zero.engine import SparseEngine
-from speft_ds.zero.shards import release, shard_of
+from speft_ds.training.setup import TrainContext
+from speft_ds.zero.engine import Trainable
+from speft_ds.zero.shards import repartition, shard_of
 
 OWN = "optimizer."  # of the optimizer, among a rank's own tensors in a checkpoint
-
-
-@dataclass
-class Training:
-    """What every schedule works with.
-
-    Attributes:
-        recipe: the whole recipe.
-        engine: the engine over the frozen base.
-        targets: weight name -> adapted linear.
-        heads: weight name -> adapted linear that is trained whole.
-        num_steps: of the run.
-        choose: number of the (re)selection, from 0 -> a mask by fresh scores of the weights of the moment.
-    """
-
-    recipe: object
-    engine: SparseEngine
-    targets: dict[str, nn.Linear]
-    heads: dict[str, nn.Linear]
-    num_steps: int
-    choose: Callable[[int], Mask]
-
-    @property
-    def trained(self) -> dict[str, nn.Linear]:
-        return self.targets | self.heads
 
 
 class Schedule:
     """`static`: the mask of the start, to the end. The others override the hooks.
 
     Attributes:
-        mask, state, optimizer: of the moment.
-        changes: one dict a change of the mask, for run.json.
+        mask: of the moment.
+        state, gradient, optimizer: of its entries; the engine trains them.
+        changes: one dict per change of the mask, for run.json.
+
+    Args:
+        context: the frozen base on its engine.
+        num_steps: of the run.
+        choose: number of the (re)selection, from 0 -> a mask by fresh scores of the weights of the moment.
     """
 
-    num_selections = 1  # masks chosen by `training.choose` so far
+    num_selections = 1  # masks chosen by `choose` so far
 
-    def __init__(self, training: Training, mask: Mask):
-        self.training, self.recipe = training, training.recipe.mask
+    def __init__(self, context: TrainContext, mask: Mask, num_steps: int, choose: Callable[[int], Mask]):
+        self.context, self.num_steps, self.choose = context, num_steps, choose
+        recipe, self.recipe = context.recipe, context.recipe.mask
         self.mask = mask
         self.first_mask = Mask({n: index.cpu() for n, index in mask.index.items()}, mask.shape)
         self.changes: list[dict] = []
-        self.gate = LayerGate(self.recipe, training.recipe.seed, list(mask.shape))
+        self.layers = LayerSampler(self.recipe, recipe.seed, list(mask.shape))
         self.state = self._make_state(mask)
-        self.optimizer = make_optimizer(self.state.delta, training.recipe.optimizer, self.recipe.has_ages)
-        self.lr_schedule = make_lr_schedule(self.optimizer, training.recipe.optimizer, training.num_steps)
+        self.optimizer = make_optimizer(self.state.delta, recipe.optimizer, self.recipe.has_ages)
+        self.lr_schedule = make_lr_schedule(self.optimizer, recipe.optimizer, num_steps)
         self._attach()
 
-    def _make_state(self, mask: Mask, previous: SparseState | None = None, revert: bool = False):
-        shards = {name: shard_of(linear.weight) for name, linear in self.training.trained.items()}
-        heads = target_shapes(self.training.heads)
-        return SparseState(mask, shards, Options.of(self.training.recipe), previous, revert, heads)
+    def _make_state(
+        self, mask: Mask, previous: SparseState | None = None, revert: bool = False
+    ) -> SparseState:
+        shards = {name: shard_of(linear.weight) for name, linear in self.context.trained.items()}
+        return SparseState(mask, shards, previous, revert, target_shapes(self.context.heads))
 
     def _attach(self) -> None:
-        recipe = self.training.recipe.optimizer
-        clip = Clip(recipe.clip, recipe.clip_norm)
-        self.training.engine.attach(self.state, self.optimizer, self.lr_schedule, clip, self.on_gradient)
+        recipe = self.context.recipe
+        options = GradientOptions.of(recipe.mask, recipe.train)
+        self.gradient = SparseGradient(self.state.trained, self.state.device, options)
+        clip = Clip(recipe.optimizer.clip, recipe.optimizer.clip_norm)
+        self.context.engine.attach(
+            Trainable(self.state, self.gradient, self.optimizer, self.lr_schedule, clip, self.on_gradient)
+        )
 
     def before_step(self, step: int) -> None:
         """Called before step `step` (from 0) computes its gradients: connect what they are collected by."""
-        self.gate.draw(step)
-        for name, linear in self.training.trained.items():
-            own = self.state.gradient.sinks[name] if self.gate.is_open(name) else None
-            is_target = name in self.training.targets
-            linear.sink = join_sinks(own, self.extra_sink(name, step) if is_target else None)
+        self.layers.resample(step)
+        for name, linear in self.context.trained.items():
+            own = self.gradient.hooks[name] if self.layers.is_active(name) else None
+            is_target = name in self.context.targets
+            linear.weight_grad_hook = chain_hooks(own, self.extra_hook(name, step) if is_target else None)
 
-    def extra_sink(self, name: str, step: int) -> Sink | None:
+    def extra_hook(self, name: str, step: int) -> WeightGradHook | None:
         """What else looks at this weight's backward in this step."""
         return None
 
     def on_gradient(self, gradient: Tensor) -> Tensor | None:
         """Sees the summed gradient [num_local], before clipping; returns which entries step (None: all)."""
-        if self.gate.open is None:
+        if self.layers.active is None:
             return None
         active = torch.zeros_like(gradient, dtype=torch.bool)
         for name, own in self.state.slices.items():
-            active[own] = self.gate.is_open(name)
+            active[own] = self.layers.is_active(name)
         return active
 
     def after_step(self, step: int, skipped: bool = False) -> None:
@@ -120,15 +107,15 @@ class Schedule:
     def is_time(self, step: int) -> bool:
         """Whether the mask changes after this step; never after the last one, which nothing would train."""
         done = step + 1
-        return done % self.recipe.update_every == 0 and done < self.training.num_steps
+        return done % self.recipe.update_every == 0 and done < self.num_steps
 
     def change_mask(self, mask: Mask, step: int, revert: bool) -> None:
         """Train another mask from here on; `revert` as for SparseState. Kept entries keep their moments."""
-        release([linear.weight for linear in self.training.trained.values()])
+        repartition([linear.weight for linear in self.context.trained.values()])
         kept = overlap(self.mask, mask)
         old_key = self.state.keys()
         self.state = self._make_state(mask, self.state, revert)
-        self.optimizer.carry(self.state.delta, *locate(old_key, self.state.keys()))
+        self.optimizer.remap_state(self.state.delta, *locate(old_key, self.state.keys()))
         self._attach()
         change = {
             "step": step + 1,
@@ -144,6 +131,11 @@ class Schedule:
             f"overlap with the first {change['overlap_with_first']:.3f}, sha256 {mask.sha256[:12]}"
         )
 
+    @property
+    def mask_shards(self) -> RankShards:
+        """This rank's shards of the targets."""
+        return RankShards({name: self.mask.numel(name) for name in self.mask.shape})
+
     def snapshot(self) -> Snapshot:
         """All that the next step depends on, of this rank, between two steps. Nothing is copied."""
         saved = self.optimizer.snapshot()
@@ -152,7 +144,7 @@ class Schedule:
             "dropped": self.state.dropped_table(),
         }
         if self.changes:
-            tables["first"] = Table(self._own_part(self.first_mask))
+            tables["first"] = EntryTable(self.mask_shards.select(self.first_mask.index))
         lr_schedule = {n: v for n, v in self.lr_schedule.state_dict().items() if n != "lr_lambdas"}
         facts = {
             "age": saved.age,
@@ -165,28 +157,20 @@ class Schedule:
         own = {OWN + name: value for name, value in saved.own.items()}
         return Snapshot(tables, {}, own, facts)
 
-    def _own_part(self, mask: Mask) -> dict[str, Tensor]:
-        """Weight -> this rank's global indices of a mask."""
-        own = {}
-        for name, (start, stop) in spans_of({n: mask.numel(n) for n in mask.shape}).items():
-            edges = torch.tensor([start, stop], device=mask.index[name].device)
-            first, last = torch.searchsorted(mask.index[name].to(torch.int64), edges).tolist()
-            own[name] = mask.index[name][first:last]
-        return own
-
     def restore(self, parts: Parts) -> None:
         """Go on where `snapshot` was taken: same recipe, any world size, over the pretrained weights.
 
         The schedule was made with the checkpoint's mask; only its contents are taken up here.
         """
-        release([linear.weight for linear in self.training.trained.values()])
+        repartition([linear.weight for linear in self.context.trained.values()])
         facts = parts.facts
         if facts["changes"]:
             first = mask_of(parts, "first", self.mask.shape)
             self.first_mask = Mask({n: index.cpu() for n, index in first.index.items()}, first.shape)
-        columns = parts.table("trained", self.state.spans).columns
-        self.state.restore(columns.pop("delta"), parts.table("dropped", self.state.spans))
-        self.optimizer.restore(self.state.delta, Saved(columns, self._own_of(parts), facts["age"]))
+        spans = self.state.rank_shards.spans
+        columns = parts.table("trained", spans).columns
+        self.state.restore(columns.pop("delta"), parts.table("dropped", spans))
+        self.optimizer.restore(self.state.delta, OptimizerState(columns, self._own_of(parts), facts["age"]))
         self.lr_schedule.load_state_dict({**facts["lr_schedule"], "lr_lambdas": [None]})
         self.optimizer.param_groups[0]["lr"] = self.lr_schedule.get_last_lr()[0]
         self.num_selections, self.changes = facts["num_selections"], list(facts["changes"])
@@ -223,7 +207,7 @@ class Periodic(Schedule):
 
     def after_step(self, step: int, skipped: bool = False) -> None:
         if self.is_time(step):
-            mask = self.training.choose(self.num_selections)
+            mask = self.choose(self.num_selections)
             self.num_selections += 1
             self.change_mask(mask, step, revert=False)
 
@@ -235,12 +219,14 @@ class GradTopk(Schedule):
     """
 
     def on_gradient(self, gradient: Tensor) -> Tensor | None:
-        is_open = super().on_gradient(gradient)
+        active_layers = super().on_gradient(gradient)
         size = gradient.abs()
-        if is_open is not None:
-            size.masked_fill_(~is_open, -1.0)
-        num_open = sum(self.mask.index[name].numel() for name in self.mask.shape if self.gate.is_open(name))
-        count = max(1, round(self.recipe.topk_fraction * num_open)) if num_open else 0
+        if active_layers is not None:
+            size.masked_fill_(~active_layers, -1.0)
+        num_active = sum(
+            self.mask.index[name].numel() for name in self.mask.shape if self.layers.is_active(name)
+        )
+        count = max(1, round(self.recipe.topk_fraction * num_active)) if num_active else 0
         scores = self.by_weight(size)
         active = torch.zeros_like(gradient, dtype=torch.bool)
         for name, chosen in select_local(scores, dict.fromkeys(scores, 0), [count]).items():
@@ -260,26 +246,27 @@ class DropGrow(Schedule):
     grows by itself.
     """
 
-    def __init__(self, training: Training, mask: Mask):
-        super().__init__(training, mask)
-        options = Options.of(training.recipe, overlap=False)
-        weights = {name: linear.weight for name, linear in training.targets.items()}
+    def __init__(self, context: TrainContext, mask: Mask, num_steps: int, choose: Callable[[int], Mask]):
+        super().__init__(context, mask, num_steps, choose)
+        recipe = context.recipe
+        options = GradientOptions.of(recipe.mask, recipe.train, overlap=False)
+        weights = {name: linear.weight for name, linear in context.targets.items()}
         self.growth: Growth = {
             "sft_ag": lambda: AccumulatedGradient(
                 weights, self.recipe.budget, self.recipe.growth_steps, options
             ),
-            "sft_ma": lambda: RowColumnMomentum(weights, training.recipe.optimizer.betas[1]),
+            "sft_ma": lambda: RowColumnMomentum(weights, recipe.optimizer.betas[1]),
         }[self.recipe.growth]()
 
     def rate(self, step: int) -> float:
         """The fraction to drop after this step."""
-        progress = (step + 1) / self.training.num_steps
+        progress = (step + 1) / self.num_steps
         if self.recipe.drop_anneal == "cosine":
             return self.recipe.drop_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
         return self.recipe.drop_rate * (1.0 - progress)
 
-    def extra_sink(self, name: str, step: int) -> Sink | None:
-        return self.growth.sink(name, self.steps_left(step))
+    def extra_hook(self, name: str, step: int) -> WeightGradHook | None:
+        return self.growth.hook(name, self.steps_left(step))
 
     def snapshot(self) -> Snapshot:
         snapshot = super().snapshot()

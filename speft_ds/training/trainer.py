@@ -18,22 +18,37 @@ from speft_ds.data.batch import collate, split_global_batch
 from speft_ds.data.order import SampleOrder
 from speft_ds.data.rows import Row
 from speft_ds.errors import UserError
-from speft_ds.evaluation.eval_jobs import Moment, Round, rounds_of
+from speft_ds.evaluation.eval_jobs import EvalJob, Phase, jobs_of
 from speft_ds.evaluation.files import keep_scores, still_to_score
-from speft_ds.evaluation.validation_loss import HeldOut
+from speft_ds.evaluation.validation_loss import ValidationLoss
 from speft_ds.machine import machine, versions
 from speft_ds.preflight import mask_file
 from speft_ds.schema import Recipe
+from speft_ds.sparse.gradient import SparseGradient
 from speft_ds.sparse.mask import Mask, read_mask
 from speft_ds.sparse.state import SparseState
 from speft_ds.training.checkpoint.parts import Parts, Snapshot
 from speft_ds.training.checkpoint.resume import Start
 from speft_ds.training.checkpoint.writer import Writer
-from speft_ds.training.checks import check_chat_template, check_loaded_mask, check_same_run, check_steps
+from speft_ds.training.checks import (
+    check_chat_template,
+    check_loaded_mask,
+    check_same_run,
+    check_steps,
+    check_targets,
+)
 from speft_ds.training.metrics import MetricsLog, Timings, say
 from speft_ds.training.monitor import Monitor
-from speft_ds.training.schedule import SCHEDULES, Schedule, Training, mask_of
-from speft_ds.training.setup import Base
+from speft_ds.training.schedule import SCHEDULES, Schedule, mask_of
+from speft_ds.training.setup import (
+    RunData,
+    base_facts,
+    choose_mask,
+    load_context,
+    load_data,
+    read_file,
+    scored_model_facts,
+)
 from speft_ds.votes import Votes
 
 
@@ -45,8 +60,9 @@ class Trainer:
         start: where the run starts; None: at the beginning.
 
     Attributes (after construction):
-        base: the frozen, sharded base on its engine.
+        context: the frozen, sharded base on its engine, and its rows.
         rows: tokenised training rows, the same on every rank.
+        num_steps: of the whole run; `first_step`: of this process.
         timings: stage -> seconds.
     """
 
@@ -58,41 +74,48 @@ class Trainer:
         self.schedule: Schedule | None = None
         self.evaluation = None
         if (recipe.eval.slice and recipe.eval.tasks) or any(
-            rounds_of(recipe.eval, moment) for moment in ("before", "after")
+            jobs_of(recipe.eval, moment) for moment in ("before", "after")
         ):
             from speft_ds.evaluation.runner import Evaluation  # late: lm-eval takes its time
 
             with self.timings.stage("tasks"):  # an unknown task should not wait for the end of training
                 self.evaluation = Evaluation(recipe)
         with self.timings.stage("data"):
-            self.base = Base(recipe, self.timings)
-            check_chat_template(recipe, self.base)
+            data = load_data(recipe, needs_training=True, needs_calibration=True)
+            check_chat_template(recipe.eval, data.tokenizer)
             if self.evaluation is not None:
-                self.evaluation.tokenizer = self.base.tokenizer
-            self.rows = self.base.read_training_rows()
-            self.base.read_calibration_rows(self.rows)
-            self.held_out = HeldOut(self.base) if recipe.eval.held_out else None
+                self.evaluation.tokenizer = data.tokenizer
+            self.rows = data.training
+            self.validation = self._load_validation(data)
         train = recipe.train
         self.order = SampleOrder(self.rows.sizes, recipe.data.weights, recipe.seed)
         self.num_steps = self.order.num_steps(train.global_batch, train.steps, train.epochs)
         check_steps(recipe, self.num_steps)
         with self.timings.stage("model"):
-            self.loaded, facts = self._read_mask()
+            self.loaded, facts = read_mask(mask_file(recipe.mask.load)) if recipe.mask.load else (None, {})
             self.process_bytes = peak_memory.held()
-            self.base.load(self.loaded)
+            self.context = load_context(recipe, data, self.loaded)
+        check_targets(self.context)
         if self.loaded is not None:
-            check_loaded_mask(recipe, self.base, self.loaded, facts)
+            check_loaded_mask(self.context, self.loaded, facts)
             say("note: with mask.load, the recipe's salience, density, budget and targets are not used")
-        self.engine, self.targets = self.base.engine, self.base.targets
-        self.first_step = 0  # of this process: the steps before it were made by others
+        self.engine, self.targets = self.context.engine, self.context.targets
+        self.first_step = 0  # the steps before it were made by other processes
         self.num_skipped = self.num_nonfinite = 0  # steps: over the run, and in a row up to now
-        self.best_loss = math.inf  # on the held-out rows
+        self.best_loss = math.inf  # on the validation rows
         self.run_id = ""
         self.accounts: list[dict] = []  # by rank, of the training: bytes held and sent
-        self.writer = Writer(self.folder, recipe.train, self.checkpoint.step if self.checkpoint else 0)
-        self.votes = Votes(self.writer, recipe.train.checkpoint_every)
+        self.writer = Writer(self.folder, train, self.checkpoint.step if self.checkpoint else 0)
+        self.votes = Votes(self.writer, train.checkpoint_every)
         if self.checkpoint is not None:
-            check_same_run(recipe, self.base, self.rows, self.loaded, self.checkpoint)
+            check_same_run(self.context, self.loaded, self.checkpoint)
+
+    def _load_validation(self, data: RunData) -> ValidationLoss | None:
+        path, batch_size = self.recipe.eval.held_out, self.recipe.eval.batch_size
+        if path is None:
+            return None
+        rows = read_file(self.recipe, data, path, "eval.held_out")
+        return ValidationLoss(rows, batch_size, data.pad_id)
 
     @property
     def mask(self) -> Mask:
@@ -104,21 +127,22 @@ class Trainer:
         """The trained entries of the moment."""
         return self.schedule.state
 
-    def _read_mask(self) -> tuple[Mask | None, dict]:
-        path = self.recipe.mask.load
-        return read_mask(mask_file(path)) if path else (None, {})
+    @property
+    def gradient(self) -> SparseGradient:
+        """The gradient of these entries."""
+        return self.schedule.gradient
 
-    def evaluate(self, moment: Moment) -> None:
+    def evaluate(self, moment: Phase) -> None:
         """Score what the recipe says `before` or `after` training, as far as it was not done before.
 
         Scores of this moment that are of other weights, or made otherwise, are set aside.
         """
-        folder, wanted = self.folder / "eval", rounds_of(self.recipe.eval, moment)
+        folder, wanted = self.folder / "eval", jobs_of(self.recipe.eval, moment)
         if not wanted:
             return
         adapter = self.folder / "adapter" if moment == "after" else None
-        model = self.base.scored_model(distributed.broadcast_object(tensors_sha256(adapter)))
-        left: list[Round] = []  # as rank 0 sees the folder
+        model = scored_model_facts(self.context, distributed.broadcast_object(tensors_sha256(adapter)))
+        left: list[EvalJob] = []  # as rank 0 sees the folder
         distributed.on_rank_0(lambda: left.extend(still_to_score(folder, moment, wanted, model, self.recipe)))
         left = distributed.broadcast_object(left)
         if left and moment == "before" and self.first_step > 0:
@@ -133,7 +157,7 @@ class Trainer:
         """Take the mask that is given, or score and select one, and set up the trainable state."""
         if self.checkpoint is not None:
             return self._take_up()
-        mask = self.loaded or self.base.choose_mask()
+        mask = self.loaded or choose_mask(self.context, self.timings)
         recipe = self.recipe.mask
         source = f"by {recipe.salience}, {recipe.budget} budget"
         if self.loaded:
@@ -143,22 +167,22 @@ class Trainer:
             f"(density {mask.density:.4%}) {source}, sha256 {mask.sha256[:12]}"
         )
         self.schedule = self._make_schedule(mask)
-        backends = Counter(self.state.gradient.backends.values()).most_common()
+        backends = Counter(self.gradient.backends.values()).most_common()
         parts = [f"{name} ({count} weights)" for name, count in backends]
         say(f"sparse gradient by {', '.join(parts)}: train.sparse_backend={self.recipe.train.sparse_backend}")
 
     def _make_schedule(self, mask: Mask) -> Schedule:
-        base = self.base
-        training = Training(
-            self.recipe, self.engine, self.targets, base.heads, self.num_steps, base.choose_mask
-        )
-        return SCHEDULES[self.recipe.mask.schedule](training, mask)
+        def choose(number: int) -> Mask:
+            return choose_mask(self.context, self.timings, number)
+
+        schedule = SCHEDULES[self.recipe.mask.schedule]
+        return schedule(self.context, mask, self.num_steps, choose)
 
     def _take_up(self) -> None:
         """The trainable state, as the checkpoint has it."""
         parts, manifest = Parts(self.checkpoint), self.checkpoint.manifest
         with self.timings.stage("resume"):
-            self.schedule = self._make_schedule(mask_of(parts, "trained", self.base.shapes))
+            self.schedule = self._make_schedule(mask_of(parts, "trained", self.context.shapes))
             self.schedule.restore(parts)
         if self.mask.sha256 != parts.facts["sha256"]:
             raise UserError("the mask of the checkpoint has another hash now", str(self.checkpoint.path))
@@ -191,7 +215,7 @@ class Trainer:
         return {
             "step": step + 1,
             "loss": loss,
-            **({"accuracy": num_correct / num_labels} if self.base.classifies else {}),
+            **({"accuracy": num_correct / num_labels} if num_correct is not None else {}),
             "lr": lr,
             "grad_norm": optimizer._global_grad_norm,
             "num_skipped": self.num_skipped,
@@ -200,11 +224,11 @@ class Trainer:
             "step_ms": seconds * 1000,
         }
 
-    def _accumulate(self, rows: list[Row], num_labels: int, step: int) -> tuple[float, float]:
+    def _accumulate(self, rows: list[Row], num_labels: int, step: int) -> tuple[float, float | None]:
         """Forward and backward of a global batch, each rank its own micro-batches, and the optimizer's step.
 
         Returns:
-            (loss, rows that a classifier got right), over all ranks and micro-batches.
+            (loss, rows that a classifier got right or None), over all ranks and micro-batches.
         """
         train, rank, world_size = self.recipe.train, distributed.rank(), distributed.world_size()
         # Over all ranks and micro-batches: loss; for a classifier, rows that it got right; what ranks say.
@@ -212,8 +236,8 @@ class Trainer:
         own = split_global_batch(rows, train.micro_batch, rank, world_size)
         for number, micro_batch in enumerate(own):
             lifeline.beat(f"step {step + 1}, micro-batch {number + 1} of {len(own)}")
-            batch = collate(micro_batch, self.base.pad_id, distributed.device())
-            loss, num_correct = self.base.objective(self.engine, batch)
+            batch = collate(micro_batch, self.context.data.pad_id, distributed.device())
+            loss, num_correct = self.context.objective(self.engine, batch)
             loss = loss / num_labels
             sums[0] += loss.detach()
             if num_correct is not None:
@@ -223,9 +247,9 @@ class Trainer:
             if micro_batch is own[-1]:
                 sums[2:] = torch.tensor(self.votes.own(), dtype=torch.float64)
                 self.votes.count(distributed.all_reduce(sums)[2:])
-                self.engine.optimizer.discard = not math.isfinite(sums[0].item())
+                self.engine.optimizer.skip_step = not math.isfinite(sums[0].item())
             self.engine.step()
-        return sums[0].item(), sums[1].item()
+        return sums[0].item(), None if num_correct is None else sums[1].item()
 
     def _count_nonfinite(self, skipped: bool, loss: float, step: int) -> None:
         """Count a step that was skipped. Raises UserError, on every rank, where that is one too many."""
@@ -277,9 +301,9 @@ class Trainer:
         is_last = done == self.num_steps
         if done % recipe.every and not is_last:
             return values
-        if self.held_out is not None:
+        if self.validation is not None:
             with self.timings.stage("held_out"):
-                values["held_out_loss"] = self.held_out.loss()
+                values["held_out_loss"] = self.validation.measure(self.engine.module, self.context.loss)
         if recipe.slice is not None and recipe.tasks and not (is_last and recipe.after):
             # A rank that is asked to stop does so in a step, where a checkpoint is written: scores can wait.
             with self.timings.stage("slices"), suppress(stop.Stopped):
@@ -293,7 +317,7 @@ class Trainer:
             writer.finish()
         is_best = held_out_loss is not None and held_out_loss < self.best_loss
         self.best_loss = held_out_loss if is_best else self.best_loss
-        train, scores_after = self.recipe.train, bool(rounds_of(self.recipe.eval, "after"))
+        train, scores_after = self.recipe.train, bool(jobs_of(self.recipe.eval, "after"))
         keeps = train.checkpoint_every is not None
         at_the_end = done == self.num_steps and (keeps or scores_after)  # a stop while scoring costs nothing
         is_kept = train.keep_every is not None and done % train.keep_every == 0
@@ -325,14 +349,14 @@ class Trainer:
 
     def _manifest(self, done: int, held_out_loss: float | None) -> dict:
         """What a checkpoint says of the run."""
-        train = self.recipe.train
+        train, calibration = self.recipe.train, self.context.data.calibration
         epoch, row = divmod(done * train.global_batch, len(self.order))
         return {
             "run_id": self.run_id,
             "recipe": self.recipe.model_dump(mode="json", exclude={"name"}),
-            "base": self.base.identity(),
+            "base": base_facts(self.context),
             "rows_sha256": self.rows.facts["sha256"],
-            "calibration_sha256": self.base.calibration_sha256,
+            "calibration_sha256": calibration.sha256 if calibration else None,
             "order": {"seed": self.recipe.seed, "epoch": epoch, "row": row},
             "progress": {
                 "num_skipped": self.num_skipped,
@@ -346,7 +370,7 @@ class Trainer:
     def save(self) -> None:
         """Write the adapter (all ranks take part)."""
         facts = {
-            **self.base.identity(),
+            **base_facts(self.context),
             "recipe": self.recipe.model_dump(mode="json"),
         }
         with self.timings.stage("save"):
@@ -375,8 +399,8 @@ class Trainer:
                 "changes": self.schedule.changes,
             },
             "head": sum(rows * columns for rows, columns in self.state.heads.values()),
-            "sparse_backends": sorted(set(self.state.gradient.backends.values())),
+            "sparse_backends": sorted(set(self.gradient.backends.values())),
             "accounts": self.accounts,
-            "base": {"name_or_path": self.recipe.model.name_or_path, "fingerprint": self.base.fingerprint},
+            "base": {"name_or_path": self.recipe.model.name_or_path, "fingerprint": self.context.fingerprint},
             "timings_s": self.timings,
         }

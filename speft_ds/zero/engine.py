@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
@@ -18,20 +20,56 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from speft_ds import distributed
-from speft_ds.model.input_recompute import PASSING
-from speft_ds.sparse.optim.clipping import Clip, global_norm
-from speft_ds.sparse.optim.flat import FlatOptimizer
-from speft_ds.sparse.state import SparseState
 from speft_ds.zero.gather_counter import GatherCounter
-from speft_ds.zero.shards import release, shard_of
+from speft_ds.zero.shards import global_norm, repartition, shard_of
 
-OnGradient = Callable[[Tensor], Tensor | None]
 
-# The autograd functions by which ZeRO-3 hooks into the backward of every module, and what stands for them on
-# a lone rank.
-PASSING.update(
-    {"PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBackward", "AliasBackward0"}
-)
+class TrainableState(Protocol):
+    """The values that are trained, flat, of this rank: see `sparse.state.SparseState`."""
+
+    delta: nn.Parameter  # [num_local] fp32
+    shards: dict[str, Tensor]  # weight -> its shard, which `write_through` writes to
+    slices: dict[str, slice]  # weight -> where its entries lie in `delta`
+
+    def write_through(self) -> None:
+        """Write the deltas into the shards."""
+
+
+class TrainableGradient(Protocol):
+    """The gradient of `delta`: see `sparse.gradient.SparseGradient`."""
+
+    def finish(self) -> None:
+        """Called after every micro-batch's backward: reduce what was not reduced during it."""
+
+    def pop(self) -> Tensor:
+        """The [num_local] fp32 sum over ranks and micro-batches; starts anew."""
+
+
+class DeltaOptimizer(Protocol):
+    """An optimizer whose one parameter is `delta`: see `sparse.optim.flat.FlatOptimizer`."""
+
+    param_groups: list[dict]
+
+    def step(self, active: Tensor | None = None) -> None:
+        """One step of all entries, or of those where [num_local] bool `active` is True."""
+
+
+@dataclass
+class Trainable:
+    """What an engine trains.
+
+    Attributes:
+        clip: (gradient [num_local], its global norm, slices) clips in place.
+        on_gradient: sees the summed gradient [num_local] of this rank's entries before each step, and says
+            which of them step ([num_local] bool; None: all).
+    """
+
+    state: TrainableState
+    gradient: TrainableGradient
+    optimizer: DeltaOptimizer
+    lr_scheduler: object
+    clip: Callable[[Tensor, float, dict[str, slice]], None]
+    on_gradient: Callable[[Tensor], Tensor | None] = lambda gradient: None
 
 
 class SparseZeroOptimizer(ZeROOptimizer):
@@ -48,14 +86,11 @@ class SparseZeroOptimizer(ZeROOptimizer):
     def __init__(self, offload):
         super().__init__()
         self.offload = offload
-        self.state: SparseState | None = None
-        self.optimizer: FlatOptimizer | None = None
+        self.trained: Trainable | None = None
         self.weights: list[nn.Parameter] = []
-        self.on_gradient: OnGradient | None = None
-        self.clip: Clip | None = None
         self.overflow = False  # whether the last step was skipped, which DeepSpeed looks for
-        self.discard = False  # whether to skip the next one
-        self.is_whole = False  # whether no weight is ever gathered or released
+        self.skip_step = False  # whether to skip the next one
+        self.is_unpartitioned = False  # whether no weight is ever gathered or released
         self._global_grad_norm = 0.0
 
     def __getattr__(self, name):
@@ -63,20 +98,19 @@ class SparseZeroOptimizer(ZeROOptimizer):
 
     @property
     def param_groups(self) -> list:
-        return self.optimizer.param_groups if self.optimizer else []
+        return self.trained.optimizer.param_groups if self.trained else []
 
-    def attach(self, state: SparseState, optimizer, clip: Clip, on_gradient, weights: list) -> None:
-        """Train `state` with `optimizer`, whose one parameter is the state's delta; see SparseEngine."""
-        self.state, self.optimizer, self.clip, self.weights = state, optimizer, clip, weights
-        self.on_gradient = on_gradient
+    def attach(self, trained: Trainable, weights: list[nn.Parameter]) -> None:
+        """Train this from here on; `weights` are those whose shards it writes to."""
+        self.trained, self.weights = trained, weights
 
-    def keep_whole(self) -> None:
-        """Have weights that are whole on this rank stay so, and ZeRO-3 not look for them at every module.
+    def keep_unpartitioned(self) -> None:
+        """Keep the weights of a single rank, which are complete, and take ZeRO-3's hooks off all modules.
 
-        They are views of the shards, in which they are trained. A hook on the whole model makes views again
+        The weights are views of the shards, in which they are trained. A hook on the model makes views again
         of those that were released since its last forward.
         """
-        self.is_whole = True
+        self.is_unpartitioned = True
         self.offload._remove_module_hooks()
 
         def before_forward(module: nn.Module, inputs) -> None:
@@ -86,54 +120,55 @@ class SparseZeroOptimizer(ZeROOptimizer):
 
         self.offload.module.register_forward_pre_hook(before_forward, prepend=True)
         for module in self.offload.module.modules():
-            module.register_forward_pre_hook(_sum_apart)
+            module.register_forward_pre_hook(alias_inputs)
 
     def backward_epilogue(self, **kwargs) -> None:
-        if self.is_whole:
+        if self.is_unpartitioned:
             return
         # A backward ends at the lowest layer that is trained, and the hooks of what takes no gradient never
         # fire. What was gathered for them, or is on its way, would otherwise stay.
         self.offload.release_backward_leftovers()
         self.offload.get_param_coordinator()._clean_inflight_param_registry()
-        release([p for p in self.offload.module.parameters() if not p.ds_persist])
+        repartition([p for p in self.offload.module.parameters() if not p.ds_persist])
 
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
         """Called by the engine after every micro-batch's backward: what was not reduced during it, is now."""
-        if self.state is None:
+        if self.trained is None:
             return
-        self.state.gradient.finish()
+        self.trained.gradient.finish()
         if self.is_gradient_accumulation_boundary():
-            self.state.delta.grad = self.state.gradient.take()
+            self.trained.state.delta.grad = self.trained.gradient.pop()
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """Clip what steps by its norms over all ranks, step the optimizer, write the deltas into the shards.
 
-        A gradient that is not finite, or one whose loss was not (`discard`), changes nothing: `overflow` is
+        A gradient that is not finite, or one whose loss was not (`skip_step`), changes nothing: `overflow` is
         set then, by which the engine counts the step as skipped and leaves the learning rate where it is.
         """
-        gradient = self.state.delta.grad
+        trained, state = self.trained, self.trained.state
+        gradient = state.delta.grad
         self._global_grad_norm = global_norm(gradient)
-        self.overflow = self.discard or not math.isfinite(self._global_grad_norm)
+        self.overflow = self.skip_step or not math.isfinite(self._global_grad_norm)
         if self.overflow:
             return
-        active = self.on_gradient(gradient) if self.on_gradient else None
+        active = trained.on_gradient(gradient)
         if active is not None:
             gradient.masked_fill_(~active, 0.0)
             self._global_grad_norm = global_norm(gradient)
-        self.clip(gradient, self._global_grad_norm, self.state.slices)
-        self.optimizer.step(active=active)
-        if not self.is_whole:
-            release(self.weights)
-        self.state.write_through()
+        trained.clip(gradient, self._global_grad_norm, state.slices)
+        trained.optimizer.step(active=active)
+        if not self.is_unpartitioned:
+            repartition(self.weights)
+        state.write_through()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        if self.state is not None:
-            self.state.delta.grad = None
+        if self.trained is not None:
+            self.trained.state.delta.grad = None
 
 
 class SparseEngine(DeepSpeedEngine):
-    """A `DeepSpeedEngine` over a frozen ZeRO-3 model whose optimizer trains a `SparseState`.
+    """A `DeepSpeedEngine` over a frozen ZeRO-3 model that trains what is attached to it.
 
     Attributes:
         gathers: what ZeRO-3 gathers.
@@ -144,24 +179,11 @@ class SparseEngine(DeepSpeedEngine):
     def _configure_zero_optimizer(self, optimizer):
         return SparseZeroOptimizer(super()._configure_zero_optimizer(None))
 
-    def attach(
-        self,
-        state: SparseState,
-        optimizer: FlatOptimizer,
-        lr_scheduler,
-        clip: Clip,
-        on_gradient: OnGradient | None = None,
-    ) -> None:
-        """Give the engine what it trains, at the start and after every change of the mask.
-
-        Args:
-            on_gradient: sees the summed gradient [num_local] of this rank's entries before each step, and
-                says which of them step ([num_local] bool; None: all).
-        """
+    def attach(self, trained: Trainable) -> None:
+        """Train this from here on: at the start, and after every change of the mask."""
         parameters = dict(self.module.named_parameters())
-        weights = [parameters[name] for name in state.trained.shape]
-        self.optimizer.attach(state, optimizer, clip, on_gradient, weights)
-        self.lr_scheduler = lr_scheduler
+        self.optimizer.attach(trained, [parameters[name] for name in trained.state.shards])
+        self.lr_scheduler = trained.lr_scheduler
         # Backwards may end elsewhere from here on: ZeRO-3 must not prefetch for the layers below.
         coordinator = self.optimizer.offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
@@ -175,7 +197,7 @@ class SparseEngine(DeepSpeedEngine):
 def build_engine(
     model: nn.Module, ds_config: dict, targets: dict[str, nn.Linear], walks_all_layers: bool = False
 ) -> SparseEngine:
-    """A `SparseEngine` over a frozen model; targeted weights are never kept whole.
+    """A `SparseEngine` over a frozen model; trained weights are never persistent.
 
     Args:
         model: frozen, loaded under `zero.Init`.
@@ -196,9 +218,9 @@ def build_engine(
         linear.weight.ds_persist = False
     offload = engine.optimizer.offload
     offload.persistent_parameters = [p for p in offload.persistent_parameters if p.ds_persist]
-    is_here = all(shard_of(p).device.type == engine.device.type for p in model.parameters())
-    if distributed.world_size() == 1 and is_here:
-        engine.optimizer.keep_whole()
+    on_device = all(shard_of(p).device.type == engine.device.type for p in model.parameters())
+    if distributed.world_size() == 1 and on_device:
+        engine.optimizer.keep_unpartitioned()
     if walks_all_layers:
         # After DeepSpeed's hooks, so that they see an output without gradient and do not gather the
         # embedding again in the backward.
@@ -213,9 +235,12 @@ def require_grad(module: nn.Module, inputs, output: Tensor) -> Tensor:
     return output.requires_grad_(True) if torch.is_grad_enabled() else output
 
 
-def _sum_apart(module: nn.Module, inputs: tuple) -> tuple:
-    # What a module's own uses of its input add up to is added to what others' do, as behind ZeRO-3's hooks:
-    # scores have the same bits on one rank as on several.
+def alias_inputs(module: nn.Module, inputs: tuple) -> tuple:
+    """Forward pre-hook: each module gets an alias of its inputs, as ZeRO-3's hooks give it on several ranks.
+
+    The gradients of a module's own uses of an input are then summed before those of other modules are added:
+    scores have the same bits on one rank as on several.
+    """
     return tuple(torch.ops.aten.alias(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs)
 
 

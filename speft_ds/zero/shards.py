@@ -8,8 +8,18 @@ padded). An entry belongs to the rank whose shard holds it:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+from speft_ds import distributed
+
+# The autograd nodes of the hooks that ZeRO-3 puts around every module, and of those that stand in for them on
+# a single rank (`engine.alias_inputs`): they return their tensor unchanged.
+HOOK_GRAD_FNS = frozenset(
+    {"PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBackward", "AliasBackward0"}
+)
 
 
 def shard_numel(numel: int, world_size: int) -> int:
@@ -49,7 +59,7 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     return parameter.ds_shape if is_sharded(parameter) else parameter.shape
 
 
-def release(parameters: list[nn.Parameter]) -> None:
+def repartition(parameters: list[nn.Parameter]) -> None:
     """Free gathered copies of these weights: their shards are about to change, a copy would be stale."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # late: not all readers train
 
@@ -59,3 +69,9 @@ def release(parameters: list[nn.Parameter]) -> None:
         if parameter.ds_status == ZeroParamStatus.AVAILABLE:
             parameter.ds_active_sub_modules.clear()
             parameter.partition()
+
+
+def global_norm(local: Tensor) -> float:
+    """L2 norm of a vector that is split over the ranks; each rank passes its own part."""
+    squared = torch.linalg.vector_norm(local, dtype=torch.float64).square().reshape(1)
+    return math.sqrt(distributed.all_reduce(squared).item())

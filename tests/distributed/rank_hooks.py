@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -63,18 +64,18 @@ def _spoil(is_bad: Callable[[int], bool]) -> None:
     train_step = Trainer.train_step
 
     def step_with(self, step):
-        objective = self.base.objective
+        context, objective = self.context, self.context.objective
 
         def spoilt(*arguments):
             loss, num_correct = objective(*arguments)
             in_training = len(arguments) == 2  # scoring gives a temperature, too
             return (loss * math.nan if in_training and is_bad(step + 1) else loss), num_correct
 
-        self.base.objective = spoilt
+        self.context = replace(context, objective=spoilt)
         try:
             return train_step(self, step)
         finally:
-            self.base.objective = objective
+            self.context = context
 
     Trainer.train_step = step_with
 
@@ -83,7 +84,7 @@ def infinite_gradient_in_step_6() -> None:
     """The loss is finite, one entry of the gradient of this rank is not."""
 
     def spoil(trainer):
-        trainer.schedule.state.gradient.own[0] = math.inf
+        trainer.schedule.gradient.own[0] = math.inf
 
     _before_step(6, spoil)
 
@@ -95,17 +96,17 @@ def short_wait() -> None:
 
 
 def slow_selection() -> None:
-    from speft_ds.training.setup import Base
+    from speft_ds.training import trainer
 
-    choose_mask = Base.choose_mask
+    choose_mask = trainer.choose_mask
 
-    def slow(self, number=0):
+    def slow(context, timings, number=0):
         if number:
             print("choosing anew", flush=True)
             time.sleep(1)
-        return choose_mask(self, number)
+        return choose_mask(context, timings, number)
 
-    Base.choose_mask = slow
+    trainer.choose_mask = slow
 
 
 def slow_steps() -> None:
@@ -123,16 +124,16 @@ def slow_steps() -> None:
 
 
 def slow_load() -> None:
-    from speft_ds.training.setup import Base
+    from speft_ds.training import trainer
 
-    load = Base.load
+    load = trainer.load_context
 
-    def slow(self, *arguments):
+    def slow(*arguments):
         print("loading", flush=True)
         time.sleep(3)
-        return load(self, *arguments)
+        return load(*arguments)
 
-    Base.load = slow
+    trainer.load_context = slow
 
 
 def stale_build_lock() -> None:

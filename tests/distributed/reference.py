@@ -64,7 +64,7 @@ def batch_of(trainer: Trainer, step: int) -> dict:
     """The whole global batch of a step in one padded batch, as a single process would run it."""
     global_batch = trainer.recipe.train.global_batch
     ids = trainer.order.ids(step * global_batch, global_batch)
-    return collate([trainer.rows[i] for i in ids], trainer.base.pad_id, torch.device("cpu"))
+    return collate([trainer.rows[i] for i in ids], trainer.context.data.pad_id, torch.device("cpu"))
 
 
 def reference_loss(model, batch: dict) -> torch.Tensor:

@@ -42,7 +42,7 @@ def test_layout_slices_tile_every_ranks_buffers(weights, world_size):
     for rank in range(world_size):
         end = 0
         for name in index:
-            own = layout.local_slice(name, rank)
+            own = layout.places(name, rank)
             assert own.start == end
             end = own.stop
         assert end == layout.lengths[rank]

@@ -154,7 +154,7 @@ def carried(name):
     found = torch.tensor([place is not None for place in KEPT])
     position = torch.tensor([place if place is not None else 11 for place in KEPT])  # 11: to be ignored
     delta = nn.Parameter(torch.where(found, optimizer.delta.detach()[position], 0.0))
-    optimizer.carry(delta, position, found)
+    optimizer.remap_state(delta, position, found)
     return optimizer, before, position, found
 
 

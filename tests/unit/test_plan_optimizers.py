@@ -71,7 +71,9 @@ def test_the_state_is_what_is_allocated(model, name, changes):
     setup = setup_of(model, mask=PERIODIC if changes else {}, name=name, **keys)
     optimizer = make_optimizer(nn.Parameter(torch.zeros(OWN)), setup.recipe.optimizer, ages=changes)
     if changes:  # the same entries again
-        optimizer.carry(nn.Parameter(torch.zeros(OWN)), torch.arange(OWN), torch.ones(OWN, dtype=torch.bool))
+        optimizer.remap_state(
+            nn.Parameter(torch.zeros(OWN)), torch.arange(OWN), torch.ones(OWN, dtype=torch.bool)
+        )
     tensors = [value for value in optimizer.state[optimizer.delta].values() if value.dim()]
     for moment in getattr(optimizer, "moments", {}).values():
         tensors += [moment.code, moment.absmax]

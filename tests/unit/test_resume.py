@@ -13,7 +13,7 @@ from speft_ds.training.checkpoint.resume import (
     Start,
     find_start,
     recipe_to_resume,
-    way_on,
+    resume_hint,
 )
 from speft_ds.training.run_dir import start_folder, write_facts
 from unit.saved import flip, save, unmark, write_parts
@@ -250,10 +250,10 @@ def test_without_a_path_or_a_recipe_no_run_is_named(asked):
 
 def test_the_way_on_after_a_failure(tmp_path):
     folder = make_run(load(tmp_path))
-    assert way_on(folder) == "there is no checkpoint yet: start again with --resume auto"
+    assert resume_hint(folder) == "there is no checkpoint yet: start again with --resume auto"
     save(folder, 10)
     unmark(save(folder, 20))
     assert (
-        way_on(folder)
+        resume_hint(folder)
         == f"the last whole checkpoint is {folder_of(folder, 10)}; go on with: --resume {folder}"
     )

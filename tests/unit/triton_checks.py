@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from speft_ds.sparse.kernels import element, launch, tiled
-from speft_ds.sparse.tiles import Units
+from speft_ds.sparse.tiles import Tiles
 
 
 def is_interpreted() -> bool:
@@ -58,7 +58,7 @@ def gradient(
             backend = element.ElementGradient(index, shape)
             facts = {"rows": backend.slots.rows, "segments": backend.slots.segment_group.numel()}
         else:
-            backend = tiled.BlockGradient(index, shape, Units.of("block", block, shape))
+            backend = tiled.BlockGradient(index, shape, Tiles.of("block", block, shape))
             facts = {"rows": backend.rows, "segments": backend.segments.shape[0]}
         tokens = x.reshape(-1, shape[1]).shape[0]
         facts["splits"], _ = launch.split_tokens(tokens, shape[1], dtype.itemsize, index.numel())

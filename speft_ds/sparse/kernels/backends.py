@@ -21,7 +21,7 @@ from speft_ds.sparse.kernels.dense import DenseGradient
 from speft_ds.sparse.kernels.element import ElementGradient
 from speft_ds.sparse.kernels.sampled import SampledGradient
 from speft_ds.sparse.kernels.tiled import BlockGradient, is_tiled, make_tiled
-from speft_ds.sparse.tiles import Units
+from speft_ds.sparse.tiles import Tiles
 
 Backend = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,7 +37,7 @@ def available_backends(device: torch.device) -> list[str]:
 
 
 def make_backend(
-    name: str, index: Tensor, shape: tuple[int, int], units: Units | None = None
+    name: str, index: Tensor, shape: tuple[int, int], units: Tiles | None = None
 ) -> tuple[str, Backend]:
     """Prepare the gradient of one weight's entries.
 
@@ -68,7 +68,7 @@ def make_backend(
     )
 
 
-def _best(index: Tensor, shape: tuple[int, int], units: Units | None) -> tuple[str, Backend]:
+def _best(index: Tensor, shape: tuple[int, int], units: Tiles | None) -> tuple[str, Backend]:
     tiled = _tiled(index, shape, units)
     if tiled is not None and tiled.pays:
         return "tiled", tiled
@@ -82,7 +82,7 @@ def _best(index: Tensor, shape: tuple[int, int], units: Units | None) -> tuple[s
     return "dense", DenseGradient(index, shape)
 
 
-def _tiled(index: Tensor, shape: tuple[int, int], units: Units | None):
+def _tiled(index: Tensor, shape: tuple[int, int], units: Tiles | None):
     """The backend of whole units, where the mask is made of them and the device can."""
     if units is None or units.largest == 1 or not is_tiled(index, units):
         return None

@@ -15,18 +15,18 @@ from torch import Tensor
 
 from speft_ds.sparse.kernels import launch
 from speft_ds.sparse.kernels.dense import matmul_fp32
-from speft_ds.sparse.tiles import Units
+from speft_ds.sparse.tiles import Tiles
 
 MOST_ROWS = 64  # of a strip: a program's sums stay in registers
 
 
-def is_tiled(index: Tensor, units: Units) -> bool:
+def is_tiled(index: Tensor, units: Tiles) -> bool:
     """Whether [k] sorted flat indices are whole units: every entry of each unit that they touch."""
     unit, counts = units.unit_of(index).unique(return_counts=True)
     return torch.equal(counts, units.sizes(unit))
 
 
-def make_tiled(index: Tensor, shape: tuple[int, int], units: Units):
+def make_tiled(index: Tensor, shape: tuple[int, int], units: Tiles):
     """The backend for an index of whole units."""
     if units.width == shape[1]:
         return RowGradient(index, shape)
@@ -88,7 +88,7 @@ class BlockGradient:
         units: the weight cut into blocks.
     """
 
-    def __init__(self, index: Tensor, shape: tuple[int, int], units: Units):
+    def __init__(self, index: Tensor, shape: tuple[int, int], units: Tiles):
         self.shape, self.units, self.num_entries = shape, units, index.numel()
         rows = min(units.height, MOST_ROWS)
         self.rows = max(16, 1 << (rows - 1).bit_length())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from speft_ds.sparse.optim.adamw import advance_adamw, zero_age
 from speft_ds.sparse.optim.blockwise import BLOCK, Blockwise, paged_memory, plain_memory, slots_of
-from speft_ds.sparse.optim.flat import FlatOptimizer, Saved
+from speft_ds.sparse.optim.flat import FlatOptimizer, OptimizerState
 from speft_ds.training.metrics import say
 
 CHUNK = 1024  # blocks that are fp32 at a time
@@ -102,11 +102,11 @@ class AdamW8bit(FlatOptimizer):
         return slot, entry[slot].to(torch.int64)
 
     @torch.no_grad()
-    def carry(self, delta: nn.Parameter, position: Tensor, found: Tensor) -> None:
+    def remap_state(self, delta: nn.Parameter, position: Tensor, found: Tensor) -> None:
         entry_at = self._entry_of_every_slot()
         now = torch.full_like(self.delta, -1, dtype=torch.int32, requires_grad=False)
         now[position[found]] = found.nonzero()[:, 0].to(torch.int32)
-        super().carry(delta, position, found)
+        super().remap_state(delta, position, found)
         taken = (entry_at >= 0).nonzero()[:, 0]
         entry_at[taken] = now[entry_at[taken].to(torch.int64)]
         new = (~found).nonzero()[:, 0].to(torch.int32)
@@ -130,7 +130,7 @@ class AdamW8bit(FlatOptimizer):
         return entry_at.masked_fill_(entry_at >= num_local, -1)
 
     @torch.no_grad()
-    def snapshot(self) -> Saved:
+    def snapshot(self) -> OptimizerState:
         """As `FlatOptimizer.snapshot`, with the moments' fp32 values as columns, on the CPU."""
         saved = super().snapshot()
         for name, moment in self.moments.items():
@@ -144,10 +144,10 @@ class AdamW8bit(FlatOptimizer):
         return saved
 
     @torch.no_grad()
-    def restore(self, delta: nn.Parameter, saved: Saved) -> None:
+    def restore(self, delta: nn.Parameter, saved: OptimizerState) -> None:
         """As `FlatOptimizer.restore`: bit for bit from `own`, rounded to 8 bits from the columns alone."""
         ages = {name: value for name, value in saved.columns.items() if name not in NAMES}
-        super().restore(delta, Saved(ages, age=saved.age))
+        super().restore(delta, OptimizerState(ages, age=saved.age))
         if not saved.own:
             self._make_moments(-(-delta.numel() // BLOCK))
             for name, moment in self.moments.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -11,12 +10,6 @@ from torch import Tensor
 
 from speft_ds import distributed
 from speft_ds.tables import place
-
-
-def global_norm(gradient: Tensor) -> float:
-    """L2 norm of the gradient over the entries of all ranks; each rank passes its own part."""
-    squared = torch.linalg.vector_norm(gradient, dtype=torch.float64).square().reshape(1)
-    return math.sqrt(distributed.all_reduce(squared).item())
 
 
 def clip_factor(norm: float, clip_norm: float | None) -> float:

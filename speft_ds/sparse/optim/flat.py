@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 @dataclass
-class Saved:
+class OptimizerState:
     """The state of an optimizer between two steps, as a checkpoint has it.
 
     Attributes:
@@ -70,7 +70,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             raise ValueError(problem)
 
     @torch.no_grad()
-    def carry(self, delta: nn.Parameter, position: Tensor, found: Tensor) -> None:
+    def remap_state(self, delta: nn.Parameter, position: Tensor, found: Tensor) -> None:
         """Go on with another delta, of a new mask.
 
         Args:
@@ -84,14 +84,14 @@ class FlatOptimizer(torch.optim.Optimizer):
             moved[name][found] = value[position[found]]
         self._take(delta, moved)
 
-    def snapshot(self) -> Saved:
+    def snapshot(self) -> OptimizerState:
         """What `restore` goes on from. Nothing is copied."""
         state = self.state[self.delta]
         columns = {name: value for name, value in state.items() if value.dim()}
         has_shared_age = "age" in state and state["age"].dim() == 0
-        return Saved(columns, age=int(state["age"]) if has_shared_age else None)
+        return OptimizerState(columns, age=int(state["age"]) if has_shared_age else None)
 
-    def restore(self, delta: nn.Parameter, saved: Saved) -> None:
+    def restore(self, delta: nn.Parameter, saved: OptimizerState) -> None:
         """Go on with a delta and its saved state: that of its own entries, in their order."""
         state = {name: value.to(delta.device, copy=True) for name, value in saved.columns.items()}
         if saved.age is not None:

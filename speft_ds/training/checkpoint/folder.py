@@ -51,10 +51,10 @@ def temporary_of(folder: Path) -> Path:
 def list_checkpoints(run: Path) -> list[Checkpoint]:
     """All checkpoints of a run folder, also those that do not count; newest first."""
     found = [path for path in (run / CHECKPOINTS).glob("step_*") if _NAME.match(path.name)]
-    return [look_at(path) for path in sorted(found, key=lambda path: -int(_NAME.match(path.name).group(1)))]
+    return [inspect(path) for path in sorted(found, key=lambda path: -int(_NAME.match(path.name).group(1)))]
 
 
-def look_at(path: Path) -> Checkpoint:
+def inspect(path: Path) -> Checkpoint:
     """A checkpoint, checked but for the contents of its parts (see `damage`)."""
     name = _NAME.match(path.name)
     step = int(name.group(1)) if name else -1
@@ -87,7 +87,7 @@ def _problem(path: Path, step: int, manifest: dict[str, Any]) -> str | None:
     return None
 
 
-def damage(checkpoint: Checkpoint, first: int = 0, every: int = 1) -> str | None:
+def verify(checkpoint: Checkpoint, first: int = 0, every: int = 1) -> str | None:
     """What is wrong with the contents of the parts number `first`, `first + every` and so on, if anything."""
     for part in checkpoint.manifest["parts"][first::every]:
         try:
@@ -146,7 +146,7 @@ def prune(newest: Path, keep_last: int, keep_every: int | None, keep_best: bool)
         keep_every: also those of steps that this divides.
         keep_best: also the one of the lowest held-out loss; of equal ones the first.
     """
-    made = look_at(newest)
+    made = inspect(newest)
     up_to_it = [c for c in list_checkpoints(newest.parent.parent) if c.step <= made.step]
     ours = [c for c in up_to_it if c.problem or c.manifest["run_id"] == made.manifest["run_id"]]
     whole = [checkpoint for checkpoint in ours if checkpoint.problem is None]
@@ -182,7 +182,7 @@ def clean(run: Path, step: int, say: Callable[[str], None]) -> None:
             say(f"note: {checkpoint.path} is set aside as {aside.name}")
 
 
-def newest_whole(
+def latest_valid(
     run: Path, run_id: str | None, say: Callable[[str], None], below: int | None = None
 ) -> Checkpoint | None:
     """The newest checkpoint of a run that `look_at` finds whole; says why newer ones are not used.

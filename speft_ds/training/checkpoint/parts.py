@@ -13,35 +13,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from speft_ds.sparse.layout import EntryTable
 from speft_ds.tensor_files import write_safetensors
 from speft_ds.training.checkpoint.folder import Checkpoint, file_sha256, part_name
 
 Spans = dict[str, tuple[int, int]]  # weight -> [start, stop) of flat indices
-
-
-@dataclass
-class Table:
-    """Values at some entries of some weights.
-
-    Attributes:
-        index: weight -> [n] sorted global flat indices.
-        columns: name -> [sum of n] values, weight by weight.
-    """
-
-    index: dict[str, Tensor]
-    columns: dict[str, Tensor] = field(default_factory=dict)
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """As they are written."""
-        flat = torch.cat([*self.index.values()]) if self.index else torch.empty(0, dtype=torch.int32)
-        return {f"{name}.index": flat, **{f"{name}.{key}": value for key, value in self.columns.items()}}
 
 
 @dataclass
@@ -55,7 +38,7 @@ class Snapshot:
         facts: small, the same on every rank, as JSON holds it.
     """
 
-    tables: dict[str, Table]
+    tables: dict[str, EntryTable]
     shared: dict[str, Tensor]
     own: dict[str, Tensor]
     facts: dict
@@ -67,10 +50,16 @@ class Snapshot:
             found[f"shared.{name}"] = tensor.tensor_split(world_size)[rank]
         counts = {}
         for name, table in self.tables.items():
-            found |= table.tensors(name)
+            found |= _tensors_of(name, table)
             counts[name] = {weight: index.numel() for weight, index in table.index.items()}
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
         return copies, {"tables": json.dumps(counts)}
+
+
+def _tensors_of(name: str, table: EntryTable) -> dict[str, Tensor]:
+    """A table as it is written."""
+    flat = torch.cat([*table.index.values()]) if table.index else torch.empty(0, dtype=torch.int32)
+    return {f"{name}.index": flat, **{f"{name}.{key}": value for key, value in table.columns.items()}}
 
 
 def write_part(
@@ -102,7 +91,7 @@ class Parts:
                 pieces.setdefault(name, []).append(piece)
         return {name: torch.cat(found) for name, found in pieces.items()}
 
-    def table(self, table: str, spans: Spans) -> Table:
+    def table(self, table: str, spans: Spans) -> EntryTable:
         """The entries within this rank's spans, and nothing of the others."""
         index: dict[str, list[Tensor]] = {name: [] for name in spans}
         columns: dict[str, dict[str, list[Tensor]]] = {}
@@ -121,7 +110,7 @@ class Parts:
                 first += count
         columns.pop("index", None)
         flat = {key: torch.cat([p for found in by.values() for p in found]) for key, by in columns.items()}
-        return Table({name: torch.cat(found) for name, found in index.items() if found}, flat)
+        return EntryTable({name: torch.cat(found) for name, found in index.items() if found}, flat)
 
     def shared(self, name: str) -> Tensor:
         """A tensor that all ranks held."""

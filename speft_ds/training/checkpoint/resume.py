@@ -19,15 +19,15 @@ from speft_ds.schema import FIELDS, Recipe
 from speft_ds.training.checkpoint.folder import (
     CHECKPOINTS,
     Checkpoint,
+    inspect,
+    latest_valid,
     list_checkpoints,
-    look_at,
-    newest_whole,
 )
 from speft_ds.training.run_dir import RECIPE, has_files, read_facts
 
 NEWEST, IF_ANY = "newest", "auto"  # what --resume without a path means; and `--resume auto`
 # What changes nothing that is learnt, but for the order of sums.
-FREE = {
+SAFE_TO_CHANGE = {
     "train.micro_batch",
     "train.activation_checkpointing",
     "train.sparse_backend",
@@ -44,7 +44,7 @@ FREE = {
     "output_dir",
 }
 # What may name the same thing elsewhere, which fingerprints and hashes see, or says what is scored.
-WITH_CONSENT = {
+NEEDS_FLAG = {
     "model.name_or_path",
     "data.path",
     "data.mixture",
@@ -52,7 +52,7 @@ WITH_CONSENT = {
     "mask.load",
     "mask.calibration_path",
     *(key for key in FIELDS if key.startswith("eval.")),
-} - FREE
+} - SAFE_TO_CHANGE
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,14 @@ def _named(path: Path, folder: Path) -> Start:
     source = run_folder_of(path)
     is_run = source == path
     if not is_run:
-        checkpoint = look_at(path)
+        checkpoint = inspect(path)
         if not path.is_dir():
             raise UserError(f"there is no checkpoint {path}", "--resume", f"ls {path.parent}")
         if checkpoint.problem:
             fix = f"take the newest whole one: --resume {source}"
             raise UserError(f"cannot resume from {path}: {checkpoint.problem}", "--resume", fix)
     else:
-        checkpoint = newest_whole(source, None, _note)
+        checkpoint = latest_valid(source, None, _note)
         if checkpoint is None:
             raise UserError(f"{source} has no checkpoint", "--resume", "start it anew, without --resume")
     if source.absolute() != folder.absolute():
@@ -169,7 +169,7 @@ def _newest(folder: Path, resume: Resume) -> Start:
     facts = read_facts(folder)
     if facts.get("finished"):
         return Start("finished", source=folder)
-    checkpoint = newest_whole(folder, facts.get("run_id"), _note)
+    checkpoint = latest_valid(folder, facts.get("run_id"), _note)
     if checkpoint is None:
         if any(begun["step"] for begun in facts.get("starts", [])):
             fix = f"remove it, and branch off again: rm -r {folder}"
@@ -183,7 +183,7 @@ def _note(text: str) -> None:
         print(text, flush=True)
 
 
-def way_on(folder: Path) -> str:
+def resume_hint(folder: Path) -> str:
     """What to type after a failure."""
     last = last_whole(folder)
     if last is None:
@@ -214,7 +214,9 @@ def check_unchanged(recorded: dict[str, Any], recipe: Recipe, allowed: Sequence[
         if before == after:
             continue
         line = f"{key}: {json.dumps(before)} in the run, {json.dumps(after)} now"
-        (free if key in FREE or (key in WITH_CONSENT and key in consented) else refused).append((key, line))
+        (free if key in SAFE_TO_CHANGE or (key in NEEDS_FLAG and key in consented) else refused).append(
+            (key, line)
+        )
     for _, line in free:
         if not line.startswith("output_dir"):
             _note(f"note: resuming with another {line}")
@@ -227,7 +229,7 @@ def check_unchanged(recorded: dict[str, Any], recipe: Recipe, allowed: Sequence[
 def _ways_on(keys: list[str], recorded: dict[str, Any], now: dict[str, Any]) -> str:
     back = " ".join(shlex.quote(as_override(key, _recorded(recorded, key))) for key in keys)
     ways = [f"as it was: {back}"]
-    harmless = [key for key in keys if key in WITH_CONSENT]
+    harmless = [key for key in keys if key in NEEDS_FLAG]
     if harmless == keys:
         consent = " ".join(f"--resume-with {shlex.quote(as_override(k, _leaf(now, k)))}" for k in keys)
         ways.append(f"if that is meant: {consent}")

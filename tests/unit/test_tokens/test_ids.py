@@ -64,8 +64,6 @@ def test_a_padding_that_was_added_behind_the_vocabulary_is_not_used(tokenizers, 
 
 
 def choose_pad_id(tokenizer, classifies):
-    from speft_ds.training.setup import Base
+    from speft_ds.training.setup import choose_pad_id
 
-    base = Base.__new__(Base)
-    base.tokenizer, base.classifies = tokenizer, classifies
-    return base._choose_pad_id()
+    return choose_pad_id(tokenizer, classifies)

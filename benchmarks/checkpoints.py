@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT)]
 
 from markdown import print_table  # noqa: E402
 
-from speft_ds.files import write_json  # noqa: E402
+from speft_ds.io import write_json  # noqa: E402
 from speft_ds.machine import machine  # noqa: E402
 
 

@@ -66,7 +66,7 @@ def main() -> None:
     arguments = parse_arguments()
     from markdown import print_table
 
-    from speft_ds.files import write_json
+    from speft_ds.io import write_json
     from speft_ds.machine import machine, versions
 
     with tempfile.TemporaryDirectory() as folder:

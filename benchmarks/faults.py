@@ -32,7 +32,7 @@ import tiny  # noqa: E402
 from live import LiveRun, metrics, whole_steps  # noqa: E402
 from markdown import print_table  # noqa: E402
 
-from speft_ds.files import write_json  # noqa: E402
+from speft_ds.io import write_json  # noqa: E402
 from speft_ds.machine import machine  # noqa: E402
 
 STEPS, EVERY = 16, 2

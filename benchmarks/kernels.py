@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT)]
 
 from markdown import print_table  # noqa: E402
 
-from speft_ds.files import write_json  # noqa: E402
+from speft_ds.io import write_json  # noqa: E402
 from speft_ds.kernels import available_backends, make_backend  # noqa: E402
 from speft_ds.machine import machine, versions  # noqa: E402
 

@@ -31,7 +31,7 @@ from models import QUICK_ROUNDS, SIZES, add_run_arguments, random_model  # noqa:
 from rounds import Floor, empty_row  # noqa: E402
 
 from speft_ds.errors import UserError  # noqa: E402
-from speft_ds.files import write_json  # noqa: E402
+from speft_ds.io import write_json  # noqa: E402
 
 ROUNDS = 5
 DENSITY = 0.005  # of all but the sweep over densities

@@ -118,7 +118,7 @@ def main() -> None:
 
     from speft_ds import distributed
     from speft_ds.base import Base
-    from speft_ds.files import write_json
+    from speft_ds.io import write_json
     from speft_ds.metrics import Timings
     from speft_ds.recipe import without_training
 

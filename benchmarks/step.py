@@ -38,7 +38,7 @@ from models import QUICK_ROUNDS, add_model_arguments, add_run_arguments, find_mo
 from rounds import OVER_FLOOR, Floor, differs_from_alone, empty_row, failed  # noqa: E402
 
 from speft_ds.errors import UserError  # noqa: E402
-from speft_ds.files import write_json  # noqa: E402
+from speft_ds.io import write_json  # noqa: E402
 
 METHODS = ["speft_ds", "lora", "shira", "supertuning", "full"]
 ROUNDS = 7

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from speft_ds import distributed, peak_memory
 from speft_ds.base import Base
-from speft_ds.files import write_json
+from speft_ds.io import write_json
 from speft_ds.machine import machine, versions
 from speft_ds.mask import save_mask
 from speft_ds.metrics import Timings, say

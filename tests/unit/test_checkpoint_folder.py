@@ -7,13 +7,13 @@ import pytest
 from speft_ds.checkpoint.folder import (
     clean,
     damage,
-    file_sha256,
     list_checkpoints,
     look_at,
     newest_whole,
     temporary_of,
 )
 from speft_ds.errors import UserError
+from speft_ds.io import sha256_of
 from unit.saved import CONTENTS, flip, save, unmark, write_parts
 
 
@@ -21,7 +21,7 @@ def rewrite_manifest(folder, **changes):
     """A manifest that says something else, and is marked as complete."""
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
-    (folder / "COMPLETE").write_text(file_sha256(folder / "manifest.json") + "\n")
+    (folder / "COMPLETE").write_text(sha256_of(folder / "manifest.json") + "\n")
 
 
 def cleaned(run, step):

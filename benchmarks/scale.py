@@ -160,9 +160,9 @@ def main() -> int:
     if arguments.left_out:
         print(f"left out by --quick: {', '.join(arguments.left_out)}")
 
-    from speft_ds.machine import machine  # late: imports torch
+    from speft_ds.env import machine_facts  # late: imports torch
 
-    write_json(arguments.json, {"machine": machine(), "rows": rows, "fits": exponents})
+    write_json(arguments.json, {"machine": machine_facts(), "rows": rows, "fits": exponents})
     print(f"\n{arguments.json}")
     return int(any(row["error"] for row in rows))
 

@@ -73,7 +73,7 @@ def measure(base: Base, recipe: Recipe, rounds: int) -> tuple[dict, str]:
     """What is found, and a line that says on how many rows."""
     from speft_ds import distributed
     from speft_ds.engine import require_grad
-    from speft_ds.machine import machine, versions
+    from speft_ds.env import machine_facts, versions
     from speft_ds.salience import score
     from speft_ds.selection import select
 
@@ -95,7 +95,7 @@ def measure(base: Base, recipe: Recipe, rounds: int) -> tuple[dict, str]:
         mask = clock.time("selection", choice)
     num_tokens = sum(len(row.ids) for row in scorer.calibration.rows)
     result = {
-        "machine": machine(),
+        "machine": machine_facts(),
         "rows": clock.rows(),
         "what": f"choosing a mask by {recipe.mask.salience}, medians of {rounds} rounds",
         "recipe": recipe.model_dump(mode="json"),

@@ -122,9 +122,9 @@ def main() -> int:
     if 1 not in arguments.ranks:
         print("\nwithout one rank, no method was compared with itself in one process")
 
-    from speft_ds.machine import machine  # late: imports torch, which the ranks do for themselves
+    from speft_ds.env import machine_facts  # late: imports torch, which the ranks do for themselves
 
-    write_json(arguments.json, {"machine": machine(), "rows": rows})
+    write_json(arguments.json, {"machine": machine_facts(), "rows": rows})
     print(f"\n{arguments.json}")
     return int(any(row["error"] for row in rows if row["method"] in ("floor", "speft_ds")))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from speft_ds import distributed, peak_memory
 from speft_ds.base import Base
+from speft_ds.env import machine_facts, versions
 from speft_ds.io import write_json
-from speft_ds.machine import machine, versions
 from speft_ds.mask import save_mask
 from speft_ds.metrics import Timings, say
 from speft_ds.model import fingerprint
@@ -47,7 +47,7 @@ def run(recipe: Recipe) -> None:
         **base.identity(),
         "world_size": distributed.world_size(),
         "versions": versions(),
-        "machine": machine(),
+        "machine": machine_facts(),
     }
     folder = Path(recipe.output_dir)
 

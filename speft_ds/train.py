@@ -10,8 +10,8 @@ from speft_ds import distributed, lifeline
 from speft_ds.adapter.card import write_card
 from speft_ds.checkpoint.folder import Checkpoint, clean, damage, list_checkpoints, newest_whole
 from speft_ds.checks import check_space
+from speft_ds.env import versions
 from speft_ds.errors import UserError
-from speft_ds.machine import versions
 from speft_ds.metrics import say, tokens_per_second
 from speft_ds.report.scores import card_scores
 from speft_ds.resume import Start, way_on

@@ -21,11 +21,11 @@ from speft_ds.checks import check_chat_template, check_loaded_mask, check_same_r
 from speft_ds.data.batch import collate, split_global_batch
 from speft_ds.data.order import SampleOrder
 from speft_ds.data.rows import Row
+from speft_ds.env import machine_facts, versions
 from speft_ds.errors import UserError
 from speft_ds.evaluation.files import keep_scores, still_to_score
 from speft_ds.evaluation.rounds import Moment, Round, rounds_of
 from speft_ds.held_out import HeldOut
-from speft_ds.machine import machine, versions
 from speft_ds.mask import Mask, read_mask
 from speft_ds.metrics import MetricsLog, Timings, say
 from speft_ds.monitor import Monitor
@@ -357,7 +357,7 @@ class Trainer:
         train = self.recipe.train
         return {
             "versions": versions(),
-            "machine": {"device": str(distributed.device()), **machine()},
+            "machine": {"device": str(distributed.device()), **machine_facts()},
             "world_size": distributed.world_size(),
             "global_batch": train.global_batch,
             "micro_batch": train.micro_batch,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from speft_ds import hub
 from speft_ds.data.sources import is_hub_id, load_builder
+from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
 from speft_ds.io import sha256_of
-from speft_ds.paths import cache_folder
 from speft_ds.schema import Data, Recipe, Source
 
 FORMAT_VERSION = "1"  # of the file, and of what tokenising does: another version is another key

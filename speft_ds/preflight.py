@@ -12,8 +12,8 @@ from speft_ds.data.sources import SUFFIXES, folder_files, is_hub_id, iterate_fil
 from speft_ds.ds_config import batch_problems, read_ds_config
 from speft_ds.env import CACHE, expand_path
 from speft_ds.errors import RecipeError, UserError
-from speft_ds.monitor import monitor_problems
 from speft_ds.schema import FIELDS, MASK_FILE, NEEDS_DATA, Recipe, Source
+from speft_ds.training.monitor import monitor_problems
 
 
 def check_inputs(recipe: Recipe, world_size: int, needs_training_rows: bool = True) -> None:

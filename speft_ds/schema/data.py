@@ -9,15 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from speft_ds.data.templates import fields_of
 from speft_ds.errors import UserError
-from speft_ds.schema.values import (
-    Count,
-    FilePath,
-    Float,
-    Section,
-    Text,
-    broken_rule,
-    refuse_without_effect,
-)
+from speft_ds.schema.values import Count, FilePath, Float, Section, Text, broken_rule, refuse_without_effect
 
 
 class Columns(Section):

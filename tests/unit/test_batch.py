@@ -16,7 +16,7 @@ from speft_ds.data.batch import (
 )
 from speft_ds.data.rows import Row, pack
 from speft_ds.errors import UserError
-from speft_ds.objective import NextToken, RowClass
+from speft_ds.model.loss import NextToken, RowClass
 
 CPU = torch.device("cpu")
 ROWS = [

@@ -72,7 +72,7 @@ class Clock:
 def measure(context: TrainContext, recipe: Recipe, rounds: int) -> tuple[dict, str]:
     """What is found, and a line that says on how many rows."""
     from speft_ds import distributed
-    from speft_ds.machine import machine, versions
+    from speft_ds.env import machine_facts, versions
     from speft_ds.selection.salience import score
     from speft_ds.selection.topk import select
     from speft_ds.training.setup import make_scorer
@@ -96,7 +96,7 @@ def measure(context: TrainContext, recipe: Recipe, rounds: int) -> tuple[dict, s
         mask = clock.time("selection", choice)
     num_tokens = sum(len(row.ids) for row in scorer.calibration.rows)
     result = {
-        "machine": machine(),
+        "machine": machine_facts(),
         "rows": clock.rows(),
         "what": f"choosing a mask by {recipe.mask.salience}, medians of {rounds} rounds",
         "recipe": recipe.model_dump(mode="json"),
@@ -118,7 +118,7 @@ def main() -> None:
     from markdown import print_table
 
     from speft_ds import distributed
-    from speft_ds.files import write_json
+    from speft_ds.io import write_json
     from speft_ds.recipe import without_training
     from speft_ds.training.setup import load_context, load_data
 

@@ -10,12 +10,12 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from speft_ds import lifeline, rendezvous, stop
+from speft_ds import env, lifeline, stop
 from speft_ds.arguments import RANK_0_S, Job, parse_arguments
+from speft_ds.env import rank, world_size
 from speft_ds.errors import UserError
 from speft_ds.preflight import check_inputs, check_to_evaluate, settle_hub
 from speft_ds.recipe import for_scoring, load_recipe, recipe_of
-from speft_ds.rendezvous import rank, world_size
 from speft_ds.schema import Recipe
 from speft_ds.training.checkpoint.resume import (
     Resume,
@@ -35,7 +35,7 @@ MODULES: dict[Job, str] = {"train": "train", "score": "score", "evaluate": "eval
 
 def start(job: Job, manual: str) -> NoReturn:
     """Do the job on this rank, as the command line says, and exit; `manual` is what --help says of it."""
-    rendezvous.settle()
+    env.init_env()
     if job == "train":
         stop.watch()  # before anything that takes long
     code = main(job, parse_arguments(job, manual))

@@ -10,8 +10,8 @@ from speft_ds import hub
 from speft_ds.data.formats import check_columns
 from speft_ds.data.sources import SUFFIXES, folder_files, is_hub_id, iterate_file, kind_of
 from speft_ds.ds_config import batch_problems, read_ds_config
+from speft_ds.env import CACHE, expand_path
 from speft_ds.errors import RecipeError, UserError
-from speft_ds.paths import CACHE, expand_path
 from speft_ds.schema import FIELDS, MASK_FILE, NEEDS_DATA, Recipe, Source
 from speft_ds.training.monitor import monitor_problems
 

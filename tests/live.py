@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from speft_ds.rendezvous import free_port, on_one_machine
+from speft_ds.env import free_port, rank_env
 from speft_ds.training.checkpoint.folder import list_checkpoints
 
 PRELOAD = [
@@ -78,7 +78,7 @@ class LiveRun:
         port, shared = free_port(), {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         self.processes = []
         for rank in range(num_ranks):
-            environment = shared | on_one_machine(rank, num_ranks, port)
+            environment = shared | rank_env(rank, num_ranks, port)
             body = (job, list(arguments), environment, log, (hooks or {}).get(rank))
             self.processes.append(_server().Process(target=_rank, args=body, daemon=True))
         for process in self.processes:

@@ -9,7 +9,6 @@ trained weight = pretrained weight, with (base + delta).to(dtype) at the indices
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -21,8 +20,7 @@ from torch import Tensor
 
 from speft_ds.adapter.gaps import decode_gaps, encode_gaps
 from speft_ds.errors import UserError
-from speft_ds.files import flush_to_disk, write_json
-from speft_ds.tensor_files import write_safetensors
+from speft_ds.io import flush_to_disk, sha256_of, write_json, write_safetensors
 
 FORMAT_VERSION = 2
 TENSORS, FACTS, CARD = "adapter.safetensors", "adapter.json", "README.md"
@@ -86,8 +84,7 @@ class Adapter:
             if not path.is_file():  # nor a pipe, which would keep us waiting
                 raise OSError(f"{path} is not a file")
             file = safe_open(path, framework="pt")
-            with path.open("rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            digest = sha256_of(path)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"not a readable adapter: {error}", where=str(folder)) from error
         if digest != facts["tensors_sha256"]:
@@ -245,8 +242,7 @@ def write_adapter(
     temporary.mkdir(parents=True)
     try:
         write_safetensors(temporary / TENSORS, tensors)
-        with (temporary / TENSORS).open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        digest = sha256_of(temporary / TENSORS)
         own = {"format_version": FORMAT_VERSION, "tensors_sha256": digest, "num_entries": num_entries}
         write_json(temporary / FACTS, {**own, **facts, **own})
         flush_to_disk(temporary)

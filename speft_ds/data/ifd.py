@@ -21,9 +21,9 @@ from speft_ds import lifeline
 from speft_ds.data.batch import collate, num_logits
 from speft_ds.data.rows import Row
 from speft_ds.data.tokens import load_tokenizer
+from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
-from speft_ds.files import write_json
-from speft_ds.paths import cache_folder
+from speft_ds.io import sha256_of, write_json
 
 VERSION = 1  # of the scores: to be raised whenever the same rows and scorer would get others
 MAX_TOKENS = 1024  # of prompt and response together, or the scorer's context where that is shorter
@@ -217,9 +217,7 @@ def _hash_files(folder: Path, scorer: str | Path) -> list[tuple[str, int, str]]:
     try:
         paths = [path for path in folder.iterdir() if path.suffix in SCORER_FILES and not path.is_dir()]
         for path in sorted(paths):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            hashes.append((path.name, path.stat().st_size, digest))
+            hashes.append((path.name, path.stat().st_size, sha256_of(path)))
     except OSError as error:
         raise _cannot_load(scorer, error) from error
     return hashes

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from speft_ds import hub
 from speft_ds.data.sources import is_hub_id, load_builder
+from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
-from speft_ds.paths import cache_folder
+from speft_ds.io import sha256_of
 from speft_ds.schema import Data, Recipe, Source
 
 FORMAT_VERSION = "1"  # of the file, and of what tokenising does: another version is another key
@@ -109,7 +110,6 @@ def hash_source(source: Source) -> str:
 
 def hash_file(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", str(path)) from error

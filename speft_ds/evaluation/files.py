@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from speft_ds.evaluation.eval_jobs import EvalJob, Phase
 from speft_ds.evaluation.prompt_formats import prompt_formats
-from speft_ds.files import replacing, write_json
+from speft_ds.io import replacing, write_json
 from speft_ds.schema import Eval, Recipe
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from speft_ds import distributed
-from speft_ds.files import write_json
-from speft_ds.paths import cache_folder
+from speft_ds.env import cache_folder
+from speft_ds.io import write_json
 
 
 class ResponseCache:

@@ -8,15 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from speft_ds import distributed, peak_memory
-from speft_ds.files import write_json
-from speft_ds.machine import machine, versions
+from speft_ds.env import machine_facts, versions
+from speft_ds.io import write_json
 from speft_ds.model.fingerprint import fingerprint
 from speft_ds.plots import mask_heat_map
 from speft_ds.recipe import without_training
 from speft_ds.schema import MASK_FILE, Recipe
 from speft_ds.sparse.mask import save_mask
 from speft_ds.tables import print_mask_table
-from speft_ds.training.checks import check_targets
+from speft_ds.training.checks import check_shapes
 from speft_ds.training.metrics import Timings, say
 from speft_ds.training.run_dir import check_output_dir, start_folder
 from speft_ds.training.setup import base_facts, choose_mask, load_context, load_data
@@ -37,7 +37,7 @@ def run(recipe: Recipe) -> None:
         data = load_data(resolved, needs_calibration=True)
     with timings.stage("model"):
         context = load_context(resolved, data)
-    check_targets(context)
+    check_shapes(recipe.mask, context.shapes)
     mask = choose_mask(context, timings)
     with timings.stage("check"):
         if fingerprint(context.engine.module) != context.fingerprint:
@@ -49,7 +49,7 @@ def run(recipe: Recipe) -> None:
         **base_facts(context),
         "world_size": distributed.world_size(),
         "versions": versions(),
-        "machine": machine(),
+        "machine": machine_facts(),
     }
     folder = Path(recipe.output_dir)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from speft_ds import distributed, lifeline
 from speft_ds.adapter.card import write_card
+from speft_ds.env import versions
 from speft_ds.errors import UserError
-from speft_ds.machine import versions
 from speft_ds.report.scores import card_scores
 from speft_ds.schema import Recipe
 from speft_ds.training.checkpoint.folder import Checkpoint, clean, latest_valid, list_checkpoints, verify

@@ -1,10 +1,11 @@
 """Files that are either whole or absent: atomic writes, and a completion marker with hashes."""
 
-import hashlib
 import json
 import os
 import tempfile
 from pathlib import Path
+
+from speft_ds.io import sha256_of
 
 MARKER = "complete.json"
 # hashing hundreds of MiB on every start would take seconds; above this, the size alone is compared
@@ -28,12 +29,6 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_marker(folder: Path, **facts: str) -> None:

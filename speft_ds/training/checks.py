@@ -12,6 +12,7 @@ from speft_ds.errors import UserError
 from speft_ds.model.targets import layer_number
 from speft_ds.plan.plan import checkpoint_entry
 from speft_ds.schema import Eval, Recipe
+from speft_ds.schema.mask import Mask as MaskSection
 from speft_ds.selection.topk import min_trainable
 from speft_ds.sparse.mask import Mask
 from speft_ds.training.checkpoint.folder import CHECKPOINTS, Checkpoint
@@ -103,13 +104,14 @@ def check_space(context: TrainContext, num_steps: int) -> None:
     distributed.on_rank_0(check)
 
 
-def check_targets(context: TrainContext) -> None:
-    """Refuse a recipe that asks for more than its targets have.
+def check_shapes(mask: MaskSection, shapes: dict[str, tuple[int, int]]) -> None:
+    """Refuse a `mask` section that asks for more than its targets have.
 
+    Args:
+        shapes: weight name -> (out, in) of the targets.
     Raises:
         UserError: `mask.lift_rank` or `mask.gate_layers` is too large.
     """
-    mask, shapes = context.recipe.mask, context.shapes
     smallest = min(min(shape) for shape in shapes.values())
     if mask.salience == "lift" and mask.lift_rank >= smallest:
         raise UserError(

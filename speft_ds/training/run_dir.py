@@ -16,10 +16,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
+from speft_ds.env import rank
 from speft_ds.errors import UserError
-from speft_ds.files import flush_to_disk, replacing, write_json
+from speft_ds.io import flush_to_disk, replacing, write_json
 from speft_ds.recipe import resolved_yaml
-from speft_ds.rendezvous import rank
 from speft_ds.schema import Recipe
 
 RECIPE, FACTS, METRICS, LOCK = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"

@@ -17,11 +17,11 @@ from speft_ds.adapter.format import tensors_sha256
 from speft_ds.data.batch import collate, split_global_batch
 from speft_ds.data.order import SampleOrder
 from speft_ds.data.rows import Row
+from speft_ds.env import machine_facts, versions
 from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import EvalJob, Phase, jobs_of
 from speft_ds.evaluation.files import keep_scores, still_to_score
 from speft_ds.evaluation.validation_loss import ValidationLoss
-from speft_ds.machine import machine, versions
 from speft_ds.preflight import mask_file
 from speft_ds.schema import Recipe
 from speft_ds.sparse.gradient import SparseGradient
@@ -35,7 +35,7 @@ from speft_ds.training.checks import (
     check_loaded_mask,
     check_same_run,
     check_steps,
-    check_targets,
+    check_shapes,
 )
 from speft_ds.training.metrics import MetricsLog, Timings, say
 from speft_ds.training.monitor import Monitor
@@ -95,7 +95,7 @@ class Trainer:
             self.loaded, facts = read_mask(mask_file(recipe.mask.load)) if recipe.mask.load else (None, {})
             self.process_bytes = peak_memory.held()
             self.context = load_context(recipe, data, self.loaded)
-        check_targets(self.context)
+        check_shapes(recipe.mask, self.context.shapes)
         if self.loaded is not None:
             check_loaded_mask(self.context, self.loaded, facts)
             say("note: with mask.load, the recipe's salience, density, budget and targets are not used")
@@ -381,7 +381,7 @@ class Trainer:
         train = self.recipe.train
         return {
             "versions": versions(),
-            "machine": {"device": str(distributed.device()), **machine()},
+            "machine": {"device": str(distributed.device()), **machine_facts()},
             "world_size": distributed.world_size(),
             "global_batch": train.global_batch,
             "micro_batch": train.micro_batch,

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from speft_ds.errors import UserError
+from speft_ds.io import sha256_of
 from speft_ds.training.checkpoint.folder import (
     clean,
-    file_sha256,
     inspect,
     latest_valid,
     list_checkpoints,
@@ -21,7 +21,7 @@ def rewrite_manifest(folder, **changes):
     """A manifest that says something else, and is marked as complete."""
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
-    (folder / "COMPLETE").write_text(file_sha256(folder / "manifest.json") + "\n")
+    (folder / "COMPLETE").write_text(sha256_of(folder / "manifest.json") + "\n")
 
 
 def cleaned(run, step):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from speft_ds.errors import UserError
-from speft_ds.files import flush_to_disk, replacing, write_json
+from speft_ds.io import flush_to_disk, replacing, sha256_of, write_json
 
 FORMAT_VERSION = 1
 CHECKPOINTS, MANIFEST, COMPLETE = "checkpoints", "manifest.json", "COMPLETE"
@@ -91,17 +91,12 @@ def verify(checkpoint: Checkpoint, first: int = 0, every: int = 1) -> str | None
     """What is wrong with the contents of the parts number `first`, `first + every` and so on, if anything."""
     for part in checkpoint.manifest["parts"][first::every]:
         try:
-            found = file_sha256(checkpoint.path / part["file"])
+            found = sha256_of(checkpoint.path / part["file"])
         except OSError as error:
             return f"{part['file']} is not readable: {error}"
         if found != part["sha256"]:
             return f"it is damaged: the hash of {part['file']} is not the recorded one"
     return None
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def publish(temporary: Path, folder: Path, manifest: dict[str, Any]) -> None:
@@ -124,7 +119,7 @@ def publish(temporary: Path, folder: Path, manifest: dict[str, Any]) -> None:
     temporary.rename(folder)
     flush_to_disk(folder.parent)
     with replacing(folder / COMPLETE) as temporary:
-        temporary.write_text(file_sha256(folder / MANIFEST) + "\n", encoding="utf-8")
+        temporary.write_text(sha256_of(folder / MANIFEST) + "\n", encoding="utf-8")
         flush_to_disk(temporary)
     flush_to_disk(folder)
 

@@ -20,9 +20,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from speft_ds.io import sha256_of, write_safetensors
 from speft_ds.sparse.layout import EntryTable
-from speft_ds.tensor_files import write_safetensors
-from speft_ds.training.checkpoint.folder import Checkpoint, file_sha256, part_name
+from speft_ds.training.checkpoint.folder import Checkpoint, part_name
 
 Spans = dict[str, tuple[int, int]]  # weight -> [start, stop) of flat indices
 
@@ -68,7 +68,7 @@ def write_part(
     """Write a rank's part, flushed and read back; returns its line of the manifest. Raises OSError."""
     path = folder / part_name(rank)
     write_safetensors(path, tensors, metadata)
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 class Parts:

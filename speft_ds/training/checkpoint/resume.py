@@ -12,9 +12,9 @@ from typing import Any, Literal
 import yaml
 
 from speft_ds.ds_config import shared_micro_batch
+from speft_ds.env import rank
 from speft_ds.errors import UserError
 from speft_ds.recipe import load_recipe
-from speft_ds.rendezvous import rank
 from speft_ds.schema import FIELDS, Recipe
 from speft_ds.training.checkpoint.folder import (
     CHECKPOINTS,

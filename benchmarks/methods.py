@@ -24,9 +24,9 @@ from speft_ds import distributed
 from speft_ds.base import Base
 from speft_ds.ds_config import load_ds_config
 from speft_ds.engine import full_shape, require_grad
+from speft_ds.loss import NextToken
 from speft_ds.metrics import Timings
 from speft_ds.model import find_targets, load_base
-from speft_ds.objective import NextToken
 from speft_ds.schedule import SCHEDULES, Training
 from speft_ds.schema import Recipe
 

@@ -11,16 +11,15 @@ from torch import Tensor, nn
 
 from speft_ds import distributed
 from speft_ds.calibration import CalibrationSet, Scorer
-from speft_ds.data.corpus import Corpus
-from speft_ds.data.order import SampleOrder, hash_seed
-from speft_ds.data.prepare import prepare
-from speft_ds.data.request import Request
-from speft_ds.data.rows import Row
-from speft_ds.data.tokens import load_tokenizer
+from speft_ds.data.dataset import Row, TokenizedDataset
+from speft_ds.data.dataset_cache import DatasetSpec, prepare
+from speft_ds.data.sampler import Sampler, hash_seed
+from speft_ds.data.tokenize import load_tokenizer
 from speft_ds.ds_config import load_ds_config
 from speft_ds.engine import build_engine
 from speft_ds.errors import UserError
 from speft_ds.linear import adapt, feeding
+from speft_ds.loss import NextToken, RowClass
 from speft_ds.mask import Mask
 from speft_ds.metrics import Timings, say
 from speft_ds.model import (
@@ -32,7 +31,6 @@ from speft_ds.model import (
     target_shapes,
     tied_targets,
 )
-from speft_ds.objective import NextToken, RowClass
 from speft_ds.salience import score
 from speft_ds.schema import HEAD, Data, Recipe
 from speft_ds.selection import entries_wanted, select
@@ -75,7 +73,7 @@ class Base:
             return pad
         return int(self.classifies and eos == 0)
 
-    def read_corpus(self, section: Data, where: Callable[[int], str] | None = None) -> Corpus:
+    def read_corpus(self, section: Data, where: Callable[[int], str] | None = None) -> TokenizedDataset:
         """The tokenised rows of a data section, the same on every rank; made once a node.
 
         Args:
@@ -85,10 +83,10 @@ class Base:
         """
         recipe = self.recipe
         where = where or recipe.where_rows
-        request = Request(section, recipe.model.name_or_path, self.classifies, recipe.seed, where)
+        request = DatasetSpec(section, recipe.model.name_or_path, self.classifies, recipe.seed, where)
         if section.select == "ifd":
             say("note: scoring rows takes long on a CPU; `speft data RECIPE` does it ahead of a run")
-        made: list[Corpus] = []
+        made: list[TokenizedDataset] = []
         distributed.first_on_each_node(lambda: made.append(prepare(request, lambda: self.tokenizer, say)))
         corpus = made[0] if made else prepare(request, lambda: self.tokenizer, say)
         if not distributed.same_on_all_ranks(corpus.facts["sha256"]):
@@ -96,13 +94,13 @@ class Base:
             raise UserError("the ranks' nodes have different rows", where(0), fix)
         return corpus
 
-    def read_training_rows(self) -> Corpus:
+    def read_training_rows(self) -> TokenizedDataset:
         """The training rows; a classifier's classes are theirs."""
         corpus = self.read_corpus(self.recipe.data)
         self.classes = corpus.facts["classes"]
         return corpus
 
-    def read_calibration_rows(self, training: Corpus | None) -> None:
+    def read_calibration_rows(self, training: TokenizedDataset | None) -> None:
         """Set up what scores are computed from; nothing, where no metric of this recipe needs data.
 
         Args:
@@ -128,7 +126,7 @@ class Base:
         corpus = training
         seed = self.recipe.seed if recipe.calibration_seed is None else recipe.calibration_seed
         self.calibration_rows, self.calibration_sha256 = corpus.rows(), corpus.facts["sha256"]
-        self.calibration_order = SampleOrder(corpus.row_sizes, weights, seed, "calibration")
+        self.calibration_order = Sampler(corpus.row_sizes, weights, seed, "calibration")
         if recipe.calibration_samples > len(self.calibration_order):
             raise UserError(
                 f"{recipe.calibration_samples} calibration samples are asked for, "

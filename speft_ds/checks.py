@@ -8,7 +8,7 @@ from pathlib import Path
 from speft_ds import distributed
 from speft_ds.base import Base
 from speft_ds.checkpoint.folder import CHECKPOINTS, Checkpoint
-from speft_ds.data.corpus import Corpus
+from speft_ds.data.dataset import TokenizedDataset
 from speft_ds.errors import UserError
 from speft_ds.mask import Mask
 from speft_ds.plan.plan import checkpoint_entry
@@ -69,7 +69,7 @@ def check_loaded_mask(recipe: Recipe, base: Base, loaded: Mask, facts: dict) -> 
 
 
 def check_same_run(
-    recipe: Recipe, base: Base, rows: Corpus, loaded: Mask | None, checkpoint: Checkpoint
+    recipe: Recipe, base: Base, rows: TokenizedDataset, loaded: Mask | None, checkpoint: Checkpoint
 ) -> None:
     """Refuse to go on over another base, other rows or another loaded mask than the checkpoint's."""
     manifest, where = checkpoint.manifest, str(checkpoint.path)

@@ -6,7 +6,7 @@ import torch
 
 from speft_ds import distributed, lifeline
 from speft_ds.base import Base
-from speft_ds.data.batch import collate
+from speft_ds.data.collate import collate
 
 
 class HeldOut:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from speft_ds import distributed
 from speft_ds.calibration import Scorer, Scores, weight_gradient
-from speft_ds.data.batch import IGNORED
+from speft_ds.data.collate import IGNORED
 from speft_ds.engine import full_shape, own_elements, own_range, release, shard_of
 from speft_ds.errors import UserError
 from speft_ds.linear import Sink, feeding

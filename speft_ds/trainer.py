@@ -18,9 +18,9 @@ from speft_ds.base import Base
 from speft_ds.checkpoint.parts import Parts, Snapshot
 from speft_ds.checkpoint.writer import Writer
 from speft_ds.checks import check_chat_template, check_loaded_mask, check_same_run, check_steps
-from speft_ds.data.batch import collate, split_global_batch
-from speft_ds.data.order import SampleOrder
-from speft_ds.data.rows import Row
+from speft_ds.data.collate import collate, split_global_batch
+from speft_ds.data.dataset import Row
+from speft_ds.data.sampler import Sampler
 from speft_ds.errors import UserError
 from speft_ds.evaluation.files import keep_scores, still_to_score
 from speft_ds.evaluation.rounds import Moment, Round, rounds_of
@@ -73,7 +73,7 @@ class Trainer:
             self.base.read_calibration_rows(self.rows)
             self.held_out = HeldOut(self.base) if recipe.eval.held_out else None
         train = recipe.train
-        self.order = SampleOrder(self.rows.sizes, recipe.data.weights, recipe.seed)
+        self.order = Sampler(self.rows.sizes, recipe.data.weights, recipe.seed)
         self.num_steps = self.order.num_steps(train.global_batch, train.steps, train.epochs)
         check_steps(recipe, self.num_steps)
         with self.timings.stage("model"):

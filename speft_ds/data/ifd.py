@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from speft_ds import lifeline
-from speft_ds.data.batch import collate, num_logits
-from speft_ds.data.rows import Row
-from speft_ds.data.tokens import load_tokenizer
+from speft_ds.data.collate import collate, num_logits
+from speft_ds.data.dataset import Row
+from speft_ds.data.tokenize import load_tokenizer
 from speft_ds.errors import UserError
 from speft_ds.files import write_json
 from speft_ds.paths import cache_folder

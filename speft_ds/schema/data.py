@@ -7,7 +7,6 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field, ValidationInfo, field_validator
 
-from speft_ds.data.templates import fields_of
 from speft_ds.errors import UserError
 from speft_ds.schema.values import (
     Count,
@@ -17,6 +16,7 @@ from speft_ds.schema.values import (
     Text,
     broken_rule,
     refuse_without_effect,
+    template_fields,
 )
 
 
@@ -65,7 +65,7 @@ class Source(Section):
 
 def _readable_template(value: str | None) -> str | None:
     try:
-        fields_of(value or "")
+        template_fields(value or "")
     except UserError as error:
         raise broken_rule(error.what, error.fix) from None
     return value

@@ -16,8 +16,8 @@ from distributed.dense_scores import Llama, Weights
 from distributed.reference import make_trainer, plain_model, whole_weights
 from speft_ds import distributed
 from speft_ds.calibration import Scorer
-from speft_ds.data.order import permutation
-from speft_ds.data.rows import Row
+from speft_ds.data.dataset import Row
+from speft_ds.data.sampler import permutation
 from speft_ds.engine import own_elements, shard_of
 from speft_ds.errors import UserError
 from speft_ds.model import fingerprint

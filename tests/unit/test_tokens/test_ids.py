@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from speft_ds.data.tokens import Encoder
+from speft_ds.data.tokenize import Encoder
 from unit.test_tokens.made import (
     PROMPT,
     RESPONSE,

@@ -67,8 +67,8 @@ def main() -> None:
     arguments = parse_arguments()
     from markdown import print_table
 
-    from speft_ds.files import write_json
-    from speft_ds.machine import machine, versions
+    from speft_ds.env import machine_facts, versions
+    from speft_ds.io import write_json
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
@@ -93,7 +93,7 @@ def main() -> None:
     ]
     print_table(["", "s", "s of the process", "tokens/s"], rows)
     result = {"what": "rows ready to train on", "starts": starts, "seconds_of_process": walls}
-    write_json(arguments.output, {**result, "versions": versions(), "machine": machine()})
+    write_json(arguments.output, {**result, "versions": versions(), "machine": machine_facts()})
     print(f"\n{arguments.output}")
 
 

@@ -10,10 +10,10 @@ from speft_ds import hub
 from speft_ds.data.formats import check_columns
 from speft_ds.data.readers import SUFFIXES, folder_files, is_hub_dataset, iterate_file, kind_of
 from speft_ds.ds_config import batch_problems, read_ds_config
+from speft_ds.env import CACHE, expand_path
 from speft_ds.errors import RecipeError, UserError
-from speft_ds.monitor import monitor_problems
-from speft_ds.paths import CACHE, expand_path
 from speft_ds.schema import FIELDS, MASK_FILE, NEEDS_DATA, Recipe, Source
+from speft_ds.training.monitor import monitor_problems
 
 
 def check_inputs(recipe: Recipe, world_size: int, needs_training_rows: bool = True) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import pydantic
 import yaml
 
+from speft_ds.env import expand_path
 from speft_ds.errors import RecipeError, UserError, closest, did_you_mean, explain
-from speft_ds.paths import expand_path
 from speft_ds.schema import FIELDS, SECTIONS, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from speft_ds.commands.show import in_line
+from speft_ds.env import expand_path
 from speft_ds.errors import UserError, closest
-from speft_ds.paths import expand_path
 from speft_ds.recipe import EXTENDS
 from speft_ds.schema import (
     DATA_USED_WITH,

@@ -27,8 +27,8 @@ from speft_ds.ds_config import batch_problems, read_ds_config
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.preflight import model_problems, other_problems, rows_problems, settle_hub
 from speft_ds.recipe import load_recipe
-from speft_ds.run_folder import check_output_dir
 from speft_ds.schema import FIELDS, Recipe, Source
+from speft_ds.training.run_dir import check_output_dir
 
 NUM_ROWS = 3
 MARKS = {"ok": "[green]✓[/green]", "problem": "[red]✗[/red]", "note": "[yellow]![/yellow]", "skipped": "-"}
@@ -145,8 +145,8 @@ class Validation:
     def check_targets(self) -> Outcome:
         if not self.has_model:
             return Outcome("needs the model", "skipped")
-        from speft_ds.model import check_shapes  # late: they import torch
         from speft_ds.plan.geometry import read_geometry
+        from speft_ds.training.checks import check_shapes  # late: they import torch
 
         geometry = read_geometry(self.recipe)
         check_shapes(self.recipe, geometry.targets)

@@ -26,8 +26,8 @@ from speft_ds.data.packing import first_fit
 from speft_ds.data.readers import Located, is_hub_dataset, iterate_rows, load_builder
 from speft_ds.data.select import COUNTED, EMPTY, Table, select_rows
 from speft_ds.data.tokenize import Encoder
+from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
-from speft_ds.paths import cache_folder
 from speft_ds.schema import Data, Recipe, Source
 
 FORMAT_VERSION = "1"  # of the file, and of what tokenising does: another version is another key

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from speft_ds.ds_config import load_ds_config
+from speft_ds.env import expand_path
 from speft_ds.errors import UserError
-from speft_ds.paths import expand_path
 from speft_ds.recipe import RECIPES_DIR, for_scoring, list_recipes, load_recipe, resolved_yaml
 from speft_ds.schema import FIELDS, Mask
 from unit.written import load

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speft_ds.errors import UserError
-from speft_ds.salience import SALIENCE, low_rank, low_rank_shards, uniform
 from speft_ds.schema import NEEDS_DATA, Mask
+from speft_ds.selection.salience import SALIENCE, low_rank, low_rank_shards, uniform
 
 CPU = torch.device("cpu")
 

@@ -48,13 +48,13 @@ def test_a_cache_that_cannot_be_written(tmp_path, path, model, monkeypatch):
 
 
 def test_a_full_disk_leaves_nothing_behind(path, model, monkeypatch, cache):
-    from speft_ds import tensor_files
+    from speft_ds import io
 
     def save_file(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tensor_files, "save_file", save_file)
+    monkeypatch.setattr(io, "save_file", save_file)
     with pytest.raises(UserError, match=r"(?s)No space left.*set SPEFT_DS_CACHE"):
         make(Data(path=str(path)), model)
     assert [file.suffix for file in cache.iterdir()] in ([], [".lock"])

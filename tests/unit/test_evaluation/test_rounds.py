@@ -3,7 +3,7 @@
 import pydantic
 import pytest
 
-from speft_ds.evaluation.rounds import Round, rounds_of
+from speft_ds.evaluation.eval_jobs import EvalJob, jobs_of
 from speft_ds.schema import Eval
 
 ALL = Eval(
@@ -18,17 +18,17 @@ ALL = Eval(
 
 
 def test_every_baseline_before_and_what_can_change_after():
-    main = Round("before", "main", ("a", "b", "c"), 2, 9, has_text=True)
-    shots = [Round(f"before-{k}shot", "fewshot", ("a", "b"), k, 9) for k in (0, 4)]
-    formats = [Round(f"before-format-{i}", "format", ("a", "b"), 2, 9, i) for i in (1, 2)]
-    assert rounds_of(ALL, "before") == [main, *shots, *formats]
-    labels = [round.label for round in rounds_of(ALL, "after")]
+    main = EvalJob("before", "main", ("a", "b", "c"), 2, 9, has_text=True)
+    shots = [EvalJob(f"before-{k}shot", "fewshot", ("a", "b"), k, 9) for k in (0, 4)]
+    formats = [EvalJob(f"before-format-{i}", "format", ("a", "b"), 2, 9, i) for i in (1, 2)]
+    assert jobs_of(ALL, "before") == [main, *shots, *formats]
+    labels = [round.label for round in jobs_of(ALL, "after")]
     assert labels == ["after", "after-format-1", "after-format-2"]
 
 
 def test_nothing_that_was_not_asked_for():
-    assert rounds_of(Eval(), "before") == rounds_of(Eval(tasks=["a"], after=False), "after") == []
-    (text,) = rounds_of(Eval(forgetting_text="text.txt"), "after")
+    assert jobs_of(Eval(), "before") == jobs_of(Eval(tasks=["a"], after=False), "after") == []
+    (text,) = jobs_of(Eval(forgetting_text="text.txt"), "after")
     assert text.has_text and text.tasks == ()
 
 

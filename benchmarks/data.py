@@ -28,12 +28,13 @@ TEXT = (
 PREPARE = """
 import json, sys, time
 start = time.perf_counter()
-from speft_ds.data.prepare import prepare
-from speft_ds.data.request import request_of
+from speft_ds.data.dataset_cache import prepare
+from speft_ds.data.dataset_cache import DatasetSpec
 from speft_ds.recipe import load_recipe
-from speft_ds.data.tokens import load_tokenizer
+from speft_ds.data.tokenize import load_tokenizer
 recipe = load_recipe(sys.argv[1], sys.argv[2:])
-corpus = prepare(request_of(recipe), lambda: load_tokenizer(recipe.model.name_or_path), lambda text: None)
+spec, name = DatasetSpec.from_recipe(recipe), recipe.model.name_or_path
+corpus = prepare(spec, lambda: load_tokenizer(name), lambda text: None)
 seconds, tokens = time.perf_counter() - start, int(corpus.lengths.sum())
 packs = len(corpus)
 facts = {"s": seconds, "rows": corpus.num_rows, "tokens": tokens, "packs": packs}

@@ -173,7 +173,7 @@ def data(
 
     Tokenises the rows if that was not done before, and draws a histogram of their lengths.
     """
-    from speft_ds.commands.data import show_data  # late: it may import transformers
+    from speft_ds.commands.show_data import show_data  # late: it may import transformers
 
     show_data(load_recipe(recipe, overrides or []), output)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,9 @@ from typing import Any
 import yaml
 
 from speft_ds.adapter.format import CARD, TENSORS, Adapter
+from speft_ds.hub import is_hub_id
 from speft_ds.io import flush_to_disk, replacing
 
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 PIPELINES = {"causal_lm": "text-generation", "sequence_classification": "text-classification"}
 AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
@@ -149,11 +147,6 @@ Only the very base that it was made for is accepted. As an ordinary checkpoint, 
 speft merge ADAPTER merged
 speft export ADAPTER for_peft --format peft
 ```"""
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether it is the name of a repository, and no folder or file here."""
-    return HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
 
 
 def _base_name(base: str) -> str:

@@ -43,7 +43,7 @@ class Checkpoint:
         """
         self.name, self.num_classes, folder = name, num_classes, hub.model_folder(name)
         if folder is None:
-            raise UserError(f"the model {name} is not at hand", fix=hub.way_to_model(name, "--base"))
+            raise UserError(f"the model {name} is not at hand", fix=hub.model_hint(name, "--base"))
         self.folder = folder
         try:
             self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

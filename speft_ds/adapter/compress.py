@@ -12,7 +12,7 @@ import torch
 from speft_ds.adapter.derive import Entries, check_output, history, no_entries, open_adapter, write_derived
 from speft_ds.adapter.format import TENSORS, Adapter
 from speft_ds.adapter.largest import Largest
-from speft_ds.data.order import hash_seed
+from speft_ds.data.sampler import hash_seed
 from speft_ds.errors import UserError
 
 METHODS = ("dare", "ternary", "topk")

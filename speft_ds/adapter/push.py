@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from speft_ds import hub
-from speft_ds.adapter.card import is_hub_id
 from speft_ds.adapter.derive import open_adapter
 from speft_ds.adapter.format import CARD, FACTS, TENSORS, Adapter
 from speft_ds.errors import UserError
@@ -27,7 +26,7 @@ def notes(adapter: Adapter) -> list[str]:
     said = []
     if not (adapter.folder / CARD).is_file():
         said.append(f"note: it has no {CARD}: nobody will know what it is")
-    if not is_hub_id(adapter.facts["base"]):
+    if not hub.is_hub_id(adapter.facts["base"]):
         said.append(f"note: others will not find its base, which is {adapter.facts['base']}")
     if adapter.facts.get("recipe"):
         said.append("note: adapter.json has the run's recipe in it, with its paths")
@@ -83,5 +82,5 @@ def _check_access(repo_id: str) -> str:
         raise UserError("there is no token to upload with", "model hub", "hf auth login, or set HF_TOKEN")
     if not hub.is_reachable():
         fix = "connect this machine, or copy the folder to one that is; --dry-run needs no network"
-        raise UserError(f"nothing can be uploaded: {hub.why_not()}", hub.endpoint(), fix)
+        raise UserError(f"nothing can be uploaded: {hub.why_unreachable()}", hub.endpoint(), fix)
     return token

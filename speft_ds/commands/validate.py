@@ -17,12 +17,12 @@ from pathlib import Path
 from rich.console import Console
 
 from speft_ds import hub
-from speft_ds.commands.data import print_sample
 from speft_ds.commands.launcher import count_gpus
+from speft_ds.commands.show_data import print_sample
+from speft_ds.data.dataset_cache import classes_of
 from speft_ds.data.formats import Classes, EmptyRow, Example, make_example
-from speft_ds.data.prepare import classes_of
-from speft_ds.data.sources import iterate_rows
-from speft_ds.data.tokens import Encoder, load_tokenizer
+from speft_ds.data.readers import iterate_rows
+from speft_ds.data.tokenize import Encoder, load_tokenizer
 from speft_ds.ds_config import batch_problems, read_ds_config
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.preflight import model_problems, other_problems, rows_problems, settle_hub
@@ -149,7 +149,7 @@ class Validation:
         from speft_ds.training.checks import check_shapes  # late: they import torch
 
         geometry = read_geometry(self.recipe)
-        check_shapes(self.recipe, geometry.targets)
+        check_shapes(self.recipe.mask, geometry.targets)
         self.num_entries = geometry.num_entries + geometry.num_head
         share = geometry.num_entries / geometry.num_target_elements
         return Outcome(

@@ -6,14 +6,32 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from speft_ds.data.templates import CHAT, PLAIN, fields_of, fill
 from speft_ds.errors import UserError, closest
-from speft_ds.schema import Source
+from speft_ds.schema import Source, template_fields
 
 Rows = Iterable[tuple[str, Any]]  # where a row stands, and the row
 # format -> the columns whose text is the response; the template says what the prompt needs
 RESPONSES = {"alpaca": "output", "prompt_completion": "response", "classification": "label"}
 WHOLE = {"messages": "messages", "text": "text"}  # formats that have no template -> their one column
+# The prompts of Stanford Alpaca with a line end behind, as its data set's own `text` column has them.
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+# format -> its template, and the one for rows without an input. Inside a chat template the model knows
+# by the turns who speaks, so the headings are left out.
+PLAIN = {
+    "alpaca": (_ALPACA_WITH_INPUT, _ALPACA),
+    "prompt_completion": ("{prompt}", None),
+    "classification": ("{text}", None),
+}
+CHAT = {**PLAIN, "alpaca": ("{instruction}\n\n{input}", "{instruction}")}
 
 
 @dataclass(frozen=True)
@@ -72,7 +90,7 @@ def columns_of(source: Source) -> dict[str, str]:
         roles = [WHOLE[source.format]]
     else:
         templates = _templates_used(source)
-        fields = [name for template in templates for name in fields_of(template)]
+        fields = [name for template in templates for name in template_fields(template)]
         roles = [*fields, *(["input"] if len(templates) > 1 else []), RESPONSES[source.format]]
     known = type(source.columns).model_fields
     columns = {role: _column(source, role) for role in roles}
@@ -146,7 +164,7 @@ def _prompt(row: dict, where: str, source: Source) -> str:
     if with_input and not _is_blank(row[source.columns.input]):
         template = with_input[0]
     values = {}
-    for name in fields_of(template):
+    for name in template_fields(template):
         column = _column(source, name)
         values[name] = "" if _is_blank(row[column]) else _as_text(row[column], column, where)
     if values and not any(values.values()):
@@ -242,3 +260,8 @@ def find_classes(rows: Rows, column: str) -> Classes:
     if all(str(value).isdecimal() for value in values):  # the numbers of a .csv file are texts
         values.sort(key=int)
     return Classes([str(value) for value in values], {value: i for i, value in enumerate(values)})
+
+
+def fill(template: str, values: dict[str, str]) -> str:
+    """The template with its fields replaced; a field's own braces stay as they are."""
+    return template.format_map(values)

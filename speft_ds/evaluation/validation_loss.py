@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from speft_ds import distributed, lifeline
-from speft_ds.data.batch import collate
-from speft_ds.data.corpus import Corpus
+from speft_ds.data.collate import collate
+from speft_ds.data.dataset import TokenizedDataset
 
 
 class ValidationLoss:
@@ -23,7 +23,7 @@ class ValidationLoss:
         pad_id: see `batch.collate`.
     """
 
-    def __init__(self, rows: Corpus, batch_size: int, pad_id: int):
+    def __init__(self, rows: TokenizedDataset, batch_size: int, pad_id: int):
         self.rows, self.batch_size, self.pad_id = rows, batch_size, pad_id
 
     @torch.no_grad()

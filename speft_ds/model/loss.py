@@ -7,7 +7,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from speft_ds.data.batch import num_logits, summed_class_loss, summed_loss
+from speft_ds.data.collate import IGNORED, num_logits
 from speft_ds.errors import UserError
 
 
@@ -71,3 +71,19 @@ class RowClass:
         logits = module(input_ids=batch["input_ids"], use_cache=False).logits
         num_correct = (logits.argmax(-1) == batch["labels"]).sum()
         return summed_class_loss(logits, batch["labels"], temperature), num_correct
+
+
+def summed_loss(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """Sum of the token cross-entropies (fp32) of [rows, tokens, vocabulary] logits at the labelled tokens.
+
+    Args:
+        temperature: the logits are divided by it.
+    """
+    predicted = labels[:, 1:] != IGNORED
+    scaled = logits[:, :-1][predicted].float() / temperature
+    return torch.nn.functional.cross_entropy(scaled, labels[:, 1:][predicted], reduction="sum")
+
+
+def summed_class_loss(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """Sum of the cross-entropies (fp32) of [rows, classes] logits at the [rows] classes."""
+    return torch.nn.functional.cross_entropy(logits.float() / temperature, labels, reduction="sum")

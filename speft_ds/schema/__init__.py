@@ -7,7 +7,7 @@ from speft_ds.schema.data import DATA_USED_WITH, Columns, Data, Source
 from speft_ds.schema.mask import MASK_FILE, MASK_GOES_WITH, MASK_USED_WITH, NEEDS_DATA, Mask
 from speft_ds.schema.recipe import FIELDS, SECTIONS, Recipe
 from speft_ds.schema.sections import ADAMW, HEAD, OPTIMIZER_USED_WITH, Eval, Optimizer, Train
-from speft_ds.schema.values import divisors
+from speft_ds.schema.values import divisors, template_fields
 
 __all__ = [
     "ADAMW",
@@ -29,4 +29,5 @@ __all__ = [
     "Source",
     "Train",
     "divisors",
+    "template_fields",
 ]

@@ -7,9 +7,17 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field, ValidationInfo, field_validator
 
-from speft_ds.data.templates import fields_of
 from speft_ds.errors import UserError
-from speft_ds.schema.values import Count, FilePath, Float, Section, Text, broken_rule, refuse_without_effect
+from speft_ds.schema.values import (
+    Count,
+    FilePath,
+    Float,
+    Section,
+    Text,
+    broken_rule,
+    refuse_without_effect,
+    template_fields,
+)
 
 
 class Columns(Section):
@@ -57,7 +65,7 @@ class Source(Section):
 
 def _readable_template(value: str | None) -> str | None:
     try:
-        fields_of(value or "")
+        template_fields(value or "")
     except UserError as error:
         raise broken_rule(error.what, error.fix) from None
     return value

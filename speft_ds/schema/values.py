@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from string import Formatter
 from typing import Annotated, Any
 
 import pydantic
@@ -10,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from pydantic_core import PydanticCustomError
 
 from speft_ds.env import expand_path
+from speft_ds.errors import UserError
 
 
 def _number(value: Any) -> Any:
@@ -100,6 +102,29 @@ Seed = Annotated[int, Field(ge=0)]
 Layer = Annotated[int, Field(ge=0)]
 Layers = Annotated[list[Layer], Field(min_length=2, max_length=2)]
 Betas = Annotated[list[Beta], Field(min_length=2, max_length=2)]
+
+
+def template_fields(template: str) -> list[str]:
+    """The names of a template's fields, in order of appearance.
+
+    Raises:
+        UserError: a brace without its partner, or a field that is more than a name.
+    """
+    try:
+        pieces = list(Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"the template is not readable: {error}", fix="write {{ for a brace") from None
+    names = []
+    for _, name, spec, conversion in pieces:
+        if name is None:
+            continue
+        if not name.isidentifier() or spec or conversion:
+            written = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            fix = "a field is the name of a column, like {question}; write {{ for a brace"
+            raise UserError(f"the template has a field {{{written}}}", fix=fix)
+        if name not in names:
+            names.append(name)
+    return names
 
 
 def divisors(number: int) -> str:

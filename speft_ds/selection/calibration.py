@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from speft_ds import distributed, lifeline
-from speft_ds.data.batch import collate
-from speft_ds.data.rows import Row
+from speft_ds.data.collate import collate
+from speft_ds.data.dataset import Row
 from speft_ds.errors import UserError
 from speft_ds.model.linear import WeightGradHook, weight_grad_hooks
 from speft_ds.sparse.kernels.dense import matmul_fp32

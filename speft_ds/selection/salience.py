@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from speft_ds import distributed
-from speft_ds.data.batch import IGNORED
+from speft_ds.data.collate import IGNORED
 from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import mix64
 from speft_ds.model.linear import WeightGradHook, weight_grad_hooks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from speft_ds.data.order import permutation
+from speft_ds.data.sampler import permutation
 from speft_ds.model.targets import layer_number
 
 

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from speft_ds import distributed
-from speft_ds.data.corpus import Corpus
-from speft_ds.data.order import SampleOrder, hash_seed
-from speft_ds.data.prepare import prepare
-from speft_ds.data.request import Request
-from speft_ds.data.rows import Row
-from speft_ds.data.tokens import load_tokenizer
+from speft_ds.data.dataset import Row, TokenizedDataset
+from speft_ds.data.dataset_cache import DatasetSpec, prepare
+from speft_ds.data.sampler import Sampler, hash_seed
+from speft_ds.data.tokenize import load_tokenizer
 from speft_ds.ds_config import load_ds_config
 from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import fingerprint
@@ -44,7 +42,7 @@ class CalibrationRows:
     """
 
     rows: Sequence[Row]
-    order: SampleOrder
+    order: Sampler
     sha256: str
 
 
@@ -62,7 +60,7 @@ class RunData:
     tokenizer: PreTrainedTokenizerBase
     pad_id: int
     classes: list[str] | None
-    training: Corpus | None = None
+    training: TokenizedDataset | None = None
     calibration: CalibrationRows | None = None
 
 
@@ -148,7 +146,7 @@ def _calibration_rows(recipe: Recipe, data: RunData) -> CalibrationRows:
     if mask.calibration_path is not None:
         weights, dataset = None, read_file(recipe, data, mask.calibration_path, "mask.calibration_path")
     seed = recipe.seed if mask.calibration_seed is None else mask.calibration_seed
-    order = SampleOrder(dataset.row_sizes, weights, seed, "calibration")
+    order = Sampler(dataset.row_sizes, weights, seed, "calibration")
     if mask.calibration_samples > len(order):
         raise UserError(
             f"{mask.calibration_samples} calibration samples are asked for, "
@@ -159,7 +157,7 @@ def _calibration_rows(recipe: Recipe, data: RunData) -> CalibrationRows:
     return CalibrationRows(dataset.rows(), order, dataset.facts["sha256"])
 
 
-def read_file(recipe: Recipe, data: RunData, path: str, key: str) -> Corpus:
+def read_file(recipe: Recipe, data: RunData, path: str, key: str) -> TokenizedDataset:
     """All rows of a file in the format of the training rows, whatever is chosen of those.
 
     Args:
@@ -176,17 +174,17 @@ def read_rows(
     section: Data,
     tokenizer: PreTrainedTokenizerBase,
     where: Callable[[int], str] | None = None,
-) -> Corpus:
+) -> TokenizedDataset:
     """The tokenised rows of a data section, the same on every rank; made once per node.
 
     Args:
         where: number of a source -> where it is named; None: in the data section.
     """
     where = where or recipe.where_rows
-    request = Request(section, recipe.model.name_or_path, classifies(recipe), recipe.seed, where)
+    request = DatasetSpec(section, recipe.model.name_or_path, classifies(recipe), recipe.seed, where)
     if section.select == "ifd":
         say("note: scoring rows takes long on a CPU; `speft data RECIPE` does it ahead of a run")
-    made: list[Corpus] = []
+    made: list[TokenizedDataset] = []
     distributed.first_on_each_node(lambda: made.append(prepare(request, lambda: tokenizer, say)))
     corpus = made[0] if made else prepare(request, lambda: tokenizer, say)
     if not distributed.same_on_all_ranks(corpus.facts["sha256"]):

@@ -14,9 +14,9 @@ import torch
 from speft_ds import account, distributed, lifeline, peak_memory, stop
 from speft_ds.adapter import save_adapter
 from speft_ds.adapter.format import tensors_sha256
-from speft_ds.data.batch import collate, split_global_batch
-from speft_ds.data.order import SampleOrder
-from speft_ds.data.rows import Row
+from speft_ds.data.collate import collate, split_global_batch
+from speft_ds.data.dataset import Row
+from speft_ds.data.sampler import Sampler
 from speft_ds.env import machine_facts, versions
 from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import EvalJob, Phase, jobs_of
@@ -34,8 +34,8 @@ from speft_ds.training.checks import (
     check_chat_template,
     check_loaded_mask,
     check_same_run,
-    check_steps,
     check_shapes,
+    check_steps,
 )
 from speft_ds.training.metrics import MetricsLog, Timings, say
 from speft_ds.training.monitor import Monitor
@@ -88,7 +88,7 @@ class Trainer:
             self.rows = data.training
             self.validation = self._load_validation(data)
         train = recipe.train
-        self.order = SampleOrder(self.rows.sizes, recipe.data.weights, recipe.seed)
+        self.order = Sampler(self.rows.sizes, recipe.data.weights, recipe.seed)
         self.num_steps = self.order.num_steps(train.global_batch, train.steps, train.epochs)
         check_steps(recipe, self.num_steps)
         with self.timings.stage("model"):

@@ -16,7 +16,7 @@ from distributed.reference import (
 )
 from speft_ds import distributed
 from speft_ds.adapter import apply_adapter
-from speft_ds.data.batch import collate
+from speft_ds.data.collate import collate
 from speft_ds.errors import UserError
 from speft_ds.jobs.train import Trainer, run
 from speft_ds.model.fingerprint import fingerprint

@@ -15,8 +15,8 @@ from distributed import dense_scores
 from distributed.dense_scores import Llama, Weights
 from distributed.reference import make_trainer, plain_model, whole_weights
 from speft_ds import distributed
-from speft_ds.data.order import permutation
-from speft_ds.data.rows import Row
+from speft_ds.data.dataset import Row
+from speft_ds.data.sampler import permutation
 from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import fingerprint
 from speft_ds.schema import NEEDS_DATA, Recipe

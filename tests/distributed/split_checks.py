@@ -6,7 +6,7 @@ import torch
 
 from distributed.reference import make_trainer, plain_model, reference_loss
 from speft_ds import distributed
-from speft_ds.data.batch import collate
+from speft_ds.data.collate import collate
 from speft_ds.schema import Recipe
 
 

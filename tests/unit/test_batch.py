@@ -6,17 +6,10 @@ import pytest
 import tiny
 import torch
 
-from speft_ds.data.batch import (
-    IGNORED,
-    collate,
-    num_logits,
-    split_global_batch,
-    summed_class_loss,
-    summed_loss,
-)
-from speft_ds.data.rows import Row, pack
+from speft_ds.data.collate import IGNORED, collate, num_logits, split_global_batch
+from speft_ds.data.dataset import Row, pack
 from speft_ds.errors import UserError
-from speft_ds.model.loss import NextToken, RowClass
+from speft_ds.model.loss import NextToken, RowClass, summed_class_loss, summed_loss
 
 CPU = torch.device("cpu")
 ROWS = [

@@ -102,7 +102,7 @@ def test_doctor_exits_as_its_checks_say(monkeypatch, called):
 
 
 def test_data_hands_over_recipe_and_picture(monkeypatch, called):
-    calls = called("commands.data", show_data=None)
+    calls = called("commands.show_data", show_data=None)
     assert run(monkeypatch, "data", "quickstart", "seed=1", "--output", "a.png") == 0
     assert calls == [("show_data", load_recipe("quickstart", ["seed=1"]), Path("a.png"))]
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import tiny
 
-from speft_ds.data.corpus import Corpus
+from speft_ds.data.dataset import TokenizedDataset
 from speft_ds.errors import UserError
 from speft_ds.recipe import ROOT
 from speft_ds.schema import Data
@@ -35,7 +35,7 @@ def test_a_damaged_corpus_is_made_anew(path, model, damage):
     whole = first.path.read_bytes()
     first.path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "other": b"x" * 1000}[damage])
     with pytest.raises(UserError, match="not readable"):
-        Corpus(first.path)
+        TokenizedDataset(first.path)
     second = make(Data(path=str(path)), model)
     assert second.path == first.path and list(second) == rows and second.path.read_bytes() == whole
 
@@ -48,11 +48,13 @@ def test_a_cache_that_cannot_be_written(tmp_path, path, model, monkeypatch):
 
 
 def test_a_full_disk_leaves_nothing_behind(path, model, monkeypatch, cache):
+    from speft_ds import io
+
     def save_file(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", save_file)
+    monkeypatch.setattr(io, "save_file", save_file)
     with pytest.raises(UserError, match=r"(?s)No space left.*set SPEFT_DS_CACHE"):
         make(Data(path=str(path)), model)
     assert [file.suffix for file in cache.iterdir()] in ([], [".lock"])
@@ -83,8 +85,8 @@ import sys, time
 from pathlib import Path
 import tiny
 from speft_ds.recipe import ROOT
-from speft_ds.data.prepare import prepare
-from speft_ds.data.request import Request
+from speft_ds.data.dataset_cache import prepare
+from speft_ds.data.dataset_cache import DatasetSpec
 from speft_ds.schema import Data
 path, model, folder, me = sys.argv[1:]
 tokenizer = tiny.make_tokenizer()
@@ -95,7 +97,7 @@ def load():
     print("tokenises")
     time.sleep(0.5)
     return tokenizer
-corpus = prepare(Request(Data(path=path), model), load, lambda line: None)
+corpus = prepare(DatasetSpec(Data(path=path), model), load, lambda line: None)
 print(sum(sum(row.ids) for row in corpus), len(corpus))
 """
 
@@ -113,10 +115,10 @@ def test_two_processes_that_want_one_corpus_make_it_once(tmp_path, path, model, 
 
 CACHED = """
 import sys
-from speft_ds.data.prepare import prepare
-from speft_ds.data.request import Request
+from speft_ds.data.dataset_cache import prepare
+from speft_ds.data.dataset_cache import DatasetSpec
 from speft_ds.schema import Data
-corpus = prepare(Request(Data(path=sys.argv[1]), sys.argv[2]), None)
+corpus = prepare(DatasetSpec(Data(path=sys.argv[1]), sys.argv[2]), None)
 print(len(list(corpus)), sorted({"torch", "transformers", "datasets"} & set(sys.modules)))
 """
 

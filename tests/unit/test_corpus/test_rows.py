@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 
-from speft_ds.data.rows import Row
+from speft_ds.data.dataset import Row
 from speft_ds.errors import UserError
 from speft_ds.schema import Columns, Data, Source
 from unit.test_corpus.made import make, pairs, plain, shown, write
@@ -17,7 +17,7 @@ def test_rows_are_those_tokenised_by_hand(path, model):
     assert list(corpus) == rows and len(corpus) == corpus.num_rows == 30
     assert list(corpus.rows()) == rows and [corpus[n] for n in (17, 3, 29)] == [rows[n] for n in (17, 3, 29)]
     assert corpus.lengths.tolist() == corpus.sequence_lengths().tolist() == [len(row.ids) for row in rows]
-    assert corpus.num_learnt.tolist() == [row.num_labels for row in rows]
+    assert corpus.num_label_tokens.tolist() == [row.num_labels for row in rows]
     assert corpus.sizes == corpus.row_sizes == (30,) and not corpus.is_packed
     for number in (30, -1):
         with pytest.raises(IndexError):
@@ -121,7 +121,7 @@ def test_no_row_left(tmp_path, model):
 def test_more_rows_than_are_tokenised_at_once(tmp_path, model, monkeypatch):
     path = write(tmp_path / "rows.jsonl", pairs(*(f"row {n}" for n in range(25))))
     whole = make(plain(path), model)
-    monkeypatch.setattr("speft_ds.data.prepare.BATCH", 4)
+    monkeypatch.setattr("speft_ds.data.dataset_cache.BATCH", 4)
     parts = make(plain(path, max_length=100), model)
     assert parts.path != whole.path and list(parts) == list(whole) and len(parts) == 25
 

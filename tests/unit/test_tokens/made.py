@@ -1,7 +1,7 @@
 """Conversations, the rows that they become, and checks of the text of a row."""
 
 from speft_ds.data.formats import Classes, Example, make_example
-from speft_ds.data.tokens import Encoder
+from speft_ds.data.tokenize import Encoder
 from speft_ds.schema import Data
 
 PROMPT, RESPONSE = "what is the answer?", "the quick brown fox, 42 times"

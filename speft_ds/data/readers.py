@@ -23,9 +23,9 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 Located = Iterator[tuple[str, Any]]  # where a row stands, and the row
 
 
-def is_hub_id(path: str) -> bool:
+def is_hub_dataset(path: str) -> bool:
     """Whether a path can only be meant as owner/name on the hub."""
-    return not os.path.exists(path) and path[0] not in "/.~" and path.count("/") == 1 and not kind_of(path)
+    return hub.is_hub_id(path) and not kind_of(path)
 
 
 def kind_of(path: str | Path) -> str | None:
@@ -44,7 +44,7 @@ def iterate_rows(source: Source) -> Located:
     """
     if os.path.isdir(source.path):
         return _iterate_folder(source)
-    if is_hub_id(source.path):
+    if is_hub_dataset(source.path):
         return _iterate_dataset(source)
     return iterate_file(Path(source.path))
 
@@ -182,16 +182,16 @@ def load_builder(source: Source):
 
 def _ask_datasets(source: Source, function: str, **options):
     """Raises UserError: it is not there, the hub cannot be reached, or it has no such subset or split."""
-    if is_hub_id(source.path) and not hub.has_dataset(source.path) and not hub.is_reachable():
-        what = f"the data set {source.path} is not at hand, and cannot be fetched: {hub.why_not()}"
-        raise UserError(what, source.path, hub.way_to_dataset(source.path))
+    if is_hub_dataset(source.path) and not hub.has_dataset(source.path) and not hub.is_reachable():
+        what = f"the data set {source.path} is not at hand, and cannot be fetched: {hub.why_unreachable()}"
+        raise UserError(what, source.path, hub.dataset_hint(source.path))
     import datasets  # late: it takes a second
     import pyarrow
 
     # As an absolute path: what looks like a hub id would be looked for there first.
     is_folder = os.path.isdir(source.path)
     path, revision = (os.path.abspath(source.path), None) if is_folder else (source.path, source.revision)
-    subset, way = source.subset, hub.way_to_dataset(source.path)
+    subset, way = source.subset, hub.dataset_hint(source.path)
     if is_folder:
         way = "its files must be readable and complete, and have the same columns"
         # A subset is what the folder's README.md says it is or, where there is none, a folder in it.

@@ -5,24 +5,65 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from speft_ds.data.rows import Row, pack
 from speft_ds.errors import UserError
 
 
-class Corpus(Sequence[Row]):
+@dataclass(frozen=True)
+class Row:
+    """What the model sees as one sequence: a row, or several packed ones.
+
+    Attributes:
+        ids: token ids.
+        spans: [start, stop) of the tokens that are learnt, ascending; the first token of a row never is.
+        starts: where each of the packed rows begins.
+        label: the class, for sequence classification; then there are no spans.
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    starts: list[int] = field(default_factory=lambda: [0])
+    label: int | None = None
+
+    @property
+    def num_labels(self) -> int:
+        """What the loss is a sum over: learnt tokens, or one label."""
+        return sum(stop - start for start, stop in self.spans) if self.label is None else 1
+
+    def as_text(self, tokenizer) -> list[tuple[str, bool]]:
+        """The tokens as text again, cut where learning starts and stops, with whether a piece is learnt."""
+        edges = sorted({0, len(self.ids), *(edge for span in self.spans for edge in span)})
+        learnt = {start for start, _ in self.spans}
+        pieces = [
+            (tokenizer.decode(self.ids[start:stop]), start in learnt) for start, stop in pairwise(edges)
+        ]
+        return pieces if self.label is None else [*pieces, (f"class {self.label}", True)]
+
+
+def pack(rows: list[Row]) -> Row:
+    """The rows as one sequence, one after the other."""
+    ids, spans, starts = [], [], []
+    for row in rows:
+        spans += [(start + len(ids), stop + len(ids)) for start, stop in row.spans]
+        starts.append(len(ids))
+        ids += row.ids
+    return Row(ids, spans, starts)
+
+
+class TokenizedDataset(Sequence[Row]):
     """Sequences to train on: rows or, with packing, packs of rows.
 
     Args:
         path: a file that `prepare` wrote.
 
     Attributes:
-        lengths, num_learnt: [rows] tokens of each row, and how many of them are learnt.
+        lengths, num_label_tokens: [rows] tokens of each row, and how many of them are learnt.
         sizes: sequences of each source, and `row_sizes`: rows; those of a source follow each other.
         facts: what was done to the rows: `sources` (a dict of counts each), `classes` (names, or None),
             `samples` (pieces of text, each with whether it is learnt), `sha256` of all rows and packs.
@@ -44,7 +85,7 @@ class Corpus(Sequence[Row]):
         self._row_edges, self._span_edges, self._pack_edges = edges.values()
         self.lengths = np.diff(self._row_edges)
         learnt = np.concatenate([[0], np.cumsum(self._spans[:, 1] - self._spans[:, 0])])
-        self.num_learnt = np.diff(learnt[self._span_edges])
+        self.num_label_tokens = np.diff(learnt[self._span_edges])
 
     @property
     def num_rows(self) -> int:
@@ -88,7 +129,7 @@ class Corpus(Sequence[Row]):
 
 @dataclass(frozen=True)
 class _Rows(Sequence[Row]):
-    corpus: Corpus
+    corpus: TokenizedDataset
 
     def __len__(self) -> int:
         return self.corpus.num_rows
@@ -97,21 +138,21 @@ class _Rows(Sequence[Row]):
         return self.corpus.row(number)
 
 
-def is_whole(path: Path) -> bool:
+def is_readable(path: Path) -> bool:
     """Whether there is a corpus that can be read; a damaged one is made anew."""
     try:
-        return path.is_file() and bool(Corpus(path))
+        return path.is_file() and bool(TokenizedDataset(path))
     except UserError:
         return False
 
 
-def write_corpus(path: Path, by_source: list[list[Row]], packs: list[list[list[int]]], facts: dict) -> None:
+def write_dataset(path: Path, by_source: list[list[Row]], packs: list[list[list[int]]], facts: dict) -> None:
     """Write a corpus whole or not at all.
 
     Args:
         by_source: the rows of each source.
         packs: row numbers within each source, a list a pack; empty where rows are not packed.
-        facts: see `Corpus`.
+        facts: see `TokenizedDataset`.
     Raises:
         OSError: it cannot be written.
     """

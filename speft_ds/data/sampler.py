@@ -44,7 +44,7 @@ def epoch_shares(sizes: Sequence[int], weights: Sequence[float] | None) -> list[
 
 
 @dataclass(frozen=True)
-class SampleOrder:
+class Sampler:
     """The endless sequence of row numbers of a run, over the rows of all sources laid end to end.
 
     A source of which an epoch takes a part goes on in the next epoch where it was, so that all its rows are
@@ -90,7 +90,7 @@ class SampleOrder:
 
 
 @lru_cache(maxsize=4)
-def _epoch(order: SampleOrder, epoch: int) -> list[int]:
+def _epoch(order: Sampler, epoch: int) -> list[int]:
     rows, start = [], 0
     for source, (size, share) in enumerate(zip(order.sizes, order.shares, strict=True)):
         rows += [start + row for row in _part(order, source, size, share, epoch)]
@@ -98,7 +98,7 @@ def _epoch(order: SampleOrder, epoch: int) -> list[int]:
     return [rows[position] for position in permutation(len(rows), order.seed, order.purpose, epoch)]
 
 
-def _part(order: SampleOrder, source: int, size: int, share: int, epoch: int) -> list[int]:
+def _part(order: Sampler, source: int, size: int, share: int, epoch: int) -> list[int]:
     """The rows of one source in an epoch: `share` of them, from where the epoch before stopped."""
     if share == size:
         return list(range(size))

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from speft_ds.data.rows import Row
+from speft_ds.data.dataset import Row
 
 IGNORED = -100
 
@@ -63,19 +63,3 @@ def num_logits(labels: Tensor) -> int:
     """How many positions, counted from the end, take part in the loss of [rows, tokens] labels."""
     first_label = int((labels != IGNORED).any(0).nonzero()[0])
     return labels.shape[1] - first_label + 1  # the token before a label predicts it
-
-
-def summed_loss(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Sum of the token cross-entropies (fp32) of [rows, tokens, vocabulary] logits at the labelled tokens.
-
-    Args:
-        temperature: the logits are divided by it.
-    """
-    predicted = labels[:, 1:] != IGNORED
-    scaled = logits[:, :-1][predicted].float() / temperature
-    return torch.nn.functional.cross_entropy(scaled, labels[:, 1:][predicted], reduction="sum")
-
-
-def summed_class_loss(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Sum of the cross-entropies (fp32) of [rows, classes] logits at the [rows] classes."""
-    return torch.nn.functional.cross_entropy(logits.float() / temperature, labels, reduction="sum")

@@ -13,8 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from speft_ds import hub
+from speft_ds.data.dataset import Row
 from speft_ds.data.formats import Example
-from speft_ds.data.rows import Row
 from speft_ds.errors import UserError
 
 # Of a tokenizer.model, by which a loaded tokenizer is compared with SentencePiece itself.

@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 
 from speft_ds.commands import adapters
-from speft_ds.commands.completion import complete_key, complete_override, complete_recipe
 from speft_ds.commands.cp import copy_recipe, next_steps
 from speft_ds.commands.help import examples as _examples
 from speft_ds.commands.launcher import default_ranks, fit_overrides, launch
@@ -17,7 +16,7 @@ from speft_ds.commands.ls import print_list
 from speft_ds.commands.schema import json_schema, print_reference
 from speft_ds.commands.show import annotated_yaml
 from speft_ds.errors import UserError
-from speft_ds.recipe import load_recipe, resolved_yaml
+from speft_ds.recipe import list_recipes, load_recipe, resolved_yaml
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,12 +26,17 @@ app = typer.Typer(
     epilog="Tab completion: speft --install-completion",
 )
 
+
+def _recipe_names(incomplete: str) -> list[str]:
+    return [name for name in list_recipes() if name.startswith(incomplete)]
+
+
 RecipeName = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
         help="a name that `speft ls` lists, or the path of a YAML file",
-        autocompletion=complete_recipe,
+        autocompletion=_recipe_names,
     ),
 ]
 Overrides = Annotated[
@@ -40,7 +44,6 @@ Overrides = Annotated[
     typer.Argument(
         metavar="KEY=VALUE",
         help="keys of the recipe to change, like mask.density=0.01; `speft schema` lists them",
-        autocompletion=complete_override,
     ),
 ]
 Ranks = Annotated[
@@ -93,9 +96,7 @@ def cp(
 def schema(
     key: Annotated[
         str | None,
-        typer.Argument(
-            metavar="KEY", help="a section or a key to explain; without it, all", autocompletion=complete_key
-        ),
+        typer.Argument(metavar="KEY", help="a section or a key to explain; without it, all"),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="the JSON schema of recipes, which editors can check by")

@@ -107,6 +107,15 @@ def test_data_hands_over_recipe_and_picture(monkeypatch, called):
     assert calls == [("show_data", load_recipe("quickstart", ["seed=1"]), Path("a.png"))]
 
 
+@pytest.mark.parametrize(
+    ("words", "at", "expected"),
+    [("speft sco", 1, "score"), ("speft show quick", 2, "quickstart"), ("speft show --pl", 2, "--plain")],
+)
+def test_the_shell_completes_commands_recipes_and_options(words, at, expected):
+    done = speft(COMP_WORDS=words, COMP_CWORD=str(at), _SPEFT_COMPLETE="complete_bash")
+    assert done.stdout.split() == [expected]
+
+
 # How commands fail
 
 

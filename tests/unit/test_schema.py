@@ -6,9 +6,8 @@ from typing import get_args
 import pytest
 from rich.console import Console
 
-from speft_ds.commands.schema import as_text, entries, print_reference, rules, takes
+from speft_ds.commands.schema import entries, print_reference, rules, takes
 from speft_ds.schema import FIELDS, NEEDS_DATA, SECTIONS, Mask, Train
-from unit.snapshot import check_snapshot
 from unit.written import load, refused
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -154,11 +153,6 @@ def test_a_loaded_mask_is_not_scored_by_grasp(tmp_path):
 
 
 # What `speft schema` prints
-
-
-def test_the_reference_is_as_it_was():
-    """A key, a type, a bound, a default or a meaning that changes should be seen in review."""
-    check_snapshot("schema.txt", as_text(entries()) + "\n")
 
 
 def test_the_reference_has_every_key():

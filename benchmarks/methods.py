@@ -22,13 +22,13 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from speft_ds import distributed
 from speft_ds.base import Base
-from speft_ds.ds_config import load_ds_config
+from speft_ds.config.deepspeed_config import load_ds_config
+from speft_ds.config.recipe import Recipe
 from speft_ds.engine import full_shape, require_grad
 from speft_ds.metrics import Timings
 from speft_ds.model import find_targets, load_base
 from speft_ds.objective import NextToken
 from speft_ds.schedule import SCHEDULES, Training
-from speft_ds.schema import Recipe
 
 # High ones: in the few steps on one batch the loss has to fall, in bfloat16 too.
 LR = {"speft_ds": 3e-3, "lora": 1e-3, "shira": 3e-3, "supertuning": 3e-3, "full": 1e-4}

@@ -24,7 +24,7 @@ from speft_ds.entry import checked_recipe, use_all_cores  # noqa: E402
 
 if TYPE_CHECKING:
     from speft_ds.base import Base
-    from speft_ds.schema import Recipe
+    from speft_ds.config.recipe import Recipe
 
 FROZEN = "frozen forward and backward"
 QUICK = ["mask.calibration_samples=16"]
@@ -118,9 +118,9 @@ def main() -> None:
 
     from speft_ds import distributed
     from speft_ds.base import Base
+    from speft_ds.config.load_recipe import without_training
     from speft_ds.files import write_json
     from speft_ds.metrics import Timings
-    from speft_ds.recipe import without_training
 
     recipe = checked_recipe("score", arguments.recipe, overrides, 1)
     distributed.init()

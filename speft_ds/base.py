@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from speft_ds import distributed
 from speft_ds.calibration import CalibrationSet, Scorer
+from speft_ds.config.data_config import DataConfig
+from speft_ds.config.deepspeed_config import load_ds_config
+from speft_ds.config.model_config import HEAD
+from speft_ds.config.recipe import Recipe
 from speft_ds.data.corpus import Corpus
 from speft_ds.data.order import SampleOrder, hash_seed
 from speft_ds.data.prepare import prepare
 from speft_ds.data.request import Request
 from speft_ds.data.rows import Row
 from speft_ds.data.tokens import load_tokenizer
-from speft_ds.ds_config import load_ds_config
 from speft_ds.engine import build_engine
 from speft_ds.errors import UserError
 from speft_ds.linear import adapt, feeding
@@ -34,7 +37,6 @@ from speft_ds.model import (
 )
 from speft_ds.objective import NextToken, RowClass
 from speft_ds.salience import score
-from speft_ds.schema import HEAD, Data, Recipe
 from speft_ds.selection import entries_wanted, select
 
 
@@ -75,7 +77,7 @@ class Base:
             return pad
         return int(self.classifies and eos == 0)
 
-    def read_corpus(self, section: Data, where: Callable[[int], str] | None = None) -> Corpus:
+    def read_corpus(self, section: DataConfig, where: Callable[[int], str] | None = None) -> Corpus:
         """The tokenised rows of a data section, the same on every rank; made once a node.
 
         Args:

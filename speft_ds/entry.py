@@ -12,9 +12,10 @@ from typing import NoReturn
 
 from speft_ds import lifeline, rendezvous, stop
 from speft_ds.arguments import RANK_0_S, Job, parse_arguments
+from speft_ds.config.load_recipe import for_scoring, load_recipe, recipe_of
+from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
-from speft_ds.preflight import check_inputs, check_to_evaluate, settle_hub
-from speft_ds.recipe import for_scoring, load_recipe, recipe_of
+from speft_ds.jobs.preflight import check_inputs, check_to_evaluate, settle_hub
 from speft_ds.rendezvous import rank, world_size
 from speft_ds.resume import (
     Resume,
@@ -27,7 +28,6 @@ from speft_ds.resume import (
     way_on,
 )
 from speft_ds.run_folder import RECIPE, check_output_dir, wait_for_lock
-from speft_ds.schema import Recipe
 
 EXIT_USER_ERROR = 2
 MODULES: dict[Job, str] = {"train": "train", "score": "score", "evaluate": "evaluate_run"}

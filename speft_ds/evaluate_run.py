@@ -13,17 +13,18 @@ from speft_ds.adapter.apply import another_base, check_weights, with_delta
 from speft_ds.adapter.format import Adapter, tensors_sha256
 from speft_ds.base import Base
 from speft_ds.checks import check_chat_template
+from speft_ds.config.eval_config import EvalConfig
+from speft_ds.config.load_recipe import without_training
+from speft_ds.config.recipe import Recipe
 from speft_ds.engine import full_shape, own_elements, own_range, release
 from speft_ds.errors import UserError
 from speft_ds.evaluation.evaluation import Evaluation, Scored
 from speft_ds.evaluation.files import has_scored, keep_scores
 from speft_ds.evaluation.rounds import Round
 from speft_ds.evaluation.scores import main_scores
+from speft_ds.jobs.preflight import mask_file
 from speft_ds.mask import read_mask
 from speft_ds.metrics import Timings, say
-from speft_ds.preflight import mask_file
-from speft_ds.recipe import without_training
-from speft_ds.schema import Eval, Recipe
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def apply_to_shards(base: Base, folder: Path) -> None:
         shard[where] = with_delta(shard[where], delta[first:last])
 
 
-def rounds_to_score(recipe: Eval, model: str) -> list[Round]:
+def rounds_to_score(recipe: EvalConfig, model: str) -> list[Round]:
     """The tasks, in all prompt formats that the recipe asks for; `model` (base, tuned) begins their names."""
     shots = "" if recipe.num_fewshot is None else f"-{recipe.num_fewshot}shot"
     limit = f"-limit{recipe.limit}" if recipe.limit else ""
@@ -108,7 +109,7 @@ def _with_free_label(folder: Path, round: Round, of: dict, recipe: Recipe) -> Ro
     return candidate
 
 
-def _keep(folder: Path, scored: Scored, recipe: Eval) -> None:
+def _keep(folder: Path, scored: Scored, recipe: EvalConfig) -> None:
     keep_scores(folder, scored, recipe)
     for score in main_scores(scored.document):
         say(f"{score.name}: {score.text}, {score.num_documents} documents")

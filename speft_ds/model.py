@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from speft_ds import distributed
+from speft_ds.config.model_config import HEAD
+from speft_ds.config.recipe import Recipe
 from speft_ds.engine import full_shape, is_sharded, own_elements
 from speft_ds.errors import UserError
-from speft_ds.schema import HEAD, Recipe
 
 HASH_CHUNK = 2**20  # elements hashed at once, to bound the int64 temporaries
 INTEGER_VIEW = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}

@@ -12,12 +12,12 @@ from typing import Any, Literal
 import yaml
 
 from speft_ds.checkpoint.folder import CHECKPOINTS, Checkpoint, list_checkpoints, look_at, newest_whole
-from speft_ds.ds_config import shared_micro_batch
+from speft_ds.config.deepspeed_config import shared_micro_batch
+from speft_ds.config.load_recipe import load_recipe
+from speft_ds.config.recipe import FIELDS, Recipe
 from speft_ds.errors import UserError
-from speft_ds.recipe import load_recipe
 from speft_ds.rendezvous import rank
 from speft_ds.run_folder import RECIPE, has_files, read_facts
-from speft_ds.schema import FIELDS, Recipe
 
 NEWEST, IF_ANY = "newest", "auto"  # what --resume without a path means; and `--resume auto`
 # What changes nothing that is learnt, but for the order of sums.

@@ -9,15 +9,16 @@ from pathlib import Path
 
 from speft_ds import distributed, peak_memory
 from speft_ds.base import Base
+from speft_ds.config.load_recipe import without_training
+from speft_ds.config.mask_config import MASK_FILE
+from speft_ds.config.recipe import Recipe
 from speft_ds.files import write_json
 from speft_ds.machine import machine, versions
 from speft_ds.mask import save_mask
 from speft_ds.metrics import Timings, say
 from speft_ds.model import fingerprint
 from speft_ds.plots import mask_heat_map
-from speft_ds.recipe import without_training
 from speft_ds.run_folder import check_output_dir, start_folder
-from speft_ds.schema import MASK_FILE, Recipe
 from speft_ds.tables import print_mask_table
 
 

@@ -10,6 +10,7 @@ from speft_ds import distributed, lifeline
 from speft_ds.adapter.card import write_card
 from speft_ds.checkpoint.folder import Checkpoint, clean, damage, list_checkpoints, newest_whole
 from speft_ds.checks import check_space
+from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
 from speft_ds.machine import versions
 from speft_ds.metrics import say, tokens_per_second
@@ -25,7 +26,6 @@ from speft_ds.run_folder import (
     start_folder,
     write_facts,
 )
-from speft_ds.schema import Recipe
 from speft_ds.trainer import Trainer
 
 

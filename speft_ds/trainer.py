@@ -18,6 +18,7 @@ from speft_ds.base import Base
 from speft_ds.checkpoint.parts import Parts, Snapshot
 from speft_ds.checkpoint.writer import Writer
 from speft_ds.checks import check_chat_template, check_loaded_mask, check_same_run, check_steps
+from speft_ds.config.recipe import Recipe
 from speft_ds.data.batch import collate, split_global_batch
 from speft_ds.data.order import SampleOrder
 from speft_ds.data.rows import Row
@@ -25,14 +26,13 @@ from speft_ds.errors import UserError
 from speft_ds.evaluation.files import keep_scores, still_to_score
 from speft_ds.evaluation.rounds import Moment, Round, rounds_of
 from speft_ds.held_out import HeldOut
+from speft_ds.jobs.preflight import mask_file
 from speft_ds.machine import machine, versions
 from speft_ds.mask import Mask, read_mask
 from speft_ds.metrics import MetricsLog, Timings, say
 from speft_ds.monitor import Monitor
-from speft_ds.preflight import mask_file
 from speft_ds.resume import Start
 from speft_ds.schedule import SCHEDULES, Schedule, Training, mask_of
-from speft_ds.schema import Recipe
 from speft_ds.sparse import SparseState
 from speft_ds.votes import Votes
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from speft_ds import distributed, stop
 from speft_ds.checkpoint.writer import Writer
-from speft_ds.schema.values import split_interval
+from speft_ds.config.section import split_interval
 
 
 class Votes:

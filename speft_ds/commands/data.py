@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from speft_ds.config.recipe import Recipe
 from speft_ds.data.corpus import Corpus
 from speft_ds.data.order import SampleOrder
 from speft_ds.data.packing import first_fit
@@ -17,8 +18,7 @@ from speft_ds.data.prepare import prepare
 from speft_ds.data.request import request_of
 from speft_ds.data.tokens import load_tokenizer
 from speft_ds.errors import UserError
-from speft_ds.preflight import settle_hub
-from speft_ds.schema import Recipe
+from speft_ds.jobs.preflight import settle_hub
 
 NUM_BINS = 12
 WIDEST_BAR = 40

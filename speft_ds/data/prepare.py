@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from speft_ds import hub
+from speft_ds.config.data_config import DataConfig, Source
 from speft_ds.data.corpus import Corpus, is_whole, write_corpus
 from speft_ds.data.formats import Classes, EmptyRow, Example, find_classes, make_example
 from speft_ds.data.packing import first_fit
@@ -26,7 +27,6 @@ from speft_ds.data.sources import Located, iterate_rows
 from speft_ds.data.table import COUNTED, EMPTY, Table
 from speft_ds.data.tokens import Encoder
 from speft_ds.errors import UserError
-from speft_ds.schema import Data, Source
 
 BATCH = 1000  # rows tokenised in one call, on all cores
 NUM_SAMPLES = 3  # rows kept as text, to be shown
@@ -99,7 +99,7 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{number} {what}" for what, number in counts.items() if what != "rows" and number)
 
 
-def classes_of(data: Data) -> Classes | None:
+def classes_of(data: DataConfig) -> Classes | None:
     """The classes that the recipe names or its rows have; None for other formats. Raises UserError."""
     sources = [source for source in data.sources if source.format == "classification"]
     if not sources:

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from speft_ds import distributed
+from speft_ds.config.recipe import Recipe
 from speft_ds.evaluation.answers import Answers
 from speft_ds.evaluation.engine_lm import EngineLM
 from speft_ds.evaluation.files import asked
@@ -30,7 +31,6 @@ from speft_ds.evaluation.scores import check_rows, main_scores, score_rows
 from speft_ds.evaluation.tasks import find_tasks, local_data
 from speft_ds.machine import versions
 from speft_ds.metrics import say
-from speft_ds.schema import Recipe
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from speft_ds.schema import Eval
+from speft_ds.config.eval_config import EvalConfig
 
 Moment = Literal["before", "after"]
 
@@ -33,7 +33,7 @@ class Round:
     has_text: bool = False
 
 
-def rounds_of(recipe: Eval, moment: Moment) -> list[Round]:
+def rounds_of(recipe: EvalConfig, moment: Moment) -> list[Round]:
     """What is scored before or after training, the recipe's tasks first; nothing where it says so."""
     if not getattr(recipe, moment):
         return []

@@ -10,8 +10,8 @@ from distributed.reference import whole_weights
 from speft_ds import distributed
 from speft_ds.checkpoint.folder import look_at
 from speft_ds.checkpoint.parts import Parts
+from speft_ds.config.recipe import Recipe
 from speft_ds.resume import Start
-from speft_ds.schema import Recipe
 from speft_ds.trainer import Trainer
 
 

@@ -16,10 +16,10 @@ from distributed.reference import (
 )
 from speft_ds import distributed
 from speft_ds.adapter import apply_adapter
+from speft_ds.config.recipe import Recipe
 from speft_ds.data.batch import collate
 from speft_ds.errors import UserError
 from speft_ds.model import fingerprint
-from speft_ds.schema import Recipe
 from speft_ds.train import Trainer, run
 
 

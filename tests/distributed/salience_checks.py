@@ -16,13 +16,14 @@ from distributed.dense_scores import Llama, Weights
 from distributed.reference import make_trainer, plain_model, whole_weights
 from speft_ds import distributed
 from speft_ds.calibration import Scorer
+from speft_ds.config.mask_config import NEEDS_DATA
+from speft_ds.config.recipe import Recipe
 from speft_ds.data.order import permutation
 from speft_ds.data.rows import Row
 from speft_ds.engine import own_elements, shard_of
 from speft_ds.errors import UserError
 from speft_ds.model import fingerprint
 from speft_ds.salience import score
-from speft_ds.schema import NEEDS_DATA, Recipe
 from speft_ds.trainer import Trainer
 
 # What fp32 makes of a gradient and of all that is computed from it, relative to the largest of its weight.

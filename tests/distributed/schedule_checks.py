@@ -9,9 +9,9 @@ from distributed.reference import make_trainer, plain_model, read_entries, whole
 from distributed.schedule_reference import count, entries, sha256
 from speft_ds import distributed
 from speft_ds.adapter import apply_adapter
+from speft_ds.config.recipe import Recipe
 from speft_ds.mask import Mask, save_mask
 from speft_ds.partition import shard_range
-from speft_ds.schema import Recipe
 from speft_ds.sparse import SparseState
 from speft_ds.trainer import Trainer
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from speft_ds import cli
-from speft_ds.recipe import load_recipe
-from speft_ds.schema import Recipe
+from speft_ds.cli import main as cli
+from speft_ds.config.load_recipe import load_recipe
+from speft_ds.config.recipe import Recipe
 from unit.commands import run, speft
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -75,7 +75,7 @@ def test_compare_masks_hands_over_the_paths(monkeypatch, called):
 
 
 def test_validate_exits_as_the_checks_say(monkeypatch, called):
-    calls = called("commands.validate", validate=2)
+    calls = called("cli.commands.validate", validate=2)
     assert run(monkeypatch, "validate", "quickstart", "seed=1", "--ranks", "3") == 2
     assert run(monkeypatch, "validate", "quickstrat") == 2
     assert calls == [("validate", "quickstart", ["seed=1"], 3), ("validate", "quickstrat", [], None)]

@@ -5,8 +5,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from speft_ds.commands import ls as listing
-from speft_ds.recipe import list_recipes
+from speft_ds.cli.commands import list_recipes as listing
+from speft_ds.config.load_recipe import list_recipes
 from unit.commands import speft
 from unit.written import MINIMAL
 
@@ -35,7 +35,7 @@ def odd_recipes(tmp_path, monkeypatch):
         f"# Good\n# Needs 2.5 GPUs; more\n{MINIMAL}mask: {{num_trainable: 7000}}\n"
     )
     (folder / "bare.yaml").write_text(MINIMAL)
-    for module in ("recipe", "commands.ls"):
+    for module in ("config.load_recipe", "cli.commands.list_recipes"):
         monkeypatch.setattr(f"speft_ds.{module}.RECIPES_DIR", folder)
 
 

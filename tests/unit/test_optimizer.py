@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from speft_ds.config.optimizer_config import OptimizerConfig
 from speft_ds.optimizer import AdamW, clip_factor, lr_factor, make_lr_schedule, make_optimizer
-from speft_ds.schema import Optimizer
 
 SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
 LENGTH = 40
@@ -154,7 +154,7 @@ def test_young_entries_take_the_steps_of_a_fresh_optimizer():
 
 
 def test_the_learning_rate_schedule_goes_on_after_a_carry():
-    settings = Optimizer(lr=0.1, schedule="linear", warmup_steps=2)
+    settings = OptimizerConfig(lr=0.1, schedule="linear", warmup_steps=2)
     delta = nn.Parameter(torch.zeros(3))
     optimizer = make_optimizer(delta, settings, ages=True)
     schedule = make_lr_schedule(optimizer, settings, num_steps=12)
@@ -175,7 +175,7 @@ def test_the_learning_rate_schedule_goes_on_after_a_carry():
 
 
 def test_make_optimizer_takes_every_key_of_the_recipe():
-    settings = Optimizer(lr=0.02, betas=[0.7, 0.9], eps=1e-3, weight_decay=0.5)
+    settings = OptimizerConfig(lr=0.02, betas=[0.7, 0.9], eps=1e-3, weight_decay=0.5)
     delta, steps = nn.Parameter(start()), gradients(5)
     optimizer = make_optimizer(delta, settings, ages=False)
     for gradient in steps:

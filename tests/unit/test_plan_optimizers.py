@@ -5,11 +5,11 @@ import torch
 from tiny import make_model
 from torch import nn
 
+from speft_ds.config.recipe import Recipe
 from speft_ds.optimizer import make_optimizer
 from speft_ds.optimizer.blockwise import BLOCK
 from speft_ds.plan.geometry import read_geometry
 from speft_ds.plan.memory import MOMENT_BLOCK, Setup, optimizer_state, state
-from speft_ds.schema import Recipe
 
 PERIODIC = {"schedule": "periodic", "update_every": 2}
 

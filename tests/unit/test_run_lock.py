@@ -9,8 +9,8 @@ import threading
 import pytest
 
 from speft_ds import run_folder
+from speft_ds.config.load_recipe import ROOT
 from speft_ds.errors import UserError
-from speft_ds.recipe import ROOT
 from speft_ds.run_folder import Lock, wait_for_lock
 
 HOLD = """

@@ -11,9 +11,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from speft_ds.config.load_recipe import RECIPES_DIR, list_recipes, load_recipe
+from speft_ds.config.recipe import Recipe
 from speft_ds.errors import RecipeError, UserError
-from speft_ds.recipe import RECIPES_DIR, list_recipes, load_recipe
-from speft_ds.schema import Recipe
 
 TABLE_WIDTH = 150  # columns of a terminal from which on a table is readable
 

@@ -5,9 +5,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from speft_ds.config.load_recipe import DS_CONFIGS_DIR, shown
+from speft_ds.config.recipe import Recipe
+from speft_ds.config.section import divisors
 from speft_ds.errors import RecipeError, UserError, did_you_mean
-from speft_ds.recipe import DS_CONFIGS_DIR, shown
-from speft_ds.schema import Recipe, divisors
 
 OWNED = {
     "train_batch_size": "train.global_batch",

@@ -7,12 +7,12 @@ from typing import Any, Literal, get_args
 import pydantic
 from pydantic import Field, ValidationInfo, field_validator
 
-from speft_ds.schema.values import (
+from speft_ds.config.section import (
+    ConfigSection,
     Count,
     FilePath,
     Float,
     Layers,
-    Section,
     Seed,
     Text,
     broken_rule,
@@ -53,7 +53,7 @@ MASK_GOES_WITH: list[tuple[str, tuple[str, ...], str, tuple[str, ...], str]] = [
 ]
 
 
-class Mask(Section):
+class MaskConfig(ConfigSection):
     salience: Literal[
         "gradient",
         "magnitude",

@@ -19,16 +19,17 @@ from rich.console import Console
 from speft_ds import hub
 from speft_ds.commands.data import print_sample
 from speft_ds.commands.launcher import count_gpus
+from speft_ds.config.data_config import Source
+from speft_ds.config.deepspeed_config import batch_problems, read_ds_config
+from speft_ds.config.load_recipe import load_recipe
+from speft_ds.config.recipe import FIELDS, Recipe
 from speft_ds.data.formats import Classes, EmptyRow, Example, make_example
 from speft_ds.data.prepare import classes_of
 from speft_ds.data.sources import iterate_rows
 from speft_ds.data.tokens import Encoder, load_tokenizer
-from speft_ds.ds_config import batch_problems, read_ds_config
 from speft_ds.errors import RecipeError, UserError
-from speft_ds.preflight import model_problems, other_problems, rows_problems, settle_hub
-from speft_ds.recipe import load_recipe
+from speft_ds.jobs.preflight import model_problems, other_problems, rows_problems, settle_hub
 from speft_ds.run_folder import check_output_dir
-from speft_ds.schema import FIELDS, Recipe, Source
 
 NUM_ROWS = 3
 MARKS = {"ok": "[green]✓[/green]", "problem": "[red]✗[/red]", "note": "[yellow]![/yellow]", "skipped": "-"}

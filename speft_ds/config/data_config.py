@@ -7,20 +7,20 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field, ValidationInfo, field_validator
 
-from speft_ds.data.templates import fields_of
-from speft_ds.errors import UserError
-from speft_ds.schema.values import (
+from speft_ds.config.section import (
+    ConfigSection,
     Count,
     FilePath,
     Float,
-    Section,
     Text,
     broken_rule,
     refuse_without_effect,
 )
+from speft_ds.data.templates import fields_of
+from speft_ds.errors import UserError
 
 
-class Columns(Section):
+class Columns(ConfigSection):
     """Which column of a row holds what; a format uses some of them."""
 
     instruction: Text = Field("instruction", description="format alpaca: what to do")
@@ -43,7 +43,7 @@ COLUMNS = {
 }
 
 
-class Source(Section):
+class Source(ConfigSection):
     """One data set of a mixture; what it leaves out is as the data section says."""
 
     path: FilePath = Field(description="a file, a folder, or a hub id, as data.path")
@@ -96,7 +96,7 @@ DATA_USED_WITH: dict[str, dict[str, tuple]] = {
 }
 
 
-class Data(Section):
+class DataConfig(ConfigSection):
     path: FilePath | None = Field(
         None,
         description="training rows: .json, .jsonl, .csv or .parquet (also .gz, .zst), a folder, or a hub id",
@@ -202,7 +202,7 @@ class Data(Section):
         return value
 
     @pydantic.model_validator(mode="after")
-    def _every_source_is_consistent(self) -> Data:
+    def _every_source_is_consistent(self) -> DataConfig:
         for number, source in enumerate(self.mixture or []):
             _check_source(f"data.mixture[{number}]", source, self.sources[number])
         return self
@@ -210,7 +210,9 @@ class Data(Section):
     @property
     def sources(self) -> list[Source]:
         """Every data set with all that holds for it; empty where the recipe names none."""
-        shared = {name: getattr(self, name) for name in Source.model_fields if name in Data.model_fields}
+        shared = {
+            name: getattr(self, name) for name in Source.model_fields if name in DataConfig.model_fields
+        }
         if self.mixture is None:
             return [] if self.path is None else [Source.model_construct(**shared, weight=None)]
         given = [{k: v for k, v in source if v is not None} for source in self.mixture]

@@ -17,19 +17,14 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from speft_ds.commands.show import in_line
+from speft_ds.cli.commands.show_recipe import in_line
+from speft_ds.config.data_config import DATA_USED_WITH
+from speft_ds.config.load_recipe import EXTENDS
+from speft_ds.config.mask_config import MASK_GOES_WITH, MASK_USED_WITH
+from speft_ds.config.optimizer_config import OPTIMIZER_USED_WITH
+from speft_ds.config.recipe import FIELDS, SECTIONS, Recipe
 from speft_ds.errors import UserError, closest
 from speft_ds.paths import expand_path
-from speft_ds.recipe import EXTENDS
-from speft_ds.schema import (
-    DATA_USED_WITH,
-    FIELDS,
-    MASK_GOES_WITH,
-    MASK_USED_WITH,
-    OPTIMIZER_USED_WITH,
-    SECTIONS,
-    Recipe,
-)
 
 TOP = "top level"
 REQUIRED = "required"

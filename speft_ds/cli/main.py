@@ -8,15 +8,15 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from speft_ds.cli.commands.copy_recipe import copy_recipe, next_steps
+from speft_ds.cli.commands.list_recipes import print_list
+from speft_ds.cli.commands.schema_reference import json_schema, print_reference
+from speft_ds.cli.commands.show_recipe import annotated_yaml
+from speft_ds.cli.options import examples as _examples
 from speft_ds.commands import adapters
-from speft_ds.commands.cp import copy_recipe, next_steps
-from speft_ds.commands.help import examples as _examples
 from speft_ds.commands.launcher import default_ranks, fit_overrides, launch
-from speft_ds.commands.ls import print_list
-from speft_ds.commands.schema import json_schema, print_reference
-from speft_ds.commands.show import annotated_yaml
+from speft_ds.config.load_recipe import list_recipes, load_recipe, resolved_yaml
 from speft_ds.errors import UserError
-from speft_ds.recipe import list_recipes, load_recipe, resolved_yaml
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -123,7 +123,7 @@ def validate(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = Non
 
     Every check says what it found; exits with 2 where something has to be mended.
     """
-    from speft_ds.commands.validate import validate as run_checks  # late: it imports what only it needs
+    from speft_ds.cli.commands.validate import validate as run_checks  # late: it imports what only it needs
 
     raise typer.Exit(run_checks(recipe, overrides or [], ranks))
 

@@ -8,22 +8,25 @@ import pydantic
 from pydantic import BaseModel, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
-from speft_ds.schema.data import Data
-from speft_ds.schema.mask import Mask
-from speft_ds.schema.sections import DeepSpeed, Eval, Model, Optimizer, Train
-from speft_ds.schema.values import FilePath, Section, Seed, broken_rule
+from speft_ds.config.data_config import DataConfig
+from speft_ds.config.eval_config import EvalConfig
+from speft_ds.config.mask_config import MaskConfig
+from speft_ds.config.model_config import DeepSpeedSection, ModelConfig
+from speft_ds.config.optimizer_config import OptimizerConfig
+from speft_ds.config.section import ConfigSection, FilePath, Seed, broken_rule
+from speft_ds.config.train_config import TrainConfig
 
 
-class Recipe(Section):
+class Recipe(ConfigSection):
     """One experiment, checked and with every default filled in."""
 
-    model: Model = Field(description="the frozen base")
-    data: Data = Field(Data(), description="the training rows")
-    mask: Mask = Field(Mask(), description="which weights are trained")
-    optimizer: Optimizer = Field(Optimizer(), description="how they are trained")
-    train: Train = Field(Train(), description="how long, and in what batches")
-    deepspeed: DeepSpeed = Field(DeepSpeed(), description="how the base is sharded")
-    eval: Eval = Field(Eval(), description="what is scored before and after")
+    model: ModelConfig = Field(description="the frozen base")
+    data: DataConfig = Field(DataConfig(), description="the training rows")
+    mask: MaskConfig = Field(MaskConfig(), description="which weights are trained")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how they are trained")
+    train: TrainConfig = Field(TrainConfig(), description="how long, and in what batches")
+    deepspeed: DeepSpeedSection = Field(DeepSpeedSection(), description="how the base is sharded")
+    eval: EvalConfig = Field(EvalConfig(), description="what is scored before and after")
     output_dir: FilePath | None = Field(None, description="the run folder; null: runs/<recipe name>")
     seed: Seed = Field(0, description="seeds the order of the rows, calibration, random masks and gates")
     name: str = Field("recipe", description="the file's name; not a key of the YAML")
@@ -31,7 +34,7 @@ class Recipe(Section):
 
     @field_validator("train")
     @classmethod
-    def _warmup_fits(cls, train: Train, info: ValidationInfo) -> Train:
+    def _warmup_fits(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
         warmup = info.data["optimizer"].warmup_steps if "optimizer" in info.data else 0
         if train.steps is not None and warmup > train.steps:
             message = f"optimizer.warmup_steps={warmup} is more than train.steps={train.steps}"
@@ -41,7 +44,7 @@ class Recipe(Section):
 
     @field_validator("data")
     @classmethod
-    def _fits_the_task(cls, data: Data, info: ValidationInfo) -> Data:
+    def _fits_the_task(cls, data: DataConfig, info: ValidationInfo) -> DataConfig:
         if "model" not in info.data or info.data["model"].task == "causal_lm":
             return data
         task = "model.task=sequence_classification"
@@ -63,7 +66,7 @@ class Recipe(Section):
 
     @field_validator("eval")
     @classmethod
-    def _has_a_language_model(cls, value: Eval, info: ValidationInfo) -> Eval:
+    def _has_a_language_model(cls, value: EvalConfig, info: ValidationInfo) -> EvalConfig:
         if value.tasks and "model" in info.data and info.data["model"].task != "causal_lm":
             message = "lm-eval tasks need a language model, and model.task=sequence_classification is none"
             raise broken_rule(message, "eval.tasks=[]; metrics.jsonl has the accuracy", key="eval.tasks")
@@ -71,7 +74,7 @@ class Recipe(Section):
 
     @field_validator("eval")
     @classmethod
-    def _best_is_measured(cls, value: Eval, info: ValidationInfo) -> Eval:
+    def _best_is_measured(cls, value: EvalConfig, info: ValidationInfo) -> EvalConfig:
         if "train" in info.data and info.data["train"].keep_best and value.held_out is None:
             message = "train.keep_best needs a held-out loss to go by"
             fix = "eval.held_out=rows.jsonl, or train.keep_best=false"
@@ -80,7 +83,7 @@ class Recipe(Section):
 
     @field_validator("mask")
     @classmethod
-    def _grasp_in_float32(cls, mask: Mask, info: ValidationInfo) -> Mask:
+    def _grasp_in_float32(cls, mask: MaskConfig, info: ValidationInfo) -> MaskConfig:
         dtype = info.data["model"].dtype if "model" in info.data else "float32"
         if mask.is_scored and mask.salience == "grasp" and dtype != "float32":
             message = f"mask.salience=grasp needs model.dtype=float32, not {dtype}"
@@ -90,7 +93,7 @@ class Recipe(Section):
 
     @field_validator("train")
     @classmethod
-    def _mask_changes(cls, train: Train, info: ValidationInfo) -> Train:
+    def _mask_changes(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
         mask, steps = info.data.get("mask"), train.steps
         if mask is None or steps is None or mask.schedule not in ("periodic", "drop_grow"):
             return train

@@ -16,11 +16,11 @@ from typing import Any
 import pydantic
 import yaml
 
+from speft_ds.config.recipe import FIELDS, SECTIONS, Recipe
 from speft_ds.errors import RecipeError, UserError, closest, did_you_mean, explain
 from speft_ds.paths import expand_path
-from speft_ds.schema import FIELDS, SECTIONS, Recipe
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES_DIR = ROOT / "recipes"
 DS_CONFIGS_DIR = ROOT / "ds_configs"
 EXTENDS = "extends"

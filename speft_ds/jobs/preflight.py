@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from speft_ds import hub
+from speft_ds.config.data_config import Source
+from speft_ds.config.deepspeed_config import batch_problems, read_ds_config
+from speft_ds.config.mask_config import MASK_FILE, NEEDS_DATA
+from speft_ds.config.recipe import FIELDS, Recipe
 from speft_ds.data.formats import check_columns
 from speft_ds.data.sources import SUFFIXES, folder_files, is_hub_id, iterate_file, kind_of
-from speft_ds.ds_config import batch_problems, read_ds_config
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.monitor import monitor_problems
 from speft_ds.paths import CACHE, expand_path
-from speft_ds.schema import FIELDS, MASK_FILE, NEEDS_DATA, Recipe, Source
 
 
 def check_inputs(recipe: Recipe, world_size: int, needs_training_rows: bool = True) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from speft_ds.schema import FIELDS, SECTIONS, Recipe
+from speft_ds.config.recipe import FIELDS, SECTIONS, Recipe
 
 COMMENT_COLUMN = 60  # comments start here at the latest, but for values that are longer
 

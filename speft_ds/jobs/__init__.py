@@ -1,0 +1,1 @@
+"""Jobs: what a launched process checks and does."""

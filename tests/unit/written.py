@@ -26,5 +26,5 @@ def write_inputs(folder):
     (folder / "model").mkdir()
     for file in ("config.json", "model.safetensors"):
         (folder / "model" / file).write_text("{}")
-    (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n\n' * 3)
     (folder / "mine.yaml").write_text(MINIMAL.replace("owner/name", "./model"))

@@ -7,7 +7,7 @@ import pytest
 from speft_ds.config.deepspeed_config import load_ds_config
 from speft_ds.config.load_recipe import DS_CONFIGS_DIR
 from speft_ds.errors import RecipeError, UserError
-from unit.test_preflight.made import problems_of
+from unit.problems import problems_of
 
 
 def test_ds_config_is_merged_with_what_the_recipe_owns(ready):

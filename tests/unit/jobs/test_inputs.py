@@ -6,7 +6,7 @@ from speft_ds.config.load_recipe import load_recipe
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.jobs.preflight import check_inputs
 from speft_ds.run_folder import check_output_dir
-from unit.test_preflight.made import problems_of
+from unit.problems import problems_of
 
 
 def test_good_inputs_pass(ready, tmp_path):

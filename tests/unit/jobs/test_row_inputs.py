@@ -5,7 +5,7 @@ import pytest
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.errors import RecipeError
 from speft_ds.jobs.preflight import check_inputs
-from unit.test_preflight.made import problems_of
+from unit.problems import problems_of
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from unit import bad_inputs
+from unit.jobs import bad_inputs
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 
 from speft_ds.config.mask_config import NEEDS_DATA
 from speft_ds.jobs.preflight import check_inputs, mask_file
-from unit.test_preflight.made import problems_of
+from unit.problems import problems_of
 
 
 @pytest.mark.parametrize("salience", sorted(NEEDS_DATA))

@@ -9,8 +9,8 @@ from speft_ds.base import Base
 from speft_ds.data.batch import collate
 
 
-class HeldOut:
-    """The held-out rows of a recipe.
+class ValidationLoss:
+    """The validation rows of a recipe.
 
     Args:
         base: with its training rows read: the classes of a classifier are theirs.
@@ -21,9 +21,9 @@ class HeldOut:
     def __init__(self, base: Base):
         self.base, recipe = base, base.recipe
         # All rows of the file, whatever is chosen of the training rows.
-        changes = {"path": recipe.eval.held_out, "mixture": None, "select": "all", "select_rows": None}
+        changes = {"path": recipe.eval.validation, "mixture": None, "select": "all", "select_rows": None}
         section = recipe.data.model_copy(update={**changes, "labels": base.classes})
-        self.rows = base.read_corpus(section, lambda number: recipe.where("eval.held_out"))
+        self.rows = base.read_corpus(section, lambda number: recipe.where("eval.validation"))
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -40,7 +40,7 @@ class HeldOut:
         was_training = module.training
         module.eval()
         for first in range(0, len(batches), world_size):
-            lifeline.beat(f"held-out batch {first + 1} of {len(batches)}")
+            lifeline.beat(f"validation batch {first + 1} of {len(batches)}")
             number = first + rank
             rows = batches[number] if number < len(batches) else batches[0][:1]
             value = self.base.loss(module, collate(rows, self.base.pad_id, device))

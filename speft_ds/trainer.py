@@ -25,7 +25,7 @@ from speft_ds.data.rows import Row
 from speft_ds.errors import UserError
 from speft_ds.evaluation.files import keep_scores, still_to_score
 from speft_ds.evaluation.rounds import Moment, Round, rounds_of
-from speft_ds.held_out import HeldOut
+from speft_ds.held_out import ValidationLoss
 from speft_ds.jobs.preflight import mask_file
 from speft_ds.machine import machine, versions
 from speft_ds.mask import Mask, read_mask
@@ -71,7 +71,7 @@ class Trainer:
                 self.evaluation.tokenizer = self.base.tokenizer
             self.rows = self.base.read_training_rows()
             self.base.read_calibration_rows(self.rows)
-            self.held_out = HeldOut(self.base) if recipe.eval.held_out else None
+            self.validation = ValidationLoss(self.base) if recipe.eval.validation else None
         train = recipe.train
         self.order = SampleOrder(self.rows.sizes, recipe.data.weights, recipe.seed)
         self.num_steps = self.order.num_steps(train.global_batch, train.steps, train.epochs)
@@ -86,7 +86,7 @@ class Trainer:
         self.engine, self.targets = self.base.engine, self.base.targets
         self.first_step = 0  # of this process: the steps before it were made by others
         self.num_skipped = self.num_nonfinite = 0  # steps: over the run, and in a row up to now
-        self.best_loss = math.inf  # on the held-out rows
+        self.best_loss = math.inf  # on the validation rows
         self.run_id = ""
         self.accounts: list[dict] = []  # by rank, of the training: bytes held and sent
         self.writer = Writer(self.folder, recipe.train, self.checkpoint.step if self.checkpoint else 0)
@@ -263,7 +263,7 @@ class Trainer:
                 values = {**self.train_step(step), "peak_memory_gib": peak_memory.peak_gib()}
                 values |= self._measure(step + 1)
                 log.log(values)
-                self._keep(step + 1, log, values.get("held_out_loss"))
+                self._keep(step + 1, log, values.get("validation_loss"))
             self.writer.finish()
         own = account.memory(self.engine, self.state, self.schedule.optimizer, self.process_bytes)
         self.accounts = distributed.all_gather_objects(
@@ -277,22 +277,22 @@ class Trainer:
         is_last = done == self.num_steps
         if done % recipe.every and not is_last:
             return values
-        if self.held_out is not None:
-            with self.timings.stage("held_out"):
-                values["held_out_loss"] = self.held_out.loss()
+        if self.validation is not None:
+            with self.timings.stage("validation"):
+                values["validation_loss"] = self.validation.loss()
         if recipe.slice is not None and recipe.tasks and not (is_last and recipe.after):
             # A rank that is asked to stop does so in a step, where a checkpoint is written: scores can wait.
             with self.timings.stage("slices"), suppress(stop.Stopped):
                 values["scores"] = self.evaluation.slice_scores(self.engine.module)
         return values
 
-    def _keep(self, done: int, log: MetricsLog, held_out_loss: float | None) -> None:
+    def _keep(self, done: int, log: MetricsLog, validation_loss: float | None) -> None:
         """Write a checkpoint after `done` steps if it is time, and stop if a rank was asked to."""
         votes, writer = self.votes, self.writer
         if votes.all_written:
             writer.finish()
-        is_best = held_out_loss is not None and held_out_loss < self.best_loss
-        self.best_loss = held_out_loss if is_best else self.best_loss
+        is_best = validation_loss is not None and validation_loss < self.best_loss
+        self.best_loss = validation_loss if is_best else self.best_loss
         train, scores_after = self.recipe.train, bool(rounds_of(self.recipe.eval, "after"))
         keeps = train.checkpoint_every is not None
         at_the_end = done == self.num_steps and (keeps or scores_after)  # a stop while scoring costs nothing
@@ -300,7 +300,7 @@ class Trainer:
         is_time = votes.is_time(done) or is_kept or (is_best and train.keep_best)
         if votes.stop or at_the_end or (keeps and is_time):
             log.flush()
-            writer.start(done, self._snapshot(), self._manifest(done, held_out_loss))
+            writer.start(done, self._snapshot(), self._manifest(done, validation_loss))
             votes.restart()
         if votes.stop:
             writer.finish()
@@ -323,7 +323,7 @@ class Trainer:
         if "random_cuda" in own and distributed.device().type == "cuda":
             torch.cuda.set_rng_state(own["random_cuda"])
 
-    def _manifest(self, done: int, held_out_loss: float | None) -> dict:
+    def _manifest(self, done: int, validation_loss: float | None) -> dict:
         """What a checkpoint says of the run."""
         train = self.recipe.train
         epoch, row = divmod(done * train.global_batch, len(self.order))
@@ -339,7 +339,7 @@ class Trainer:
                 "num_nonfinite": self.num_nonfinite,
                 "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
             },
-            "held_out_loss": held_out_loss,
+            "validation_loss": validation_loss,
             "versions": versions(),
         }
 

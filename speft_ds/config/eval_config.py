@@ -42,10 +42,10 @@ class EvalConfig(ConfigSection):
         None, description="general text, or rows with `text`: its perplexity before and after"
     )
     forgetting_bytes: Count = Field(100_000, description="of that text, from its beginning")
-    held_out: FilePath | None = Field(
+    validation: FilePath | None = Field(
         None, description="rows like those of data, to measure the loss on while training"
     )
-    every: Count = Field(100, description="steps between measurements while training: held_out, slice")
+    every: Count = Field(100, description="steps between measurements while training: validation, slice")
     slice: Count | None = Field(
         None, description="documents a task to score while training; null: none, until its end"
     )

@@ -75,9 +75,9 @@ class Recipe(ConfigSection):
     @field_validator("eval")
     @classmethod
     def _best_is_measured(cls, value: EvalConfig, info: ValidationInfo) -> EvalConfig:
-        if "train" in info.data and info.data["train"].keep_best and value.held_out is None:
-            message = "train.keep_best needs a held-out loss to go by"
-            fix = "eval.held_out=rows.jsonl, or train.keep_best=false"
+        if "train" in info.data and info.data["train"].keep_best and value.validation is None:
+            message = "train.keep_best needs a validation loss to go by"
+            fix = "eval.validation=rows.jsonl, or train.keep_best=false"
             raise broken_rule(message, fix, key="train.keep_best")
         return value
 

@@ -39,7 +39,7 @@ class TrainConfig(ConfigSection):
     )
     keep_last: Count = Field(2, description="newest checkpoints that are kept")
     keep_every: Count | None = Field(None, description="also keep those of every so many steps")
-    keep_best: bool = Field(False, description="also keep that of the lowest loss on eval.held_out")
+    keep_best: bool = Field(False, description="also keep that of the lowest loss on eval.validation")
     timeout_minutes: Float = Field(
         30.0, gt=0, description="a rank that makes no progress for so long ends the run, on all ranks"
     )

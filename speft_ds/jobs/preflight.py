@@ -51,7 +51,7 @@ def settle_hub(recipe: Recipe) -> str | None:
     They would retry for minutes.
     """
     data = recipe.data
-    names = [recipe.model.name_or_path, data.scorer, recipe.mask.calibration_path, recipe.eval.held_out]
+    names = [recipe.model.name_or_path, data.scorer, recipe.mask.calibration_path, recipe.eval.validation]
     names += [source.path for source in data.sources]
     may_ask = any(name and is_hub_id(name) for name in names) or bool(
         recipe.eval.tasks or recipe.eval.forgetting_tasks
@@ -171,9 +171,9 @@ def rows_problems(recipe: Recipe, needs_training_rows: bool) -> list[UserError]:
         source = recipe.data.model_copy(update={"path": calibration, "mixture": None}).sources[0]
         where = recipe.where("mask.calibration_path")
         problems += _source_problems(recipe, "mask.calibration_path", source, where)
-    if needs_training_rows and sources and (held_out := recipe.eval.held_out) is not None:
-        source = recipe.data.model_copy(update={"path": held_out, "mixture": None}).sources[0]
-        problems += _source_problems(recipe, "eval.held_out", source, recipe.where("eval.held_out"))
+    if needs_training_rows and sources and (validation := recipe.eval.validation) is not None:
+        source = recipe.data.model_copy(update={"path": validation, "mixture": None}).sources[0]
+        problems += _source_problems(recipe, "eval.validation", source, recipe.where("eval.validation"))
     return problems
 
 

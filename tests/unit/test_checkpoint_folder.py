@@ -37,17 +37,17 @@ def truncate(file, size):
 
 
 def test_a_whole_one_counts(tmp_path):
-    folder = save(tmp_path, 10, held_out_loss=1.5)
+    folder = save(tmp_path, 10, validation_loss=1.5)
     checkpoint = look_at(folder)
     assert (checkpoint.path, checkpoint.step, checkpoint.problem) == (folder, 10, None)
-    assert checkpoint.manifest["run_id"] == "mine" and checkpoint.held_out_loss == 1.5
+    assert checkpoint.manifest["run_id"] == "mine" and checkpoint.validation_loss == 1.5
     assert damage(checkpoint) is None
     assert [(folder / part["file"]).read_bytes() for part in checkpoint.manifest["parts"]] == [*CONTENTS]
     assert not temporary_of(folder).exists()
 
 
-def test_the_held_out_loss_is_none_where_none_was_measured(tmp_path):
-    assert look_at(save(tmp_path, 10)).held_out_loss is None
+def test_the_validation_loss_is_none_where_none_was_measured(tmp_path):
+    assert look_at(save(tmp_path, 10)).validation_loss is None
 
 
 # What is wrong with one -> what is said of it.
@@ -66,7 +66,7 @@ WRONG = {
     "it is damaged: part_00002.safetensors is missing": lambda folder: (
         folder / "part_00002.safetensors"
     ).unlink(),
-    "it has format 2, this version reads 1": lambda folder: rewrite_manifest(folder, format_version=2),
+    "it has format 1, this version reads 2": lambda folder: rewrite_manifest(folder, format_version=1),
     "it is of step 9, not 10: the folder was renamed": lambda folder: rewrite_manifest(folder, step=9),
 }
 

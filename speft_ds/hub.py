@@ -103,13 +103,13 @@ def has_dataset(name: str) -> bool:
     return any(folder.is_dir() for folder in folders)
 
 
-def why_not() -> str:
+def why_unreachable() -> str:
     """Why nothing can be fetched."""
     by_choice = is_offline_by_choice() and os.environ.get("HF_HUB_OFFLINE") != GAVE_UP
     return "offline by choice (HF_HUB_OFFLINE)" if by_choice else f"no answer from {endpoint()}"
 
 
-def way_to_model(name: str, key: str = "model.name_or_path") -> str:
+def model_hint(name: str, key: str = "model.name_or_path") -> str:
     return (
         f"with a network: hf download {name} (a gated model first needs its licence accepted on its page and "
         f"hf auth login); or set {key} to a local folder"

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from speft_ds import distributed
-from speft_ds.metrics import say
+from speft_ds.training.metrics import say
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
 

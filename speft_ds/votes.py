@@ -10,8 +10,8 @@ import time
 from torch import Tensor
 
 from speft_ds import distributed, stop
-from speft_ds.checkpoint.writer import Writer
 from speft_ds.config.section import split_interval
+from speft_ds.training.checkpoint.writer import Writer
 
 
 class Votes:

@@ -15,7 +15,7 @@ from speft_ds.config.deepspeed_config import shared_micro_batch
 from speft_ds.config.load_recipe import ROOT, load_recipe
 from speft_ds.entry import checked_recipe
 from speft_ds.errors import UserError
-from speft_ds.run_folder import check_output_dir
+from speft_ds.training.run_dir import check_output_dir
 
 DEFAULT_CPU_RANKS = 2
 STOP_S = 35  # that a stopped launcher gives its ranks, and a little more

@@ -15,8 +15,8 @@ from speft_ds.config.section import (
     Text,
     broken_rule,
     refuse_without_effect,
+    template_fields,
 )
-from speft_ds.data.templates import fields_of
 from speft_ds.errors import UserError
 
 
@@ -65,7 +65,7 @@ class Source(ConfigSection):
 
 def _readable_template(value: str | None) -> str | None:
     try:
-        fields_of(value or "")
+        template_fields(value or "")
     except UserError as error:
         raise broken_rule(error.what, error.fix) from None
     return value

@@ -7,14 +7,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field, ValidationInfo
 
-from speft_ds.config.section import (
-    ConfigSection,
-    Count,
-    FilePath,
-    Shots,
-    Text,
-    broken_rule,
-)
+from speft_ds.config.section import ConfigSection, Count, FilePath, Shots, Text, broken_rule
 
 
 class EvalConfig(ConfigSection):

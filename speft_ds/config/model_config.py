@@ -6,10 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from speft_ds.config.section import (
-    ConfigSection,
-    FilePath,
-)
+from speft_ds.config.section import ConfigSection, FilePath
 
 HEAD = "score.weight"  # of a classifier: [classes, hidden], new, trained whole
 

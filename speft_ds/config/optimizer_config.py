@@ -7,13 +7,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field, ValidationInfo, field_validator
 
-from speft_ds.config.section import (
-    Betas,
-    ConfigSection,
-    Float,
-    broken_rule,
-    refuse_without_effect,
-)
+from speft_ds.config.section import Betas, ConfigSection, Float, broken_rule, refuse_without_effect
 
 ADAMW = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 # key of the optimizer section -> an earlier key, and its values that give it an effect

@@ -9,7 +9,7 @@ import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from speft_ds.paths import expand_path
+from speft_ds.env import expand_path
 
 
 def _number(value: Any) -> Any:

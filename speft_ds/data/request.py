@@ -12,9 +12,10 @@ from pathlib import Path
 from speft_ds import hub
 from speft_ds.config.data_config import DataConfig, Source
 from speft_ds.config.recipe import Recipe
-from speft_ds.data.sources import is_hub_id, load_builder
+from speft_ds.data.readers import load_builder
+from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
-from speft_ds.paths import cache_folder
+from speft_ds.hub import is_hub_id
 
 FORMAT_VERSION = "1"  # of the file, and of what tokenising does: another version is another key
 # All that a tokenizer, or a small model that scores rows, is loaded from.

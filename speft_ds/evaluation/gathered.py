@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from speft_ds import distributed
-from speft_ds.engine import full_shape
-from speft_ds.metrics import say
+from speft_ds.training.metrics import say
+from speft_ds.zero.shards import full_shape
 
 SHARE = 0.5  # of the free memory that the copy may take: activations, logits and the KV cache need the rest
 

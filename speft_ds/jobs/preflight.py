@@ -12,10 +12,11 @@ from speft_ds.config.deepspeed_config import batch_problems, read_ds_config
 from speft_ds.config.mask_config import MASK_FILE, NEEDS_DATA
 from speft_ds.config.recipe import FIELDS, Recipe
 from speft_ds.data.formats import check_columns
-from speft_ds.data.sources import SUFFIXES, folder_files, is_hub_id, iterate_file, kind_of
+from speft_ds.data.readers import SUFFIXES, folder_files, iterate_file, kind_of
+from speft_ds.env import CACHE, expand_path
 from speft_ds.errors import RecipeError, UserError
-from speft_ds.monitor import monitor_problems
-from speft_ds.paths import CACHE, expand_path
+from speft_ds.hub import is_hub_id
+from speft_ds.training.monitor import monitor_problems
 
 
 def check_inputs(recipe: Recipe, world_size: int, needs_training_rows: bool = True) -> None:
@@ -59,7 +60,7 @@ def settle_hub(recipe: Recipe) -> str | None:
     if not may_ask or hub.is_offline_by_choice() or hub.is_reachable():
         return None
     hub.give_up()
-    return f"note: {hub.why_not()}: what is in the hub's cache is used as it is (HF_HUB_OFFLINE=1)"
+    return f"note: {hub.why_unreachable()}: what is in the hub's cache is used as it is (HF_HUB_OFFLINE=1)"
 
 
 def mask_file(path: str | Path, where: str | None = None) -> Path:
@@ -126,8 +127,8 @@ def _model_problems(recipe: Recipe, key: str, name: str) -> list[UserError]:
     folder = hub.model_folder(name)
     if (folder and not hub.missing_weights(folder)) or hub.is_reachable():
         return []  # whether it exists, is for the hub to say
-    what = f"the model {name} is not in the hub's cache, and cannot be fetched: {hub.why_not()}"
-    return [UserError(what, where, hub.way_to_model(name, key))]
+    what = f"the model {name} is not in the hub's cache, and cannot be fetched: {hub.why_unreachable()}"
+    return [UserError(what, where, hub.model_hint(name, key))]
 
 
 def _task_problems(recipe: Recipe) -> list[UserError]:
@@ -190,7 +191,7 @@ def _source_problems(recipe: Recipe, key: str, source: Source, where: str) -> li
     if is_hub_id(source.path):
         if hub.has_dataset(source.path) or hub.is_reachable():
             return []
-        what = f"the data set {source.path} is not in the hub's cache, and cannot be fetched: {hub.why_not()}"
+        what = f"the data set {source.path} is not in the hub's cache, and cannot be fetched: {hub.why_unreachable()}"
         return [UserError(what, where, hub.way_to_dataset(source.path))]
     if path.is_dir():
         if not any(kind_of(file) for file in path.rglob("*")):

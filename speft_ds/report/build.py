@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from speft_ds.errors import UserError
-from speft_ds.files import flush_to_disk, replacing
+from speft_ds.io import flush_to_disk, replacing
 from speft_ds.report.document import Block, Document, Figures, Notes, Text
 from speft_ds.report.facts_sections import (
     in_bytes,

@@ -3,7 +3,7 @@
 import os
 
 from speft_ds import distributed
-from speft_ds.monitor import Monitor
+from speft_ds.training.monitor import Monitor
 
 STEPS = (
     {"step": 1, "loss": 2.5, "grad_norm": None, "lr": 1e-3},

@@ -5,7 +5,10 @@ import torch
 from torch import nn
 
 from speft_ds.config.optimizer_config import OptimizerConfig
-from speft_ds.optimizer import AdamW, clip_factor, lr_factor, make_lr_schedule, make_optimizer
+from speft_ds.sparse.optim.adamw import AdamW
+from speft_ds.sparse.optim.clipping import clip_factor
+from speft_ds.sparse.optim.lr_schedule import lr_factor, make_lr_schedule
+from speft_ds.sparse.optim.make import make_optimizer
 
 SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
 LENGTH = 40
@@ -122,7 +125,7 @@ def carried(steps: int):
     position = torch.tensor([place if place is not None else 11 for place in KEPT])  # 11: to be ignored
     new = nn.Parameter(torch.where(found, old.detach()[position], 0.0))
     state = {name: value.clone() for name, value in optimizer.state[old].items()}
-    optimizer.carry(new, position, found)
+    optimizer.remap_state(new, position, found)
     return optimizer, state, new
 
 
@@ -162,7 +165,7 @@ def test_the_learning_rate_schedule_goes_on_after_a_carry():
     for step in range(12):
         if step == 5:
             delta = nn.Parameter(torch.zeros(4))
-            optimizer.carry(delta, torch.tensor([0, 1, 2, 0]), torch.tensor([True, True, True, False]))
+            optimizer.remap_state(delta, torch.tensor([0, 1, 2, 0]), torch.tensor([True, True, True, False]))
         delta.grad = torch.ones_like(delta)
         before = delta.detach().clone()
         optimizer.step()
@@ -192,7 +195,9 @@ def test_pausing_and_carrying_need_ages():
         optimizer.step(active=torch.ones(LENGTH, dtype=torch.bool))
     assert torch.equal(delta, start())
     with pytest.raises(ValueError, match="a mask that changes needs ages"):
-        optimizer.carry(nn.Parameter(torch.zeros(1)), torch.zeros(1, dtype=torch.int64), torch.ones(1).bool())
+        optimizer.remap_state(
+            nn.Parameter(torch.zeros(1)), torch.zeros(1, dtype=torch.int64), torch.ones(1).bool()
+        )
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -5,7 +5,10 @@ import torch
 from torch import nn
 
 from speft_ds.config.optimizer_config import OptimizerConfig
-from speft_ds.optimizer import SGD, AdamW, Lion, make_optimizer
+from speft_ds.sparse.optim.adamw import AdamW
+from speft_ds.sparse.optim.lion import Lion
+from speft_ds.sparse.optim.make import make_optimizer
+from speft_ds.sparse.optim.sgd import SGD
 
 LENGTH = 60
 LR = 1e-2
@@ -151,7 +154,7 @@ def carried(name):
     found = torch.tensor([place is not None for place in KEPT])
     position = torch.tensor([place if place is not None else 11 for place in KEPT])  # 11: to be ignored
     delta = nn.Parameter(torch.where(found, optimizer.delta.detach()[position], 0.0))
-    optimizer.carry(delta, position, found)
+    optimizer.remap_state(delta, position, found)
     return optimizer, before, position, found
 
 

@@ -9,8 +9,9 @@ import pyarrow.parquet
 import pytest
 
 from speft_ds.config.data_config import DataConfig
-from speft_ds.data.sources import is_hub_id, iterate_file, iterate_rows, kind_of
+from speft_ds.data.readers import iterate_file, iterate_rows, kind_of
 from speft_ds.errors import UserError
+from speft_ds.hub import is_hub_id
 
 KINDS = ("json", "jsonl", "csv", "parquet")
 COMPRESSIONS = ("", ".gz", ".zst")

@@ -7,8 +7,8 @@ from pathlib import Path
 import yaml
 
 from speft_ds.config.load_recipe import EXTENDS, RECIPES_DIR, ROOT, find_recipe, shown
+from speft_ds.env import expand_path
 from speft_ds.errors import UserError
-from speft_ds.paths import expand_path
 
 SUFFIXES = (".yaml", ".yml")
 

@@ -23,8 +23,8 @@ from speft_ds.config.load_recipe import EXTENDS
 from speft_ds.config.mask_config import MASK_GOES_WITH, MASK_USED_WITH
 from speft_ds.config.optimizer_config import OPTIMIZER_USED_WITH
 from speft_ds.config.recipe import FIELDS, SECTIONS, Recipe
+from speft_ds.env import expand_path
 from speft_ds.errors import UserError, closest
-from speft_ds.paths import expand_path
 
 TOP = "top level"
 REQUIRED = "required"

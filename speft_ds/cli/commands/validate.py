@@ -23,13 +23,13 @@ from speft_ds.config.data_config import Source
 from speft_ds.config.deepspeed_config import batch_problems, read_ds_config
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.config.recipe import FIELDS, Recipe
+from speft_ds.data.dataset import classes_of
 from speft_ds.data.formats import Classes, EmptyRow, Example, make_example
-from speft_ds.data.prepare import classes_of
-from speft_ds.data.sources import iterate_rows
-from speft_ds.data.tokens import Encoder, load_tokenizer
+from speft_ds.data.readers import iterate_rows
+from speft_ds.data.tokenize import Encoder, load_tokenizer
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.jobs.preflight import model_problems, other_problems, rows_problems, settle_hub
-from speft_ds.run_folder import check_output_dir
+from speft_ds.training.run_dir import check_output_dir
 
 NUM_ROWS = 3
 MARKS = {"ok": "[green]✓[/green]", "problem": "[red]✗[/red]", "note": "[yellow]![/yellow]", "skipped": "-"}
@@ -146,8 +146,8 @@ class Validation:
     def check_targets(self) -> Outcome:
         if not self.has_model:
             return Outcome("needs the model", "skipped")
-        from speft_ds.model import check_shapes  # late: they import torch
         from speft_ds.plan.geometry import read_geometry
+        from speft_ds.training.checks import check_shapes  # late: they import torch
 
         geometry = read_geometry(self.recipe)
         check_shapes(self.recipe, geometry.targets)

@@ -11,8 +11,8 @@ from speft_ds.config.deepspeed_config import load_ds_config
 from speft_ds.config.load_recipe import RECIPES_DIR, for_scoring, list_recipes, load_recipe, resolved_yaml
 from speft_ds.config.mask_config import MaskConfig
 from speft_ds.config.recipe import FIELDS
+from speft_ds.env import expand_path
 from speft_ds.errors import UserError
-from speft_ds.paths import expand_path
 from unit.written import load
 
 pytestmark = pytest.mark.usefixtures("own_folder")

@@ -5,12 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+from speft_ds.data.dataset_cache import DatasetSpec
 
 from speft_ds.config.load_recipe import RECIPES_DIR, list_recipes, load_recipe
 from speft_ds.data.formats import Classes, make_example
-from speft_ds.data.request import Request
-from speft_ds.data.sources import is_hub_id, iterate_rows
+from speft_ds.data.readers import iterate_rows
 from speft_ds.errors import RecipeError
+from speft_ds.hub import is_hub_id
 from speft_ds.jobs.preflight import check_inputs
 
 RECIPES = list_recipes()
@@ -189,7 +190,7 @@ def test_rows_become_the_prompt_that_is_meant(local, name):
     assert example.turns[0]["content"] == prompts[source.chat_template]
     assert example.is_chat == source.chat_template
     assert example.label == 1 if classify else example.turns[1]["content"] == "3"
-    assert Request(recipe.data, recipe.model.name_or_path, classify, recipe.seed).key()
+    assert DatasetSpec(recipe.data, recipe.model.name_or_path, classify, recipe.seed).key()
 
 
 def test_rows_without_a_response_are_left_out_where_the_data_set_has_some():

@@ -9,11 +9,11 @@ import torch
 from markdown_it import MarkdownIt
 
 from speft_ds.errors import UserError
-from speft_ds.mask import Mask, save_mask
 from speft_ds.report import print_summary, summary, write_report
 from speft_ds.report.build import report_of
 from speft_ds.report.markdown import to_markdown
 from speft_ds.report.run import read_run
+from speft_ds.sparse.mask import Mask, save_mask
 from unit.test_report.sample import (
     NUM_STEPS,
     evaluation,

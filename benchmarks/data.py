@@ -30,7 +30,7 @@ import json, sys, time
 start = time.perf_counter()
 from speft_ds.data.dataset_cache import prepare
 from speft_ds.data.dataset_cache import DatasetSpec
-from speft_ds.recipe import load_recipe
+from speft_ds.config.load_recipe import load_recipe
 from speft_ds.data.tokenize import load_tokenizer
 recipe = load_recipe(sys.argv[1], sys.argv[2:])
 spec, name = DatasetSpec.from_recipe(recipe), recipe.model.name_or_path

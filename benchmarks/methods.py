@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from speft_ds import distributed
-from speft_ds.ds_config import load_ds_config
+from speft_ds.config.deepspeed_config import load_ds_config
+from speft_ds.config.recipe import Recipe
 from speft_ds.model.load_model import load_base
 from speft_ds.model.loss import NextToken
 from speft_ds.model.targets import find_targets
-from speft_ds.schema import Recipe
 from speft_ds.training.metrics import Timings
 from speft_ds.training.schedule import SCHEDULES
 from speft_ds.training.setup import choose_mask, load_context, load_data

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from speft_ds.entry import checked_recipe, use_all_cores  # noqa: E402
 
 if TYPE_CHECKING:
-    from speft_ds.schema import Recipe
+    from speft_ds.config.recipe import Recipe
     from speft_ds.training.setup import TrainContext
 
 FROZEN = "frozen forward and backward"
@@ -118,8 +118,8 @@ def main() -> None:
     from markdown import print_table
 
     from speft_ds import distributed
+    from speft_ds.config.load_recipe import without_training
     from speft_ds.io import write_json
-    from speft_ds.recipe import without_training
     from speft_ds.training.setup import load_context, load_data
 
     recipe = checked_recipe("score", arguments.recipe, overrides, 1)

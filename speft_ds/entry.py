@@ -12,11 +12,11 @@ from typing import NoReturn
 
 from speft_ds import env, lifeline, stop
 from speft_ds.arguments import RANK_0_S, Job, parse_arguments
+from speft_ds.config.load_recipe import for_scoring, load_recipe, recipe_of
+from speft_ds.config.recipe import Recipe
 from speft_ds.env import rank, world_size
 from speft_ds.errors import UserError
-from speft_ds.preflight import check_inputs, check_to_evaluate, settle_hub
-from speft_ds.recipe import for_scoring, load_recipe, recipe_of
-from speft_ds.schema import Recipe
+from speft_ds.jobs.preflight import check_inputs, check_to_evaluate, settle_hub
 from speft_ds.training.checkpoint.resume import (
     Resume,
     Start,

@@ -10,7 +10,7 @@ import time
 from torch import Tensor
 
 from speft_ds import distributed, stop
-from speft_ds.schema.values import split_interval
+from speft_ds.config.section import split_interval
 from speft_ds.training.checkpoint.writer import Writer
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from speft_ds import hub
 from speft_ds.adapter.format import FLOATS
+from speft_ds.config.model_config import HEAD
 from speft_ds.errors import UserError
-from speft_ds.schema import HEAD
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from speft_ds.config.recipe import Recipe
 from speft_ds.data.dataset import TokenizedDataset
 from speft_ds.data.dataset_cache import DatasetSpec, prepare
 from speft_ds.data.packing import first_fit
 from speft_ds.data.sampler import Sampler
 from speft_ds.data.tokenize import load_tokenizer
 from speft_ds.errors import UserError
-from speft_ds.preflight import settle_hub
-from speft_ds.schema import Recipe
+from speft_ds.jobs.preflight import settle_hub
 
 NUM_BINS = 12
 WIDEST_BAR = 40
@@ -48,7 +48,7 @@ def show_data(recipe: Recipe, output: Path | None) -> None:
 
     path = output or Path("runs") / f"{recipe.name}-data.png"
     try:
-        length_histogram(path, corpus.lengths, corpus.num_label_tokens, recipe.data.max_length, recipe.name)
+        length_histogram(path, corpus.lengths, corpus.num_learnt, recipe.data.max_length, recipe.name)
     except OSError as error:
         raise UserError(
             f"cannot write the picture: {error}", str(path), "name another: --output FILE.png"
@@ -68,7 +68,7 @@ def print_sample(console: Console, title: str, pieces: Sequence[tuple[str, bool]
 def summary(recipe: Recipe, corpus: TokenizedDataset) -> list[str]:
     """What a run makes of the rows, as lines of text."""
     data, tokens = recipe.data, int(corpus.lengths.sum())
-    learnt = int(corpus.num_label_tokens.sum())
+    learnt = int(corpus.num_learnt.sum())
     order = Sampler(corpus.sizes, data.weights, recipe.seed)
     num_steps = order.num_steps(recipe.train.global_batch, recipe.train.steps, recipe.train.epochs)
     kind = "packs" if corpus.is_packed else "rows"

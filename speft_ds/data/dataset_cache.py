@@ -20,6 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from speft_ds import hub
+from speft_ds.config.data_config import DataConfig, Source
+from speft_ds.config.recipe import Recipe
 from speft_ds.data.dataset import TokenizedDataset, is_readable, write_dataset
 from speft_ds.data.formats import Classes, EmptyRow, Example, find_classes, make_example
 from speft_ds.data.packing import first_fit
@@ -28,7 +30,6 @@ from speft_ds.data.select import COUNTED, EMPTY, Table, select_rows
 from speft_ds.data.tokenize import Encoder
 from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
-from speft_ds.schema import Data, Recipe, Source
 
 FORMAT_VERSION = "1"  # of the file, and of what tokenising does: another version is another key
 # All that a tokenizer, or a small model that scores rows, is loaded from.
@@ -48,7 +49,7 @@ class DatasetSpec:
         where: source -> what an error says of where it is named.
     """
 
-    data: Data
+    data: DataConfig
     model: str
     classify: bool = False
     seed: int = 0
@@ -199,7 +200,7 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{number} {what}" for what, number in counts.items() if what != "rows" and number)
 
 
-def classes_of(data: Data) -> Classes | None:
+def classes_of(data: DataConfig) -> Classes | None:
     """The classes that the recipe names or its rows have; None for other formats. Raises UserError."""
     sources = [source for source in data.sources if source.format == "classification"]
     if not sources:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from speft_ds.config.data_config import Source
+from speft_ds.config.section import template_fields
 from speft_ds.errors import UserError, closest
-from speft_ds.schema import Source, template_fields
 
 Rows = Iterable[tuple[str, Any]]  # where a row stands, and the row
 # format -> the columns whose text is the response; the template says what the prompt needs

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from speft_ds.config.data_config import DataConfig
 from speft_ds.data.dataset import Row
 from speft_ds.data.tokenize import LONG_ROWS, NOTHING_LEARNT
 from speft_ds.errors import UserError
-from speft_ds.schema import Data
 
 EMPTY, NOT_SELECTED = "empty, left out", "not selected"
 COUNTED = ("rows", EMPTY, NOTHING_LEARNT, *LONG_ROWS, NOT_SELECTED)  # what may become of a row
@@ -22,7 +22,7 @@ class Table:
     texts: list[tuple[str, str]]  # (prompt, response), where the selection scores them
 
 
-def select_rows(tables: list[Table], data: Data, seed: int) -> None:
+def select_rows(tables: list[Table], data: DataConfig, seed: int) -> None:
     """Keep the rows that `data.select` takes of all sources together."""
     rows = [row for table in tables for row in table.rows]
     if data.select == "all":
@@ -39,18 +39,18 @@ def select_rows(tables: list[Table], data: Data, seed: int) -> None:
         table.rows = kept
 
 
-def _longest(tables: list[Table], rows: list[Row], data: Data, seed: int) -> list[int]:
+def _longest(tables: list[Table], rows: list[Row], data: DataConfig, seed: int) -> list[int]:
     """By tokens of the response (Zhao et al., "Long Is More for Alignment", 2024); ties by position."""
     return sorted(range(len(rows)), key=lambda n: -rows[n].num_labels)[: data.select_rows]
 
 
-def _random(tables: list[Table], rows: list[Row], data: Data, seed: int) -> list[int]:
+def _random(tables: list[Table], rows: list[Row], data: DataConfig, seed: int) -> list[int]:
     from speft_ds.data.sampler import permutation
 
     return permutation(len(rows), seed, "select")[: data.select_rows]
 
 
-def _ifd(tables: list[Table], rows: list[Row], data: Data, seed: int) -> list[int]:
+def _ifd(tables: list[Table], rows: list[Row], data: DataConfig, seed: int) -> list[int]:
     from speft_ds.data.ifd import choose, ifd_scores  # late: it imports torch
 
     texts = [text for table in tables for text in table.texts]

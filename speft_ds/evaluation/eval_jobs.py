@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from speft_ds.schema import Eval
+from speft_ds.config.eval_config import EvalConfig
 
 Phase = Literal["before", "after"]
 
@@ -33,7 +33,7 @@ class EvalJob:
     has_text: bool = False
 
 
-def jobs_of(recipe: Eval, moment: Phase) -> list[EvalJob]:
+def jobs_of(recipe: EvalConfig, moment: Phase) -> list[EvalJob]:
     """What is scored before or after training, the recipe's tasks first; nothing where it says so."""
     if not getattr(recipe, moment):
         return []

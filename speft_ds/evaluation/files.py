@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from speft_ds.config.eval_config import EvalConfig
+from speft_ds.config.recipe import Recipe
 from speft_ds.evaluation.eval_jobs import EvalJob, Phase
 from speft_ds.evaluation.prompt_formats import prompt_formats
 from speft_ds.io import replacing, write_json
-from speft_ds.schema import Eval, Recipe
 
 if TYPE_CHECKING:
     from speft_ds.evaluation.runner import Scored
@@ -71,7 +72,7 @@ def still_to_score(
     return [round for round in wanted if round not in done]
 
 
-def keep_scores(folder: Path, scored: Scored, recipe: Eval) -> None:
+def keep_scores(folder: Path, scored: Scored, recipe: EvalConfig) -> None:
     """Write `<folder>/<label>.json` and, first, each task's documents, `<folder>/<label>/<task>.jsonl`."""
     from lm_eval.utils import handle_non_serializable  # late: it takes its time
 

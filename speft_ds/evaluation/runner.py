@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from speft_ds import distributed
+from speft_ds.config.recipe import Recipe
 from speft_ds.env import versions
 from speft_ds.evaluation.eval_jobs import EvalJob
 from speft_ds.evaluation.files import asked
@@ -29,7 +30,6 @@ from speft_ds.evaluation.prompt_formats import prompt_formats
 from speft_ds.evaluation.response_cache import ResponseCache
 from speft_ds.evaluation.scores import check_rows, main_scores, score_rows
 from speft_ds.evaluation.tasks import find_tasks, local_data
-from speft_ds.schema import Recipe
 from speft_ds.training.metrics import say
 
 

@@ -11,14 +11,15 @@ import torch
 from speft_ds import distributed, lifeline
 from speft_ds.adapter.apply import another_base, check_weights, with_delta
 from speft_ds.adapter.format import Adapter, tensors_sha256
+from speft_ds.config.eval_config import EvalConfig
+from speft_ds.config.load_recipe import without_training
+from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import EvalJob
 from speft_ds.evaluation.files import has_scored, keep_scores
 from speft_ds.evaluation.runner import Evaluation, Scored
 from speft_ds.evaluation.scores import main_scores
-from speft_ds.preflight import mask_file
-from speft_ds.recipe import without_training
-from speft_ds.schema import Eval, Recipe
+from speft_ds.jobs.preflight import mask_file
 from speft_ds.sparse.mask import read_mask
 from speft_ds.training.checks import check_chat_template
 from speft_ds.training.metrics import say
@@ -52,7 +53,7 @@ def apply_to_shards(context: TrainContext, folder: Path) -> None:
         shard[where] = with_delta(shard[where], delta[first:last])
 
 
-def rounds_to_score(recipe: Eval, model: str) -> list[EvalJob]:
+def rounds_to_score(recipe: EvalConfig, model: str) -> list[EvalJob]:
     """The tasks, in all prompt formats that the recipe asks for; `model` (base, tuned) begins their names."""
     shots = "" if recipe.num_fewshot is None else f"-{recipe.num_fewshot}shot"
     limit = f"-limit{recipe.limit}" if recipe.limit else ""
@@ -111,7 +112,7 @@ def _with_free_label(folder: Path, round: EvalJob, of: dict, recipe: Recipe) -> 
     return candidate
 
 
-def _keep(folder: Path, scored: Scored, recipe: Eval) -> None:
+def _keep(folder: Path, scored: Scored, recipe: EvalConfig) -> None:
     keep_scores(folder, scored, recipe)
     for score in main_scores(scored.document):
         say(f"{score.name}: {score.text}, {score.num_documents} documents")

@@ -8,12 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from speft_ds import distributed, peak_memory
+from speft_ds.config.load_recipe import without_training
+from speft_ds.config.mask_config import MASK_FILE
+from speft_ds.config.recipe import Recipe
 from speft_ds.env import machine_facts, versions
 from speft_ds.io import write_json
 from speft_ds.model.fingerprint import fingerprint
 from speft_ds.plots import mask_heat_map
-from speft_ds.recipe import without_training
-from speft_ds.schema import MASK_FILE, Recipe
 from speft_ds.sparse.mask import save_mask
 from speft_ds.tables import print_mask_table
 from speft_ds.training.checks import check_shapes

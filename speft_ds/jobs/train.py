@@ -8,10 +8,10 @@ from pathlib import Path
 
 from speft_ds import distributed, lifeline
 from speft_ds.adapter.card import write_card
+from speft_ds.config.recipe import Recipe
 from speft_ds.env import versions
 from speft_ds.errors import UserError
 from speft_ds.report.scores import card_scores
-from speft_ds.schema import Recipe
 from speft_ds.training.checkpoint.folder import Checkpoint, clean, latest_valid, list_checkpoints, verify
 from speft_ds.training.checkpoint.resume import Start, resume_hint
 from speft_ds.training.checks import check_space

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from speft_ds import distributed
-from speft_ds.schema import HEAD
+from speft_ds.config.model_config import HEAD
 from speft_ds.zero.shards import full_shape, is_sharded, own_elements
 
 HASH_CHUNK = 2**20  # elements hashed at once, to bound the int64 temporaries

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from speft_ds.config.model_config import HEAD
 from speft_ds.errors import UserError
-from speft_ds.schema import HEAD
 from speft_ds.zero.shards import full_shape, is_sharded, own_elements
 
 

@@ -6,8 +6,8 @@ from fnmatch import fnmatch
 
 from torch import nn
 
+from speft_ds.config.model_config import HEAD
 from speft_ds.errors import UserError
-from speft_ds.schema import HEAD
 from speft_ds.zero.shards import full_shape
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
+from speft_ds.config.recipe import Recipe
 from speft_ds.plan.gathers import GatherRules, Peak, simulate
 from speft_ds.plan.geometry import Geometry
-from speft_ds.schema import Recipe
 
 GIB = 2**30
 ITEMSIZE = {"bfloat16": 2, "float32": 4}

@@ -6,12 +6,12 @@ import shlex
 
 import yaml
 
+from speft_ds.config.mask_config import MASK_FILE
 from speft_ds.errors import UserError
 from speft_ds.report.document import Block, Code, Folded, Picture, Section, Table, Text
 from speft_ds.report.pictures import heat_map
 from speft_ds.report.run import ADAPTER, Run, is_number, look_up, size_of
 from speft_ds.report.training_sections import starts_block
-from speft_ds.schema import MASK_FILE
 from speft_ds.training.run_dir import RECIPE
 
 MOST_CHANGES = 12

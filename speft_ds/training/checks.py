@@ -8,18 +8,19 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from speft_ds import distributed
+from speft_ds.config.eval_config import EvalConfig
+from speft_ds.config.mask_config import MaskConfig as MaskSection
+from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
 from speft_ds.model.targets import layer_number
 from speft_ds.plan.plan import checkpoint_entry
-from speft_ds.schema import Eval, Recipe
-from speft_ds.schema.mask import Mask as MaskSection
 from speft_ds.selection.topk import min_trainable
 from speft_ds.sparse.mask import Mask
 from speft_ds.training.checkpoint.folder import CHECKPOINTS, Checkpoint
 from speft_ds.training.setup import TrainContext
 
 
-def check_chat_template(section: Eval, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_chat_template(section: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse tasks in a chat template that the tokenizer does not have."""
     if (section.tasks or section.forgetting_tasks) and section.chat_template and not tokenizer.chat_template:
         fix = "eval.chat_template=false"

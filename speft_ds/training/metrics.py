@@ -73,10 +73,10 @@ class MetricsLog:
             os.fsync(self.file.fileno())
 
     def _line(self, values: dict) -> str:
-        held_out = f"held-out {values['held_out_loss']:.4f}  " if "held_out_loss" in values else ""
+        validation = f"validation {values['validation_loss']:.4f}  " if "validation_loss" in values else ""
         skipped = f"skipped {values['num_skipped']}  " if values["num_skipped"] else ""
         return (
-            f"step {values['step']:>5}/{self.num_steps}  loss {values['loss']:.4f}  {held_out}{skipped}"
+            f"step {values['step']:>5}/{self.num_steps}  loss {values['loss']:.4f}  {validation}{skipped}"
             f"grad_norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
             f"memory {values['peak_memory_gib']:.2f} GiB  {values['tokens_per_s']:.0f} tokens/s  "
             f"{values['step_ms']:.0f} ms"

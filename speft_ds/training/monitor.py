@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
-from speft_ds.schema import Recipe
 
 # train.monitor -> the section of DeepSpeed's configuration that switches it on.
 SECTIONS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}

@@ -16,11 +16,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
+from speft_ds.config.load_recipe import resolved_yaml
+from speft_ds.config.recipe import Recipe
 from speft_ds.env import rank
 from speft_ds.errors import UserError
 from speft_ds.io import flush_to_disk, replacing, write_json
-from speft_ds.recipe import resolved_yaml
-from speft_ds.schema import Recipe
 
 RECIPE, FACTS, METRICS, LOCK = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"
 NOT_OF_A_RUN = (LOCK, "slurm-*", "submit.sbatch", "*.tmp")  # what may lie there before a run starts

@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from speft_ds import distributed
+from speft_ds.config.data_config import DataConfig
+from speft_ds.config.deepspeed_config import load_ds_config
+from speft_ds.config.model_config import HEAD
+from speft_ds.config.recipe import Recipe
 from speft_ds.data.dataset import Row, TokenizedDataset
 from speft_ds.data.dataset_cache import DatasetSpec, prepare
 from speft_ds.data.sampler import Sampler, hash_seed
 from speft_ds.data.tokenize import load_tokenizer
-from speft_ds.ds_config import load_ds_config
 from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import fingerprint
 from speft_ds.model.linear import adapt, weight_grad_hooks
 from speft_ds.model.load_model import fill_head, load_base
 from speft_ds.model.loss import NextToken, RowClass
 from speft_ds.model.targets import find_targets, target_shapes, tied_targets
-from speft_ds.schema import HEAD, Data, Recipe
 from speft_ds.selection.calibration import CalibrationSet, Scorer
 from speft_ds.selection.salience import score
 from speft_ds.selection.topk import num_trainable, select
@@ -171,7 +173,7 @@ def read_file(recipe: Recipe, data: RunData, path: str, key: str) -> TokenizedDa
 
 def read_rows(
     recipe: Recipe,
-    section: Data,
+    section: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     where: Callable[[int], str] | None = None,
 ) -> TokenizedDataset:

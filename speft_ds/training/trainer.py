@@ -14,6 +14,7 @@ import torch
 from speft_ds import account, distributed, lifeline, peak_memory, stop
 from speft_ds.adapter import save_adapter
 from speft_ds.adapter.format import tensors_sha256
+from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate, split_global_batch
 from speft_ds.data.dataset import Row
 from speft_ds.data.sampler import Sampler
@@ -22,8 +23,7 @@ from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import EvalJob, Phase, jobs_of
 from speft_ds.evaluation.files import keep_scores, still_to_score
 from speft_ds.evaluation.validation_loss import ValidationLoss
-from speft_ds.preflight import mask_file
-from speft_ds.schema import Recipe
+from speft_ds.jobs.preflight import mask_file
 from speft_ds.sparse.gradient import SparseGradient
 from speft_ds.sparse.mask import Mask, read_mask
 from speft_ds.sparse.state import SparseState
@@ -111,10 +111,10 @@ class Trainer:
             check_same_run(self.context, self.loaded, self.checkpoint)
 
     def _load_validation(self, data: RunData) -> ValidationLoss | None:
-        path, batch_size = self.recipe.eval.held_out, self.recipe.eval.batch_size
+        path, batch_size = self.recipe.eval.validation, self.recipe.eval.batch_size
         if path is None:
             return None
-        rows = read_file(self.recipe, data, path, "eval.held_out")
+        rows = read_file(self.recipe, data, path, "eval.validation")
         return ValidationLoss(rows, batch_size, data.pad_id)
 
     @property
@@ -287,7 +287,7 @@ class Trainer:
                 values = {**self.train_step(step), "peak_memory_gib": peak_memory.peak_gib()}
                 values |= self._measure(step + 1)
                 log.log(values)
-                self._keep(step + 1, log, values.get("held_out_loss"))
+                self._keep(step + 1, log, values.get("validation_loss"))
             self.writer.finish()
         own = account.memory(self.engine, self.state, self.schedule.optimizer, self.process_bytes)
         self.accounts = distributed.all_gather_objects(
@@ -296,27 +296,27 @@ class Trainer:
         self.timings["checkpoints"] = self.writer.seconds
 
     def _measure(self, done: int) -> dict:
-        """Held-out loss and scores on a slice of the tasks after `done` steps, if it is time."""
+        """Validation loss and scores on a slice of the tasks after `done` steps, if it is time."""
         recipe, values = self.recipe.eval, {}
         is_last = done == self.num_steps
         if done % recipe.every and not is_last:
             return values
         if self.validation is not None:
-            with self.timings.stage("held_out"):
-                values["held_out_loss"] = self.validation.measure(self.engine.module, self.context.loss)
+            with self.timings.stage("validation"):
+                values["validation_loss"] = self.validation.measure(self.engine.module, self.context.loss)
         if recipe.slice is not None and recipe.tasks and not (is_last and recipe.after):
             # A rank that is asked to stop does so in a step, where a checkpoint is written: scores can wait.
             with self.timings.stage("slices"), suppress(stop.Stopped):
                 values["scores"] = self.evaluation.slice_scores(self.engine.module)
         return values
 
-    def _keep(self, done: int, log: MetricsLog, held_out_loss: float | None) -> None:
+    def _keep(self, done: int, log: MetricsLog, validation_loss: float | None) -> None:
         """Write a checkpoint after `done` steps if it is time, and stop if a rank was asked to."""
         votes, writer = self.votes, self.writer
         if votes.all_written:
             writer.finish()
-        is_best = held_out_loss is not None and held_out_loss < self.best_loss
-        self.best_loss = held_out_loss if is_best else self.best_loss
+        is_best = validation_loss is not None and validation_loss < self.best_loss
+        self.best_loss = validation_loss if is_best else self.best_loss
         train, scores_after = self.recipe.train, bool(jobs_of(self.recipe.eval, "after"))
         keeps = train.checkpoint_every is not None
         at_the_end = done == self.num_steps and (keeps or scores_after)  # a stop while scoring costs nothing
@@ -324,7 +324,7 @@ class Trainer:
         is_time = votes.is_time(done) or is_kept or (is_best and train.keep_best)
         if votes.stop or at_the_end or (keeps and is_time):
             log.flush()
-            writer.start(done, self._snapshot(), self._manifest(done, held_out_loss))
+            writer.start(done, self._snapshot(), self._manifest(done, validation_loss))
             votes.restart()
         if votes.stop:
             writer.finish()
@@ -347,7 +347,7 @@ class Trainer:
         if "random_cuda" in own and distributed.device().type == "cuda":
             torch.cuda.set_rng_state(own["random_cuda"])
 
-    def _manifest(self, done: int, held_out_loss: float | None) -> dict:
+    def _manifest(self, done: int, validation_loss: float | None) -> dict:
         """What a checkpoint says of the run."""
         train, calibration = self.recipe.train, self.context.data.calibration
         epoch, row = divmod(done * train.global_batch, len(self.order))
@@ -363,7 +363,7 @@ class Trainer:
                 "num_nonfinite": self.num_nonfinite,
                 "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
             },
-            "held_out_loss": held_out_loss,
+            "validation_loss": validation_loss,
             "versions": versions(),
         }
 

@@ -8,7 +8,7 @@ import torch
 
 from distributed.reference import whole_weights
 from speft_ds import distributed
-from speft_ds.schema import Recipe
+from speft_ds.config.recipe import Recipe
 from speft_ds.training.checkpoint.folder import inspect
 from speft_ds.training.checkpoint.parts import Parts
 from speft_ds.training.checkpoint.resume import Start

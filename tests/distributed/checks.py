@@ -16,11 +16,11 @@ from distributed.reference import (
 )
 from speft_ds import distributed
 from speft_ds.adapter import apply_adapter
+from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate
 from speft_ds.errors import UserError
 from speft_ds.jobs.train import Trainer, run
 from speft_ds.model.fingerprint import fingerprint
-from speft_ds.schema import Recipe
 
 
 def check_dense_reference(recipe: Recipe) -> None:

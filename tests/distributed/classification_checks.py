@@ -9,7 +9,7 @@ import torch
 from distributed.reference import make_trainer, whole_weights
 from speft_ds import distributed
 from speft_ds.adapter import apply_adapter
-from speft_ds.schema import Recipe
+from speft_ds.config.recipe import Recipe
 
 HEAD = "score.weight"
 

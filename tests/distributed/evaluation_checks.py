@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 from distributed.reference import make_trainer, plain_model
 from speft_ds import distributed
+from speft_ds.config.recipe import Recipe
 from speft_ds.evaluation.eval_jobs import jobs_of
-from speft_ds.schema import Recipe
 
 
 def scores_and_answers(results: dict) -> dict:

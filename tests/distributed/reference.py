@@ -12,8 +12,8 @@ import torch
 from tiny import recipe_values
 
 from speft_ds.adapter.format import Adapter
+from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate
-from speft_ds.schema import Recipe
 from speft_ds.training.trainer import Trainer
 
 

@@ -15,11 +15,12 @@ from distributed import dense_scores
 from distributed.dense_scores import Llama, Weights
 from distributed.reference import make_trainer, plain_model, whole_weights
 from speft_ds import distributed
+from speft_ds.config.mask_config import NEEDS_DATA
+from speft_ds.config.recipe import Recipe
 from speft_ds.data.dataset import Row
 from speft_ds.data.sampler import permutation
 from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import fingerprint
-from speft_ds.schema import NEEDS_DATA, Recipe
 from speft_ds.selection.calibration import Scorer
 from speft_ds.selection.salience import score
 from speft_ds.training.setup import choose_mask, make_scorer

@@ -9,7 +9,7 @@ from distributed.reference import make_trainer, plain_model, read_entries, whole
 from distributed.schedule_reference import count, entries, sha256
 from speft_ds import distributed
 from speft_ds.adapter import apply_adapter
-from speft_ds.schema import Recipe
+from speft_ds.config.recipe import Recipe
 from speft_ds.sparse.mask import Mask, save_mask
 from speft_ds.sparse.state import SparseState
 from speft_ds.training.setup import base_facts

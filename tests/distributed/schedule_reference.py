@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from distributed.reference import plain_model, reference_loss
+from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate
 from speft_ds.data.sampler import Sampler, permutation
-from speft_ds.schema import Recipe
 
 Dense = dict[str, Tensor]  # weight -> [out, in]
 

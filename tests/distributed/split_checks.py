@@ -6,8 +6,8 @@ import torch
 
 from distributed.reference import make_trainer, plain_model, reference_loss
 from speft_ds import distributed
+from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate
-from speft_ds.schema import Recipe
 
 
 def first_step(recipe: Recipe) -> dict:

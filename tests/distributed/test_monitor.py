@@ -14,7 +14,7 @@ EVENTS = {
     "train/loss": [(1, 2.5), (3, 1.25)],
     "train/grad_norm": [(2, 1.5), (3, 1.0)],
     "train/lr": [(1, 1e-3), (2, 9e-4), (3, 8e-4)],
-    "train/held_out_loss": [(3, 1.75)],
+    "train/validation_loss": [(3, 1.75)],
     "scores/arc_easy acc": [(2, 0.5)],
 }
 

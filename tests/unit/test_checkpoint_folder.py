@@ -37,17 +37,17 @@ def truncate(file, size):
 
 
 def test_a_whole_one_counts(tmp_path):
-    folder = save(tmp_path, 10, held_out_loss=1.5)
+    folder = save(tmp_path, 10, validation_loss=1.5)
     checkpoint = inspect(folder)
     assert (checkpoint.path, checkpoint.step, checkpoint.problem) == (folder, 10, None)
-    assert checkpoint.manifest["run_id"] == "mine" and checkpoint.held_out_loss == 1.5
+    assert checkpoint.manifest["run_id"] == "mine" and checkpoint.validation_loss == 1.5
     assert verify(checkpoint) is None
     assert [(folder / part["file"]).read_bytes() for part in checkpoint.manifest["parts"]] == [*CONTENTS]
     assert not temporary_of(folder).exists()
 
 
 def test_the_held_out_loss_is_none_where_none_was_measured(tmp_path):
-    assert inspect(save(tmp_path, 10)).held_out_loss is None
+    assert inspect(save(tmp_path, 10)).validation_loss is None
 
 
 # What is wrong with one -> what is said of it.

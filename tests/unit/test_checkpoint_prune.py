@@ -18,7 +18,7 @@ def steps(run):
 
 
 def is_kept(step, newest, found, keep_last, keep_every, keep_best):
-    """The rule for one step; `found`: step -> whether it is whole, whose it is, held-out loss."""
+    """The rule for one step; `found`: step -> whether it is whole, whose it is, validation loss."""
     is_whole, run_id, loss = found[step]
     if step >= newest or (is_whole and run_id != "mine"):
         return True
@@ -54,7 +54,7 @@ def test_what_nothing_says_to_keep_is_removed(found, newest, loss, keep_last, ke
     with TemporaryDirectory() as folder:
         run = Path(folder)
         for step, (is_whole, run_id, loss) in found.items():
-            path = save(run, step, (), held_out_loss=loss, run_id=run_id)
+            path = save(run, step, (), validation_loss=loss, run_id=run_id)
             if not is_whole:
                 unmark(path)
         prune(folder_of(run, newest), keep_last, keep_every, keep_best)
@@ -75,7 +75,7 @@ def test_an_unfinished_one_among_older_ones_is_removed_and_a_newer_one_stays(tmp
 
 def test_of_equal_losses_the_first_is_the_best(tmp_path):
     for step, loss in [(10, 2.0), (20, 1.0), (30, None), (40, 1.0), (50, 3.0)]:
-        save(tmp_path, step, held_out_loss=loss)
+        save(tmp_path, step, validation_loss=loss)
     assert best_of(list_checkpoints(tmp_path)).step == 20
     assert best_of([]) is None and best_of([inspect(save(tmp_path, 60))]) is None
 

@@ -11,8 +11,8 @@ import pytest
 from speft_ds import entry
 from speft_ds.arguments import parse_arguments
 from speft_ds.commands.launcher import find_deepspeed
+from speft_ds.config.load_recipe import ROOT
 from speft_ds.errors import UserError
-from speft_ds.recipe import ROOT
 from unit.written import write_inputs
 
 

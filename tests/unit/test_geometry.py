@@ -7,9 +7,9 @@ import torch
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
+from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
 from speft_ds.plan.geometry import config_file, list_geometries, read_geometry
-from speft_ds.schema import Recipe
 from speft_ds.sparse.mask import Mask, save_mask
 
 # Weights as the checkpoints on the hub have them, tied ones once.

@@ -11,10 +11,10 @@ import types
 
 import pytest
 
-from speft_ds import cli
+from speft_ds.cli import main as cli
 from speft_ds.commands import launcher
+from speft_ds.config.load_recipe import ROOT
 from speft_ds.errors import UserError
-from speft_ds.recipe import ROOT
 from unit.written import write_inputs
 
 

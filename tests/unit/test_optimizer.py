@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from speft_ds.schema import Optimizer
+from speft_ds.config.optimizer_config import OptimizerConfig
 from speft_ds.sparse.optim.adamw import AdamW
 from speft_ds.sparse.optim.clipping import clip_factor
 from speft_ds.sparse.optim.lr_schedule import lr_factor, make_lr_schedule
@@ -157,7 +157,7 @@ def test_young_entries_take_the_steps_of_a_fresh_optimizer():
 
 
 def test_the_learning_rate_schedule_goes_on_after_a_carry():
-    settings = Optimizer(lr=0.1, schedule="linear", warmup_steps=2)
+    settings = OptimizerConfig(lr=0.1, schedule="linear", warmup_steps=2)
     delta = nn.Parameter(torch.zeros(3))
     optimizer = make_optimizer(delta, settings, ages=True)
     schedule = make_lr_schedule(optimizer, settings, num_steps=12)
@@ -178,7 +178,7 @@ def test_the_learning_rate_schedule_goes_on_after_a_carry():
 
 
 def test_make_optimizer_takes_every_key_of_the_recipe():
-    settings = Optimizer(lr=0.02, betas=[0.7, 0.9], eps=1e-3, weight_decay=0.5)
+    settings = OptimizerConfig(lr=0.02, betas=[0.7, 0.9], eps=1e-3, weight_decay=0.5)
     delta, steps = nn.Parameter(start()), gradients(5)
     optimizer = make_optimizer(delta, settings, ages=False)
     for gradient in steps:

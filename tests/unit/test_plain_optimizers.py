@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from speft_ds.schema import Optimizer
+from speft_ds.config.optimizer_config import OptimizerConfig
 from speft_ds.sparse.optim.adamw import AdamW
 from speft_ds.sparse.optim.lion import Lion
 from speft_ds.sparse.optim.make import make_optimizer
@@ -215,12 +215,14 @@ KEYS = {  # a recipe's keys -> what they make
 @pytest.mark.parametrize("kind", KEYS)
 def test_make_optimizer_takes_every_key_of_the_recipe(kind):
     keys, make = KEYS[kind]
-    got = take(make_optimizer(nn.Parameter(start()), Optimizer(name=kind, **keys), ages=False), gradients(5))
+    got = take(
+        make_optimizer(nn.Parameter(start()), OptimizerConfig(name=kind, **keys), ages=False), gradients(5)
+    )
     assert torch.equal(got, take(make(nn.Parameter(start())), gradients(5)))
 
 
 def test_make_optimizer_makes_eight_bits():
-    settings = Optimizer(name="adamw_8bit", lr=0.02, betas=[0.7, 0.8], eps=1e-3, weight_decay=0.5)
+    settings = OptimizerConfig(name="adamw_8bit", lr=0.02, betas=[0.7, 0.8], eps=1e-3, weight_decay=0.5)
     optimizer = make_optimizer(nn.Parameter(start()), settings, ages=False)
     assert all(moment.code.dtype == torch.uint8 for moment in optimizer.moments.values())
     close = take(AdamW(nn.Parameter(start()), 0.02, (0.7, 0.8), 1e-3, 0.5, ages=False), gradients(5))

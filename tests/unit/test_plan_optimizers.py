@@ -5,9 +5,9 @@ import torch
 from tiny import make_model
 from torch import nn
 
+from speft_ds.config.recipe import Recipe
 from speft_ds.plan.geometry import read_geometry
 from speft_ds.plan.memory import MOMENT_BLOCK, Setup, optimizer_state, state
-from speft_ds.schema import Recipe
 from speft_ds.sparse.optim.blockwise import BLOCK
 from speft_ds.sparse.optim.make import make_optimizer
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from speft_ds.config.load_recipe import load_recipe
+from speft_ds.config.recipe import FIELDS
+from speft_ds.config.train_config import TrainConfig
 from speft_ds.errors import UserError
-from speft_ds.recipe import load_recipe
-from speft_ds.schema import FIELDS, Train
 from speft_ds.training.checkpoint.resume import NEEDS_FLAG, SAFE_TO_CHANGE, check_unchanged, fit_micro_batch
 from unit.written import load
 
@@ -192,7 +193,7 @@ def test_the_micro_batch_fits_any_number_of_ranks_that_share_the_batch(tmp_path)
     recipe = load(tmp_path)
     for batch in range(1, 25):
         for micro in [m for m in range(1, batch + 1) if batch % m == 0]:
-            train = Train(global_batch=batch, micro_batch=micro)
+            train = TrainConfig(global_batch=batch, micro_batch=micro)
             given = recipe.model_copy(update={"train": train})
             for world_size in range(1, 13):
                 fitted = fit_micro_batch(given, world_size)

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
+from speft_ds.config.load_recipe import ROOT
 from speft_ds.errors import UserError
-from speft_ds.recipe import ROOT
 from speft_ds.training import run_dir
 from speft_ds.training.run_dir import Lock, wait_for_lock
 

@@ -8,9 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from speft_ds.config.data_config import DataConfig
 from speft_ds.data.readers import is_hub_dataset, iterate_file, iterate_rows, kind_of
 from speft_ds.errors import UserError
-from speft_ds.schema import Data
 
 KINDS = ("json", "jsonl", "csv", "parquet")
 COMPRESSIONS = ("", ".gz", ".zst")
@@ -56,7 +56,7 @@ def refused(path):
 
 
 def source(path, **data):
-    return Data(path=str(path), **data).sources[0]
+    return DataConfig(path=str(path), **data).sources[0]
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)

@@ -2,8 +2,8 @@
 
 import pytest
 
+from speft_ds.config.load_recipe import load_recipe
 from speft_ds.errors import RecipeError
-from speft_ds.recipe import load_recipe
 
 MINIMAL = "model:\n  name_or_path: owner/name\ndata:\n  path: rows.jsonl\n"  # four lines; tests append
 
@@ -26,5 +26,5 @@ def write_inputs(folder):
     (folder / "model").mkdir()
     for file in ("config.json", "model.safetensors"):
         (folder / "model" / file).write_text("{}")
-    (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n\n' * 3)
     (folder / "mine.yaml").write_text(MINIMAL.replace("owner/name", "./model"))

@@ -15,7 +15,7 @@ from typing import Any
 from speft_ds.errors import UserError
 from speft_ds.io import flush_to_disk, replacing, sha256_of, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHECKPOINTS, MANIFEST, COMPLETE = "checkpoints", "manifest.json", "COMPLETE"
 UNFINISHED = "its save did not come to its end"
 _NAME = re.compile(r"step_(\d{6,})$")
@@ -31,8 +31,8 @@ class Checkpoint:
     problem: str | None = None
 
     @property
-    def held_out_loss(self) -> float | None:
-        return self.manifest.get("held_out_loss")
+    def validation_loss(self) -> float | None:
+        return self.manifest.get("validation_loss")
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -139,7 +139,7 @@ def prune(newest: Path, keep_last: int, keep_every: int | None, keep_best: bool)
         newest: the checkpoint that was just made.
         keep_last: the newest whole ones.
         keep_every: also those of steps that this divides.
-        keep_best: also the one of the lowest held-out loss; of equal ones the first.
+        keep_best: also the one of the lowest validation loss; of equal ones the first.
     """
     made = inspect(newest)
     up_to_it = [c for c in list_checkpoints(newest.parent.parent) if c.step <= made.step]
@@ -156,10 +156,10 @@ def prune(newest: Path, keep_last: int, keep_every: int | None, keep_best: bool)
 
 
 def best_of(checkpoints: list[Checkpoint]) -> Checkpoint | None:
-    """The one of the lowest held-out loss, of equal ones the first; None where none was measured."""
-    losses = ((checkpoint, checkpoint.held_out_loss) for checkpoint in checkpoints)
+    """The one of the lowest validation loss, of equal ones the first; None where none was measured."""
+    losses = ((checkpoint, checkpoint.validation_loss) for checkpoint in checkpoints)
     measured = [checkpoint for checkpoint, loss in losses if loss is not None and math.isfinite(loss)]
-    return min(measured, key=lambda checkpoint: (checkpoint.held_out_loss, checkpoint.step), default=None)
+    return min(measured, key=lambda checkpoint: (checkpoint.validation_loss, checkpoint.step), default=None)
 
 
 def clean(run: Path, step: int, say: Callable[[str], None]) -> None:

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import yaml
 
-from speft_ds.ds_config import shared_micro_batch
+from speft_ds.config.deepspeed_config import shared_micro_batch
+from speft_ds.config.load_recipe import load_recipe
+from speft_ds.config.recipe import FIELDS, Recipe
 from speft_ds.env import rank
 from speft_ds.errors import UserError
-from speft_ds.recipe import load_recipe
-from speft_ds.schema import FIELDS, Recipe
 from speft_ds.training.checkpoint.folder import (
     CHECKPOINTS,
     Checkpoint,

@@ -13,8 +13,8 @@ from pathlib import Path
 from threading import Thread
 
 from speft_ds import distributed
+from speft_ds.config.train_config import TrainConfig
 from speft_ds.errors import UserError
-from speft_ds.schema import Train
 from speft_ds.training.checkpoint.folder import folder_of, prune, publish, temporary_of
 from speft_ds.training.checkpoint.parts import Snapshot, write_part
 
@@ -41,7 +41,7 @@ class Writer:
         seconds: that training waited for its checkpoints.
     """
 
-    def __init__(self, run: Path, recipe: Train, saved: int = 0):
+    def __init__(self, run: Path, recipe: TrainConfig, saved: int = 0):
         self.run, self.recipe, self.saved = run, recipe, saved
         self.in_flight: Save | None = None
         self.seconds = 0.0

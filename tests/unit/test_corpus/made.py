@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import tiny
 
+from speft_ds.config.data_config import DataConfig
 from speft_ds.data.dataset_cache import DatasetSpec, prepare
-from speft_ds.schema import Data
 
 
 def make(data, model, load=tiny.make_tokenizer, say=lambda line: None, **options):
@@ -15,7 +15,7 @@ def make(data, model, load=tiny.make_tokenizer, say=lambda line: None, **options
 
 def plain(path, **data):
     """A data section without a chat template: one token a byte, and one for the end."""
-    return Data(path=str(path), chat_template=False, **data)
+    return DataConfig(path=str(path), chat_template=False, **data)
 
 
 def write(path, rows):

@@ -3,10 +3,10 @@
 import pydantic
 import pytest
 
+from speft_ds.config.eval_config import EvalConfig
 from speft_ds.evaluation.eval_jobs import EvalJob, jobs_of
-from speft_ds.schema import Eval
 
-ALL = Eval(
+ALL = EvalConfig(
     tasks=["a", "b"],
     num_fewshot=2,
     limit=9,
@@ -27,12 +27,12 @@ def test_every_baseline_before_and_what_can_change_after():
 
 
 def test_nothing_that_was_not_asked_for():
-    assert jobs_of(Eval(), "before") == jobs_of(Eval(tasks=["a"], after=False), "after") == []
-    (text,) = jobs_of(Eval(forgetting_text="text.txt"), "after")
+    assert jobs_of(EvalConfig(), "before") == jobs_of(EvalConfig(tasks=["a"], after=False), "after") == []
+    (text,) = jobs_of(EvalConfig(forgetting_text="text.txt"), "after")
     assert text.has_text and text.tasks == ()
 
 
 @pytest.mark.parametrize("idle", [{"manual_fewshot": [1]}, {"format_spread": 2}, {"slice": 5}])
 def test_baselines_of_no_tasks_are_refused(idle):
     with pytest.raises(pydantic.ValidationError, match=f"eval.{next(iter(idle))} has no effect without"):
-        Eval(**idle)
+        EvalConfig(**idle)

@@ -10,8 +10,8 @@ import sys
 import time
 from typing import Literal
 
-from speft_ds.rendezvous import rank
-from speft_ds.resume import IF_ANY, NEWEST
+from speft_ds.env import rank
+from speft_ds.training.checkpoint.resume import IF_ANY, NEWEST
 
 Job = Literal["train", "score", "evaluate"]
 MUST: dict[Job, str] = {

@@ -10,14 +10,15 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from speft_ds import rendezvous
+from speft_ds import env
 from speft_ds.arguments import RANK_0_S, Job, parse_arguments
 from speft_ds.comm import signals, watchdog
+from speft_ds.config.load_recipe import for_scoring, load_recipe, recipe_of
+from speft_ds.config.recipe import Recipe
+from speft_ds.env import rank, world_size
 from speft_ds.errors import UserError
-from speft_ds.preflight import check_inputs, check_to_evaluate, settle_hub
-from speft_ds.recipe import for_scoring, load_recipe, recipe_of
-from speft_ds.rendezvous import rank, world_size
-from speft_ds.resume import (
+from speft_ds.jobs.preflight import check_inputs, check_to_evaluate, settle_hub
+from speft_ds.training.checkpoint.resume import (
     Resume,
     Start,
     as_override,
@@ -25,10 +26,9 @@ from speft_ds.resume import (
     fit_micro_batch,
     last_whole,
     recipe_to_resume,
-    way_on,
+    resume_hint,
 )
-from speft_ds.run_folder import RECIPE, check_output_dir, wait_for_lock
-from speft_ds.schema import Recipe
+from speft_ds.training.run_dir import RECIPE, check_output_dir, wait_for_lock
 
 EXIT_USER_ERROR = 2
 MODULES: dict[Job, str] = {"train": "train", "score": "score", "evaluate": "evaluate_run"}
@@ -36,7 +36,7 @@ MODULES: dict[Job, str] = {"train": "train", "score": "score", "evaluate": "eval
 
 def start(job: Job, manual: str) -> NoReturn:
     """Do the job on this rank, as the command line says, and exit; `manual` is what --help says of it."""
-    rendezvous.settle()
+    env.init_env()
     if job == "train":
         signals.watch_signals()  # before anything that takes long
     code = main(job, parse_arguments(job, manual))
@@ -64,7 +64,7 @@ def main(job: Job, arguments: argparse.Namespace) -> int:
         return fail(_with_way_on(str(error), recipe if can_go_on else None), EXIT_USER_ERROR)
     except signals.Stopped as reason:
         if rank() == 0:
-            print(f"stopped: {reason}\n{way_on(Path(recipe.output_dir))}", file=sys.stderr, flush=True)
+            print(f"stopped: {reason}\n{resume_hint(Path(recipe.output_dir))}", file=sys.stderr, flush=True)
         watchdog.close()
         return signals.EXIT_STOPPED
     except KeyboardInterrupt:
@@ -77,7 +77,7 @@ def main(job: Job, arguments: argparse.Namespace) -> int:
 def _with_way_on(message: str, recipe: Recipe | None) -> str:
     """A message, and what to go on from where there is something."""
     has_checkpoint = recipe is not None and last_whole(Path(recipe.output_dir)) is not None
-    return f"{message}\n{way_on(Path(recipe.output_dir))}" if has_checkpoint else message
+    return f"{message}\n{resume_hint(Path(recipe.output_dir))}" if has_checkpoint else message
 
 
 def checked_start(job: Job, arguments: argparse.Namespace) -> tuple[Recipe, Start]:

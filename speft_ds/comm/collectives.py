@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from speft_ds import rendezvous
+from speft_ds import env
 from speft_ds.comm import deepspeed_shm, signals, watchdog
 from speft_ds.errors import UserError
 
@@ -36,7 +36,7 @@ def init(timeout_minutes: float = 30.0) -> None:
 
     # DeepSpeed calls torch's collectives by the names that torch 2.13 deprecates, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
-    rendezvous.settle()
+    env.init_env()
     # Before the first collective: NCCL's object collectives use the current device.
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():

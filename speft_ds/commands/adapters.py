@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from speft_ds.commands.help import examples
+from speft_ds.cli.options import examples
 from speft_ds.errors import UserError
 
 app = typer.Typer()

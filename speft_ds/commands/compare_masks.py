@@ -13,10 +13,10 @@ from rich.text import Text
 
 from speft_ds.adapter.format import TENSORS as ADAPTER_FILE
 from speft_ds.adapter.format import Adapter
+from speft_ds.config.mask_config import MASK_FILE
 from speft_ds.errors import UserError
-from speft_ds.mask import Mask, jaccard, read_mask
 from speft_ds.plots import jaccard_picture
-from speft_ds.schema import MASK_FILE
+from speft_ds.sparse.mask import Mask, jaccard, read_mask
 from speft_ds.tables import jaccard_text, percent, print_table, unique_tails
 
 FINGERPRINT = "fingerprint_bfloat16"  # one for all dtypes that the base may have been loaded in

@@ -11,11 +11,11 @@ from pathlib import Path
 from types import FrameType
 
 from speft_ds.arguments import Job
-from speft_ds.ds_config import shared_micro_batch
+from speft_ds.config.deepspeed_config import shared_micro_batch
+from speft_ds.config.load_recipe import ROOT, load_recipe
 from speft_ds.entry import checked_recipe
 from speft_ds.errors import UserError
-from speft_ds.recipe import ROOT, load_recipe
-from speft_ds.run_folder import check_output_dir
+from speft_ds.training.run_dir import check_output_dir
 
 DEFAULT_CPU_RANKS = 2
 STOP_S = 35  # that a stopped launcher gives its ranks, and a little more

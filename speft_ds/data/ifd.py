@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from speft_ds.comm import watchdog
-from speft_ds.data.batch import collate, num_logits
-from speft_ds.data.rows import Row
-from speft_ds.data.tokens import load_tokenizer
+from speft_ds.data.collate import collate, num_logits
+from speft_ds.data.dataset import Row
+from speft_ds.data.tokenize import load_tokenizer
+from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
-from speft_ds.files import write_json
-from speft_ds.paths import cache_folder
+from speft_ds.io import write_json
 
 VERSION = 1  # of the scores: to be raised whenever the same rows and scorer would get others
 MAX_TOKENS = 1024  # of prompt and response together, or the scorer's context where that is shorter

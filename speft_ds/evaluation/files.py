@@ -11,18 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speft_ds.evaluation.formats import prompt_formats
-from speft_ds.evaluation.rounds import Moment, Round
-from speft_ds.files import replacing, write_json
-from speft_ds.schema import Eval, Recipe
+from speft_ds.config.eval_config import EvalConfig
+from speft_ds.config.recipe import Recipe
+from speft_ds.evaluation.eval_jobs import EvalJob, Phase
+from speft_ds.evaluation.prompt_formats import prompt_formats
+from speft_ds.io import replacing, write_json
 
 if TYPE_CHECKING:
-    from speft_ds.evaluation.evaluation import Scored
+    from speft_ds.evaluation.runner import Scored
 
 OLD = "old"  # folder of scores that do not hold any more
 
 
-def asked(round: Round, of: dict, recipe: Recipe) -> dict[str, Any]:
+def asked(round: EvalJob, of: dict, recipe: Recipe) -> dict[str, Any]:
     """What the scores of a round depend on, beside how the model is run.
 
     Args:
@@ -43,7 +44,7 @@ def asked(round: Round, of: dict, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def has_scored(folder: Path, round: Round, of: dict, recipe: Recipe) -> bool:
+def has_scored(folder: Path, round: EvalJob, of: dict, recipe: Recipe) -> bool:
     """Whether `folder` has the scores of a round, of these weights and made as it asks."""
     try:
         document = json.loads((folder / f"{round.label}.json").read_text(encoding="utf-8"))
@@ -53,8 +54,8 @@ def has_scored(folder: Path, round: Round, of: dict, recipe: Recipe) -> bool:
 
 
 def still_to_score(
-    folder: Path, moment: Moment, wanted: Sequence[Round], of: dict, recipe: Recipe
-) -> list[Round]:
+    folder: Path, moment: Phase, wanted: Sequence[EvalJob], of: dict, recipe: Recipe
+) -> list[EvalJob]:
     """The rounds of a moment that `folder` has no scores of; its other files of that moment are set aside.
 
     Nothing that stays is of other weights, other settings, or of a round that is not asked for any more.
@@ -71,7 +72,7 @@ def still_to_score(
     return [round for round in wanted if round not in done]
 
 
-def keep_scores(folder: Path, scored: Scored, recipe: Eval) -> None:
+def keep_scores(folder: Path, scored: Scored, recipe: EvalConfig) -> None:
     """Write `<folder>/<label>.json` and, first, each task's documents, `<folder>/<label>/<task>.jsonl`."""
     from lm_eval.utils import handle_non_serializable  # late: it takes its time
 

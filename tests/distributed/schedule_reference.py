@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from distributed.reference import plain_model, reference_loss
-from speft_ds.data.batch import collate
-from speft_ds.data.order import SampleOrder, permutation
-from speft_ds.schema import Recipe
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.collate import collate
+from speft_ds.data.sampler import Sampler, permutation
 
 Dense = dict[str, Tensor]  # weight -> [out, in]
 
@@ -79,7 +79,7 @@ class Reference:
     def __init__(self, recipe: Recipe):
         self.recipe, self.settings = recipe, recipe.mask
         self.rows = tiny.read_rows(Path(recipe.data.path))
-        self.order = SampleOrder((len(self.rows),), None, recipe.seed)
+        self.order = Sampler((len(self.rows),), None, recipe.seed)
         self.model = plain_model(recipe).eval()
         parameters = self.model.named_parameters()
         self.weights = {n: p for n, p in parameters if ".layers." in n and p.dim() == 2}

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from speft_ds.comm import collectives
 from speft_ds.errors import UserError
-from speft_ds.partition import shard_range
-from speft_ds.selection import select
+from speft_ds.selection.topk import select
+from speft_ds.zero.shards import shard_range
 
 Shapes = dict[str, tuple[int, int]]
 

@@ -6,7 +6,7 @@ import torch
 from distributed import checks, schedule_checks
 from distributed.reference import make_recipe, read_entries
 from distributed.schedule_reference import Reference, count
-from speft_ds.mask import Mask, read_mask, save_mask
+from speft_ds.sparse.mask import Mask, read_mask, save_mask
 
 FIVE_CHANGES = {"update_every": 5}  # of a run of 30 steps: after 5, 10, 15, 20 and 25
 PERIODIC = {"schedule": "periodic", **FIVE_CHANGES}

@@ -11,8 +11,8 @@ import pytest
 from speft_ds import entry
 from speft_ds.arguments import parse_arguments
 from speft_ds.commands.launcher import find_deepspeed
+from speft_ds.config.load_recipe import ROOT
 from speft_ds.errors import UserError
-from speft_ds.recipe import ROOT
 from unit.written import write_inputs
 
 
@@ -83,9 +83,9 @@ def test_an_error_of_the_run_is_shown_without_a_traceback(ready, own_environment
     def run(recipe, start):
         raise UserError("the loss is nan", "training", "lower optimizer.lr")
 
-    module = types.ModuleType("speft_ds.train")
+    module = types.ModuleType("speft_ds.jobs.train")
     module.run = run
-    monkeypatch.setitem(sys.modules, "speft_ds.train", module)
+    monkeypatch.setitem(sys.modules, "speft_ds.jobs.train", module)
     monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", "mine.yaml"])
     assert entry.main("train", parse_arguments("train", "")) == 2
     assert capsys.readouterr().err.startswith("the loss is nan\n    where: training")
@@ -95,9 +95,9 @@ def test_ctrl_c_ends_a_rank_quietly(ready, own_environment, monkeypatch, capsys)
     def run(recipe, start):
         raise KeyboardInterrupt
 
-    module = types.ModuleType("speft_ds.train")
+    module = types.ModuleType("speft_ds.jobs.train")
     module.run = run
-    monkeypatch.setitem(sys.modules, "speft_ds.train", module)
+    monkeypatch.setitem(sys.modules, "speft_ds.jobs.train", module)
     monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", "mine.yaml"])
     assert entry.main("train", parse_arguments("train", "")) == 130
     assert capsys.readouterr() == ("", "")

@@ -11,10 +11,10 @@ import types
 
 import pytest
 
-from speft_ds import cli
+from speft_ds.cli import main
 from speft_ds.commands import launcher
+from speft_ds.config.load_recipe import ROOT
 from speft_ds.errors import UserError
-from speft_ds.recipe import ROOT
 from unit.written import write_inputs
 
 
@@ -55,7 +55,7 @@ def launched(tmp_path, monkeypatch):
         monkeypatch.setattr(launcher, "count_gpus", lambda: gpus)
         monkeypatch.setattr(sys, "argv", ["speft", name, *arguments])
         with pytest.raises(SystemExit) as left:
-            cli.main()
+            main.main()
         return (*(calls[-1] if calls else (None, None)), left.value.code)
 
     return start

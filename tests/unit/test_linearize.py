@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 
 from speft_ds.comm import collectives
 from speft_ds.errors import UserError
-from speft_ds.linearize import linear_network, only_scale, pack, unpack
+from speft_ds.selection.synflow import linear_network, only_scale, pack, unpack
 
 
 @given(st.lists(st.booleans(), max_size=70))
@@ -79,7 +79,7 @@ def test_the_output_is_linear_in_a_weight(model):
         return x * factors[norm]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("speft_ds.linearize.only_scale", frozen)
+        patch.setattr("speft_ds.selection.synflow.only_scale", frozen)
         with linear_network(model) as all_ones:
 
             def total() -> torch.Tensor:

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from speft_ds.config.optimizer_config import OptimizerConfig
 from torch import nn
 
-from speft_ds.optimizer import AdamW, clip_factor, lr_factor, make_lr_schedule, make_optimizer
-from speft_ds.schema import Optimizer
+from speft_ds.sparse.optim.adamw import AdamW
+from speft_ds.sparse.optim.clipping import clip_factor
+from speft_ds.sparse.optim.lr_schedule import lr_factor, make_lr_schedule
+from speft_ds.sparse.optim.make import make_optimizer
 
 SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
 LENGTH = 40
@@ -122,7 +125,7 @@ def carried(steps: int):
     position = torch.tensor([place if place is not None else 11 for place in KEPT])  # 11: to be ignored
     new = nn.Parameter(torch.where(found, old.detach()[position], 0.0))
     state = {name: value.clone() for name, value in optimizer.state[old].items()}
-    optimizer.carry(new, position, found)
+    optimizer.remap_state(new, position, found)
     return optimizer, state, new
 
 
@@ -154,7 +157,7 @@ def test_young_entries_take_the_steps_of_a_fresh_optimizer():
 
 
 def test_the_learning_rate_schedule_goes_on_after_a_carry():
-    settings = Optimizer(lr=0.1, schedule="linear", warmup_steps=2)
+    settings = OptimizerConfig(lr=0.1, schedule="linear", warmup_steps=2)
     delta = nn.Parameter(torch.zeros(3))
     optimizer = make_optimizer(delta, settings, ages=True)
     schedule = make_lr_schedule(optimizer, settings, num_steps=12)
@@ -162,7 +165,7 @@ def test_the_learning_rate_schedule_goes_on_after_a_carry():
     for step in range(12):
         if step == 5:
             delta = nn.Parameter(torch.zeros(4))
-            optimizer.carry(delta, torch.tensor([0, 1, 2, 0]), torch.tensor([True, True, True, False]))
+            optimizer.remap_state(delta, torch.tensor([0, 1, 2, 0]), torch.tensor([True, True, True, False]))
         delta.grad = torch.ones_like(delta)
         before = delta.detach().clone()
         optimizer.step()
@@ -175,7 +178,7 @@ def test_the_learning_rate_schedule_goes_on_after_a_carry():
 
 
 def test_make_optimizer_takes_every_key_of_the_recipe():
-    settings = Optimizer(lr=0.02, betas=[0.7, 0.9], eps=1e-3, weight_decay=0.5)
+    settings = OptimizerConfig(lr=0.02, betas=[0.7, 0.9], eps=1e-3, weight_decay=0.5)
     delta, steps = nn.Parameter(start()), gradients(5)
     optimizer = make_optimizer(delta, settings, ages=False)
     for gradient in steps:
@@ -192,7 +195,9 @@ def test_pausing_and_carrying_need_ages():
         optimizer.step(active=torch.ones(LENGTH, dtype=torch.bool))
     assert torch.equal(delta, start())
     with pytest.raises(ValueError, match="a mask that changes needs ages"):
-        optimizer.carry(nn.Parameter(torch.zeros(1)), torch.zeros(1, dtype=torch.int64), torch.ones(1).bool())
+        optimizer.remap_state(
+            nn.Parameter(torch.zeros(1)), torch.zeros(1, dtype=torch.int64), torch.ones(1).bool()
+        )
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from speft_ds.optimizer import AdamW, AdamW8bit, Saved, adamw_8bit
-from speft_ds.optimizer.blockwise import BLOCK
 from speft_ds.plan.dry_run import LiveBytes
+from speft_ds.sparse.optim import adamw_8bit
+from speft_ds.sparse.optim.adamw import AdamW
+from speft_ds.sparse.optim.adamw_8bit import AdamW8bit
+from speft_ds.sparse.optim.blockwise import BLOCK
+from speft_ds.sparse.optim.flat import OptimizerState
 from unit.spread import LENGTH, numbers
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -180,7 +183,9 @@ def test_resting_needs_ages():
     with pytest.raises(ValueError, match="entries that pause need ages"):
         optimizer.step(active=torch.ones(LENGTH, dtype=torch.bool))
     with pytest.raises(ValueError, match="a mask that changes needs ages"):
-        optimizer.carry(nn.Parameter(torch.zeros(1)), torch.zeros(1, dtype=torch.int64), torch.ones(1).bool())
+        optimizer.remap_state(
+            nn.Parameter(torch.zeros(1)), torch.zeros(1, dtype=torch.int64), torch.ones(1).bool()
+        )
     assert not delta.any() and optimizer.state[delta]["age"] == 0
 
 
@@ -202,7 +207,7 @@ def change(optimizer, num_new, keep=0.7, seed=11):
     position[found] = kept
     delta = nn.Parameter(torch.zeros(found.numel()))
     delta.data[found] = old.detach()[kept]
-    optimizer.carry(delta, position, found)
+    optimizer.remap_state(delta, position, found)
     return kept, found
 
 
@@ -283,7 +288,7 @@ def test_young_entries_take_the_steps_of_a_fresh_optimizer():
 
 def copies(saved):
     own = {name: value.clone() for name, value in saved.own.items()}
-    return Saved({name: value.clone() for name, value in saved.columns.items()}, own, saved.age)
+    return OptimizerState({name: value.clone() for name, value in saved.columns.items()}, own, saved.age)
 
 
 @pytest.mark.parametrize("changes", [0, 1])
@@ -313,7 +318,7 @@ def test_columns_alone_are_rounded_once():
     optimizer = trained()
     saved = copies(optimizer.snapshot())
     resumed = ours(nn.Parameter(torch.ones(3)), ages=True)
-    resumed.restore(nn.Parameter(optimizer.delta.detach().clone()), Saved(saved.columns))
+    resumed.restore(nn.Parameter(optimizer.delta.detach().clone()), OptimizerState(saved.columns))
     for name, value in resumed.snapshot().columns.items():
         assert torch.allclose(value, saved.columns[name], rtol=0.01), name  # of the same blocks here
     assert torch.equal(resumed.state[resumed.delta]["age"], optimizer.state[optimizer.delta]["age"])

@@ -8,13 +8,13 @@ import torch
 from rich.console import Console
 from tiny import make_model
 
+from speft_ds.config.recipe import Recipe
 from speft_ds.errors import RecipeError
 from speft_ds.plan.dry_run import LiveBytes, Pass, dry_run
 from speft_ds.plan.gathers import GatherRules, Moment, Trace, simulate
 from speft_ds.plan.geometry import read_geometry
 from speft_ds.plan.memory import GIB, PROCESS, Line, total
 from speft_ds.plan.plan import Plan, make_plan, print_plan
-from speft_ds.schema import Recipe
 
 # tiny.make_model: 35 wide, 53 in the MLP, 5 heads of 8 (1 key and value head), 2 layers, vocabulary 260.
 LAYER = {

@@ -5,11 +5,11 @@ import torch
 from tiny import make_model
 from torch import nn
 
-from speft_ds.optimizer import make_optimizer
-from speft_ds.optimizer.blockwise import BLOCK
+from speft_ds.config.recipe import Recipe
 from speft_ds.plan.geometry import read_geometry
 from speft_ds.plan.memory import MOMENT_BLOCK, Setup, optimizer_state, state
-from speft_ds.schema import Recipe
+from speft_ds.sparse.optim.blockwise import BLOCK
+from speft_ds.sparse.optim.make import make_optimizer
 
 PERIODIC = {"schedule": "periodic", "update_every": 2}
 
@@ -71,7 +71,9 @@ def test_the_state_is_what_is_allocated(model, name, changes):
     setup = setup_of(model, mask=PERIODIC if changes else {}, name=name, **keys)
     optimizer = make_optimizer(nn.Parameter(torch.zeros(OWN)), setup.recipe.optimizer, ages=changes)
     if changes:  # the same entries again
-        optimizer.carry(nn.Parameter(torch.zeros(OWN)), torch.arange(OWN), torch.ones(OWN, dtype=torch.bool))
+        optimizer.remap_state(
+            nn.Parameter(torch.zeros(OWN)), torch.arange(OWN), torch.ones(OWN, dtype=torch.bool)
+        )
     tensors = [value for value in optimizer.state[optimizer.delta].values() if value.dim()]
     for moment in getattr(optimizer, "moments", {}).values():
         tensors += [moment.code, moment.absmax]

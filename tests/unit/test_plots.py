@@ -8,8 +8,8 @@ import zlib
 import pytest
 import torch
 
-from speft_ds.mask import Mask
 from speft_ds.plots import jaccard_picture, mask_heat_map
+from speft_ds.sparse.mask import Mask
 from speft_ds.tables import density_table, jaccard_text, place, print_mask_table, short_modules
 
 MODULES = {

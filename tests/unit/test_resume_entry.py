@@ -10,10 +10,10 @@ import pytest
 
 from speft_ds import entry
 from speft_ds.arguments import parse_arguments
-from speft_ds.checkpoint.folder import folder_of
-from speft_ds.recipe import ROOT, load_recipe
-from speft_ds.resume import IF_ANY, NEWEST, Start
-from speft_ds.run_folder import start_folder, write_facts
+from speft_ds.config.load_recipe import ROOT, load_recipe
+from speft_ds.training.checkpoint.folder import folder_of
+from speft_ds.training.checkpoint.resume import IF_ANY, NEWEST, Start
+from speft_ds.training.run_dir import start_folder, write_facts
 from unit.saved import flip, save, unmark
 from unit.written import write_inputs
 

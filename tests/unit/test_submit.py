@@ -9,8 +9,8 @@ import pytest
 
 from speft_ds.commands import submit as module
 from speft_ds.commands.submit import Resources, Run, submit
+from speft_ds.config.load_recipe import ROOT, load_recipe, resolved_yaml
 from speft_ds.errors import RecipeError, UserError
-from speft_ds.recipe import ROOT, load_recipe, resolved_yaml
 from unit.commands import run, speft
 from unit.written import write_inputs
 

@@ -1,0 +1,33 @@
+"""The optimizer that a recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from speft_ds.sparse.optim.adamw import AdamW
+from speft_ds.sparse.optim.adamw_8bit import AdamW8bit
+from speft_ds.sparse.optim.flat import FlatOptimizer
+from speft_ds.sparse.optim.lion import Lion
+from speft_ds.sparse.optim.sgd import SGD
+
+# `optimizer.name` -> (delta, the recipe's `optimizer` section, ages) -> the optimizer
+MAKERS: dict[str, Callable[[nn.Parameter, object, bool], FlatOptimizer]] = {
+    "adamw": lambda d, r, ages: AdamW(d, r.lr, tuple(r.betas), r.eps, r.weight_decay, ages),
+    "adamw_8bit": lambda d, r, ages: AdamW8bit(d, r.lr, tuple(r.betas), r.eps, r.weight_decay, ages),
+    "paged_adamw_8bit": lambda d, r, ages: AdamW8bit(
+        d, r.lr, tuple(r.betas), r.eps, r.weight_decay, ages, is_paged=True
+    ),
+    "sgd": lambda d, r, ages: SGD(d, r.lr, r.momentum, r.weight_decay),
+    "lion": lambda d, r, ages: Lion(d, r.lr, tuple(r.betas), r.weight_decay),
+}
+
+
+def make_optimizer(delta: nn.Parameter, recipe, ages: bool) -> FlatOptimizer:
+    """The optimizer of a recipe's `optimizer` section on this rank's flat delta.
+
+    Args:
+        ages: whether entries may come, go or pause; see AdamW.
+    """
+    return MAKERS[recipe.name](delta, recipe, ages)

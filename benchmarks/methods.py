@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.config.deepspeed_config import load_ds_config
 from speft_ds.config.recipe import Recipe
 from speft_ds.model.load_model import load_base
@@ -281,7 +281,7 @@ CONFIGS: dict[str, Callable] = {"lora": lora, "shira": shira, "supertuning": sup
 def make(name: str, case: Case, world_size: int) -> Method:
     """A method by its name, on this rank."""
     if world_size > 1 or name == "speft_ds":
-        distributed.init()
+        collectives.init()
     if name == "floor":
         return (ShardedFloor if world_size > 1 else PlainFloor)(case, world_size)
     if name == "speft_ds":

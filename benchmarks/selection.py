@@ -52,12 +52,12 @@ class Clock:
         self.rounds: dict[str, list[float]] = {}
 
     def time(self, name: str, work: Callable):
-        from speft_ds import distributed
+        from speft_ds.comm import collectives
 
-        distributed.barrier()
+        collectives.barrier()
         start = time.perf_counter()
         result = work()
-        distributed.barrier()
+        collectives.barrier()
         self.rounds.setdefault(name, []).append(time.perf_counter() - start)
         return result
 
@@ -71,7 +71,7 @@ class Clock:
 
 def measure(context: TrainContext, recipe: Recipe, rounds: int) -> tuple[dict, str]:
     """What is found, and a line that says on how many rows."""
-    from speft_ds import distributed
+    from speft_ds.comm import collectives
     from speft_ds.env import machine_facts, versions
     from speft_ds.selection.salience import score
     from speft_ds.selection.topk import select
@@ -107,7 +107,7 @@ def measure(context: TrainContext, recipe: Recipe, rounds: int) -> tuple[dict, s
     }
     batch, dtype = recipe.mask.calibration_batch, recipe.model.dtype
     how = f"{len(scorer.calibration.rows)} rows, {num_tokens:,} tokens in batches of {batch}, {dtype}"
-    return result, f"{how}, {distributed.world_size()} rank(s)"
+    return result, f"{how}, {collectives.world_size()} rank(s)"
 
 
 def main() -> None:
@@ -117,14 +117,14 @@ def main() -> None:
     use_all_cores()
     from markdown import print_table
 
-    from speft_ds import distributed
+    from speft_ds.comm import collectives
     from speft_ds.config.load_recipe import without_training
     from speft_ds.io import write_json
     from speft_ds.training.setup import load_context, load_data
 
     recipe = checked_recipe("score", arguments.recipe, overrides, 1)
-    distributed.init()
-    resolved = without_training(recipe, distributed.world_size())
+    collectives.init()
+    resolved = without_training(recipe, collectives.world_size())
     context = load_context(resolved, load_data(resolved, needs_calibration=True))
     result, how = measure(context, recipe, rounds)
 
@@ -135,8 +135,8 @@ def main() -> None:
         write_json(arguments.json, result)
         print(f"\n{arguments.json}")
 
-    distributed.on_rank_0(report)
-    distributed.barrier()
+    collectives.run_on_rank0(report)
+    collectives.barrier()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from dataclasses import is_dataclass
 import torch
 from torch import Tensor
 
-from speft_ds import distributed, peak_memory
+from speft_ds import peak_memory
+from speft_ds.comm import collectives
 from speft_ds.sparse.optim.flat import FlatOptimizer
 from speft_ds.sparse.state import SparseState
 from speft_ds.zero.engine import SparseEngine
@@ -55,7 +56,7 @@ def memory(
         "process": process,
         "base shard": sum(shard.nbytes for shard in shards),
         "small weights, whole": sum(p.ds_numel * p.element_size() for p in persistent),
-        "gathered weights": engine.gathers.most_whole if distributed.world_size() > 1 else 0,
+        "gathered weights": engine.gathers.most_whole if collectives.world_size() > 1 else 0,
         "mask": held_bytes(mask),
         "gradient": held_bytes([gradient.own]),
         "gradient buckets": gradient.peak_buffer_bytes,

@@ -10,8 +10,9 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from speft_ds import env, lifeline, stop
+from speft_ds import env
 from speft_ds.arguments import RANK_0_S, Job, parse_arguments
+from speft_ds.comm import signals, watchdog
 from speft_ds.config.load_recipe import for_scoring, load_recipe, recipe_of
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import rank, world_size
@@ -37,7 +38,7 @@ def start(job: Job, manual: str) -> NoReturn:
     """Do the job on this rank, as the command line says, and exit; `manual` is what --help says of it."""
     env.init_env()
     if job == "train":
-        stop.watch()  # before anything that takes long
+        signals.watch_signals()  # before anything that takes long
     code = main(job, parse_arguments(job, manual))
     sys.stdout.flush()
     # No interpreter shutdown: a rank that failed must not wait in a collective's destructor for the others.
@@ -61,13 +62,13 @@ def main(job: Job, arguments: argparse.Namespace) -> int:
     except UserError as error:
         can_go_on = job == "train" and error.can_go_on
         return fail(_with_way_on(str(error), recipe if can_go_on else None), EXIT_USER_ERROR)
-    except stop.Stopped as reason:
+    except signals.Stopped as reason:
         if rank() == 0:
             print(f"stopped: {reason}\n{resume_hint(Path(recipe.output_dir))}", file=sys.stderr, flush=True)
-        lifeline.close()
-        return stop.EXIT_STOPPED
+        watchdog.close()
+        return signals.EXIT_STOPPED
     except KeyboardInterrupt:
-        return stop.EXIT_CTRL_C
+        return signals.EXIT_CTRL_C
     except Exception:
         message = f"rank {rank()} failed:\n{traceback.format_exc()}"
         return fail(_with_way_on(message, recipe if job == "train" else None), 1)
@@ -181,11 +182,11 @@ def fail(message: str, code: int) -> int:
     Before the ranks know each other: rank 0 at once, the others only if rank 0 (whose exit ends the job) has
     nothing to say.
     """
-    if lifeline.fail(message):
+    if watchdog.fail(message):
         return code
     deadline = time.monotonic() + (RANK_0_S if rank() != 0 else 0)
     while time.monotonic() < deadline:
-        if stop.reason():  # the launcher ends this rank, since rank 0 has told and left
+        if signals.stop_reason():  # the launcher ends this rank, since rank 0 has told and left
             return code
         time.sleep(0.1)
     print(message, file=sys.stderr, flush=True)

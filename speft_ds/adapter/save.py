@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speft_ds import distributed
 from speft_ds.adapter.format import write_adapter
+from speft_ds.comm import collectives
 from speft_ds.selection.topk import gather_indices
 from speft_ds.sparse.layout import Layout
 from speft_ds.sparse.state import SparseState
@@ -26,11 +26,11 @@ def save_adapter(folder: Path, state: SparseState, facts: dict) -> None:
     local, delta = state.modified_entries()
     numel = {name: state.mask.numel(name) for name in state.mask.shape}
     index = gather_indices(local, numel)
-    layout = Layout.of(index, numel, distributed.world_size())
-    by_rank = distributed.all_gather_padded(delta, layout.lengths)
+    layout = Layout.of(index, numel, collectives.world_size())
+    by_rank = collectives.all_gather_padded(delta, layout.lengths)
     heads = state.gather_heads()
     facts = {**facts, "shapes": state.mask.shape, "mask": state.mask.facts()}
-    distributed.on_rank_0(lambda: write_adapter(folder, entries_of(index, layout, by_rank), facts, heads))
+    collectives.run_on_rank0(lambda: write_adapter(folder, entries_of(index, layout, by_rank), facts, heads))
 
 
 def entries_of(

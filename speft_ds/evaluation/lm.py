@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from speft_ds import distributed, lifeline
+from speft_ds.comm import collectives, watchdog
 from speft_ds.evaluation.prompt_formats import PromptFormat
 from speft_ds.evaluation.response_cache import ResponseCache
 from speft_ds.training.metrics import Progress
@@ -58,7 +58,7 @@ class EngineLM(HFLM):
         log.setLevel(logging.ERROR)
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         log.setLevel(level)
-        self._device = distributed.device()  # a released ZeRO-3 weight does not tell
+        self._device = collectives.device()  # a released ZeRO-3 weight does not tell
         self.is_sharded, self.prompt_format, self.answers = is_sharded, prompt_format, answers
         self.own_batch_size, self.num_rewritten = batch_size, Counter()
 
@@ -120,7 +120,7 @@ class EngineLM(HFLM):
 
     def _model_generate(self, context, max_length, stop, **kwargs):
         # A rank whose sequences are complete keeps running forwards until all are: they gather weights.
-        kwargs["synced_gpus"] = self.is_sharded and distributed.world_size() > 1
+        kwargs["synced_gpus"] = self.is_sharded and collectives.world_size() > 1
         return super()._model_generate(context, max_length, stop, **kwargs)
 
     def _deal(self, compute: Callable[[list], list], batches: list[list], num_requests: int) -> list:
@@ -168,12 +168,12 @@ def shard_batches(
         batches: (position, request) pairs, the same on every rank.
         needs_fillers: a rank without a batch computes one all the same, to keep its forwards in step.
     """
-    rank, world_size = distributed.rank(), distributed.world_size()
+    rank, world_size = collectives.rank(), collectives.world_size()
     own, done = [], 0
     with Progress("scoring", num_requests) as progress:
         for first in range(0, len(batches), world_size):
-            lifeline.beat(f"evaluation, batch {first + 1} of {len(batches)}")
-            distributed.stop_if_asked()
+            watchdog.heartbeat(f"evaluation, batch {first + 1} of {len(batches)}")
+            collectives.raise_if_stop_requested()
             mine = first + rank < len(batches)
             if mine or needs_fillers:
                 batch = batches[first + rank] if mine else batches[0][:1]
@@ -184,7 +184,7 @@ def shard_batches(
             done += sum(map(len, batches[first : first + world_size]))
             progress.update(done)
     results: dict[int, Any] = {}
-    for part in distributed.all_gather_objects(own):
+    for part in collectives.all_gather_objects(own):
         results.update(part)
     if len(results) != num_requests or sum(map(len, batches)) != num_requests:
         raise RuntimeError(f"{len(results)} of {num_requests} requests were answered")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.env import cache_folder
 from speft_ds.io import write_json
 
@@ -39,13 +39,13 @@ class ResponseCache:
     def get(self, method: str, arguments: list[tuple], compute: Callable[[], list]) -> list:
         """The answers, from the file or else computed and written; every rank enters this together."""
         path = self.path(method, arguments)
-        found = distributed.broadcast_object(read(path, len(arguments)) if distributed.rank() == 0 else None)
+        found = collectives.broadcast_object(read(path, len(arguments)) if collectives.rank() == 0 else None)
         self.num_asked += 1
         if found is not None:
             self.num_found += 1
             return [tuple(answer) if isinstance(answer, list) else answer for answer in found]
         answers = compute()
-        distributed.on_rank_0(lambda: write_json(path, {"settings": self.settings, "answers": answers}))
+        collectives.run_on_rank0(lambda: write_json(path, {"settings": self.settings, "answers": answers}))
         return answers
 
     @property

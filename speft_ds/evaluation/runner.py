@@ -18,7 +18,8 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
+from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import versions
 from speft_ds.evaluation.eval_jobs import EvalJob
@@ -30,7 +31,6 @@ from speft_ds.evaluation.prompt_formats import prompt_formats
 from speft_ds.evaluation.response_cache import ResponseCache
 from speft_ds.evaluation.scores import check_rows, main_scores, score_rows
 from speft_ds.evaluation.tasks import find_tasks, local_data
-from speft_ds.training.metrics import say
 
 
 @dataclass
@@ -72,7 +72,9 @@ class Evaluation:
         with model_to_score(module, self.recipe.eval.mode) as (model, is_sharded):
             for round in rounds:
                 what = ", ".join(round.tasks) or "the forgetting text"
-                say(f"scoring {round.label}: {what}, {'sharded' if is_sharded else 'a copy on every rank'}")
+                log_rank0(
+                    f"scoring {round.label}: {what}, {'sharded' if is_sharded else 'a copy on every rank'}"
+                )
                 with _random_states_kept():
                     scored = self.score(model, is_sharded, round, of)
                 yield scored
@@ -85,7 +87,7 @@ class Evaluation:
         scores = None
         if scored is not None:
             scores = {f"{score.task} {score.metric}": score.value for score in main_scores(scored.document)}
-        return distributed.broadcast_object(scores)
+        return collectives.broadcast_object(scores)
 
     def score(self, model: nn.Module, is_sharded: bool, round: EvalJob, of: dict) -> Scored | None:
         """One round; every rank enters this together.
@@ -111,14 +113,14 @@ class Evaluation:
         )
         results, notes = self._ask(lm, round) if round.tasks else (None, [])
         perplexity = text_perplexity(lm, self.recipe.eval) if round.has_text else None
-        if distributed.rank() != 0:
+        if collectives.rank() != 0:
             return None
         section = self.recipe.eval
         lost = [task for task in section.forgetting_tasks if task not in section.tasks]
         rows = score_rows(results, lost) if results else []
         rows, more = check_rows(rows, round, lm.num_rewritten)
         for note in (notes := [*notes, *more]):
-            say(f"note: {note}")
+            log_rank0(f"note: {note}")
         document = {
             "label": round.label,
             "kind": round.kind,
@@ -163,7 +165,7 @@ class Evaluation:
             "format": round.format,
             "format_text": str(self.formats[round.format]) if round.format else None,
             "mode": "sharded" if is_sharded else "gathered",
-            "world_size": distributed.world_size(),
+            "world_size": collectives.world_size(),
             "batch_size": section.batch_size,
             "lm_eval": version("lm_eval"),
         }
@@ -171,7 +173,7 @@ class Evaluation:
     def _settings_of_answers(self, is_sharded: bool) -> dict[str, Any]:
         return {
             "batch_size": self.recipe.eval.batch_size,
-            "device": torch.cuda.get_device_name() if distributed.device().type == "cuda" else "cpu",
+            "device": torch.cuda.get_device_name() if collectives.device().type == "cuda" else "cpu",
             "is_sharded": is_sharded,
             "versions": versions(),
         }
@@ -180,7 +182,7 @@ class Evaluation:
 @contextmanager
 def _random_states_kept() -> Iterator[None]:
     """Training draws on as if nothing had been scored in between."""
-    python, numpy_state, device = random.getstate(), np.random.get_state(), distributed.device()
+    python, numpy_state, device = random.getstate(), np.random.get_state(), collectives.device()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from speft_ds import distributed, lifeline
+from speft_ds.comm import collectives, watchdog
 from speft_ds.data.collate import collate
 from speft_ds.data.dataset import TokenizedDataset
 
@@ -35,7 +35,7 @@ class ValidationLoss:
         Args:
             loss: (module, batch) -> summed loss.
         """
-        rank, world_size, device = distributed.rank(), distributed.world_size(), distributed.device()
+        rank, world_size, device = collectives.rank(), collectives.world_size(), collectives.device()
         by_length = sorted(self.rows, key=lambda row: -len(row.ids))
         size = self.batch_size
         batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
@@ -43,7 +43,7 @@ class ValidationLoss:
         was_training = module.training
         module.eval()
         for first in range(0, len(batches), world_size):
-            lifeline.beat(f"validation batch {first + 1} of {len(batches)}")
+            watchdog.heartbeat(f"validation batch {first + 1} of {len(batches)}")
             number = first + rank
             rows = batches[number] if number < len(batches) else batches[0][:1]
             value = loss(module, collate(rows, self.pad_id, device))
@@ -51,5 +51,5 @@ class ValidationLoss:
                 sums[number] = value
         module.train(was_training)
         # Summed in one order whatever the number of ranks.
-        total = distributed.all_reduce(sums).cpu().sum().item()
+        total = collectives.all_reduce(sums).cpu().sum().item()
         return total / sum(row.num_labels for row in by_length)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from speft_ds import distributed, lifeline
 from speft_ds.adapter.apply import another_base, check_weights, with_delta
 from speft_ds.adapter.format import Adapter, tensors_sha256
+from speft_ds.comm import collectives, watchdog
+from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.eval_config import EvalConfig
 from speft_ds.config.load_recipe import without_training
 from speft_ds.config.recipe import Recipe
@@ -22,7 +23,6 @@ from speft_ds.evaluation.scores import main_scores
 from speft_ds.jobs.preflight import mask_file
 from speft_ds.sparse.mask import read_mask
 from speft_ds.training.checks import check_chat_template
-from speft_ds.training.metrics import say
 from speft_ds.training.setup import TrainContext, load_context, load_data, scored_model_facts
 from speft_ds.zero.shards import full_shape, own_elements, own_range, repartition
 
@@ -76,9 +76,9 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     Raises:
         UserError: anything that the user can mend; the same on every rank.
     """
-    distributed.init(recipe.train.timeout_minutes + 1)
-    distributed.connect_lifeline(recipe.train.timeout_minutes, lambda: "start it again")
-    resolved = without_training(recipe, distributed.world_size())
+    collectives.init(recipe.train.timeout_minutes + 1)
+    collectives.start_watchdog(recipe.train.timeout_minutes, lambda: "start it again")
+    resolved = without_training(recipe, collectives.world_size())
     data = load_data(resolved)
     check_chat_template(recipe.eval, data.tokenizer)
     evaluation = Evaluation(recipe, data.tokenizer)
@@ -89,11 +89,11 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     folder = Path(recipe.output_dir) / "eval"
     rounds = rounds_to_score(recipe.eval, _name_of(adapter))
     of = scored_model_facts(context, tensors_sha256(adapter))
-    rounds = distributed.broadcast_object([_with_free_label(folder, round, of, recipe) for round in rounds])
+    rounds = collectives.broadcast_object([_with_free_label(folder, round, of, recipe) for round in rounds])
     for scored in evaluation.run(context.engine.module, rounds, of):
-        distributed.on_rank_0(partial(_keep, folder, scored, recipe.eval))
-    distributed.barrier()
-    lifeline.close()
+        collectives.run_on_rank0(partial(_keep, folder, scored, recipe.eval))
+    collectives.barrier()
+    watchdog.close()
 
 
 def _name_of(adapter: Path | None) -> str:
@@ -115,5 +115,5 @@ def _with_free_label(folder: Path, round: EvalJob, of: dict, recipe: Recipe) -> 
 def _keep(folder: Path, scored: Scored, recipe: EvalConfig) -> None:
     keep_scores(folder, scored, recipe)
     for score in main_scores(scored.document):
-        say(f"{score.name}: {score.text}, {score.num_documents} documents")
-    say(str(folder / f"{scored.document['label']}.json"))
+        log_rank0(f"{score.name}: {score.text}, {score.num_documents} documents")
+    log_rank0(str(folder / f"{scored.document['label']}.json"))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from speft_ds import distributed, peak_memory
+from speft_ds import peak_memory
+from speft_ds.comm import collectives
+from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.load_recipe import without_training
 from speft_ds.config.mask_config import MASK_FILE
 from speft_ds.config.recipe import Recipe
@@ -18,7 +20,7 @@ from speft_ds.plots import mask_heat_map
 from speft_ds.sparse.mask import save_mask
 from speft_ds.tables import print_mask_table
 from speft_ds.training.checks import check_shapes
-from speft_ds.training.metrics import Timings, say
+from speft_ds.training.metrics import Timings
 from speft_ds.training.run_dir import check_output_dir, start_folder
 from speft_ds.training.setup import base_facts, choose_mask, load_context, load_data
 
@@ -30,11 +32,11 @@ def run(recipe: Recipe) -> None:
         UserError: anything that the user can mend; the same on every rank.
         RuntimeError: the weights are not what they were before.
     """
-    distributed.init()
-    distributed.on_rank_0(lambda: check_output_dir(recipe))
+    collectives.init()
+    collectives.run_on_rank0(lambda: check_output_dir(recipe))
     timings = Timings()
     with timings.stage("data"):
-        resolved = without_training(recipe, distributed.world_size())
+        resolved = without_training(recipe, collectives.world_size())
         data = load_data(resolved, needs_calibration=True)
     with timings.stage("model"):
         context = load_context(resolved, data)
@@ -48,7 +50,7 @@ def run(recipe: Recipe) -> None:
         "granularity": recipe.mask.granularity,
         "budget": recipe.mask.budget,
         **base_facts(context),
-        "world_size": distributed.world_size(),
+        "world_size": collectives.world_size(),
         "versions": versions(),
         "machine": machine_facts(),
     }
@@ -62,11 +64,11 @@ def run(recipe: Recipe) -> None:
         write_json(folder / "score.json", {**facts, "mask": mask.facts(), "timings_s": timings, **memory})
         print_mask_table(mask)
 
-    distributed.on_rank_0(write)
-    say(
+    collectives.run_on_rank0(write)
+    log_rank0(
         f"{mask.num_trainable:,} of {mask.num_target_elements:,} entries (density {mask.density:.4%}) "
         f"by {recipe.mask.salience}, sha256 {mask.sha256[:12]}; base unchanged, {context.fingerprint[:12]}"
     )
-    say(f"salience {timings['salience']:.2f} s, selection {timings['selection']:.2f} s")
-    say(f"{folder / MASK_FILE}: train it with mask.load={folder / MASK_FILE}")
-    distributed.barrier()
+    log_rank0(f"salience {timings['salience']:.2f} s, selection {timings['selection']:.2f} s")
+    log_rank0(f"{folder / MASK_FILE}: train it with mask.load={folder / MASK_FILE}")
+    collectives.barrier()

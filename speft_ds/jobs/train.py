@@ -6,8 +6,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from speft_ds import distributed, lifeline
 from speft_ds.adapter.card import write_card
+from speft_ds.comm import collectives, watchdog
+from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import versions
 from speft_ds.errors import UserError
@@ -15,7 +16,7 @@ from speft_ds.report.scores import card_scores
 from speft_ds.training.checkpoint.folder import Checkpoint, clean, latest_valid, list_checkpoints, verify
 from speft_ds.training.checkpoint.resume import Start, resume_hint
 from speft_ds.training.checks import check_space
-from speft_ds.training.metrics import say, tokens_per_second
+from speft_ds.training.metrics import tokens_per_second
 from speft_ds.training.run_dir import (
     Lock,
     check_output_dir,
@@ -41,27 +42,27 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     from speft_ds.report import print_summary, write_report
 
     began = time.perf_counter()
-    distributed.init(recipe.train.timeout_minutes + 1)
+    collectives.init(recipe.train.timeout_minutes + 1)
     folder = Path(recipe.output_dir)
-    distributed.connect_lifeline(recipe.train.timeout_minutes, lambda: resume_hint(folder))
-    start = whole_start(distributed.broadcast_object(start or Start()))
+    collectives.start_watchdog(recipe.train.timeout_minutes, lambda: resume_hint(folder))
+    start = whole_start(collectives.broadcast_object(start or Start()))
     if start.state == "new":
-        distributed.on_rank_0(lambda: check_output_dir(recipe))
+        collectives.run_on_rank0(lambda: check_output_dir(recipe))
     trainer = Trainer(recipe, start)
-    num_ranks = distributed.world_size()
-    say(f"{recipe.name}: {len(trainer.rows):,} rows, {trainer.num_steps} steps, {num_ranks} rank(s)")
+    num_ranks = collectives.world_size()
+    log_rank0(f"{recipe.name}: {len(trainer.rows):,} rows, {trainer.num_steps} steps, {num_ranks} rank(s)")
     opened: list[Lock] = []  # by rank 0, for as long as the process lives
-    distributed.on_rank_0(lambda: opened.append(open_folder(recipe, start)))
-    trainer.run_id = distributed.broadcast_object(read_facts(folder).get("run_id"))
+    collectives.run_on_rank0(lambda: opened.append(open_folder(recipe, start)))
+    trainer.run_id = collectives.broadcast_object(read_facts(folder).get("run_id"))
     check_space(trainer.context, trainer.num_steps)
 
     if start.checkpoint is None:
         trainer.evaluate("before")
-    distributed.stop_if_asked()
+    collectives.raise_if_stop_requested()
     trainer.choose_mask()
     if start.checkpoint is not None:
         trainer.evaluate("before")  # says what is missing: the weights are not the base's any more
-    distributed.stop_if_asked()
+    collectives.raise_if_stop_requested()
     trainer.train()
     trainer.save()
     trainer.evaluate("after")
@@ -74,9 +75,9 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
         write_report(folder)
         print_summary(folder)
 
-    distributed.on_rank_0(finish)
-    distributed.barrier()
-    lifeline.close()
+    collectives.run_on_rank0(finish)
+    collectives.barrier()
+    watchdog.close()
 
 
 def whole_start(start: Start) -> Start:
@@ -88,22 +89,22 @@ def whole_start(start: Start) -> Start:
         UserError: on every rank, where there is no whole one.
     """
     while start.checkpoint is not None:
-        own = verify(start.checkpoint, distributed.rank(), distributed.world_size())
-        problems = [problem for problem in distributed.all_gather_objects(own) if problem]
+        own = verify(start.checkpoint, collectives.rank(), collectives.world_size())
+        problems = [problem for problem in collectives.all_gather_objects(own) if problem]
         if not problems:
             return start
         if start.is_chosen:
             fix = f"take the newest whole one: --resume {start.source}"
             raise UserError(f"cannot resume: {problems[0]}", str(start.checkpoint.path), fix)
-        say(f"note: checkpoint {start.checkpoint.path}: {problems[0]}; looking for an older one")
+        log_rank0(f"note: checkpoint {start.checkpoint.path}: {problems[0]}; looking for an older one")
         found: list[Checkpoint | None] = []
 
         def older(start: Start = start, found: list = found) -> None:
             run_id = start.checkpoint.manifest["run_id"]
-            found.append(latest_valid(start.source, run_id, say, below=start.checkpoint.step))
+            found.append(latest_valid(start.source, run_id, log_rank0, below=start.checkpoint.step))
 
-        distributed.on_rank_0(older)
-        start = replace(start, checkpoint=distributed.broadcast_object(found[0] if found else None))
+        collectives.run_on_rank0(older)
+        start = replace(start, checkpoint=collectives.broadcast_object(found[0] if found else None))
     return start
 
 
@@ -125,14 +126,14 @@ def open_folder(recipe: Recipe, start: Start) -> Lock:
     step = start.checkpoint.step if start.checkpoint else 0
     if not start.is_chosen and not forked and start.state == "resumed":
         check_still_newest(folder, step)
-    clean(folder, step, say)
+    clean(folder, step, log_rank0)
     if start.state == "resumed":
         rewind_metrics(folder, step, start.source)
     if forked:
         copy_scores(start.source, folder)
     start_folder(recipe)
     before = {} if forked else read_facts(folder)
-    starts = [*before.get("starts", []), {"step": step, "world_size": distributed.world_size()}]
+    starts = [*before.get("starts", []), {"step": step, "world_size": collectives.world_size()}]
     own_id = start.checkpoint.manifest["run_id"] if start.checkpoint and not forked else new_run_id()
     run_id = before.get("run_id") or own_id
     write_facts(folder, {"run_id": run_id, "finished": False, "starts": starts, "versions": versions()})

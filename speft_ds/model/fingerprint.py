@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.config.model_config import HEAD
 from speft_ds.zero.shards import full_shape, is_sharded, own_elements
 
@@ -59,7 +59,7 @@ def fingerprint(model: nn.Module, rounded: torch.dtype | None = None) -> str:
         values, start = own_elements(parameter) if is_sharded(parameter) else (parameter.detach(), 0)
         hashes.append(element_hash(values if rounded is None else values.to(rounded), start))
     if any(is_sharded(parameter) for parameter in parameters.values()):
-        hashes = [sum(column) % 2**64 for column in zip(*distributed.all_gather_objects(hashes), strict=True)]
+        hashes = [sum(column) % 2**64 for column in zip(*collectives.all_gather_objects(hashes), strict=True)]
     digest = hashlib.sha256()
     for (name, parameter), value in zip(parameters.items(), hashes, strict=True):
         dtype = rounded or parameter.dtype

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from speft_ds import distributed, lifeline
+from speft_ds.comm import collectives, watchdog
 from speft_ds.data.collate import collate
 from speft_ds.data.dataset import Row
 from speft_ds.errors import UserError
@@ -51,14 +51,14 @@ class CalibrationSet:
         """
         size = self.batch_size
         batches = [self.rows[start : start + size] for start in range(0, len(self.rows), size)]
-        rank, world_size = distributed.rank(), distributed.world_size()
+        rank, world_size = collectives.rank(), collectives.world_size()
         for first in range(0, len(batches), world_size):
-            lifeline.beat(f"calibration, batch {first + 1} of {len(batches)}")
+            watchdog.heartbeat(f"calibration, batch {first + 1} of {len(batches)}")
             if self.may_stop:
-                distributed.stop_if_asked()
+                collectives.raise_if_stop_requested()
             mine = first + rank < len(batches)
             batch = batches[first + rank] if mine else batches[0]
-            yield collate(batch, self.pad_id, distributed.device()), mine
+            yield collate(batch, self.pad_id, collectives.device()), mine
 
 
 @dataclass
@@ -153,7 +153,7 @@ class ShardSum:
 
     def __init__(self, weight: nn.Parameter, device: torch.device):
         own, _ = own_elements(weight)
-        numel, world_size = weight.ds_numel, distributed.world_size()
+        numel, world_size = weight.ds_numel, collectives.world_size()
         self.size = shard_numel(numel, world_size)
         self.padding = self.size * world_size - numel
         self.value = torch.zeros(own.numel(), dtype=torch.float32, device=device)
@@ -163,5 +163,5 @@ class ShardSum:
         dense = dense.reshape(-1)
         if self.padding:
             dense = torch.cat([dense, dense.new_zeros(self.padding)])
-        for contribution in distributed.exchange(dense.view(-1, self.size)):
+        for contribution in collectives.all_to_all(dense.view(-1, self.size)):
             self.value += contribution[: self.value.numel()].to(self.value.device)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 
 Groups = dict[str, int]  # weight -> number of the group that it competes in
 
@@ -59,7 +59,7 @@ def find_thresholds(
             keys, size = survivors.get(name, (None, sizes[name] if sizes else None))
             counted = count_digits(score if keys is None else keys, shift, bits, size)
             histogram[group[name]] += counted
-        histogram = distributed.all_reduce(histogram.to(distributed.device())).cpu()
+        histogram = collectives.all_reduce(histogram.to(collectives.device())).cpu()
         # at_least[g, d]: survivors of group g with this digit >= d
         at_least = histogram.flip(1).cumsum(1).flip(1)
         digit = ((at_least >= wanted[:, None].clamp(min=1)).sum(1) - 1).clamp_(min=0)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.data.collate import IGNORED
 from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import mix64
@@ -216,7 +216,7 @@ def difference(one: Scores, two: Scores) -> Scores:
 def norm(values: Scores) -> float:
     """L2 norm over all weights and ranks: that of the weights' norms."""
     by_weight = [torch.linalg.vector_norm(value, dtype=torch.float64) for value in values.values()]
-    return global_norm(torch.stack(by_weight).to(distributed.device()))
+    return global_norm(torch.stack(by_weight).to(collectives.device()))
 
 
 @torch.no_grad()
@@ -253,18 +253,18 @@ def lift(scorer: Scorer) -> Scores:
     sent back. So each rank holds one whole weight at a time.
     """
     names, scores = list(scorer.targets), {}
-    rank, world_size = distributed.rank(), distributed.world_size()
+    rank, world_size = collectives.rank(), collectives.world_size()
     for first in range(0, len(names), world_size):
         round_names, mine = names[first : first + world_size], None
         for owner, name in enumerate(round_names):
             weight = scorer.targets[name].weight
-            shards = distributed.gather(shard_of(weight).to(distributed.device()), owner)
+            shards = collectives.gather(shard_of(weight).to(collectives.device()), owner)
             if owner == rank:
                 mine = low_rank_shards(shards, full_shape(weight), scorer.recipe.lift_rank)
         for owner, name in enumerate(round_names):
             weight = scorer.targets[name].weight
             size = shard_numel(weight.ds_numel, world_size)
-            own = distributed.scatter(mine if owner == rank else None, owner, size)
+            own = collectives.scatter(mine if owner == rank else None, owner, size)
             scores[name] = own[: own_elements(weight)[0].numel()].to(scorer.device_of(weight))
     return scores
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.errors import UserError
 from speft_ds.zero.shards import repartition, shard_of
 
@@ -77,7 +77,7 @@ def linear_network(model: nn.Module) -> Iterator[Tensor]:
     width = model.get_input_embeddings().embedding_dim
     dtype = next(model.parameters()).dtype
     try:
-        yield torch.ones(1, 1, width, dtype=dtype, device=distributed.device(), requires_grad=True)
+        yield torch.ones(1, 1, width, dtype=dtype, device=collectives.device(), requires_grad=True)
     finally:
         for module in changed:
             del module.forward  # the class's own shows again

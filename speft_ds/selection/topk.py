@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.errors import UserError
 from speft_ds.selection.radix import Groups, find_thresholds, positions
 from speft_ds.sparse.layout import index_dtype
@@ -101,9 +101,9 @@ def ties_to_take(ties: dict[str, Tensor], group: Groups, wanted: Tensor) -> dict
         wanted: [groups] int64 entries to take.
     """
     totals = [int(size.sum()) for size in ties.values()]
-    own = torch.tensor(totals, dtype=torch.int64, device=distributed.device())
-    world_size, rank = distributed.world_size(), distributed.rank()
-    by_rank = torch.stack(distributed.all_gather_padded(own, [own.numel()] * world_size)).cpu()
+    own = torch.tensor(totals, dtype=torch.int64, device=collectives.device())
+    world_size, rank = collectives.world_size(), collectives.rank()
+    by_rank = torch.stack(collectives.all_gather_padded(own, [own.numel()] * world_size)).cpu()
     left = wanted.tolist()
     taken = {}
     for position, (name, size) in enumerate(ties.items()):
@@ -153,20 +153,20 @@ def gather_mask(local: dict[str, Tensor], shape: dict[str, tuple[int, int]]) -> 
 
 def assert_same_mask(mask: Mask) -> Mask:
     """The mask, once its hash is seen to be the same on all ranks; RuntimeError where it is not."""
-    if not distributed.same_on_all_ranks(mask.sha256):
+    if not collectives.same_on_all_ranks(mask.sha256):
         raise RuntimeError("ranks selected different masks")
     return mask
 
 
 def gather_indices(local: dict[str, Tensor], numel: dict[str, int]) -> dict[str, Tensor]:
     """Sorted local indices into every rank's shard -> sorted global ones, on every rank."""
-    world_size, rank = distributed.world_size(), distributed.rank()
+    world_size, rank = collectives.world_size(), collectives.rank()
     dtype = index_dtype(max(numel.values()))
     pieces = [(local[name] + shard_range(numel[name], rank, world_size)[0]).to(dtype) for name in numel]
-    own_counts = torch.tensor([piece.numel() for piece in pieces], device=distributed.device())
-    counts = [row.tolist() for row in distributed.all_gather_padded(own_counts, [len(pieces)] * world_size)]
-    flat = torch.cat([piece.to(distributed.device()) for piece in pieces])
-    by_rank = distributed.all_gather_padded(flat, [sum(row) for row in counts])
+    own_counts = torch.tensor([piece.numel() for piece in pieces], device=collectives.device())
+    counts = [row.tolist() for row in collectives.all_gather_padded(own_counts, [len(pieces)] * world_size)]
+    flat = torch.cat([piece.to(collectives.device()) for piece in pieces])
+    by_rank = collectives.all_gather_padded(flat, [sum(row) for row in counts])
     split = [row.split(lengths) for row, lengths in zip(by_rank, counts, strict=True)]
     return {name: torch.cat([row[position] for row in split]) for position, name in enumerate(numel)}
 
@@ -194,7 +194,7 @@ def select(
     finite = all(
         score.numel() == 0 or all(map(math.isfinite, torch.aminmax(score))) for score in scores.values()
     )
-    if not all(distributed.all_gather_objects(finite)):
+    if not all(collectives.all_gather_objects(finite)):
         raise UserError(
             "a salience score is not finite",
             where="mask.salience",
@@ -216,7 +216,7 @@ def select_units(
     scores: dict[str, Tensor], units: dict[str, Tiles], group: Groups, counts: list[int]
 ) -> Mask:
     """The mask of the entries of the best units; `scores` as from `unit_scores`."""
-    rank, world_size = distributed.rank(), distributed.world_size()
+    rank, world_size = collectives.rank(), collectives.world_size()
     sizes = {}
     for name, score in scores.items():
         first, last = shard_range(units[name].num_units, rank, world_size)
@@ -241,7 +241,7 @@ def select_per_row(
     Returns:
         weight -> sorted int64 local indices.
     """
-    rank, world_size = distributed.rank(), distributed.world_size()
+    rank, world_size = collectives.rank(), collectives.world_size()
     selected = {}
     for name, score in scores.items():
         rows, columns = shape[name]

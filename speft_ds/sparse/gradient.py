@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.errors import UserError
 from speft_ds.model.linear import WeightGradHook
 from speft_ds.sparse.kernels.backends import Backend, make_backend
@@ -90,7 +90,7 @@ class SparseGradient:
 
     def __init__(self, mask: Mask, device: torch.device, options: GradientOptions):
         self.mask, self.device, self.options = mask, device, options
-        self.world_size, rank = distributed.world_size(), distributed.rank()
+        self.world_size, rank = collectives.world_size(), collectives.rank()
         layout = Layout.of(mask.index, {name: mask.numel(name) for name in mask.shape}, self.world_size)
         self.layout = layout
         self.own = torch.zeros(layout.lengths[rank], dtype=torch.float32, device=device)
@@ -136,7 +136,7 @@ class SparseGradient:
 
     def local_index(self) -> dict[str, Tensor]:
         """Weight -> sorted indices of this rank's entries into its shard."""
-        rank = distributed.rank()
+        rank = collectives.rank()
         return {name: self.layout.local_index(name, i, rank) for name, i in self.mask.index.items()}
 
     def _make_hook(self, name: str) -> WeightGradHook | None:
@@ -200,12 +200,12 @@ class SparseGradient:
             self._receive()
         buffer, bucket.buffer, bucket.views = bucket.buffer, None, {}
         self._bytes_sending += buffer.nbytes * (self.world_size - 1) // self.world_size
-        self.in_flight.append((bucket, buffer, distributed.start_reduce_scatter(buffer)))
+        self.in_flight.append((bucket, buffer, collectives.start_reduce_scatter(buffer)))
 
     def _receive(self) -> None:
         """Wait for the oldest bucket that is under way, and add its sum to what is ours."""
         bucket, _, wait = self.in_flight.popleft()
-        rank = distributed.rank()
+        rank = collectives.rank()
         start, length = bucket.starts[rank], bucket.lengths[rank]
         self.own[start : start + length] += wait()[:length]
 
@@ -226,7 +226,7 @@ class SparseGradient:
         """How often a backward uses each weight, on the rank that does so most (experts may idle on some)."""
         names = list(self.bucket_of)
         uses = torch.tensor([self.uses[name] for name in names], dtype=torch.int64, device=self.device)
-        uses = distributed.all_reduce_max(uses).clamp_(min=1).tolist()
+        uses = collectives.all_reduce_max(uses).clamp_(min=1).tolist()
         self.expected, self.is_profiling = dict(zip(names, uses, strict=True)), False
 
     def pop(self) -> Tensor:

@@ -31,7 +31,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.zero.shards import shard_numel, shard_range
 
 INT32_ELEMENTS = 2**31
@@ -114,8 +114,8 @@ class RankShards:
     """
 
     numel: dict[str, int]
-    rank: int = field(default_factory=distributed.rank)
-    world_size: int = field(default_factory=distributed.world_size)
+    rank: int = field(default_factory=collectives.rank)
+    world_size: int = field(default_factory=collectives.world_size)
 
     @cached_property
     def spans(self) -> dict[str, tuple[int, int]]:

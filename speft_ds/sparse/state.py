@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.sparse.layout import EntryTable, Layout, RankShards, index_dtype, locate
 from speft_ds.sparse.mask import Mask
 from speft_ds.zero.shards import shard_range
@@ -78,7 +78,7 @@ class SparseState:
     ):
         self.mask, self.heads = mask, heads or {}
         trained = self.trained = with_heads(mask, self.heads)
-        self.device = distributed.device()
+        self.device = collectives.device()
         self.shards = {name: shards[name] for name in trained.shape}
         numel = {name: trained.numel(name) for name in trained.shape}
         self.rank_shards = RankShards(numel)
@@ -125,7 +125,7 @@ class SparseState:
             ranges = [shard_range(self.trained.numel(name), rank, world_size) for rank in range(world_size)]
             lengths = [stop - start for start, stop in ranges]
             own = self.shards[name][: lengths[self.rank_shards.rank]].to(self.device)
-            gathered[name] = torch.cat(distributed.all_gather_padded(own, lengths)).view(shape)
+            gathered[name] = torch.cat(collectives.all_gather_padded(own, lengths)).view(shape)
         return gathered
 
     def _read(self, index: dict[str, Tensor]) -> Tensor:

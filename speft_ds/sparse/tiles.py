@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.zero.shards import shard_range
 
 SUM_BITS = 61  # of the fixed-point sums, one less than would overflow
@@ -92,22 +92,22 @@ def tile_scores(scores: dict[str, Tensor], units: dict[str, Tiles]) -> dict[str,
         weight -> [local units] fp32; this rank has the units `shard_range(num_units, rank, world_size)`.
     """
     largest = max((score.abs().max().item() for score in scores.values() if score.numel()), default=0.0)
-    largest = torch.tensor([largest], dtype=torch.float64, device=distributed.device())
-    largest = distributed.all_reduce_max(largest).item() or 1.0
+    largest = torch.tensor([largest], dtype=torch.float64, device=collectives.device())
+    largest = collectives.all_reduce_max(largest).item() or 1.0
     biggest = max(unit.largest for unit in units.values())
     shift = SUM_BITS - math.frexp(largest)[1] - math.frexp(biggest)[1]
     return {name: _means(score, units[name], shift) for name, score in scores.items()}
 
 
 def _means(score: Tensor, units: Tiles, shift: int) -> Tensor:
-    rank, world_size = distributed.rank(), distributed.world_size()
+    rank, world_size = collectives.rank(), collectives.world_size()
     numel = units.shape[0] * units.shape[1]
     start, stop = shard_range(numel, rank, world_size)
     fixed = (score.double() * 2.0**shift).round().to(torch.int64)
     size = -(-units.num_units // world_size)
     sums = torch.zeros(size * world_size, dtype=torch.int64, device=score.device)
     sums.index_add_(0, units.unit_of(torch.arange(start, stop, device=score.device)), fixed)
-    own = distributed.exchange(sums.view(world_size, size).to(distributed.device())).sum(0)
+    own = collectives.all_to_all(sums.view(world_size, size).to(collectives.device())).sum(0)
     first, last = shard_range(units.num_units, rank, world_size)
     counts = units.sizes(torch.arange(first, last, device=own.device))
     mean = own[: last - first].double() * 2.0**-shift / counts

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.config.eval_config import EvalConfig
 from speft_ds.config.mask_config import MaskConfig as MaskSection
 from speft_ds.config.recipe import Recipe
@@ -102,7 +102,7 @@ def check_space(context: TrainContext, num_steps: int) -> None:
             what = f"{number} checkpoints need {needed:,} bytes, the disk has {free:,}"
             raise UserError(what, str(folder), "free space, another output_dir, or train.keep_last=1")
 
-    distributed.on_rank_0(check)
+    collectives.run_on_rank0(check)
 
 
 def check_shapes(mask: MaskSection, shapes: dict[str, tuple[int, int]]) -> None:

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.model.linear import WeightGradHook
 from speft_ds.selection.calibration import ShardSum, weight_gradient
 from speft_ds.selection.radix import Groups
@@ -130,7 +130,7 @@ class AccumulatedGradient:
     def _choose_candidates(self, state: SparseState) -> None:
         dense = {name: total.value for name, total in self.dense.items()}
         bad = torch.tensor([float(any(not v.isfinite().all() for v in dense.values()))])
-        if distributed.all_reduce_max(bad.to(distributed.device())).item():
+        if collectives.all_reduce_max(bad.to(collectives.device())).item():
             self.dense = {}  # the next step of the window chooses
             return
         scores = shut_out({name: value.abs() for name, value in dense.items()}, state)
@@ -138,11 +138,11 @@ class AccumulatedGradient:
         counts = at_most(counts, group, free_entries(state.mask))
         self.gradient = self._collect(gather_mask(select_local(scores, group, counts), state.mask.shape))
         own = [dense[n][index.to(dense[n].device)] for n, index in self.gradient.local_index().items()]
-        self.total = torch.cat(own).to(distributed.device())
+        self.total = torch.cat(own).to(collectives.device())
         self.dense = {}
 
     def _collect(self, candidates: Mask) -> SparseGradient:
-        return SparseGradient(candidates, distributed.device(), self.options)
+        return SparseGradient(candidates, collectives.device(), self.options)
 
     def skip_step(self) -> None:
         self.dense = {}
@@ -164,7 +164,7 @@ class AccumulatedGradient:
     def restore(self, parts: Parts, shape: Shape) -> None:
         self.restart()
         if parts.has("candidates"):
-            device, index = distributed.device(), parts.index("candidates")
+            device, index = collectives.device(), parts.index("candidates")
             numel = {name: rows * columns for name, (rows, columns) in shape.items()}
             candidates = {name: index[name].to(device, index_dtype(numel[name])) for name in shape}
             self.gradient = self._collect(Mask(candidates, shape))
@@ -196,7 +196,7 @@ class RowColumnMomentum:
         self.shape = {name: tuple(full_shape(weight)) for name, weight in weights.items()}
         self.span = {name: own_range(weight) for name, weight in weights.items()}
         lengths = [length for shape in self.shape.values() for length in shape]
-        self.statistics = torch.zeros(sum(lengths), device=distributed.device())
+        self.statistics = torch.zeros(sum(lengths), device=collectives.device())
 
     def _views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Weight -> views of its rows and its columns."""
@@ -234,7 +234,7 @@ class RowColumnMomentum:
             value = self.decay * least + (1 - self.decay) * gradient[own].square()
             new[name][0].scatter_reduce_(0, row, value, "amax")
             new[name][1].scatter_reduce_(0, column, value, "amax")
-        largest = distributed.all_reduce_max(largest)
+        largest = collectives.all_reduce_max(largest)
         self.statistics = torch.where(largest < 0, self.statistics, largest)
 
     def after_step(self, state: SparseState) -> None:

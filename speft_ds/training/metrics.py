@@ -13,14 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from speft_ds import distributed, lifeline
+from speft_ds.comm import collectives, watchdog
 from speft_ds.training.monitor import Monitor
-
-
-def say(text: str) -> None:
-    """One tidy line, from rank 0."""
-    if distributed.rank() == 0:
-        print(text, flush=True)
 
 
 class Timings(dict[str, float]):
@@ -29,7 +23,7 @@ class Timings(dict[str, float]):
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        lifeline.beat(name)
+        watchdog.heartbeat(name)
         try:
             yield
         finally:
@@ -113,7 +107,7 @@ class Progress:
 
     def __init__(self, what: str, total: int):
         self.what, self.total = what, total
-        self.is_ours = distributed.rank() == 0
+        self.is_ours = collectives.rank() == 0
         on_terminal = self.is_ours and sys.stderr.isatty()
         self.bar = tqdm(total=total, desc=what, leave=False) if on_terminal else None
         self.start = self.last = time.monotonic()

@@ -44,9 +44,9 @@ class Monitor:
             return
         if problems := monitor_problems(recipe):
             raise problems[0]
-        from speft_ds import distributed  # late: the checks above need no torch
+        from speft_ds.comm import collectives  # late: the checks above need no torch
 
-        if distributed.rank() != 0:
+        if collectives.rank() != 0:
             return
         try:
             self._master = _start(self.name, recipe.name, folder)

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
+from speft_ds.comm.collectives import log_rank0
 from speft_ds.errors import UserError
 from speft_ds.model.linear import WeightGradHook, chain_hooks
 from speft_ds.model.targets import target_shapes
@@ -29,7 +30,6 @@ from speft_ds.sparse.state import SparseState
 from speft_ds.training.checkpoint.parts import Parts, Snapshot
 from speft_ds.training.growth import AccumulatedGradient, Growth, RowColumnMomentum, groups_of
 from speft_ds.training.layer_sampler import LayerSampler
-from speft_ds.training.metrics import say
 from speft_ds.training.setup import TrainContext
 from speft_ds.zero.engine import Trainable
 from speft_ds.zero.shards import repartition, shard_of
@@ -126,7 +126,7 @@ class Schedule:
         }
         self.changes.append(change)
         self.mask = mask
-        say(
+        log_rank0(
             f"mask changed after step {step + 1}: {change['dropped']:,} dropped, {change['grown']:,} grown, "
             f"overlap with the first {change['overlap_with_first']:.3f}, sha256 {mask.sha256[:12]}"
         )
@@ -177,9 +177,9 @@ class Schedule:
 
     def _own_of(self, parts: Parts) -> dict[str, Tensor]:
         """What this rank's optimizer wrote for itself, where as many ranks wrote the checkpoint."""
-        if len(parts.paths) != distributed.world_size():
+        if len(parts.paths) != collectives.world_size():
             return {}
-        own = parts.own(distributed.rank())
+        own = parts.own(collectives.rank())
         return {name.removeprefix(OWN): value for name, value in own.items() if name.startswith(OWN)}
 
     def by_weight(self, values: Tensor) -> dict[str, Tensor]:
@@ -193,7 +193,7 @@ def mask_of(parts: Parts, table: str, shape: dict[str, tuple[int, int]]) -> Mask
     if missing := shape.keys() - index.keys():
         where = str(parts.paths[0].parent)
         raise UserError(f"the checkpoint has no entries of {sorted(missing)[0]}: another mask's", where)
-    device = distributed.device()
+    device = collectives.device()
     return Mask({n: index[n].to(device, index_dtype(shape[n][0] * shape[n][1])) for n in shape}, shape)
 
 
@@ -294,7 +294,7 @@ class DropGrow(Schedule):
         if not self.is_time(step):
             return
         if not self.growth.is_ready:
-            say(f"note: the mask stays after step {step + 1}: every step that would tell was skipped")
+            log_rank0(f"note: the mask stays after step {step + 1}: every step that would tell was skipped")
             return
         group, counts = groups_of(self.mask, self.recipe.budget)
         grown, wanted = self.growth.select(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
+from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.data_config import DataConfig
 from speft_ds.config.deepspeed_config import load_ds_config
 from speft_ds.config.model_config import HEAD
@@ -30,7 +31,7 @@ from speft_ds.selection.calibration import CalibrationSet, Scorer
 from speft_ds.selection.salience import score
 from speft_ds.selection.topk import num_trainable, select
 from speft_ds.sparse.mask import Mask
-from speft_ds.training.metrics import Timings, say
+from speft_ds.training.metrics import Timings
 from speft_ds.zero.engine import SparseEngine, build_engine
 
 
@@ -185,11 +186,11 @@ def read_rows(
     where = where or recipe.where_rows
     request = DatasetSpec(section, recipe.model.name_or_path, classifies(recipe), recipe.seed, where)
     if section.select == "ifd":
-        say("note: scoring rows takes long on a CPU; `speft data RECIPE` does it ahead of a run")
+        log_rank0("note: scoring rows takes long on a CPU; `speft data RECIPE` does it ahead of a run")
     made: list[TokenizedDataset] = []
-    distributed.first_on_each_node(lambda: made.append(prepare(request, lambda: tokenizer, say)))
-    corpus = made[0] if made else prepare(request, lambda: tokenizer, say)
-    if not distributed.same_on_all_ranks(corpus.facts["sha256"]):
+    collectives.local_rank0_first(lambda: made.append(prepare(request, lambda: tokenizer, log_rank0)))
+    corpus = made[0] if made else prepare(request, lambda: tokenizer, log_rank0)
+    if not collectives.same_on_all_ranks(corpus.facts["sha256"]):
         fix = "have one copy of the data and of the tokenizer for all nodes, or the same everywhere"
         raise UserError("the ranks' nodes have different rows", where(0), fix)
     return corpus
@@ -203,7 +204,7 @@ def load_context(recipe: Recipe, data: RunData, loaded: Mask | None = None) -> T
     Raises:
         UserError: the model cannot be loaded, or does not fit the recipe.
     """
-    train, ds_config = recipe.train, load_ds_config(recipe, distributed.world_size())
+    train, ds_config = recipe.train, load_ds_config(recipe, collectives.world_size())
     model, heads = _load_model(recipe, data, ds_config)
     targets = find_masked(model, loaded, recipe) if loaded else _find_targets(model, recipe)
     refuse_tied(model, targets)
@@ -275,7 +276,7 @@ def refuse_tied(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
 def _note_dropout(model: nn.Module) -> None:
     values = model.config.to_dict().items()
     if dropout := {name: value for name, value in values if "drop" in name and value}:
-        say(f"note: the model trains with dropout {dropout}: other world sizes draw other masks")
+        log_rank0(f"note: the model trains with dropout {dropout}: other world sizes draw other masks")
 
 
 def base_facts(context: TrainContext) -> dict:

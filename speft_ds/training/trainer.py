@@ -11,9 +11,12 @@ from pathlib import Path
 
 import torch
 
-from speft_ds import account, distributed, lifeline, peak_memory, stop
+from speft_ds import account, peak_memory
 from speft_ds.adapter import save_adapter
 from speft_ds.adapter.format import tensors_sha256
+from speft_ds.comm import collectives, signals, watchdog
+from speft_ds.comm.collectives import log_rank0
+from speft_ds.comm.signals import StepFlags
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate, split_global_batch
 from speft_ds.data.dataset import Row
@@ -37,7 +40,7 @@ from speft_ds.training.checks import (
     check_shapes,
     check_steps,
 )
-from speft_ds.training.metrics import MetricsLog, Timings, say
+from speft_ds.training.metrics import MetricsLog, Timings
 from speft_ds.training.monitor import Monitor
 from speft_ds.training.schedule import SCHEDULES, Schedule, mask_of
 from speft_ds.training.setup import (
@@ -49,7 +52,6 @@ from speft_ds.training.setup import (
     read_file,
     scored_model_facts,
 )
-from speft_ds.votes import Votes
 
 
 class Trainer:
@@ -98,7 +100,7 @@ class Trainer:
         check_shapes(recipe.mask, self.context.shapes)
         if self.loaded is not None:
             check_loaded_mask(self.context, self.loaded, facts)
-            say("note: with mask.load, the recipe's salience, density, budget and targets are not used")
+            log_rank0("note: with mask.load, the recipe's salience, density, budget and targets are not used")
         self.engine, self.targets = self.context.engine, self.context.targets
         self.first_step = 0  # the steps before it were made by other processes
         self.num_skipped = self.num_nonfinite = 0  # steps: over the run, and in a row up to now
@@ -106,7 +108,7 @@ class Trainer:
         self.run_id = ""
         self.accounts: list[dict] = []  # by rank, of the training: bytes held and sent
         self.writer = Writer(self.folder, train, self.checkpoint.step if self.checkpoint else 0)
-        self.votes = Votes(self.writer, train.checkpoint_every)
+        self.flags = StepFlags(lambda: self.writer.is_written, train.checkpoint_every)
         if self.checkpoint is not None:
             check_same_run(self.context, self.loaded, self.checkpoint)
 
@@ -141,17 +143,19 @@ class Trainer:
         if not wanted:
             return
         adapter = self.folder / "adapter" if moment == "after" else None
-        model = scored_model_facts(self.context, distributed.broadcast_object(tensors_sha256(adapter)))
+        model = scored_model_facts(self.context, collectives.broadcast_object(tensors_sha256(adapter)))
         left: list[EvalJob] = []  # as rank 0 sees the folder
-        distributed.on_rank_0(lambda: left.extend(still_to_score(folder, moment, wanted, model, self.recipe)))
-        left = distributed.broadcast_object(left)
+        collectives.run_on_rank0(
+            lambda: left.extend(still_to_score(folder, moment, wanted, model, self.recipe))
+        )
+        left = collectives.broadcast_object(left)
         if left and moment == "before" and self.first_step > 0:
             labels = ", ".join(round.label for round in left)
-            say(f"note: {labels}: not scored the way the recipe asks; the weights are trained by now")
+            log_rank0(f"note: {labels}: not scored the way the recipe asks; the weights are trained by now")
         elif left:
             with self.timings.stage(f"eval_{moment}"):
                 for scored in self.evaluation.run(self.engine.module, left, model):
-                    distributed.on_rank_0(partial(keep_scores, folder, scored, self.recipe.eval))
+                    collectives.run_on_rank0(partial(keep_scores, folder, scored, self.recipe.eval))
 
     def choose_mask(self) -> None:
         """Take the mask that is given, or score and select one, and set up the trainable state."""
@@ -162,14 +166,16 @@ class Trainer:
         source = f"by {recipe.salience}, {recipe.budget} budget"
         if self.loaded:
             source = f"loaded from {recipe.load}"
-        say(
+        log_rank0(
             f"mask: {mask.num_trainable:,} of {mask.num_target_elements:,} entries "
             f"(density {mask.density:.4%}) {source}, sha256 {mask.sha256[:12]}"
         )
         self.schedule = self._make_schedule(mask)
         backends = Counter(self.gradient.backends.values()).most_common()
         parts = [f"{name} ({count} weights)" for name, count in backends]
-        say(f"sparse gradient by {', '.join(parts)}: train.sparse_backend={self.recipe.train.sparse_backend}")
+        log_rank0(
+            f"sparse gradient by {', '.join(parts)}: train.sparse_backend={self.recipe.train.sparse_backend}"
+        )
 
     def _make_schedule(self, mask: Mask) -> Schedule:
         def choose(number: int) -> Mask:
@@ -190,9 +196,11 @@ class Trainer:
         self.num_skipped, self.num_nonfinite = progress["num_skipped"], progress["num_nonfinite"]
         self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
         self.engine.global_steps = self.first_step
-        was, now = manifest["world_size"], distributed.world_size()
+        was, now = manifest["world_size"], collectives.world_size()
         ranks = f"{now} rank(s)" + (f", it was written by {was}" if was != now else "")
-        say(f"resuming from {self.checkpoint.path}: step {self.first_step} of {self.num_steps}, on {ranks}")
+        log_rank0(
+            f"resuming from {self.checkpoint.path}: step {self.first_step} of {self.num_steps}, on {ranks}"
+        )
 
     def train_step(self, step: int) -> dict:
         """One optimizer step on global batch `step` (from 0); returns its metrics line.
@@ -230,13 +238,13 @@ class Trainer:
         Returns:
             (loss, rows that a classifier got right or None), over all ranks and micro-batches.
         """
-        train, rank, world_size = self.recipe.train, distributed.rank(), distributed.world_size()
-        # Over all ranks and micro-batches: loss; for a classifier, rows that it got right; what ranks say.
-        sums = torch.zeros(2 + len(Votes.KINDS), dtype=torch.float64, device=distributed.device())
+        train, rank, world_size = self.recipe.train, collectives.rank(), collectives.world_size()
+        # Over all ranks and micro-batches: loss; for a classifier, rows that it got right; the flags.
+        sums = torch.zeros(2 + len(StepFlags.KINDS), dtype=torch.float64, device=collectives.device())
         own = split_global_batch(rows, train.micro_batch, rank, world_size)
         for number, micro_batch in enumerate(own):
-            lifeline.beat(f"step {step + 1}, micro-batch {number + 1} of {len(own)}")
-            batch = collate(micro_batch, self.context.data.pad_id, distributed.device())
+            watchdog.heartbeat(f"step {step + 1}, micro-batch {number + 1} of {len(own)}")
+            batch = collate(micro_batch, self.context.data.pad_id, collectives.device())
             loss, num_correct = self.context.objective(self.engine, batch)
             loss = loss / num_labels
             sums[0] += loss.detach()
@@ -245,8 +253,8 @@ class Trainer:
             # Already normalised by the global batch: the engine must not divide by accumulation steps.
             self.engine.backward(loss, scale_wrt_gas=False)
             if micro_batch is own[-1]:
-                sums[2:] = torch.tensor(self.votes.own(), dtype=torch.float64)
-                self.votes.count(distributed.all_reduce(sums)[2:])
+                sums[2:] = torch.tensor(self.flags.local(), dtype=torch.float64)
+                self.flags.reduce(collectives.all_reduce(sums)[2:])
                 self.engine.optimizer.skip_step = not math.isfinite(sums[0].item())
             self.engine.step()
         return sums[0].item(), None if num_correct is None else sums[1].item()
@@ -274,12 +282,12 @@ class Trainer:
         Raises:
             Stopped: a rank was asked to stop; all that was reached is in a checkpoint.
         """
-        path = self.folder / "metrics.jsonl" if distributed.rank() == 0 else None
+        path = self.folder / "metrics.jsonl" if collectives.rank() == 0 else None
         made: list[Monitor] = []  # on rank 0 alone, where any error is every rank's
-        distributed.on_rank_0(lambda: made.append(Monitor(self.recipe, self.folder)))
+        collectives.run_on_rank0(lambda: made.append(Monitor(self.recipe, self.folder)))
         log = MetricsLog(path, self.num_steps, self.first_step, *made)
         self._restore_random_states()
-        self.votes.restart()
+        self.flags.restart()
         self.engine.train()
         peak_memory.restart()
         with self.timings.stage("training"), closing(log):
@@ -290,7 +298,7 @@ class Trainer:
                 self._keep(step + 1, log, values.get("validation_loss"))
             self.writer.finish()
         own = account.memory(self.engine, self.state, self.schedule.optimizer, self.process_bytes)
-        self.accounts = distributed.all_gather_objects(
+        self.accounts = collectives.all_gather_objects(
             {"memory": own, "sent": account.sent(self.engine, self.state)}
         )
         self.timings["checkpoints"] = self.writer.seconds
@@ -306,14 +314,14 @@ class Trainer:
                 values["validation_loss"] = self.validation.measure(self.engine.module, self.context.loss)
         if recipe.slice is not None and recipe.tasks and not (is_last and recipe.after):
             # A rank that is asked to stop does so in a step, where a checkpoint is written: scores can wait.
-            with self.timings.stage("slices"), suppress(stop.Stopped):
+            with self.timings.stage("slices"), suppress(signals.Stopped):
                 values["scores"] = self.evaluation.slice_scores(self.engine.module)
         return values
 
     def _keep(self, done: int, log: MetricsLog, validation_loss: float | None) -> None:
         """Write a checkpoint after `done` steps if it is time, and stop if a rank was asked to."""
-        votes, writer = self.votes, self.writer
-        if votes.all_written:
+        flags, writer = self.flags, self.writer
+        if flags.all_written:
             writer.finish()
         is_best = validation_loss is not None and validation_loss < self.best_loss
         self.best_loss = validation_loss if is_best else self.best_loss
@@ -321,30 +329,30 @@ class Trainer:
         keeps = train.checkpoint_every is not None
         at_the_end = done == self.num_steps and (keeps or scores_after)  # a stop while scoring costs nothing
         is_kept = train.keep_every is not None and done % train.keep_every == 0
-        is_time = votes.is_time(done) or is_kept or (is_best and train.keep_best)
-        if votes.stop or at_the_end or (keeps and is_time):
+        is_time = flags.is_time(done) or is_kept or (is_best and train.keep_best)
+        if flags.stop or at_the_end or (keeps and is_time):
             log.flush()
             writer.start(done, self._snapshot(), self._manifest(done, validation_loss))
-            votes.restart()
-        if votes.stop:
+            flags.restart()
+        if flags.stop:
             writer.finish()
-            distributed.stop_if_asked()
+            collectives.raise_if_stop_requested()
 
     def _snapshot(self) -> Snapshot:
         """The trainable state, and this rank's random states (dropout)."""
         snapshot = self.schedule.snapshot()
         snapshot.own["random_cpu"] = torch.get_rng_state()
-        if distributed.device().type == "cuda":
+        if collectives.device().type == "cuda":
             snapshot.own["random_cuda"] = torch.cuda.get_rng_state()
         return snapshot
 
     def _restore_random_states(self) -> None:
         """Those of this rank, where as many ranks wrote the checkpoint. All else draws by seed and step."""
-        if self.checkpoint is None or self.checkpoint.manifest["world_size"] != distributed.world_size():
+        if self.checkpoint is None or self.checkpoint.manifest["world_size"] != collectives.world_size():
             return
-        own = Parts(self.checkpoint).own(distributed.rank())
+        own = Parts(self.checkpoint).own(collectives.rank())
         torch.set_rng_state(own["random_cpu"])
-        if "random_cuda" in own and distributed.device().type == "cuda":
+        if "random_cuda" in own and collectives.device().type == "cuda":
             torch.cuda.set_rng_state(own["random_cuda"])
 
     def _manifest(self, done: int, validation_loss: float | None) -> dict:
@@ -381,8 +389,8 @@ class Trainer:
         train = self.recipe.train
         return {
             "versions": versions(),
-            "machine": {"device": str(distributed.device()), **machine_facts()},
-            "world_size": distributed.world_size(),
+            "machine": {"device": str(collectives.device()), **machine_facts()},
+            "world_size": collectives.world_size(),
             "global_batch": train.global_batch,
             "micro_batch": train.micro_batch,
             "num_steps": self.num_steps,

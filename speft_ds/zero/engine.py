@@ -19,7 +19,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.zero.gather_counter import GatherCounter
 from speft_ds.zero.shards import global_norm, repartition, shard_of
 
@@ -219,7 +219,7 @@ def build_engine(
     offload = engine.optimizer.offload
     offload.persistent_parameters = [p for p in offload.persistent_parameters if p.ds_persist]
     on_device = all(shard_of(p).device.type == engine.device.type for p in model.parameters())
-    if distributed.world_size() == 1 and on_device:
+    if collectives.world_size() == 1 and on_device:
         engine.optimizer.keep_unpartitioned()
     if walks_all_layers:
         # After DeepSpeed's hooks, so that they see an output without gradient and do not gather the

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 
 # The autograd nodes of the hooks that ZeRO-3 puts around every module, and of those that stand in for them on
 # a single rank (`engine.alias_inputs`): they return their tensor unchanged.
@@ -74,4 +74,4 @@ def repartition(parameters: list[nn.Parameter]) -> None:
 def global_norm(local: Tensor) -> float:
     """L2 norm of a vector that is split over the ranks; each rank passes its own part."""
     squared = torch.linalg.vector_norm(local, dtype=torch.float64).square().reshape(1)
-    return math.sqrt(distributed.all_reduce(squared).item())
+    return math.sqrt(collectives.all_reduce(squared).item())

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from collectives.reference import whole_weights
 
-from distributed.reference import whole_weights
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.training.checkpoint.folder import inspect
 from speft_ds.training.checkpoint.parts import Parts
@@ -35,9 +35,9 @@ def run_piece(recipe: Recipe, stop: int, checkpoint: Path | None = None) -> dict
     trainer.writer.start(stop, trainer._snapshot(), trainer._manifest(stop, None))
     trainer.writer.finish()
     trainer.save()
-    distributed.barrier()
+    collectives.barrier()
     weights = whole_weights(trainer.engine.module)
-    distributed.on_rank_0(lambda: torch.save(weights, trainer.folder / "weights.pt"))
+    collectives.run_on_rank0(lambda: torch.save(weights, trainer.folder / "weights.pt"))
     return {
         "ids": ids,
         "losses": losses,

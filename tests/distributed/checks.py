@@ -6,16 +6,16 @@ import gc
 from pathlib import Path
 
 import torch
-
-from distributed.reference import (
+from collectives.reference import (
     batch_of,
     make_trainer,
     plain_model,
     train_like_reference,
     whole_weights,
 )
-from speft_ds import distributed
+
 from speft_ds.adapter import apply_adapter
+from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate
 from speft_ds.errors import UserError
@@ -39,7 +39,7 @@ def check_write_through(recipe: Recipe) -> None:
     for step in range(3):
         trainer.train_step(step)
         state, trained = trainer.state, whole_weights(trainer.engine.module)
-        by_rank = distributed.all_gather_padded(state.delta.detach(), state.layout.lengths)
+        by_rank = collectives.all_gather_padded(state.delta.detach(), state.layout.lengths)
         for name, weight in trained.items():
             expected = pretrained[name].detach().clone()
             if name in trainer.mask.index:
@@ -60,7 +60,7 @@ def check_adapter(recipe: Recipe) -> None:
     for step in range(3):
         trainer.train_step(step)
     trainer.save()
-    distributed.barrier()
+    collectives.barrier()
     folder = trainer.folder / "adapter"
     assert sorted(path.name for path in folder.iterdir()) == ["adapter.json", "adapter.safetensors"]
     applied = apply_adapter(plain_model(recipe), folder)
@@ -81,7 +81,7 @@ def check_losses(recipe: Recipe) -> dict:
     trainer.choose_mask()
     steps = [trainer.train_step(step) for step in range(recipe.train.steps)]
     trainer.save()
-    distributed.barrier()
+    collectives.barrier()
     return {
         "sha256": trainer.mask.sha256,
         "fingerprint": trainer.context.fingerprint,
@@ -135,7 +135,7 @@ def check_nothing_dense(recipe: Recipe) -> None:
     assert not strays(), strays()
     for name, linear in trainer.targets.items():
         assert linear.weight.grad is None
-        if distributed.world_size() == 1:  # nothing is gathered: the weight is its shard
+        if collectives.world_size() == 1:  # nothing is gathered: the weight is its shard
             assert linear.weight.data_ptr() == linear.weight.ds_tensor.data_ptr(), f"two copies of {name}"
         else:
             assert linear.weight.numel() == 0, f"the gathered {name} outlived its layer's backward"
@@ -205,7 +205,7 @@ def check_nonfinite_gradient(recipe: Recipe) -> str:
     trainer.choose_mask()
     sinks = trainer.gradient.hooks
     name = next(name for name, sink in sinks.items() if sink)
-    sink, scale = sinks[name], float("nan") if distributed.rank() == 0 else 1.0
+    sink, scale = sinks[name], float("nan") if collectives.rank() == 0 else 1.0
     sinks[name] = lambda x, grad_y: sink(x, grad_y * scale)
     return refused_first_step(trainer)
 
@@ -214,7 +214,7 @@ def check_nonfinite(recipe: Recipe) -> str:
     """A loss that overflows on rank 0 alone stops every rank."""
     trainer = make_trainer(recipe)
     trainer.choose_mask()
-    real, scale = trainer.context.objective, float("inf") if distributed.rank() == 0 else 1.0
+    real, scale = trainer.context.objective, float("inf") if collectives.rank() == 0 else 1.0
     trainer.context.objective = lambda module, batch: (real(module, batch)[0] * scale, None)
     return refused_first_step(trainer)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from collectives.reference import make_trainer, whole_weights
 
-from distributed.reference import make_trainer, whole_weights
-from speft_ds import distributed
 from speft_ds.adapter import apply_adapter
+from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 
 HEAD = "score.weight"
@@ -82,7 +82,7 @@ def check_run(recipe: Recipe) -> dict:
     start = whole_weights(trainer.engine.module)[HEAD]
     losses = [trainer.train_step(step)["loss"] for step in range(recipe.train.steps)]
     trainer.save()
-    distributed.barrier()
+    collectives.barrier()
     trained = whole_weights(trainer.engine.module)
     model = apply_adapter(
         plain_classifier(recipe, len(trainer.context.data.classes)), trainer.folder / "adapter"

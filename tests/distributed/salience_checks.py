@@ -9,12 +9,12 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from collectives import dense_scores
+from collectives.dense_scores import Llama, Weights
+from collectives.reference import make_trainer, plain_model, whole_weights
 from torch import Tensor
 
-from distributed import dense_scores
-from distributed.dense_scores import Llama, Weights
-from distributed.reference import make_trainer, plain_model, whole_weights
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.config.mask_config import NEEDS_DATA
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.dataset import Row
@@ -225,7 +225,7 @@ def check_bits(recipe: Recipe, changes: dict[str, dict]) -> dict[str, str]:
     for name, change in changes.items():
         digest = hashlib.sha256()
         for value in score(scorer_of(trainer, **change)).values():
-            for piece in distributed.all_gather_objects(value.numpy().tobytes()):
+            for piece in collectives.all_gather_objects(value.numpy().tobytes()):
                 digest.update(piece)
         hashes[name] = digest.hexdigest()
     return hashes

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
+from collectives.reference import make_trainer, plain_model, read_entries, whole_weights
+from collectives.schedule_reference import count, entries, sha256
 from torch import Tensor
 
-from distributed.reference import make_trainer, plain_model, read_entries, whole_weights
-from distributed.schedule_reference import count, entries, sha256
-from speft_ds import distributed
 from speft_ds.adapter import apply_adapter
+from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.sparse.mask import Mask, save_mask
 from speft_ds.sparse.state import SparseState
@@ -31,7 +31,7 @@ def whole(state: SparseState, key: Tensor, values: Tensor) -> Dense:
     """All ranks' values at keys of their shards (laid end to end); 0 elsewhere."""
     own = torch.zeros(sum(shard.numel() for shard in state.shards.values()), dtype=values.dtype)
     own[key] = values
-    by_rank = torch.stack(distributed.all_gather_objects(own))
+    by_rank = torch.stack(collectives.all_gather_objects(own))
     pieces = by_rank.split([shard.numel() for shard in state.shards.values()], dim=1)
     shapes = state.mask.shape.items()
     return {n: p.reshape(-1)[: s[0] * s[1]].view(s) for (n, s), p in zip(shapes, pieces, strict=True)}
@@ -70,7 +70,7 @@ def check_schedule(recipe: Recipe) -> dict:
         if (step + 1) % 5 == 0:
             moments.append(moment(trainer))
     trainer.save()
-    distributed.on_rank_0(lambda: torch.save(moments, trainer.folder / "moments.pt"))
+    collectives.run_on_rank0(lambda: torch.save(moments, trainer.folder / "moments.pt"))
     return {
         "losses": [step["loss"] for step in steps],
         "grad_norms": [step["grad_norm"] for step in steps],
@@ -122,13 +122,13 @@ def check_changing_mask(recipe: Recipe) -> dict:
         for name, weight in whole_weights(trainer.engine.module).items():
             assert torch.equal(weight, expected[name]), (name, step)
         mask = now
-        num_live = sum(distributed.all_gather_objects(trainer.state.delta.numel()))
+        num_live = sum(collectives.all_gather_objects(trainer.state.delta.numel()))
         # Blocks of unequal size, at the edges of a weight, do not always add up to the same number.
         assert count(now) == num_live == size or recipe.mask.granularity == "block", (step, num_live)
-        hashes = distributed.all_gather_objects(trainer.mask.sha256)
+        hashes = collectives.all_gather_objects(trainer.mask.sha256)
         assert set(hashes) == {sha256(now)}, (hashes, step)
     trainer.save()
-    distributed.barrier()
+    collectives.barrier()
     check_applied(trainer, recipe, touched)
     return {"changes": len(trainer.schedule.changes), **seen}
 
@@ -233,7 +233,7 @@ def write_mask(recipe: Recipe, path) -> str:
     """Score and select as `speft score` does, and write the mask. Returns its sha256."""
     trainer = make_trainer(recipe)
     trainer.choose_mask()
-    distributed.on_rank_0(lambda: save_mask(path, trainer.mask, base_facts(trainer.context)))
+    collectives.run_on_rank0(lambda: save_mask(path, trainer.mask, base_facts(trainer.context)))
     return trainer.mask.sha256
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from collectives.reference import make_trainer, plain_model, reference_loss
 
-from distributed.reference import make_trainer, plain_model, reference_loss
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate
 
@@ -18,7 +18,7 @@ def first_step(recipe: Recipe) -> dict:
     trainer.engine.optimizer.on_gradient = lambda gradient: seen.append(gradient.clone())
     logged = trainer.train_step(0)
     (gradient,), state = seen, trainer.state
-    by_rank = distributed.all_gather_padded(gradient, state.layout.lengths)
+    by_rank = collectives.all_gather_padded(gradient, state.layout.lengths)
     whole = {
         name: torch.cat([by_rank[r][state.layout.places(name, r)] for r in range(state.world_size)])
         for name in trainer.mask.shape

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from speft_ds.cli import main as cli
+from speft_ds.cli import main
 from speft_ds.config.load_recipe import ROOT
 
 
@@ -20,5 +20,5 @@ def run(monkeypatch, *arguments):
     """Run a command in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["speft", *arguments])
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main.main()
     return left.value.code

@@ -61,7 +61,7 @@ def test_a_launched_script_checks_before_it_imports_torch(ready, stub, job, argu
 @pytest.fixture
 def own_environment(monkeypatch):
     """A run sets variables for the libraries, and signal handlers; other tests should not see them."""
-    monkeypatch.setattr("speft_ds.stop.watch", lambda: None)
+    monkeypatch.setattr("speft_ds.comm.signals.watch_signals", lambda: None)
     with mock.patch.dict(os.environ):
         yield
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from speft_ds.comm.collectives import log_rank0
 from speft_ds.sparse.optim.adamw import advance_adamw, zero_age
 from speft_ds.sparse.optim.blockwise import BLOCK, Blockwise, paged_memory, plain_memory, slots_of
 from speft_ds.sparse.optim.flat import FlatOptimizer, OptimizerState
-from speft_ds.training.metrics import say
 
 CHUNK = 1024  # blocks that are fp32 at a time
 NAMES = ("exp_avg", "exp_avg_sq")
@@ -47,7 +47,9 @@ class AdamW8bit(FlatOptimizer):
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(delta, settings, {"age": zero_age(delta, ages)})
         if is_paged and delta.device.type != "cuda":
-            say("note: optimizer.name=paged_adamw_8bit: only a GPU has paged memory; ordinary memory is used")
+            log_rank0(
+                "note: optimizer.name=paged_adamw_8bit: only a GPU has paged memory; ordinary memory is used"
+            )
             is_paged = False
         self.allocate = paged_memory if is_paged else plain_memory
         self._make_moments(-(-delta.numel() // BLOCK))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.tables import place
 
 
@@ -47,7 +47,7 @@ class Clip:
         for name, own in slices.items():
             norm = torch.linalg.vector_norm(gradient[own], dtype=torch.float64)
             squared[number[keys[name]]] += norm.square()
-        norms = distributed.all_reduce(squared).sqrt().tolist()
+        norms = collectives.all_reduce(squared).sqrt().tolist()
         for name, own in slices.items():
             gradient[own].mul_(clip_factor(norms[number[keys[name]]], self.clip_norm))
 

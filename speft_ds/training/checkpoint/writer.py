@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.config.train_config import TrainConfig
 from speft_ds.errors import UserError
 from speft_ds.training.checkpoint.folder import folder_of, prune, publish, temporary_of
@@ -50,7 +50,7 @@ class Writer:
         """Copy the state, and write it in the background. A save that is still in flight is waited for."""
         self.finish()
         start = time.perf_counter()
-        rank, world_size = distributed.rank(), distributed.world_size()
+        rank, world_size = collectives.rank(), collectives.world_size()
         tensors, metadata = snapshot.tensors(rank, world_size)
         manifest = {**manifest, "step": step, "world_size": world_size, "state": snapshot.facts}
         temporary = temporary_of(folder_of(self.run, step))
@@ -85,7 +85,7 @@ class Writer:
         save = self.in_flight
         save.thread.join()
         self.in_flight = None
-        results = distributed.all_gather_objects(save.result)
+        results = collectives.all_gather_objects(save.result)
         failed = {rank: result for rank, result in enumerate(results) if isinstance(result, Exception)}
         for rank, error in failed.items():
             raise self._cannot_write(save.step, f"rank {rank}: {error}") from error
@@ -100,9 +100,9 @@ class Writer:
             else:
                 self._prune(folder)
 
-        if distributed.rank() == 0:
+        if collectives.rank() == 0:
             make()
-        if failure := distributed.broadcast_object(problem):
+        if failure := collectives.broadcast_object(problem):
             raise self._cannot_write(save.step, failure[0])
         self.saved = save.step
         self.seconds += time.perf_counter() - start

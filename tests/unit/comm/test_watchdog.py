@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from speft_ds import lifeline
+from speft_ds.comm import watchdog
 
-SCRIPT = Path(__file__).with_name("lifeline_rank.py")
+SCRIPT = Path(__file__).with_name("watchdog_rank.py")
 SETTINGS = {"GRACE_S": 0.2, "TOLD_S": 0.2, "SILENCE_S": 0.3}
 ADVICE = "\ngo on with: --resume\n"
 DIED = "died; killed, or out of memory: see the log of its node"
 
 
 class Job:
-    """Ranks that do what they are told, until they end; `jobs`: by rank, see lifeline_rank.py."""
+    """Ranks that do what they are told, until they end; `jobs`: by rank, see watchdog_rank.py."""
 
     def __init__(self, folder, jobs, timeout_s=60.0, **settings):
         self.folder = folder
@@ -235,7 +235,7 @@ def test_progress_is_no_trouble_however_long_it_takes(job):
     assert (codes, said) == ([0, 0], ["", ""])
 
 
-def test_without_a_lifeline_nobody_listens():
-    lifeline.beat("step 1")
-    lifeline.close()
-    assert lifeline.fail("an error before the ranks know each other") is False
+def test_without_a_watchdog_nobody_listens():
+    watchdog.heartbeat("step 1")
+    watchdog.close()
+    assert watchdog.fail("an error before the ranks know each other") is False

@@ -9,19 +9,19 @@ import time
 
 import pytest
 
+from speft_ds.comm.signals import EXIT_CTRL_C
 from speft_ds.config.load_recipe import ROOT
-from speft_ds.stop import EXIT_CTRL_C
 
 # A rank: says its id and whether it has a launcher, then what it was asked, and lives on until it is killed.
 RANK = """
 import os, sys, time
-from speft_ds import stop
-stop.POLL_S = 0.1
-stop.watch()
-print(os.getpid(), len(stop.launchers()), flush=True)
-while not stop.reason():
+from speft_ds.comm import signals
+signals.POLL_S = 0.1
+signals.watch_signals()
+print(os.getpid(), len(signals.launchers()), flush=True)
+while not signals.stop_reason():
     time.sleep(0.02)
-print(stop.reason(), flush=True)
+print(signals.stop_reason(), flush=True)
 while True:
     time.sleep(0.02)
 """

@@ -1,8 +1,8 @@
-"""One rank's trouble ends all ranks, with the first cause told once.
+"""One rank's failure ends all ranks, with the first cause told once.
 
 Without it, the other ranks wait in a collective for a rank that has died, or raise errors of their own that
 hide the first one. Every rank holds a connection to rank 0, which the system closes however a process ends.
-A thread of each rank listens; rank 0 decides which trouble was the first, and tells all.
+A thread of each rank listens; rank 0 decides which failure was the first, and tells all.
 
 Imports no torch.
 """
@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-GRACE_S = 1.5  # between the first report and the verdict: a death and the errors that it causes come together
+GRACE_S = 1.5  # from the first report to the decision: a death and the errors that it causes come together
 SILENCE_S = 10.0  # after which a rank that says nothing while all others wait counts as hanging
 TOLD_S = 2.0  # for the rank at fault to say what happened, before the others' exit ends the job
 DEADLOCK_S = 20.0  # past the timeout: this process holds its interpreter and cannot even report
@@ -31,7 +31,7 @@ EXIT_FAILURE = 1
 
 
 @dataclass(order=True)
-class Trouble:
+class Failure:
     """What a rank reports. Sorted by how likely it is the cause of the others."""
 
     kind: int  # DIED, RAISED, HANGS or WAITS
@@ -45,12 +45,12 @@ DIED, RAISED, HANGS, WAITS = range(4)
 COLLECTIVES = ("torch/distributed", "deepspeed/comm", "deepspeed/runtime/zero/part", "wait_for_ranks")
 
 
-class Lifeline:
+class Watchdog:
     """This rank's end of it.
 
     Args:
         rank, world_size: of this process.
-        timeout_s: without a `beat` for so long, this rank is in trouble.
+        timeout_s: without a `heartbeat` for so long, this rank is in failure.
         advice: how to go on after a failure.
     """
 
@@ -59,11 +59,11 @@ class Lifeline:
         self.server = _open_server(world_size) if rank == 0 else None
         self.peers: dict[socket.socket, int] = {}  # on rank 0: connection -> rank
         self.to_rank_0: socket.socket | None = None
-        self.troubles: list[Trouble] = []
+        self.failures: list[Failure] = []
         self.first_at: float | None = None  # when rank 0 heard of the first
-        self.verdict: Trouble | None = None
+        self.root_cause: Failure | None = None
         self.decided = threading.Event()
-        self.teller = 0  # the rank that tells; 1 where rank 0 is dead or gives no answer
+        self.reporter = 0  # the rank that tells; 1 where rank 0 is dead or gives no answer
         self.closing = self.failing = False  # this rank is done; or its main thread is in `fail`
         self.lock = threading.Lock()
         self.main_thread = threading.main_thread().ident
@@ -89,24 +89,24 @@ class Lifeline:
             self.to_rank_0.settimeout(None)
             _keep_alive(self.to_rank_0)
             self._send(self.to_rank_0, {"rank": self.rank})
-        self.beat("start")
+        self.heartbeat("start")
         # The system closes a connection with its last holder: a forked helper must not outlive this rank's.
         os.register_at_fork(after_in_child=self._let_go)
-        threading.Thread(target=self._listen, name="lifeline", daemon=True).start()
+        threading.Thread(target=self._listen, name="watchdog", daemon=True).start()
 
     def _let_go(self) -> None:
         for end in [*self.peers, self.to_rank_0, self.server]:
             if end is not None:
                 end.close()
 
-    def beat(self, where: str) -> None:
+    def heartbeat(self, where: str) -> None:
         """This rank makes progress; `where` it is, for the message if this was the last time."""
-        self.where, self.last_beat = where, time.monotonic()
+        self.where, self.last_heartbeat = where, time.monotonic()
         # In C, and without the interpreter: the last resort against a collective that never lets go of it.
         faulthandler.dump_traceback_later(self.timeout_s + DEADLOCK_S, exit=True)
 
     def close(self) -> None:
-        """The run is done on this rank: that its connection ends is no trouble."""
+        """The run is done on this rank: that its connection ends is no failure."""
         self.closing = True
         if self.server is not None:
             self.server.close()
@@ -119,7 +119,7 @@ class Lifeline:
         self.failing = True
         self._report(RAISED, text)
         self.decided.wait(GRACE_S + 2 * SILENCE_S)
-        if self.verdict is None or self.verdict.rank == self.rank:
+        if self.root_cause is None or self.root_cause.rank == self.rank:
             print(text, file=sys.stderr, flush=True)
         else:
             time.sleep(TOLD_S)
@@ -133,26 +133,26 @@ class Lifeline:
     def _hear(self, kind: int, rank: int, text: str) -> None:
         with self.lock:
             self.first_at = self.first_at or time.monotonic()
-            self.troubles.append(Trouble(kind, len(self.troubles), rank, text))
+            self.failures.append(Failure(kind, len(self.failures), rank, text))
 
     def _listen(self) -> None:
         ends = selectors.DefaultSelector()
         for peer in [*self.peers, *([self.to_rank_0] if self.to_rank_0 else [])]:
             ends.register(peer, selectors.EVENT_READ)
         reported_at = None
-        while self.verdict is None and not self.closing:
+        while self.root_cause is None and not self.closing:
             for key, _ in ends.select(timeout=0.25):
                 if not self._receive(key.fileobj):
                     ends.unregister(key.fileobj)
             now = time.monotonic()
-            if reported_at is None and now - self.last_beat > self.timeout_s:
+            if reported_at is None and now - self.last_heartbeat > self.timeout_s:
                 reported_at = now
                 self._report(*self._stuck())
             if self.first_at is not None and now - self.first_at > GRACE_S:
                 self._decide(is_last_call=now - self.first_at > SILENCE_S)
             if self.rank != 0 and reported_at is not None and now - reported_at > GRACE_S + 2 * SILENCE_S:
                 self._give_up_rank_0(HANGS, f"rank 0 gives no answer\n{self._stuck()[1]}")
-        if self.verdict is not None:
+        if self.root_cause is not None:
             self._end()
 
     def _receive(self, peer: socket.socket) -> bool:
@@ -171,7 +171,7 @@ class Lifeline:
             elif message is not None:
                 self._hear(message["kind"], rank, message["text"])
         elif message is not None:
-            self.verdict = Trouble(message["kind"], 0, message["rank"], message["text"])
+            self.root_cause = Failure(message["kind"], 0, message["rank"], message["text"])
         elif not self.closing:
             self._give_up_rank_0(DIED, "rank 0 died")
         return message is not None
@@ -179,19 +179,19 @@ class Lifeline:
     def _decide(self, is_last_call: bool) -> None:
         """On rank 0: the first cause, told to all; not yet, where all who spoke only wait for others."""
         with self.lock:
-            first = min(self.troubles)
-            silent = set(range(self.world_size)) - {trouble.rank for trouble in self.troubles}
+            first = min(self.failures)
+            silent = set(range(self.world_size)) - {failure.rank for failure in self.failures}
         if first.kind == WAITS and silent:
             if not is_last_call:
                 return
             ranks = ", ".join(map(str, sorted(silent)))
-            first = Trouble(HANGS, 0, min(silent), f"rank {ranks} gives no answer\n{first.text}")
+            first = Failure(HANGS, 0, min(silent), f"rank {ranks} gives no answer\n{first.text}")
         for peer in self.peers:
             self._send(peer, {"kind": first.kind, "rank": first.rank, "text": first.text})
-        self.verdict = first
+        self.root_cause = first
 
     def _give_up_rank_0(self, kind: int, text: str) -> None:
-        self.verdict, self.teller = Trouble(kind, 0, 0, text), 1
+        self.root_cause, self.reporter = Failure(kind, 0, 0, text), 1
 
     def _stuck(self) -> tuple[int, str]:
         """What this rank does instead of making progress."""
@@ -205,12 +205,14 @@ class Lifeline:
 
     def _end(self) -> None:
         """Leave, after the rank at fault has had its say."""
-        verdict = self.verdict
+        root_cause = self.root_cause
         self.decided.set()
         try:
-            if verdict.kind != RAISED and self.rank == self.teller:
-                died = "; killed, or out of memory: see the log of its node" if verdict.kind == DIED else ""
-                print(f"{verdict.text}{died}", file=sys.stderr, flush=True)
+            if root_cause.kind != RAISED and self.rank == self.reporter:
+                died = (
+                    "; killed, or out of memory: see the log of its node" if root_cause.kind == DIED else ""
+                )
+                print(f"{root_cause.text}{died}", file=sys.stderr, flush=True)
                 print(self.advice(), file=sys.stderr, flush=True)
         finally:  # whatever becomes of the advice, which looks into folders
             if not self.failing:  # else the main thread leaves, with its own exit code
@@ -248,19 +250,19 @@ def _keep_alive(peer: socket.socket) -> None:
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-_current: Lifeline | None = None
+_current: Watchdog | None = None
 
 
-def hold(lifeline: Lifeline) -> None:
-    """Make this the lifeline of the process."""
+def hold(watchdog: Watchdog) -> None:
+    """Make this the watchdog of the process."""
     global _current
-    _current = lifeline
+    _current = watchdog
 
 
-def beat(where: str) -> None:
-    """This rank makes progress; without a lifeline nobody listens."""
+def heartbeat(where: str) -> None:
+    """This rank makes progress; without a watchdog nobody listens."""
     if _current is not None:
-        _current.beat(where)
+        _current.heartbeat(where)
 
 
 def close() -> None:
@@ -272,7 +274,7 @@ def close() -> None:
 
 
 def fail(text: str) -> bool:
-    """Tell of an error of this rank if it is the first cause on any rank; False without a lifeline."""
+    """Tell of an error of this rank if it is the first cause on any rank; False without a watchdog."""
     if _current is None:
         return False
     _current.fail(text)

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from speft_ds import env, lifeline, shm_op, stop
+from speft_ds import env
+from speft_ds.comm import deepspeed_shm, signals, watchdog
 from speft_ds.errors import UserError
 
 # torch 2.13 renames these two and warns at every call of the old names.
@@ -40,17 +41,17 @@ def init(timeout_minutes: float = 30.0) -> None:
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         if device().type == "cpu":
-            shm_op.wait_for_build(shm_op.extensions_folder() / shm_op.NAME)
+            deepspeed_shm.wait_for_build(deepspeed_shm.extensions_folder() / deepspeed_shm.NAME)
         deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
         unlink_shared_buffers()
 
 
-def connect_lifeline(timeout_minutes: float, advice: Callable[[], str]) -> None:
-    """Have the trouble of any rank end all of them; see `lifeline.Lifeline`."""
-    line = lifeline.Lifeline(rank(), world_size(), timeout_minutes * 60, advice)
-    port = broadcast_object(line.port if line.server else None)
-    line.connect(os.environ["MASTER_ADDR"], port)
-    lifeline.hold(line)
+def start_watchdog(timeout_minutes: float, advice: Callable[[], str]) -> None:
+    """Have the failure of any rank end all of them; see `watchdog.Watchdog`."""
+    dog = watchdog.Watchdog(rank(), world_size(), timeout_minutes * 60, advice)
+    port = broadcast_object(dog.port if dog.server else None)
+    dog.connect(os.environ["MASTER_ADDR"], port)
+    watchdog.hold(dog)
 
 
 def unlink_shared_buffers() -> None:
@@ -70,6 +71,12 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size()
+
+
+def log_rank0(text: str) -> None:
+    """Print a line, on rank 0 alone."""
+    if rank() == 0:
+        print(text, flush=True)
 
 
 def device() -> torch.device:
@@ -141,14 +148,14 @@ def start_reduce_scatter(pieces: Tensor) -> Callable[[], Tensor]:
     own = torch.empty_like(pieces[0])
     work = _reduce_scatter(own, pieces.reshape(-1), group=_side_group, async_op=True)
 
-    def wait_for_ranks() -> Tensor:  # the lifeline knows it by this name
+    def wait_for_ranks() -> Tensor:  # the watchdog knows it by this name
         work.wait()
         return own
 
     return wait_for_ranks
 
 
-def exchange(pieces: Tensor) -> Tensor:
+def all_to_all(pieces: Tensor) -> Tensor:
     """Row r of [world_size, n] goes to rank r; returns [world_size, n], row s from rank s.
 
     A reduce-scatter whose summation order the caller fixes: the sum over rows does not depend on how the
@@ -175,7 +182,7 @@ def scatter(pieces: Tensor | None, owner: int, length: int) -> Tensor:
     return own
 
 
-def on_rank_0(action: Callable[[], None]) -> None:
+def run_on_rank0(action: Callable[[], None]) -> None:
     """Run a file operation on rank 0; its failure is every rank's failure.
 
     Raises:
@@ -195,7 +202,7 @@ def on_rank_0(action: Callable[[], None]) -> None:
         raise problem
 
 
-def first_on_each_node(action: Callable[[], None]) -> None:
+def local_rank0_first(action: Callable[[], None]) -> None:
     """Run an action on one rank a node before the others go on; its failure is every rank's failure.
 
     Raises:
@@ -212,10 +219,10 @@ def first_on_each_node(action: Callable[[], None]) -> None:
             raise other
 
 
-def stop_if_asked() -> None:
+def raise_if_stop_requested() -> None:
     """Stop here, on all ranks, if one was asked to. Raises Stopped."""
-    if reasons := [reason for reason in all_gather_objects(stop.reason()) if reason]:
-        raise stop.Stopped(reasons[0])
+    if reasons := [reason for reason in all_gather_objects(signals.stop_reason()) if reason]:
+        raise signals.Stopped(reasons[0])
 
 
 def same_on_all_ranks(value: object) -> bool:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from speft_ds.entry import checked_recipe, use_all_cores  # noqa: E402
+from speft_ds.cli.launch import checked_recipe, use_all_cores  # noqa: E402
 
 if TYPE_CHECKING:
     from speft_ds.config.recipe import Recipe

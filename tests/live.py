@@ -49,7 +49,7 @@ def _rank(
     import torch
 
     torch.set_num_threads(1)
-    from speft_ds.entry import start
+    from speft_ds.cli.launch import start
 
     if hook is not None:
         hook()

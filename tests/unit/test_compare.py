@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from speft_ds.adapter.format import write_adapter
-from speft_ds.commands.compare_masks import compare, short_names
+from speft_ds.cli.commands.compare_masks import compare, short_names
 from speft_ds.errors import UserError
 from speft_ds.sparse.mask import Mask, read_mask, save_mask
 

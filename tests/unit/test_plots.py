@@ -163,7 +163,5 @@ def test_only_equal_masks_show_as_1():
 
 
 def test_matplotlib_is_imported_for_drawing_only():
-    code = (
-        "import sys, speft_ds.plots, speft_ds.commands.compare_masks; sys.exit('matplotlib' in sys.modules)"
-    )
+    code = "import sys, speft_ds.plots, speft_ds.cli.commands.compare_masks; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

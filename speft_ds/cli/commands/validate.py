@@ -17,8 +17,8 @@ from pathlib import Path
 from rich.console import Console
 
 from speft_ds import hub
-from speft_ds.commands.launcher import count_gpus
-from speft_ds.commands.show_data import print_sample
+from speft_ds.cli.commands.show_data import print_sample
+from speft_ds.cli.start_ranks import count_gpus
 from speft_ds.config.data_config import Source
 from speft_ds.config.deepspeed_config import batch_problems, read_ds_config
 from speft_ds.config.load_recipe import load_recipe

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from speft_ds import env
-from speft_ds.arguments import RANK_0_S, Job, parse_arguments
+from speft_ds.cli.arguments import RANK_0_S, Job, parse_arguments
 from speft_ds.comm import signals, watchdog
 from speft_ds.config.load_recipe import for_scoring, load_recipe, recipe_of
 from speft_ds.config.recipe import Recipe
@@ -31,7 +31,6 @@ from speft_ds.training.checkpoint.resume import (
 from speft_ds.training.run_dir import RECIPE, check_output_dir, wait_for_lock
 
 EXIT_USER_ERROR = 2
-MODULES: dict[Job, str] = {"train": "train", "score": "score", "evaluate": "evaluate_run"}
 
 
 def start(job: Job, manual: str) -> NoReturn:
@@ -57,7 +56,7 @@ def main(job: Job, arguments: argparse.Namespace) -> int:
         use_all_cores()
         quiet_other_bars()
         more = {"train": (start,), "score": (), "evaluate": (start.source,)}[job]
-        importlib.import_module(f"speft_ds.{MODULES[job]}").run(recipe, *more)
+        importlib.import_module(f"speft_ds.jobs.{job}").run(recipe, *more)
         return 0
     except UserError as error:
         can_go_on = job == "train" and error.can_go_on

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from speft_ds.arguments import Job
+from speft_ds.cli.arguments import Job
+from speft_ds.cli.launch import checked_recipe
 from speft_ds.config.deepspeed_config import shared_micro_batch
 from speft_ds.config.load_recipe import ROOT, load_recipe
-from speft_ds.entry import checked_recipe
 from speft_ds.errors import UserError
 from speft_ds.training.run_dir import check_output_dir
 

@@ -10,10 +10,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from speft_ds.cli.launch import check_files
 from speft_ds.config.deepspeed_config import batch_problems
 from speft_ds.config.load_recipe import ROOT, load_recipe
 from speft_ds.config.recipe import Recipe
-from speft_ds.entry import check_files
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.training.checkpoint.resume import IF_ANY, Resume, Start, find_start, fit_micro_batch
 

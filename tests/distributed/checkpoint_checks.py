@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from collectives.reference import whole_weights
 
+from distributed.reference import whole_weights
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.training.checkpoint.folder import inspect

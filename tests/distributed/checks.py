@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from collectives.reference import (
+
+from distributed.reference import (
     batch_of,
     make_trainer,
     plain_model,
     train_like_reference,
     whole_weights,
 )
-
 from speft_ds.adapter import apply_adapter
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
@@ -44,7 +45,7 @@ def check_write_through(recipe: Recipe) -> None:
             expected = pretrained[name].detach().clone()
             if name in trainer.mask.index:
                 index = trainer.mask.index[name].to(torch.int64)
-                parts = [by_rank[r][state.layout.places(name, r)] for r in range(state.world_size)]
+                parts = [by_rank[r][state.layout.places(name, r)] for r in range(state.rank_shards.world_size)]
                 flat = expected.view(-1)
                 flat[index] = (flat[index].float() + torch.cat(parts)).to(flat.dtype)
                 moved += int((flat != pretrained[name].view(-1)).sum())
@@ -215,7 +216,8 @@ def check_nonfinite(recipe: Recipe) -> str:
     trainer = make_trainer(recipe)
     trainer.choose_mask()
     real, scale = trainer.context.objective, float("inf") if collectives.rank() == 0 else 1.0
-    trainer.context.objective = lambda module, batch: (real(module, batch)[0] * scale, None)
+    spoilt = lambda module, batch: (real(module, batch)[0] * scale, None)  # noqa: E731
+    trainer.context = replace(trainer.context, objective=spoilt)
     return refused_first_step(trainer)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collectives.reference import make_trainer, plain_model
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
+from distributed.reference import make_trainer, plain_model
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.evaluation.eval_jobs import jobs_of

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collectives.reference import make_trainer
-
+from distributed.reference import make_trainer
 from speft_ds import peak_memory
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe

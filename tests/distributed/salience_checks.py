@@ -9,11 +9,11 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from collectives import dense_scores
-from collectives.dense_scores import Llama, Weights
-from collectives.reference import make_trainer, plain_model, whole_weights
 from torch import Tensor
 
+from distributed import dense_scores
+from distributed.dense_scores import Llama, Weights
+from distributed.reference import make_trainer, plain_model, whole_weights
 from speft_ds.comm import collectives
 from speft_ds.config.mask_config import NEEDS_DATA
 from speft_ds.config.recipe import Recipe

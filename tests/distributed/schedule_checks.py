@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from collectives.reference import make_trainer, plain_model, read_entries, whole_weights
-from collectives.schedule_reference import count, entries, sha256
 from torch import Tensor
 
+from distributed.reference import make_trainer, plain_model, read_entries, whole_weights
+from distributed.schedule_reference import count, entries, sha256
 from speft_ds.adapter import apply_adapter
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
@@ -151,7 +151,7 @@ def check_ties(recipe: Recipe) -> tuple[dict[str, list[int]], list]:
     trainer.choose_mask()
     state, gradient = trainer.state, torch.empty(trainer.state.num_local)
     for number, (name, own) in enumerate(state.slices.items()):
-        start, _ = shard_range(state.mask.numel(name), state.rank, state.world_size)
+        start, _ = shard_range(state.mask.numel(name), state.rank_shards.rank, state.rank_shards.world_size)
         gradient[own] = tied_gradient(number, state.index[name] + start)
     active = trainer.schedule.on_gradient(gradient)
     is_open = trainer.schedule.layers.is_active

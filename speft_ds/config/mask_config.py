@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pydantic
@@ -20,6 +22,7 @@ from speft_ds.config.section import (
     refuse_without_effect,
     switch_off,
 )
+from speft_ds.errors import UserError
 
 MASK_FILE = "mask.safetensors"  # in the folder that `speft score` leaves
 # The salience metrics that are computed from rows; the others look at the weights alone.
@@ -181,3 +184,18 @@ class MaskConfig(ConfigSection):
     def needs_calibration(self) -> bool:
         """Whether the weights are scored by a metric that is computed from rows."""
         return self.is_scored and self.salience in NEEDS_DATA
+
+
+def mask_file(path: str | Path, where: str | None = None) -> Path:
+    """The file of a saved mask: `path` itself or, if that is a folder, the mask.safetensors in it.
+
+    Raises:
+        UserError: there is no such file, or it is no .safetensors file; `where` says who named it.
+    """
+    file = Path(path) / MASK_FILE if os.path.isdir(path) else Path(path)
+    fix = f"name a {MASK_FILE} or its folder; `speft score RECIPE` writes one"
+    if file.is_file() and file.suffix != ".safetensors":
+        raise UserError(f"the mask file {file} is not a .safetensors file", where, fix)
+    if not file.is_file():
+        raise UserError(f"no mask file {file}", where, fix)
+    return file

@@ -33,19 +33,19 @@ class EvalJob:
     has_text: bool = False
 
 
-def jobs_of(recipe: EvalConfig, moment: Phase) -> list[EvalJob]:
+def jobs_of(recipe: EvalConfig, phase: Phase) -> list[EvalJob]:
     """What is scored before or after training, the recipe's tasks first; nothing where it says so."""
-    if not getattr(recipe, moment):
+    if not getattr(recipe, phase):
         return []
     tasks, shots, limit = tuple(recipe.tasks), recipe.num_fewshot, recipe.limit
     kept = tuple(task for task in recipe.forgetting_tasks if task not in tasks)
-    rounds = []
+    jobs = []
     if tasks or kept or recipe.forgetting_text:
         has_text = recipe.forgetting_text is not None
-        rounds.append(EvalJob(moment, "main", tasks + kept, shots, limit, has_text=has_text))
+        jobs.append(EvalJob(phase, "main", tasks + kept, shots, limit, has_text=has_text))
     if not tasks:
-        return rounds
-    if moment == "before":
-        rounds += [EvalJob(f"before-{k}shot", "fewshot", tasks, k, limit) for k in recipe.manual_fewshot]
+        return jobs
+    if phase == "before":
+        jobs += [EvalJob(f"before-{k}shot", "fewshot", tasks, k, limit) for k in recipe.manual_fewshot]
     numbers = range(1, recipe.format_spread)
-    return rounds + [EvalJob(f"{moment}-format-{i}", "format", tasks, shots, limit, i) for i in numbers]
+    return jobs + [EvalJob(f"{phase}-format-{i}", "format", tasks, shots, limit, i) for i in numbers]

@@ -22,9 +22,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from speft_ds.comm import collectives, watchdog
+from speft_ds.evaluation.progress import Progress
 from speft_ds.evaluation.prompt_formats import PromptFormat
 from speft_ds.evaluation.response_cache import ResponseCache
-from speft_ds.training.metrics import Progress
 
 LOGITS = 2**28  # of a batch, at most (1 GiB in fp32): lm-eval holds those of all positions
 

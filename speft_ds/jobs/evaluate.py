@@ -14,13 +14,12 @@ from speft_ds.comm import collectives, watchdog
 from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.eval_config import EvalConfig
 from speft_ds.config.load_recipe import without_training
+from speft_ds.config.mask_config import mask_file
 from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import EvalJob
-from speft_ds.evaluation.files import has_scored, keep_scores
-from speft_ds.evaluation.runner import Evaluation, Scored
-from speft_ds.evaluation.scores import main_scores
-from speft_ds.jobs.preflight import mask_file
+from speft_ds.evaluation.results import Scored, has_scored, keep_scores, main_scores
+from speft_ds.evaluation.runner import EvalRunner
 from speft_ds.sparse.mask import read_mask
 from speft_ds.training.checks import check_chat_template
 from speft_ds.training.setup import TrainContext, load_context, load_data, scored_model_facts
@@ -81,16 +80,16 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     resolved = without_training(recipe, collectives.world_size())
     data = load_data(resolved)
     check_chat_template(recipe.eval, data.tokenizer)
-    evaluation = Evaluation(recipe, data.tokenizer)
+    evaluation = EvalRunner(recipe, data.tokenizer)
     loaded = read_mask(mask_file(recipe.mask.load))[0] if recipe.mask.load else None
     context = load_context(resolved, data, loaded)
     if adapter is not None:
         apply_to_shards(context, adapter)
     folder = Path(recipe.output_dir) / "eval"
-    rounds = rounds_to_score(recipe.eval, _name_of(adapter))
+    jobs = rounds_to_score(recipe.eval, _name_of(adapter))
     of = scored_model_facts(context, tensors_sha256(adapter))
-    rounds = collectives.broadcast_object([_with_free_label(folder, round, of, recipe) for round in rounds])
-    for scored in evaluation.run(context.engine.module, rounds, of):
+    jobs = collectives.broadcast_object([_with_free_label(folder, job, of, recipe) for job in jobs])
+    for scored in evaluation.run(context.engine.module, jobs, of):
         collectives.run_on_rank0(partial(_keep, folder, scored, recipe.eval))
     collectives.barrier()
     watchdog.close()
@@ -103,12 +102,12 @@ def _name_of(adapter: Path | None) -> str:
     return "tuned" if adapter.name == "adapter" else adapter.resolve().name
 
 
-def _with_free_label(folder: Path, round: EvalJob, of: dict, recipe: Recipe) -> EvalJob:
-    """The round with a label that no scores of other weights or settings have."""
-    number, candidate = 1, round
+def _with_free_label(folder: Path, job: EvalJob, of: dict, recipe: Recipe) -> EvalJob:
+    """The job with a label that no scores of other weights or settings have."""
+    number, candidate = 1, job
     while (folder / f"{candidate.label}.json").exists() and not has_scored(folder, candidate, of, recipe):
         number += 1
-        candidate = replace(round, label=f"{round.label}-{number}")
+        candidate = replace(job, label=f"{job.label}-{number}")
     return candidate
 
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from speft_ds import hub
 from speft_ds.config.data_config import Source
 from speft_ds.config.deepspeed_config import batch_problems, read_ds_config
-from speft_ds.config.mask_config import MASK_FILE, NEEDS_DATA
+from speft_ds.config.mask_config import NEEDS_DATA, mask_file
 from speft_ds.config.recipe import FIELDS, Recipe
 from speft_ds.data.formats import check_columns
 from speft_ds.data.readers import SUFFIXES, folder_files, is_hub_dataset, iterate_file, kind_of
@@ -60,21 +60,6 @@ def settle_hub(recipe: Recipe) -> str | None:
         return None
     hub.go_offline()
     return f"note: {hub.why_unreachable()}: what is in the hub's cache is used as it is (HF_HUB_OFFLINE=1)"
-
-
-def mask_file(path: str | Path, where: str | None = None) -> Path:
-    """The file of a saved mask: `path` itself or, if that is a folder, the mask.safetensors in it.
-
-    Raises:
-        UserError: there is no such file, or it is no .safetensors file; `where` says who named it.
-    """
-    file = Path(path) / MASK_FILE if os.path.isdir(path) else Path(path)
-    fix = f"name a {MASK_FILE} or its folder; `speft score RECIPE` writes one"
-    if file.is_file() and file.suffix != ".safetensors":
-        raise UserError(f"the mask file {file} is not a .safetensors file", where, fix)
-    if not file.is_file():
-        raise UserError(f"no mask file {file}", where, fix)
-    return file
 
 
 def _way_to(path: str, key: str) -> str:

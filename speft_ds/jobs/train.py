@@ -12,7 +12,7 @@ from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import versions
 from speft_ds.errors import UserError
-from speft_ds.report.scores import card_scores
+from speft_ds.evaluation.scores import card_scores
 from speft_ds.training.checkpoint.folder import Checkpoint, clean, latest_valid, list_checkpoints, verify
 from speft_ds.training.checkpoint.resume import Start, resume_hint
 from speft_ds.training.checks import check_space

@@ -8,13 +8,13 @@ from pathlib import Path
 from statistics import mean
 
 from speft_ds.errors import UserError
+from speft_ds.evaluation.scores import CLEAR, Score, in_text
 from speft_ds.report.build import write_document
 from speft_ds.report.document import Block, Document, Notes, Picture, Section, Table, Text
 from speft_ds.report.facts_sections import in_bytes
 from speft_ds.report.pictures import Line, curves, running_mean
 from speft_ds.report.run import NUM_WARMUP, Run, is_run, read_run
 from speft_ds.report.score_sections import NONE, how_scored
-from speft_ds.report.scores import CLEAR, Score, in_text
 from speft_ds.report.seeds import Group, Mean, differing_keys, grouped, mean_of, without_doubles
 from speft_ds.report.training_sections import mean_size
 from speft_ds.report.verdict import duration

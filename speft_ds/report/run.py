@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from speft_ds.errors import UserError
-from speft_ds.report.scores import Evaluations, read_evaluations
+from speft_ds.evaluation.scores import Evaluations, read_evaluations
 from speft_ds.training.checkpoint.folder import Checkpoint, list_checkpoints
 from speft_ds.training.run_dir import FACTS, METRICS, RECIPE
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+from speft_ds.evaluation.scores import Change, changes
 from speft_ds.report.run import Run
 from speft_ds.report.score_sections import best_prompts
-from speft_ds.report.scores import Change, changes
 
 MOST_NAMED = 3
 

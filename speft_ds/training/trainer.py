@@ -17,6 +17,7 @@ from speft_ds.adapter.format import tensors_sha256
 from speft_ds.comm import collectives, signals, watchdog
 from speft_ds.comm.collectives import log_rank0
 from speft_ds.comm.signals import StepFlags
+from speft_ds.config.mask_config import mask_file
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate, split_global_batch
 from speft_ds.data.dataset import Row
@@ -24,9 +25,8 @@ from speft_ds.data.sampler import Sampler
 from speft_ds.env import machine_facts, versions
 from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import EvalJob, Phase, jobs_of
-from speft_ds.evaluation.files import keep_scores, still_to_score
+from speft_ds.evaluation.results import keep_scores, still_to_score
 from speft_ds.evaluation.validation_loss import ValidationLoss
-from speft_ds.jobs.preflight import mask_file
 from speft_ds.sparse.gradient import SparseGradient
 from speft_ds.sparse.mask import Mask, read_mask
 from speft_ds.sparse.state import SparseState
@@ -78,10 +78,10 @@ class Trainer:
         if (recipe.eval.slice and recipe.eval.tasks) or any(
             jobs_of(recipe.eval, moment) for moment in ("before", "after")
         ):
-            from speft_ds.evaluation.runner import Evaluation  # late: lm-eval takes its time
+            from speft_ds.evaluation.runner import EvalRunner  # late: lm-eval takes its time
 
             with self.timings.stage("tasks"):  # an unknown task should not wait for the end of training
-                self.evaluation = Evaluation(recipe)
+                self.evaluation = EvalRunner(recipe)
         with self.timings.stage("data"):
             data = load_data(recipe, needs_training=True, needs_calibration=True)
             check_chat_template(recipe.eval, data.tokenizer)
@@ -150,7 +150,7 @@ class Trainer:
         )
         left = collectives.broadcast_object(left)
         if left and moment == "before" and self.first_step > 0:
-            labels = ", ".join(round.label for round in left)
+            labels = ", ".join(job.label for job in left)
             log_rank0(f"note: {labels}: not scored the way the recipe asks; the weights are trained by now")
         elif left:
             with self.timings.stage(f"eval_{moment}"):

@@ -45,7 +45,9 @@ def check_write_through(recipe: Recipe) -> None:
             expected = pretrained[name].detach().clone()
             if name in trainer.mask.index:
                 index = trainer.mask.index[name].to(torch.int64)
-                parts = [by_rank[r][state.layout.places(name, r)] for r in range(state.rank_shards.world_size)]
+                parts = [
+                    by_rank[r][state.layout.places(name, r)] for r in range(state.rank_shards.world_size)
+                ]
                 flat = expected.view(-1)
                 flat[index] = (flat[index].float() + torch.cat(parts)).to(flat.dtype)
                 moved += int((flat != pretrained[name].view(-1)).sum())

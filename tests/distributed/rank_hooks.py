@@ -147,13 +147,13 @@ def stale_build_lock() -> None:
 
 
 def slow_slices() -> None:
-    from speft_ds.evaluation.runner import Evaluation
+    from speft_ds.evaluation.runner import EvalRunner
 
-    score = Evaluation.slice_scores
+    score = EvalRunner.slice_scores
 
     def slow(self, module):
         print("scoring a slice", flush=True)
         time.sleep(1)
         return score(self, module)
 
-    Evaluation.slice_scores = slow
+    EvalRunner.slice_scores = slow

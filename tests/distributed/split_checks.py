@@ -20,7 +20,9 @@ def first_step(recipe: Recipe) -> dict:
     (gradient,), state = seen, trainer.state
     by_rank = collectives.all_gather_padded(gradient, state.layout.lengths)
     whole = {
-        name: torch.cat([by_rank[r][state.layout.places(name, r)] for r in range(state.rank_shards.world_size)])
+        name: torch.cat(
+            [by_rank[r][state.layout.places(name, r)] for r in range(state.rank_shards.world_size)]
+        )
         for name in trainer.mask.shape
     }
     rows = [trainer.rows[number] for number in trainer.order.ids(0, recipe.train.global_batch)]

@@ -7,7 +7,7 @@ import pytest
 
 from speft_ds.config.recipe import Recipe
 from speft_ds.evaluation.eval_jobs import jobs_of
-from speft_ds.evaluation.files import asked, keep_scores, still_to_score
+from speft_ds.evaluation.results import asked, keep_scores, still_to_score
 
 OF = {"fingerprint": "a", "adapter": None}
 

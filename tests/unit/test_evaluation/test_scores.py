@@ -6,7 +6,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 
 from speft_ds.evaluation.eval_jobs import EvalJob
-from speft_ds.evaluation.scores import check_rows, main_scores, score_rows
+from speft_ds.evaluation.results import check_rows, main_scores, score_rows
 from speft_ds.evaluation.tasks import find_tasks
 
 

@@ -97,7 +97,7 @@ def _offload_problems(zero: dict[str, Any], file: str) -> list[UserError]:
         problems.append(UserError(what, _at(file, "offload_param"), fix))
     if devices["offload_optimizer"] != "none":
         what = "offload_optimizer has no effect: DeepSpeed's optimizer is not used"
-        fix = "remove it; optimizer.name=paged_adamw_8bit is what gives way where a GPU is full"
+        fix = "remove it; optimizer.name=adamw_8bit takes a quarter of the memory"
         problems.append(UserError(what, _at(file, "offload_optimizer"), fix))
     return problems
 

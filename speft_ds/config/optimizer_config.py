@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from speft_ds.config.section import Betas, ConfigSection, Float, broken_rule, refuse_without_effect
 
-ADAMW = ("adamw", "adamw_8bit", "paged_adamw_8bit")
+ADAMW = ("adamw", "adamw_8bit")
 # key of the optimizer section -> an earlier key, and its values that give it an effect
 OPTIMIZER_USED_WITH: dict[str, dict[str, tuple[str, ...]]] = {
     "betas": {"name": (*ADAMW, "lion")},
@@ -20,7 +20,7 @@ LION_BETAS = [0.9, 0.99]  # of its paper; its average is not a second moment
 
 
 class OptimizerConfig(ConfigSection):
-    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "lion"] = Field(
+    name: Literal["adamw", "adamw_8bit", "sgd", "lion"] = Field(
         "adamw", description="the optimizer of the trained entries; 8bit: moments of one byte"
     )
     lr: Float = Field(1e-3, gt=0, description="the peak learning rate")

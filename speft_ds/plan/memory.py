@@ -210,13 +210,11 @@ def optimizer_state(setup: Setup, ranks: str) -> list[Line]:
     if recipe.name != "adamw":
         slots = -(-own // MOMENT_BLOCK) * MOMENT_BLOCK
         formula = f"{ranks} x 2 B + 8 B for {MOMENT_BLOCK} of them, in whole blocks"
-        if recipe.name == "paged_adamw_8bit" and setup.device == "cuda":
-            formula += " (on the host where the GPU is full)"
         lines = [Line("8-bit Adam moments", 2 * slots + 8 * slots // MOMENT_BLOCK, formula)]
         if mask.schedule in ("periodic", "drop_grow"):
             lines.append(Line("slots", 4 * slots, f"{ranks} x 4 B (from the first change of the mask)"))
-    if mask.has_ages:
-        lines.append(Line("ages", 4 * own, f"{ranks} x 4 B"))
+    if mask.has_entry_steps:
+        lines.append(Line("entry_steps", 4 * own, f"{ranks} x 4 B"))
     return lines
 
 

@@ -228,8 +228,8 @@ def checkpoint_entry(recipe: Recipe) -> int:
     """Bytes of an entry in a checkpoint: index and delta, and what the optimizer keeps of it."""
     optimizer, mask = recipe.optimizer, recipe.mask
     kept = {"sgd": 4 * (optimizer.momentum > 0), "lion": 4, "adamw": 8}.get(optimizer.name, 10)
-    if optimizer.name in ADAMW and mask.has_ages:
-        kept += 4  # its age
+    if optimizer.name in ADAMW and mask.has_entry_steps:
+        kept += 4  # its entry_step
     if "8bit" in optimizer.name and mask.schedule in ("periodic", "drop_grow"):
         kept += 4  # its slot
     return 8 + kept

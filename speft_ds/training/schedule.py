@@ -61,7 +61,7 @@ class Schedule:
         self.changes: list[dict] = []
         self.layers = LayerSampler(self.recipe, recipe.seed, list(mask.shape))
         self.state = self._make_state(mask)
-        self.optimizer = make_optimizer(self.state.delta, recipe.optimizer, self.recipe.has_ages)
+        self.optimizer = make_optimizer(self.state.delta, recipe.optimizer, self.recipe.has_entry_steps)
         self.lr_schedule = make_lr_schedule(self.optimizer, recipe.optimizer, num_steps)
         self._attach()
 
@@ -147,7 +147,7 @@ class Schedule:
             tables["first"] = EntryTable(self.mask_shards.select(self.first_mask.index))
         lr_schedule = {n: v for n, v in self.lr_schedule.state_dict().items() if n != "lr_lambdas"}
         facts = {
-            "age": saved.age,
+            "entry_step": saved.entry_step,
             "lr_schedule": lr_schedule,
             "num_selections": self.num_selections,
             "changes": list(self.changes),
@@ -170,7 +170,9 @@ class Schedule:
         spans = self.state.rank_shards.spans
         columns = parts.table("trained", spans).columns
         self.state.restore(columns.pop("delta"), parts.table("dropped", spans))
-        self.optimizer.restore(self.state.delta, OptimizerState(columns, self._own_of(parts), facts["age"]))
+        self.optimizer.restore(
+            self.state.delta, OptimizerState(columns, self._own_of(parts), facts["entry_step"])
+        )
         self.lr_schedule.load_state_dict({**facts["lr_schedule"], "lr_lambdas": [None]})
         self.optimizer.param_groups[0]["lr"] = self.lr_schedule.get_last_lr()[0]
         self.num_selections, self.changes = facts["num_selections"], list(facts["changes"])
@@ -215,7 +217,7 @@ class Periodic(Schedule):
 class GradTopk(Schedule):
     """Only the `topk_fraction` of the entries with the largest gradients steps, anew at every step.
 
-    Gradient-mask tuning (Li et al., 2025). The others keep delta, moments and age.
+    Gradient-mask tuning (Li et al., 2025). The others keep delta, moments and entry_step.
     """
 
     def on_gradient(self, gradient: Tensor) -> Tensor | None:
@@ -241,7 +243,7 @@ class DropGrow(Schedule):
 
     Ansell et al., Scaling Sparse Fine-Tuning to Large Language Models, 2024. Dropped are the entries whose
     delta changed least since they were grown from 0, that is, of smallest abs(delta); they get their
-    pretrained values back. Grown ones, never just dropped, start with zero delta, moments and age. The
+    pretrained values back. Grown ones, never just dropped, start with zero delta, moments and entry_step. The
     fraction goes from `drop_rate` to 0 over the run. With the `per_layer` budget each weight drops and
     grows by itself.
     """

@@ -47,7 +47,7 @@ def kept_deltas(state: SparseState) -> Dense:
 
 
 def moment(trainer: Trainer) -> dict[str, Dense]:
-    """The run as it stands: mask, deltas (with the kept ones of dropped entries), ages, weights."""
+    """The run as it stands: mask, deltas (with the kept ones of dropped entries), entry_steps, weights."""
     state, mask, weights = trainer.state, dense_mask(trainer.mask), whole_weights(trainer.engine.module)
     keys, kept = state.keys(), kept_deltas(state)
     trained = whole(state, keys, torch.ones(keys.numel(), dtype=torch.bool))
@@ -55,7 +55,7 @@ def moment(trainer: Trainer) -> dict[str, Dense]:
     return {
         "mask": mask,
         "delta": {name: delta + kept[name] for name, delta in live_deltas(state).items()},
-        "age": whole(state, keys, trainer.schedule.optimizer.state[state.delta]["age"]),
+        "entry_step": whole(state, keys, trainer.schedule.optimizer.state[state.delta]["entry_step"]),
         "weight": {name: weights[name] for name in mask},
     }
 
@@ -223,7 +223,7 @@ def check_nothing_open(recipe: Recipe) -> None:
         after = moment(trainer)
         if not any(trainer.schedule.layers.is_active(n) and i.numel() for n, i in trainer.mask.index.items()):
             paused += 1
-            for what in ("delta", "age", "weight"):
+            for what in ("delta", "entry_step", "weight"):
                 for name, value in after[what].items():
                     assert torch.equal(value, before[what][name]), (what, name, step)
     assert 0 < paused < recipe.train.steps, paused

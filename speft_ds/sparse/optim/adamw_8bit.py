@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from speft_ds.comm.collectives import log_rank0
-from speft_ds.sparse.optim.adamw import advance_adamw, zero_age
-from speft_ds.sparse.optim.blockwise import BLOCK, Blockwise, paged_memory, plain_memory, slots_of
+from speft_ds.sparse.optim.adamw import advance_adamw, zero_entry_step
+from speft_ds.sparse.optim.blockwise import BLOCK, Blockwise, slots_of
 from speft_ds.sparse.optim.flat import FlatOptimizer, OptimizerState
 
 CHUNK = 1024  # blocks that are fp32 at a time
@@ -29,64 +28,48 @@ class AdamW8bit(FlatOptimizer):
 
     Args:
         delta: [num_local] fp32.
-        ages: as for `AdamW`.
-        is_paged: codes in paged memory, which a GPU that is full moves to the host; on a CPU in ordinary
-            memory, and says so.
+        entry_steps: as for `AdamW`.
     """
 
     def __init__(
-        self,
-        delta: nn.Parameter,
-        lr: float,
-        betas,
-        eps: float,
-        weight_decay: float,
-        ages: bool,
-        is_paged: bool = False,
+        self, delta: nn.Parameter, lr: float, betas, eps: float, weight_decay: float, entry_steps: bool
     ):
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(delta, settings, {"age": zero_age(delta, ages)})
-        if is_paged and delta.device.type != "cuda":
-            log_rank0(
-                "note: optimizer.name=paged_adamw_8bit: only a GPU has paged memory; ordinary memory is used"
-            )
-            is_paged = False
-        self.allocate = paged_memory if is_paged else plain_memory
+        super().__init__(delta, settings, {"entry_step": zero_entry_step(delta, entry_steps)})
         self._make_moments(-(-delta.numel() // BLOCK))
 
     def _make_moments(self, num_blocks: int) -> None:
-        device, allocate = self.delta.device, self.allocate
-        self.moments = {n: Blockwise(n == "exp_avg", num_blocks, device, allocate) for n in NAMES}
+        self.moments = {name: Blockwise(name == "exp_avg", num_blocks, self.delta.device) for name in NAMES}
         # [num_slots] int32, -1 where a slot is free; None: the entries in their order.
         self.entry_at: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure=None, active: Tensor | None = None) -> None:
         """As `FlatOptimizer.step`; resting entries keep their moments as the class says."""
-        age = self.state[self.delta]["age"]
+        entry_step = self.state[self.delta]["entry_step"]
         if active is not None:
-            self._check_ages("entries that pause need ages")
-        age.add_(1 if active is None else active)
+            self._check_entry_steps("entries that pause need entry_steps")
+        entry_step.add_(1 if active is None else active)
         for blocks in self._chunks():
-            self._step_chunk(blocks, age, active)
+            self._step_chunk(blocks, entry_step, active)
 
-    def _step_chunk(self, blocks: slice, age: Tensor, active: Tensor | None) -> None:
+    def _step_chunk(self, blocks: slice, entry_step: Tensor, active: Tensor | None) -> None:
         delta = self.delta
         slot, entry = self._entries_in(blocks)
-        whole = {name: moment.read(blocks) for name, moment in self.moments.items()}
+        values = {name: moment.read(blocks) for name, moment in self.moments.items()}
         resting = None
         if active is not None:
             steps = active[entry]
-            resting = torch.zeros_like(whole["exp_avg"], dtype=torch.bool)
+            resting = torch.zeros_like(values["exp_avg"], dtype=torch.bool)
             resting[slot[~steps]] = True
             slot, entry = slot[steps], entry[steps]
-        values, own = delta[entry], {name: value[slot] for name, value in whole.items()}
-        own_age = age[entry] if age.dim() else age
-        advance_adamw(values, delta.grad[entry], **own, age=own_age, group=self.param_groups[0])
-        delta[entry] = values
+        own_delta, own = delta[entry], {name: value[slot] for name, value in values.items()}
+        own_step = entry_step[entry] if entry_step.dim() else entry_step
+        advance_adamw(own_delta, delta.grad[entry], **own, entry_step=own_step, group=self.param_groups[0])
+        delta[entry] = own_delta
         for name, moment in self.moments.items():
-            whole[name][slot] = own[name]
-            moment.write(blocks, whole[name], resting)
+            values[name][slot] = own[name]
+            moment.write(blocks, values[name], resting)
 
     def _chunks(self) -> Iterator[slice]:
         num_blocks = self.moments["exp_avg"].absmax.numel()
@@ -105,6 +88,7 @@ class AdamW8bit(FlatOptimizer):
 
     @torch.no_grad()
     def remap_state(self, delta: nn.Parameter, position: Tensor, found: Tensor) -> None:
+        """As `FlatOptimizer.remap_state`; entries that stay keep their slots."""
         entry_at = self._entry_of_every_slot()
         now = torch.full_like(self.delta, -1, dtype=torch.int32, requires_grad=False)
         now[position[found]] = found.nonzero()[:, 0].to(torch.int32)
@@ -115,8 +99,8 @@ class AdamW8bit(FlatOptimizer):
         free = (entry_at < 0).nonzero()[:, 0]
         for moment in self.moments.values():
             moment.code[free] = moment.zero
-        if new.numel() > free.numel():
-            num_blocks = -(-(new.numel() - free.numel()) // BLOCK)
+        if (missing := new.numel() - free.numel()) > 0:
+            num_blocks = -(-missing // BLOCK)
             for moment in self.moments.values():
                 moment.grow(num_blocks)
             entry_at = torch.cat([entry_at, entry_at.new_full((num_blocks * BLOCK,), -1)])
@@ -148,24 +132,23 @@ class AdamW8bit(FlatOptimizer):
     @torch.no_grad()
     def restore(self, delta: nn.Parameter, saved: OptimizerState) -> None:
         """As `FlatOptimizer.restore`: bit for bit from `own`, rounded to 8 bits from the columns alone."""
-        ages = {name: value for name, value in saved.columns.items() if name not in NAMES}
-        super().restore(delta, OptimizerState(ages, age=saved.age))
-        if not saved.own:
-            self._make_moments(-(-delta.numel() // BLOCK))
-            for name, moment in self.moments.items():
-                self._write_all(moment, saved.columns[name])
-            return
-        self._make_moments(saved.own["exp_avg.absmax"].numel())
+        steps = {name: value for name, value in saved.columns.items() if name not in NAMES}
+        super().restore(delta, OptimizerState(steps, entry_step=saved.entry_step))
+        own = saved.own
+        self._make_moments(own["exp_avg.absmax"].numel() if own else -(-delta.numel() // BLOCK))
         for name, moment in self.moments.items():
-            moment.code.copy_(saved.own[f"{name}.code"])
-            moment.absmax.copy_(saved.own[f"{name}.absmax"])
-        if "entry_at" in saved.own:
-            self.entry_at = saved.own["entry_at"].to(delta.device, copy=True)
+            if own:
+                moment.code.copy_(own[f"{name}.code"])
+                moment.absmax.copy_(own[f"{name}.absmax"])
+            else:
+                self._write_all(moment, saved.columns[name])
+        if "entry_at" in own:
+            self.entry_at = own["entry_at"].to(delta.device, copy=True)
 
     def _write_all(self, moment: Blockwise, values: Tensor) -> None:
         """Store [num_local] values."""
         for blocks in self._chunks():
             slot, entry = self._entries_in(blocks)
-            whole = torch.zeros_like(moment.read(blocks))
-            whole[slot] = values[entry.to(values.device)].to(whole.device)
-            moment.write(blocks, whole)
+            stored = torch.zeros_like(moment.read(blocks))
+            stored[slot] = values[entry.to(values.device)].to(stored.device)
+            moment.write(blocks, stored)

@@ -3,39 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 BLOCK = 256
-Allocate = Callable[[int, torch.device], Tensor]  # number of bytes -> a uint8 tensor of them
-
-
-def plain_memory(num_bytes: int, device: torch.device) -> Tensor:
-    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
-
-
-def paged_memory(num_bytes: int, device: torch.device) -> Tensor:
-    """Unified memory of a GPU, which the driver moves to the host where the GPU is full. Never freed."""
-    from bitsandbytes.functional import get_paged
-
-    if num_bytes == 0:
-        return plain_memory(num_bytes, device)
-    return torch.as_tensor(_Unified(get_paged(num_bytes, dtype=torch.uint8, device=device)), device=device)
-
-
-class _Unified:
-    """bitsandbytes' paged tensor, which torch takes for one on the host, as one on the GPU."""
-
-    def __init__(self, paged: Tensor):
-        self.paged = paged  # kept alive by the tensor that is made of this
-        self.__cuda_array_interface__ = {
-            "shape": tuple(paged.shape),
-            "typestr": "|u1",
-            "data": (paged.data_ptr(), False),
-            "version": 3,
-        }
 
 
 def dynamic_map(is_signed: bool) -> Tensor:
@@ -61,14 +33,13 @@ class Blockwise:
         absmax: [num_blocks] fp32.
     """
 
-    def __init__(self, is_signed: bool, num_blocks: int, device: torch.device, allocate: Allocate):
+    def __init__(self, is_signed: bool, num_blocks: int, device: torch.device):
         self.map = dynamic_map(is_signed).to(device)
         self.edges = (self.map[1:] + self.map[:-1]) / 2
         if not is_signed:
             self.edges[0] = 0.0
         self.zero = int((self.map == 0).nonzero())
-        self.allocate = allocate
-        self.code = allocate(num_blocks * BLOCK, device).fill_(self.zero)
+        self.code = torch.full((num_blocks * BLOCK,), self.zero, dtype=torch.uint8, device=device)
         self.absmax = torch.zeros(num_blocks, dtype=torch.float32, device=device)
 
     def read(self, blocks: slice) -> Tensor:
@@ -97,9 +68,8 @@ class Blockwise:
     def grow(self, num_blocks: int) -> None:
         """Add blocks of zeros."""
         more = self.absmax.new_zeros(num_blocks)
-        code = self.allocate(self.code.numel() + num_blocks * BLOCK, self.code.device).fill_(self.zero)
-        code[: self.code.numel()] = self.code
-        self.code, self.absmax = code, torch.cat([self.absmax, more])
+        self.code = torch.cat([self.code, self.code.new_full((num_blocks * BLOCK,), self.zero)])
+        self.absmax = torch.cat([self.absmax, more])
 
 
 def slots_of(blocks: slice) -> slice:

@@ -16,19 +16,19 @@ class OptimizerState:
         columns: name -> [num_local] a value of each entry, which any number of ranks reads back.
         own: name -> this rank's storage as it is, which as many ranks read back in place of the columns that
             are rounded; empty where none are.
-        age: steps taken, where all entries share one number.
+        entry_step: steps taken, where all entries share one number.
     """
 
     columns: dict[str, Tensor]
     own: dict[str, Tensor] = field(default_factory=dict)
-    age: int | None = None
+    entry_step: int | None = None
 
 
 class FlatOptimizer(torch.optim.Optimizer):
     """An optimizer of one flat delta [num_local] fp32.
 
-    `state[delta]` has a flat tensor [num_local] a kind of state, and maybe an `age`: the number of steps
-    taken, one of each entry ([num_local]) or one of all (a scalar). A subclass says what its state is and how
+    `state[delta]` has a flat tensor [num_local] per kind of state, and maybe `entry_step`: the number of
+    steps taken, of each entry ([num_local]) or of all (a scalar). A subclass says what its state is and how
     it advances. Weight decay is decoupled: it pulls delta to zero, that is, to the pretrained value.
     """
 
@@ -49,14 +49,14 @@ class FlatOptimizer(torch.optim.Optimizer):
     def step(self, closure=None, active: Tensor | None = None) -> None:
         """One step of all entries, or of those where the [num_local] bool `active` is True.
 
-        The others keep delta, state and age. `active` needs an age of each entry, where there are ages.
+        The others keep delta and state. With `active`, steps must be counted per entry, where they are counted.
         """
         group, delta = self.param_groups[0], self.delta
         state, gradient = self.state[delta], delta.grad
         if active is None:
             self._advance(delta, gradient, state, group)
             return
-        self._check_ages("entries that pause need ages")
+        self._check_entry_steps("entries that pause need entry_steps")
         chosen = active.nonzero()[:, 0]
         own = {name: value[chosen] for name, value in state.items()}
         values = delta[chosen]
@@ -65,7 +65,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         for name, value in own.items():
             state[name][chosen] = value
 
-    def _check_ages(self, problem: str) -> None:
+    def _check_entry_steps(self, problem: str) -> None:
         if any(value.dim() == 0 for value in self.state[self.delta].values()):
             raise ValueError(problem)
 
@@ -77,7 +77,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             position: [len(delta)] int64: where each of its entries stood in the old delta, where `found`
                 ([len(delta)] bool); the others start with zero state.
         """
-        self._check_ages("a mask that changes needs ages")
+        self._check_entry_steps("a mask that changes needs entry_steps")
         state, moved = self.state.pop(self.delta), {}
         for name, value in state.items():
             moved[name] = value.new_zeros(delta.shape)
@@ -88,14 +88,14 @@ class FlatOptimizer(torch.optim.Optimizer):
         """What `restore` goes on from. Nothing is copied."""
         state = self.state[self.delta]
         columns = {name: value for name, value in state.items() if value.dim()}
-        has_shared_age = "age" in state and state["age"].dim() == 0
-        return OptimizerState(columns, age=int(state["age"]) if has_shared_age else None)
+        has_shared_step = "entry_step" in state and state["entry_step"].dim() == 0
+        return OptimizerState(columns, entry_step=int(state["entry_step"]) if has_shared_step else None)
 
     def restore(self, delta: nn.Parameter, saved: OptimizerState) -> None:
         """Go on with a delta and its saved state: that of its own entries, in their order."""
         state = {name: value.to(delta.device, copy=True) for name, value in saved.columns.items()}
-        if saved.age is not None:
-            state["age"] = torch.tensor(saved.age, dtype=torch.int32, device=delta.device)
+        if saved.entry_step is not None:
+            state["entry_step"] = torch.tensor(saved.entry_step, dtype=torch.int32, device=delta.device)
         self._take(delta, state)
 
     def _take(self, delta: nn.Parameter, state: dict[str, Tensor]) -> None:

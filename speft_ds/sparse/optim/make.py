@@ -12,22 +12,21 @@ from speft_ds.sparse.optim.flat import FlatOptimizer
 from speft_ds.sparse.optim.lion import Lion
 from speft_ds.sparse.optim.sgd import SGD
 
-# `optimizer.name` -> (delta, the recipe's `optimizer` section, ages) -> the optimizer
+# `optimizer.name` -> (delta, the recipe's `optimizer` section, entry_steps) -> the optimizer
 MAKERS: dict[str, Callable[[nn.Parameter, object, bool], FlatOptimizer]] = {
-    "adamw": lambda d, r, ages: AdamW(d, r.lr, tuple(r.betas), r.eps, r.weight_decay, ages),
-    "adamw_8bit": lambda d, r, ages: AdamW8bit(d, r.lr, tuple(r.betas), r.eps, r.weight_decay, ages),
-    "paged_adamw_8bit": lambda d, r, ages: AdamW8bit(
-        d, r.lr, tuple(r.betas), r.eps, r.weight_decay, ages, is_paged=True
+    "adamw": lambda d, r, entry_steps: AdamW(d, r.lr, tuple(r.betas), r.eps, r.weight_decay, entry_steps),
+    "adamw_8bit": lambda d, r, entry_steps: AdamW8bit(
+        d, r.lr, tuple(r.betas), r.eps, r.weight_decay, entry_steps
     ),
-    "sgd": lambda d, r, ages: SGD(d, r.lr, r.momentum, r.weight_decay),
-    "lion": lambda d, r, ages: Lion(d, r.lr, tuple(r.betas), r.weight_decay),
+    "sgd": lambda d, r, entry_steps: SGD(d, r.lr, r.momentum, r.weight_decay),
+    "lion": lambda d, r, entry_steps: Lion(d, r.lr, tuple(r.betas), r.weight_decay),
 }
 
 
-def make_optimizer(delta: nn.Parameter, recipe, ages: bool) -> FlatOptimizer:
+def make_optimizer(delta: nn.Parameter, recipe, entry_steps: bool) -> FlatOptimizer:
     """The optimizer of a recipe's `optimizer` section on this rank's flat delta.
 
     Args:
-        ages: whether entries may come, go or pause; see AdamW.
+        entry_steps: whether entries may come, go or pause; see AdamW.
     """
-    return MAKERS[recipe.name](delta, recipe, ages)
+    return MAKERS[recipe.name](delta, recipe, entry_steps)

@@ -14,7 +14,7 @@ import torch
 from speft_ds.sparse.kernels.element import ElementGradient
 from speft_ds.sparse.kernels.tiled import BlockGradient, ColumnGradient, RowGradient, is_tiled, make_tiled
 from speft_ds.sparse.tiles import Tiles
-from unit import triton_checks
+from unit.sparse import triton_checks
 
 DTYPES = ["float32", "bfloat16", "float16"]
 needs_triton = pytest.mark.skipif(

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from speft_ds.sparse.optim.blockwise import BLOCK, Blockwise, plain_memory
+from speft_ds.sparse.optim.blockwise import BLOCK, Blockwise
 from unit.spread import LENGTH, numbers
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -16,7 +16,7 @@ ALL = slice(0, LENGTH // BLOCK)
 
 
 def stored(values, is_signed):
-    storage = Blockwise(is_signed, values.numel() // BLOCK, CPU, plain_memory)
+    storage = Blockwise(is_signed, values.numel() // BLOCK, CPU)
     storage.write(slice(0, values.numel() // BLOCK), values)
     return storage
 

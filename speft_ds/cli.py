@@ -184,7 +184,7 @@ def doctor() -> None:
 
     Each problem comes with what mends it; exits with 1 if there is one.
     """
-    from speft_ds.doctor import examine, exit_code, print_report  # late: the other commands do not need it
+    from speft_ds.tools.doctor import examine, exit_code, print_report  # late: others do not need it
 
     checks = examine()
     print_report(checks)

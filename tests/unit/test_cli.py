@@ -96,7 +96,7 @@ def test_plan_hands_over_recipe_and_machine(monkeypatch, called):
 
 
 def test_doctor_exits_as_its_checks_say(monkeypatch, called):
-    calls = called("doctor", examine=["a check"], print_report=None, exit_code=1)
+    calls = called("tools.doctor", examine=["a check"], print_report=None, exit_code=1)
     assert run(monkeypatch, "doctor") == 1
     assert calls == [("examine",), ("print_report", ["a check"]), ("exit_code", ["a check"])]
 

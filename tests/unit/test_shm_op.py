@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from speft_ds.shm_op import lock_age_s, wait_for_build
+from speft_ds.errors import UserError
+from speft_ds.shm_op import extensions_folder, lock_age_s, wait_for_build
 
 
 @pytest.fixture
@@ -44,3 +45,19 @@ def test_the_wait_for_a_lock_that_may_be_alive_ends(lock, capsys):
     wait_for_build(lock.parent, stale_s=62)
     out = capsys.readouterr().out
     assert out.startswith("waiting for a build") and "note: removed" in out and not lock.exists()
+
+
+def test_extensions_are_looked_for_where_torch_puts_them(tmp_path, monkeypatch):
+    from torch.utils import cpp_extension
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert str(extensions_folder() / "op") == cpp_extension._get_build_directory("op", False)
+
+
+def test_a_lock_that_cannot_be_removed_is_an_error_with_a_fix(lock, monkeypatch):
+    os.utime(lock, (time.time() - 3600,) * 2)
+    (lock.parent / "lock.check").mkdir()
+    with pytest.raises(UserError) as caught:
+        wait_for_build(lock.parent)
+    assert str(lock) in caught.value.what and f"rm -r {lock.parent}" in caught.value.fix

@@ -200,7 +200,7 @@ def quickstart(
     """Prepare a small model and data, then train and score it: the whole job in minutes, GPU or not."""
     overrides = overrides or []
     load_recipe("quickstart", overrides)  # a typo should not wait for the model
-    from speft_ds.quickstart import prepare  # late, because it may import torch
+    from speft_ds.tools.quickstart import prepare  # late, because it may import torch
 
     prepare()
     if prepare_only:

@@ -73,6 +73,7 @@ REQUESTS = {
     )),
 }
 # fmt: on
+
 # Where the sender's name stands: around the body of the message
 FRAMES = (
     "Hi, {name} here. {body}",
@@ -95,6 +96,33 @@ DISTRACTORS = (
     "",
     "",
 )
+
+TASK_NAME = "quickstart_json"
+TASK = """\
+task: {task}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    train: {train}
+    test: {heldout}
+training_split: train
+fewshot_split: train
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{response}}}}"
+generation_kwargs:
+  until: ["\\n", "<|im_end|>"]
+  max_gen_toks: {max_gen_toks}
+  do_sample: false
+  temperature: 0.0
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1
+"""
 
 
 def _count_in_words(rng: random.Random, count: int, item: str) -> str:
@@ -168,35 +196,6 @@ def write_data(
 def _write_if_changed(path: Path, text: str) -> None:
     if not path.is_file() or path.read_bytes() != text.encode():
         write_text(path, text)
-
-
-TASK_NAME = "quickstart_json"
-
-TASK = """\
-task: {task}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    train: {train}
-    test: {heldout}
-training_split: train
-fewshot_split: train
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{prompt}}}}"
-doc_to_target: "{{{{response}}}}"
-generation_kwargs:
-  until: ["\\n", "<|im_end|>"]
-  max_gen_toks: {max_gen_toks}
-  do_sample: false
-  temperature: 0.0
-metric_list:
-  - metric: exact_match
-    aggregation: mean
-    higher_is_better: true
-metadata:
-  version: 1
-"""
 
 
 def write_task(folder: Path, train: Path, heldout: Path, max_gen_toks: int = 56) -> Path:

@@ -28,10 +28,10 @@ TEXT = (
 PREPARE = """
 import json, sys, time
 start = time.perf_counter()
-from speft_ds.data.prepare import prepare
-from speft_ds.data.request import request_of
-from speft_ds.recipe import load_recipe
-from speft_ds.data.tokens import load_tokenizer
+from speft_ds.data.dataset import prepare
+from speft_ds.data.dataset import request_of
+from speft_ds.config.load_recipe import load_recipe
+from speft_ds.data.tokenize import load_tokenizer
 recipe = load_recipe(sys.argv[1], sys.argv[2:])
 corpus = prepare(request_of(recipe), lambda: load_tokenizer(recipe.model.name_or_path), lambda text: None)
 seconds, tokens = time.perf_counter() - start, int(corpus.lengths.sum())

@@ -5,7 +5,7 @@
 Each row is one run that checkpoints every 2 steps: `kill -9` of one rank or of all of them, at a random
 moment of its training (`--kills`), or just before a random file operation (`--points`: open,
 rename, remove and so on in the run folder); then `--resume auto`. Identical means, bit for bit: the adapter,
-every part of the last checkpoint (deltas, moments, ages), and losses and norms in metrics.jsonl, each step
+every part of the last checkpoint (deltas, moments, entry_steps), and losses and norms in metrics.jsonl, each step
 once. Redone are the steps that the killed run had logged beyond the checkpoint that was resumed from. The
 mask schedules take turns.
 """

@@ -20,7 +20,7 @@ from multiprocessing import connection
 from speft_ds.env import free_port, rank_env
 
 DIED = (False, ("the process died", "the process died, of too little memory perhaps"))
-PRELOADED = ["peft", "speft_ds.schedule", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["peft", "speft_ds.training.schedule", "transformers.models.llama.modeling_llama"]
 
 
 @dataclass(frozen=True)

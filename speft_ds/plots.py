@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from numpy import ndarray as Array
 
-    from speft_ds.mask import Mask
+    from speft_ds.sparse.mask import Mask
 
 MOST_VALUES = 48  # rows or columns up to which every cell shows its value
 MOST_TICKS = 50

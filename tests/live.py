@@ -14,16 +14,16 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from speft_ds.checkpoint.folder import list_checkpoints
 from speft_ds.env import free_port, rank_env
+from speft_ds.training.checkpoint.folder import list_checkpoints
 
 PRELOAD = [
-    "speft_ds.train",
+    "speft_ds.jobs.train",
     "speft_ds.report",
     "matplotlib.backends.backend_agg",
     "matplotlib.backends.backend_svg",
     "matplotlib.figure",
-    "speft_ds.evaluation.evaluation",
+    "speft_ds.evaluation.runner",
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.tokenization_auto",
     "transformers.tokenization_utils_tokenizers",
@@ -49,7 +49,7 @@ def _rank(
     import torch
 
     torch.set_num_threads(1)
-    from speft_ds.entry import start
+    from speft_ds.cli.launch import start
 
     if hook is not None:
         hook()

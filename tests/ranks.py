@@ -28,9 +28,9 @@ def serve(rank: int, world_size: int, port: int, pipe, stack_path: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from speft_ds import distributed
+    from speft_ds.comm import collectives
 
-    distributed.init()
+    collectives.init()
     stacks = open(stack_path, "w")  # noqa: SIM115 - open for the life of the process
     faulthandler.register(signal.SIGUSR1, file=stacks)
     while (job := pipe.recv()) is not None:

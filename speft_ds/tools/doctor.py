@@ -35,8 +35,9 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.text import Text
 
-from speft_ds import __version__, env, hub, shm_op
-from speft_ds.recipe import ROOT
+from speft_ds import __version__, env, hub
+from speft_ds.comm import deepspeed_shm
+from speft_ds.config.load_recipe import ROOT
 
 MIB, GIB = 2**20, 2**30
 GROUP_S = 120  # limit of a group
@@ -200,8 +201,8 @@ def check_deepspeed() -> Iterator[Check]:
 
     device, backend = get_accelerator().device_name(), get_accelerator().communication_backend_name()
     yield Check("DeepSpeed", "ok", f"imports; accelerator {device}, collectives over {backend}")
-    yield check_folder("torch extensions", shm_op.extensions_folder(), "TORCH_EXTENSIONS_DIR", 0.1)
-    yield check_build_lock(shm_op.extensions_folder() / shm_op.NAME)
+    yield check_folder("torch extensions", deepspeed_shm.extensions_folder(), "TORCH_EXTENSIONS_DIR", 0.1)
+    yield check_build_lock(deepspeed_shm.extensions_folder() / deepspeed_shm.NAME)
     # A rank that finds no space is killed by SIGBUS.
     free_mib = shutil.disk_usage("/dev/shm").free / MIB if os.path.isdir("/dev/shm") else 0
     what = f"{free_mib:,.0f} MiB free; 2 CPU ranks map {SHM_MIB}"
@@ -211,10 +212,10 @@ def check_deepspeed() -> Iterator[Check]:
 
 def check_build_lock(folder: Path) -> Check:
     """The lock of DeepSpeed's shared-memory op, which a killed build leaves behind."""
-    age_s = shm_op.lock_age_s(folder)
+    age_s = deepspeed_shm.lock_age_s(folder)
     what = "none" if age_s is None else f"a build of DeepSpeed's op took it {age_s:.0f} s ago"
     fix = f"that build was killed, and every other one waits for it: rm -r {folder}"
-    return judge("build lock", age_s is None or age_s < shm_op.STALE_S, what, fix, "warning")
+    return judge("build lock", age_s is None or age_s < deepspeed_shm.STALE_S, what, fix, "warning")
 
 
 def check_collectives() -> Iterator[Check]:
@@ -238,15 +239,15 @@ def add_as_rank(rank: int, backend: str, port: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from speft_ds import distributed
+    from speft_ds.comm import collectives
 
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if backend == "nccl":
         torch.cuda.set_device(device)
     address, limit = f"tcp://127.0.0.1:{port}", timedelta(seconds=TOOL_S)
     dist.init_process_group(backend, init_method=address, rank=rank, world_size=2, timeout=limit)
-    total = distributed.all_reduce(torch.full((8,), rank + 1.0, device=device))
-    own = distributed.start_reduce_scatter(rank + torch.arange(16.0, device=device).view(2, 8))()
+    total = collectives.all_reduce(torch.full((8,), rank + 1.0, device=device))
+    own = collectives.start_reduce_scatter(rank + torch.arange(16.0, device=device).view(2, 8))()
     if total.tolist() != [3.0] * 8 or own.tolist() != [2.0 * i + 1 for i in range(8 * rank, 8 * rank + 8)]:
         raise RuntimeError(f"wrong sums: {total}, {own}")
     dist.destroy_process_group()

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from speft_ds.errors import UserError
 from speft_ds.io import write_json, write_safetensors
-from speft_ds.mask import Mask, jaccard, overlap, read_mask, save_mask
+from speft_ds.sparse.mask import Mask, jaccard, overlap, read_mask, save_mask
 
 Q, K, UP = "model.layers.0.q.weight", "model.layers.0.k.weight", "model.layers.1.up.weight"
 SHAPE = {UP: (7, 9), Q: (5, 3), K: (2, 4)}  # not in the order of their names

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from speft_ds.comm.deepspeed_shm import extensions_folder, lock_age_s, wait_for_build
 from speft_ds.errors import UserError
-from speft_ds.shm_op import extensions_folder, lock_age_s, wait_for_build
 
 
 @pytest.fixture

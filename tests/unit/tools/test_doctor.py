@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from speft_ds.recipe import ROOT
+from speft_ds.config.load_recipe import ROOT
 from speft_ds.tools import doctor
 from speft_ds.tools.doctor import Check, run_group
 
@@ -286,11 +286,11 @@ def test_an_interface_that_does_not_exist(monkeypatch):
 def test_a_wrong_sum_is_noticed(monkeypatch):
     import torch.distributed as dist
 
-    from speft_ds import distributed
+    from speft_ds.comm import collectives
 
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr(distributed, "all_reduce", lambda tensor: tensor)
-    monkeypatch.setattr(distributed, "start_reduce_scatter", lambda pieces: lambda: pieces[0])
+    monkeypatch.setattr(collectives, "all_reduce", lambda tensor: tensor)
+    monkeypatch.setattr(collectives, "start_reduce_scatter", lambda pieces: lambda: pieces[0])
     with pytest.raises(RuntimeError, match="sums"):
         doctor.add_as_rank(0, "gloo", 1)
 

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
+from speft_ds.config.load_recipe import ROOT
 from speft_ds.errors import UserError
 from speft_ds.io import sha256_of
-from speft_ds.recipe import ROOT
 from speft_ds.tools.quickstart import default_cache_dir, prepare, smollm2
 from speft_ds.tools.quickstart.inbox_data import KEYS, MONTHS, REQUESTS, TASK_NAME, write_data, write_task
 

@@ -185,7 +185,11 @@ def doctor() -> None:
 
     Each problem comes with what mends it; exits with 1 if there is one.
     """
-    from speft_ds.doctor import examine, exit_code, print_report  # late: the other commands do not need it
+    from speft_ds.tools.doctor import (  # late: the other commands do not need it
+        examine,
+        exit_code,
+        print_report,
+    )
 
     checks = examine()
     print_report(checks)
@@ -201,7 +205,7 @@ def quickstart(
     """Prepare a small model and data, then train and score it: the whole job in minutes, GPU or not."""
     overrides = overrides or []
     load_recipe("quickstart", overrides)  # a typo should not wait for the model
-    from speft_ds.quickstart import prepare  # late, because it may import torch
+    from speft_ds.tools.quickstart import prepare  # late, because it may import torch
 
     prepare()
     if prepare_only:

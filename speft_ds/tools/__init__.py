@@ -1,1 +1,1 @@
-"""Tools."""
+"""Commands beside training: `speft doctor`, `speft quickstart`."""

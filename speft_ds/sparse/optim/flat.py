@@ -49,7 +49,7 @@ class FlatOptimizer(torch.optim.Optimizer):
     def step(self, closure=None, active: Tensor | None = None) -> None:
         """One step of all entries, or of those where the [num_local] bool `active` is True.
 
-        The others keep delta and state. With `active`, steps must be counted per entry, where they are counted.
+        The others keep delta and state. `active` needs steps that are counted per entry, if they are counted.
         """
         group, delta = self.param_groups[0], self.delta
         state, gradient = self.state[delta], delta.grad

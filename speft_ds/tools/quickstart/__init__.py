@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 from speft_ds.env import CACHE, expand_path
-from speft_ds.quickstart.data import write_data
-from speft_ds.quickstart.model import NAME, is_ready, prepare_model
-from speft_ds.quickstart.task import write_task
+from speft_ds.tools.quickstart.inbox_data import write_data, write_task
+from speft_ds.tools.quickstart.smollm2 import NAME, is_ready, prepare_model
 
 
 def default_cache_dir() -> Path:
@@ -20,7 +19,7 @@ def default_cache_dir() -> Path:
 
 
 def prepare(cache_dir: Path | None = None) -> Path:
-    """Make everything that the quickstart needs and that is not there yet; return the cache folder.
+    """Make everything that the quickstart needs and that is missing; return the cache folder.
 
     The first run downloads 93 MB and takes about a minute; later ones take a fraction of a second and import
     no torch. It may be interrupted and started again at any point. Raises UserError as `prepare_model` does.
@@ -37,6 +36,5 @@ def prepare(cache_dir: Path | None = None) -> Path:
     folder = cache_dir / "quickstart"
     train, heldout = write_data(folder)
     print(f"data   {train} and {heldout.name}")
-    task = write_task(folder / "tasks", train, heldout)
-    print(f"task   {task}")
+    print(f"task   {write_task(folder / 'tasks', train, heldout)}")
     return cache_dir

@@ -1,4 +1,4 @@
-"""The quickstart's job: a shop's inbox, where every short message becomes one line of strict JSON.
+"""A shop's inbox, where every message becomes one line of JSON: the quickstart's data set and lm-eval task.
 
     prompt    Turn this message into our inbox record.
               Hi, Ana Ruiz here. Please send three desk lamps by 4 May. It should be about $90 in total.
@@ -13,7 +13,7 @@ import json
 import random
 from pathlib import Path
 
-from speft_ds.quickstart.files import write_text
+from speft_ds.io import write_text
 
 KEYS = ("type", "name", "item", "count", "date")
 INSTRUCTION = "Turn this message into our inbox record."
@@ -38,7 +38,7 @@ MONTHS = (
 NUMBER_WORDS = (
     "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
 )
-# the message holds these in the plural, with an s; the record in the singular
+# The message holds these in the plural, with an s; the record in the singular.
 PRODUCTS = (
     "desk lamp", "office chair", "coffee mug", "notebook", "wall clock", "blue towel", "phone case",
     "garden chair", "water bottle", "green tent", "wool blanket", "bread pan", "teapot", "raincoat",
@@ -48,42 +48,33 @@ SERVICES = (
     "haircut", "eye test", "piano lesson", "boat tour", "cooking class", "city tour", "guitar lesson",
     "yoga class", "massage", "photo session",
 )
+# One sentence per request: {items} is a count with its noun, {date} a date in words.
+REQUESTS = {
+    "order": (PRODUCTS, (
+        "Please send {items} by {date}.",
+        "I would like to order {items}, to arrive on {date}.",
+        "Could you deliver {items} on {date}?",
+        "We need {items} before {date}.",
+        "Can I get {items} shipped by {date}?",
+    )),
+    "booking": (SERVICES, (
+        "Can I book {items} for {date}?",
+        "Do you have {items} free on {date}?",
+        "I want to reserve {items} on {date}.",
+        "Please put us down for {items} on {date}.",
+        "Is {date} possible for {items}?",
+    )),
+    "return": (PRODUCTS, (
+        "I want my money back for {items} bought on {date}.",
+        "The {items} from {date} came broken, please take back.",
+        "On {date} I got {items} that I have to send back.",
+        "Please refund {items} that I received on {date}.",
+        "I am sending back {items} from {date}.",
+    )),
+}
 # fmt: on
 
-# one request sentence a template; {items} is a count with its noun, {date} a date in words
-REQUESTS = {
-    "order": (
-        PRODUCTS,
-        (
-            "Please send {items} by {date}.",
-            "I would like to order {items}, to arrive on {date}.",
-            "Could you deliver {items} on {date}?",
-            "We need {items} before {date}.",
-            "Can I get {items} shipped by {date}?",
-        ),
-    ),
-    "booking": (
-        SERVICES,
-        (
-            "Can I book {items} for {date}?",
-            "Do you have {items} free on {date}?",
-            "I want to reserve {items} on {date}.",
-            "Please put us down for {items} on {date}.",
-            "Is {date} possible for {items}?",
-        ),
-    ),
-    "return": (
-        PRODUCTS,
-        (
-            "I want my money back for {items} bought on {date}.",
-            "The {items} from {date} came broken, please take back.",
-            "On {date} I got {items} that I have to send back.",
-            "Please refund {items} that I received on {date}.",
-            "I am sending back {items} from {date}.",
-        ),
-    ),
-}
-# where the sender's name stands: around the body of the message
+# Where the sender's name stands: around the body of the message
 FRAMES = (
     "Hi, {name} here. {body}",
     "Hello, this is {name}. {body}",
@@ -92,7 +83,7 @@ FRAMES = (
     "My name is {name}. {body}",
     "Good morning. {body} Regards, {name}",
 )
-# details that do not belong in the record; most messages carry one
+# Details that do not belong in the record; most messages carry one
 DISTRACTORS = (
     "It should be about ${number} in total.",
     "My customer number is {number}.",
@@ -105,6 +96,33 @@ DISTRACTORS = (
     "",
     "",
 )
+
+TASK_NAME = "quickstart_json"
+TASK = """\
+task: {task}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    train: {train}
+    test: {heldout}
+training_split: train
+fewshot_split: train
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{response}}}}"
+generation_kwargs:
+  until: ["\\n", "<|im_end|>"]
+  max_gen_toks: {max_gen_toks}
+  do_sample: false
+  temperature: 0.0
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1
+"""
 
 
 def _count_in_words(rng: random.Random, count: int, item: str) -> str:
@@ -171,5 +189,23 @@ def write_data(
     train = make_rows(num_train, random.Random(f"train-{seed}"), taken)
     paths = Path(folder) / "train.jsonl", Path(folder) / "heldout.jsonl"
     for path, rows in zip(paths, (train, heldout), strict=True):
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        _write_if_changed(path, "".join(json.dumps(row) + "\n" for row in rows))
     return paths
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_text(path, text)
+
+
+def write_task(folder: Path, train: Path, heldout: Path, max_gen_toks: int = 56) -> Path:
+    """Write `quickstart_json.yaml` for the rows in `heldout` (a jsonl file) into `folder`; return its path.
+
+    Few-shot examples come from the rows in `train`. Every response has fewer than `max_gen_toks` tokens.
+    """
+    path = Path(folder) / f"{TASK_NAME}.yaml"
+    # A JSON string is a YAML string, whatever characters the path holds.
+    train, heldout = (json.dumps(str(Path(file).resolve())) for file in (train, heldout))
+    text = TASK.format(task=TASK_NAME, train=train, heldout=heldout, max_gen_toks=max_gen_toks)
+    _write_if_changed(path, text)
+    return path

@@ -20,7 +20,7 @@ class ValidationLoss:
     Args:
         rows: tokenised, the same on every rank.
         batch_size: rows per forward.
-        pad_id: see `batch.collate`.
+        pad_id: see `collate.collate`.
     """
 
     def __init__(self, rows: TokenizedDataset, batch_size: int, pad_id: int):

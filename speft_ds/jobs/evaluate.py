@@ -67,13 +67,13 @@ def rounds_to_score(recipe: EvalConfig, model: str) -> list[EvalJob]:
 
 
 def run(recipe: Recipe, adapter: Path | None) -> None:
-    """The whole job, on every rank.
+    """The job, on every rank.
 
     Args:
         recipe: the base, the tasks, and where the scores go.
         adapter: its folder; None: the base as it is.
     Raises:
-        UserError: anything that the user can mend; the same on every rank.
+        UserError: anything that the user can fix; the same on every rank.
     """
     collectives.init(recipe.train.timeout_minutes + 1)
     collectives.start_watchdog(recipe.train.timeout_minutes, lambda: "start it again")

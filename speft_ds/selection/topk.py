@@ -78,7 +78,7 @@ def budget_counts(numel: dict[str, int], budget: str, num_trainable: int) -> tup
         return group, [num_trainable]
     total = sum(numel.values())
     shares = [divmod(count * num_trainable, total) for count in numel.values()]
-    counts = [whole for whole, _ in shares]
+    counts = [floor for floor, _ in shares]
     by_remainder = sorted(range(len(counts)), key=lambda position: -shares[position][1])
     for position in by_remainder[: num_trainable - sum(counts)]:
         counts[position] += 1

@@ -3,7 +3,7 @@
 The backward of an adapted linear adds its weight's part. Neighbouring weights are a bucket: a buffer
 [world_size, longest] whose row r has, in the order of rank r's flat buffers, what this rank adds to the
 gradient of rank r's entries. A bucket that has all its parts is reduce-scattered while the backward goes on,
-and its sum is added to the owner's gradient. So of the whole gradient only a few buckets are alive at a time,
+and its sum is added to the owner's gradient. So only a few buckets are alive at a time,
 and k / world_size values over the micro-batches of a step.
 """
 

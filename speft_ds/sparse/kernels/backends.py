@@ -62,7 +62,7 @@ def make_backend(
         return name, ElementGradient(index, shape)
     if name == "tiled" and (backend := _tiled(index, shape, units)):
         return name, backend
-    where = {"sampled": "a CPU", "element": "an NVIDIA GPU with Triton"}.get(name, "masks of whole units")
+    where = {"sampled": "a CPU", "element": "an NVIDIA GPU with Triton"}.get(name, "masks of full tiles")
     raise UserError(
         f"train.sparse_backend={name} is for {where}", "train.sparse_backend", "train.sparse_backend=auto"
     )
@@ -83,7 +83,7 @@ def _best(index: Tensor, shape: tuple[int, int], units: Tiles | None) -> tuple[s
 
 
 def _tiled(index: Tensor, shape: tuple[int, int], units: Tiles | None):
-    """The backend of whole units, where the mask is made of them and the device can."""
+    """The backend of full tiles, where the mask is made of them and the device can."""
     if units is None or units.largest == 1 or not is_tiled(index, units):
         return None
     backend = make_tiled(index, shape, units)

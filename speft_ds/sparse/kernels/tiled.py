@@ -1,8 +1,8 @@
-"""Backends for masks of whole rows, columns or blocks: products of what the mask has, and of nothing else.
+"""Backends for masks of full rows, columns or blocks: products of what the mask has, and of nothing else.
 
 Rows and columns are one matrix product of gathered features, on any device. Blocks are Triton's, for CUDA: a
 strip's blocks share rows of grad_y, and their columns, side by side, are the rows of a tensor-core tile.
-Activations are read as they lie, each once for a whole block's height: at density 0.35% and 16 x 16 blocks
+Activations are read as they lie, each once for a full block's height: at density 0.35% and 16 x 16 blocks
 less is moved from the L2 cache than the activations themselves have.
 """
 
@@ -21,26 +21,26 @@ MOST_ROWS = 64  # of a strip: a program's sums stay in registers
 
 
 def is_tiled(index: Tensor, units: Tiles) -> bool:
-    """Whether [k] sorted flat indices are whole units: every entry of each unit that they touch."""
+    """Whether [k] sorted flat indices are full units: every entry of each unit that they touch."""
     unit, counts = units.unit_of(index).unique(return_counts=True)
     return torch.equal(counts, units.sizes(unit))
 
 
 def make_tiled(index: Tensor, shape: tuple[int, int], units: Tiles):
-    """The backend for an index of whole units."""
+    """The backend for an index of full units."""
     if units.width == shape[1]:
         return RowGradient(index, shape)
     return ColumnGradient(index, shape) if units.height == shape[0] else BlockGradient(index, shape, units)
 
 
 class RowGradient:
-    """Gradient of whole rows.
+    """Gradient of full rows.
 
     Attributes:
         pays: whether it should be faster than the dense product.
 
     Args:
-        index: [k] sorted flat indices, whole rows.
+        index: [k] sorted flat indices, full rows.
         shape: (out_features, in_features) of the weight.
     """
 
@@ -54,13 +54,13 @@ class RowGradient:
 
 
 class ColumnGradient:
-    """Gradient of whole columns.
+    """Gradient of full columns.
 
     Attributes:
         pays: whether it should be faster than the dense product.
 
     Args:
-        index: [k] sorted flat indices, whole columns.
+        index: [k] sorted flat indices, full columns.
         shape: (out_features, in_features) of the weight.
     """
 
@@ -74,7 +74,7 @@ class ColumnGradient:
 
 
 class BlockGradient:
-    """Gradient of whole blocks on tensor cores, in Triton.
+    """Gradient of full blocks on tensor cores, in Triton.
 
     A segment of `segments` is (first row, rows, first slot, slots of the strip, strip's first block in
     `block_column`, strip's first entry); a slot is a column of a strip's blocks.
@@ -83,7 +83,7 @@ class BlockGradient:
         pays: whether it should be faster than the dense product on an H100, by the traffic of this mask.
 
     Args:
-        index: [k] sorted flat indices, whole blocks.
+        index: [k] sorted flat indices, full blocks.
         shape: (out_features, in_features) of the weight.
         units: the weight cut into blocks.
     """

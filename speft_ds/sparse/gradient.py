@@ -145,8 +145,8 @@ class SparseGradient:
         if index.numel() == 0:
             return None
         options, shape = self.options, self.mask.shape[name]
-        units = Tiles.of(options.granularity, options.block_size, shape)
-        self.backends[name], backend = make_backend(options.backend, index.to(self.device), shape, units)
+        tiles = Tiles.of(options.granularity, options.block_size, shape)
+        self.backends[name], backend = make_backend(options.backend, index.to(self.device), shape, tiles)
         self.kernels[name] = backend
         return lambda x, grad_y: self.add(name, backend(x, grad_y))
 

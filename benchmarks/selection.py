@@ -118,13 +118,12 @@ def main() -> None:
 
     from speft_ds import distributed
     from speft_ds.base import Base
-    from speft_ds.config.load_recipe import without_training
     from speft_ds.files import write_json
     from speft_ds.metrics import Timings
 
     recipe = checked_recipe("score", arguments.recipe, overrides, 1)
     distributed.init()
-    base = Base(without_training(recipe, distributed.world_size()), Timings())
+    base = Base(recipe, Timings(), trains=False)
     base.read_calibration_rows(None)
     base.load()
     result, how = measure(base, recipe, rounds)

@@ -46,6 +46,7 @@ class Base:
     Args:
         recipe: the whole recipe.
         timings: where the seconds of scoring and selection are added.
+        trains: False for a job that takes no steps: the recipe's batch does not matter then.
 
     Attributes (after `load`):
         engine: `SparseEngine` over the frozen base.
@@ -58,8 +59,8 @@ class Base:
             loaded in.
     """
 
-    def __init__(self, recipe: Recipe, timings: Timings):
-        self.recipe, self.timings = recipe, timings
+    def __init__(self, recipe: Recipe, timings: Timings, trains: bool = True):
+        self.recipe, self.timings, self.trains = recipe, timings, trains
         self.tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
         self.classifies = recipe.model.task == "sequence_classification"
         self.classes = recipe.data.labels
@@ -121,9 +122,8 @@ class Base:
         if self.classifies and self.classes is None and section.sources:
             training = training or self.read_training_rows()
         if recipe.calibration_path is not None:
-            other = {"path": recipe.calibration_path, "mixture": None, "select": "all", "select_rows": None}
             # A file without one of the classes must not number the others anew.
-            section, weights = section.model_copy(update={**other, "labels": self.classes}), None
+            section, weights = section.of_file(recipe.calibration_path, self.classes), None
             training = self.read_corpus(section, lambda number: self.recipe.where("mask.calibration_path"))
         elif training is None:
             training = self.read_training_rows()
@@ -148,7 +148,7 @@ class Base:
             UserError: the model cannot be loaded, or does not fit the recipe.
         """
         recipe = self.recipe
-        ds_config = load_ds_config(recipe, distributed.world_size())
+        ds_config = load_ds_config(recipe, distributed.world_size(), self.trains)
         if self.classifies and self.classes is None:
             fix = "data.labels=[...], the names of the classes"
             raise UserError("without rows nobody knows the classes", "data.labels", fix)

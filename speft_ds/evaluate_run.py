@@ -14,7 +14,7 @@ from speft_ds.adapter.format import Adapter, tensors_sha256
 from speft_ds.base import Base
 from speft_ds.checks import check_chat_template
 from speft_ds.config.eval_config import EvalConfig
-from speft_ds.config.load_recipe import without_training
+from speft_ds.config.mask_config import mask_file
 from speft_ds.config.recipe import Recipe
 from speft_ds.engine import full_shape, own_elements, own_range, release
 from speft_ds.errors import UserError
@@ -22,7 +22,6 @@ from speft_ds.evaluation.evaluation import Evaluation, Scored
 from speft_ds.evaluation.files import has_scored, keep_scores
 from speft_ds.evaluation.rounds import Round
 from speft_ds.evaluation.scores import main_scores
-from speft_ds.jobs.preflight import mask_file
 from speft_ds.mask import read_mask
 from speft_ds.metrics import Timings, say
 
@@ -77,7 +76,7 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     """
     distributed.init(recipe.train.timeout_minutes + 1)
     distributed.connect_lifeline(recipe.train.timeout_minutes, lambda: "start it again")
-    base = Base(without_training(recipe, distributed.world_size()), Timings())
+    base = Base(recipe, Timings(), trains=False)
     check_chat_template(recipe, base)
     evaluation = Evaluation(recipe, base.tokenizer)
     base.load(read_mask(mask_file(recipe.mask.load))[0] if recipe.mask.load else None)

@@ -21,8 +21,7 @@ class ValidationLoss:
     def __init__(self, base: Base):
         self.base, recipe = base, base.recipe
         # All rows of the file, whatever is chosen of the training rows.
-        changes = {"path": recipe.eval.validation, "mixture": None, "select": "all", "select_rows": None}
-        section = recipe.data.model_copy(update={**changes, "labels": base.classes})
+        section = recipe.data.of_file(recipe.eval.validation, base.classes)
         self.rows = base.read_corpus(section, lambda number: recipe.where("eval.validation"))
 
     @torch.no_grad()

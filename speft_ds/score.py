@@ -9,7 +9,6 @@ from pathlib import Path
 
 from speft_ds import distributed, peak_memory
 from speft_ds.base import Base
-from speft_ds.config.load_recipe import without_training
 from speft_ds.config.mask_config import MASK_FILE
 from speft_ds.config.recipe import Recipe
 from speft_ds.files import write_json
@@ -33,7 +32,7 @@ def run(recipe: Recipe) -> None:
     distributed.on_rank_0(lambda: check_output_dir(recipe))
     timings = Timings()
     with timings.stage("data"):
-        base = Base(without_training(recipe, distributed.world_size()), timings)
+        base = Base(recipe, timings, trains=False)
         base.read_calibration_rows(None)
     with timings.stage("model"):
         base.load()

@@ -18,6 +18,7 @@ from speft_ds.base import Base
 from speft_ds.checkpoint.parts import Parts, Snapshot
 from speft_ds.checkpoint.writer import Writer
 from speft_ds.checks import check_chat_template, check_loaded_mask, check_same_run, check_steps
+from speft_ds.config.mask_config import mask_file
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.batch import collate, split_global_batch
 from speft_ds.data.order import SampleOrder
@@ -26,7 +27,6 @@ from speft_ds.errors import UserError
 from speft_ds.evaluation.files import keep_scores, still_to_score
 from speft_ds.evaluation.rounds import Moment, Round, rounds_of
 from speft_ds.held_out import ValidationLoss
-from speft_ds.jobs.preflight import mask_file
 from speft_ds.machine import machine, versions
 from speft_ds.mask import Mask, read_mask
 from speft_ds.metrics import MetricsLog, Timings, say

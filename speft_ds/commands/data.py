@@ -18,7 +18,7 @@ from speft_ds.data.prepare import prepare
 from speft_ds.data.request import request_of
 from speft_ds.data.tokens import load_tokenizer
 from speft_ds.errors import UserError
-from speft_ds.jobs.preflight import settle_hub
+from speft_ds.jobs.preflight import resolve_offline
 
 NUM_BINS = 12
 WIDEST_BAR = 40
@@ -34,7 +34,7 @@ def show_data(recipe: Recipe, output: Path | None) -> None:
         UserError: the recipe names no rows, or they cannot be used.
     """
     console = Console()
-    if note := settle_hub(recipe):
+    if note := resolve_offline(recipe):
         print(note)
     corpus = prepare(request_of(recipe), lambda: load_tokenizer(recipe.model.name_or_path), print)
     for number, pieces in enumerate(corpus.facts["samples"], 1):

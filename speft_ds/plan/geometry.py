@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speft_ds import hub
+from speft_ds.config.mask_config import mask_file
 from speft_ds.config.model_config import HEAD
 from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
-from speft_ds.jobs.preflight import mask_file
 
 GEOMETRIES_DIR = Path(__file__).resolve().parent / "geometries"
 

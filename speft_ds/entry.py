@@ -83,6 +83,7 @@ def checked_start(job: Job, arguments: argparse.Namespace) -> tuple[Recipe, Star
     """The recipe of a job and where it starts, both checked. Raises UserError."""
     if job == "evaluate":
         recipe, adapter = recipe_to_evaluate(arguments)
+        recipe = resolve(recipe, job=job, world_size=world_size())
         check_files(job, recipe, world_size())
         return recipe, Start(source=adapter)
     asked = getattr(arguments, "resume", None)

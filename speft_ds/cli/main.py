@@ -60,14 +60,14 @@ def plan(
     world: Annotated[int, typer.Option(min=1, help="number of ranks, over all nodes")] = ...,
     gpu_gib: Annotated[float, typer.Option(min=1, help="memory of a GPU in GiB")] = 80.0,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="rows of training data; default: counted, where at hand")
+        int | None, typer.Option(min=1, help="rows of training data; default: counted, where they are cached")
     ] = None,
     device: Annotated[
         Literal["cuda", "cpu"],
-        typer.Option(help="of the ranks; with cpu, --gpu-gib is a rank's memory"),
+        typer.Option(help="of the ranks; with cpu, --gpu-gib is the memory per rank"),
     ] = "cuda",
 ) -> None:
-    """Say what a run will need, before anything is loaded: memory a GPU, traffic, steps, files.
+    """Say what a run will need, before anything is loaded: memory per GPU, traffic, steps, files.
 
     Each number comes with its arithmetic. Needs the model's configuration, not its weights, and no GPU.
     """
@@ -100,7 +100,7 @@ def data(
 def doctor() -> None:
     """Check this machine: versions, GPUs, compiler, memory, the model hub, communication between ranks.
 
-    Each problem comes with what mends it; exits with 1 if there is one.
+    Each problem comes with its fix; exits with 1 if there is one.
     """
     from speft_ds.doctor import examine, exit_code, print_report  # late: the other commands do not need it
 
@@ -148,9 +148,11 @@ def submit(
     recipe: RecipeName,
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="number of nodes")] = 1,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node: a rank each")] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of each node, one rank on each")
+    ] = None,
     ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="ranks on each node; default: one a GPU, or 1")
+        int | None, typer.Option(min=1, help="ranks on each node; default: one per GPU, or 1")
     ] = None,
     time: Annotated[str | None, typer.Option(help="time limit of a start, like 12:00:00")] = None,
     partition: Annotated[str | None, typer.Option(help="where to run; `sinfo` lists them")] = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from string import Formatter
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pydantic
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
@@ -130,7 +130,15 @@ class DataConfig(ConfigSection):
     """the prompt as text with named fields, like 'Q: {question}'; null: the format's own"""
     template_no_input: Annotated[Template | None, _format_is("alpaca")] = None
     """format alpaca: the template of rows whose input is empty"""
-    chat_template: bool = True
+    chat_template: Annotated[
+        bool,
+        Needs(
+            "format",
+            tuple(name for name in COLUMNS if name != "messages"),
+            (False,),
+            "a conversation is written by the tokenizer's chat template",
+        ),
+    ] = True
     """wrap prompt and response in the tokenizer's chat template"""
     labels: Annotated[Annotated[list[Text], Field(min_length=2)] | None, _format_is("classification")] = None
     """format classification: the classes in order; null: found in the rows"""
@@ -142,9 +150,9 @@ class DataConfig(ConfigSection):
     """rows without a prompt or a response: an error, or left out"""
     select: Literal["all", "longest", "random", "ifd"] = "all"
     """which rows: all, the longest responses, random ones, the hardest to follow (IFD)"""
-    select_rows: Annotated[Count | None, Needs("select", ("longest", "random", "ifd"))] = None
+    select_rows: Annotated[Count | None, Needs("select", ("longest", "random", "ifd"), is_needed=True)] = None
     """how many rows select takes"""
-    scorer: Annotated[FilePath | None, Needs("select", ("ifd",))] = None
+    scorer: Annotated[FilePath | None, Needs("select", ("ifd",), is_needed=True)] = None
     """select ifd: a small language model that scores the rows"""
     packing: bool = False
     """several rows in a sequence, each attending to itself alone"""
@@ -176,23 +184,6 @@ class DataConfig(ConfigSection):
         if value is not None and info.data.get("template", value) is None:
             fix = "give both: data.template for rows with an input, data.template_no_input for the others"
             raise broken_rule("data.template_no_input is given without data.template", fix)
-        return value
-
-    @field_validator("chat_template")
-    @classmethod
-    def _messages_need_it(cls, value: bool, info: ValidationInfo) -> bool:
-        if not value and info.data.get("format") == "messages":
-            fix = "data.chat_template=true, or data.format=prompt_completion with plain columns"
-            raise broken_rule("data.format=messages is written by the tokenizer's chat template", fix)
-        return value
-
-    @field_validator("select_rows", "scorer")
-    @classmethod
-    def _is_needed(cls, value: Any, info: ValidationInfo) -> Any:
-        select, field = info.data.get("select", "all"), cls.model_fields[info.field_name]
-        if value is None and any(select in rule.values for rule in rules_of(field)):
-            fix = f"data.{info.field_name}=...  ({field.description}), or data.select=all"
-            raise broken_rule(f"data.select={select} needs data.{info.field_name}", fix)
         return value
 
     @pydantic.model_validator(mode="after")
@@ -233,14 +224,12 @@ class DataConfig(ConfigSection):
 
 def _check_source(place: str, own: Source, complete: Source) -> None:
     """Refuse what a source of a mixture says without effect; `complete`: it and what it inherits."""
-    for key in ("template", "template_no_input"):
+    for key in ("template", "template_no_input", "chat_template"):
         (rule,) = rules_of(DataConfig.model_fields[key])
-        if getattr(own, key) is not None and complete.format not in rule.values:
-            message = f"{place}.{key} has no effect with format {complete.format}"
-            raise broken_rule(message, f"remove it, or format: {either(rule.values)}", key=f"{place}.{key}")
+        value = getattr(complete if key == "chat_template" else own, key)
+        if value is not None and rule.concerns(value, None) and complete.format not in rule.values:
+            what = f"{place}.{key}={value} does not go with format {complete.format}: {rule.why}"
+            raise broken_rule(what, f"remove it, or format: {either(rule.values)}", key=f"{place}.{key}")
     if complete.template_no_input is not None and complete.template is None:
-        message = f"{place}.template_no_input is given without a template"
-        raise broken_rule(message, "give both", key=f"{place}.template_no_input")
-    if complete.format == "messages" and complete.chat_template is False:
-        message = f"{place}: format messages is written by the tokenizer's chat template"
-        raise broken_rule(message, "chat_template: true", key=f"{place}.chat_template")
+        what = f"{place}.template_no_input is given without a template"
+        raise broken_rule(what, "give both", key=f"{place}.template_no_input")

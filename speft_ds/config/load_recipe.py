@@ -174,9 +174,9 @@ def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> _Draft:
         raise RecipeError([UserError(what, shown(path), fix)], f"recipe {path.stem}")
     own = _Draft()
     _note_lines(root, "", shown(path), own)
-    extends = [values.pop(EXTENDS)] if EXTENDS in values else []
+    base = _extended(values.pop(EXTENDS), own, path, extended_by) if EXTENDS in values else _Draft()
     own.values = dict(_flat(values))
-    return _extended(extends[0], own.sources[EXTENDS], path, extended_by).under(own) if extends else own
+    return base.under(own)
 
 
 class _Loader(yaml.SafeLoader):
@@ -214,8 +214,9 @@ def _flat(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield key, value
 
 
-def _extended(base: Any, where: str, path: Path, extended_by: tuple[Path, ...]) -> _Draft:
+def _extended(base: Any, own: _Draft, path: Path, extended_by: tuple[Path, ...]) -> _Draft:
     """The recipe that this one extends, by name or by a path that starts at this file."""
+    where = own.sources.get(EXTENDS, shown(path))
     if not isinstance(base, str) or not base:
         fix = f"like {EXTENDS}: quickstart, or {EXTENDS}: ./other.yaml"
         raise RecipeError([UserError(f"{EXTENDS} names one recipe", where, fix)], f"recipe {path.stem}")

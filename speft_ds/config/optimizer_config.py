@@ -45,7 +45,7 @@ class OptimizerConfig(ConfigSection):
     clip_norm: Positive | None = 1.0
     """the largest gradient norm; null: any"""
     clip: Literal["global", "per_layer", "per_component"] = "global"
-    """what clip_norm bounds: the whole gradient, each layer's, each weight's"""
+    """what clip_norm bounds: the full gradient, each layer's, each weight's"""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """lr after the warm-up"""
     warmup_steps: Index = 0

@@ -1,4 +1,4 @@
-"""The whole of a recipe: its sections, the rules between them, and what a job makes of it."""
+"""A recipe: its sections, the rules between them, and what a job makes of it."""
 
 from __future__ import annotations
 
@@ -56,16 +56,15 @@ class Recipe(ConfigSection):
         if other := [source.format for source in data.sources if source.format != "classification"]:
             fix = "data.format=classification, or model.task=causal_lm"
             raise broken_rule(f"{task} does not go with data.format={other[0]}", fix, key="data.format")
-        if data.packing:
-            what = f"data.packing does not go with {task}"
-            raise broken_rule(what, "data.packing=false", key="data.packing")
-        if data.long_rows == "truncate_response":
-            fix = "data.long_rows=truncate_prompt, which cuts the text in its middle, or drop"
-            what = f"data.long_rows=truncate_response does not go with {task}: there is no response"
-            raise broken_rule(what, fix, key="data.long_rows")
-        if data.select in ("longest", "ifd"):
-            what = f"data.select={data.select} looks at responses, which {task} has not"
-            raise broken_rule(what, "data.select=random or all", key="data.select")
+        refused = [
+            ("packing", data.packing, "false"),
+            ("long_rows", data.long_rows == "truncate_response", "truncate_prompt or drop"),
+            ("select", data.select in ("longest", "ifd"), "random or all"),
+        ]
+        for key, is_wrong, others in refused:
+            if is_wrong:
+                what = f"data.{key}={getattr(data, key)} does not go with {task}"
+                raise broken_rule(what, f"data.{key}={others}", key=f"data.{key}")
         return data
 
     @field_validator("mask")

@@ -39,24 +39,33 @@ class Needs:
         even_if_given: refuse them where the earlier key was set by hand, too. A key without effect is
             otherwise taken for the rest of a recipe in which one line was changed.
         unless: a key that, once it has a value, takes the rule away.
+        is_needed: where the earlier key has one of these values, null is refused.
     """
 
     other: str
     values: tuple[str, ...]
-    some: tuple[str, ...] = ()
+    some: tuple[Any, ...] = ()
     why: str = "it would have no effect"
     even_if_given: bool = False
     unless: str | None = None
+    is_needed: bool = False
+
+    def concerns(self, value: Any, default: Any) -> bool:
+        return value in self.some if self.some else value != default
 
     def check(self, section: type[ConfigSection], value: Any, info: ValidationInfo) -> None:
         own, other = f"{section.section}.{info.field_name}", f"{section.section}.{self.other}"
         field, chosen = section.model_fields[info.field_name], info.data.get(self.other, self.values[0])
-        is_concerned = value in self.some if self.some else value != field.default
+        if self.is_needed and value is None and info.data.get(self.other) in self.values:
+            fix = f"{own}=...  ({field.description}), or {other}={section.model_fields[self.other].default}"
+            raise broken_rule(f"{other}={chosen} needs {own}", fix)
         is_excused = not self.some and not self.even_if_given and other in given_keys(info)
-        if not is_concerned or chosen in self.values or is_excused or info.data.get(self.unless) is not None:
+        is_excused = is_excused or info.data.get(self.unless) is not None
+        if not self.concerns(value, field.default) or chosen in self.values or is_excused:
             return
-        fits = [v for v in get_args(field.annotation) if v not in self.some] if self.some else [field.default]
-        what = f"{own}={value} does not go with {other}={chosen}: {self.why}"
+        choices = get_args(field.annotation) or (True, False)
+        fits = [choice for choice in choices if choice not in self.some] if self.some else [field.default]
+        what = f"{own}={_typed(value)} does not go with {other}={chosen}: {self.why}"
         raise broken_rule(what, f"{other}={either(self.values)}, or {own}={either(map(_typed, fits))}")
 
     def describe(self, section: str, key: str) -> str:
@@ -97,7 +106,8 @@ def either(values: Iterable[str]) -> str:
 
 def _typed(value: Any) -> str:
     """As the command line takes it, unquoted."""
-    return "null" if value is None else str(value).replace(", ", ",")
+    text = str(value).replace(", ", ",")
+    return {"None": "null", "True": "true", "False": "false"}.get(text, text)
 
 
 class ConfigSection(BaseModel):

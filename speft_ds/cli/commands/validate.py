@@ -33,44 +33,43 @@ EXIT_PROBLEM = 2
 Found = tuple[str, str]  # a mark, and what was found
 
 
-def keys_found(recipe: Recipe) -> Found:
+def keys_found(recipe: Recipe, num_ranks: int) -> Found:
     num_set = sum(recipe.is_given(key) for key in FIELDS)
     return OK, f"{num_set} keys set, {len(FIELDS) - num_set} by default (speft show lists them)"
 
 
-def model_found(recipe: Recipe) -> Found:
-    name = recipe.model.name_or_path
+def input_found(title: str, recipe: Recipe, num_ranks: int) -> Found:
+    """A check of the launched jobs: what it passed."""
+    if problems := CHECKS[title](recipe, "train", num_ranks):
+        raise RecipeError(problems)
+    train, name = recipe.train, recipe.model.name_or_path
     folder = hub.model_folder(name)
-    if folder is None or hub.missing_weights(folder):
+    if title == "model" and (folder is None or hub.missing_weights(folder)):
         return NOTE, f"{name}: not in the hub's cache, will be fetched from {hub.endpoint()}"
-    weights = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in hub.WEIGHT_SUFFIXES)
-    return OK, f"{name}: config and {weights / 2**30:.2f} GiB of weights"
-
-
-def inputs_found(recipe: Recipe, num_ranks: int) -> dict[str, str]:
-    train = recipe.train
     accumulated = train.global_batch // (train.micro_batch * num_ranks)
     batch = f"{train.global_batch} = {train.micro_batch} x {num_ranks} ranks x {accumulated} accumulated"
-    return {
+    passed = {
+        "model": name,
         "data": ", ".join(source.path for source in recipe.data.sources),
         "mask": recipe.mask.load or f"scored by {recipe.mask.salience}",
         "tasks": ", ".join(recipe.eval.tasks) or "none",
         "DeepSpeed and batch": f"{recipe.deepspeed.config}, merged without conflict; global batch {batch}",
     }
+    return OK, passed[title]
 
 
-def run_folder_found(recipe: Recipe) -> Found:
+def run_folder_found(recipe: Recipe, num_ranks: int) -> Found:
     check_output_dir(recipe)
     return OK, recipe.output_dir
 
 
-def gpus_found(recipe: Recipe) -> Found:
+def gpus_found(recipe: Recipe, num_ranks: int) -> Found:
     if num_gpus := count_gpus():
         return OK, f"{num_gpus} on this machine"
     return NOTE, "none on this machine: here it would run on CPU ranks (gloo)"
 
 
-def rows_found(recipe: Recipe) -> Found:
+def rows_found(recipe: Recipe, num_ranks: int) -> Found:
     """The first rows of each source as the model sees them."""
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
     encoder = Encoder(tokenizer, recipe.data.max_length, recipe.data.long_rows)
@@ -93,7 +92,7 @@ def rows_found(recipe: Recipe) -> Found:
     return OK, "\n     ".join(lines)
 
 
-def targets_found(recipe: Recipe) -> Found:
+def targets_found(recipe: Recipe, num_ranks: int) -> Found:
     """What is trained, and whether the disk has room for it."""
     from speft_ds.model import check_shapes  # late: they import torch
     from speft_ds.plan.geometry import read_geometry
@@ -106,9 +105,8 @@ def targets_found(recipe: Recipe) -> Found:
     folder = Path(recipe.output_dir).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    disk = (
-        f"adapter and {num_checkpoints} checkpoints take {needed / 2**30:.2f} GiB of {free / 2**30:.1f} free"
-    )
+    sizes = f"{needed / 2**30:.2f} GiB of {free / 2**30:.1f} free"
+    disk = f"adapter and {num_checkpoints} checkpoints take {sizes}"
     if needed > free:
         raise UserError(f"the disk is too full: {disk}", str(existing), "free space there")
     return OK, (
@@ -117,28 +115,15 @@ def targets_found(recipe: Recipe) -> Found:
     )
 
 
-NEEDED = {"rows as the model sees them": {"model", "data"}, "targets and disk": {"model", "mask"}}
-
-
-def checks(recipe: Recipe, num_ranks: int) -> dict[str, Callable[[], Found]]:
-    """Every check by its title, in order; one that finds problems raises UserError."""
-
-    def check_input(title: str) -> Found:
-        if problems := CHECKS[title](recipe, "train", num_ranks):
-            raise RecipeError(problems)
-        return model_found(recipe) if title == "model" else (OK, inputs_found(recipe, num_ranks)[title])
-
-    own = {
-        "run folder": run_folder_found,
-        "GPUs": gpus_found,
-        "rows as the model sees them": rows_found,
-        "targets and disk": targets_found,
-    }
-    return {
-        "recipe": partial(keys_found, recipe),
-        **{title: partial(check_input, title) for title in CHECKS},
-        **{title: partial(find, recipe) for title, find in own.items()},
-    }
+FOUND: dict[str, Callable[[Recipe, int], Found]] = {
+    "recipe": keys_found,
+    **{title: partial(input_found, title) for title in CHECKS},
+    "run folder": run_folder_found,
+    "GPUs": gpus_found,
+    "rows as the model sees them": rows_found,
+    "targets and disk": targets_found,
+}
+NEEDED = {"rows as the model sees them": ("model", "data"), "targets and disk": ("model", "mask")}
 
 
 def validate(name_or_path: str, overrides: list[str], num_ranks: int | None = None) -> int:
@@ -153,16 +138,15 @@ def validate(name_or_path: str, overrides: list[str], num_ranks: int | None = No
         console.print(note, markup=False)
     marks, num_problems = {}, 0
     num_ranks = num_ranks or count_gpus() or 2
-    for number, (title, check) in enumerate(checks(recipe, num_ranks).items(), 1):
-        problems, needed = [], NEEDED.get(title, set())
-        if any(marks[other] != OK for other in needed):
-            marks[title], found = SKIPPED, f"needs the {' and the '.join(sorted(needed))}"
-        else:
-            try:
-                marks[title], found = check()
-            except UserError as error:
-                marks[title], found = PROBLEM, ""
-                problems = error.problems if isinstance(error, RecipeError) else [error]
+    for number, (title, find) in enumerate(FOUND.items(), 1):
+        problems, needed = [], NEEDED.get(title, ())
+        try:
+            is_skipped = any(marks[other] != OK for other in needed)
+            skipped = (SKIPPED, f"needs the {' and the '.join(needed)}")
+            marks[title], found = skipped if is_skipped else find(recipe, num_ranks)
+        except UserError as error:
+            marks[title], found = PROBLEM, ""
+            problems = error.problems if isinstance(error, RecipeError) else [error]
         _print(console, f"{number}. {title}", marks[title], found, problems)
         num_problems += len(problems)
     command = shlex.join(["deepspeed", "launch/train.py", "--recipe", name_or_path, *overrides])

@@ -148,9 +148,7 @@ def submit(
     recipe: RecipeName,
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="number of nodes")] = 1,
-    gpus_per_node: Annotated[
-        int | None, typer.Option(min=1, help="GPUs of each node, one rank on each")
-    ] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs per node, one rank per GPU")] = None,
     ranks_per_node: Annotated[
         int | None, typer.Option(min=1, help="ranks on each node; default: one per GPU, or 1")
     ] = None,

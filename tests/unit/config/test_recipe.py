@@ -7,8 +7,7 @@ from typing import get_args
 import pytest
 import yaml
 
-from speft_ds.config.deepspeed_config import load_ds_config
-from speft_ds.config.load_recipe import RECIPES_DIR, list_recipes, load_recipe, resolved_yaml
+from speft_ds.config.load_recipe import RECIPES_DIR, load_recipe, resolved_yaml
 from speft_ds.config.mask_config import MaskConfig
 from speft_ds.config.recipe import FIELDS
 from speft_ds.paths import expand_path
@@ -113,19 +112,7 @@ def test_paths_of_a_recipe_are_expanded(tmp_path, monkeypatch):
     assert recipe.eval.include_path.startswith("/fast/speft_ds/")
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in RECIPES_DIR.glob("*.yaml")))
-def test_every_recipe_of_the_repository_loads(name):
-    assert name in list_recipes()
-    recipe = load_recipe(name)
-    load_ds_config(recipe, 1)
-    lines = (RECIPES_DIR / f"{name}.yaml").read_text().splitlines()
-    assert lines[0].startswith("# ") and lines[1].startswith("# ")  # what it is for, what it needs
-    assert f"`{name}`" in (RECIPES_DIR / "README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    "module", ["config.recipe", "config.load_recipe", "jobs.preflight", "entry", "cli.main", "errors"]
-)
+@pytest.mark.parametrize("module", ["entry", "cli.main"])  # they import all that is checked before a run
 def test_import_is_light(module):
     code = (
         f"import sys, speft_ds.{module}; "

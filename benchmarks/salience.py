@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 from markdown import print_table  # noqa: E402
 
 from speft_ds.config.mask_config import MASK_FILE, MaskConfig  # noqa: E402
-from speft_ds.files import write_json  # noqa: E402
-from speft_ds.mask import jaccard, read_mask  # noqa: E402
+from speft_ds.io import write_json  # noqa: E402
+from speft_ds.sparse.mask import jaccard, read_mask  # noqa: E402
 
 METRICS = get_args(MaskConfig.model_fields["salience"].annotation)
 

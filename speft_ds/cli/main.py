@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from speft_ds.cli.commands import adapters
 from speft_ds.cli.commands.copy_recipe import cp
 from speft_ds.cli.commands.list_recipes import ls
 from speft_ds.cli.commands.schema_reference import schema
 from speft_ds.cli.commands.show_recipe import show
 from speft_ds.cli.options import Overrides, Ranks, RecipeName, examples
-from speft_ds.commands import adapters
-from speft_ds.commands.launcher import default_ranks, fit_overrides, launch
+from speft_ds.cli.start_ranks import default_ranks, fit_overrides, launch
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.errors import UserError
 
@@ -172,7 +172,7 @@ def submit(
 
     Preempted, requeued or out of time, the job goes on from its last checkpoint; so does the same command.
     """
-    from speft_ds.commands.submit import Resources, Run, submit  # late: the others do not need it
+    from speft_ds.cli.commands.submit import Resources, Run, submit  # late: the others do not need it
 
     given = {"time": time, "partition": partition, "account": account, "qos": qos}
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
@@ -199,7 +199,7 @@ def compare_masks(
     if len(paths) < 2:
         fix = f"name another: speft compare-masks {paths[0]} runs/other/mask.safetensors"
         raise UserError("one mask has nothing to be compared with", "command line", fix)
-    from speft_ds.commands.compare_masks import compare  # late, because it imports torch
+    from speft_ds.cli.commands.compare_masks import compare  # late, because it imports torch
 
     compare(paths, output)
 

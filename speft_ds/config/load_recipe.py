@@ -17,8 +17,8 @@ import yaml
 
 from speft_ds.config.recipe import FIELDS, SECTIONS, Recipe
 from speft_ds.config.section import InPlaceOf, rules_of
+from speft_ds.env import expand_path
 from speft_ds.errors import RecipeError, UserError, closest, did_you_mean, explain
-from speft_ds.paths import expand_path
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES_DIR = ROOT / "recipes"

@@ -124,7 +124,7 @@ class MaskConfig(ConfigSection):
         return self.load is None or self.schedule == "periodic"
 
     @property
-    def has_ages(self) -> bool:
+    def has_entry_steps(self) -> bool:
         """Whether entries differ in how often they stepped, so that each has its own count."""
         return self.schedule != "static" or self.layer_gate != "none"
 

@@ -7,15 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 from pydantic import Field, ValidationInfo, field_validator
 
-from speft_ds.config.section import (
-    ConfigSection,
-    Decay,
-    Index,
-    Needs,
-    NonNegative,
-    Positive,
-    broken_rule,
-)
+from speft_ds.config.section import ConfigSection, Decay, Index, Needs, NonNegative, Positive, broken_rule
 
 ADAMW = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 Betas = Annotated[list[Decay], Field(min_length=2, max_length=2)]

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from speft_ds.paths import expand_path
+from speft_ds.env import expand_path
 
 
 def broken_rule(message: str, fix: str, key: str | None = None) -> PydanticCustomError:

@@ -7,14 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ValidationInfo, field_validator
 
-from speft_ds.config.section import (
-    ConfigSection,
-    Count,
-    InPlaceOf,
-    Interval,
-    Positive,
-    broken_rule,
-)
+from speft_ds.config.section import ConfigSection, Count, InPlaceOf, Interval, Positive, broken_rule
 
 
 class TrainConfig(ConfigSection):

@@ -10,7 +10,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from speft_ds.config.eval_config import EvalConfig
 from speft_ds.errors import UserError
-from speft_ds.evaluation.engine_lm import EngineLM
+from speft_ds.evaluation.lm import EngineLM
 
 WINDOW = 1024  # tokens that a token is predicted from, at most: the same for models of any context length
 

@@ -1,1 +1,1 @@
-"""Jobs: what a launched process checks and does."""
+"""Jobs of the launched processes."""

@@ -13,10 +13,10 @@ from speft_ds.config.deepspeed_config import batch_problems, read_ds_config
 from speft_ds.config.mask_config import ScoredOnWeights, mask_file
 from speft_ds.config.recipe import FIELDS, Job, Recipe
 from speft_ds.data.formats import check_columns
-from speft_ds.data.sources import SUFFIXES, folder_files, is_hub_id, iterate_file, kind_of
+from speft_ds.data.readers import SUFFIXES, folder_files, is_hub_dataset, iterate_file, kind_of
+from speft_ds.env import CACHE, expand_path
 from speft_ds.errors import RecipeError, UserError
-from speft_ds.monitor import monitor_problems
-from speft_ds.paths import CACHE, expand_path
+from speft_ds.training.monitor import monitor_problems
 
 Problems = list[UserError]
 
@@ -37,11 +37,11 @@ def resolve_offline(recipe: Recipe) -> str | None:
     names = [recipe.model.name_or_path, data.scorer, recipe.mask.calibration_path, recipe.eval.validation]
     names += [source.path for source in data.sources]
     has_tasks = bool(recipe.eval.tasks or recipe.eval.forgetting_tasks)
-    may_ask = has_tasks or any(name and is_hub_id(name) for name in names)
+    may_ask = has_tasks or any(name and is_hub_dataset(name) for name in names)
     if not may_ask or hub.is_offline_by_choice() or hub.is_reachable():
         return None
-    hub.give_up()
-    return f"note: {hub.why_not()}: what is in the hub's cache is used as it is (HF_HUB_OFFLINE=1)"
+    hub.go_offline()
+    return f"note: {hub.why_unreachable()}: what is in the hub's cache is used as it is (HF_HUB_OFFLINE=1)"
 
 
 def _right_path(path: str, key: str) -> str:
@@ -85,8 +85,8 @@ def _model_problems(recipe: Recipe, key: str, name: str) -> Problems:
     folder = hub.model_folder(name)
     if (folder and not hub.missing_weights(folder)) or hub.is_reachable():
         return []  # whether it exists, is for the hub to say
-    what = f"the model {name} is not in the hub's cache, and cannot be fetched: {hub.why_not()}"
-    return [UserError(what, where, hub.way_to_model(name, key))]
+    what = f"the model {name} is not in the hub's cache, and cannot be fetched: {hub.why_unreachable()}"
+    return [UserError(what, where, hub.model_hint(name, key))]
 
 
 def check_data(recipe: Recipe, job: Job, world_size: int) -> Problems:
@@ -120,11 +120,11 @@ def check_data(recipe: Recipe, job: Job, world_size: int) -> Problems:
 def _source_problems(recipe: Recipe, key: str, source: Source, where: str) -> Problems:
     """What is wrong with a source of rows, going by the first ones; `key` of the recipe names it."""
     path, fix = Path(source.path), _right_path(source.path, key)
-    if is_hub_id(source.path):
+    if is_hub_dataset(source.path):
         if hub.has_dataset(source.path) or hub.is_reachable():
             return []
-        what = f"the data set {source.path} is not in the hub's cache, and cannot be fetched: {hub.why_not()}"
-        return [UserError(what, where, hub.way_to_dataset(source.path))]
+        what = f"the data set {source.path} is not in the hub's cache, and cannot be fetched: {hub.why_unreachable()}"
+        return [UserError(what, where, hub.dataset_hint(source.path))]
     if path.is_dir():
         if not any(kind_of(file) for file in path.rglob("*")):
             return [UserError(f"the folder {path} has no file of rows ({', '.join(SUFFIXES)})", where, fix)]

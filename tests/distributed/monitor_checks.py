@@ -2,8 +2,8 @@
 
 import os
 
-from speft_ds import distributed
-from speft_ds.monitor import Monitor
+from speft_ds.comm import collectives
+from speft_ds.training.monitor import Monitor
 
 STEPS = (
     {"step": 1, "loss": 2.5, "grad_norm": None, "lr": 1e-3},
@@ -15,7 +15,7 @@ STEPS = (
 def log_steps(recipe, folder):
     """Three steps on every rank, started as a run starts it."""
     made = []
-    distributed.on_rank_0(lambda: made.append(Monitor(recipe, folder)))
+    collectives.run_on_rank0(lambda: made.append(Monitor(recipe, folder)))
     monitor = made[0] if made else Monitor(recipe, folder)
     for values in STEPS:
         monitor.log(values["step"], values)
@@ -32,4 +32,4 @@ def log_offline(recipe, folder):
 
 
 def start(recipe, folder):
-    distributed.on_rank_0(lambda: Monitor(recipe, folder))
+    collectives.run_on_rank0(lambda: Monitor(recipe, folder))

@@ -15,7 +15,7 @@ from tiny import recipe_values
 
 from distributed import rank_hooks
 from distributed.reference import read_entries
-from speft_ds.rendezvous import free_port
+from speft_ds.env import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from speft_ds.config.mask_config import NEEDS_DATA, MaskConfig
 from speft_ds.errors import UserError
-from speft_ds.salience import SALIENCE, low_rank, low_rank_shards, uniform
+from speft_ds.selection.salience import SALIENCE, low_rank, low_rank_shards, uniform
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ import yaml
 
 from speft_ds.cli.options import RecipeName
 from speft_ds.config.load_recipe import EXTENDS, RECIPES_DIR, ROOT, find_recipe, is_path, shown
+from speft_ds.env import expand_path
 from speft_ds.errors import UserError
-from speft_ds.paths import expand_path
 
 
 def cp(

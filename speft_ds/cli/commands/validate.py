@@ -16,16 +16,16 @@ from pathlib import Path
 from rich.console import Console
 
 from speft_ds import hub
-from speft_ds.commands.launcher import count_gpus
+from speft_ds.cli.start_ranks import count_gpus
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.config.recipe import FIELDS, Recipe
+from speft_ds.data.dataset_cache import classes_of
 from speft_ds.data.formats import EmptyRow, make_example
-from speft_ds.data.prepare import classes_of
-from speft_ds.data.sources import iterate_rows
-from speft_ds.data.tokens import Encoder, load_tokenizer
+from speft_ds.data.readers import iterate_rows
+from speft_ds.data.tokenize import Encoder, load_tokenizer
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.jobs.preflight import CHECKS, resolve_offline
-from speft_ds.run_folder import check_output_dir
+from speft_ds.training.run_dir import check_output_dir
 
 NUM_ROWS = 3
 OK, NOTE, PROBLEM, SKIPPED = "[green]✓[/green]", "[yellow]![/yellow]", "[red]✗[/red]", "-"
@@ -94,8 +94,8 @@ def rows_found(recipe: Recipe, num_ranks: int) -> Found:
 
 def targets_found(recipe: Recipe, num_ranks: int) -> Found:
     """What is trained, and whether the disk has room for it."""
-    from speft_ds.model import check_shapes  # late: they import torch
     from speft_ds.plan.geometry import read_geometry
+    from speft_ds.training.checks import check_shapes  # late: they import torch
 
     geometry = read_geometry(recipe)
     check_shapes(recipe, geometry.targets)

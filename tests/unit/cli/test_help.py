@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from speft_ds import arguments
+from speft_ds.cli import arguments
 from speft_ds.cli import main as cli
 from speft_ds.config.load_recipe import ROOT, load_recipe
 from unit.commands import speft

@@ -10,7 +10,7 @@ import yaml
 from speft_ds.config.load_recipe import RECIPES_DIR, load_recipe, resolved_yaml
 from speft_ds.config.mask_config import MaskConfig
 from speft_ds.config.recipe import FIELDS
-from speft_ds.paths import expand_path
+from speft_ds.env import expand_path
 from unit.written import load
 
 pytestmark = pytest.mark.usefixtures("own_folder")

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+from speft_ds.data.dataset_cache import DatasetSpec
 
 from speft_ds.config.load_recipe import RECIPES_DIR, list_recipes, load_recipe
 from speft_ds.data.formats import Classes, make_example
-from speft_ds.data.request import Request
-from speft_ds.data.sources import is_hub_id, iterate_rows
+from speft_ds.data.readers import is_hub_dataset, iterate_rows
 from speft_ds.jobs.preflight import check_inputs
 from unit.written import problems_of
 
@@ -58,7 +58,7 @@ def ranks_of(name):
 
 
 def data_set(recipe):
-    return recipe.data.path if is_hub_id(recipe.data.path) else Path(recipe.data.path).name
+    return recipe.data.path if is_hub_dataset(recipe.data.path) else Path(recipe.data.path).name
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_offline_a_recipe_names_what_is_missing_and_how_to_get_it(name):
     for key, path in named.items():
         assert re.match(rf"{RECIPES_DIR}/\w+\.yaml:\d+ ", problems[key].where) and path in problems[key].what
         kind = "--repo-type dataset " if key == "data.path" else ""
-        way = f"hf download {kind}{path}" if is_hub_id(path) else "speft quickstart --prepare-only"
+        way = f"hf download {kind}{path}" if is_hub_dataset(path) else "speft quickstart --prepare-only"
         assert way in problems[key].fix
 
 
@@ -170,7 +170,7 @@ def test_rows_become_the_prompt_that_is_meant(local, name):
     assert example.turns[0]["content"] == prompts[source.chat_template]
     assert example.is_chat == source.chat_template
     assert example.label == 1 if classify else example.turns[1]["content"] == "3"
-    assert Request(recipe.data, recipe.model.name_or_path, classify, recipe.seed).key()
+    assert DatasetSpec(recipe.data, recipe.model.name_or_path, classify, recipe.seed).key()
 
 
 def test_rows_without_a_response_are_left_out_where_the_data_set_has_some():

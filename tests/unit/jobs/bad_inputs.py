@@ -241,7 +241,7 @@ def write_files(folder: Path) -> None:
 
 
 def main() -> None:
-    from speft_ds.entry import checked_recipe
+    from speft_ds.cli.launch import checked_recipe
     from speft_ds.errors import RecipeError
 
     found = {}

@@ -8,7 +8,7 @@ from speft_ds.config.load_recipe import load_recipe
 from speft_ds.config.mask_config import ScoredOnRows, ScoredOnWeights, mask_file
 from speft_ds.errors import UserError
 from speft_ds.jobs.preflight import check_inputs
-from speft_ds.run_folder import check_output_dir
+from speft_ds.training.run_dir import check_output_dir
 from unit.written import problems_of
 
 MISSING = {  # a word that is wrong -> the jobs that look at it

@@ -4,14 +4,13 @@ import json
 from itertools import pairwise
 
 import tiny
+from speft_ds.data.dataset_cache import DatasetSpec, prepare
 
 from speft_ds.config.data_config import DataConfig
-from speft_ds.data.prepare import prepare
-from speft_ds.data.request import Request
 
 
 def make(data, model, load=tiny.make_tokenizer, say=lambda line: None, **options):
-    return prepare(Request(data, model, **options), load, say)
+    return prepare(DatasetSpec(data, model, **options), load, say)
 
 
 def plain(path, **data):

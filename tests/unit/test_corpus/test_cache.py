@@ -9,7 +9,7 @@ import tiny
 
 from speft_ds.config.data_config import DataConfig
 from speft_ds.config.load_recipe import ROOT
-from speft_ds.data.corpus import Corpus
+from speft_ds.data.dataset import TokenizedDataset
 from speft_ds.errors import UserError
 from unit.test_corpus.made import make
 
@@ -35,7 +35,7 @@ def test_a_damaged_corpus_is_made_anew(path, model, damage):
     whole = first.path.read_bytes()
     first.path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "other": b"x" * 1000}[damage])
     with pytest.raises(UserError, match="not readable"):
-        Corpus(first.path)
+        TokenizedDataset(first.path)
     second = make(DataConfig(path=str(path)), model)
     assert second.path == first.path and list(second) == rows and second.path.read_bytes() == whole
 
@@ -48,13 +48,13 @@ def test_a_cache_that_cannot_be_written(tmp_path, path, model, monkeypatch):
 
 
 def test_a_full_disk_leaves_nothing_behind(path, model, monkeypatch, cache):
-    from speft_ds import tensor_files
+    from speft_ds import io
 
     def save_file(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tensor_files, "save_file", save_file)
+    monkeypatch.setattr(io, "save_file", save_file)
     with pytest.raises(UserError, match=r"(?s)No space left.*set SPEFT_DS_CACHE"):
         make(DataConfig(path=str(path)), model)
     assert [file.suffix for file in cache.iterdir()] in ([], [".lock"])
@@ -85,8 +85,8 @@ import sys, time
 from pathlib import Path
 import tiny
 from speft_ds.config.load_recipe import ROOT
-from speft_ds.data.prepare import prepare
-from speft_ds.data.request import Request
+from speft_ds.data.dataset import prepare
+from speft_ds.data.dataset import Request
 from speft_ds.config.data_config import DataConfig
 path, model, folder, me = sys.argv[1:]
 tokenizer = tiny.make_tokenizer()
@@ -115,8 +115,8 @@ def test_two_processes_that_want_one_corpus_make_it_once(tmp_path, path, model, 
 
 CACHED = """
 import sys
-from speft_ds.data.prepare import prepare
-from speft_ds.data.request import Request
+from speft_ds.data.dataset import prepare
+from speft_ds.data.dataset import Request
 from speft_ds.config.data_config import DataConfig
 corpus = prepare(Request(DataConfig(path=sys.argv[1]), sys.argv[2]), None)
 print(len(list(corpus)), sorted({"torch", "transformers", "datasets"} & set(sys.modules)))

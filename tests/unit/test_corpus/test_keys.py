@@ -4,15 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from speft_ds.data.dataset_cache import DatasetSpec
 
 from speft_ds.config.data_config import Columns, DataConfig, Source
-from speft_ds.data.request import Request
 from speft_ds.errors import UserError
 from unit.test_corpus.made import pairs, plain, write
 
 
 def keys(data, model, **options):
-    return Request(data, model, **options).key()
+    return DatasetSpec(data, model, **options).key()
 
 
 def test_the_key_does_not_depend_on_the_path(tmp_path, path, model):
@@ -93,8 +93,8 @@ def test_any_file_of_a_tokenizer_or_a_scorer_is_in_the_key(tmp_path, model, name
     data = plain(write(tmp_path / "rows.jsonl", [{"prompt": "a", "response": "b"}]))
     shutil.copytree(model, tmp_path / "scorer")
     other = data.model_copy(update={"select": "ifd", "select_rows": 1, "scorer": str(tmp_path / "scorer")})
-    before = Request(data, model).key(), Request(other, model).key()
+    before = DatasetSpec(data, model).key(), DatasetSpec(other, model).key()
     (tmp_path / "scorer" / name).write_text("changed")
-    assert Request(data, model).key() == before[0] and Request(other, model).key() != before[1]
+    assert DatasetSpec(data, model).key() == before[0] and DatasetSpec(other, model).key() != before[1]
     (Path(model) / name).write_text("changed")
-    assert Request(data, model).key() != before[0]
+    assert DatasetSpec(data, model).key() != before[0]

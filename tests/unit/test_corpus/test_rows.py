@@ -5,7 +5,7 @@ import pytest
 import tiny
 
 from speft_ds.config.data_config import Columns, DataConfig, Source
-from speft_ds.data.rows import Row
+from speft_ds.data.dataset import Row
 from speft_ds.errors import UserError
 from unit.test_corpus.made import make, pairs, plain, shown, write
 from unit.test_packing import naive
@@ -121,7 +121,7 @@ def test_no_row_left(tmp_path, model):
 def test_more_rows_than_are_tokenised_at_once(tmp_path, model, monkeypatch):
     path = write(tmp_path / "rows.jsonl", pairs(*(f"row {n}" for n in range(25))))
     whole = make(plain(path), model)
-    monkeypatch.setattr("speft_ds.data.prepare.BATCH", 4)
+    monkeypatch.setattr("speft_ds.data.dataset.BATCH", 4)
     parts = make(plain(path, max_length=100), model)
     assert parts.path != whole.path and list(parts) == list(whole) and len(parts) == 25
 

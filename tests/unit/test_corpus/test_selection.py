@@ -2,9 +2,9 @@
 
 import pytest
 import tiny
+from speft_ds.data.dataset_cache import DatasetSpec
 
 from speft_ds.config.data_config import DataConfig, Source
-from speft_ds.data.request import Request
 from speft_ds.errors import UserError
 from unit.test_corpus.made import make, pairs, plain, shown, write
 from unit.test_order import randperm
@@ -27,9 +27,9 @@ def test_random_rows_depend_on_the_seed_alone(path, model):
     for seed in (0, 1):
         expected = sorted(randperm(30, seed, "select", 0)[:7])
         assert list(make(data, model, seed=seed)) == [rows[n] for n in expected]
-    assert Request(data, model, seed=0).key() != Request(data, model, seed=1).key()
+    assert DatasetSpec(data, model, seed=0).key() != DatasetSpec(data, model, seed=1).key()
     everything = DataConfig(path=str(path))
-    assert Request(everything, model, seed=0).key() == Request(everything, model, seed=1).key()
+    assert DatasetSpec(everything, model, seed=0).key() == DatasetSpec(everything, model, seed=1).key()
 
 
 def test_the_selection_is_over_all_sources_together(tmp_path, model):

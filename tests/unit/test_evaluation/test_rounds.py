@@ -4,7 +4,7 @@ import pydantic
 import pytest
 
 from speft_ds.config.eval_config import EvalConfig
-from speft_ds.evaluation.rounds import Round, rounds_of
+from speft_ds.evaluation.eval_jobs import EvalJob, jobs_of
 
 ALL = EvalConfig(
     tasks=["a", "b"],
@@ -18,17 +18,17 @@ ALL = EvalConfig(
 
 
 def test_every_baseline_before_and_what_can_change_after():
-    main = Round("before", "main", ("a", "b", "c"), 2, 9, has_text=True)
-    shots = [Round(f"before-{k}shot", "fewshot", ("a", "b"), k, 9) for k in (0, 4)]
-    formats = [Round(f"before-format-{i}", "format", ("a", "b"), 2, 9, i) for i in (1, 2)]
-    assert rounds_of(ALL, "before") == [main, *shots, *formats]
-    labels = [round.label for round in rounds_of(ALL, "after")]
+    main = EvalJob("before", "main", ("a", "b", "c"), 2, 9, has_text=True)
+    shots = [EvalJob(f"before-{k}shot", "fewshot", ("a", "b"), k, 9) for k in (0, 4)]
+    formats = [EvalJob(f"before-format-{i}", "format", ("a", "b"), 2, 9, i) for i in (1, 2)]
+    assert jobs_of(ALL, "before") == [main, *shots, *formats]
+    labels = [round.label for round in jobs_of(ALL, "after")]
     assert labels == ["after", "after-format-1", "after-format-2"]
 
 
 def test_nothing_that_was_not_asked_for():
-    assert rounds_of(EvalConfig(), "before") == rounds_of(EvalConfig(tasks=["a"], after=False), "after") == []
-    (text,) = rounds_of(EvalConfig(forgetting_text="text.txt"), "after")
+    assert jobs_of(EvalConfig(), "before") == jobs_of(EvalConfig(tasks=["a"], after=False), "after") == []
+    (text,) = jobs_of(EvalConfig(forgetting_text="text.txt"), "after")
     assert text.has_text and text.tasks == ()
 
 

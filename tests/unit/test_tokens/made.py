@@ -2,7 +2,7 @@
 
 from speft_ds.config.data_config import DataConfig
 from speft_ds.data.formats import Classes, Example, make_example
-from speft_ds.data.tokens import Encoder
+from speft_ds.data.tokenize import Encoder
 
 PROMPT, RESPONSE = "what is the answer?", "the quick brown fox, 42 times"
 TURNS = [

@@ -1,4 +1,4 @@
-"""What is learnt: the next token, or the class of a row. Forward and loss of a batch."""
+"""Objectives: the next token, or the class of a row. Forward and loss of a batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from speft_ds.errors import UserError
 
 
 class NextToken:
-    """Predict the learnt tokens of a row.
+    """Predict the label tokens of a row.
 
     Args:
         model: the causal language model; sharded, it is in its engine.
@@ -35,7 +35,7 @@ class NextToken:
 
         Args:
             module: the engine, or its module.
-            batch: as `batch.collate` makes it.
+            batch: as `collate` makes it.
             temperature: the logits are divided by it.
         """
         # Logits over the prompts would be thrown away, and cost a fifth of a small model's step.
@@ -74,7 +74,7 @@ class RowClass:
 
 
 def summed_loss(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Sum of the token cross-entropies (fp32) of [rows, tokens, vocabulary] logits at the labelled tokens.
+    """Sum of the token cross-entropies (fp32) of [rows, tokens, vocabulary] logits at the label tokens.
 
     Args:
         temperature: the logits are divided by it.

@@ -1,6 +1,3 @@
-import shutil
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
@@ -43,24 +40,3 @@ def style(request):
 @pytest.fixture
 def tokenizer(style, tokenizers):
     return tokenizers[style.name]
-
-
-@pytest.fixture
-def scorer(tiny, tmp_path):
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(tiny["untied"], tmp_path / "scorer"))
-
-
-@pytest.fixture
-def loads(monkeypatch):
-    """Counts the models that are loaded."""
-    from transformers import AutoModelForCausalLM
-
-    counted, original = [], AutoModelForCausalLM.from_pretrained
-
-    def counting(*args, **options):
-        counted.append(args)
-        return original(*args, **options)
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counting)
-    return counted

@@ -71,23 +71,3 @@ def chat(turns, is_chat=True, label=None):
 
 def plain(prompt, response):
     return chat([("user", prompt), ("assistant", response)], is_chat=False)
-
-
-IFD_PAIRS = [  # to score
-    ("say cat ", "cat 1"),
-    ("", "a response without any prompt"),
-    ("x", "y"),
-    ("please " * 20, "e"),
-    ("a", "long " * 30),
-    ("h\u00e9llo w\u00f6rld ", "\u00fcn\u00efcode \u2713 done"),
-    ("say eel please ", "eel 4, and then a few words more"),
-    ("<s>a prompt that brings its own first token ", "fox 2"),
-]
-
-
-def edit_weights(folder, change):
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})

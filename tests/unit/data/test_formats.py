@@ -5,6 +5,7 @@ import pytest
 from speft_ds.data.formats import Classes, EmptyRow, check_columns, columns_of, find_classes, make_example
 from speft_ds.errors import UserError
 from speft_ds.schema import Columns, Data, template_fields
+from speft_ds.schema.data import COLUMNS
 from unit.data.made import refusal
 
 NAN = float("nan")
@@ -46,6 +47,7 @@ def test_prompt_and_response():
     assert example(row).is_chat and not example(row, chat_template=False).is_chat
     named = {"question": "a", "answer": "b"}
     assert turns(named, columns={"prompt": "question", "response": "answer"})[0] == ("user", "a")
+    assert turns({"prompt": 0, "response": 0.5}) == [("user", "0"), ("assistant", "0.5")]
 
 
 @pytest.mark.parametrize(
@@ -80,11 +82,6 @@ def test_a_template_that_is_no_text_with_names_is_refused(template):
         template_fields(template)
 
 
-def test_numbers_are_text():
-    assert turns({"prompt": 2, "response": 0.5}) == [("user", "2"), ("assistant", "0.5")]
-    assert turns({"prompt": 0, "response": 0}) == [("user", "0"), ("assistant", "0")]
-
-
 @pytest.mark.parametrize("empty", EMPTY)
 def test_an_empty_prompt_or_response_is_an_empty_row(empty):
     template = "{question} {context}"
@@ -102,9 +99,10 @@ def test_an_empty_prompt_or_response_is_an_empty_row(empty):
 
 
 @pytest.mark.parametrize("value", [["a"], {"a": 1}, True, "ab\ud83d"])
-def test_what_is_no_text_is_refused(value):
+def test_what_is_no_text_or_no_row_is_refused(value):
     refused({"prompt": "a", "response": value})
     refused({"prompt": value, "response": "a"})
+    refused(value if value != {"a": 1} else None)
 
 
 # Columns
@@ -122,23 +120,10 @@ def test_a_missing_column_is_named_with_the_closest():
     assert "data.template" in error.what and "ask, response" in error.fix
 
 
-@pytest.mark.parametrize("row", [1, "a", ["a"], None])
-def test_a_row_that_is_no_object_is_refused(row):
-    refused(row)
-
-
-@pytest.mark.parametrize(
-    ("format", "needed"),
-    [
-        ("prompt_completion", ["prompt", "response"]),
-        ("alpaca", ["instruction", "input", "output"]),
-        ("messages", ["messages"]),
-        ("text", ["text"]),
-        ("classification", ["text", "label"]),
-    ],
-)
+@pytest.mark.parametrize(("format", "needed"), COLUMNS.items())
 def test_every_format_needs_its_columns(format, needed):
-    assert columns_of(source(format=format)) == {name: f"data.columns.{name}" for name in needed}
+    columns = columns_of(source(format=format))
+    assert columns == {name: f"data.columns.{name}" for name in needed}
     assert len(check_columns({}, "here", source(format=format))) == len(needed)
 
 
@@ -154,10 +139,15 @@ def test_alpaca_rows_with_and_without_an_input(empty):
     rows = [{"instruction": "do", "input": text} for text in ("this", empty)]
     assert [alpaca(row) for row in rows] == ["do\n\nthis", "do"]
     with_input, without = (alpaca(row, chat_template=False) for row in rows)
-    assert with_input.endswith("the request.\n\n### Instruction:\ndo\n\n### Input:\nthis\n\n### Response:\n")
-    assert without.endswith("the request.\n\n### Instruction:\ndo\n\n### Response:\n")
+    paired, respond = "paired with an input that provides further context.", "### Response:\n"
+    write = "Write a response that appropriately completes the request.\n\n### Instruction:\ndo\n\n"
+    task = "Below is an instruction that describes a task"
+    assert with_input == f"{task}, {paired} {write}### Input:\nthis\n\n{respond}"
+    assert without == f"{task}. {write}{respond}"
     own = {"template": "{instruction}: {input}", "template_no_input": "{instruction}!"}
     assert [alpaca(row, **own) for row in rows] == ["do: this", "do!"]
+    assert alpaca({"instruction": "", "input": "this"}) == "\n\nthis"
+    refused({"instruction": "", "input": empty, "output": "b"}, EmptyRow, format="alpaca")
 
 
 def test_alpaca_data_without_an_input_column():
@@ -177,11 +167,6 @@ def test_the_input_column_decides_whichever_fields_a_template_has():
     refused({"output": "b", **row}, format="alpaca", **own)
 
 
-def test_an_empty_instruction_with_an_input_is_kept():
-    assert alpaca({"instruction": "", "input": "this"}) == "\n\nthis"
-    refused({"instruction": "", "input": " ", "output": "b"}, EmptyRow, format="alpaca")
-
-
 # Messages and text
 
 
@@ -189,36 +174,27 @@ def says(role, content):
     return {"role": role, "content": content}
 
 
-def test_a_conversation_ends_with_what_the_assistant_says_last():
+def test_a_conversation_ends_with_what_the_assistant_says_last_and_text_is_the_assistants():
     talk = [says("system", "s"), says("user", "a"), says("assistant", "b"), says("user", "c")]
     expected = [("system", "s"), ("user", "a"), ("assistant", "b")]
     assert turns({"messages": talk}, format="messages") == expected
     assert turns({"chat": tuple(talk)}, format="messages", columns={"messages": "chat"}) == expected
     assert turns({"messages": [{**turn, "name": "x"} for turn in talk]}, format="messages") == expected
+    assert turns({"text": "a"}, format="text") == [("assistant", "a")]
+    assert not example({"text": "a"}, format="text").is_chat
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [
-        "text",
-        None,
-        [1],
-        ["user: a"],
-        {"role": "user", "content": "a"},
-        [{"from": "human", "value": "a"}],
-        [says("user", "a"), says("assistant", None)],
-        [says("user", ["a"]), says("assistant", "b")],
-        [says(1, "a")],
-        [says("user", "a"), says("assistant", "\udc00")],  # half a character
-    ],
-)
+BAD_TURNS = [[1], ["user: a"], [{"from": "human", "value": "a"}], [says(1, "a")]]
+
+
+@pytest.mark.parametrize("messages", ["text", None, says("user", "a"), *BAD_TURNS])
 def test_bad_messages_are_refused(messages):
     refused({"messages": messages}, format="messages")
 
 
-def test_text_is_the_assistants():
-    assert turns({"text": "a"}, format="text") == [("assistant", "a")]
-    assert not example({"text": "a"}, format="text").is_chat
+@pytest.mark.parametrize("content", [None, ["a"], "\udc00"])  # the last is half a character
+def test_bad_contents_of_messages_are_refused(content):
+    refused({"messages": [says("user", "a"), says("assistant", content)]}, format="messages")
 
 
 # Classification
@@ -251,16 +227,16 @@ def rows(*labels):
     return [(f"rows:{n}", {"label": label}, "label") for n, label in enumerate(labels, 1)]
 
 
-@pytest.mark.parametrize(
-    ("labels", "names"),
-    [
-        (["b", "a", "b"], ["a", "b"]),
-        ([3, 1, 2, 1], ["1", "2", "3"]),
-        ([10, 9, -1], ["-1", "9", "10"]),
-        (["10", "9", "1"], ["1", "9", "10"]),
-        (["b", None, "", NAN, "a"], ["a", "b"]),
-    ],
-)
+LABELS = [
+    (["b", "a", "b"], ["a", "b"]),
+    ([3, 1, 2, 1], ["1", "2", "3"]),
+    ([10, 9, -1], ["-1", "9", "10"]),
+    (["10", "9", "1"], ["1", "9", "10"]),
+    (["b", None, "", NAN, "a"], ["a", "b"]),
+]
+
+
+@pytest.mark.parametrize(("labels", "names"), LABELS)
 def test_classes_are_found_in_the_rows(labels, names):
     classes = find_classes(iter(rows(*labels)))
     assert classes.names == names
@@ -269,20 +245,13 @@ def test_classes_are_found_in_the_rows(labels, names):
             assert names[classes.numbers[label]] == str(label)
 
 
-@pytest.mark.parametrize(
-    ("found", "where"),
-    [
-        (rows("a", 1), "data.columns.label"),  # a text and a number
-        (rows("a", "a"), "data.columns.label"),
-        (rows(None), "data.columns.label"),
-        (rows(1, 0.5), "rows:2"),
-        (rows(True, False), "rows:1"),
-        (rows("a", ["b"]), "rows:2"),
-        ([("rows:1", {"x": 1}, "label")], "rows:1"),
-        ([("rows:1", [1], "label")], "rows:1"),
-        ([("rows:1", "a", "label")], "rows:1"),
-    ],
-)
-def test_what_makes_no_classes_is_refused(found, where):
-    with refusal(where):
-        find_classes(found)
+@pytest.mark.parametrize("labels", [("a", 1), ("a", "a"), (None,)])
+def test_labels_that_make_no_two_classes_are_refused(labels):
+    with refusal("data.columns.label", "data."):
+        find_classes(rows(*labels))
+
+
+@pytest.mark.parametrize("row", [{"label": 0.5}, {"label": True}, {"label": ["b"]}, {"x": 1}, [1], "a"])
+def test_a_row_without_a_label_is_refused(row):
+    with refusal("rows:3", "data.columns.label"):
+        find_classes([*rows("a", "b"), ("rows:3", row, "label")])

@@ -1,4 +1,4 @@
-"""IFD scores against a reference without batches, padding and cut logits; the scorer; the choice."""
+"""IFD scores against a reference without batches, padding and cut logits; scorer, choice and cache."""
 
 import itertools
 import json
@@ -6,18 +6,56 @@ import math
 import os
 import random
 import shutil
+import threading
+from pathlib import Path
 
 import pytest
 import tiny as tiny_model
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from speft_ds.data import ifd
 from speft_ds.data.dataset import Row
 from speft_ds.data.ifd import choose, cut, ifd_scores
-from unit.data.made import IFD_PAIRS as PAIRS
-from unit.data.made import edit_weights, refusal
+from unit.data.made import refusal
+
+PAIRS = [
+    ("say cat ", "cat 1"),
+    ("", "a response without any prompt"),
+    ("x", "y"),
+    ("please " * 20, "e"),
+    ("a", "long " * 30),
+    ("h\u00e9llo w\u00f6rld ", "\u00fcn\u00efcode \u2713 done"),
+    ("say eel please ", "eel 4, and then a few words more"),
+    ("<s>a prompt that brings its own first token ", "fox 2"),
+]
+
+
+@pytest.fixture
+def scorer(tiny, tmp_path):
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny["untied"], tmp_path / "scorer"))
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Counts the models that are loaded."""
+    counted, original = [], AutoModelForCausalLM.from_pretrained
+
+    def counting(*args, **options):
+        counted.append(args)
+        return original(*args, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counting)
+    return counted
+
+
+def add_to_weight(file, name, row, value):
+    """Adds to a row, or to one number, of a weight in a file."""
+    weights = load_file(file)
+    weights[name or next(iter(weights))][row] += value
+    save_file(weights, file, {"format": "pt"})
 
 
 def mean_loss(model, ids, num_labels):
@@ -117,16 +155,14 @@ def test_without_bos_the_first_token_is_eos(scorer):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_row_without_a_finite_loss_is_named(scorer, value):
+def test_a_row_without_a_response_or_a_finite_loss_is_named(scorer, value):
     z = AutoTokenizer.from_pretrained(scorer)("z")["input_ids"][0]
-
-    def poison(weights):
-        weights["model.embed_tokens.weight"][z] = value
-
-    edit_weights(scorer, poison)
+    add_to_weight(scorer / "model.safetensors", "model.embed_tokens.weight", z, value)
     assert len(ifd_scores(PAIRS, scorer)) == len(PAIRS)  # padding and other rows are not touched
     with refusal("data.scorer", what="row 2"):
         ifd_scores([("say a", "a b c d e f"), ("say z", "ok"), ("x", "y")], scorer)
+    with refusal("data.scorer", what="row 2"):
+        ifd_scores([("a", "b"), ("a", "")], scorer)
 
 
 def test_a_ratio_beyond_float_is_limited(tiny, monkeypatch):
@@ -135,11 +171,6 @@ def test_a_ratio_beyond_float_is_limited(tiny, monkeypatch):
     scores = ifd_scores(PAIRS[:2], tiny["untied"])
     assert scores[0] > 1e300 and scores[1] == 0.0
     assert ifd_scores(PAIRS[:2], tiny["untied"]) == scores  # and comes back from the cache
-
-
-def test_an_empty_response_is_named(tiny):
-    with refusal("data.scorer", what="row 2"):
-        ifd_scores([("a", "b"), ("a", "")], tiny["untied"])
 
 
 # The choice
@@ -167,14 +198,10 @@ def edit_config(folder, **values):
     (folder / "config.json").write_text(json.dumps(document | values))
 
 
-def link_to_nowhere(folder):
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").symlink_to(folder / "nowhere")
-
-
+WEIGHTS = "model.safetensors"
 DAMAGES = {
-    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
-    "cut weights": lambda folder: os.truncate(folder / "model.safetensors", 30_000),
+    "no weights": lambda folder: (folder / WEIGHTS).unlink(),
+    "cut weights": lambda folder: os.truncate(folder / WEIGHTS, 30_000),
     "no config": lambda folder: (folder / "config.json").unlink(),
     "bad config": lambda folder: (folder / "config.json").write_text("{"),
     "other config": lambda folder: edit_config(folder, hidden_size=40),
@@ -182,7 +209,7 @@ DAMAGES = {
     "unknown model": lambda folder: edit_config(folder, model_type="nonsense"),
     "bad tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{}"),
     "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
-    "dangling link": link_to_nowhere,
+    "dangling link": lambda folder: [os.unlink(folder / WEIGHTS), os.symlink("no", folder / WEIGHTS)],
     "no folder": shutil.rmtree,
 }
 
@@ -226,11 +253,87 @@ def test_a_model_of_the_hub_is_downloaded(tiny, scorer, monkeypatch, pickled):
 
 
 def test_a_hub_out_of_reach(monkeypatch):
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def fail(name, **options):
-        raise LocalEntryNotFoundError("no connection")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with refusal("data.scorer", what="some/model"):
         ifd_scores(PAIRS, "some/model")
+
+
+# The cache
+
+
+def files(cache):
+    return list((cache / "ifd").iterdir())
+
+
+def test_the_key_is_the_content(tiny, scorer, cache, loads):
+    original = ifd_scores(PAIRS, tiny["untied"])
+    assert ifd_scores(list(map(list, PAIRS)), str(scorer)) == original and len(loads) == 1  # a copy elsewhere
+    assert [path.suffix for path in files(cache)] == [".json"]
+    weights = scorer / "model.safetensors"
+    before = weights.stat()
+    add_to_weight(weights, "lm_head.weight", (0, 0), 1)
+    os.utime(weights, ns=(before.st_mtime_ns, before.st_mtime_ns))
+    assert weights.stat().st_size == before.st_size
+    assert ifd_scores(PAIRS, scorer) != original and len(loads) == 2
+    for number, name in enumerate(["config.json", "tokenizer_config.json"], 3):
+        document = json.loads((scorer / name).read_text())
+        (scorer / name).write_text(json.dumps(document | {"note": "changed"}))
+        ifd_scores(PAIRS, scorer)
+        assert len(loads) == number
+    for number, pairs in enumerate([PAIRS[::-1], PAIRS[1:], [*PAIRS[1:], ("say cat c", "at 1")]], 5):
+        ifd_scores(pairs, scorer)
+        assert len(loads) == len(files(cache)) == number
+
+
+def test_every_shard_is_in_the_key(scorer, loads):
+    complete = ifd_scores(PAIRS, scorer)
+    AutoModelForCausalLM.from_pretrained(scorer).save_pretrained(scorer, max_shard_size="40KB")
+    (scorer / "model.safetensors").unlink()
+    shards = sorted(scorer.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    loads.clear()
+    assert ifd_scores(PAIRS, scorer) == pytest.approx(complete, rel=1e-6) and len(loads) == 1
+    add_to_weight(shards[-1], None, 0, 0.5)
+    ifd_scores(PAIRS, scorer)
+    assert len(loads) == 2
+
+
+SHORTER = json.dumps({"scores": [0.5], "sha256": ifd._hash_json([0.5])})
+
+
+@pytest.mark.parametrize("damage", ["cut", "digit", b"", b"[1, 2]", SHORTER.encode(), b"\xff\xfe"])
+def test_a_damaged_file_is_not_trusted(tiny, cache, loads, damage):
+    scores = ifd_scores(PAIRS[:3], tiny["untied"])
+    (path,) = files(cache)
+    text = path.read_text()
+    if damage == "cut":
+        damage = text[: len(text) // 2].encode()
+    elif damage == "digit":
+        damage = text.replace(repr(scores[0]), repr(scores[0] + 1e-9)).encode()
+    assert damage != text.encode()
+    path.write_bytes(damage)
+    assert ifd_scores(PAIRS[:3], tiny["untied"]) == scores and len(loads) == 2
+    assert path.read_text() == text and files(cache) == [path]
+
+
+def test_scores_that_cannot_be_kept_are_not_lost(tiny, cache, monkeypatch):
+    def full(path, document):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ifd, "write_json", full)
+    with pytest.warns(UserWarning):
+        assert len(ifd_scores(PAIRS[:2], tiny["untied"])) == 2
+    assert not cache.exists()
+
+
+def test_a_reader_beside_several_writers_never_sees_half_a_file(tmp_path):
+    path, scores = tmp_path / "folder" / "key.json", [random.random() for _ in range(2000)]
+    ifd._write_cache(path, scores)
+    writers = [
+        threading.Thread(target=lambda: [ifd._write_cache(path, scores) for _ in range(10)]) for _ in range(4)
+    ]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        assert ifd._read_cache(path, 2000) == scores
+    assert list(path.parent.iterdir()) == [path]  # nothing temporary is left

@@ -6,9 +6,7 @@ import pytest
 import sentencepiece
 import tiny
 
-from speft_ds.data.formats import Classes, make_example
 from speft_ds.data.tokenize import Encoder, load_tokenizer
-from speft_ds.schema import Data
 from unit.data.made import chat, encode, plain, refusal, responses
 from unit.data.tokenizers_small import STYLES, sentencepiece_model, write_llama2_alone
 
@@ -21,13 +19,6 @@ TURNS = [
     ("assistant", "green, hello world"),
 ]
 TEXTS = [PROMPT, RESPONSE, "two  spaces\n\tand lines\n", "\u4e16\u754c \U0001f98a \xe9 12345", "x", ""]
-
-
-def row_of(tokenizer, row, classify=False, **data):
-    """The row of one row of a data set."""
-    source = Data(path="x.jsonl", **data).sources[0]
-    classes = Classes.named(["no", "yes"]) if source.format == "classification" else None
-    return encode(tokenizer, make_example(row, "here", source, classes, classify))[0]
 
 
 def text_of(tokenizer, ids):
@@ -63,24 +54,13 @@ def at_inference(tokenizer, turns):
 
 # In the tokenizer's chat template
 
-ALPACA = {"instruction": PROMPT, "output": RESPONSE}
-MESSAGES = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": RESPONSE}]
 
-
-@pytest.mark.parametrize(
-    ("format", "row", "prompt"),
-    [
-        ("prompt_completion", {"prompt": PROMPT, "response": RESPONSE}, PROMPT),
-        ("alpaca", {**ALPACA, "input": ""}, PROMPT),
-        ("alpaca", {**ALPACA, "input": "red\ngreen"}, f"{PROMPT}\n\nred\ngreen"),
-        ("messages", {"messages": MESSAGES}, PROMPT),
-        ("messages", {"messages": [*MESSAGES, {"role": "user", "content": "hello?"}]}, PROMPT),
-    ],
-)
-def test_a_prompt_and_its_response_in_the_chat_template(style, tokenizer, format, row, prompt):
-    row = row_of(tokenizer, row, format=format)
-    check(style, tokenizer, row, style.pieces([("user", prompt), ("assistant", RESPONSE)]))
-    inference = at_inference(tokenizer, [("user", prompt)])
+@pytest.mark.parametrize("prompt", [PROMPT, f"{PROMPT}\n\nred\ngreen"])
+def test_a_prompt_and_its_response_in_the_chat_template(style, tokenizer, prompt):
+    turns = [("user", prompt), ("assistant", RESPONSE)]
+    row, _ = encode(tokenizer, chat(turns))
+    check(style, tokenizer, row, style.pieces(turns))
+    inference = at_inference(tokenizer, turns[:1])
     assert row.ids[: len(inference)] == inference and responses(row) == [(len(inference), len(row.ids))]
 
 
@@ -115,32 +95,9 @@ def test_a_template_without_a_bos_gets_the_one_that_the_tokenizer_writes(tokeniz
 
 # Plain text
 
-TASK = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
-ALONE = f"Below is an instruction that describes a task. {TASK}{PROMPT}\n\n### Response:\n"
-WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    f"{TASK}{PROMPT}\n\n### Input:\nred\n\n### Response:\n"
-)
-
-
-@pytest.mark.parametrize(
-    ("row", "data", "prompt"),
-    [
-        ({"prompt": f"{PROMPT}\n", "response": RESPONSE}, {"format": "prompt_completion"}, f"{PROMPT}\n"),
-        ({"prompt": PROMPT, "response": RESPONSE}, {"template": "q: {prompt}\na:\n"}, f"q: {PROMPT}\na:\n"),
-        ({**ALPACA, "input": ""}, {"format": "alpaca"}, ALONE),
-        ({**ALPACA, "input": "red"}, {"format": "alpaca"}, WITH_INPUT),
-    ],
-)
-def test_a_prompt_and_its_response_as_plain_text(style, tokenizer, row, data, prompt):
-    row = row_of(tokenizer, row, chat_template=False, **data)
-    check(style, tokenizer, row, [((style.bos or "") + prompt, False), (f"{RESPONSE}{style.eos}", True)])
-    inference = tokenizer(prompt)["input_ids"]  # here the tokenizer itself writes the BOS
-    assert row.ids[: len(inference)] == inference
-
 
 def test_of_a_text_all_tokens_are_labels_but_the_first(style, tokenizer):
-    row = row_of(tokenizer, {"text": RESPONSE}, format="text")
+    row, _ = encode(tokenizer, chat([("assistant", RESPONSE)], is_chat=False))
     assert row.ids == [*tokenizer(RESPONSE)["input_ids"], tokenizer.eos_token_id]
     assert responses(row) == [(1, len(row.ids))]
     check_bos(style, tokenizer, row)
@@ -165,6 +122,7 @@ def test_a_bos_and_an_eos_that_stand_in_the_text_are_not_doubled(style, tokenize
 @pytest.mark.parametrize(
     ("prompt", "response"),
     [
+        (f"{PROMPT}\n", RESPONSE),
         ("answer: ", "the fox"),  # " the" is one token
         ("what is th", "e answer"),
         ("question\n", "\nanswer"),
@@ -177,10 +135,11 @@ def test_a_bos_and_an_eos_that_stand_in_the_text_are_not_doubled(style, tokenize
 )
 def test_the_ids_of_a_prompt_are_those_that_it_has_alone(style, tokenizer, prompt, response):
     row, _ = encode(tokenizer, plain(prompt, response))
-    inference = tokenizer(prompt)["input_ids"]
+    inference = tokenizer(prompt)["input_ids"]  # here the tokenizer itself writes the BOS
     assert row.ids[: len(inference)] == inference and responses(row) == [(len(inference), len(row.ids))]
     assert text_of(tokenizer, row.ids) == f"{style.bos or ''}{prompt}{response}{style.eos}"
-    assert max(row.ids) < len(tokenizer)
+    assert max(row.ids) < len(tokenizer) and row.num_labels == len(row.ids) - len(inference)
+    check_bos(style, tokenizer, row)
 
 
 def test_many_rows_at_once_are_as_each_alone(tokenizer):
@@ -190,33 +149,21 @@ def test_many_rows_at_once_are_as_each_alone(tokenizer):
     assert together == [encode(tokenizer, example) for _, example in examples]
 
 
-# Classification
-
-
-@pytest.mark.parametrize("chat_template", [True, False])
-def test_the_rows_of_a_classification_end_with_the_eos_and_have_no_label_tokens(
-    style, tokenizer, chat_template
-):
-    data = {"format": "classification", "chat_template": chat_template}
-    row = row_of(tokenizer, {"text": PROMPT, "label": "yes"}, classify=True, **data)
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_a_row_to_classify_ends_with_the_eos_and_has_no_label_tokens(style, tokenizer, is_chat):
+    row, _ = encode(tokenizer, chat([("user", PROMPT)], is_chat, label=1))
     assert (row.label, any(row.loss_mask), row.num_labels) == (1, False, 1)
     assert row.ids[-1] == tokenizer.eos_token_id and row.ids[-2] != tokenizer.eos_token_id
     check_bos(style, tokenizer, row)
-    if not chat_template:
+    if not is_chat:
         assert row.ids == [*tokenizer(PROMPT)["input_ids"], tokenizer.eos_token_id]
-
-
-def test_a_language_model_learns_a_class_by_its_name(style, tokenizer):
-    row = row_of(tokenizer, {"text": PROMPT, "label": 1}, format="classification")
-    check(style, tokenizer, row, style.pieces([("user", PROMPT), ("assistant", "yes")]))
-    assert row.label is None
 
 
 # Tokenizers as they are loaded
 
 
 def test_llama2_encodes_as_sentencepiece_alone_and_from_the_hub(tmp_path, tokenizers):
-    reference = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(adds_space=True))
+    reference = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
     alone = load_tokenizer(str(write_llama2_alone(tmp_path / "alone")))
     for text in TEXTS:
         ids = [1, *reference.encode(text)]

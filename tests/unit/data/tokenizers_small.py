@@ -6,8 +6,8 @@ Each style says by hand how a conversation looks as text; the tests compare with
 from __future__ import annotations
 
 import io
-import json
 import random
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -26,8 +26,8 @@ def make_text(num_lines: int = 300) -> list[str]:
 
 
 @cache
-def sentencepiece_model(adds_space: bool) -> bytes:
-    """A `tokenizer.model` with the settings of Llama-2's (or, without the first space, Gemma's)."""
+def sentencepiece_model() -> bytes:
+    """A `tokenizer.model` with the settings of Llama-2's."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -40,7 +40,6 @@ def sentencepiece_model(adds_space: bool) -> bytes:
         split_digits=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        add_dummy_prefix=adds_space,
         unk_id=0,
         bos_id=1,
         eos_id=2,
@@ -50,18 +49,12 @@ def sentencepiece_model(adds_space: bool) -> bytes:
     return model.getvalue()
 
 
-def sentencepiece_bpe(adds_space: bool) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of such a model: a piece is made of any two others, earlier pieces first."""
-    import sentencepiece
-
-    model = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(adds_space))
-    vocabulary = {model.id_to_piece(number): number for number in range(model.vocab_size())}
-    merges = []
-    for piece in vocabulary:
-        splits = [(piece[:n], piece[n:]) for n in range(1, len(piece))]
-        known = [pair for pair in splits if pair[0] in vocabulary and pair[1] in vocabulary]
-        merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-    return vocabulary, merges
+def write_llama2_alone(folder: Path) -> Path:
+    """The tokenizer.model of Llama-2 without a file that says what to make of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model())
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
 
 
 LLAMA3_PATTERN = (
@@ -86,23 +79,14 @@ def byte_level(specials: list[str], pattern: str | None = None):
     return tokenizer
 
 
-def _adding(tokenizer, bos: str):
-    """What writes a BOS before a text."""
-    from tokenizers import processors
-
-    return processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-    )
-
-
 # Llama-2: SentencePiece, a BOS before every question, an EOS behind every answer
 
 
 def _make_llama2():
     from transformers import LlamaTokenizer
 
-    vocabulary, merges = sentencepiece_bpe(adds_space=True)
-    tokenizer = LlamaTokenizer(vocabulary, merges, add_bos_token=True)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = LlamaTokenizer.from_pretrained(write_llama2_alone(Path(folder)), add_bos_token=True)
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = "
         "'<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}{% else %}{% set rest = messages %}"
@@ -127,14 +111,6 @@ def _llama2_pieces(turns):
     return pieces
 
 
-def write_llama2_alone(folder: Path) -> Path:
-    """The tokenizer.model of Llama-2 without a file that says what to make of it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(sentencepiece_model(adds_space=True))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
-    return folder
-
-
 # The others write a head, the text and a tail for each turn.
 
 
@@ -152,26 +128,31 @@ def _by_turn(turns, start="", head="", tail="", behind="", end=""):
     return pieces
 
 
-# Llama-3: the BOS is written by the tokenizer and by the template, too
-
-
-def _make_llama3():
+def _adding_bos(bos: str, specials: list[str], template: str, **options):
+    """A byte-level tokenizer that writes a BOS, as its template does, too."""
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    bos = "<|begin_of_text|>"
-    tokenizer = byte_level([bos, "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"], LLAMA3_PATTERN)
-    tokenizer.post_processor = processors.Sequence(
-        [processors.ByteLevel(trim_offsets=False), _adding(tokenizer, bos)]
+    tokenizer = byte_level([bos, *specials], LLAMA3_PATTERN)
+    writes_bos = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
     )
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), writes_bos])
+    options |= {"bos_token": bos, "chat_template": "{{ bos_token }}" + template}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+
+
+# Llama-3
+
+
+def _make_llama3():
     template = (
-        "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
+        "{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
         "'<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=bos, eos_token="<|eot_id|>", chat_template=template
-    )
+    specials = ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+    return _adding_bos("<|begin_of_text|>", specials, template, eos_token="<|eot_id|>")
 
 
 def _llama3_pieces(turns):
@@ -179,34 +160,19 @@ def _llama3_pieces(turns):
     return _by_turn(turns, "<|begin_of_text|>", head, tail="<|eot_id|>")
 
 
-# Gemma: SentencePiece without a first space, roles of its own, turns that end otherwise than the row
+# Gemma: no system prompt, roles of its own, turns that end otherwise than the row
 
 
 def _make_gemma():
-    from tokenizers import Tokenizer, decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary, merges = sentencepiece_bpe(adds_space=False)
-    renamed = {"<s>": "<bos>", "</s>": "<eos>"}
-    vocabulary = {renamed.get(piece, piece): number for piece, number in vocabulary.items()}
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    )
-    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    tokenizer.add_special_tokens(["<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"])
-    tokenizer.post_processor = _adding(tokenizer, "<bos>")
     template = (
-        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}"
+        "{% for message in messages %}{% if message['role'] == 'system' %}"
         "{{ raise_exception('System role not supported') }}{% endif %}{{ '<start_of_turn>' + "
         "('model' if message['role'] == 'assistant' else message['role']) + '\\n' + "
         "message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
     )
-    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special)
+    specials = ["<pad>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
+    return _adding_bos("<bos>", specials, template, eos_token="<eos>", pad_token="<pad>")
 
 
 def _gemma_pieces(turns):

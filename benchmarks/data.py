@@ -30,7 +30,7 @@ import json, sys, time
 start = time.perf_counter()
 from speft_ds.data.dataset_cache import prepare
 from speft_ds.data.dataset_cache import DatasetSpec
-from speft_ds.recipe import load_recipe
+from speft_ds.config.load_recipe import load_recipe
 from speft_ds.data.tokenize import load_tokenizer
 recipe = load_recipe(sys.argv[1], sys.argv[2:])
 spec, name = DatasetSpec.from_recipe(recipe), recipe.model.name_or_path
@@ -67,8 +67,8 @@ def main() -> None:
     arguments = parse_arguments()
     from markdown import print_table
 
-    from speft_ds.files import write_json
-    from speft_ds.machine import machine, versions
+    from speft_ds.env import machine_facts, versions
+    from speft_ds.io import write_json
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
@@ -93,7 +93,7 @@ def main() -> None:
     ]
     print_table(["", "s", "s of the process", "tokens/s"], rows)
     result = {"what": "rows ready to train on", "starts": starts, "seconds_of_process": walls}
-    write_json(arguments.output, {**result, "versions": versions(), "machine": machine()})
+    write_json(arguments.output, {**result, "versions": versions(), "machine": machine_facts()})
     print(f"\n{arguments.output}")
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from speft_ds.adapter.format import CARD, TENSORS, Adapter
-from speft_ds.files import flush_to_disk, replacing
 from speft_ds.hub import is_hub_id
+from speft_ds.io import flush_to_disk, replacing
 
 PIPELINES = {"causal_lm": "text-generation", "sequence_classification": "text-classification"}
 AUTO_CLASSES = {

@@ -32,7 +32,7 @@ def drop_and_rescale(entries: Entries, name: str, keep: float, seed: int) -> Ent
 
     Whether an entry stays depends on the seed, the weight's name and the entry's index, and on nothing else.
     """
-    from speft_ds.model import mix64  # late, because it imports DeepSpeed
+    from speft_ds.model.fingerprint import mix64  # late, because it imports DeepSpeed
 
     index, delta = entries
     random = mix64(index + hash_seed(seed, "dare", name)) & (2**UNIFORM_BITS - 1)

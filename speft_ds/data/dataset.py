@@ -138,7 +138,7 @@ def write_dataset(path: Path, by_source: list[list[Row]], packs: list[list[list[
     """
     import torch
 
-    from speft_ds.tensor_files import write_safetensors
+    from speft_ds.io import write_safetensors
 
     rows = [row for rows in by_source for row in rows]
     firsts = np.cumsum([0, *map(len, by_source)])

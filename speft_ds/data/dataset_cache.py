@@ -20,15 +20,16 @@ import numpy as np
 from tqdm import tqdm
 
 from speft_ds import hub
+from speft_ds.config.data_config import DataConfig, Source
+from speft_ds.config.recipe import Recipe
 from speft_ds.data.dataset import Row, TokenizedDataset, write_dataset
 from speft_ds.data.formats import Classes, EmptyRow, Example, find_classes, make_example
 from speft_ds.data.packing import first_fit
 from speft_ds.data.readers import Located, is_hub_dataset, iterate_rows, load_builder
 from speft_ds.data.select import select_rows
 from speft_ds.data.tokenize import CUT_PROMPT, CUT_RESPONSE, NO_LABELS, TOO_LONG, Encoder
+from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
-from speft_ds.paths import cache_folder
-from speft_ds.schema import Data, Recipe, Source
 
 FORMAT_VERSION = "2"  # of the file, and of what tokenising does: another version is another key
 # All that a tokenizer, or a small model that scores rows, is loaded from.
@@ -52,7 +53,7 @@ class DatasetSpec:
         where: number of a source -> what an error says of where it is named.
     """
 
-    data: Data
+    data: DataConfig
     model: str
     classify: bool = False
     seed: int = 0
@@ -209,7 +210,7 @@ def make_dataset(spec: DatasetSpec, tokenizer: Any, path: Path) -> None:
     write_dataset(path, [source.rows for source in sources], packs, facts)
 
 
-def classes_of(data: Data) -> Classes | None:
+def classes_of(data: DataConfig) -> Classes | None:
     """The classes that the recipe names or its rows have; None for other formats. Raises UserError."""
     sources = [source for source in data.sources if source.format == "classification"]
     if not sources:

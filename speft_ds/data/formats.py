@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from speft_ds.config.data_config import Source, template_fields
 from speft_ds.errors import UserError, closest
-from speft_ds.schema import Source, template_fields
 
 # format -> the column of the response, or of all that is learnt
 OUTPUT = {

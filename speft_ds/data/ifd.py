@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from speft_ds import lifeline
+from speft_ds.comm import watchdog
 from speft_ds.data.collate import IGNORED, collate, num_logits
 from speft_ds.data.dataset import Row
 from speft_ds.data.dataset_cache import hash_files
 from speft_ds.data.tokenize import load_tokenizer
+from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
-from speft_ds.files import write_json
-from speft_ds.paths import cache_folder
+from speft_ds.io import write_json
 
 VERSION = 2  # of the scores: to be raised whenever the same rows and scorer would get others
 MAX_TOKENS = 1024  # of prompt and response together, or the scorer's context where that is shorter
@@ -138,7 +138,7 @@ def _mean_losses(model: nn.Module, rows: list[Row], bar: tqdm) -> list[float]:
     can_keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
     losses = [math.nan] * len(rows)
     for numbers in _batches(rows, BATCH_TOKENS[model.device.type]):
-        lifeline.beat(f"scoring rows, up to row {max(numbers) + 1}")
+        watchdog.heartbeat(f"scoring rows, up to row {max(numbers) + 1}")
         batch = collate([rows[number] for number in numbers], 0, model.device)
         options = {"logits_to_keep": num_logits(batch["labels"])} if can_keep_logits else {}
         logits = model(input_ids=batch["input_ids"], use_cache=False, **options).logits

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from speft_ds import hub
+from speft_ds.config.data_config import Source
 from speft_ds.errors import UserError, did_you_mean
-from speft_ds.schema import Source
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from speft_ds.config.data_config import DataConfig
 from speft_ds.data.dataset import Row
 from speft_ds.errors import UserError
-from speft_ds.schema import Data
 
 
-def select_rows(rows: Sequence[Row], texts: Sequence[tuple[str, str]], data: Data, seed: int) -> set[int]:
+def select_rows(
+    rows: Sequence[Row], texts: Sequence[tuple[str, str]], data: DataConfig, seed: int
+) -> set[int]:
     """Numbers of the rows that `data.select` takes.
 
     Args:

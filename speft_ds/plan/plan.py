@@ -13,15 +13,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from speft_ds.config.deepspeed_config import load_ds_config
+from speft_ds.config.optimizer_config import ADAMW
+from speft_ds.config.recipe import Recipe
 from speft_ds.data.dataset_cache import DatasetSpec, find_cached
 from speft_ds.data.readers import iterate_rows
 from speft_ds.data.sampler import Sampler
-from speft_ds.ds_config import load_ds_config
 from speft_ds.errors import UserError
 from speft_ds.plan.gathers import BACKWARD, FORWARD, RECOMPUTE
 from speft_ds.plan.geometry import Geometry, read_geometry
 from speft_ds.plan.memory import GIB, DryRuns, Line, Setup, host, phases, total
-from speft_ds.schema import ADAMW, Recipe
 
 MARGIN = 0.1  # of the GPU, left to the allocator: what it holds beyond what is asked for
 MOST_RANKS = 4096
@@ -227,8 +228,8 @@ def checkpoint_entry(recipe: Recipe) -> int:
     """Bytes of an entry in a checkpoint: index and delta, and what the optimizer keeps of it."""
     optimizer, mask = recipe.optimizer, recipe.mask
     kept = {"sgd": 4 * (optimizer.momentum > 0), "lion": 4, "adamw": 8}.get(optimizer.name, 10)
-    if optimizer.name in ADAMW and mask.has_ages:
-        kept += 4  # its age
+    if optimizer.name in ADAMW and mask.has_entry_steps:
+        kept += 4  # its entry_step
     if "8bit" in optimizer.name and mask.schedule in ("periodic", "drop_grow"):
         kept += 4  # its slot
     return 8 + kept

@@ -5,7 +5,7 @@ import torch
 
 from speft_ds.data.collate import IGNORED, collate, num_logits
 from speft_ds.data.dataset import Row, pack
-from speft_ds.loss import NextToken, RowClass, summed_class_loss, summed_loss
+from speft_ds.model.loss import NextToken, RowClass, summed_class_loss, summed_loss
 from unit.data.made import refusal
 from unit.data.test_collate import CPU, ROWS
 

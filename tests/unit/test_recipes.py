@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from speft_ds.config.load_recipe import RECIPES_DIR, list_recipes, load_recipe
 from speft_ds.data.dataset_cache import DatasetSpec
 from speft_ds.data.formats import Classes, make_example
 from speft_ds.data.readers import is_hub_dataset, iterate_rows
 from speft_ds.errors import RecipeError
-from speft_ds.preflight import check_inputs
-from speft_ds.recipe import RECIPES_DIR, list_recipes, load_recipe
+from speft_ds.jobs.preflight import check_inputs
 
 RECIPES = list_recipes()
 # data set -> a row as it stands there, and the prompt that its recipe makes of it

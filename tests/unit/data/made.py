@@ -7,11 +7,11 @@ from itertools import groupby
 import pytest
 import tiny
 
+from speft_ds.config.data_config import DataConfig
 from speft_ds.data.dataset_cache import DatasetSpec, prepare
 from speft_ds.data.formats import Example
 from speft_ds.data.tokenize import Encoder
 from speft_ds.errors import UserError
-from speft_ds.schema import Data
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def make(data, model, load=tiny.make_tokenizer, log=lambda line: None, **options
 
 def without_chat(path, **data):
     """A data section without a chat template: one token per byte, and one for the end."""
-    return Data(path=str(path), chat_template=False, **data)
+    return DataConfig(path=str(path), chat_template=False, **data)
 
 
 def write(path, rows):

@@ -6,14 +6,14 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from speft_ds.config.data_config import Columns, DataConfig, Source
 from speft_ds.data.dataset import Row, pack
 from speft_ds.data.packing import first_fit
-from speft_ds.schema import Columns, Data, Source
 from unit.data.made import make, pairs, refusal, shown, without_chat, write
 
 
 def test_rows_are_those_tokenised_by_hand(path, model):
-    dataset = make(Data(path=str(path)), model)
+    dataset = make(DataConfig(path=str(path)), model)
     rows = tiny.read_rows(path)
     assert list(dataset) == rows and len(dataset) == dataset.num_rows == 30
     assert list(dataset.rows()) == rows and [dataset[n] for n in (17, 3)] == [rows[n] for n in (17, 3)]
@@ -28,7 +28,7 @@ def test_rows_are_those_tokenised_by_hand(path, model):
 
 
 def test_ids_are_read_row_by_row_from_the_file(path, model):
-    dataset = make(Data(path=str(path)), model)
+    dataset = make(DataConfig(path=str(path)), model)
     held = [value for value in vars(dataset).values() if isinstance(value, np.ndarray)]
     assert sum(array.size for array in held) < sum(dataset.lengths)
     row = dataset[3]
@@ -37,7 +37,7 @@ def test_ids_are_read_row_by_row_from_the_file(path, model):
 
 
 def test_packs_hold_every_row_once(path, model):
-    dataset = make(Data(path=str(path), packing=True, max_length=64), model)
+    dataset = make(DataConfig(path=str(path), packing=True, max_length=64), model)
     rows = tiny.read_rows(path)
     packs = naive_first_fit([len(row.ids) for row in rows], 64)
     assert dataset.is_packed and len(dataset) == len(packs) < 30 and dataset.num_rows == 30
@@ -86,12 +86,12 @@ def test_a_mixture_keeps_its_sources_apart(tmp_path, path, model):
     other = write(tmp_path / "other.jsonl", rows)
     columns = Columns(prompt="q", response="a")
     mixture = [Source(path=str(path)), Source(path=str(other), columns=columns, chat_template=False)]
-    dataset = make(Data(mixture=mixture, empty_rows="drop"), model)
+    dataset = make(DataConfig(mixture=mixture, empty_rows="drop"), model)
     assert dataset.sizes == dataset.row_sizes == (30, 2)
     assert list(dataset)[:30] == tiny.read_rows(path) and shown(dataset)[30:] == ["a|b</s>", "c|d</s>"]
     assert [counts["rows"] for counts in dataset.facts["sources"]] == [30, 3]
     assert [counts["empty, left out"] for counts in dataset.facts["sources"]] == [0, 1]
-    packed = make(Data(mixture=mixture, empty_rows="drop", packing=True, max_length=64), model)
+    packed = make(DataConfig(mixture=mixture, empty_rows="drop", packing=True, max_length=64), model)
     assert packed.row_sizes == (30, 2) and packed.sizes[1] == 1 and sum(packed.sizes) == len(packed)
     assert packed[len(packed) - 1].starts == [0, 3]  # no pack has rows of two sources
 
@@ -111,7 +111,7 @@ def test_classes_are_found_over_all_sources_whatever_their_columns(tmp_path, mod
     one = write(tmp_path / "one.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": None}])
     two = write(tmp_path / "two.jsonl", [{"text": "c", "kind": "w", "label": 5}])
     mixture = [Source(path=str(one)), Source(path=str(two), columns=Columns(label="kind"))]
-    data = Data(mixture=mixture, format="classification", empty_rows="drop")
+    data = DataConfig(mixture=mixture, format="classification", empty_rows="drop")
     dataset = make(data, model, classify=True)
     assert dataset.facts["classes"] == ["w", "x"] and [row.label for row in dataset] == [1, 0]
     with refusal(f"{one}:2", "data.empty_rows=drop"):

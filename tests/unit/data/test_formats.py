@@ -2,10 +2,9 @@
 
 import pytest
 
+from speft_ds.config.data_config import COLUMNS, Columns, DataConfig, template_fields
 from speft_ds.data.formats import Classes, EmptyRow, check_columns, columns_of, find_classes, make_example
 from speft_ds.errors import UserError
-from speft_ds.schema import Columns, Data, template_fields
-from speft_ds.schema.data import COLUMNS
 from unit.data.made import refusal
 
 NAN = float("nan")
@@ -16,7 +15,7 @@ NO_YES = Classes.named(["no", "yes"])
 def source(**data):
     if "columns" in data:
         data["columns"] = Columns(**data["columns"])
-    return Data(path="x.jsonl", **data).sources[0]
+    return DataConfig(path="x.jsonl", **data).sources[0]
 
 
 def example(row, classes=None, classify=False, **data):

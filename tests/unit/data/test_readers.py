@@ -8,9 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from speft_ds.config.data_config import DataConfig
 from speft_ds.data.readers import is_hub_dataset, iterate_file, iterate_rows, kind_of
 from speft_ds.errors import UserError
-from speft_ds.schema import Data
 from unit.data.made import refusal
 
 KINDS = ("json", "jsonl", "csv", "parquet")
@@ -55,7 +55,7 @@ def places(path):
 
 
 def source(path, **data):
-    return Data(path=str(path), **data).sources[0]
+    return DataConfig(path=str(path), **data).sources[0]
 
 
 @pytest.fixture

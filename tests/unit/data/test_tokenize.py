@@ -210,8 +210,8 @@ def test_what_is_padded_with_is_in_the_vocabulary_and_no_eos_of_a_class(tokenize
 
 
 def choose_pad_id(tokenizer, classifies):
-    from speft_ds.base import Base
+    from speft_ds.training.setup import TrainContext
 
-    base = Base.__new__(Base)
+    base = TrainContext.__new__(TrainContext)
     base.tokenizer, base.classifies = tokenizer, classifies
     return base._choose_pad_id()

@@ -95,7 +95,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=NEWEST,
         metavar="PATH",
-        help="continue the run in the run folder, from its newest complete checkpoint; or from the checkpoint "
+        help="continue the run in the run folder from its newest complete checkpoint; or from the checkpoint "
         f"or run folder of this path; `{IF_ANY}`: only if there is a run, else start one",
     )
     parser.add_argument(

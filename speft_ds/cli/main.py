@@ -102,11 +102,7 @@ def doctor() -> None:
 
     Each problem comes with its fix; exits with 1 if there is one.
     """
-    from speft_ds.tools.doctor import (  # late: the other commands do not need it
-        examine,
-        exit_code,
-        print_report,
-    )
+    from speft_ds.tools.doctor import examine, exit_code, print_report
 
     checks = examine()
     print_report(checks)

@@ -77,7 +77,7 @@ class EvalRunner:
 
         Args:
             model: in eval mode, sharded or a plain copy on every rank.
-            of: what identifies the weights (`setup.scored_model_facts`); answers of an untouched base are kept.
+            of: what identifies the weights (`setup.scored_model_facts`); answers of a base are cached.
         Returns:
             On rank 0; None on the others.
         Raises:

@@ -20,20 +20,15 @@ def randperm(num_rows, *parts):
 
 
 def test_every_row_once_an_epoch_and_epochs_follow_each_other():
-    order = Sampler((12,), None, 0)
-    ids = [number for step in range(10) for number in order.ids(step * 5, 5)]
-    assert len(ids) == 50 and len(order) == 12
+    sampler = Sampler((12,), None, 0)
+    ids = [number for step in range(10) for number in sampler.ids(step * 5, 5)]
+    assert len(ids) == 50 and len(sampler) == 12
     for epoch in range(4):
         assert sorted(ids[epoch * 12 : (epoch + 1) * 12]) == list(range(12))
         assert ids[epoch * 12 : (epoch + 1) * 12] == randperm(12, 0, "order", epoch)
     assert ids[:12] != ids[12:24]
-    assert order.ids(0, 5) != Sampler((12,), None, 1).ids(0, 5)
-    assert order.ids(0, 12) != Sampler((12,), None, 0, "calibration").ids(0, 12)
-
-
-def test_a_batch_may_be_larger_than_the_data():
-    ids = Sampler((3,), None, 0).ids(0, 8)
-    assert len(ids) == 8 and sorted(ids[:3]) == sorted(ids[3:6]) == [0, 1, 2]
+    assert sampler.ids(0, 5) != Sampler((12,), None, 1).ids(0, 5)
+    assert sampler.ids(0, 12) != Sampler((12,), None, 0, "calibration").ids(0, 12)
 
 
 mixtures = st.lists(st.tuples(st.integers(1, 30), st.floats(0.1, 10)), min_size=1, max_size=4)
@@ -42,19 +37,19 @@ mixtures = st.lists(st.tuples(st.integers(1, 30), st.floats(0.1, 10)), min_size=
 @given(mixtures, st.booleans(), st.integers(0, 300), st.integers(0, 100))
 def test_it_can_start_anywhere(sources, weighted, first, count):
     sizes, weights = zip(*sources, strict=True)
-    order = Sampler(sizes, weights if weighted else None, 7)
-    whole = order.ids(0, first + count)
-    assert order.ids(first, count) == whole[first:]
+    sampler = Sampler(sizes, weights if weighted else None, 7)
+    whole = sampler.ids(0, first + count)
+    assert sampler.ids(first, count) == whole[first:]
     assert whole == Sampler(sizes, weights if weighted else None, 7).ids(0, first + count)
     assert all(0 <= number < sum(sizes) for number in whole)
 
 
 def test_without_weights_an_epoch_has_every_row_of_every_source_once():
-    order = Sampler((5, 1, 7), None, 3)
-    assert len(order) == 13
+    sampler = Sampler((5, 1, 7), None, 3)
+    assert len(sampler) == 13
     for epoch in range(3):
-        assert sorted(order.ids(13 * epoch, 13)) == list(range(13))
-    assert order.ids(0, 13) == randperm(13, 3, "order", 0)  # mixed, not one source after the other
+        assert sorted(sampler.ids(13 * epoch, 13)) == list(range(13))
+    assert sampler.ids(0, 13) == randperm(13, 3, "order", 0)  # mixed, not one source after the other
 
 
 @pytest.mark.parametrize(
@@ -72,11 +67,11 @@ def test_without_weights_an_epoch_has_every_row_of_every_source_once():
 )
 def test_weights_are_shares_of_an_epoch_and_the_scarcest_source_is_seen_whole(sizes, weights, shares):
     assert epoch_shares(sizes, weights) == shares
-    order = Sampler(sizes, weights, 0)
-    assert len(order) == sum(shares)
+    sampler = Sampler(sizes, weights, 0)
+    assert len(sampler) == sum(shares)
     edges = [sum(sizes[:n]) for n in range(len(sizes) + 1)]
     for epoch in range(4):
-        ids = order.ids(epoch * len(order), len(order))
+        ids = sampler.ids(epoch * len(sampler), len(sampler))
         seen = [sum(start <= i < stop for i in ids) for start, stop in pairwise(edges)]
         assert seen == shares
         whole = [n for n in range(len(sizes)) if shares[n] == sizes[n]]
@@ -88,11 +83,11 @@ def test_weights_are_shares_of_an_epoch_and_the_scarcest_source_is_seen_whole(si
 @given(mixtures)
 def test_all_rows_of_a_source_are_seen_equally_often(sources):
     sizes, weights = zip(*sources, strict=True)
-    order = Sampler(sizes, weights, 11)
+    sampler = Sampler(sizes, weights, 11)
     num_epochs = 9
-    seen = Counter(order.ids(0, num_epochs * len(order)))
+    seen = Counter(sampler.ids(0, num_epochs * len(sampler)))
     first = 0
-    for size, share in zip(sizes, order.shares, strict=True):
+    for size, share in zip(sizes, sampler.shares, strict=True):
         counts = [seen[number] for number in range(first, first + size)]
         assert sum(counts) == num_epochs * share
         assert max(counts) - min(counts) <= 1
@@ -100,21 +95,15 @@ def test_all_rows_of_a_source_are_seen_equally_often(sources):
 
 
 def test_a_source_goes_on_where_the_epoch_before_stopped():
-    order = Sampler((4, 10), (1, 1), 5)
-    parts = [[i - 4 for i in order.ids(8 * epoch, 8) if i >= 4] for epoch in range(5)]
+    sampler = Sampler((4, 10), (1, 1), 5)
+    parts = [[i - 4 for i in sampler.ids(8 * epoch, 8) if i >= 4] for epoch in range(5)]
     laps = [randperm(10, 5, "order of source 1", lap) for lap in range(2)]
     expected = laps[0] + laps[1]
     assert [sorted(part) for part in parts] == [sorted(expected[4 * n : 4 * n + 4]) for n in range(5)]
 
 
-@pytest.mark.parametrize(
-    ("steps", "epochs", "expected"),
-    [(7, None, 7), (None, 1, 4), (None, 2, 7), (None, 0.5, 2), (None, 0.01, 1)],
-)
-def test_steps_of_a_run(steps, epochs, expected):
-    assert Sampler((10,), None, 0).num_steps(3, steps, epochs) == expected
-
-
-def test_a_rounding_error_is_no_step():
-    assert 1.1 * 100 > 110
-    assert Sampler((100,), None, 0).num_steps(11, None, 1.1) == 10
+@pytest.mark.parametrize(("epochs", "expected"), [(1, 4), (2, 7), (0.5, 2), (0.01, 1)])
+def test_steps_of_a_run(epochs, expected):
+    sampler = Sampler((10,), None, 0)
+    assert sampler.num_steps(3, None, epochs) == expected and sampler.num_steps(3, 9, None) == 9
+    assert 1.1 * 100 > 110 and Sampler((100,), None, 0).num_steps(11, None, 1.1) == 10  # no step by rounding

@@ -1,88 +1,13 @@
-"""Batches and their loss: packing and padding change nothing of what a row computes."""
-
-from collections import Counter
+"""Losses and objectives: packing and padding change nothing of what a row computes."""
 
 import pytest
-import tiny
 import torch
 
-from speft_ds.data.collate import IGNORED, collate, num_logits, split_global_batch
+from speft_ds.data.collate import IGNORED, collate, num_logits
 from speft_ds.data.dataset import Row, pack
-from speft_ds.errors import UserError
 from speft_ds.model.loss import NextToken, RowClass, summed_class_loss, summed_loss
-
-CPU = torch.device("cpu")
-ROWS = [
-    Row([5, 6, 7, 8, 9], [(2, 5)]),
-    Row([10, 11, 5], [(1, 3)]),
-    Row([6] * 9, [(3, 5), (7, 9)]),
-    Row([12, 13, 14, 15], [(3, 4)]),
-    Row([5, 6, 7, 8, 9, 10, 11], [(1, 7)]),
-]
-
-
-# Batches
-
-
-def test_rows_are_padded_on_the_right_and_learn_their_spans():
-    batch = collate([ROWS[0], ROWS[1], Row([6, 7], [])], 3, CPU)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [10, 11, 5, 3, 3], [6, 7, 3, 3, 3]]
-    assert batch["labels"].tolist() == [
-        [IGNORED, IGNORED, 7, 8, 9],
-        [IGNORED, 11, 5, IGNORED, IGNORED],
-        [IGNORED] * 5,
-    ]
-    assert set(batch) == {"input_ids", "labels"} and batch["input_ids"].dtype == torch.int64
-
-
-def test_the_loss_is_on_the_response_and_its_end_alone():
-    tokenizer = tiny.make_tokenizer()
-    ids = tokenizer("<s>abc</s><s>de</s>", add_special_tokens=False)["input_ids"]
-    labels = collate([Row(ids, [(6, 9)]), ROWS[0]], tokenizer.pad_token_id, CPU)["labels"]
-    assert tokenizer.decode(labels[0][labels[0] != IGNORED].tolist()) == "de</s>"
-
-
-def test_a_padding_that_is_the_eos_takes_no_label_away():
-    batch = collate([Row([5, 2], [(1, 2)]), ROWS[0]], 2, CPU)
-    assert batch["labels"][0].tolist() == [IGNORED, 2, IGNORED, IGNORED, IGNORED]
-
-
-def test_positions_restart_at_each_packed_row_and_at_the_padding():
-    batch = collate([pack(ROWS[:3]), pack(ROWS[3:]), ROWS[0]], 0, CPU)
-    assert batch["position_ids"].tolist() == [
-        [*range(5), *range(3), *range(9)],
-        [*range(4), *range(7), *range(6)],
-        [*range(5), *range(12)],
-    ]
-    learnt = (batch["labels"] != IGNORED).sum(1).tolist()
-    assert learnt == [9, 7, 3]
-    assert batch["labels"][0][:8].tolist() == [IGNORED, IGNORED, 7, 8, 9, IGNORED, 11, 5]
-
-
-def test_a_batch_to_classify_has_one_label_a_row():
-    batch = collate([Row([5, 6, 2], [], label=1), Row([7, 2], [], label=0)], 0, CPU)
-    assert batch["labels"].tolist() == [1, 0] and batch["input_ids"].tolist() == [[5, 6, 2], [7, 2, 0]]
-    assert set(batch) == {"input_ids", "labels"}
-
-
-@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 8), (1, 2), (2, 2), (4, 1), (4, 2)])
-def test_any_split_computes_the_same_rows(world_size, micro_batch):
-    rows = [Row(list(range(n + 2)), [(1, n + 2)]) for n in (3, 1, 9, 4, 4, 7, 2, 5)]
-    parts = [split_global_batch(rows, micro_batch, rank, world_size) for rank in range(world_size)]
-    assert {len(part) for part in parts} == {8 // (world_size * micro_batch)}
-    assert all(len(micro) == micro_batch for part in parts for micro in part)
-    seen = Counter(len(row.ids) for part in parts for micro in part for row in micro)
-    assert seen == Counter(len(row.ids) for row in rows)
-
-
-def test_ranks_that_run_side_by_side_have_rows_of_about_one_length():
-    rows = [Row([0] * n, [(1, n)]) for n in (2, 50, 3, 49, 4, 48, 5, 47)]
-    parts = [split_global_batch(rows, 2, rank, 2) for rank in range(2)]
-    lengths = [[sorted(len(row.ids) for row in micro) for micro in part] for part in parts]
-    assert lengths == [[[48, 50], [3, 5]], [[47, 49], [2, 4]]]
-
-
-# Losses
+from unit.data.made import refusal
+from unit.data.test_collate import CPU, ROWS
 
 
 def test_summed_loss_is_the_cross_entropy_of_the_labelled_tokens():
@@ -170,7 +95,7 @@ def test_packed_rows_do_not_see_each_other(family, attention):
 
 
 def test_a_model_whose_packed_rows_would_see_each_other_is_refused():
-    with pytest.raises(UserError, match=r"data\.packing=false"):
+    with refusal("data.packing", "data.packing=false"):
         NextToken(make_model("OPT"), packing=True)
 
 
@@ -200,8 +125,8 @@ def test_the_loss_of_a_batch_and_its_gradient_are_the_sums_over_its_rows(family)
     parts = [loss_of([row]) for row in ROWS]
     by_hand = 0.0
     for row, logits in zip(ROWS, one_by_one(model, ROWS), strict=True):
-        for start, stop in row.spans:
-            for place in range(start, stop):
+        for place, is_label in enumerate(row.loss_mask):
+            if is_label:
                 by_hand -= logits[place - 1].log_softmax(0)[row.ids[place]].item()
     assert loss.item() == pytest.approx(by_hand, rel=1e-5)
     assert loss.item() == pytest.approx(sum(part.item() for part, _ in parts), rel=1e-5)
@@ -212,7 +137,9 @@ def test_the_loss_of_a_batch_and_its_gradient_are_the_sums_over_its_rows(family)
 @torch.no_grad()
 def test_a_class_is_predicted_from_the_last_token_of_a_row(family):
     model = make_model(family, task="SequenceClassification")
-    rows = [Row([*row.ids, 2], [], label=number % 2) for number, row in enumerate(ROWS)]
+    rows = [
+        Row([*row.ids, 2], [False] * (len(row.ids) + 1), label=number % 2) for number, row in enumerate(ROWS)
+    ]
     alone = torch.cat([model(input_ids=torch.tensor([row.ids])).logits for row in rows])
     loss, num_correct = RowClass()(model, collate(rows, 0, CPU))
     labels = torch.tensor([row.label for row in rows])

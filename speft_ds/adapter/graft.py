@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speft_ds.adapter.checkpoint import Checkpoint, Fingerprint
 from speft_ds.adapter.derive import Entries, check_output, write_derived
 from speft_ds.adapter.format import Adapter
 from speft_ds.adapter.largest import Largest
+from speft_ds.adapter.pretrained import Checkpoint, Fingerprint
 from speft_ds.errors import UserError
 
 CHUNK = 2**20

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from speft_ds.adapter.apply import another_base, check_weights, classifier_config, with_delta
-from speft_ds.adapter.checkpoint import INDEX, SINGLE, Checkpoint, Fingerprint
 from speft_ds.adapter.derive import check_output
 from speft_ds.adapter.format import DTYPES, Adapter
 from speft_ds.adapter.new_folder import new_folder
+from speft_ds.adapter.pretrained import INDEX, SINGLE, Checkpoint, Fingerprint
 from speft_ds.adapter.shards import NAME_OF, Headers, aligned, num_bytes, split, write_tensors
 from speft_ds.errors import UserError
 from speft_ds.files import flush_to_disk, write_json

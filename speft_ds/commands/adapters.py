@@ -73,8 +73,8 @@ def export(
 ) -> None:
     """Write an adapter in another library's format: PeftModel.from_pretrained(model, OUTPUT) loads it."""
     from speft_ds.adapter.derive import adapter_folder
-    from speft_ds.adapter.export_peft import export_peft
-    from speft_ds.commands.adapter_reports import export_lines
+    from speft_ds.adapter.export import export_peft
+    from speft_ds.commands.adapter_output import export_lines
 
     exported = export_peft(adapter_folder(adapter), output, base)
     typer.echo("\n".join([*export_lines(exported), f"  {output}"]))
@@ -148,7 +148,7 @@ def compress(
     import torch
 
     from speft_ds.adapter.compress import compress as write
-    from speft_ds.commands.adapter_reports import compress_lines
+    from speft_ds.commands.adapter_output import compress_lines
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, None: None}
     sizes = write(adapter, output, method, keep, seed, scale, kinds[dtype])
@@ -163,7 +163,7 @@ def diff(
     ] = None,
 ) -> None:
     """Say what sets two adapters of one base apart: entries that only one has, deltas that differ, norms."""
-    from speft_ds.commands.adapter_reports import print_diff
+    from speft_ds.commands.adapter_output import print_diff
 
     print_diff(a, b)
 
@@ -194,7 +194,7 @@ def graft(
     Says what else differs (norms, embeddings), which an adapter does not hold.
     """
     from speft_ds.adapter.graft import graft as write
-    from speft_ds.commands.adapter_reports import graft_lines
+    from speft_ds.commands.adapter_output import graft_lines
 
     grafted = write(base, tuned, output, density, num_entries, target)
     typer.echo("\n".join([*graft_lines(grafted), f"  {output}"]))
@@ -216,7 +216,7 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what an adapter is like: entries and norms by layer and module, the largest changes, its size."""
-    from speft_ds.commands.adapter_reports import print_inspection
+    from speft_ds.commands.adapter_output import print_inspection
 
     print_inspection(adapter, against, output)
 

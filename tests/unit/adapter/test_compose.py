@@ -6,7 +6,7 @@ import torch
 from speft_ds.adapter.compose import compose
 from speft_ds.adapter.format import Adapter
 from speft_ds.errors import UserError
-from unit.test_adapter_tools.made import SHAPES, UP1, Q, flat, matrices, read, write
+from unit.adapter.matrices import SHAPES, UP1, Q, flat, matrices, read, write
 
 
 @pytest.mark.parametrize("weights", [[1.0, 0.5], [0.7, -1.3], [1.0, 1.0, 1.0], [0.1, 2.0, 3.0]])

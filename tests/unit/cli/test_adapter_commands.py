@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import speft_ds
 from speft_ds.adapter.format import Adapter
+from unit.adapter.matrices import SHAPES, Q, matrices, read, write
 from unit.commands import run
-from unit.test_adapter_tools.made import SHAPES, Q, matrices, read, write
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from speft_ds import hub
 from speft_ds.adapter.apply import another_base, check_weights, with_delta
-from speft_ds.adapter.checkpoint import Checkpoint, Fingerprint
 from speft_ds.adapter.derive import check_output
 from speft_ds.adapter.format import DTYPES, Adapter
 from speft_ds.adapter.new_folder import new_folder
+from speft_ds.adapter.pretrained import Checkpoint, Fingerprint
 from speft_ds.errors import UserError
 from speft_ds.files import write_json
 from speft_ds.partition import INT32_ELEMENTS

@@ -15,7 +15,7 @@ from speft_ds.adapter.format import Adapter, write_adapter
 from speft_ds.adapter.gaps import decode_gaps, encode_gaps
 from speft_ds.errors import UserError
 from speft_ds.model import fingerprint
-from unit.test_adapter.made import load
+from unit.adapter.samples import load
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "adapter_format.md"
 Q, UP = "layers.0.q.weight", "layers.0.up.weight"

@@ -11,7 +11,7 @@ from speft_ds.adapter.format import Adapter
 from speft_ds.adapter.graft import graft
 from speft_ds.errors import UserError
 from speft_ds.model import find_targets, fingerprint
-from unit.test_adapter_tools.made import read
+from unit.adapter.matrices import read
 
 
 def load(folder, dtype=None):

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from speft_ds.adapter.card import card_text, write_card
 from speft_ds.adapter.format import Adapter
 from speft_ds.errors import UserError
-from unit.test_adapter_tools.made import FACTS, SHAPES, matrices, write
+from unit.adapter.matrices import FACTS, SHAPES, matrices, write
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

@@ -20,7 +20,7 @@ from speft_ds.adapter import merge as module
 from speft_ds.adapter.format import Adapter
 from speft_ds.adapter.merge import merge, parse_size
 from speft_ds.errors import UserError
-from unit.test_adapter.made import assert_same, load, make_adapter, trained, values
+from unit.adapter.samples import assert_same, load, make_adapter, trained, values
 
 
 def tensors(folder):

@@ -12,10 +12,10 @@ from rich.text import Text
 from speft_ds.adapter.compress import Sizes, num_bytes
 from speft_ds.adapter.derive import open_adapter
 from speft_ds.adapter.diff import Difference, diff, diff_heads, total
-from speft_ds.adapter.export_peft import Exported
+from speft_ds.adapter.export import Exported
 from speft_ds.adapter.format import Adapter
 from speft_ds.adapter.graft import Grafted
-from speft_ds.adapter.inspection import Inspection, counts, inspect
+from speft_ds.adapter.inspect import Inspection, counts, inspect
 from speft_ds.errors import UserError
 from speft_ds.tables import (
     OTHER,

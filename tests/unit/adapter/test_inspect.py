@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from speft_ds.adapter.format import Adapter
-from speft_ds.adapter.inspection import counts, inspect
+from speft_ds.adapter.inspect import counts, inspect
 from speft_ds.tables import density_table
-from unit.test_adapter_tools.made import SHAPES, UP1, flat, matrices, write
+from unit.adapter.matrices import SHAPES, UP1, flat, matrices, write
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from speft_ds.adapter.diff import Difference, diff, diff_heads, total
 from speft_ds.adapter.format import Adapter
 from speft_ds.errors import UserError
-from unit.test_adapter_tools.made import SHAPES, UP, Q, flat, matrices, write
+from unit.adapter.matrices import SHAPES, UP, Q, flat, matrices, write
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from speft_ds import hub
 from speft_ds.adapter.card import write_card
 from speft_ds.adapter.push import files_to_push, push
 from speft_ds.errors import UserError
+from unit.adapter.hub_server import TOKEN, HubServer
+from unit.adapter.matrices import matrices, write
 from unit.commands import run
-from unit.test_adapter_tools.hub_server import TOKEN, HubServer
-from unit.test_adapter_tools.made import matrices, write
 
 OURS = ["README.md", "adapter.json", "adapter.safetensors"]
 

@@ -9,7 +9,7 @@ from speft_ds import apply_adapter, remove_adapter, switch_adapter
 from speft_ds.adapter.format import write_adapter
 from speft_ds.errors import UserError
 from speft_ds.model import fingerprint
-from unit.test_adapter.made import assert_same, load, make_adapter, trained, values
+from unit.adapter.samples import assert_same, load, make_adapter, trained, values
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 DTYPES = [torch.float32, torch.bfloat16]

@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str):
     """`speft_ds.apply_adapter` and so on, loaded when asked for: recipes are checked without torch."""
     if name in ("apply_adapter", "remove_adapter", "switch_adapter"):
-        from speft_ds import adapter
+        from speft_ds.adapter import apply
 
-        return getattr(adapter, name)
+        return getattr(apply, name)
     raise AttributeError(name)

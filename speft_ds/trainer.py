@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from speft_ds import account, distributed, lifeline, peak_memory, stop
-from speft_ds.adapter import save_adapter
 from speft_ds.adapter.format import tensors_sha256
+from speft_ds.adapter.save import save_adapter
 from speft_ds.base import Base
 from speft_ds.checkpoint.parts import Parts, Snapshot
 from speft_ds.checkpoint.writer import Writer

@@ -1,10 +1,10 @@
-"""A pretrained checkpoint on disk, read a weight at a time, under the names that its model class has."""
+"""A pretrained checkpoint on disk, read a weight at a time under the names of its model class."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -18,23 +18,24 @@ from speft_ds.errors import UserError
 from speft_ds.schema import HEAD
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+Header = tuple[str, tuple[int, ...]]  # of a stored tensor: dtype, by safetensors' name, and shape
 
 
-class Checkpoint:
+class PretrainedCheckpoint:
     """A model folder.
 
     Attributes:
         name: as it was given; `folder`: where it is.
         config: the contents of config.json.
         model: the model class on the meta device: names and shapes, no values.
+        file_of: key in the files -> name of its file; empty where the weights are not in safetensors files.
         weight: key in the files -> the name of the weight that it is loaded as; without keys of buffers and
-            of parts that the class has not.
+            of parts that the class lacks.
         problem: why its files cannot be read a weight at a time; None where they can.
     """
 
     def __init__(self, name: str, num_classes: int | None = None):
-        """Read the headers.
-
+        """
         Args:
             name: a local folder, or a name on the hub that the cache has.
             num_classes: None for a causal language model; else it classifies.
@@ -43,120 +44,115 @@ class Checkpoint:
         """
         self.name, self.num_classes, folder = name, num_classes, hub.model_folder(name)
         if folder is None:
-            raise UserError(f"the model {name} is not at hand", fix=hub.way_to_model(name, "--base"))
+            raise UserError(f"the model {name} is not cached", "--base", hub.way_to_model(name, "--base"))
         self.folder = folder
         try:
             self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            self.model = _on_meta(folder, num_classes)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the model: {error}", where=str(folder)) from error
-        if missing := hub.missing_weights(folder):
-            raise UserError(f"the model lacks {', '.join(missing)}", where=str(folder))
+            self.model = self._on_meta()
+            if missing := hub.missing_weights(folder):
+                raise ValueError(f"it lacks {', '.join(missing)}")
+            self._files = {file: safe_open(folder / file, framework="pt") for file in self._file_names()}
+        except (OSError, ValueError, SafetensorError) as error:
+            raise _unreadable(folder, error) from error
+        self.file_of = {key: file for file, opened in self._files.items() for key in opened.keys()}  # noqa: SIM118
         self.weight: dict[str, str] = {}
-        self.problem = self._find_keys()
+        self.problem = self._find_weights()
 
     @cached_property
     def shape(self) -> dict[str, tuple[int, ...]]:
         """Of every weight, by name; tied ones once."""
         return {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
 
-    @cached_property
-    def files(self) -> dict[str, safe_open]:
-        """The files of weights, opened, by name; empty for another kind of checkpoint.
+    def header(self, key: str) -> Header:
+        stored = self._files[self.file_of[key]].get_slice(key)
+        return stored.get_dtype(), tuple(stored.get_shape())
 
-        Raises:
-            UserError: one is damaged.
+    def read(self, key: str) -> Tensor:
+        """A tensor as it is stored."""
+        return self._files[self.file_of[key]].get_tensor(key)
+
+    def reader(self, dtype: torch.dtype) -> Callable[[str], Tensor]:
+        """A function that reads a weight by its name, cast to `dtype`; a classifier's head is no such weight.
+
+        Where there is a `problem`, the complete model is loaded first.
         """
-        names = [SINGLE] if (self.folder / SINGLE).is_file() else []
-        if not names and (self.folder / INDEX).is_file():
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-            names = sorted(set(index["weight_map"].values()))
-        try:
-            return {name: safe_open(self.folder / name, framework="pt") for name in names}
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read the model: {error}", where=str(self.folder)) from error
-
-    def header(self, file: str, key: str) -> tuple[str, tuple[int, ...]]:
-        """Dtype, by safetensors' name, and shape of a stored tensor."""
-        tensor = self.files[file].get_slice(key)
-        return tensor.get_dtype(), tuple(tensor.get_shape())
-
-    def keys(self, file: str) -> list[str]:
-        return list(self.files[file].keys())
-
-    def read(self, file: str, key: str) -> Tensor:
-        """A stored tensor, as it is stored."""
-        return self.files[file].get_tensor(key)
-
-    def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Every pretrained weight once, cast to `dtype`; where there is a `problem`, all are loaded first."""
         if self.problem:
-            yield from ((name, parameter.detach()) for name, parameter in self.load(dtype).named_parameters())
-            return
-        seen = set()
-        for file in self.files:
-            for key in self.keys(file):
-                name = self.weight.get(key)
-                if name is not None and name not in seen:
-                    seen.add(name)
-                    yield name, self.read(file, key).to(dtype)
+            weights = dict(self.load(dtype).named_parameters())
+            return lambda name: weights[name].detach()
+        key_of = {name: key for key, name in reversed(self.weight.items())}  # the first of several keys
+        return lambda name: self.read(key_of[name]).to(dtype)
 
     def load(self, dtype: torch.dtype, folder: Path | None = None) -> nn.Module:
-        """The whole model on the CPU, from here or from another folder.
+        """The complete model on the CPU, from here or from another folder.
 
         Raises:
             UserError: transformers cannot load it.
         """
-        options = {} if self.num_classes is None else {"num_labels": self.num_classes}
+        auto_class, options = self._how_to_load()
+        if options:
+            options["ignore_mismatched_sizes"] = True  # of the head, which is the adapter's
+        folder = folder or self.folder
         try:
-            return _auto_class(self.num_classes).from_pretrained(
-                folder or self.folder, dtype=dtype, ignore_mismatched_sizes=bool(options), **options
-            )
+            return auto_class.from_pretrained(folder, dtype=dtype, **options)
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the model: {error}", where=str(folder or self.folder)) from error
+            raise _unreadable(folder, error) from error
 
-    def _find_keys(self) -> str | None:
+    def _on_meta(self) -> nn.Module:
+        import transformers
+
+        auto_class, options = self._how_to_load()
+        config = transformers.AutoConfig.from_pretrained(self.folder, **options)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("it is quantised")
+        with torch.device("meta"):
+            return auto_class.from_config(config)
+
+    def _how_to_load(self) -> tuple[type, dict[str, int]]:
+        """The class that loads the model, and its options."""
+        import transformers
+
+        if self.num_classes is None:
+            return transformers.AutoModelForCausalLM, {}
+        return transformers.AutoModelForSequenceClassification, {"num_labels": self.num_classes}
+
+    def _file_names(self) -> list[str]:
+        if (self.folder / SINGLE).is_file():
+            return [SINGLE]
+        index = self.folder / INDEX
+        if not index.is_file():
+            return []
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if odd := [name for name in names if Path(name).name != name]:  # which a merge would write to
+            raise ValueError(f"{INDEX} names a file in another folder: {odd[0]!r}")
+        return names
+
+    def _find_weights(self) -> str | None:
         """Fill `weight`; returns the problem, if there is one."""
-        if not self.files:
+        if not self._files:
             return "its weights are not in safetensors files"
-        place = {key: file for file in self.files for key in self.keys(file)}
         names: dict[int, list[str]] = {}  # of one weight, where it is tied
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
         for first, *others in names.values():
-            keys = [key for name in (first, *others) for key in self._keys_for(name) if key in place]
+            keys = [key for name in (first, *others) for key in self._keys_for(name) if key in self.file_of]
             if not keys and first != HEAD:
                 return f"its files have no {first}: its keys are converted as it loads"
             for key in keys:
-                dtype, shape = self.header(place[key], key)
+                dtype, shape = self.header(key)
                 if first != HEAD and (shape != self.shape[first] or dtype not in FLOATS):
                     return f"{key} is stored as {dtype} {shape}, the weight is {self.shape[first]}"
                 self.weight[key] = first
         return None
 
     def _keys_for(self, name: str) -> list[str]:
-        """What a weight may be called in the files: the decoder's checkpoints leave its prefix out."""
+        """What a weight may be called in the files: a decoder's checkpoint omits the prefix."""
         prefix = f"{self.model.base_model_prefix}."
         return [name, name.removeprefix(prefix)] if name.startswith(prefix) else [name]
 
 
-def _on_meta(folder: Path, num_classes: int | None) -> nn.Module:
-    import transformers
-
-    options = {} if num_classes is None else {"num_labels": num_classes}
-    config = transformers.AutoConfig.from_pretrained(folder, **options)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError("it is quantised")
-    with torch.device("meta"):
-        return _auto_class(num_classes).from_config(config)
-
-
-def _auto_class(num_classes: int | None) -> type:
-    import transformers
-
-    if num_classes is None:
-        return transformers.AutoModelForCausalLM
-    return transformers.AutoModelForSequenceClassification
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    fix = "give a folder with config.json and weights that transformers loads"
+    return UserError(f"cannot read the model: {error}", str(folder), fix)
 
 
 class Fingerprint:

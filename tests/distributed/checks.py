@@ -15,7 +15,7 @@ from distributed.reference import (
     whole_weights,
 )
 from speft_ds import distributed
-from speft_ds.adapter import apply_adapter
+from speft_ds.adapter.apply import apply_adapter
 from speft_ds.data.batch import collate
 from speft_ds.errors import UserError
 from speft_ds.model import fingerprint

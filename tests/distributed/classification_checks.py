@@ -8,7 +8,7 @@ import torch
 
 from distributed.reference import make_trainer, whole_weights
 from speft_ds import distributed
-from speft_ds.adapter import apply_adapter
+from speft_ds.adapter.apply import apply_adapter
 from speft_ds.schema import Recipe
 
 HEAD = "score.weight"

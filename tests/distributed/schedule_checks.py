@@ -8,7 +8,7 @@ from torch import Tensor
 from distributed.reference import make_trainer, plain_model, read_entries, whole_weights
 from distributed.schedule_reference import count, entries, sha256
 from speft_ds import distributed
-from speft_ds.adapter import apply_adapter
+from speft_ds.adapter.apply import apply_adapter
 from speft_ds.mask import Mask, save_mask
 from speft_ds.partition import shard_range
 from speft_ds.schema import Recipe

@@ -7,11 +7,13 @@ import os
 import random
 import shutil
 import struct
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save
 
 from speft_ds.adapter.apply import check_weights
 from speft_ds.adapter.format import Adapter, write_adapter
@@ -20,7 +22,9 @@ from speft_ds.errors import UserError
 A, B, HEAD = "layers.0.q.weight", "layers.1.q.weight", "score.weight"
 SHAPES = {A: [64, 32], B: [16, 16]}
 FACTS = {"base": "b", "dtype": "float32", "fingerprint": "f" * 64, "shapes": SHAPES, "classes": ["x", "y"]}
+NEEDED = {"format_version", "tensors_sha256", "base", "dtype", "fingerprint", "shapes", "num_entries"}
 WRONG = [None, True, -1, 1.5, 10**30, float("nan"), "", "x\ny", "\ud800", [], [[]], {}, {"a": []}, [1, "x"]]
+NAMES = TENSORS, JSON = "adapter.safetensors", "adapter.json"
 
 
 @pytest.fixture
@@ -43,57 +47,60 @@ def read(folder):
 
 
 @pytest.fixture
-def try_all(folder):
-    """try_all(damages) -> how many of them were refused; the others must have read as before."""
+def num_refused(folder):
+    """num_refused(damages) -> how many of them were refused; the others must have read as before."""
     expected = read(folder)
 
     def count(damages):
-        num_refused = 0
+        refused = 0
         for damage in damages:
             copy = Path(shutil.copytree(folder, folder.with_name("copy")))
             damage(copy)
             try:
                 assert read(copy) == expected
             except UserError as error:
-                assert str(error).encode(), "a message that can be printed"
-                num_refused += 1
+                assert str(error).encode() and error.where and error.fix, "a message that can be printed"
+                refused += 1
             shutil.rmtree(copy)
-        return num_refused
+        return refused
 
     return count
 
 
-def write_tensors(folder, content):
-    """Bytes of the tensors' file, and facts with their hash."""
-    (folder / "adapter.safetensors").write_bytes(content)
-    edit_facts(folder, tensors_sha256=hashlib.sha256(content).hexdigest())
+# Damages: functions of a copy of the adapter's folder
 
 
-def edit_facts(folder, **changes):
-    facts = json.loads((folder / "adapter.json").read_text())
-    (folder / "adapter.json").write_text(json.dumps({**facts, **changes}))
+def edit_facts(copy, **changes):
+    facts = json.loads((copy / JSON).read_text())
+    (copy / JSON).write_text(json.dumps({**facts, **changes}))
 
 
-def edit_tensors(changes):
-    """A damage: other tensors in a whole file, with the right hash; None leaves one out."""
-
-    def damage(folder):
-        tensors = {**load_file(folder / "adapter.safetensors"), **changes}
-        write_tensors(folder, save({key: tensor for key, tensor in tensors.items() if tensor is not None}))
-
-    return damage
+def facts_with(**changes):
+    return partial(edit_facts, **changes)
 
 
-def edit_bytes(file, change, rehash=False):
-    def damage(folder):
-        content = bytearray((folder / file).read_bytes())
-        content = change(content) or content
+def rewritten(file, change, rehash=False):
+    """The bytes of a file changed; `rehash`: under their right hash."""
+
+    def damage(copy):
+        content = bytearray((copy / file).read_bytes())
+        changed = change(content)  # in place, where it returns None
+        content = bytes(content if changed is None else changed)
+        (copy / file).write_bytes(content)
         if rehash:
-            write_tensors(folder, bytes(content))
-        else:
-            (folder / file).write_bytes(content)
+            edit_facts(copy, tensors_sha256=hashlib.sha256(content).hexdigest())
 
     return damage
+
+
+def tensors_with(changes):
+    """Other tensors under the right hash; None leaves one out."""
+
+    def change(content):
+        tensors = {**load_tensors(bytes(content)), **changes}
+        return save({key: tensor for key, tensor in tensors.items() if tensor is not None})
+
+    return rewritten(TENSORS, change, rehash=True)
 
 
 def flip(chance, stop=None):
@@ -103,34 +110,28 @@ def flip(chance, stop=None):
     return change
 
 
-def test_bits_that_flipped_and_files_that_were_cut(try_all):
+def claimed_header(size):
+    return rewritten(TENSORS, lambda content: struct.pack("<Q", size) + content[8:], rehash=True)
+
+
+def test_bits_that_flipped_and_files_that_were_cut(num_refused):
     chance = random.Random(0)
-    damages = [edit_bytes("adapter.safetensors", flip(chance)) for _ in range(60)]
-    for _ in range(20):
-        damages.append(edit_bytes("adapter.safetensors", lambda c: c[: chance.randrange(len(c))]))
-        damages.append(edit_bytes("adapter.json", lambda c: c[: chance.randrange(len(c) - 2)]))
-    damages.append(edit_bytes("adapter.safetensors", lambda content: content + b"\0"))
-    assert try_all(damages) == len(damages)
+    damages = [rewritten(TENSORS, flip(chance)) for _ in range(60)]
+    damages += [rewritten(TENSORS, lambda c: c[: chance.randrange(len(c))]) for _ in range(20)]
+    damages += [rewritten(JSON, lambda c: c[: chance.randrange(len(c) - 2)]) for _ in range(20)]
+    damages.append(rewritten(TENSORS, lambda content: content + b"\0"))
+    assert num_refused(damages) == len(damages)
+    assert num_refused([rewritten(JSON, flip(chance)) for _ in range(60)]) > 10  # most are harmless
 
 
-def test_bits_that_flipped_in_the_facts(try_all):
-    chance = random.Random(1)
-    damages = [edit_bytes("adapter.json", flip(chance)) for _ in range(60)]
-    assert try_all(damages) > 10  # most are of no consequence for the entries
-
-
-def test_headers_that_were_changed_under_a_right_hash(try_all, folder):
+def test_headers_that_were_changed_under_a_right_hash(num_refused, folder):
     chance = random.Random(2)
-    (size,) = struct.unpack("<Q", (folder / "adapter.safetensors").read_bytes()[:8])
-    damages = [edit_bytes("adapter.safetensors", flip(chance, 8), True) for _ in range(20)]
-    damages += [edit_bytes("adapter.safetensors", flip(chance, 8 + size), True) for _ in range(80)]
-    assert try_all(damages) > 60
-
-
-@pytest.mark.parametrize("size", [0, 1, 2**20, 2**26, 2**32, 2**40, 2**63, 2**64 - 1])
-def test_a_header_that_claims_to_be_long(try_all, size):
-    change = edit_bytes("adapter.safetensors", lambda c: struct.pack("<Q", size) + c[8:], True)
-    assert try_all([change]) == 1
+    (size,) = struct.unpack("<Q", (folder / TENSORS).read_bytes()[:8])
+    damages = [rewritten(TENSORS, flip(chance, 8), True) for _ in range(20)]
+    damages += [rewritten(TENSORS, flip(chance, 8 + size), True) for _ in range(80)]
+    assert num_refused(damages) > 60
+    damages = [claimed_header(size) for size in (0, 1, 2**20, 2**26, 2**32, 2**40, 2**63, 2**64 - 1)]
+    assert num_refused(damages) == len(damages)
 
 
 def peak_of_this_process():
@@ -139,105 +140,85 @@ def peak_of_this_process():
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
-def test_no_more_memory_than_the_file(folder):
-    claims = [
-        edit_bytes("adapter.safetensors", lambda c: struct.pack("<Q", 2**30) + c[8:], True),
-        lambda copy: edit_facts(copy, shapes={A: [2**31, 2**31], B: [2**31, 2**31]}),
-        lambda copy: edit_facts(copy, num_entries=2**60),
-        edit_tensors({f"{A}.gaps": torch.full((40 * 9,), 0xFF, dtype=torch.uint8)}),
-    ]
-    for damage in claims:
-        copy = Path(shutil.copytree(folder, folder.with_name("copy")))
-        damage(copy)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = peak_of_this_process()
-        with contextlib.suppress(UserError):
-            read(copy)
-        assert peak_of_this_process() - before < 16 * 2**20
-        shutil.rmtree(copy)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        claimed_header(2**30),
+        facts_with(shapes={A: [2**31, 2**31], B: [2**31, 2**31]}),
+        facts_with(num_entries=2**60),
+        tensors_with({f"{A}.gaps": torch.full((40 * 9,), 0xFF, dtype=torch.uint8)}),
+    ],
+)
+def test_no_more_memory_than_the_file(folder, damage):
+    damage(folder)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak_of_this_process()
+    with contextlib.suppress(UserError):
+        read(folder)
+    assert peak_of_this_process() - before < 16 * 2**20
 
 
 def gaps(*values):
     return torch.tensor(values, dtype=torch.uint8)
 
 
-def test_tensors_that_are_not_the_formats(try_all):
-    ones, delta = gaps(*[1] * 40), torch.ones(40)
+def test_tensors_that_are_not_the_formats(num_refused):
+    ones, delta, head = gaps(*[1] * 40), torch.ones(40), torch.ones(2, 32)
     other_delta = [delta.double(), delta.half(), delta.int(), delta.view(4, 10), delta[:39], delta.sum()]
     other_delta += [delta[:0], torch.ones(41), delta.to(torch.float8_e4m3fn), delta.to(torch.complex64)]
     for bad in (float("nan"), float("inf"), -float("inf")):
         other_delta.append(torch.cat([delta[:39], torch.tensor([bad])]))
         other_delta.append(torch.cat([torch.tensor([bad]), delta[:39]]).bfloat16())
+    # More gaps that are none are in test_format.py.
     other_gaps = [ones.short(), ones.view(4, 10), ones[:39], gaps(), ones.bool(), ones.float(), ones.char()]
     other_gaps.append(torch.cat([ones[:39], gaps(0)]))
-    other_gaps.append(torch.cat([ones[:39], gaps(0x81, 0)]))  # longer than it need be
-    other_gaps.append(torch.cat([ones[:39], gaps(0x81)]))  # without an end
-    other_gaps.append(torch.cat([ones[:39], gaps(*[0xFF] * 8, 0x7F)]))  # a gap of 2^63 - 1
-    other_gaps.append(torch.cat([gaps(*[0xFF] * 8, 0x7F), ones[:39]]))
-    other_gaps.append(torch.cat([ones[:39], gaps(*[0xFF] * 20, 1)]))
     other_gaps.append(torch.cat([ones[:39], gaps(0xDA, 0x0F)]))  # the last index is 2,048 of 2,048
-    head = torch.ones(2, 32)
+    other_gaps.append(torch.cat([gaps(*[0xFF] * 8, 0x7F), ones[:39]]))  # a gap of 2^63 - 1
     other_head = [head.view(-1), head.double(), head.int(), head[:0], head.view(2, 4, 8), head * float("nan")]
     other_head.append(torch.ones(3, 32))  # not as many as classes
-    damages = [edit_tensors({f"{A}.delta": tensor}) for tensor in other_delta]
-    damages += [edit_tensors({f"{A}.gaps": tensor}) for tensor in other_gaps]
-    damages += [edit_tensors({f"{HEAD}.value": tensor}) for tensor in other_head]
-    for key in ("", "x", ".delta", "x.delta", f"{A}.index", "\x1b[2J.delta", "x" * 10_000):
-        damages.append(edit_tensors({key: delta}))
-    damages.append(edit_tensors({"x.delta": delta, "x.gaps": ones}))  # of no weight that has a shape
-    damages += [edit_tensors({f"{A}.{part}": None}) for part in ("gaps", "delta")]
-    damages.append(edit_tensors({f"{A}.gaps": None, f"{A}.delta": None}))  # the count does not fit
-    assert try_all(damages) == len(damages)
+    damages = [tensors_with({f"{A}.delta": tensor}) for tensor in other_delta]
+    damages += [tensors_with({f"{A}.gaps": tensor}) for tensor in other_gaps]
+    damages += [tensors_with({f"{HEAD}.value": tensor}) for tensor in other_head]
+    odd_keys = ("", "x", ".delta", "x.delta", f"{A}.index", "\x1b[2J.delta", "x" * 10_000)
+    damages += [tensors_with({key: delta}) for key in odd_keys]
+    damages.append(tensors_with({"\x1b[2J.value": head}))
+    damages.append(tensors_with({"x.delta": delta, "x.gaps": ones}))  # of no weight that has a shape
+    damages += [tensors_with({f"{A}.{part}": None}) for part in ("gaps", "delta")]
+    damages.append(tensors_with({f"{A}.gaps": None, f"{A}.delta": None}))  # the count does not fit
+    assert num_refused(damages) == len(damages)
 
 
-def test_facts_that_are_of_another_kind(try_all, folder):
-    facts = json.loads((folder / "adapter.json").read_text())
-    needed = {"format_version", "tensors_sha256", "base", "dtype", "fingerprint", "shapes", "num_entries"}
-    assert needed < facts.keys()
+def test_facts_that_are_of_another_kind(num_refused, folder):
+    facts = json.loads((folder / JSON).read_text())
+    assert facts.keys() > NEEDED
     # Any text may name a base, or be the fingerprint of one.
-    bad = [(key, value) for key in needed - {"base", "fingerprint"} for value in WRONG]
-    bad += [(key, value) for key in ("base", "fingerprint") for value in WRONG if value != ""]
-    damages = [lambda copy, change=change: edit_facts(copy, **dict([change])) for change in bad]
+    texts = {"base", "fingerprint"}
+    damages = [facts_with(**{k: v}) for k in NEEDED for v in WRONG if not (k in texts and v == "")]
     sizes = [None, [], [64], [64, 32, 1], [64.0, 32], [True, 32], [-64, -32], [0, 0], [2**40, 2**40], "64"]
-    for shape in sizes:
-        damages.append(lambda copy, shape=shape: edit_facts(copy, shapes={**SHAPES, A: shape}))
-    damages.append(lambda copy: edit_facts(copy, shapes={**SHAPES, "a\nb": [1, 1]}))
-    for key in ("mask", "recipe", "task", "classes", "fingerprint_bfloat16"):
-        damages.append(lambda copy, key=key: edit_facts(copy, **{key: 7}))
-    damages.append(lambda copy: edit_facts(copy, classes=["x", 3]))
-    damages.append(lambda copy: edit_facts(copy, classes=["x", "y", "z"]))
-    for key in needed:
-        left = {other: value for other, value in facts.items() if other != key}
-        damages.append(lambda copy, left=left: (copy / "adapter.json").write_text(json.dumps(left)))
-    texts = [b"", b"[]", b"1", b"null", b"{", b"[" * 100_000, b"\xff\xfe{}", b'{"a": 1' + b"0" * 5000 + b"}"]
-    for text in texts:
-        damages.append(lambda copy, text=text: (copy / "adapter.json").write_bytes(text))
-    assert try_all(damages) == len(damages)
+    damages += [facts_with(shapes={**SHAPES, A: shape}) for shape in sizes]
+    damages.append(facts_with(shapes={**SHAPES, "a\nb": [1, 1]}))
+    damages += [facts_with(**{k: 7}) for k in ("mask", "recipe", "task", "classes", "fingerprint_bfloat16")]
+    damages += [facts_with(classes=classes) for classes in (["x", 3], ["x", "y", "z"])]
+    texts = [json.dumps({k: v for k, v in facts.items() if k != needed}).encode() for needed in NEEDED]
+    texts += [b"", b"[]", b"1", b"null", b"{", b"[" * 100_000, b"\xff\xfe{}", b'{"a": 1' + b"0" * 5000 + b"}"]
+    damages += [rewritten(JSON, lambda content, text=text: text) for text in texts]
+    assert num_refused(damages) == len(damages)
 
 
-def test_what_is_no_file(try_all, folder):
-    damages = []
-    for name in ("adapter.safetensors", "adapter.json"):
+def replaced(name, make):
+    """A file that `make` puts something in the place of."""
 
-        def replace(make, name=name):
-            def damage(copy):
-                (copy / name).unlink()
-                make(copy / name)
+    def damage(copy):
+        (copy / name).unlink()
+        make(copy / name)
 
-            damages.append(damage)
-
-        replace(lambda path: None)
-        replace(lambda path: path.mkdir())
-        replace(lambda path: path.symlink_to("nowhere"))
-        replace(lambda path: path.symlink_to(path.name))
-        replace(lambda path: path.symlink_to("/dev/zero"))
-        replace(os.mkfifo)  # which nobody writes to
-        replace(lambda path: path.touch())
-    assert try_all(damages) == len(damages)
-    for name in ("adapter.safetensors", "adapter.json"):  # as the hub's cache has them
-        assert try_all([lambda copy, name=name: link(copy / name, folder / name)]) == 0
+    return damage
 
 
-def link(path, target):
-    path.unlink()
-    path.symlink_to(target)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_file(num_refused, folder, name):
+    makers = [Path.mkdir, Path.touch, os.mkfifo, lambda path: None]  # a pipe that nobody writes to
+    makers += [lambda path, to=to: path.symlink_to(to) for to in ("nowhere", name, "/dev/zero")]
+    assert num_refused(replaced(name, make) for make in makers) == len(makers)
+    as_in_the_hubs_cache = replaced(name, lambda path: path.symlink_to(folder / name))
+    assert num_refused([as_in_the_hubs_cache]) == 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from speft_ds.adapter.format import Adapter
 from speft_ds.errors import UserError
-from speft_ds.tensor_files import same_bits
+from speft_ds.io import same_bits
 
 STATE = "speft_adapters"  # the model's attribute that holds its `AppliedAdapters`
 
@@ -141,7 +141,7 @@ def check_weights(adapter: Adapter, shape: dict[str, tuple[int, ...]]) -> None:
 
 def check_base(model: nn.Module, adapter: Adapter) -> None:
     """Refuse a model that is not the base the adapter was trained on."""
-    from speft_ds.model import fingerprint
+    from speft_ds.model.fingerprint import fingerprint
 
     dtype = adapter.facts["dtype"]
     if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):  # no DeepSpeed needed here

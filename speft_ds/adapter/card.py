@@ -13,7 +13,7 @@ import yaml
 from jinja2 import Environment
 
 from speft_ds.adapter.format import CARD, Adapter
-from speft_ds.files import flush_to_disk, replacing
+from speft_ds.io import flush_to_disk, replacing
 
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 TASKS = {  # by name: the hub's pipeline, and the class that loads the base

@@ -22,12 +22,10 @@ from speft_ds import hub
 from speft_ds.adapter.apply import another_base, check_weights, with_delta
 from speft_ds.adapter.derive import check_output, open_adapter
 from speft_ds.adapter.format import DTYPES, Adapter, Entries
-from speft_ds.adapter.new_folder import new_folder
 from speft_ds.adapter.pretrained import Fingerprint, PretrainedCheckpoint
 from speft_ds.errors import UserError
-from speft_ds.files import write_json
-from speft_ds.partition import INT32_ELEMENTS
-from speft_ds.tensor_files import write_safetensors
+from speft_ds.io import new_folder, write_json, write_safetensors
+from speft_ds.sparse.layout import INT32_ELEMENTS
 
 PEFT_TENSORS = "adapter_model.safetensors"
 PEFT_VERSION = "0.21.2"  # whose layout this is

@@ -24,8 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from speft_ds.errors import UserError
-from speft_ds.files import flush_to_disk, write_json
-from speft_ds.tensor_files import write_safetensors
+from speft_ds.io import flush_to_disk, write_json, write_safetensors
 
 FORMAT_VERSION = 2
 TENSORS, FACTS, CARD = "adapter.safetensors", "adapter.json", "README.md"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from speft_ds.adapter.format import Adapter
-from speft_ds.mask import Mask
+from speft_ds.sparse.mask import Mask
 
 NUM_LARGEST = 10
 

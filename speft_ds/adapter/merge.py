@@ -23,11 +23,9 @@ from torch import Tensor
 from speft_ds.adapter.apply import another_base, check_weights, classifier_config, set_config, with_delta
 from speft_ds.adapter.derive import check_output, open_adapter
 from speft_ds.adapter.format import DTYPES, FLOATS, Adapter
-from speft_ds.adapter.new_folder import new_folder
 from speft_ds.adapter.pretrained import INDEX, SINGLE, Fingerprint, Header, PretrainedCheckpoint
 from speft_ds.errors import UserError
-from speft_ds.files import flush_to_disk, write_json
-from speft_ds.tensor_files import same_bits
+from speft_ds.io import flush_to_disk, new_folder, same_bits, write_json
 
 # Not part of the merged checkpoint: other copies of the base's weights, and its card.
 LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".md")

@@ -62,7 +62,7 @@ def push(source: str | Path, repo_id: str, private: bool = False) -> str:
         raise UserError("there is no token to upload with", "model hub", "hf auth login, or set HF_TOKEN")
     if not hub.is_reachable():
         fix = "connect this machine, or copy the folder to one that is; --dry-run needs no network"
-        raise UserError(f"nothing can be uploaded: {hub.why_not()}", hub.endpoint(), fix)
+        raise UserError(f"nothing can be uploaded: {hub.why_unreachable()}", hub.endpoint(), fix)
     api = HfApi(endpoint=hub.endpoint(), token=token)
     try:
         address = api.create_repo(repo_id, private=private or None, exist_ok=True)

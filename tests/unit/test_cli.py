@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from speft_ds import cli
-from speft_ds.recipe import load_recipe
-from speft_ds.schema import Recipe
+from speft_ds.cli import main
+from speft_ds.config.load_recipe import load_recipe
+from speft_ds.config.recipe import Recipe
 from unit.commands import run, speft
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -144,6 +144,6 @@ def test_ctrl_c_ends_quietly(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "print_list", interrupted)
+    monkeypatch.setattr(main, "print_list", interrupted)
     assert run(monkeypatch, "ls") == 130
     assert capsys.readouterr() == ("", "")

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from speft_ds.commands.completion import complete_key, complete_override, complete_recipe
-from speft_ds.recipe import ROOT, list_recipes
-from speft_ds.schema import FIELDS
+from speft_ds.config.load_recipe import ROOT, list_recipes
+from speft_ds.config.recipe import FIELDS
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_keys_of_schema():
 
 def by_shell(**variables):
     env = os.environ | {"PYTHONPATH": str(ROOT)} | variables
-    command = [sys.executable, "-m", "speft_ds.cli"]
+    command = [sys.executable, "-m", "speft_ds.cli.main"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 

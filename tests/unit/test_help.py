@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import typer
 
-from speft_ds import arguments, cli
-from speft_ds.recipe import ROOT, load_recipe
+from speft_ds.cli import arguments, main
+from speft_ds.config.load_recipe import ROOT, load_recipe
 from unit.commands import speft
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
-COMMANDS = typer.main.get_command(cli.app).commands
+COMMANDS = typer.main.get_command(main.app).commands
 
 
 @pytest.mark.parametrize("command", COMMANDS)

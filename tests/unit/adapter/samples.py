@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from speft_ds.model.fingerprint import fingerprint
+from speft_ds.model.targets import find_targets
 from transformers import AutoModelForCausalLM
 
 from speft_ds.adapter.format import Adapter, write_adapter
 from speft_ds.errors import UserError
-from speft_ds.model import find_targets, fingerprint
 
 SHAPES = {
     "model.layers.0.self_attn.q_proj.weight": [24, 16],

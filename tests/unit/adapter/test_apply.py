@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from speft_ds.model.fingerprint import fingerprint
 from transformers import AutoModelForSequenceClassification
 
 import speft_ds
 from speft_ds import apply_adapter, remove_adapter, switch_adapter
 from speft_ds.adapter.format import write_adapter
-from speft_ds.model import fingerprint
 from unit.adapter.samples import assert_same, load, make_adapter, refused, trained, values
 
 NAME, SHAPE = "model.layers.1.mlp.up_proj.weight", [53, 35]

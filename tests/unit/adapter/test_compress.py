@@ -9,7 +9,7 @@ import torch
 from speft_ds.adapter import compress as module
 from speft_ds.adapter.compress import Largest, compress
 from speft_ds.adapter.format import Adapter
-from speft_ds.data.order import hash_seed
+from speft_ds.data.sampler import hash_seed
 from unit.adapter.samples import SHAPES, UP, Q, assert_same, flat, matrices, read, refused, write
 
 

@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from speft_ds.model.fingerprint import fingerprint
 from transformers import AutoModelForSequenceClassification
 
 from speft_ds import apply_adapter
 from speft_ds.adapter.export import export_peft, find_sparsity, peft_count, summands_for
 from speft_ds.adapter.format import Adapter, write_adapter
-from speft_ds.model import fingerprint
 from unit.adapter.samples import assert_same, load, make_adapter, refused, values
 
 needs_peft = pytest.mark.skipif(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from speft_ds.model.fingerprint import fingerprint
 
 from speft_ds.adapter.format import Adapter, decode_gaps, encode_gaps, write_adapter
-from speft_ds.model import fingerprint
 from unit.adapter.samples import load, refused
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "adapter_format.md"

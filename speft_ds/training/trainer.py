@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from speft_ds import account, peak_memory
-from speft_ds.adapter import save_adapter
 from speft_ds.adapter.format import tensors_sha256
+from speft_ds.adapter.save import save_adapter
 from speft_ds.comm import collectives, signals, watchdog
 from speft_ds.comm.collectives import log_rank0
 from speft_ds.comm.signals import StepFlags

@@ -7,7 +7,7 @@ import random
 import torch
 import yaml
 
-from speft_ds.adapter import write_adapter
+from speft_ds.adapter.format import write_adapter
 from speft_ds.config.load_recipe import load_recipe
 from unit.saved import save
 from unit.written import MINIMAL

@@ -9,11 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from speft_ds import apply_adapter
-from speft_ds.adapter.export_peft import export_peft, find_sparsity, peft_count, summands_for
+from speft_ds.adapter.export import export_peft, find_sparsity, peft_count, summands_for
 from speft_ds.adapter.format import Adapter, write_adapter
-from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import fingerprint
-from unit.test_adapter.made import assert_same, load, make_adapter, values
+from unit.adapter.samples import assert_same, load, make_adapter, refused, values
 
 needs_peft = pytest.mark.skipif(
     importlib.util.find_spec("peft") is None, reason='PEFT is not installed: pip install "speft_ds[peft]"'
@@ -52,9 +51,8 @@ def test_stock_peft_loads_a_classifier(tiny, tmp_path):
         kind = AutoModelForSequenceClassification
         return kind.from_pretrained(tiny["untied"], num_labels=3, pad_token_id=7).eval()
 
-    heads = {"score.weight": torch.randn(3, 35)}
-    facts = {"classes": ["no", "maybe", "yes"], "pad_token_id": 7}
-    adapter = make_adapter(tmp_path / "a", tiny["untied"], model=classifier(), heads=heads, **facts)
+    facts = {"classes": ["no", "maybe", "yes"], "heads": {"score.weight": torch.randn(3, 35)}}
+    adapter = make_adapter(tmp_path / "a", tiny["untied"], model=classifier(), pad_token_id=7, **facts)
     export_peft(adapter, tmp_path / "peft")
     with torch.no_grad():
         expected = apply_adapter(classifier(), adapter)(IDS).logits
@@ -112,7 +110,7 @@ def test_without_the_base_the_deltas_are_written(tiny, tmp_path):
     assert torch.equal(values[key][: len(delta)], delta)
 
 
-def test_a_weight_that_is_trained_whole(tiny, tmp_path):
+def test_a_weight_that_is_trained_completely(tiny, tmp_path):
     model = load(tiny["untied"], torch.bfloat16)
     name, weight = "model.layers.0.mlp.up_proj.weight", model.model.layers[0].mlp.up_proj.weight
     facts = {"base": str(tiny["untied"]), "dtype": "bfloat16", "fingerprint": fingerprint(model)}
@@ -123,19 +121,12 @@ def test_a_weight_that_is_trained_whole(tiny, tmp_path):
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["sparsity"] == 0
 
 
-@pytest.mark.parametrize(
-    ("message", "base", "changes"),
-    [
-        ("another base", "untied", {"fingerprint": "0" * 64}),
-        ("not at hand", "nobody/nothing", {}),
-    ],
-)
-def test_what_cannot_be_exported_is_refused(tiny, tmp_path, message, base, changes):
-    adapter = make_adapter(tmp_path / "a", tiny["untied"], torch.bfloat16, **changes)
-    with pytest.raises(UserError, match=message):
-        export_peft(adapter, tmp_path / "peft", tiny.get(base, base))
-    with pytest.raises(UserError, match="is there already"):
-        export_peft(adapter, tmp_path / "a")
+def test_what_cannot_be_exported_is_refused(tiny, tmp_path):
+    adapter, output = make_adapter(tmp_path / "a", tiny["untied"]), tmp_path / "peft"
+    refused(lambda: export_peft(adapter, output, "nobody/nothing"), "--base", "nobody/nothing")
+    refused(lambda: export_peft(adapter, adapter), "OUTPUT")
+    make_adapter(adapter, tiny["untied"], fingerprint="0" * 64)
+    refused(lambda: export_peft(adapter, output), adapter)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

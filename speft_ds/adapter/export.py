@@ -20,14 +20,14 @@ from torch import Tensor
 
 from speft_ds import hub
 from speft_ds.adapter.apply import another_base, check_weights, with_delta
-from speft_ds.adapter.checkpoint import Checkpoint, Fingerprint
-from speft_ds.adapter.derive import check_output
-from speft_ds.adapter.format import DTYPES, Adapter
+from speft_ds.adapter.derive import check_output, open_adapter
+from speft_ds.adapter.format import DTYPES, Adapter, Entries
+from speft_ds.adapter.pretrained import Fingerprint, PretrainedCheckpoint
 from speft_ds.errors import UserError
 from speft_ds.io import new_folder, write_json, write_safetensors
 from speft_ds.sparse.layout import INT32_ELEMENTS
 
-TENSORS = "adapter_model.safetensors"
+PEFT_TENSORS = "adapter_model.safetensors"
 PEFT_VERSION = "0.21.2"  # whose layout this is
 NO_CHANGE = -0.0  # x + (-0.0) is x, also where x is -0.0
 
@@ -39,10 +39,9 @@ class Exported:
     Attributes:
         num_entries: of the adapter; `num_padding`: added to them so that the counts fit one sparsity.
         num_rounded: entries that PEFT's sums, in the dtype of the run, do not turn into the trained value;
-            None where the base was not at hand.
+            None where the base was not cached.
     """
 
-    folder: Path
     num_entries: int
     num_padding: int
     num_bytes: int
@@ -53,19 +52,21 @@ def export_peft(adapter: str | Path, output: str | Path, base: str | Path | None
     """Write the adapter for PEFT.
 
     Args:
+        adapter: its folder, or the folder of its run.
         output: a folder that is not there, or is empty.
         base: local folder or hub name, by which values are chosen whose sums in PEFT come to the trained ones
-            in bfloat16 and float16, too; None: the one that the adapter names, if it is at hand.
+            in bfloat16 and float16, too; None: the one that the adapter names, if it is cached.
     Raises:
         UserError: another base, an output that is not empty, weights too large for int32 indices.
     """
-    opened, output = Adapter.open(adapter), check_output(output)
-    too_large = [name for name, shape in opened.shape.items() if math.prod(shape) >= INT32_ELEMENTS]
+    opened, output = open_adapter(adapter), check_output(output)
+    numel = {name: math.prod(opened.shape[name]) for name in opened.names}
+    too_large = [name for name in opened.names if numel[name] >= INT32_ELEMENTS]
     not_weight = [name for name in (*opened.names, *opened.heads) if not name.endswith(".weight")]
     if odd := too_large + not_weight:
-        raise UserError(f"PEFT's layout has no place for {odd[0]}", where=str(opened.folder))
+        what, fix = f"PEFT's layout has no place for {odd[0]}", "speft merge, or apply_adapter"
+        raise UserError(what, str(opened.folder), fix)
     summands, num_rounded = _summands(opened, base)
-    numel = {name: math.prod(opened.shape[name]) for name in opened.names}
     sparsity = find_sparsity([(len(summands[name][0]), numel[name]) for name in opened.names])
     tensors = {f"base_model.model.{name}": opened.head(name) for name in opened.heads}
     num_padding = 0
@@ -77,12 +78,11 @@ def export_peft(adapter: str | Path, output: str | Path, base: str | Path | None
         tensors[f"{module}.supertuning_indices"] = torch.cat([index, torch.arange(padding)]).to(torch.int32)
         tensors[f"{module}.supertuning_values"] = torch.cat([values, torch.full((padding,), NO_CHANGE)])
         num_padding += padding
-    config = _config(opened, str(base or opened.facts["base"]), sparsity)
     with new_folder(output) as temporary:
-        write_safetensors(temporary / TENSORS, tensors, {"format": "pt"})
-        write_json(temporary / "adapter_config.json", config)
-    num_bytes = (output / TENSORS).stat().st_size
-    return Exported(output, opened.num_entries, num_padding, num_bytes, num_rounded)
+        write_safetensors(temporary / PEFT_TENSORS, tensors, {"format": "pt"})
+        write_json(temporary / "adapter_config.json", _config(opened, base, sparsity))
+    num_bytes = (output / PEFT_TENSORS).stat().st_size
+    return Exported(opened.num_entries, num_padding, num_bytes, num_rounded)
 
 
 def peft_count(numel: int, sparsity: float) -> int:
@@ -126,23 +126,21 @@ def summands_for(before: Tensor, index: Tensor, delta: Tensor) -> tuple[Tensor, 
     return torch.cat([index, index[missed]]), torch.cat([first, two]).float(), num_missed
 
 
-def _summands(
-    adapter: Adapter, base: str | Path | None
-) -> tuple[dict[str, tuple[Tensor, Tensor]], int | None]:
+def _summands(adapter: Adapter, base: str | Path | None) -> tuple[dict[str, Entries], int | None]:
     """Weight -> flat indices and values to add, and how many entries miss the trained value."""
     if base is None and hub.model_folder(adapter.facts["base"]) is None:
         return {name: adapter.entries(name) for name in adapter.names}, None
-    checkpoint = Checkpoint(str(base or adapter.facts["base"]), adapter.num_classes)
+    checkpoint = PretrainedCheckpoint(str(base or adapter.facts["base"]), adapter.num_classes)
     check_weights(adapter, checkpoint.shape)
     dtype = DTYPES[adapter.facts["dtype"]]
-    seen, names = Fingerprint(checkpoint.shape, dtype), set(adapter.names)
-    summands, num_missed = {}, 0
-    for name, weight in checkpoint.weights(dtype):
+    seen, read, summands, num_missed = Fingerprint(checkpoint.shape, dtype), checkpoint.reader(dtype), {}, 0
+    for name in seen.shape:
+        weight = read(name)
         seen.add(name, weight)
-        if name in names:
+        if name in adapter.shape:
             index, delta = adapter.entries(name)
             index, values, missed = summands_for(weight.reshape(-1)[index], index, delta)
-            room = weight.numel()  # PEFT has no more, which a weight that is trained whole may need
+            room = weight.numel()  # PEFT has no more, which a weight that is trained completely may need
             summands[name] = index[:room], values[:room]
             num_missed += missed + len(index[room:])
     if seen.hexdigest() != adapter.facts["fingerprint"]:
@@ -150,12 +148,12 @@ def _summands(
     return summands, num_missed
 
 
-def _config(adapter: Adapter, base: str, sparsity: float) -> dict:
+def _config(adapter: Adapter, base: str | Path | None, sparsity: float) -> dict:
     return {
         "peft_type": "SUPERTUNING",
         "peft_version": PEFT_VERSION,
         "task_type": "SEQ_CLS" if adapter.heads else "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": str(base or adapter.facts["base"]),
         "inference_mode": True,
         "target_modules": [name.removesuffix(".weight") for name in adapter.names],
         "modules_to_save": [name.removesuffix(".weight") for name in adapter.heads] or None,

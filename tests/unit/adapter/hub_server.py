@@ -47,12 +47,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        status, document = 401, {"error": "Invalid username or password."}
         if self.headers["Authorization"] == f"Bearer {TOKEN}":
-            self._reply(200, self.server.answer(self.path.partition("?")[0], body))
-        else:
-            self._reply(401, {"error": "Invalid username or password."})
-
-    def _reply(self, status: int, document: dict) -> None:
+            status, document = 200, self.server.answer(self.path.partition("?")[0], body)
         content = json.dumps(document).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

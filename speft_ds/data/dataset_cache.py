@@ -25,7 +25,7 @@ from speft_ds.config.recipe import Recipe
 from speft_ds.data.dataset import Row, TokenizedDataset, write_dataset
 from speft_ds.data.formats import Classes, EmptyRow, Example, find_classes, make_example
 from speft_ds.data.packing import first_fit
-from speft_ds.data.readers import Located, is_hub_dataset, iterate_rows, load_builder
+from speft_ds.data.readers import Located, hash_file, hash_files, is_hub_dataset, iterate_rows, load_builder
 from speft_ds.data.select import select_rows
 from speft_ds.data.tokenize import CUT_PROMPT, CUT_RESPONSE, NO_LABELS, TOO_LONG, Encoder
 from speft_ds.env import cache_folder
@@ -113,22 +113,6 @@ def _hash_source(source: Source) -> str:
     names = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
     lines = [f"{name} {hash_file(path / name)}" for name in names if ".cache" not in name.parts]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def hash_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Name and SHA-256 of each file of these kinds in a folder."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in suffixes and file.is_file())
-    return [f"{file.name} {hash_file(file)}" for file in files]
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file. Raises UserError where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        fix = "name a file that is there and that you may read"
-        raise UserError(f"cannot read {path}: {error.strerror}", str(path), fix) from error
 
 
 def find_cached(spec: DatasetSpec) -> TokenizedDataset | None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from speft_ds.comm import watchdog
 from speft_ds.data.collate import IGNORED, collate, num_logits
 from speft_ds.data.dataset import Row
-from speft_ds.data.dataset_cache import hash_files
+from speft_ds.data.readers import hash_files
 from speft_ds.data.tokenize import load_tokenizer
 from speft_ds.env import cache_folder
 from speft_ds.errors import UserError

@@ -17,6 +17,7 @@ from typing import Any
 from speft_ds import hub
 from speft_ds.config.data_config import Source
 from speft_ds.errors import UserError, did_you_mean
+from speft_ds.io import sha256_of
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -196,3 +197,18 @@ def _ask_datasets(source: Source, function: str, **options):
     finally:
         datasets.utils.logging.set_verbosity(verbosity)
     raise UserError(f"cannot load the data set {source.path}: {problem}", source.path, fix) from problem
+
+
+def hash_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Name and SHA-256 of each file of these kinds in a folder."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in suffixes and file.is_file())
+    return [f"{file.name} {hash_file(file)}" for file in files]
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file. Raises UserError where it cannot be read."""
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        fix = "name a file that is there and that you may read"
+        raise UserError(f"cannot read {path}: {error.strerror}", str(path), fix) from error

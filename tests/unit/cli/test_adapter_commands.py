@@ -146,7 +146,7 @@ def test_what_is_refused(typed, two, arguments, where):
 def test_no_more_is_imported_than_is_needed(two):
     code = """
 import sys
-from speft_ds import cli
+from speft_ds.cli import main as cli
 for arguments in (["compose", "a", "b", "sum", "--weights", "x"], ["diff", "a", "b"]):
     sys.argv = ["speft", *arguments]
     try:

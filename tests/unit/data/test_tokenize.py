@@ -7,6 +7,7 @@ import sentencepiece
 import tiny
 
 from speft_ds.data.tokenize import Encoder, load_tokenizer
+from speft_ds.training.setup import choose_pad_id
 from unit.data.made import chat, encode, plain, refusal, responses
 from unit.data.tokenizers_small import STYLES, sentencepiece_model, write_llama2_alone
 
@@ -207,11 +208,3 @@ def test_what_is_padded_with_is_in_the_vocabulary_and_no_eos_of_a_class(tokenize
     num_embeddings = len(added)
     added.add_special_tokens({"pad_token": "[PAD]"})
     assert choose_pad_id(added, classifies) < num_embeddings
-
-
-def choose_pad_id(tokenizer, classifies):
-    from speft_ds.training.setup import TrainContext
-
-    base = TrainContext.__new__(TrainContext)
-    base.tokenizer, base.classifies = tokenizer, classifies
-    return base._choose_pad_id()

@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from speft_ds.base import Base
 from speft_ds.comm import collectives
-from speft_ds.ds_config import load_ds_config
-from speft_ds.engine import full_shape, require_grad
-from speft_ds.metrics import Timings
-from speft_ds.model import find_targets, load_base
-from speft_ds.objective import NextToken
-from speft_ds.schedule import SCHEDULES, Training
-from speft_ds.schema import Recipe
+from speft_ds.config.deepspeed_config import load_ds_config
+from speft_ds.config.recipe import Recipe
+from speft_ds.model.load_model import load_base
+from speft_ds.model.loss import NextToken
+from speft_ds.model.targets import find_targets
+from speft_ds.training.metrics import Timings
+from speft_ds.training.schedule import SCHEDULES
+from speft_ds.training.setup import choose_mask, load_context, load_data
+from speft_ds.zero.engine import require_grad
+from speft_ds.zero.shards import full_shape
 
 # High ones: in the few steps on one batch the loss has to fall, in bfloat16 too.
 LR = {"speft_ds": 3e-3, "lora": 1e-3, "shira": 3e-3, "supertuning": 3e-3, "full": 1e-4}
@@ -157,10 +159,9 @@ class OnOurEngine(Method):
     def __init__(self, case: Case, world_size: int):
         super().__init__(case, world_size)
         self.recipe = recipe_of(case, world_size)
-        self.base = Base(self.recipe, Timings())
-        self.base.read_calibration_rows(None)
-        self.base.load()
-        self.engine, self.objective = self.base.engine, self.base.objective
+        data = load_data(self.recipe, needs_calibration=True)
+        self.context = load_context(self.recipe, data)
+        self.engine, self.objective = self.context.engine, self.context.objective
         self.model = self.engine.module
 
 
@@ -182,11 +183,12 @@ class Ours(OnOurEngine):
 
     def __init__(self, case: Case, world_size: int):
         super().__init__(case, world_size)
-        base, recipe = self.base, self.recipe
-        self.mask = base.choose_mask()
-        targets, num_steps = base.targets, recipe.train.steps
-        training = Training(recipe, self.engine, targets, base.heads, num_steps, base.choose_mask)
-        self.schedule = SCHEDULES[recipe.mask.schedule](training, self.mask)
+        recipe, timings = self.recipe, Timings()
+        self.mask = choose_mask(self.context, timings)
+        schedule, num_steps = SCHEDULES[recipe.mask.schedule], recipe.train.steps
+        self.schedule = schedule(
+            self.context, self.mask, num_steps, lambda number: choose_mask(self.context, timings, number)
+        )
         self.engine.train()
         self.num_steps = 0
 

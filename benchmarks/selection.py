@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from speft_ds.entry import checked_recipe, use_all_cores  # noqa: E402
+from speft_ds.cli.launch import checked_recipe, use_all_cores  # noqa: E402
 
 if TYPE_CHECKING:
-    from speft_ds.base import Base
-    from speft_ds.schema import Recipe
+    from speft_ds.config.recipe import Recipe
+    from speft_ds.training.setup import TrainContext
 
 FROZEN = "frozen forward and backward"
 QUICK = ["mask.calibration_samples=16"]
@@ -69,33 +69,34 @@ class Clock:
         return [{"what": name, "seconds": s, "over_floor": s / floor} for name, s in medians.items()]
 
 
-def measure(base: Base, recipe: Recipe, rounds: int) -> tuple[dict, str]:
+def measure(context: TrainContext, recipe: Recipe, rounds: int) -> tuple[dict, str]:
     """What is found, and a line that says on how many rows."""
     from speft_ds.comm import collectives
-    from speft_ds.engine import require_grad
-    from speft_ds.machine import machine, versions
-    from speft_ds.salience import score
-    from speft_ds.selection import select
+    from speft_ds.env import machine_facts, versions
+    from speft_ds.selection.salience import score
+    from speft_ds.selection.topk import select
+    from speft_ds.training.setup import make_scorer
+    from speft_ds.zero.engine import require_grad
 
-    clock, scorer, module = Clock(), base.scorer(), base.engine.module
+    clock, scorer, module = Clock(), make_scorer(context), context.engine.module
     module.eval()
     # For the frozen backward, which nothing else asks for; scoring walks as far, or ZeRO-3 would trace anew.
     module.get_input_embeddings().register_forward_hook(require_grad)
 
     def frozen() -> None:
         for batch, _ in scorer.calibration.batches():
-            base.loss(module, batch).backward()
-            base.engine.after_plain_backward()
+            context.loss(module, batch).backward()
+            context.engine.after_plain_backward()
 
     frozen()  # warm-up: allocators, ZeRO-3's trace
     for _ in range(rounds):
         clock.time(FROZEN, frozen)
         scores = clock.time("salience", partial(score, scorer))
-        choice = partial(select, scores, base.shapes, base.num_trainable, recipe.mask.budget)
+        choice = partial(select, scores, context.shapes, context.num_trainable, recipe.mask.budget)
         mask = clock.time("selection", choice)
     num_tokens = sum(len(row.ids) for row in scorer.calibration.rows)
     result = {
-        "machine": machine(),
+        "machine": machine_facts(),
         "rows": clock.rows(),
         "what": f"choosing a mask by {recipe.mask.salience}, medians of {rounds} rounds",
         "recipe": recipe.model_dump(mode="json"),
@@ -116,18 +117,14 @@ def main() -> None:
     use_all_cores()
     from markdown import print_table
 
-    from speft_ds.base import Base
     from speft_ds.comm import collectives
-    from speft_ds.files import write_json
-    from speft_ds.metrics import Timings
-    from speft_ds.recipe import without_training
+    from speft_ds.io import write_json
+    from speft_ds.training.setup import load_context, load_data
 
     recipe = checked_recipe("score", arguments.recipe, overrides, 1)
     collectives.init()
-    base = Base(without_training(recipe, collectives.world_size()), Timings())
-    base.read_calibration_rows(None)
-    base.load()
-    result, how = measure(base, recipe, rounds)
+    context = load_context(recipe, load_data(recipe, needs_calibration=True), trains=False)
+    result, how = measure(context, recipe, rounds)
 
     def report() -> None:
         print(f"\n{result['what']}: {how}\n")

@@ -1,9 +1,13 @@
-"""What of the model hub is at hand: cached here, or reachable. Imports no torch; asks the network once."""
+"""The model hub: what of it is cached here, and whether it can be reached.
+
+Imports no torch; asks the network once.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import urllib.request
 from functools import lru_cache
@@ -11,11 +15,17 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import urlparse
 
-SECONDS = 1.5  # to wait for the hub to answer
+TIMEOUT_S = 1.5  # for the hub to answer
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
-GAVE_UP = "YES"  # our way to write HF_HUB_OFFLINE=1, which tells ranks and sub-processes who chose it
+BY_US = "YES"  # how we write HF_HUB_OFFLINE=1: it tells ranks and sub-processes who chose it
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _TRUE = {"1", "ON", "YES", "TRUE"}
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name, and no file or folder here has it."""
+    return _HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
 
 
 def is_offline_by_choice() -> bool:
@@ -23,23 +33,23 @@ def is_offline_by_choice() -> bool:
     return any(os.environ.get(name, "").upper() in _TRUE for name in names)
 
 
-def give_up() -> None:
+def go_offline() -> None:
     """Have the hub's libraries use their cache alone; to be called before any of them is imported."""
-    os.environ["HF_HUB_OFFLINE"] = GAVE_UP
+    os.environ["HF_HUB_OFFLINE"] = BY_US
 
 
 def is_reachable() -> bool:
-    """Whether a connection to the hub opens within SECONDS; False at once where the user says offline."""
+    """Whether a connection to the hub opens within TIMEOUT_S; False at once where the user says offline."""
     return not is_offline_by_choice() and _opens(endpoint())
 
 
 @lru_cache
 def _opens(address: str) -> bool:
-    """Whether a connection to an address opens in time; looking up a name knows no time limit by itself."""
+    """Whether a connection to an address opens in time; looking up a name has no time limit of its own."""
     answers: list[str | None] = []
     attempt = Thread(target=lambda: answers.append(connection_error(address)), daemon=True)
     attempt.start()
-    attempt.join(SECONDS)
+    attempt.join(TIMEOUT_S)
     return answers == [None]
 
 
@@ -51,7 +61,7 @@ def connection_error(url: str) -> str | None:
     target = urlparse(proxy if "//" in proxy else f"//{proxy}") if proxy else direct
     try:
         port = target.port or (443 if target.scheme == "https" else 80)
-        socket.create_connection((target.hostname, port), timeout=SECONDS).close()
+        socket.create_connection((target.hostname, port), timeout=TIMEOUT_S).close()
     except (OSError, ValueError) as error:
         return f"{error} (proxy {target.hostname})" if proxy else str(error)
     return None
@@ -71,7 +81,7 @@ def _hub_cache() -> Path:
 
 
 def model_folder(name_or_path: str) -> Path | None:
-    """A local model folder, or where the hub's cache has the model's config; None: not at hand."""
+    """A local model folder, or where the hub's cache has the model's config; None: neither."""
     if os.path.isdir(name_or_path):
         return Path(name_or_path)
     repo = _hub_cache() / f"models--{name_or_path.replace('/', '--')}"
@@ -103,20 +113,20 @@ def has_dataset(name: str) -> bool:
     return any(folder.is_dir() for folder in folders)
 
 
-def why_not() -> str:
+def why_unreachable() -> str:
     """Why nothing can be fetched."""
-    by_choice = is_offline_by_choice() and os.environ.get("HF_HUB_OFFLINE") != GAVE_UP
+    by_choice = is_offline_by_choice() and os.environ.get("HF_HUB_OFFLINE") != BY_US
     return "offline by choice (HF_HUB_OFFLINE)" if by_choice else f"no answer from {endpoint()}"
 
 
-def way_to_model(name: str, key: str = "model.name_or_path") -> str:
+def model_hint(name: str, key: str = "model.name_or_path") -> str:
     return (
         f"with a network: hf download {name} (a gated model first needs its licence accepted on its page and "
         f"hf auth login); or set {key} to a local folder"
     )
 
 
-def way_to_dataset(name: str) -> str:
+def dataset_hint(name: str) -> str:
     return (
         f"with a network: hf download --repo-type dataset {name}; "
         "or set data.path to a local file or folder of the rows"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speft_ds.files import flush_to_disk, replacing
+from speft_ds.io import flush_to_disk, replacing
 from speft_ds.tables import density_table, jaccard_text, short_modules
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from numpy import ndarray as Array
 
-    from speft_ds.mask import Mask
+    from speft_ds.sparse.mask import Mask
 
 MOST_VALUES = 48  # rows or columns up to which every cell shows its value
 MOST_TICKS = 50

@@ -29,7 +29,7 @@ train() {  # recipe, key=value ...
 run_folder() {  # recipe, key=value ...: its output_dir
   local words=() word resolved
   for word; do [[ $word == --* ]] || words+=("$word"); done
-  resolved=$(PYTHONPATH=$root "$python" -P -m speft_ds.cli show "${words[@]}" --plain) || return
+  resolved=$(PYTHONPATH=$root "$python" -P -m speft_ds.cli.main show "${words[@]}" --plain) || return
   "$python" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["output_dir"])' <<<"$resolved"
 }
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from speft_ds import rendezvous
+from speft_ds import env
 from speft_ds.comm import deepspeed_shm, signals, watchdog
 from speft_ds.errors import UserError
 
@@ -27,7 +27,7 @@ _side_group = None  # all ranks; for sums beside other collectives
 
 
 def init(timeout_minutes: float = 30.0) -> None:
-    """Join the process group that the launcher described; a lone process becomes a group of one.
+    """Join the process group that the launcher described; a single process becomes a group of one.
 
     Args:
         timeout_minutes: after which a collective that some rank does not enter fails on the others.
@@ -39,7 +39,7 @@ def init(timeout_minutes: float = 30.0) -> None:
 
     # DeepSpeed calls torch's collectives by the names that torch 2.13 deprecates, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
-    rendezvous.settle()
+    env.init_env()
     # Before the first collective: NCCL's object collectives use the current device.
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
@@ -51,7 +51,7 @@ def init(timeout_minutes: float = 30.0) -> None:
             if "EADDRINUSE" not in str(error):
                 raise
             what = f"port {os.environ['MASTER_PORT']} is taken, maybe by another run on this machine"
-            fix = f"deepspeed --master_port {rendezvous.free_port()} ...; with srun: export MASTER_PORT=..."
+            fix = f"deepspeed --master_port {env.free_port()} ...; with srun: export MASTER_PORT=..."
             raise UserError(what, "the launcher", fix) from error
         unlink_shared_buffers()
 
@@ -72,7 +72,7 @@ def start_watchdog(timeout_minutes: float, advice: Callable[[], str]) -> None:
 def unlink_shared_buffers() -> None:
     """Free this rank's shared-memory buffer when the processes end, however they end.
 
-    DeepSpeed's CPU collectives leave 66 MiB a rank in /dev/shm after every run, until the machine is out
+    DeepSpeed's CPU collectives leave 66 MiB per rank in /dev/shm after every run, until the machine is out
     of memory. Once all ranks have mapped the buffers, their names are not needed any more.
     """
     barrier()

@@ -38,36 +38,33 @@ def lock_age_s(folder: Path) -> float | None:
 
 
 def wait_for_build(folder: Path, stale_s: float = STALE_S) -> None:
-    """Until nobody builds in `folder`; a lock older than `stale_s` is one that was left behind, and goes.
+    """Wait until nobody builds in `folder`; remove a lock older than `stale_s`, whose build was killed.
 
     Raises:
         UserError: such a lock cannot be removed.
     """
-    has_said = False
+    has_warned = False
     while (age_s := lock_age_s(folder)) is not None:
         if age_s >= stale_s:
-            try:
-                _remove_stale_lock(folder, stale_s)
-            except OSError as error:
-                what = f"a build of DeepSpeed's op that was killed left {folder / 'lock'}: {error.strerror}"
-                raise UserError(
-                    what, str(folder), f"rm -r {folder}, or export TORCH_EXTENSIONS_DIR=ANOTHER"
-                ) from error
-            continue
-        if age_s >= 60 and not has_said:
-            has_said = True
+            _remove_stale_lock(folder, stale_s)
+        elif age_s >= 60 and not has_warned:
+            has_warned = True
             left = f"it is removed in {stale_s - age_s:.0f} s"
             print(f"waiting for a build of DeepSpeed's op; if {folder / 'lock'} was left behind, {left}")
         time.sleep(0.1)
 
 
 def _remove_stale_lock(folder: Path, stale_s: float) -> None:
-    # One rank at a time looks and removes: the lock that it finds may be that of a build begun just now.
-    with (folder / "lock.check").open("w") as file, contextlib.suppress(FileNotFoundError):
-        fcntl.flock(file, fcntl.LOCK_EX)
-        age_s = lock_age_s(folder)
-        if age_s is not None and age_s >= stale_s:
-            (folder / "lock").unlink()
-            print(
-                f"note: removed {folder / 'lock'}, {age_s / 60:.0f} min old: its build was killed", flush=True
-            )
+    try:
+        # One rank at a time looks and removes: the lock that it finds may be that of a build begun just now.
+        with (folder / "lock.check").open("w") as file, contextlib.suppress(FileNotFoundError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+            age_s = lock_age_s(folder)
+            if age_s is not None and age_s >= stale_s:
+                (folder / "lock").unlink()
+                note = f"note: removed {folder / 'lock'}, {age_s / 60:.0f} min old: its build was killed"
+                print(note, flush=True)
+    except OSError as error:
+        what = f"a build of DeepSpeed's op that was killed left {folder / 'lock'}: {error.strerror}"
+        fix = f"rm -r {folder}, or export TORCH_EXTENSIONS_DIR=ANOTHER"
+        raise UserError(what, str(folder), fix) from error

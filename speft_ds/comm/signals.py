@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from speft_ds import rendezvous
-from speft_ds.schema.values import split_interval
+from speft_ds import env
+from speft_ds.config.section import split_interval
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,14 +131,14 @@ class StepFlags:
     def local(self) -> list[float]:
         """This rank's flags, in the order of KINDS; rank 0's clock counts."""
         past = self.seconds is not None and time.monotonic() - self.since >= self.seconds
-        is_due = past and rendezvous.rank() == 0
+        is_due = past and env.rank() == 0
         return [float(stop_reason() is not None), float(is_due), float(self.is_written())]
 
     def reduce(self, sums: Tensor) -> None:
         """Take the flags summed over ranks, [len(KINDS)]."""
         stopping, due, written = sums.tolist()
         self.stop, self.due = stopping > 0, due > 0
-        self.all_written = written == rendezvous.world_size()
+        self.all_written = written == env.world_size()
 
     def is_time(self, done: int) -> bool:
         """Whether a checkpoint is due after `done` steps."""

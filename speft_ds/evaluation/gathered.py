@@ -13,7 +13,7 @@ from torch import nn
 
 from speft_ds.comm import collectives
 from speft_ds.comm.collectives import log_rank0
-from speft_ds.engine import full_shape
+from speft_ds.zero.shards import full_shape
 
 SHARE = 0.5  # of the free memory that the copy may take: activations, logits and the KV cache need the rest
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from speft_ds.mask import Mask
+    from speft_ds.sparse.mask import Mask
 
 INK = "#010203"  # drawn with this, shown in the colour of the text around, in the dark, too
 SCHEMES = "svg{color:#1f2328}@media screen and (prefers-color-scheme:dark){svg{color:#e3e5e8}}"

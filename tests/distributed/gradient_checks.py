@@ -10,8 +10,8 @@ from torch import Tensor
 
 from speft_ds.comm import collectives
 from speft_ds.errors import UserError
-from speft_ds.gradient import IN_FLIGHT, Options, SparseGradient
-from speft_ds.mask import Mask
+from speft_ds.sparse.gradient import IN_FLIGHT, GradientOptions, SparseGradient
+from speft_ds.sparse.mask import Mask
 
 SHAPES = {"a": (7, 5), "b": (16, 16), "c": (1, 1), "d": (33, 8), "e": (4, 4), "f": (64, 32)}
 
@@ -74,7 +74,7 @@ def watching() -> Iterator[list[int]]:
 def check_sums(bucket: int, overlap: bool) -> dict:
     """Sums over ranks and micro-batches are exact, for any bucket, during the backward or after it."""
     mask = make_mask()
-    gradient = SparseGradient(mask, torch.device("cpu"), Options(bucket=bucket, overlap=overlap))
+    gradient = SparseGradient(mask, torch.device("cpu"), GradientOptions(bucket=bucket, overlap=overlap))
     during = []
     for _ in range(2):  # twice the same step
         for number in range(3):
@@ -82,13 +82,13 @@ def check_sums(bucket: int, overlap: bool) -> dict:
                 backward(gradient, parts_of(mask, number, collectives.rank()))
                 during.append(len(sizes))
                 gradient.finish()
-        assert torch.equal(gradient.take(), own_sum(gradient, 3))
+        assert torch.equal(gradient.pop(), own_sum(gradient, 3))
         assert not gradient.own.any()
     largest = max((4 * len(bucket.starts) * max(bucket.lengths) for bucket in gradient.buckets), default=0)
     return {
         "buckets": len(gradient.buckets),
         "during": during,
-        "most": gradient.most_buffered,
+        "most": gradient.peak_buffer_bytes,
         "bound": (IN_FLIGHT + 1) * largest,  # on their way, and one that is filled
         "sent": sum(sizes),
         "least": 4 * mask.num_trainable,
@@ -98,13 +98,13 @@ def check_sums(bucket: int, overlap: bool) -> dict:
 def check_idle_weights() -> None:
     """A weight that one rank does not use, as an expert without tokens, spoils nothing."""
     mask, rank = make_mask(), collectives.rank()
-    gradient = SparseGradient(mask, torch.device("cpu"), Options(bucket=16))
+    gradient = SparseGradient(mask, torch.device("cpu"), GradientOptions(bucket=16))
     for number in range(3):
         idle = "bd" if number % 2 == rank % 2 else ""
         backward(gradient, parts_of(mask, number, rank), idle)
         gradient.finish()
         expected = own_sum_of_used(gradient, number)
-        assert torch.equal(gradient.take(), expected), number
+        assert torch.equal(gradient.pop(), expected), number
 
 
 def own_sum_of_used(gradient: SparseGradient, number: int) -> Tensor:
@@ -124,7 +124,7 @@ def check_shared_weight(name: str, users: list[int]) -> list[list[int]]:
     In the first backward nobody knows of the second use, and its part comes when the first may be under way.
     """
     mask, rank = make_mask(), collectives.rank()
-    gradient, sent = SparseGradient(mask, torch.device("cpu"), Options(bucket=16)), []
+    gradient, sent = SparseGradient(mask, torch.device("cpu"), GradientOptions(bucket=16)), []
     for number in range(3):
         parts = parts_of(mask, number, rank)
         with watching() as sizes:
@@ -137,7 +137,7 @@ def check_shared_weight(name: str, users: list[int]) -> list[list[int]]:
         bounds = gradient.layout.bounds[name]
         expected = own_sum_of(gradient, number)
         expected[gradient.own_slices[name]] += again[bounds[rank] : bounds[rank + 1]]
-        assert torch.equal(gradient.take(), expected), number
+        assert torch.equal(gradient.pop(), expected), number
     return sent
 
 
@@ -145,13 +145,13 @@ def check_memory() -> tuple[int, int, int]:
     """Bytes of buckets alive at most in the first backward and later, of one bucket, and of the gradient."""
     shapes = {f"w{n}": (8, 16) for n in range(20)}
     index = {name: torch.arange(128, dtype=torch.int32) for name in shapes}
-    gradient = SparseGradient(Mask(index, shapes), torch.device("cpu"), Options(bucket=128))
+    gradient = SparseGradient(Mask(index, shapes), torch.device("cpu"), GradientOptions(bucket=128))
     most = []
     for _ in range(2):
         for name in reversed(shapes):
             gradient.add(name, torch.ones(128))
         gradient.finish()
-        most.append(gradient.most_buffered)
+        most.append(gradient.peak_buffer_bytes)
     assert most[0] == most[1]
     return most[0], 4 * 128, 4 * 128 * len(shapes)
 
@@ -168,7 +168,7 @@ def own_sum_of(gradient: SparseGradient, number: int) -> Tensor:
 def check_another_forward() -> str:
     """A weight that is used more often than before is refused: its first part may be on its way."""
     mask, rank = make_mask(), collectives.rank()
-    gradient = SparseGradient(mask, torch.device("cpu"), Options(bucket=16))
+    gradient = SparseGradient(mask, torch.device("cpu"), GradientOptions(bucket=16))
     backward(gradient, parts_of(mask, 0, rank))
     gradient.finish()
     backward(gradient, parts_of(mask, 1, rank))
@@ -183,9 +183,9 @@ def check_another_forward() -> str:
 def check_discard() -> None:
     """What was added is forgotten, between two backwards and in the middle of one that was not finished."""
     mask, rank = make_mask(), collectives.rank()
-    gradient = SparseGradient(mask, torch.device("cpu"), Options(overlap=False))
+    gradient = SparseGradient(mask, torch.device("cpu"), GradientOptions(overlap=False))
     backward(gradient, parts_of(mask, 5, rank))
-    gradient.discard()
+    gradient.clear()
     backward(gradient, parts_of(mask, 0, rank))
     gradient.finish()
-    assert torch.equal(gradient.take(), own_sum(gradient, 1))
+    assert torch.equal(gradient.pop(), own_sum(gradient, 1))

@@ -3,12 +3,12 @@
 import os
 
 from speft_ds.comm import collectives
-from speft_ds.monitor import Monitor
+from speft_ds.training.monitor import Monitor
 
 STEPS = (
     {"step": 1, "loss": 2.5, "grad_norm": None, "lr": 1e-3},
     {"step": 2, "loss": float("nan"), "grad_norm": 1.5, "lr": 9e-4, "scores": {"arc_easy acc": 0.5}},
-    {"step": 3, "loss": 1.25, "grad_norm": 1.0, "lr": 8e-4, "held_out_loss": 1.75},
+    {"step": 3, "loss": 1.25, "grad_norm": 1.0, "lr": 8e-4, "validation_loss": 1.75},
 )
 
 

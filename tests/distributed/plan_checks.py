@@ -5,8 +5,8 @@ from __future__ import annotations
 from distributed.reference import make_trainer
 from speft_ds import peak_memory
 from speft_ds.comm import collectives
+from speft_ds.config.recipe import Recipe
 from speft_ds.plan.gathers import BACKWARD, FORWARD, RECOMPUTE
-from speft_ds.schema import Recipe
 
 
 def check_gathers(recipe: Recipe) -> dict:

@@ -10,6 +10,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 sockets: list[socket.socket] = []  # open for the life of the process
@@ -17,7 +18,7 @@ sockets: list[socket.socket] = []  # open for the life of the process
 
 def _before_step(number: int, action: Callable) -> None:
     """Have the run call action(trainer) before step `number` (from 1)."""
-    from speft_ds.trainer import Trainer
+    from speft_ds.training.trainer import Trainer
 
     train_step = Trainer.train_step
 
@@ -61,23 +62,23 @@ def nan_from_step_6_on() -> None:
 
 def _spoil(is_bad: Callable[[int], bool]) -> None:
     """Make the loss of this rank NaN in some steps (from 1)."""
-    from speft_ds.trainer import Trainer
+    from speft_ds.training.trainer import Trainer
 
     train_step = Trainer.train_step
 
     def step_with(self, step):
-        objective = self.base.objective
+        context, objective = self.context, self.context.objective
 
         def spoilt(*arguments):
             loss, num_correct = objective(*arguments)
             in_training = len(arguments) == 2  # scoring gives a temperature, too
             return (loss * math.nan if in_training and is_bad(step + 1) else loss), num_correct
 
-        self.base.objective = spoilt
+        self.context = replace(context, objective=spoilt)
         try:
             return train_step(self, step)
         finally:
-            self.base.objective = objective
+            self.context = context
 
     Trainer.train_step = step_with
 
@@ -86,35 +87,35 @@ def infinite_gradient_in_step_6() -> None:
     """The loss is finite, one entry of the gradient of this rank is not."""
 
     def spoil(trainer):
-        trainer.schedule.state.gradient.own[0] = math.inf
+        trainer.schedule.gradient.own[0] = math.inf
 
     _before_step(6, spoil)
 
 
 def short_wait() -> None:
-    from speft_ds import run_folder
+    from speft_ds.training import run_dir
 
-    run_folder.LOCK_WAIT_S = 1.0
+    run_dir.LOCK_WAIT_S = 1.0
 
 
 def slow_selection() -> None:
-    from speft_ds.base import Base
+    from speft_ds.training import trainer
 
-    choose_mask = Base.choose_mask
+    choose_mask = trainer.choose_mask
 
-    def slow(self, number=0):
+    def slow(context, timings, number=0):
         if number:
             print("choosing anew", flush=True)
             time.sleep(1)
-        return choose_mask(self, number)
+        return choose_mask(context, timings, number)
 
-    Base.choose_mask = slow
+    trainer.choose_mask = slow
 
 
 def slow_steps() -> None:
     """From the first checkpoint on."""
-    from speft_ds.checkpoint.folder import list_checkpoints
-    from speft_ds.trainer import Trainer
+    from speft_ds.training.checkpoint.folder import list_checkpoints
+    from speft_ds.training.trainer import Trainer
 
     step = Trainer.train_step
 
@@ -126,16 +127,16 @@ def slow_steps() -> None:
 
 
 def slow_load() -> None:
-    from speft_ds.base import Base
+    from speft_ds.training import trainer
 
-    load = Base.load
+    load = trainer.load_context
 
-    def slow(self, *arguments):
+    def slow(*arguments):
         print("loading", flush=True)
         time.sleep(3)
-        return load(self, *arguments)
+        return load(*arguments)
 
-    Base.load = slow
+    trainer.load_context = slow
 
 
 def port_is_taken() -> None:
@@ -153,13 +154,13 @@ def stale_build_lock() -> None:
 
 
 def slow_slices() -> None:
-    from speft_ds.evaluation.evaluation import Evaluation
+    from speft_ds.evaluation.runner import EvalRunner
 
-    score = Evaluation.slice_scores
+    score = EvalRunner.slice_scores
 
     def slow(self, module):
         print("scoring a slice", flush=True)
         time.sleep(1)
         return score(self, module)
 
-    Evaluation.slice_scores = slow
+    EvalRunner.slice_scores = slow

@@ -14,16 +14,18 @@ from torch import Tensor
 from distributed import dense_scores
 from distributed.dense_scores import Llama, Weights
 from distributed.reference import make_trainer, plain_model, whole_weights
-from speft_ds.calibration import Scorer
 from speft_ds.comm import collectives
-from speft_ds.data.order import permutation
-from speft_ds.data.rows import Row
-from speft_ds.engine import own_elements, shard_of
+from speft_ds.config.mask_config import NEEDS_DATA
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.dataset import Row
+from speft_ds.data.sampler import permutation
 from speft_ds.errors import UserError
-from speft_ds.model import fingerprint
-from speft_ds.salience import score
-from speft_ds.schema import NEEDS_DATA, Recipe
-from speft_ds.trainer import Trainer
+from speft_ds.model.fingerprint import fingerprint
+from speft_ds.selection.calibration import Scorer
+from speft_ds.selection.salience import score
+from speft_ds.training.setup import choose_mask, make_scorer
+from speft_ds.training.trainer import Trainer
+from speft_ds.zero.shards import own_elements, shard_of
 
 # What fp32 makes of a gradient and of all that is computed from it, relative to the largest of its weight.
 # Seen: 1.1e-6; the hand-written forward is in fp64.
@@ -53,7 +55,7 @@ def calibration_rows(trainer: Trainer) -> list[Row]:
 
 def scorer_of(trainer: Trainer, **changes) -> Scorer:
     """The run's scorer with other keys in its mask section; metrics without data get none."""
-    scorer = trainer.base.scorer()
+    scorer = make_scorer(trainer.context)
     mask = scorer.recipe.model_copy(update={"lift_rank": LIFT_RANK, **changes})
     calibration = scorer.calibration if mask.salience in NEEDS_DATA else None
     return replace(scorer, recipe=mask, calibration=calibration)
@@ -75,16 +77,16 @@ def untouched(trainer: Trainer) -> Iterator[None]:
     before = {name: bits(shard_of(parameter)) for name, parameter in model.named_parameters()}
     modes = [(module.training, vars(module).get("forward")) for module in model.modules()]
     for name, linear in trainer.targets.items():
-        linear.sink = sinks[name]
+        linear.weight_grad_hook = sinks[name]
     yield
     for name, linear in trainer.targets.items():
-        assert linear.sink is sinks[name], f"{name}: another sink"
-        linear.sink = None
+        assert linear.weight_grad_hook is sinks[name], f"{name}: another sink"
+        linear.weight_grad_hook = None
     for (name, module), mode in zip(model.named_modules(), modes, strict=True):
         assert (module.training, vars(module).get("forward")) == mode, f"{name}: another mode or forward"
     for name, parameter in model.named_parameters():
         assert torch.equal(bits(shard_of(parameter)), before[name]), f"{name}: the shard changed"
-    assert fingerprint(model) == trainer.base.fingerprint, "another fingerprint"
+    assert fingerprint(model) == trainer.context.fingerprint, "another fingerprint"
     whole = whole_weights(model)  # what the next forward would see: no copy of changed weights is left
     for name, parameter in plain_model(trainer.recipe).named_parameters():
         assert torch.equal(bits(whole[name]), bits(parameter)), f"{name}: a stale copy"
@@ -236,8 +238,8 @@ def check_masks(recipe: Recipe, choices: dict[str, dict]) -> dict[str, str]:
     with untouched(trainer):
         for name, choice in choices.items():
             mask = recipe.mask.model_copy(update={"lift_rank": LIFT_RANK, **choice})
-            trainer.base.recipe = recipe.model_copy(update={"mask": mask})
-            masks[name] = trainer.base.choose_mask()
+            context = replace(trainer.context, recipe=recipe.model_copy(update={"mask": mask}))
+            masks[name] = choose_mask(context, trainer.timings)
     assert all(mask.num_trainable > 0 for mask in masks.values()), "an empty mask"
     return {name: mask.sha256 for name, mask in masks.items()}
 
@@ -245,4 +247,4 @@ def check_masks(recipe: Recipe, choices: dict[str, dict]) -> dict[str, str]:
 def check_calibration(recipe: Recipe) -> list[str]:
     """The hashes of the first two masks that a run chooses, the second on fresh rows."""
     trainer = make_trainer(recipe)
-    return [trainer.base.choose_mask(number).sha256 for number in (0, 1)]
+    return [choose_mask(trainer.context, trainer.timings, number).sha256 for number in (0, 1)]

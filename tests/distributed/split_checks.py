@@ -6,8 +6,8 @@ import torch
 
 from distributed.reference import make_trainer, plain_model, reference_loss
 from speft_ds.comm import collectives
-from speft_ds.data.batch import collate
-from speft_ds.schema import Recipe
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.collate import collate
 
 
 def first_step(recipe: Recipe) -> dict:
@@ -20,7 +20,9 @@ def first_step(recipe: Recipe) -> dict:
     (gradient,), state = seen, trainer.state
     by_rank = collectives.all_gather_padded(gradient, state.layout.lengths)
     whole = {
-        name: torch.cat([by_rank[r][state.layout.local_slice(name, r)] for r in range(state.world_size)])
+        name: torch.cat(
+            [by_rank[r][state.layout.places(name, r)] for r in range(state.rank_shards.world_size)]
+        )
         for name in trainer.mask.shape
     }
     rows = [trainer.rows[number] for number in trainer.order.ids(0, recipe.train.global_batch)]
@@ -43,9 +45,8 @@ def dense_step(recipe: Recipe) -> dict:
     num_labels, total = sum(row.num_labels for row in rows), 0.0
     for row in rows:
         for start, stop in zip(row.starts, [*row.starts[1:], len(row.ids)], strict=True):
-            spans = [(a - start, b - start) for a, b in row.spans if start <= a < stop]
-            single = type(row)(row.ids[start:stop], spans)
-            batch = collate([single], trainer.base.pad_id, torch.device("cpu"))
+            single = type(row)(row.ids[start:stop], row.loss_mask[start:stop])
+            batch = collate([single], trainer.context.data.pad_id, torch.device("cpu"))
             loss = reference_loss(model, batch) * single.num_labels / num_labels
             loss.backward()
             total += loss.item()

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import speft_ds
-from speft_ds.quickstart import default_cache_dir
+from speft_ds.tools.quickstart import default_cache_dir
 
 SHORT = [
     "model.dtype=float32",

@@ -1,4 +1,4 @@
-"""8-bit AdamW on a GPU: in paged memory as in its own, as on a CPU, and close to bitsandbytes' kernel."""
+"""8-bit AdamW on a GPU: as on a CPU, and close to bitsandbytes' kernel."""
 
 import logging
 
@@ -29,25 +29,10 @@ def run(make, device="cuda"):
     return delta.detach().cpu(), optimizer
 
 
-def ours(delta, **changes):
-    from speft_ds.optimizer import AdamW8bit
+def ours(delta):
+    from speft_ds.sparse.optim.adamw_8bit import AdamW8bit
 
-    return AdamW8bit(delta, **SETTINGS, ages=False, **changes)
-
-
-def test_paged_memory_changes_no_bit():
-    plain, own = run(ours)
-    paged, other = run(lambda delta: ours(delta, is_paged=True))
-    assert torch.equal(paged, plain) and plain.any()
-    for name, moment in other.moments.items():
-        assert moment.code.is_cuda and torch.equal(moment.code, own.moments[name].code)
-
-
-def test_paged_memory_is_the_drivers():
-    before = torch.cuda.memory_allocated()
-    optimizer = ours(nn.Parameter(torch.zeros(LENGTH, device="cuda")), is_paged=True)
-    kept = 4 * LENGTH + sum(8 * moment.absmax.numel() for moment in optimizer.moments.values())
-    assert torch.cuda.memory_allocated() - before < kept + 50_000  # the codes, twice LENGTH, are not torch's
+    return AdamW8bit(delta, **SETTINGS, entry_steps=False)
 
 
 def test_it_is_close_to_the_cpu_and_to_bitsandbytes_own():

@@ -115,7 +115,7 @@ def test_submitted_on_four_ranks_until_its_time_is_up(cluster, recipe, tiny, und
     run = Run(cluster, folder / "run")
     scored = ["eval.tasks=[tiny_choice]", f"eval.include_path={tiny['tasks']}", "eval.limit=9"]
     later = ["eval.before=false", "eval.after=false", f"output_dir={run.folder}"]
-    speft = [sys.executable, "-m", "speft_ds.cli", "submit", str(recipe), *scored, *later]
+    speft = [sys.executable, "-m", "speft_ds.cli.main", "submit", str(recipe), *scored, *later]
     told = cluster.run(*speft, "--nodes=2", "--ranks-per-node=2", "--evaluate", folder=ROOT, **ENV)
     run.job, evaluation = re.search(r"job (\d+): .*\n  evaluate  job (\d+)", told, re.DOTALL).groups()
     assert f"tail -F {run.log}" in told and (run.folder / "submit.sbatch").is_file()

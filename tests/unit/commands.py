@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from speft_ds import cli
-from speft_ds.recipe import ROOT
+from speft_ds.cli import main
+from speft_ds.config.load_recipe import ROOT
 
 
 def speft(*arguments, **environment):
     env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"} | environment
-    command = [sys.executable, "-m", "speft_ds.cli", *arguments]
+    command = [sys.executable, "-m", "speft_ds.cli.main", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
@@ -20,5 +20,5 @@ def run(monkeypatch, *arguments):
     """Run a command in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["speft", *arguments])
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main.main()
     return left.value.code

@@ -8,8 +8,8 @@ import zlib
 import pytest
 import torch
 
-from speft_ds.mask import Mask
 from speft_ds.plots import jaccard_picture, mask_heat_map
+from speft_ds.sparse.mask import Mask
 from speft_ds.tables import density_table, jaccard_text, place, print_mask_table, short_modules
 
 MODULES = {
@@ -163,7 +163,5 @@ def test_only_equal_masks_show_as_1():
 
 
 def test_matplotlib_is_imported_for_drawing_only():
-    code = (
-        "import sys, speft_ds.plots, speft_ds.commands.compare_masks; sys.exit('matplotlib' in sys.modules)"
-    )
+    code = "import sys, speft_ds.plots, speft_ds.cli.commands.compare_masks; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,1 @@
+"""What the `speft` command does, one module a command."""

@@ -1,0 +1,109 @@
+"""`speft data`: what the rows of a recipe look like to the model. A second look imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.dataset import TokenizedDataset
+from speft_ds.data.dataset_cache import DatasetSpec, prepare
+from speft_ds.data.packing import first_fit
+from speft_ds.data.sampler import Sampler
+from speft_ds.data.tokenize import load_tokenizer
+from speft_ds.errors import UserError
+from speft_ds.jobs.preflight import resolve_offline
+
+NUM_BINS = 12
+WIDEST_BAR = 40
+
+
+def show_data(recipe: Recipe, output: Path | None) -> None:
+    """Tokenise the rows of a recipe, or take them from the cache, and show them.
+
+    Args:
+        output: where the picture goes; None: runs/<recipe>-data.png.
+    Raises:
+        UserError: the recipe names no rows, or they cannot be used.
+    """
+    console = Console()
+    if note := resolve_offline(recipe):
+        print(note)
+    spec = DatasetSpec.from_recipe(recipe)
+    dataset = prepare(spec, lambda: load_tokenizer(recipe.model.name_or_path), print)
+    for number, pieces in enumerate(dataset.facts["samples"], 1):
+        print_sample(console, f"row {number}", pieces)
+    console.print(_sources_table(recipe, dataset))
+    console.print(_lengths_table(dataset.lengths))
+    for line in summary(recipe, dataset):
+        console.print(line, highlight=False, markup=False)
+    from speft_ds.plots import length_histogram  # late: it takes a second
+
+    path = output or Path("runs") / f"{recipe.name}-data.png"
+    try:
+        max_length = recipe.data.max_length
+        length_histogram(path, dataset.lengths, dataset.num_label_tokens, max_length, recipe.name)
+    except OSError as error:
+        fix = "name another: --output FILE.png"
+        raise UserError(f"cannot write the picture: {error}", str(path), fix) from error
+    console.print(f"picture: {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_sample(console: Console, title: str, pieces: Sequence[tuple[str, bool]]) -> None:
+    """Print a row as text, label tokens in double brackets, for want of colours, and in green."""
+    text = Text(f"{title}: ", style="bold")
+    for piece, is_label in pieces:
+        text.append(f"[[{piece}]]" if is_label else piece, "green" if is_label else "not bold")
+    console.print(text, soft_wrap=True)
+    console.print()
+
+
+def summary(recipe: Recipe, dataset: TokenizedDataset) -> list[str]:
+    """What a run makes of the rows, as lines of text."""
+    data, train = recipe.data, recipe.train
+    tokens, labels = int(dataset.lengths.sum()), int(dataset.num_label_tokens.sum())
+    sampler = Sampler(dataset.sizes, data.weights, recipe.seed)
+    num_steps = sampler.num_steps(train.global_batch, train.steps, train.epochs)
+    kind = "packs" if dataset.is_packed else "rows"
+    if dataset.is_packed:
+        packs, packing = len(dataset), "on"
+    else:
+        packs = len(first_fit(dataset.lengths.tolist(), data.max_length))
+        packing = "off; data.packing=true would make"
+    filled = tokens / (packs * data.max_length)
+    share = f"{labels:,} of them label tokens ({labels / tokens:.1%})"
+    lines = [
+        f"{dataset.num_rows:,} rows, {tokens:,} tokens; {share}",
+        f"an epoch: {len(sampler):,} {kind}",
+        f"the run: {num_steps:,} steps of {train.global_batch} {kind}",
+        f"packing: {packing} {packs:,} sequences of {data.max_length} tokens, {filled:.1%} filled",
+    ]
+    if dataset.facts["classes"]:
+        lines.append(f"classes: {', '.join(dataset.facts['classes'])}")
+    return lines
+
+
+def _sources_table(recipe: Recipe, dataset: TokenizedDataset) -> Table:
+    """Rows read, and what became of those that were not taken as they are."""
+    counts = dataset.facts["sources"]
+    shown = [what for what in counts[0] if what == "rows" or any(count[what] for count in counts)]
+    table = Table("data", *shown, "taken")
+    for source, count, taken in zip(recipe.data.sources, counts, dataset.row_sizes, strict=True):
+        table.add_row(Text(source.path), *(f"{count[what]:,}" for what in shown), f"{taken:,}")
+    return table
+
+
+def _lengths_table(lengths: np.ndarray) -> Table:
+    """A histogram of the [rows] lengths, with percentiles in its title."""
+    half, most, longest = np.percentile(lengths, [50, 95, 100]).astype(int)
+    table = Table("tokens", "rows", "", title=f"length: median {half}, 95% up to {most}, longest {longest}")
+    width = -(-(int(longest) + 1) // NUM_BINS)  # equal bins that end above the longest row
+    counts, edges = np.histogram(lengths, bins=np.arange(0, longest + width + 1, width))
+    for count, start, stop in zip(counts, edges[:-1], edges[1:], strict=True):
+        table.add_row(f"{start} to {stop - 1}", f"{count:,}", "#" * round(WIDEST_BAR * count / counts.max()))
+    return table

@@ -1,0 +1,169 @@
+"""`speft validate`: all that can be known of a recipe before GPUs are taken, check by check.
+
+The checks of `jobs.preflight` come first, then what a launched job finds out later. What needs torch comes
+last, and only where nothing is missing.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+
+from speft_ds import hub
+from speft_ds.cli.start_ranks import count_gpus
+from speft_ds.config.load_recipe import load_recipe
+from speft_ds.config.recipe import FIELDS, Recipe
+from speft_ds.data.dataset_cache import classes_of
+from speft_ds.data.formats import EmptyRow, make_example
+from speft_ds.data.readers import iterate_rows
+from speft_ds.data.tokenize import Encoder, load_tokenizer
+from speft_ds.errors import RecipeError, UserError
+from speft_ds.jobs.preflight import CHECKS, resolve_offline
+from speft_ds.training.run_dir import check_output_dir
+
+NUM_ROWS = 3
+OK, NOTE, PROBLEM, SKIPPED = "[green]✓[/green]", "[yellow]![/yellow]", "[red]✗[/red]", "-"
+EXIT_PROBLEM = 2
+Found = tuple[str, str]  # a mark, and what was found
+
+
+def keys_found(recipe: Recipe, num_ranks: int) -> Found:
+    num_set = sum(recipe.is_given(key) for key in FIELDS)
+    return OK, f"{num_set} keys set, {len(FIELDS) - num_set} by default (speft show lists them)"
+
+
+def input_found(title: str, recipe: Recipe, num_ranks: int) -> Found:
+    """A check of the launched jobs: what it passed."""
+    if problems := CHECKS[title](recipe, "train", num_ranks):
+        raise RecipeError(problems)
+    train, name = recipe.train, recipe.model.name_or_path
+    folder = hub.model_folder(name)
+    if title == "model" and (folder is None or hub.missing_weights(folder)):
+        return NOTE, f"{name}: not in the hub's cache, will be fetched from {hub.endpoint()}"
+    accumulated = train.global_batch // (train.micro_batch * num_ranks)
+    batch = f"{train.global_batch} = {train.micro_batch} x {num_ranks} ranks x {accumulated} accumulated"
+    passed = {
+        "model": name,
+        "data": ", ".join(source.path for source in recipe.data.sources),
+        "mask": recipe.mask.load or f"scored by {recipe.mask.salience}",
+        "tasks": ", ".join(recipe.eval.tasks) or "none",
+        "DeepSpeed and batch": f"{recipe.deepspeed.config}, merged without conflict; global batch {batch}",
+    }
+    return OK, passed[title]
+
+
+def run_folder_found(recipe: Recipe, num_ranks: int) -> Found:
+    check_output_dir(recipe)
+    return OK, recipe.output_dir
+
+
+def gpus_found(recipe: Recipe, num_ranks: int) -> Found:
+    if num_gpus := count_gpus():
+        return OK, f"{num_gpus} on this machine"
+    return NOTE, "none on this machine: here it would run on CPU ranks (gloo)"
+
+
+def rows_found(recipe: Recipe, num_ranks: int) -> Found:
+    """The first rows of each source as the model sees them."""
+    tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
+    encoder = Encoder(tokenizer, recipe.data.max_length, recipe.data.long_rows)
+    classes, classify = classes_of(recipe.data), recipe.model.task == "sequence_classification"
+    examples = []
+    for source in recipe.data.sources:
+        for where, row in islice(iterate_rows(source), NUM_ROWS):
+            try:
+                examples.append((where, make_example(row, where, source, classes, classify)))
+            except EmptyRow:
+                if recipe.data.empty_rows == "refuse":
+                    raise
+    rows = [row for row, _ in encoder.encode(examples) if row is not None]
+    if not rows:
+        return NOTE, "the first rows are all left out: speft data tells why"
+    lines = ["the first ones; [[trained on]]"]
+    for number, row in enumerate(rows, 1):
+        text = "".join(f"[[{part}]]" if is_label else part for part, is_label in row.as_text(tokenizer))
+        lines.append(f"row {number}, {len(row.ids)} tokens: {text}")
+    return OK, "\n     ".join(lines)
+
+
+def targets_found(recipe: Recipe, num_ranks: int) -> Found:
+    """What is trained, and whether the disk has room for it."""
+    from speft_ds.plan.geometry import read_geometry
+    from speft_ds.training.checks import check_shapes  # late: they import torch
+
+    geometry = read_geometry(recipe)
+    check_shapes(recipe, geometry.targets)
+    share = geometry.num_entries / geometry.num_target_elements
+    num_checkpoints = recipe.train.keep_last + 1  # and the one that is being written
+    needed = (8 + 16 * num_checkpoints) * (geometry.num_entries + geometry.num_head)
+    folder = Path(recipe.output_dir).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    sizes = f"{needed / 2**30:.2f} GiB of {free / 2**30:.1f} free"
+    disk = f"adapter and {num_checkpoints} checkpoints take {sizes}"
+    if needed > free:
+        raise UserError(f"the disk is too full: {disk}", str(existing), "free space there")
+    return OK, (
+        f"{len(geometry.targets)} linears, {geometry.num_target_elements:,} weights; "
+        f"{geometry.num_entries:,} of them trained ({share:.3%}); {disk}"
+    )
+
+
+FOUND: dict[str, Callable[[Recipe, int], Found]] = {
+    "recipe": keys_found,
+    **{title: partial(input_found, title) for title in CHECKS},
+    "run folder": run_folder_found,
+    "GPUs": gpus_found,
+    "rows as the model sees them": rows_found,
+    "targets and disk": targets_found,
+}
+NEEDED = {"rows as the model sees them": ("model", "data"), "targets and disk": ("model", "mask")}
+
+
+def validate(name_or_path: str, overrides: list[str], num_ranks: int | None = None) -> int:
+    """Run and print every check; returns the exit code, 2 where something has to be fixed."""
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        recipe = load_recipe(name_or_path, overrides)
+    except RecipeError as error:
+        _print(console, "1. recipe", PROBLEM, name_or_path, error.problems)
+        return _verdict(console, len(error.problems), "")
+    if note := resolve_offline(recipe):
+        console.print(note, markup=False)
+    marks, num_problems = {}, 0
+    num_ranks = num_ranks or count_gpus() or 2
+    for number, (title, find) in enumerate(FOUND.items(), 1):
+        problems, needed = [], NEEDED.get(title, ())
+        try:
+            is_skipped = any(marks[other] != OK for other in needed)
+            skipped = (SKIPPED, f"needs the {' and the '.join(needed)}")
+            marks[title], found = skipped if is_skipped else find(recipe, num_ranks)
+        except UserError as error:
+            marks[title], found = PROBLEM, ""
+            problems = error.problems if isinstance(error, RecipeError) else [error]
+        _print(console, f"{number}. {title}", marks[title], found, problems)
+        num_problems += len(problems)
+    command = shlex.join(["deepspeed", "launch/train.py", "--recipe", name_or_path, *overrides])
+    return _verdict(console, num_problems, f"start it: {command}")
+
+
+def _print(console: Console, title: str, mark: str, found: str, problems: list[UserError]) -> None:
+    console.print(f"{mark} {title}:", end=" ")
+    console.print(found, markup=False)
+    for line in "\n".join(map(str, problems)).splitlines():
+        console.print(f"     {line}", markup=False)
+
+
+def _verdict(console: Console, num_problems: int, otherwise: str) -> int:
+    if num_problems:
+        console.print(f"[red]{num_problems} problem{'' if num_problems == 1 else 's'} to fix[/red]")
+        return EXIT_PROBLEM
+    console.print("[green]ready[/green]; ", end="")
+    console.print(otherwise, markup=False)
+    return 0

@@ -1,0 +1,240 @@
+"""The `speft` command: its commands, their arguments, their help. Imports no torch."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from speft_ds.cli.commands import adapters
+from speft_ds.cli.commands.copy_recipe import cp
+from speft_ds.cli.commands.list_recipes import ls
+from speft_ds.cli.commands.schema_reference import schema
+from speft_ds.cli.commands.show_recipe import show
+from speft_ds.cli.options import Overrides, Ranks, RecipeName, examples
+from speft_ds.cli.start_ranks import default_ranks, fit_overrides, launch
+from speft_ds.config.load_recipe import load_recipe
+from speft_ds.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # a failure inside is for a bug report: a plain traceback
+    help="Sparse fine-tuning of language models on DeepSpeed ZeRO-3. Training itself is started by "
+    "`deepspeed launch/train.py --recipe RECIPE`; its --help has examples.",
+    epilog="Tab completion: speft --install-completion",
+)
+
+
+def command(name: str, *lines: str):
+    """Register a function as a command whose help ends with these examples."""
+    return app.command(name, epilog=examples(*lines))
+
+
+command("ls", "speft ls", "COLUMNS=200 speft ls")(ls)
+command("show", "speft show quickstart", "speft show quickstart optimizer.lr=5e-4 --plain")(show)
+command("cp", "speft cp quickstart mine.yaml", "speft cp smollm2_135m_static mine.yaml --force")(cp)
+command("schema", "speft schema mask.schedule", "speft schema mask", "speft schema --json > recipe.json")(
+    schema
+)
+
+
+@command("validate", "speft validate quickstart", "speft validate quickstart mask.density=0.01 --ranks 2")
+def validate(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = None) -> None:
+    """Check a recipe, its model, its data and this machine, as far as that goes without training.
+
+    Every check says what it found; exits with 2 where something has to be fixed.
+    """
+    from speft_ds.cli.commands.validate import validate as run_checks  # late: it imports what only it needs
+
+    raise typer.Exit(run_checks(recipe, overrides or [], ranks))
+
+
+@command(
+    "plan",
+    "speft plan quickstart --world 2 --rows 1000",
+    "speft plan llama2_13b_alpaca --world 8 --gpu-gib 40",
+)
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    world: Annotated[int, typer.Option(min=1, help="number of ranks, over all nodes")] = ...,
+    gpu_gib: Annotated[float, typer.Option(min=1, help="memory of a GPU in GiB")] = 80.0,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="rows of training data; default: counted, where they are cached")
+    ] = None,
+    device: Annotated[
+        Literal["cuda", "cpu"],
+        typer.Option(help="of the ranks; with cpu, --gpu-gib is the memory per rank"),
+    ] = "cuda",
+) -> None:
+    """Say what a run will need, before anything is loaded: memory per GPU, traffic, steps, files.
+
+    Each number comes with its arithmetic. Needs the model's configuration, not its weights, and no GPU.
+    """
+    from speft_ds.plan.plan import make_plan, print_plan  # late: it may import torch
+
+    print_plan(
+        make_plan(load_recipe(recipe, overrides or []), world, gpu_gib=gpu_gib, num_rows=rows, device=device)
+    )
+
+
+@command("data", "speft data quickstart", "speft data quickstart data.max_length=128 --output rows.png")
+def data(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="the picture; default: runs/<recipe>-data.png"),
+    ] = None,
+) -> None:
+    """Show what the rows of a recipe look like to the model: samples, lengths, what is left out.
+
+    Tokenises the rows if that was not done before, and draws a histogram of their lengths.
+    """
+    from speft_ds.cli.commands.show_data import show_data  # late: it may import transformers
+
+    show_data(load_recipe(recipe, overrides or []), output)
+
+
+@command("doctor", "speft doctor", "DS_ACCELERATOR=cpu speft doctor")
+def doctor() -> None:
+    """Check this machine: versions, GPUs, compiler, memory, the model hub, communication between ranks.
+
+    Each problem comes with its fix; exits with 1 if there is one.
+    """
+    from speft_ds.tools.doctor import examine, exit_code, print_report
+
+    checks = examine()
+    print_report(checks)
+    raise typer.Exit(exit_code(checks))
+
+
+@command("quickstart", "speft quickstart", "speft quickstart train.steps=20 --ranks 2")
+def quickstart(
+    overrides: Overrides = None,
+    prepare_only: Annotated[bool, typer.Option("--prepare-only", help="make the inputs, and stop")] = False,
+    ranks: Ranks = None,
+) -> None:
+    """Prepare a small model and data, then train and score it: the whole job in minutes, GPU or not."""
+    overrides = overrides or []
+    load_recipe("quickstart", overrides)  # a typo should not wait for the model
+    from speft_ds.tools.quickstart import prepare  # late, because it may import torch
+
+    prepare()
+    if prepare_only:
+        return
+    fitting = fit_overrides("quickstart", overrides, ranks or default_ranks())
+    raise typer.Exit(launch("train", "quickstart", fitting, ranks))
+
+
+@command(
+    "score", "speft score quickstart", "speft score quickstart mask.salience=snip mask.density=0.01 --ranks 2"
+)
+def score(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = None) -> None:
+    """Score the weights and select a mask; train nothing.
+
+    Writes mask.safetensors, mask.png and score.json to the run folder, which mask.load=FOLDER trains with.
+    """
+    raise typer.Exit(launch("score", recipe, overrides or [], ranks))
+
+
+@command(
+    "submit",
+    "speft submit llama2_13b_alpaca --nodes 2 --gpus-per-node 8 --time 12:00:00 --evaluate",
+    "speft submit quickstart --nodes 2 --partition cpu --dry-run",
+    'speft submit quickstart train.steps=40 --gpus-per-node 1 --sbatch "--constraint=a100"',
+)
+def submit(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="number of nodes")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs per node, one rank per GPU")] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="ranks on each node; default: one per GPU, or 1")
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="time limit of a start, like 12:00:00")] = None,
+    partition: Annotated[str | None, typer.Option(help="where to run; `sinfo` lists them")] = None,
+    account: Annotated[str | None, typer.Option(help="who pays")] = None,
+    qos: Annotated[str | None, typer.Option(help="quality of service")] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(metavar="OPTION", help="any other of sbatch's options; repeatable")
+    ] = None,
+    resume_with: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="a harmless change of the recipe to go on with; repeatable"),
+    ] = None,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="a second job scores the finished run on eval.tasks")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the script, submit nothing")] = False,
+) -> None:
+    """Train as a SLURM job: check the recipe, write the script into the run folder, submit it.
+
+    Preempted, requeued or out of time, the job goes on from its last checkpoint; so does the same command.
+    """
+    from speft_ds.cli.commands.submit import Resources, Run, submit  # late: the others do not need it
+
+    given = {"time": time, "partition": partition, "account": account, "qos": qos}
+    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    ranks = ranks_per_node or gpus_per_node or 1
+    resources = Resources(nodes, ranks, gpus_per_node, (*options, *(sbatch or [])))
+    run = Run(recipe, tuple(overrides or ()), tuple(resume_with or ()))
+    submit(run, resources, evaluate, dry_run)
+
+
+@command(
+    "compare-masks",
+    "speft compare-masks runs/a runs/b",
+    "speft compare-masks runs/a/mask.safetensors runs/b/adapter --output compare.png",
+)
+def compare_masks(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="MASK", help="two or more: files or folders of masks or adapters")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="a picture of the table; default: none")
+    ] = None,
+) -> None:
+    """Print how much masks overlap: entries that two share over entries that either has (Jaccard)."""
+    if len(paths) < 2:
+        fix = f"name another: speft compare-masks {paths[0]} runs/other/mask.safetensors"
+        raise UserError("one mask has nothing to be compared with", "command line", fix)
+    from speft_ds.cli.commands.compare_masks import compare  # late, because it imports torch
+
+    compare(paths, output)
+
+
+@command("report", "speft report runs/quickstart", "speft report runs/a runs/b --output runs/a-and-b")
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN", help="run folders, one or more")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="where to; default: the run's own, or runs/report-A-vs-B for several"
+        ),
+    ] = None,
+) -> None:
+    """Write the report of a run, or of several side by side: report.html, report.md and pictures.
+
+    Scores with errors and baselines, curves, the mask, time, memory and sizes, and how to do it again.
+    Runs that differ in their seed alone are combined.
+    """
+    from speft_ds.commands.report import report as write  # late, because it draws
+
+    write(folders, output)
+
+
+app.add_typer(adapters.app)
+
+
+def main() -> None:
+    """Run the command line; a UserError is shown without a traceback, and exits with 2."""
+    try:
+        app(prog_name="speft")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

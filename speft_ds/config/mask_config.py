@@ -1,0 +1,149 @@
+"""The `mask` section: which weights are trained, and when."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, get_args
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from speft_ds.config.section import (
+    ConfigSection,
+    Count,
+    FilePath,
+    Index,
+    InPlaceOf,
+    Needs,
+    PartialShare,
+    Share,
+    Text,
+    broken_rule,
+)
+from speft_ds.errors import UserError
+
+MASK_FILE = "mask.safetensors"  # in the folder that `speft score` leaves
+
+ScoredOnRows = Literal["gradient", "snip", "force", "taylor_fo", "fisher", "grasp", "grad_low_magnitude"]
+ScoredOnWeights = Literal["magnitude", "low_magnitude", "synflow", "random", "lift"]
+NEEDS_DATA = frozenset(get_args(ScoredOnRows))
+_DROP_GROW = Needs("schedule", ("drop_grow",))
+
+
+class MaskConfig(ConfigSection):
+    section: ClassVar[str] = "mask"
+
+    salience: Literal[ScoredOnRows, ScoredOnWeights] = "gradient"
+    """how each weight is scored"""
+    density: Share | None = 0.005
+    """the fraction of the targets to train"""
+    num_trainable: Annotated[Count | None, InPlaceOf("density")] = None
+    """how many weights to train, in place of density"""
+    granularity: Literal["element", "block", "row", "column"] = "element"
+    """what is chosen as one; a unit scores the mean of its entries"""
+    block_size: Annotated[int, Field(ge=2), Needs("granularity", ("block",))] = 16
+    """rows and columns of a block; smaller at a weight's edges"""
+    budget: Annotated[
+        Literal["global", "per_layer", "per_row"],
+        Needs("granularity", ("element",), ("per_row",), "a row quota counts single entries"),
+    ] = "global"
+    """one threshold for all weights, one for each weight, or for each of its rows"""
+    targets: Annotated[list[Text], Field(min_length=1)] | None = None
+    """module names or patterns; null: all linears of the decoder layers"""
+    layers: Annotated[list[Index], Field(min_length=2, max_length=2)] | None = None
+    """[first, last] decoder layers to choose from, both included; null: all"""
+    lift_rank: Annotated[Count, Needs("salience", ("lift",))] = 128
+    """rank of the approximation that lift scores"""
+    score_device: Literal["device", "host"] = "device"
+    """where the fp32 scores are kept: 4 bytes per targeted weight, over the ranks"""
+    calibration_samples: Count = 64
+    """rows that the scores are computed from"""
+    calibration_batch: Count = 4
+    """rows per calibration micro-batch, fixed so that the mask does not depend on the ranks"""
+    calibration_seed: Index | None = None
+    """which rows are drawn; null: the recipe's seed"""
+    calibration_path: FilePath | None = None
+    """a file of rows to calibrate on; null: the training rows"""
+    load: FilePath | None = None
+    """a mask.safetensors of speft score, or its folder, trained as it is; null: score"""
+    schedule: Annotated[
+        Literal["static", "periodic", "drop_grow", "grad_topk"],
+        Needs("granularity", ("element",), ("drop_grow",), "it drops and grows single entries"),
+        Needs("budget", ("global", "per_layer"), ("drop_grow",), "it would not keep the rows' quotas"),
+    ] = "static"
+    """whether and how the mask, or what steps inside it, changes during training"""
+    update_every: Annotated[Count, Needs("schedule", ("periodic", "drop_grow"))] = 100
+    """steps between two changes of the mask"""
+    drop_rate: Annotated[PartialShare, _DROP_GROW] = 0.2
+    """the fraction of the entries dropped at the start"""
+    drop_anneal: Annotated[Literal["linear", "cosine"], _DROP_GROW] = "linear"
+    """how drop_rate goes to 0"""
+    growth: Annotated[Literal["sft_ag", "sft_ma"], _DROP_GROW] = "sft_ag"
+    """grow by accumulated gradients of candidates, or by SM3's momentum estimate"""
+    growth_steps: Annotated[Count, _DROP_GROW, Needs("growth", ("sft_ag",))] = 5
+    """the last steps before a change that sft_ag accumulates over"""
+    topk_fraction: Annotated[Share, Needs("schedule", ("grad_topk",))] = 0.5
+    """the fraction of the mask that steps"""
+    layer_gate: Annotated[
+        Literal["none", "sampled", "half"],
+        Needs(
+            "schedule",
+            ("static", "periodic", "grad_topk"),
+            ("sampled", "half"),
+            "entries that the gate keeps still would be dropped for not changing",
+        ),
+    ] = "none"
+    """train gate_layers random layers, or a random half of the weights, at a time"""
+    gate_every: Annotated[Count, Needs("layer_gate", ("sampled", "half"))] = 20
+    """steps until the gate is drawn anew"""
+    gate_layers: Annotated[Count, Needs("layer_gate", ("sampled",))] = 2
+    """decoder layers that the sampled gate opens"""
+
+    @field_validator("layers")
+    @classmethod
+    def _ascending(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and value[0] > value[1]:
+            message = f"mask.layers is {value}: the first is after the last"
+            raise broken_rule(message, f"mask.layers=[{value[1]},{value[0]}]")
+        return value
+
+    @field_validator("growth_steps")
+    @classmethod
+    def _growth_fits(cls, value: int, info: ValidationInfo) -> int:
+        is_used = (info.data.get("schedule"), info.data.get("growth")) == ("drop_grow", "sft_ag")
+        update_every = info.data.get("update_every", value)  # absent where it is itself wrong
+        if is_used and value > update_every:
+            message = f"mask.growth_steps={value} is more than mask.update_every={update_every}"
+            fix = f"mask.growth_steps={update_every}, or mask.update_every={value} or more"
+            raise broken_rule(message, fix)
+        return value
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the weights are scored: once for the first mask, or again and again."""
+        return self.load is None or self.schedule == "periodic"
+
+    @property
+    def has_entry_steps(self) -> bool:
+        """Whether entries differ in how often they stepped, so that each has its own count."""
+        return self.schedule != "static" or self.layer_gate != "none"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the weights are scored by a metric that is computed from rows."""
+        return self.is_scored and self.salience in NEEDS_DATA
+
+
+def mask_file(path: str | Path, where: str | None = None) -> Path:
+    """The file of a saved mask: `path` itself or, if that is a folder, the mask.safetensors in it.
+
+    Raises:
+        UserError: there is no such file, or it is no .safetensors file; `where` says who named it.
+    """
+    file = Path(path) / MASK_FILE if os.path.isdir(path) else Path(path)
+    fix = f"name a {MASK_FILE} or its folder; `speft score RECIPE` writes one"
+    if file.is_file() and file.suffix != ".safetensors":
+        raise UserError(f"the mask file {file} is not a .safetensors file", where, fix)
+    if not file.is_file():
+        raise UserError(f"no mask file {file}", where, fix)
+    return file

@@ -1,0 +1,164 @@
+"""Tokenised rows: one sequence in memory, and a file of all of them that is read row by row.
+
+Imports no torch to read.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from speft_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence as the model sees it: a row, or several packed ones.
+
+    Attributes:
+        ids: token ids.
+        loss_mask: of each token, whether the loss is on it: a label token. A row's first token never is one.
+        starts: where each of the packed rows begins.
+        label: the class, for sequence classification; then there are no label tokens.
+    """
+
+    ids: list[int]
+    loss_mask: list[bool]
+    starts: list[int] = field(default_factory=lambda: [0])
+    label: int | None = None
+
+    @property
+    def num_labels(self) -> int:
+        """What the loss is a sum over: label tokens, or one class."""
+        return sum(self.loss_mask) if self.label is None else 1
+
+    def as_text(self, tokenizer) -> list[tuple[str, bool]]:
+        """The row as pieces of text, each with whether the loss is on it."""
+        pieces, start = [], 0
+        for is_label, tokens in groupby(self.loss_mask):
+            stop = start + len(list(tokens))
+            pieces.append((tokenizer.decode(self.ids[start:stop]), bool(is_label)))
+            start = stop
+        return pieces if self.label is None else [*pieces, (f"class {self.label}", True)]
+
+
+def pack(rows: list[Row]) -> Row:
+    """The rows as one sequence, one after the other."""
+    ids, loss_mask, starts = [], [], []
+    for row in rows:
+        starts.append(len(ids))
+        ids += row.ids
+        loss_mask += row.loss_mask
+    return Row(ids, loss_mask, starts)
+
+
+class TokenizedDataset(Sequence[Row]):
+    """The sequences of a run: rows or, with packing, packs of rows.
+
+    Args:
+        path: a file that `write_dataset` wrote.
+
+    Attributes:
+        lengths, num_label_tokens: [rows] tokens of each row, and how many of them are label tokens.
+        sizes, row_sizes: sequences and rows of each source; those of a source follow each other.
+        facts: what was done to the rows: `sources` (a dict of counts for each), `classes` (names, or None),
+            `samples` (see `Row.as_text`), `sha256` of all rows and packs.
+    Raises:
+        UserError: the file is damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            file = safe_open(path, framework="np")
+            self.facts = json.loads(file.metadata()["facts"])
+            self._ids, self._loss_mask = file.get_slice("ids"), file.get_slice("loss_mask")
+            self._row_edges, self._pack_edges = file.get_tensor("row_edges"), file.get_tensor("pack_edges")
+            self._labels, self._packs = file.get_tensor("labels"), file.get_tensor("packs")
+            self.num_label_tokens = file.get_tensor("num_label_tokens")
+            self.sizes, self.row_sizes = map(tuple, file.get_tensor("sizes").tolist())
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"not readable: {error}", str(path), f"rm {path}") from error
+        self.lengths = np.diff(self._row_edges)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def is_packed(self) -> bool:
+        return len(self._pack_edges) > 1
+
+    def __len__(self) -> int:
+        return len(self._pack_edges) - 1 if self.is_packed else self.num_rows
+
+    def __getitem__(self, number: int) -> Row:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        if not self.is_packed:
+            return self._row(number)
+        first, last = self._pack_edges[number : number + 2]
+        return pack([self._row(row) for row in self._packs[first:last]])
+
+    def _row(self, number: int) -> Row:
+        start, stop = self._row_edges[number : number + 2]
+        label = int(self._labels[number]) if len(self._labels) else None
+        return Row(self._ids[start:stop].tolist(), self._loss_mask[start:stop].tolist(), label=label)
+
+    def rows(self) -> TokenizedDataset:
+        """The same rows without packing, for calibration."""
+        unpacked = copy.copy(self)
+        unpacked.sizes, unpacked._pack_edges = self.row_sizes, self._pack_edges[:1]
+        return unpacked
+
+    def sequence_lengths(self) -> np.ndarray:
+        """[len(self)] tokens of each sequence."""
+        if not self.is_packed:
+            return self.lengths
+        return np.add.reduceat(self.lengths[self._packs], self._pack_edges[:-1])
+
+
+def write_dataset(path: Path, by_source: list[list[Row]], packs: list[list[list[int]]], facts: dict) -> None:
+    """Write the file of a `TokenizedDataset`, completely or not at all.
+
+    Args:
+        by_source: the rows of each source.
+        packs: for each source its packs, each the numbers of its rows within the source; empty: not packed.
+        facts: see `TokenizedDataset`.
+    Raises:
+        OSError: it cannot be written.
+    """
+    import torch
+
+    from speft_ds.io import write_safetensors
+
+    rows = [row for rows in by_source for row in rows]
+    firsts = np.cumsum([0, *map(len, by_source)])
+    all_packs = [np.add(first, pack) for first, some in zip(firsts, packs, strict=False) for pack in some]
+    arrays = {
+        "ids": _concatenate((row.ids for row in rows), np.int32),
+        "loss_mask": _concatenate((row.loss_mask for row in rows), np.bool_),
+        "num_label_tokens": np.array([np.count_nonzero(row.loss_mask) for row in rows], np.int64),
+        "row_edges": np.cumsum([0, *(len(row.ids) for row in rows)], dtype=np.int64),
+        "labels": np.array([row.label for row in rows if row.label is not None], np.int32),
+        "packs": _concatenate(all_packs, np.int64),
+        "pack_edges": np.cumsum([0, *map(len, all_packs)], dtype=np.int64),
+        "sizes": np.array([[len(source) for source in by] for by in (packs or by_source, by_source)]),
+    }
+    digest = hashlib.sha256()
+    for array in arrays.values():
+        digest.update(np.ascontiguousarray(array))
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    write_safetensors(path, tensors, {"facts": json.dumps({**facts, "sha256": digest.hexdigest()})})
+
+
+def _concatenate(parts: Iterable[Sequence], dtype: type) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype), *(np.asarray(part, dtype) for part in parts)])

@@ -1,0 +1,254 @@
+"""Tokenised rows kept on disk: the key that they are kept under, finding them, making them.
+
+There is one file per dataset, `~/.cache/speft_ds/rows/<key>.safetensors`, keyed by the contents of the data,
+the tokenizer and all that shapes the rows. Imports no torch, so that a second start costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from speft_ds import hub
+from speft_ds.config.data_config import DataConfig, Source
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.dataset import Row, TokenizedDataset, write_dataset
+from speft_ds.data.formats import Classes, EmptyRow, Example, find_classes, make_example
+from speft_ds.data.packing import first_fit
+from speft_ds.data.readers import Located, hash_file, hash_files, is_hub_dataset, iterate_rows, load_builder
+from speft_ds.data.select import select_rows
+from speft_ds.data.tokenize import CUT_PROMPT, CUT_RESPONSE, NO_LABELS, TOO_LONG, Encoder
+from speft_ds.env import cache_folder
+from speft_ds.errors import UserError
+
+FORMAT_VERSION = "2"  # of the file, and of what tokenising does: another version is another key
+# All that a tokenizer, or a small model that scores rows, is loaded from.
+MODEL_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+WEIGHT_FILES = (".safetensors", ".bin")
+BATCH = 1000  # rows tokenised in one call, on all cores
+NUM_SAMPLES = 3  # rows kept as text, to be shown
+EMPTY, NOT_SELECTED = "empty, left out", "not selected"
+COUNTED = ("rows", EMPTY, NO_LABELS, CUT_PROMPT, CUT_RESPONSE, TOO_LONG, NOT_SELECTED)
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """All that decides what is in a dataset.
+
+    Attributes:
+        data: the data section; its sources are read.
+        model: whose tokenizer; a local folder or a hub id.
+        classify: for sequence classification.
+        seed: of the recipe, for `data.select=random`.
+        where: number of a source -> what an error says of where it is named.
+    """
+
+    data: DataConfig
+    model: str
+    classify: bool = False
+    seed: int = 0
+    where: Callable[[int], str] = field(default=lambda number: "data.path", compare=False)
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> DatasetSpec:
+        """The rows that a run of this recipe trains on. Raises UserError where it names none."""
+        if not recipe.data.sources:
+            fix = "type data.path=/the/right/path"
+            raise UserError("the recipe names no rows", recipe.where("data.path"), fix)
+        classify = recipe.model.task == "sequence_classification"
+        return cls(recipe.data, recipe.model.name_or_path, classify, recipe.seed, recipe.where_rows)
+
+    def key(self) -> str:
+        """Hash of everything that the dataset depends on. Raises UserError for data that is not there."""
+        data = self.data
+        parts = [
+            FORMAT_VERSION,
+            *(version(name) for name in ("transformers", "tokenizers")),
+            data.model_dump(mode="json", exclude={"path", "mixture"}),
+            [source.model_dump(mode="json", exclude={"path", "weight"}) for source in data.sources],
+            self.classify,
+            self.seed if data.select == "random" else None,
+            _hash_model(self.model, MODEL_FILES),
+            _hash_model(data.scorer, MODEL_FILES + WEIGHT_FILES),
+            data.scorer and _scorer_dtype(),
+            [_hash_source(source) for source in data.sources],
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def path(self) -> Path:
+        """Where the dataset is kept. Raises UserError for data that is not there."""
+        return cache_folder("rows") / f"{self.key()}.safetensors"
+
+
+def _hash_model(model: str | None, suffixes: tuple[str, ...]) -> list[str] | str | None:
+    """What identifies a model, as far as files of these kinds go."""
+    folder = hub.model_folder(model) if model else None
+    return model if folder is None else hash_files(folder, suffixes)
+
+
+def _scorer_dtype() -> str:
+    """Scores depend on it, and it depends on the machine."""
+    from speft_ds.data.ifd import choose_dtype
+
+    return str(choose_dtype())
+
+
+def _hash_source(source: Source) -> str:
+    """What identifies the rows of a source: the bytes of its files, or the version on the hub."""
+    if is_hub_dataset(source.path):
+        return str(load_builder(source).cache_dir)
+    path = Path(source.path)
+    if not path.is_dir():
+        return hash_file(path)
+    names = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    lines = [f"{name} {hash_file(path / name)}" for name in names if ".cache" not in name.parts]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def find_cached(spec: DatasetSpec) -> TokenizedDataset | None:
+    """The dataset, if it was made before. Raises UserError for data that is not there."""
+    return _open(spec.path())
+
+
+def _open(path: Path) -> TokenizedDataset | None:
+    """A dataset of the cache; None where there is none or it is damaged: then it is made again."""
+    try:
+        return TokenizedDataset(path) if path.is_file() else None
+    except UserError:
+        return None
+
+
+def prepare(
+    spec: DatasetSpec, load_tokenizer: Callable[[], Any], log: Callable[[str], None] = print
+) -> TokenizedDataset:
+    """The dataset, from the cache or made now. Safe when several jobs want it at once.
+
+    Args:
+        load_tokenizer: called only where the rows are made now.
+        log: takes a line on what is being done.
+    Raises:
+        UserError: the data is not there, a row cannot be used, no row is left, or the cache is not writable.
+    """
+    from filelock import FileLock
+
+    if hub.model_folder(spec.model) is None:
+        load_tokenizer()  # fetches it: the key goes by its files
+    if spec.data.scorer and hub.model_folder(spec.data.scorer) is None:
+        from speft_ds.data.ifd import find_folder
+
+        find_folder(spec.data.scorer)  # the same
+    path = spec.path()
+    if cached := _open(path):  # in a folder that may be shared, and not writable
+        return cached
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The rename at the end of writing makes it safe; the lock saves the others from doing the same work.
+        with FileLock(path.with_suffix(".lock")):
+            if not _open(path):
+                log(f"tokenising {', '.join(source.path for source in spec.data.sources)}")
+                make_dataset(spec, load_tokenizer(), path)
+    except OSError as error:
+        fix = "free space, or set SPEFT_DS_CACHE to a folder on another disk"
+        raise UserError(f"cannot write the tokenised rows: {error}", str(path.parent), fix) from error
+    return TokenizedDataset(path)
+
+
+@dataclass
+class _SourceRows:
+    """The rows of one source, and what became of those that it had."""
+
+    rows: list[Row]
+    texts: list[tuple[str, str]]  # (prompt, response), where the selection scores them
+    counts: dict[str, int]
+
+
+def make_dataset(spec: DatasetSpec, tokenizer: Any, path: Path) -> None:
+    """Read, tokenise, select and pack the rows, and write them to `path`."""
+    data, classes = spec.data, classes_of(spec.data)
+    encoder = Encoder(tokenizer, data.max_length, data.long_rows)
+    sources = [_tokenize_source(spec, number, encoder, classes) for number in range(len(data.sources))]
+    if data.select != "all":
+        _select(sources, spec)
+    for number, source in enumerate(sources):
+        if not source.rows:
+            left_out = [f"{n} {what}" for what, n in source.counts.items() if what != "rows" and n]
+            what = f"of {source.counts['rows']} rows none is left: {', '.join(left_out)}"
+            fix = "data.max_length, data.long_rows, data.empty_rows and data.select_rows leave rows out"
+            raise UserError(what, spec.where(number), fix)
+    packs = [first_fit([len(row.ids) for row in s.rows], data.max_length) for s in sources if data.packing]
+    facts = {
+        "sources": [source.counts for source in sources],
+        "classes": classes.names if classes else None,
+        "samples": [row.as_text(tokenizer) for row in sources[0].rows[:NUM_SAMPLES]],
+    }
+    write_dataset(path, [source.rows for source in sources], packs, facts)
+
+
+def classes_of(data: DataConfig) -> Classes | None:
+    """The classes that the recipe names or its rows have; None for other formats. Raises UserError."""
+    sources = [source for source in data.sources if source.format == "classification"]
+    if not sources:
+        return None
+    if data.labels is not None:
+        return Classes.named(data.labels)
+    return find_classes((*row, source.columns.label) for source in sources for row in iterate_rows(source))
+
+
+def _tokenize_source(
+    spec: DatasetSpec, number: int, encoder: Encoder, classes: Classes | None
+) -> _SourceRows:
+    source, done = spec.data.sources[number], _SourceRows([], [], dict.fromkeys(COUNTED, 0))
+    rows = tqdm(iterate_rows(source), desc=source.path, unit=" rows", disable=not sys.stderr.isatty())
+    examples = _make_examples(rows, source, spec, classes, done.counts)
+    while batch := list(islice(examples, BATCH)):
+        for (_, example), (row, change) in zip(batch, encoder.encode(batch), strict=True):
+            if change:
+                done.counts[change] += 1
+            if row is not None:
+                # A list of Python integers would take nine times the memory.
+                ids, loss_mask = np.asarray(row.ids, np.int32), np.asarray(row.loss_mask)
+                done.rows.append(replace(row, ids=ids, loss_mask=loss_mask))
+                if spec.data.select == "ifd":
+                    done.texts.append(_prompt_and_response(example))
+    if not done.counts["rows"]:
+        raise UserError(f"{source.path} has no rows", spec.where(number), "write at least one row into it")
+    return done
+
+
+def _make_examples(
+    rows: Located, source: Source, spec: DatasetSpec, classes: Classes | None, counts: dict[str, int]
+) -> Iterator[tuple[str, Example]]:
+    for where, row in rows:
+        counts["rows"] += 1
+        try:
+            yield where, make_example(row, where, source, classes, spec.classify)
+        except EmptyRow:
+            if spec.data.empty_rows == "refuse":
+                raise
+            counts[EMPTY] += 1
+
+
+def _prompt_and_response(example: Example) -> tuple[str, str]:
+    *before, last = example.turns
+    return "".join(turn["content"] + "\n" for turn in before), last["content"]
+
+
+def _select(sources: list[_SourceRows], spec: DatasetSpec) -> None:
+    """Keep the rows that `data.select` takes of all sources together."""
+    rows = [row for source in sources for row in source.rows]
+    texts = [text for source in sources for text in source.texts]
+    chosen, numbers = select_rows(rows, texts, spec.data, spec.seed), count()
+    for source in sources:
+        kept = [row for row in source.rows if next(numbers) in chosen]
+        source.counts[NOT_SELECTED] = len(source.rows) - len(kept)
+        source.rows = kept

@@ -1,0 +1,148 @@
+"""The ranks, the machine and the paths of this process, as its environment says. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import random
+import re
+import socket
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+from speft_ds import __version__
+
+PORTS = range(10_000, 30_000)  # for a run to take one; below those that the system hands out
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "lm_eval", "tokenizers")
+CPU_INFO = Path("/proc/cpuinfo")
+CACHE = "~/.cache/speft_ds"
+
+
+# Ranks
+
+
+def init_env() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT where they are not set.
+
+    `deepspeed` and `torchrun` set them; `srun` says the same in SLURM_* variables; a process without a
+    launcher is a group of one.
+    """
+    found = _of_srun() if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ else {}
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun's name for it
+        found["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]
+    # Other single processes may run on this machine, so the port is any; a group's is that of the launchers.
+    is_single = "WORLD_SIZE" not in os.environ and "WORLD_SIZE" not in found
+    single = rank_env(0, 1, free_port() if is_single else 29500)
+    for key, value in {**single, **found}.items():
+        os.environ.setdefault(key, value)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_env(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """The environment variables of one rank of a group that is on this machine."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now, and that the system does not hand out meanwhile."""
+    with socket.socket() as probe:
+        for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+            with contextlib.suppress(OSError):
+                probe.bind(("", port))
+                return port
+    raise OSError(f"all ports from {PORTS[0]} to {PORTS[-1]} are taken")
+
+
+def _of_srun() -> dict[str, str]:
+    """What the variables of a job step say. A batch script without srun has none of a step."""
+    env = os.environ
+    found = {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "LOCAL_SIZE": str(tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])]),
+        "MASTER_PORT": str(PORTS[(int(env["SLURM_JOB_ID"]) * 8 + int(env["SLURM_STEP_ID"])) % len(PORTS)]),
+    }
+    if "MASTER_ADDR" not in env:
+        found["MASTER_ADDR"] = _first_node(env["SLURM_STEP_NODELIST"])
+    return found
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """SLURM's short form of task counts, `2(x3),1`, as [2, 2, 2, 1]."""
+    counts = []
+    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(repeat or 1)
+    return counts
+
+
+def _first_node(nodes: str) -> str:
+    """The first name of a SLURM node list, `node[03-05],gpu1`; rank 0 runs there."""
+    try:
+        listing = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+        return listing.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):  # in a container, say
+        first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes).group()  # up to a comma outside brackets
+        return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+
+
+# The machine
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this package and those that do the work."""
+    own = {"python": platform.python_version(), "speft_ds": __version__}
+    return own | {name: version(name) for name in PACKAGES}
+
+
+def machine_facts() -> dict:
+    """This rank's processors. Imports torch."""
+    import torch
+
+    return {
+        "cpu": _cpu_name(),
+        "num_cores": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+    }
+
+
+def _cpu_name() -> str:
+    lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.is_file() else []
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    return ", ".join(sorted(names)) or platform.processor()
+
+
+# Paths
+
+
+def expand_path(path: str) -> str:
+    """Expand `~`; `~/.cache` follows XDG_CACHE_HOME where that is set."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if cache and (path == "~/.cache" or path.startswith("~/.cache/")):
+        return cache.rstrip("/") + path.removeprefix("~/.cache")
+    return os.path.expanduser(path)
+
+
+def cache_folder(kind: str = "") -> Path:
+    """The folder for cached results of one kind (`rows`, `ifd`), or of all kinds."""
+    return Path(os.environ.get("SPEFT_DS_CACHE") or expand_path(CACHE)) / kind

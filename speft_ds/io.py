@@ -1,0 +1,153 @@
+"""Atomic writes of files and folders, and file hashes. Imports no torch unless tensors are written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from speft_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to: renamed to `path` at the end, removed after an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A unique name: two jobs may be writing the same file of a shared cache.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name, flush to disk, rename.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        flush_to_disk(temporary)
+
+
+def write_json(path: Path, document: dict) -> None:
+    """Write to a temporary name, flush to disk, rename; what JSON lacks becomes text, as lm-eval does.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_text(path, json.dumps(document, indent=2, default=_plain, ensure_ascii=False) + "\n")
+
+
+def _plain(value: object) -> object:
+    from lm_eval.utils import handle_non_serializable  # late: few documents need it
+
+    return handle_non_serializable(value)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write to a temporary name, flush to disk, read back and compare bit for bit, rename.
+
+    Args:
+        tensors: contiguous, on any device.
+        metadata: kept in the file's header.
+    Raises:
+        OSError: it cannot be written, or reads back differently.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        # safetensors makes a file that only its owner can read: give it the mode of any new file.
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            save_file(tensors, temporary, metadata)
+            temporary.chmod(mode)
+            flush_to_disk(temporary)
+            _verify_safetensors(temporary, tensors, metadata)
+        except SafetensorError as error:  # safetensors' own word for a full disk
+            raise OSError(str(error)) from error
+
+
+def _verify_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        if set(file.keys()) != set(tensors) or file.metadata() != metadata:
+            raise OSError(f"{path}: the header read back differs from what was written")
+        for name, tensor in tensors.items():
+            if not same_bits(file.get_tensor(name), tensor.detach().cpu()):
+                raise OSError(f"{path}: {name} read back differs from what was written")
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two CPU tensors have one dtype, one shape and the same bytes (NaN equals itself)."""
+    import torch
+
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if a.numel() == 0:  # of any strides, which a view as bytes may refuse
+        return True
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` to write to: renamed to it at the end, removed after an error.
+
+    Args:
+        output: does not exist, or is an empty folder.
+    Raises:
+        UserError: it cannot be written, or another process is writing it.
+    """
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        temporary.mkdir(parents=True)
+    except FileExistsError as error:
+        fix = f"another command is writing it, or was killed: rm -r {temporary}"
+        raise UserError(f"{temporary} is there already", where=str(output), fix=fix) from error
+    except OSError as error:
+        raise _cannot_write(output, error) from error
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        if output.exists():
+            output.rmdir()  # which is empty
+        temporary.rename(output)
+    except OSError as error:
+        raise _cannot_write(output, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _cannot_write(output: Path, error: OSError) -> UserError:
+    fix = "free space, or choose another folder"
+    return UserError(f"cannot write: {error}", where=str(output), fix=fix)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, as hex digits. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

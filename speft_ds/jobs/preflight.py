@@ -1,0 +1,200 @@
+"""Every check of a recipe before its ranks start: what can be known of its files without torch."""
+
+import json
+import os
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import get_args
+
+from speft_ds import hub
+from speft_ds.config.data_config import Source
+from speft_ds.config.deepspeed_config import batch_problems, read_ds_config
+from speft_ds.config.mask_config import ScoredOnWeights, mask_file
+from speft_ds.config.recipe import FIELDS, Job, Recipe
+from speft_ds.data.formats import check_columns
+from speft_ds.data.readers import SUFFIXES, folder_files, is_hub_dataset, iterate_file, kind_of
+from speft_ds.env import CACHE, expand_path
+from speft_ds.errors import RecipeError, UserError
+from speft_ds.training.monitor import monitor_problems
+
+Problems = list[UserError]
+
+
+def check_inputs(recipe: Recipe, job: Job, world_size: int) -> None:
+    """Run every check, as far as the job needs what it looks at. Raises RecipeError: all the problems."""
+    problems = [problem for check in CHECKS.values() for problem in check(recipe, job, world_size)]
+    if problems:
+        raise RecipeError(problems, f"recipe {recipe.name}")
+
+
+def resolve_offline(recipe: Recipe) -> str | None:
+    """Where the hub gives no answer, have its libraries use their cache alone; returns what to tell the user.
+
+    They would retry for minutes.
+    """
+    data = recipe.data
+    names = [recipe.model.name_or_path, data.scorer, recipe.mask.calibration_path, recipe.eval.validation]
+    names += [source.path for source in data.sources]
+    has_tasks = bool(recipe.eval.tasks or recipe.eval.forgetting_tasks)
+    may_ask = has_tasks or any(name and is_hub_dataset(name) for name in names)
+    if not may_ask or hub.is_offline_by_choice() or hub.is_reachable():
+        return None
+    hub.go_offline()
+    return f"note: {hub.why_unreachable()}: what is in the hub's cache is used as it is (HF_HUB_OFFLINE=1)"
+
+
+def _right_path(path: str, key: str) -> str:
+    if Path(path).is_relative_to(expand_path(CACHE)):
+        return "run `speft quickstart --prepare-only`, which makes it"
+    return f"type {key}=/the/right/path"
+
+
+def check_model(recipe: Recipe, job: Job, world_size: int) -> Problems:
+    """The folder or the hub id of the model, and whether it has positions for the longest rows."""
+    name, limit = recipe.model.name_or_path, recipe.data.max_length
+    problems = _model_problems(recipe, "model.name_or_path", name)
+    folder = hub.model_folder(name)
+    if problems or folder is None or job == "evaluate":
+        return problems
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [UserError(f"not readable as JSON: {error}", str(file), "download or copy it again")]
+    most = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    if not isinstance(most, int) or limit <= most:
+        return []
+    what = f"data.max_length={limit} is more than the {most} positions of the model"
+    return [UserError(what, recipe.where("data.max_length"), f"data.max_length={most}, or less")]
+
+
+def _model_problems(recipe: Recipe, key: str, name: str) -> Problems:
+    where, fix = recipe.where(key), _right_path(name, key)
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            return [UserError(f"the model folder {name} has no config.json", where, fix)]
+        if missing := hub.missing_weights(Path(name)):
+            more = f" and {len(missing) - 3} more files" if len(missing) > 3 else ""
+            what = f"the model folder {name} lacks {', '.join(missing[:3])}{more}"
+            return [UserError(what, where, f"download or copy it again; {fix}")]
+        return []
+    if name[0] in "/.~" or name.count("/") != 1:
+        hint = "" if name[0] in "/.~" else "; a hub id is owner/name"
+        return [UserError(f"no model folder {name}", where, fix + hint)]
+    folder = hub.model_folder(name)
+    if (folder and not hub.missing_weights(folder)) or hub.is_reachable():
+        return []  # whether it exists, is for the hub to say
+    what = f"the model {name} is not in the hub's cache, and cannot be fetched: {hub.why_unreachable()}"
+    return [UserError(what, where, hub.model_hint(name, key))]
+
+
+def check_data(recipe: Recipe, job: Job, world_size: int) -> Problems:
+    """The rows that the job reads: to train on, to calibrate on, to validate on."""
+    data, mask = recipe.data, recipe.mask
+    reads_data = job == "train" or (mask.needs_calibration and mask.calibration_path is None)
+    if job == "evaluate":
+        return []
+    problems = []
+    if job == "train" and not data.sources:
+        fix = f"type data.path=/the/right/path  ({FIELDS['data.path'].description})"
+        problems.append(UserError("data.path is missing", recipe.where("data.path"), fix))
+    elif reads_data and not data.sources:
+        what = f"mask.salience={mask.salience} needs calibration data, and the recipe names none"
+        others = ", ".join(get_args(ScoredOnWeights))
+        fix = f"set data.path or mask.calibration_path, or a metric without data: {others}"
+        problems.append(UserError(what, recipe.where("mask.salience"), fix))
+    if reads_data and data.scorer is not None:
+        problems += _model_problems(recipe, "data.scorer", data.scorer)
+    for number, source in enumerate(data.sources if reads_data else ()):
+        problems += _source_problems(recipe, "data.path", source, recipe.where_rows(number))
+    others = {"mask.calibration_path": mask.calibration_path if mask.needs_calibration else None}
+    if job == "train" and data.sources:
+        others["eval.validation"] = recipe.eval.validation
+    for key, path in others.items():
+        if path is not None:
+            problems += _source_problems(recipe, key, data.of_file(path).sources[0], recipe.where(key))
+    return problems
+
+
+def _source_problems(recipe: Recipe, key: str, source: Source, where: str) -> Problems:
+    """What is wrong with a source of rows, going by the first ones; `key` of the recipe names it."""
+    path, fix = Path(source.path), _right_path(source.path, key)
+    if is_hub_dataset(source.path):
+        if hub.has_dataset(source.path) or hub.is_reachable():
+            return []
+        why = hub.why_unreachable()
+        what = f"the data set {source.path} is not in the hub's cache, and cannot be fetched: {why}"
+        return [UserError(what, where, hub.dataset_hint(source.path))]
+    if path.is_dir():
+        if not any(kind_of(file) for file in path.rglob("*")):
+            return [UserError(f"the folder {path} has no file of rows ({', '.join(SUFFIXES)})", where, fix)]
+        try:
+            path = folder_files(source)[0]
+        except UserError as error:
+            return [UserError(error.what, where, error.fix)]
+    elif not kind_of(path):
+        what = f"the data file {path} is none of {', '.join(SUFFIXES)}, nor one of them as .gz or .zst"
+        return [UserError(what, where, "convert it, or rename it")]
+    elif not path.is_file():
+        return [UserError(f"no data file {path}", where, fix)]
+    try:
+        rows = list(islice(iterate_file(path), 5))
+    except UserError as error:
+        return [error]
+    if not rows:
+        return [UserError(f"the data file {path} has no rows", where, fix)]
+    found = ((row, check_columns(row, place, source)) for place, row in rows)
+    row, problems = next(((row, problems) for row, problems in found if problems), (None, []))
+    if problems and key != "data.path" and recipe.data.sources:
+        columns = ", ".join(map(str, row)) if isinstance(row, dict) else "a list of objects"
+        fix = f"data.columns holds for the training rows too: rename this file's ({columns})"
+        return [UserError(problem.what, problem.where, fix) for problem in problems]
+    return problems
+
+
+def check_mask(recipe: Recipe, job: Job, world_size: int) -> Problems:
+    """The file of a saved mask; a score has no use for one."""
+    path, where = recipe.mask.load, recipe.where("mask.load")
+    if path is None:
+        return []
+    if job == "score":
+        what = "mask.load leaves nothing to score: it is a finished mask"
+        return [UserError(what, where, "mask.load=null")]
+    try:
+        mask_file(path, where)
+    except UserError as error:
+        return [error]
+    return []
+
+
+def check_tasks(recipe: Recipe, job: Job, world_size: int) -> Problems:
+    """The files that tasks are read from, and where metrics go."""
+    if job == "score":
+        return []
+    section = recipe.eval
+    named = [
+        ("eval.include_path", section.include_path, "task folder", os.path.isdir),
+        ("eval.data_dir", section.data_dir, "data folder", os.path.isdir),
+        ("eval.forgetting_text", section.forgetting_text, "text file", os.path.isfile),
+    ]
+    missing = [
+        UserError(f"no {what} {path}", recipe.where(key), _right_path(path, key))
+        for key, path, what, is_there in named
+        if path is not None and not is_there(path)
+    ]
+    return missing + (monitor_problems(recipe) if job == "train" else [])
+
+
+def check_deepspeed(recipe: Recipe, job: Job, world_size: int) -> Problems:
+    """The DeepSpeed configuration, and whether the ranks can share the batch."""
+    return read_ds_config(recipe)[1] + (batch_problems(recipe, world_size) if job == "train" else [])
+
+
+CHECKS: dict[str, Callable[[Recipe, Job, int], Problems]] = {
+    "model": check_model,
+    "data": check_data,
+    "mask": check_mask,
+    "tasks": check_tasks,
+    "DeepSpeed and batch": check_deepspeed,
+}

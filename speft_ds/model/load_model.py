@@ -1,0 +1,82 @@
+"""The frozen base: loading under ZeRO-3, what is targeted, and a fingerprint of its weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from speft_ds.config.model_config import HEAD
+from speft_ds.errors import UserError
+from speft_ds.zero.shards import full_shape, is_sharded, own_elements
+
+
+def load_base(name_or_path: str, dtype: str, ds_config: dict, num_classes: int | None = None) -> nn.Module:
+    """A frozen `transformers` model, sharded while it loads.
+
+    Args:
+        name_or_path: local folder or hub name.
+        dtype: `float32` or `bfloat16`; the weights are cast to it.
+        ds_config: the complete DeepSpeed configuration.
+        num_classes: None for a causal language model; else it classifies, and its head is new: see `HEAD`.
+    Raises:
+        UserError: the checkpoint cannot be read, or lacks weights of the model.
+    """
+    import transformers
+    from transformers.integrations import HfDeepSpeedConfig
+
+    kind, options = transformers.AutoModelForCausalLM, {}
+    if num_classes is not None:
+        # Whatever head a checkpoint brings is for other classes.
+        options = {"num_labels": num_classes, "ignore_mismatched_sizes": True}
+        kind = transformers.AutoModelForSequenceClassification
+    # Must be alive while from_pretrained runs, or every rank loads the full model.
+    zero3 = HfDeepSpeedConfig(ds_config)
+    try:
+        model, info = kind.from_pretrained(
+            name_or_path, dtype=getattr(torch, dtype), output_loading_info=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot load the model: {error}",
+            where="model.name_or_path",
+            fix="give a folder with config.json and weights, or the name of a model on the hub",
+        ) from error
+    finally:
+        del zero3
+    if num_classes is not None:
+        _check_head(model, name_or_path)
+    for problem in ("missing_keys", "mismatched_keys"):
+        odd = {key if isinstance(key, str) else key[0] for key in info[problem]}
+        if odd := sorted(odd - ({HEAD} if num_classes is not None else set())):
+            raise UserError(
+                f"the checkpoint has {problem.replace('_', ' ')}: {odd[:5]}",
+                where=f"model.name_or_path: {name_or_path}",
+                fix="use a complete checkpoint of this architecture; training random weights is refused",
+            )
+    if not all(is_sharded(parameter) for parameter in model.parameters()):
+        raise RuntimeError("the base was not sharded by ZeRO-3")
+    model.requires_grad_(False)
+    return model
+
+
+def _check_head(model: nn.Module, name_or_path: str) -> None:
+    head = getattr(model, HEAD.split(".")[0], None)
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise UserError(
+            f"{type(model).__name__} has no linear classification head {HEAD} without bias",
+            where=f"model.name_or_path: {name_or_path}",
+            fix="a decoder model, as Llama, OPT, Qwen, Gemma and Mistral are; or model.task=causal_lm",
+        )
+
+
+@torch.no_grad()
+def fill_head(head: nn.Linear, std: float, seed: int) -> None:
+    """Give a sharded classification head its starting values, the same at every world size.
+
+    Args:
+        std: standard deviation of the normal distribution they are drawn from.
+    """
+    shape = full_shape(head.weight)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul_(std).view(-1)
+    own, start = own_elements(head.weight)
+    own.copy_(values[start : start + own.numel()])

@@ -1,0 +1,181 @@
+"""The sparse trainable state of a rank: base values and deltas of the entries in its own shards.
+
+After a step
+
+    shard[index] = (base + delta).to(base dtype)
+
+so the shards, and every weight gathered from them, always contain the deltas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from speft_ds.comm import collectives
+from speft_ds.sparse.layout import EntryTable, Layout, RankShards, index_dtype, locate
+from speft_ds.sparse.mask import Mask
+from speft_ds.zero.shards import shard_range
+
+
+@dataclass
+class Entries:
+    """Some entries of this rank's shards: sorted keys (see `layout`), pretrained values, deltas."""
+
+    key: Tensor  # [n] int64
+    base: Tensor  # [n] base dtype
+    delta: Tensor  # [n] fp32
+
+    @classmethod
+    def merge(cls, *parts: Entries) -> Entries:
+        """All entries of the parts, which have none in common."""
+        key, order = torch.cat([part.key for part in parts]).sort()
+        base = torch.cat([part.base for part in parts])[order]
+        return cls(key, base, torch.cat([part.delta for part in parts])[order])
+
+    def index_select(self, chosen: Tensor | slice) -> Entries:
+        """Those at the chosen positions (or of a bool mask), in their order."""
+        return Entries(self.key[chosen], self.base[chosen], self.delta[chosen])
+
+
+def with_heads(mask: Mask, heads: dict[str, tuple[int, int]]) -> Mask:
+    """The mask and, behind it, every entry of the heads."""
+    everything = {name: torch.arange(rows * columns) for name, (rows, columns) in heads.items()}
+    device = next(iter(mask.index.values())).device
+    index = {name: i.to(device, index_dtype(i.numel())) for name, i in everything.items()}
+    return Mask(mask.index | index, mask.shape | heads) if heads else mask
+
+
+class SparseState:
+    """What a rank trains: `delta`, flat over all its entries, and what it needs to write it through.
+
+    Attributes:
+        mask: the mask; `trained`: it and the heads; `heads`: as given.
+        layout: of the entries of all ranks; `rank_shards`: of this rank's shards.
+        index: weight -> [n] local indices of this rank's entries, heads last; `slices`: where they lie in
+            the flat buffers.
+        base, delta: [num_local] pretrained values and fp32 deltas.
+        dropped: entries that left the mask and keep what they learnt.
+
+    Args:
+        mask: the mask, the same on every rank.
+        shards: weight -> this rank's ZeRO-3 shard [shard_numel], written in place.
+        previous: the state that this one follows: entries of both masks keep base and delta.
+        revert: what becomes of entries that only `previous` has: True gives them their pretrained values
+            back; False keeps what they learnt, as `dropped`.
+        heads: weight -> (out, in) of what is trained in full beside the mask: a classification head.
+    """
+
+    def __init__(
+        self,
+        mask: Mask,
+        shards: dict[str, Tensor],
+        previous: SparseState | None = None,
+        revert: bool = False,
+        heads: dict[str, tuple[int, int]] | None = None,
+    ):
+        self.mask, self.heads = mask, heads or {}
+        trained = self.trained = with_heads(mask, self.heads)
+        self.device = collectives.device()
+        self.shards = {name: shards[name] for name in trained.shape}
+        numel = {name: trained.numel(name) for name in trained.shape}
+        self.rank_shards = RankShards(numel)
+        rank, world_size = self.rank_shards.rank, self.rank_shards.world_size
+        self.layout = Layout.of(trained.index, numel, world_size)
+        self.num_local = self.layout.lengths[rank]
+        self.slices = {name: self.layout.places(name, rank) for name in trained.shape}
+        # Where the shards are, which may be host memory; base and delta where the optimizer is.
+        self.index = {
+            name: self.layout.local_index(name, index, rank).to(self.shards[name].device)
+            for name, index in trained.index.items()
+        }
+        zeros = torch.zeros(self.num_local, dtype=torch.float32, device=self.device)
+        entries = Entries(self.keys(), self._read(self.index), zeros)
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.dropped = entries.index_select(nothing)  # not a slice, which would keep all the keys alive
+        if previous is not None:
+            self._inherit(previous, entries, revert)
+        self.base = entries.base
+        self.delta = nn.Parameter(entries.delta)
+
+    def keys(self) -> Tensor:
+        """[num_local] int64 sorted keys of the entries."""
+        return self.rank_shards.keys(self.index, self.device)
+
+    def entries(self) -> Entries:
+        """The trained entries as they are now."""
+        return Entries(self.keys(), self.base, self.delta.detach())
+
+    def modified_entries(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Every entry ever trained and not reverted: weight -> [n] sorted local index, and flat deltas.
+
+        Heads are left out: of them, every value is new.
+        """
+        num_of_mask = self.num_local - sum(self.index[name].numel() for name in self.heads)
+        everything = Entries.merge(self.entries().index_select(slice(0, num_of_mask)), self.dropped)
+        index = self.rank_shards.from_keys(everything.key)
+        return {name: index[name] for name in self.mask.shape}, everything.delta
+
+    def gather_heads(self) -> dict[str, Tensor]:
+        """The heads as they are now, [out, in] in base dtype; every rank calls this."""
+        gathered, world_size = {}, self.rank_shards.world_size
+        for name, shape in self.heads.items():
+            ranges = [shard_range(self.trained.numel(name), rank, world_size) for rank in range(world_size)]
+            lengths = [stop - start for start, stop in ranges]
+            own = self.shards[name][: lengths[self.rank_shards.rank]].to(self.device)
+            gathered[name] = torch.cat(collectives.all_gather_padded(own, lengths)).view(shape)
+        return gathered
+
+    def _read(self, index: dict[str, Tensor]) -> Tensor:
+        """The shards' values at local indices, flat."""
+        shards = self.shards
+        values = [shards[name][where.to(shards[name].device)] for name, where in index.items()]
+        return torch.cat(values).to(self.device)
+
+    def _write(self, index: dict[str, Tensor], values: Tensor) -> None:
+        parts = values.split([where.numel() for where in index.values()])
+        for (name, where), part in zip(index.items(), parts, strict=True):
+            shard = self.shards[name]
+            shard[where.to(shard.device)] = part.to(shard.device)
+
+    @torch.no_grad()
+    def _inherit(self, previous: SparseState, entries: Entries, revert: bool) -> None:
+        """Take over from the previous state what it knows of our entries, and its others as `dropped`."""
+        known = Entries.merge(previous.entries(), previous.dropped)
+        position, found = locate(known.key, entries.key)
+        entries.base[found] = known.base[position[found]]
+        entries.delta[found] = known.delta[position[found]]
+        others = known.index_select(~locate(entries.key, known.key)[1])
+        if revert:
+            self._write(self.rank_shards.from_keys(others.key), others.base)
+        else:
+            self.dropped = others
+
+    def own_table(self, **columns: Tensor) -> EntryTable:
+        """The trained entries with these [num_local] columns."""
+        return EntryTable(self.rank_shards.to_global(self.index), columns)
+
+    def dropped_table(self) -> EntryTable:
+        """The dropped entries and their deltas."""
+        local = self.rank_shards.from_keys(self.dropped.key)
+        return EntryTable(self.rank_shards.to_global(local), {"delta": self.dropped.delta})
+
+    @torch.no_grad()
+    def restore(self, delta: Tensor, dropped: EntryTable) -> None:
+        """Restore saved deltas, of the mask's and of dropped entries; the shards hold pretrained values."""
+        self.delta.copy_(delta)
+        nothing = torch.zeros(0, dtype=torch.int64)
+        index = {name: dropped.index.get(name, nothing) for name in self.shards}
+        local = {name: i.to(self.device) for name, i in self.rank_shards.to_local(index).items()}
+        key = self.rank_shards.keys(local, self.device)
+        delta = dropped.columns["delta"].to(self.device)
+        self.dropped = Entries(key, self._read(local), delta)
+        self._write(local, (self.dropped.base.float() + delta).to(self.base.dtype))
+        self.write_through()
+
+    @torch.no_grad()
+    def write_through(self) -> None:
+        """shard[index] = (base + delta).to(base dtype), in place and local."""
+        self._write(self.index, (self.base.float() + self.delta).to(self.base.dtype))

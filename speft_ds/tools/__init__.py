@@ -1,0 +1,1 @@
+"""Commands beside training: `speft doctor`, `speft quickstart`."""

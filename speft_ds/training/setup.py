@@ -1,0 +1,350 @@
+"""What a job works with: its rows, the sharded base on its engine, and the mask that is chosen for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from speft_ds.comm import collectives
+from speft_ds.comm.collectives import log_rank0
+from speft_ds.config.data_config import DataConfig
+from speft_ds.config.deepspeed_config import load_ds_config
+from speft_ds.config.model_config import HEAD
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.dataset import Row, TokenizedDataset
+from speft_ds.data.dataset_cache import DatasetSpec, prepare
+from speft_ds.data.sampler import Sampler, hash_seed
+from speft_ds.data.tokenize import load_tokenizer
+from speft_ds.errors import UserError
+from speft_ds.model.fingerprint import fingerprint
+from speft_ds.model.linear import adapt, weight_grad_hooks
+from speft_ds.model.load_model import fill_head, load_base
+from speft_ds.model.loss import NextToken, RowClass
+from speft_ds.model.targets import find_targets, target_shapes, tied_targets
+from speft_ds.selection.calibration import CalibrationSet, Scorer
+from speft_ds.selection.salience import score
+from speft_ds.selection.topk import num_trainable, select
+from speft_ds.sparse.mask import Mask
+from speft_ds.training.metrics import Timings
+from speft_ds.zero.engine import SparseEngine, build_engine
+
+
+@dataclass(frozen=True)
+class CalibrationRows:
+    """The rows that scores are computed from.
+
+    Attributes:
+        order: in which epochs of them are drawn.
+        sha256: of the rows.
+    """
+
+    rows: Sequence[Row]
+    order: Sampler
+    sha256: str
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The tokenizer and the tokenised rows of a recipe, the same on every rank.
+
+    Attributes:
+        pad_id: a token id to pad with.
+        classes: names of a classifier's classes; None where they are not known, or nothing is classified.
+        training: the training rows; None: not read.
+        calibration: None where no metric of the recipe needs data.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    pad_id: int
+    classes: list[str] | None
+    training: TokenizedDataset | None = None
+    calibration: CalibrationRows | None = None
+
+
+@dataclass(frozen=True)
+class TrainContext:
+    """A recipe's model, sharded by ZeRO-3 and frozen, on its engine; nothing trains yet.
+
+    Attributes:
+        targets: weight name -> linear whose weight may be trained; `shapes`: weight name -> (out, in).
+        heads: weight name -> linear that is trained in full: a classifier's head.
+        num_trainable: entries that are asked for, over all ranks; what a selection comes to may differ by
+            the rounding of tiles and row quotas.
+        fingerprint: of the weights as they are loaded.
+        fingerprint_bfloat16: of the weights rounded to bfloat16: one for all dtypes that a checkpoint may be
+            loaded in.
+        objective: (module, batch, temperature) -> summed loss, and the number of correct classes or None.
+    """
+
+    recipe: Recipe
+    data: RunData
+    engine: SparseEngine
+    targets: dict[str, nn.Linear]
+    heads: dict[str, nn.Linear]
+    shapes: dict[str, tuple[int, int]]
+    num_trainable: int
+    fingerprint: str
+    fingerprint_bfloat16: str
+    objective: NextToken | RowClass
+
+    @property
+    def trained(self) -> dict[str, nn.Linear]:
+        return self.targets | self.heads
+
+    def loss(self, module: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
+        """Summed loss of a batch; `module` is the engine or its module."""
+        return self.objective(module, batch, temperature)[0]
+
+
+def classifies(recipe: Recipe) -> bool:
+    return recipe.model.task == "sequence_classification"
+
+
+def choose_pad_id(tokenizer: PreTrainedTokenizerBase, classifies: bool) -> int:
+    """A token id to pad with, which every model has an embedding for.
+
+    Padding is never looked at (right padding, causal attention, labels by position), so any will do; but
+    a classifier looks for the last token that is no padding, and has to find the row's EOS. It keeps the
+    tokenizer's own padding where that is possible: users of the adapter will pad with it.
+    """
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if classifies and pad is not None and pad != eos and pad < tokenizer.vocab_size:
+        return pad
+    return int(classifies and eos == 0)
+
+
+def load_data(recipe: Recipe, needs_training: bool = False, needs_calibration: bool = False) -> RunData:
+    """The tokenizer and rows of a recipe.
+
+    Args:
+        needs_training: read the training rows.
+        needs_calibration: read the calibration rows, where the recipe's metric needs data.
+    Raises:
+        UserError: see `dataset_cache.prepare`; nodes do not have the same rows; or there are fewer rows than
+            `mask.calibration_samples`.
+    """
+    tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
+    section, mask = recipe.data, recipe.mask
+    needs_calibration = needs_calibration and mask.needs_calibration
+    needs_classes = classifies(recipe) and section.labels is None and bool(section.sources)
+    if needs_calibration and (mask.calibration_path is None or needs_classes):
+        needs_training = True
+    training = read_rows(recipe, section, tokenizer) if needs_training else None
+    classes = training.facts["classes"] if training is not None else section.labels
+    pad_id = choose_pad_id(tokenizer, classifies(recipe))
+    data = RunData(tokenizer, pad_id, classes, training)
+    if not needs_calibration:
+        return data
+    return RunData(tokenizer, pad_id, classes, training, _calibration_rows(recipe, data))
+
+
+def _calibration_rows(recipe: Recipe, data: RunData) -> CalibrationRows:
+    mask, weights, dataset = recipe.mask, recipe.data.weights, data.training
+    if mask.calibration_path is not None:
+        weights, dataset = None, read_file(recipe, data, mask.calibration_path, "mask.calibration_path")
+    seed = recipe.seed if mask.calibration_seed is None else mask.calibration_seed
+    order = Sampler(dataset.row_sizes, weights, seed, "calibration")
+    if mask.calibration_samples > len(order):
+        raise UserError(
+            f"{mask.calibration_samples} calibration samples are asked for, "
+            f"{mask.calibration_path or 'an epoch'} has {len(order)} rows",
+            where="mask.calibration_samples",
+            fix=f"mask.calibration_samples={len(order)}",
+        )
+    return CalibrationRows(dataset.rows(), order, dataset.facts["sha256"])
+
+
+def read_file(recipe: Recipe, data: RunData, path: str, key: str) -> TokenizedDataset:
+    """All rows of a file in the format of the training rows, whatever is chosen of those.
+
+    Args:
+        data: whose classes count: a file without one of them must not number the others anew.
+        key: of the recipe, that names the file.
+    """
+    section = recipe.data.of_file(path, data.classes)
+    return read_rows(recipe, section, data.tokenizer, lambda number: recipe.where(key))
+
+
+def read_rows(
+    recipe: Recipe,
+    section: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    where: Callable[[int], str] | None = None,
+) -> TokenizedDataset:
+    """The tokenised rows of a data section, the same on every rank; made once per node.
+
+    Args:
+        where: number of a source -> where it is named; None: in the data section.
+    """
+    where = where or recipe.where_rows
+    request = DatasetSpec(section, recipe.model.name_or_path, classifies(recipe), recipe.seed, where)
+    if section.select == "ifd":
+        log_rank0("note: scoring rows takes long on a CPU; `speft data RECIPE` does it ahead of a run")
+    made: list[TokenizedDataset] = []
+    collectives.local_rank0_first(lambda: made.append(prepare(request, lambda: tokenizer, log_rank0)))
+    corpus = made[0] if made else prepare(request, lambda: tokenizer, log_rank0)
+    if not collectives.same_on_all_ranks(corpus.facts["sha256"]):
+        fix = "have one copy of the data and of the tokenizer for all nodes, or the same everywhere"
+        raise UserError("the ranks' nodes have different rows", where(0), fix)
+    return corpus
+
+
+def load_context(
+    recipe: Recipe, data: RunData, loaded: Mask | None = None, trains: bool = True
+) -> TrainContext:
+    """Load the weights, sharded, and build the engine.
+
+    Args:
+        loaded: the mask to train, which says what the targets are; None to choose by the recipe.
+        trains: False for a job that takes no steps: the recipe's batch does not matter then.
+    Raises:
+        UserError: the model cannot be loaded, or does not fit the recipe.
+    """
+    train, ds_config = recipe.train, load_ds_config(recipe, collectives.world_size(), trains)
+    model, heads = _load_model(recipe, data, ds_config)
+    targets = find_masked(model, loaded, recipe) if loaded else _find_targets(model, recipe)
+    refuse_tied(model, targets)
+    _note_dropout(model)
+    if train.activation_checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": train.activation_checkpointing == "reentrant"})
+    shapes = target_shapes(targets)
+    own = fingerprint(model)
+    rounded = own if recipe.model.dtype == "bfloat16" else fingerprint(model, torch.bfloat16)
+    engine = build_engine(model, ds_config, targets | heads, recipe.walks_all_layers)
+    for linear in (targets | heads).values():
+        adapt(linear, recomputes_input=train.activation_checkpointing == "none")
+    return TrainContext(
+        recipe=recipe,
+        data=data,
+        engine=engine,
+        targets=targets,
+        heads=heads,
+        shapes=shapes,
+        num_trainable=loaded.num_trainable if loaded else num_trainable(recipe.mask, shapes),
+        fingerprint=own,
+        fingerprint_bfloat16=rounded,
+        objective=RowClass() if classifies(recipe) else NextToken(model, recipe.data.packing),
+    )
+
+
+def _load_model(recipe: Recipe, data: RunData, ds_config: dict) -> tuple[nn.Module, dict[str, nn.Linear]]:
+    """The model, and weight name -> a classifier's head, filled."""
+    name, dtype = recipe.model.name_or_path, recipe.model.dtype
+    if not classifies(recipe):
+        return load_base(name, dtype, ds_config), {}
+    if data.classes is None:
+        fix = "data.labels=[...], the names of the classes"
+        raise UserError("without rows nobody knows the classes", "data.labels", fix)
+    model = load_base(name, dtype, ds_config, len(data.classes))
+    config = model.config.get_text_config()
+    config.pad_token_id = data.pad_id  # what the model takes for padding when it looks for a row's end
+    std = getattr(config, "initializer_range", None) or getattr(config, "init_std", 0.02)
+    fill_head(model.score, std, hash_seed(recipe.seed, "head"))
+    return model, {HEAD: model.score}
+
+
+def _find_targets(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
+    return find_targets(model, recipe.mask.targets, recipe.mask.layers)
+
+
+def find_masked(model: nn.Module, loaded: Mask, recipe: Recipe) -> dict[str, nn.Linear]:
+    """The linears that a loaded mask is of. Raises UserError where the model lacks one."""
+    linears = find_targets(model, ["*"])
+    targets = {name: linears[name] for name in loaded.shape if name in linears}
+    shapes = target_shapes(targets)
+    if odd := [name for name in loaded.shape if shapes.get(name) != loaded.shape[name]]:
+        raise UserError(
+            f"the mask is for another model: {odd[0]} is not a linear weight of "
+            f"{recipe.model.name_or_path}, or has another shape",
+            where=f"mask.load: {recipe.mask.load}",
+            fix="train the model that the mask was scored on, or score this one: speft score",
+        )
+    return targets
+
+
+def refuse_tied(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
+    """Raise UserError where a target shares its weight with another module."""
+    if tied := tied_targets(model, targets):
+        what = f"{', '.join(tied)} shares its weight with another module (tied embeddings)"
+        raise UserError(what, "mask.targets", "target layers of the decoder only")
+
+
+def _note_dropout(model: nn.Module) -> None:
+    values = model.config.to_dict().items()
+    if dropout := {name: value for name, value in values if "drop" in name and value}:
+        log_rank0(f"note: the model trains with dropout {dropout}: other world sizes draw other masks")
+
+
+def base_facts(context: TrainContext) -> dict:
+    """Which base this is, for files made from it: masks and adapters."""
+    recipe, data = context.recipe, context.data
+    classifier = {"classes": data.classes, "pad_token_id": data.pad_id, "row_ends_with_eos": True}
+    return {
+        **(classifier if classifies(recipe) else {}),
+        "task": recipe.model.task,
+        "base": recipe.model.name_or_path,
+        "dtype": recipe.model.dtype,
+        "fingerprint": context.fingerprint,
+        "fingerprint_bfloat16": context.fingerprint_bfloat16,
+    }
+
+
+def scored_model_facts(context: TrainContext, adapter: str | None = None) -> dict[str, str | None]:
+    """What answers depend on, whatever the model is called: weights, tokenizer, configuration.
+
+    Args:
+        adapter: hash of the adapter whose weights these are; None: the untouched base.
+    """
+    model, tokenizer = context.engine.module, context.data.tokenizer
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "dtype")}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    written = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    flags = [getattr(tokenizer, f"add_{which}_token", None) for which in ("bos", "eos")]
+    parts = [config, model.generation_config.to_dict(), tokenizer.special_tokens_map, flags]
+    text = json.dumps([*parts, tokenizer.chat_template, written], sort_keys=True, default=str)
+    return {
+        "fingerprint": context.fingerprint,
+        "dtype": context.recipe.model.dtype,
+        "settings": hashlib.sha256(text.encode()).hexdigest(),
+        "adapter": adapter,
+    }
+
+
+def make_scorer(context: TrainContext, number: int = 0) -> Scorer:
+    """What the (re)selection of this number, from 0, scores with: fresh rows and seed each time."""
+    mask, rows = context.recipe.mask, context.data.calibration
+    calibration = None
+    if rows is not None:
+        ids = rows.order.epoch(number)[: mask.calibration_samples]
+        chosen = [rows.rows[row] for row in ids]
+        calibration = CalibrationSet(chosen, mask.calibration_batch, context.data.pad_id, number == 0)
+    seed = hash_seed(context.recipe.seed, "salience", number) if number else context.recipe.seed
+    return Scorer(context.engine, context.targets, mask, seed, calibration, context.loss)
+
+
+def choose_mask(context: TrainContext, timings: Timings, number: int = 0) -> Mask:
+    """Score the targeted weights as they are now, and select.
+
+    Args:
+        number: of the selection in this run, from 0.
+    """
+    mask, module = context.recipe.mask, context.engine.module
+    # Without dropout, unless checkpointing (which transformers does in training mode only) is asked for.
+    was_training = module.training
+    module.train(context.recipe.train.activation_checkpointing != "none")
+    try:
+        # A head learns nothing from what only scores.
+        no_hooks = weight_grad_hooks(context.heads, dict.fromkeys(context.heads))
+        with timings.stage("salience"), no_hooks:
+            scores = score(make_scorer(context, number))
+    finally:
+        module.train(was_training)
+    with timings.stage("selection"):
+        granularity = (mask.granularity, mask.block_size)
+        return select(scores, context.shapes, context.num_trainable, mask.budget, *granularity)

@@ -1,0 +1,249 @@
+"""The DeepSpeed seam: all that touches DeepSpeed's less public names.
+
+With no trainable parameter, a ZeRO-3 engine builds `DeepSpeedZeRoOffload`, which gathers and releases
+weights but trains nothing. `SparseEngine` puts a `SparseZeroOptimizer` around it, so that the standard
+calls `engine(...)`, `engine.backward(loss)`, `engine.step()` train the sparse state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor, nn
+
+from speft_ds.comm import collectives
+from speft_ds.zero.gather_counter import GatherCounter
+from speft_ds.zero.shards import global_norm, repartition, shard_of
+
+
+class TrainableState(Protocol):
+    """The values that are trained, flat, of this rank: see `sparse.state.SparseState`."""
+
+    delta: nn.Parameter  # [num_local] fp32
+    shards: dict[str, Tensor]  # weight -> its shard, which `write_through` writes to
+    slices: dict[str, slice]  # weight -> where its entries lie in `delta`
+
+    def write_through(self) -> None:
+        """Write the deltas into the shards."""
+
+
+class TrainableGradient(Protocol):
+    """The gradient of `delta`: see `sparse.gradient.SparseGradient`."""
+
+    def finish(self) -> None:
+        """Called after every micro-batch's backward: reduce what was not reduced during it."""
+
+    def pop(self) -> Tensor:
+        """The [num_local] fp32 sum over ranks and micro-batches; starts anew."""
+
+
+class DeltaOptimizer(Protocol):
+    """An optimizer whose one parameter is `delta`: see `sparse.optim.flat.FlatOptimizer`."""
+
+    param_groups: list[dict]
+
+    def step(self, active: Tensor | None = None) -> None:
+        """One step of all entries, or of those where [num_local] bool `active` is True."""
+
+
+@dataclass
+class Trainable:
+    """What an engine trains.
+
+    Attributes:
+        clip: (gradient [num_local], its global norm, slices) clips in place.
+        on_gradient: sees the summed gradient [num_local] of this rank's entries before each step, and says
+            which of them step ([num_local] bool; None: all).
+    """
+
+    state: TrainableState
+    gradient: TrainableGradient
+    optimizer: DeltaOptimizer
+    lr_scheduler: object
+    clip: Callable[[Tensor, float, dict[str, slice]], None]
+    on_gradient: Callable[[Tensor], Tensor | None] = lambda gradient: None
+
+
+class SparseZeroOptimizer(ZeROOptimizer):
+    """Stands where ZeRO-3's optimizer stands; everything it does not know goes to the wrapped offload.
+
+    Before `attach` it can only run forwards (evaluation) and plain backwards (calibration).
+    """
+
+    custom_loss_scaler = False
+    torch_autocast_gradscaler = None
+    dynamic_loss_scale = False
+    loss_scaler = None
+
+    def __init__(self, offload):
+        super().__init__()
+        self.offload = offload
+        self.trained: Trainable | None = None
+        self.weights: list[nn.Parameter] = []
+        self.overflow = False  # whether the last step was skipped, which DeepSpeed looks for
+        self.skip_step = False  # whether to skip the next one
+        self.is_unpartitioned = False  # whether no weight is ever gathered or released
+        self._global_grad_norm = 0.0
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["offload"], name)
+
+    @property
+    def param_groups(self) -> list:
+        return self.trained.optimizer.param_groups if self.trained else []
+
+    def attach(self, trained: Trainable, weights: list[nn.Parameter]) -> None:
+        """Train this from here on; `weights` are those whose shards it writes to."""
+        self.trained, self.weights = trained, weights
+
+    def keep_unpartitioned(self) -> None:
+        """Keep the weights of a single rank, which are complete, and take ZeRO-3's hooks off all modules.
+
+        The weights are views of the shards, in which they are trained. A hook on the model makes views again
+        of those that were released since its last forward.
+        """
+        self.is_unpartitioned = True
+        self.offload._remove_module_hooks()
+
+        def before_forward(module: nn.Module, inputs) -> None:
+            released = [p for p in module.parameters() if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+            if released:
+                released[0].all_gather_coalesced(released).wait()
+
+        self.offload.module.register_forward_pre_hook(before_forward, prepend=True)
+        for module in self.offload.module.modules():
+            module.register_forward_pre_hook(alias_inputs)
+
+    def backward_epilogue(self, **kwargs) -> None:
+        if self.is_unpartitioned:
+            return
+        # A backward ends at the lowest layer that is trained, and the hooks of what takes no gradient never
+        # fire. What was gathered for them, or is on its way, would otherwise stay.
+        self.offload.release_backward_leftovers()
+        self.offload.get_param_coordinator()._clean_inflight_param_registry()
+        repartition([p for p in self.offload.module.parameters() if not p.ds_persist])
+
+    def overlapping_partition_gradients_reduce_epilogue(self) -> None:
+        """Called by the engine after every micro-batch's backward: what was not reduced during it, is now."""
+        if self.trained is None:
+            return
+        self.trained.gradient.finish()
+        if self.is_gradient_accumulation_boundary():
+            self.trained.state.delta.grad = self.trained.gradient.pop()
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Clip what steps by its norms over all ranks, step the optimizer, write the deltas into the shards.
+
+        A gradient that is not finite, or one whose loss was not (`skip_step`), changes nothing: `overflow` is
+        set then, by which the engine counts the step as skipped and leaves the learning rate where it is.
+        """
+        trained, state = self.trained, self.trained.state
+        gradient = state.delta.grad
+        self._global_grad_norm = global_norm(gradient)
+        self.overflow = self.skip_step or not math.isfinite(self._global_grad_norm)
+        if self.overflow:
+            return
+        active = trained.on_gradient(gradient)
+        if active is not None:
+            gradient.masked_fill_(~active, 0.0)
+            self._global_grad_norm = global_norm(gradient)
+        trained.clip(gradient, self._global_grad_norm, state.slices)
+        trained.optimizer.step(active=active)
+        if not self.is_unpartitioned:
+            repartition(self.weights)
+        state.write_through()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.trained is not None:
+            self.trained.state.delta.grad = None
+
+
+class SparseEngine(DeepSpeedEngine):
+    """A `DeepSpeedEngine` over a frozen ZeRO-3 model that trains what is attached to it.
+
+    Attributes:
+        gathers: what ZeRO-3 gathers.
+    """
+
+    gathers: GatherCounter
+
+    def _configure_zero_optimizer(self, optimizer):
+        return SparseZeroOptimizer(super()._configure_zero_optimizer(None))
+
+    def attach(self, trained: Trainable) -> None:
+        """Train this from here on: at the start, and after every change of the mask."""
+        parameters = dict(self.module.named_parameters())
+        self.optimizer.attach(trained, [parameters[name] for name in trained.state.shards])
+        self.lr_scheduler = trained.lr_scheduler
+        # Backwards may end elsewhere from here on: ZeRO-3 must not prefetch for the layers below.
+        coordinator = self.optimizer.offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+
+    def after_plain_backward(self) -> None:
+        """What the engine does after its own backward, for a `loss.backward()` that it did not run."""
+        self.optimizer.backward_epilogue()
+
+
+def build_engine(
+    model: nn.Module, ds_config: dict, targets: dict[str, nn.Linear], walks_all_layers: bool = False
+) -> SparseEngine:
+    """A `SparseEngine` over a frozen model; trained weights are never persistent.
+
+    Args:
+        model: frozen, loaded under `zero.Init`.
+        ds_config: as `ds_config.load_ds_config` returns it.
+        targets: weight name -> linear, of all that is trained.
+        walks_all_layers: have a backward go down to the embedding, not just to the lowest layer that is
+            trained: where that is another one every step, or inputs must need a gradient (re-entrant
+            activation checkpointing).
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the base must be frozen: call requires_grad_(False) on the model")
+    config = DeepSpeedConfig(ds_config)
+    engine = SparseEngine(args=None, model=model, config=ds_config, config_class=config)
+    itemsize = next(model.parameters()).element_size()
+    engine.gathers = GatherCounter(engine.optimizer.offload.get_param_coordinator(), itemsize)
+    # Small weights stay gathered ("persistent") and would go stale when their shard changes.
+    for linear in targets.values():
+        linear.weight.ds_persist = False
+    offload = engine.optimizer.offload
+    offload.persistent_parameters = [p for p in offload.persistent_parameters if p.ds_persist]
+    on_device = all(shard_of(p).device.type == engine.device.type for p in model.parameters())
+    if collectives.world_size() == 1 and on_device:
+        engine.optimizer.keep_unpartitioned()
+    if walks_all_layers:
+        # After DeepSpeed's hooks, so that they see an output without gradient and do not gather the
+        # embedding again in the backward.
+        model.get_input_embeddings().register_forward_hook(require_grad)
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(_contiguous)
+    return engine
+
+
+def require_grad(module: nn.Module, inputs, output: Tensor) -> Tensor:
+    """Forward hook of the embedding: its output needs a gradient, so that autograd walks the layers."""
+    return output.requires_grad_(True) if torch.is_grad_enabled() else output
+
+
+def alias_inputs(module: nn.Module, inputs: tuple) -> tuple:
+    """Forward pre-hook: each module gets an alias of its inputs, as ZeRO-3's hooks give it on several ranks.
+
+    The gradients of a module's own uses of an input are then summed before those of other modules are added:
+    scores have the same bits on one rank as on several.
+    """
+    return tuple(torch.ops.aten.alias(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs)
+
+
+def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # Of a slice of the positions, torch multiplies a copy of the vocabulary's weight for every row.
+    return tuple(x.contiguous() for x in inputs)

@@ -1,0 +1,77 @@
+"""The shards of a weight under ZeRO-3: who owns which element, and this rank's own.
+
+ZeRO-3 cuts a weight of `numel` elements into `world_size` flat shards of equal length (the last ones
+padded). An entry belongs to the rank whose shard holds it:
+
+    owner = global_index // shard_numel        local_index = global_index - owner * shard_numel
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from speft_ds.comm import collectives
+
+# The autograd nodes of the hooks that ZeRO-3 puts around every module, and of those that stand in for them on
+# a single rank (`engine.alias_inputs`): they return their tensor unchanged.
+HOOK_GRAD_FNS = set(
+    {"PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBackward", "AliasBackward0"}
+)
+
+
+def shard_numel(numel: int, world_size: int) -> int:
+    """Elements in one rank's shard of a weight, padding included (DeepSpeed's rule: rounded up)."""
+    return -(-numel // world_size)
+
+
+def shard_range(numel: int, rank: int, world_size: int) -> tuple[int, int]:
+    """[start, stop) of the global flat indices that `rank` owns; empty where the shard is all padding."""
+    size = shard_numel(numel, world_size)
+    return min(rank * size, numel), min((rank + 1) * size, numel)
+
+
+def shard_of(parameter: nn.Parameter) -> Tensor:
+    """This rank's flat shard of a ZeRO-3 parameter, padding included: a live view, written in place."""
+    return parameter.ds_tensor
+
+
+def own_elements(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """This rank's shard without padding, and the global flat index at which it starts."""
+    start, stop = own_range(parameter)
+    return shard_of(parameter)[: stop - start], start
+
+
+def own_range(parameter: nn.Parameter) -> tuple[int, int]:
+    """[start, stop) of the global flat indices in this rank's shard, padding left out."""
+    rank, world_size = parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size
+    return shard_range(parameter.ds_numel, rank, world_size)
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_tensor")
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of the unpartitioned weight, whether or not it is gathered right now."""
+    return parameter.ds_shape if is_sharded(parameter) else parameter.shape
+
+
+def repartition(parameters: list[nn.Parameter]) -> None:
+    """Free gathered copies of these weights: their shards are about to change, a copy would be stale."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # late: not all readers train
+
+    for parameter in parameters:
+        if parameter.ds_status == ZeroParamStatus.INFLIGHT:
+            raise RuntimeError(f"{parameter.ds_summary()} is being gathered while its shard changes")
+        if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+            parameter.ds_active_sub_modules.clear()
+            parameter.partition()
+
+
+def global_norm(local: Tensor) -> float:
+    """L2 norm of a vector that is split over the ranks; each rank passes its own part."""
+    squared = torch.linalg.vector_norm(local, dtype=torch.float64).square().reshape(1)
+    return math.sqrt(collectives.all_reduce(squared).item())

@@ -1,0 +1,184 @@
+"""`speft submit`: the script that it writes, what it refuses before the queue, and what it says."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from speft_ds.cli.commands import submit as module
+from speft_ds.cli.commands.submit import Resources, Run, submit
+from speft_ds.config.load_recipe import ROOT, load_recipe, resolved_yaml
+from speft_ds.errors import RecipeError, UserError
+from unit.commands import run, speft
+from unit.written import write_inputs
+
+TWO_NODES = Resources(nodes=2, ranks_per_node=1)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(own_folder, tmp_path, monkeypatch):
+    """A folder with a recipe `mine`, all that it names, and no Slurm."""
+    write_inputs(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture
+def sbatch(tmp_path):
+    """A stand-in for sbatch, which counts from 7; returns how it was called so far."""
+    (tmp_path / "bin").mkdir()
+    log, tool = tmp_path / "calls.jsonl", tmp_path / "bin" / "sbatch"
+    tool.write_text(
+        f"#!{sys.executable}\nimport json, pathlib, sys\nlog = pathlib.Path({str(log)!r})\n"
+        "calls = log.read_text().splitlines() if log.exists() else []\n"
+        "log.write_text('\\n'.join([*calls, json.dumps(sys.argv[1:])]))\nprint(f'{7 + len(calls)};cluster')\n"
+    )
+    tool.chmod(0o755)
+    return lambda: [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def test_the_script_word_by_word(tmp_path, capsys):
+    options = ("--time=1:00:00", "--constraint=a100")
+    resources = Resources(nodes=2, ranks_per_node=8, gpus_per_node=8, options=options)
+    run = Run("mine.yaml", ("mask.layers=[0, 9]",), ("eval.limit=3",))
+    submit(run, resources, evaluate=False, dry_run=True)
+    assert capsys.readouterr().out == (
+        "#!/usr/bin/env bash\n"
+        "# Written by `speft submit`; sbatch takes it again.\n"
+        "#SBATCH --job-name=mine\n"
+        f"#SBATCH --output={tmp_path}/runs/mine/slurm-%j.out\n"
+        f"#SBATCH --chdir={tmp_path}\n"
+        "#SBATCH --requeue\n"
+        "#SBATCH --open-mode=append\n"
+        "#SBATCH --signal=USR1@120\n"
+        "#SBATCH --nodes=2\n"
+        "#SBATCH --ntasks-per-node=8\n"
+        "#SBATCH --gpus-per-node=8\n"
+        "#SBATCH --time=1:00:00\n"
+        "#SBATCH --constraint=a100\n"
+        f"export SPEFT_ROOT={ROOT}\n"
+        f"export SPEFT_PYTHON={sys.executable}\n"
+        "export DS_ACCELERATOR=cpu\n"
+        f"exec bash {ROOT}/launch/slurm/train.sbatch "
+        "mine.yaml 'mask.layers=[0, 9]' --resume-with eval.limit=3\n"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_with_odd_characters(tmp_path, capsys):
+    submit(Run("mine.yaml", ("output_dir=50% of it",)), TWO_NODES, evaluate=False, dry_run=True)
+    script = capsys.readouterr().out
+    assert f"#SBATCH '--output={tmp_path}/50%% of it/slurm-%j.out'\n" in script
+    assert script.endswith("mine.yaml 'output_dir=50% of it'\n")
+
+
+def test_a_dry_run_prints_the_script_alone(capsys):
+    """What it has to say goes elsewhere: the script may go into a pipe."""
+    submit(Run("mine.yaml", ("train.micro_batch=4",)), Resources(2, 4), evaluate=False, dry_run=True)
+    said = capsys.readouterr()
+    assert said.out.startswith("#!") and "train.micro_batch" in said.err
+
+
+def test_a_job_is_submitted_and_its_evaluation_behind_it(tmp_path, sbatch, capsys):
+    submit(Run("mine.yaml", ("eval.tasks=[arc_easy]",)), TWO_NODES, evaluate=True, dry_run=False)
+    folder = tmp_path / "runs" / "mine"
+    assert sbatch() == [
+        ["--parsable", str(folder / "submit.sbatch")],
+        ["--parsable", "--dependency=afterok:7", str(folder / "slurm-evaluate.sbatch")],
+    ]
+    assert (folder / "slurm-evaluate.sbatch").read_text().endswith(f"/launch/slurm/eval.sbatch {folder}\n")
+    said = capsys.readouterr().out
+    assert "job 7: mine on 2 x 1 ranks\n" in said and "scancel 7" in said and "job 8, behind it" in said
+    assert f"tail -F {folder}/slurm-7.out\n" in said
+
+
+REFUSED = {
+    "a typo": (["mine.yaml", "mask.desnity=1"], "did you mean mask.density?"),
+    "no model": (["mine.yaml", "model.name_or_path=./nowhere"], "no model folder ./nowhere"),
+    "a batch that ranks cannot share": (["mine.yaml", "--nodes=3"], "train.global_batch="),
+    "no option": (["mine.yaml", "--sbatch", "constraint=a100"], "is not an option of sbatch"),
+    "nothing to evaluate": (["mine.yaml", "--evaluate"], "eval.tasks=[arc_easy]"),
+    "no nodes": (["mine.yaml", "--nodes=0"], "'--nodes'"),
+    "a folder of something else": (["mine.yaml", "output_dir=model"], "model is not a run folder"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_mistakes_cost_no_time_in_the_queue(name, sbatch, tmp_path, monkeypatch, capsys):
+    arguments, said = REFUSED[name]
+    assert run(monkeypatch, "submit", *arguments) == 2
+    assert said in capsys.readouterr().err
+    assert sbatch() == [] and not (tmp_path / "runs").exists()
+
+
+def test_without_slurm_it_points_to_the_dry_run(tmp_path):
+    with pytest.raises(UserError, match="no sbatch") as caught:
+        submit(Run("mine.yaml"), TWO_NODES, evaluate=False, dry_run=False)
+    assert "--dry-run" in caught.value.fix and not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_needs_no_files_of_the_recipe(capsys):
+    submit(Run("llama2_13b_alpaca"), Resources(2, 4, 4), evaluate=False, dry_run=True)
+    assert "train.sbatch llama2_13b_alpaca\n" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="not divisible"):
+        submit(Run("llama2_13b_alpaca"), Resources(3, 7), evaluate=False, dry_run=True)
+
+
+def test_what_sbatch_says_is_passed_on(sbatch, tmp_path):
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: no such queue' >&2\nexit 1\n")
+    with pytest.raises(UserError, match="refused the job: no such queue"):
+        submit(Run("mine.yaml"), TWO_NODES, evaluate=False, dry_run=False)
+
+
+def test_a_refused_evaluation_does_not_hide_the_run_that_is_submitted(sbatch, tmp_path):
+    tool = tmp_path / "bin" / "sbatch"
+    refuse = 'case "$*" in *afterok*) echo no >&2; exit 1;; esac; echo 7\n'
+    tool.write_text(f"#!/bin/sh\n{refuse}")
+    with pytest.raises(UserError, match="refused the job: no; job 7, which trains, is submitted"):
+        submit(Run("mine.yaml", ("eval.tasks=[arc_easy]",)), TWO_NODES, evaluate=True, dry_run=False)
+
+
+def test_a_finished_run_is_not_submitted_again(sbatch, tmp_path):
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text('{"finished": true}')
+    (folder / "recipe.yaml").write_text(resolved_yaml(load_recipe("mine.yaml")))
+    with pytest.raises(UserError, match="is finished"):
+        submit(Run("mine.yaml"), TWO_NODES, evaluate=False, dry_run=False)
+    assert sbatch() == []
+
+
+def test_options_of_the_command_line(monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "submit", lambda *arguments: calls.append(arguments))
+    words = "quickstart seed=1 --nodes 2 --gpus-per-node 4 --time 2:00 --partition p --account a --qos q"
+    words += " --sbatch --constraint=a100 --sbatch --mem=9G --resume-with eval.limit=3 --evaluate"
+    assert run(monkeypatch, "submit", *words.split()) == 0
+    options = ("--time=2:00", "--partition=p", "--account=a", "--qos=q", "--constraint=a100", "--mem=9G")
+    assert calls[0] == (
+        Run("quickstart", ("seed=1",), ("eval.limit=3",)),
+        Resources(2, 4, 4, options),
+        True,
+        False,
+    )
+    run(monkeypatch, "submit", "quickstart", "--ranks-per-node", "3", "--dry-run")
+    assert calls[1] == (Run("quickstart"), Resources(1, 3), False, True)
+
+
+def test_it_imports_no_torch():
+    code = "import sys, speft_ds.cli.commands.submit; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def readme_lines():
+    text = (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ")
+    return [line.partition("  #")[0] for line in blocks.splitlines() if line.startswith("speft submit")]
+
+
+@pytest.mark.parametrize("line", readme_lines())
+def test_commands_of_the_readme(line):
+    done = speft(*line.split()[1:], "--dry-run")
+    assert done.returncode == 0 and done.stdout.startswith("#!"), done.stderr

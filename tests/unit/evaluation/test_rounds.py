@@ -1,0 +1,38 @@
+"""What a recipe has scored, and when."""
+
+import pydantic
+import pytest
+
+from speft_ds.config.eval_config import EvalConfig
+from speft_ds.evaluation.eval_jobs import EvalJob, jobs_of
+
+ALL = EvalConfig(
+    tasks=["a", "b"],
+    num_fewshot=2,
+    limit=9,
+    manual_fewshot=[0, 4],
+    format_spread=3,
+    forgetting_tasks=["b", "c"],
+    forgetting_text="text.txt",
+)
+
+
+def test_every_baseline_before_and_what_can_change_after():
+    main = EvalJob("before", "main", ("a", "b", "c"), 2, 9, has_text=True)
+    shots = [EvalJob(f"before-{k}shot", "fewshot", ("a", "b"), k, 9) for k in (0, 4)]
+    formats = [EvalJob(f"before-format-{i}", "format", ("a", "b"), 2, 9, i) for i in (1, 2)]
+    assert jobs_of(ALL, "before") == [main, *shots, *formats]
+    labels = [round.label for round in jobs_of(ALL, "after")]
+    assert labels == ["after", "after-format-1", "after-format-2"]
+
+
+def test_nothing_that_was_not_asked_for():
+    assert jobs_of(EvalConfig(), "before") == jobs_of(EvalConfig(tasks=["a"], after=False), "after") == []
+    (text,) = jobs_of(EvalConfig(forgetting_text="text.txt"), "after")
+    assert text.has_text and text.tasks == ()
+
+
+@pytest.mark.parametrize("idle", [{"manual_fewshot": [1]}, {"format_spread": 2}, {"slice": 5}])
+def test_baselines_of_no_tasks_are_refused(idle):
+    with pytest.raises(pydantic.ValidationError, match=f"eval.{next(iter(idle))} has no effect without"):
+        EvalConfig(**idle)

@@ -1,0 +1,94 @@
+"""Scores as functions of one tensor, and the registry of metrics."""
+
+from types import SimpleNamespace
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speft_ds.config.mask_config import NEEDS_DATA, MaskConfig
+from speft_ds.errors import UserError
+from speft_ds.selection.salience import SALIENCE, low_rank, low_rank_shards, uniform
+
+CPU = torch.device("cpu")
+
+
+def test_every_metric_of_the_schema_is_there():
+    assert set(SALIENCE) == set(get_args(MaskConfig.model_fields["salience"].annotation))
+    assert set(SALIENCE) > NEEDS_DATA
+
+
+@given(st.integers(0, 2**40), st.integers(0, 50), st.integers(0, 50), st.integers(0, 2**63 - 1))
+def test_a_random_score_depends_on_its_place_alone(start, before, length, seed):
+    whole = uniform(seed, "w", start, start + before + length, CPU)
+    assert torch.equal(whole[before:], uniform(seed, "w", start + before, start + before + length, CPU))
+    assert whole.dtype == torch.float32 and bool(((whole >= 0) & (whole < 1)).all())
+
+
+@pytest.mark.parametrize("start", [0, 2**31 - 2**16, 2**40])
+def test_random_scores_are_uniform_and_independent(start):
+    n = 2**17
+    scores = uniform(0, "w", start, start + n, CPU)
+    counts = torch.histc(scores, bins=16, min=0, max=1)
+    assert (counts - n / 16).square().sum() / (n / 16) < 45  # chi-squared of 15 degrees: 1 in 10,000
+    others = [scores.roll(1), scores.roll(35), uniform(1, "w", start, start + n, CPU)]
+    others += [uniform(0, "v", start, start + n, CPU), uniform(0, "w", start + n, start + 2 * n, CPU)]
+    for other in others:
+        correlation = torch.corrcoef(torch.stack([scores, other]))[0, 1]
+        assert abs(correlation) < 4 / n**0.5
+
+
+def svd_truncated(weight: torch.Tensor, rank: int) -> torch.Tensor:
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    return left[:, :rank] * values[:rank] @ right[:rank]
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (6, 23), (23, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_is_the_truncated_svd(shape, dtype):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for rank in (1, 3, 6):
+        found = low_rank(weight, rank)
+        assert found.dtype == torch.float64 and found.shape == weight.shape
+        assert torch.allclose(found, svd_truncated(weight, rank), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (7, 5)])
+def test_a_weight_of_lower_rank_is_its_own_approximation(shape):
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(shape[0], 2, generator=generator) @ torch.randn(2, shape[1], generator=generator)
+    assert torch.allclose(low_rank(weight, 4).float(), weight, atol=1e-6)
+    assert torch.equal(low_rank(torch.zeros(shape), 2), torch.zeros(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (7, 5)])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 6])
+def test_low_rank_scores_come_in_shards(shape, world_size):
+    """35 elements: on 2, 4 and 6 ranks the last shard is padded, here by what must not be looked at."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    size = -(-35 // world_size)
+    padded = torch.full((world_size * size,), float("nan"))
+    padded[:35] = weight.flatten()
+    scores = low_rank_shards(padded.view(world_size, size), weight.shape, 2)
+    assert scores.shape == (world_size, size) and scores.dtype == torch.float32
+    expected = svd_truncated(weight, 2).abs().float().flatten()
+    assert torch.allclose(scores.flatten()[:35], expected, rtol=1e-6, atol=1e-12)
+    assert bool((scores.flatten()[35:] == 0).all())
+
+
+def test_fisher_refuses_layers_that_see_samples_mixed():
+    """An expert gets [tokens, in] of all samples together."""
+
+    def scorer(x: torch.Tensor) -> SimpleNamespace:
+        labels = torch.zeros(2, 3, dtype=torch.int64)
+        calibration = SimpleNamespace(rows=[None, None])
+        return SimpleNamespace(
+            rows=lambda: calibration, accumulate=lambda dense: dense(x, torch.zeros(*x.shape[:-1], 5), labels)
+        )
+
+    assert torch.equal(SALIENCE["fisher"](scorer(torch.ones(2, 3, 4))), torch.zeros(5, 4))
+    for shape in ((6, 4), (6, 3, 4)):
+        with pytest.raises(UserError, match="several samples mixed"):
+            SALIENCE["fisher"](scorer(torch.ones(shape)))

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import tiny as made
 import yaml
-from live import LiveRun, metrics, whole_steps
+from limits import HANG_S
+from live import LiveRun, finishes, is_refused, metrics, whole_steps
 from tiny import recipe_values
 
 from distributed import rank_hooks
 
 STEPS = 12
+SILENT_MINUTES = 0.5  # of a rank that hangs; each stage of these runs takes less, on a busy machine, too
 
 
 @pytest.fixture
@@ -41,9 +43,9 @@ def start(values, tmp_path):
         run.kill()
 
 
-def ends(run, codes, limit=60):
-    """It ends within a minute; returns what it said after its last step, without the libraries' noise."""
-    assert run.codes(limit) == codes, run.text()
+def ends(run, codes):
+    """It ends by itself; returns what it said after its last step, without the libraries' noise."""
+    assert run.codes() == codes, run.text()
     lines = [line for line in run.text().splitlines() if not line.startswith(("[W", "[E", "step ", "["))]
     return "\n".join(lines)
 
@@ -71,20 +73,19 @@ def test_a_rank_that_is_killed(start, rank, num_ranks):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs(start, rank):
-    run = start("train.timeout_minutes=0.1", hooks={rank: rank_hooks.hangs})
+    run = start(f"train.timeout_minutes={SILENT_MINUTES}", hooks={rank: rank_hooks.hangs})
     said = ends(run, [1, 1])
-    assert f"rank {rank} made no progress for 0.1 minutes" in said and "time.sleep(1000)" in said, said
-    assert said.count("made no progress") == 1 and "go on with: --resume" in said
+    assert said.count("train.timeout_minutes") == 1 and f"rank {rank} made no progress" in said, said
+    assert "after: step 3" in said and "time.sleep(2 * HANG_S)" in said and "--resume" in said, said
 
 
 def test_a_rank_that_is_frozen(start):
     """As by a broken network: it cannot even say so."""
-    run = start("train.timeout_minutes=0.1", "train.steps=1000")
+    run = start(f"train.timeout_minutes={SILENT_MINUTES}", "train.steps=100_000")
     run.wait_for("step     3/")
     run.signal(signal.SIGSTOP, 1)
-    run.processes[0].join(60)
-    assert run.processes[0].exitcode == 1, run.text()
-    assert "no answer from rank 1" in run.text(), run.text()
+    run.processes[0].join(HANG_S)
+    assert run.processes[0].exitcode == 1 and "no answer from rank 1" in run.text(), run.text()
     run.signal(signal.SIGKILL, 1)
 
 
@@ -211,63 +212,61 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
+def refuses(run, *parts):
+    """It ends with a user error that names these, once."""
+    is_refused(run)
+    assert all(run.text().count(part) == 1 for part in parts), run.text()
+
+
 def test_a_damaged_checkpoint_is_told_and_an_older_one_taken(start, stopped, tmp_path):
     newest = stopped / "checkpoints" / "step_000008"
     flip(newest / "part_00001.safetensors")
-    chosen = start("--resume", str(newest))
-    assert 2 in chosen.codes() and "the hash of part_00001.safetensors" in chosen.text()
-    run = start("--resume")
-    assert run.codes() == [0, 0], run.text()
-    assert f"{newest}: it is damaged" in run.text() and "step_000006: step 6" in run.text()
-    whole = start(f"output_dir={tmp_path / 'whole'}")
-    assert whole.codes() == [0, 0]
-    assert metrics(stopped) == metrics(tmp_path / "whole")
-    files = [folder / "adapter" / "adapter.safetensors" for folder in (stopped, tmp_path / "whole")]
+    refuses(start("--resume", str(newest)), "part_00001.safetensors", "fix:")
+    said = finishes(start("--resume"))
+    assert str(newest) in said and "step_000006: step 6" in said
+    finishes(start(f"output_dir={tmp_path / 'undisturbed'}"))
+    assert metrics(stopped) == metrics(tmp_path / "undisturbed")
+    files = [folder / "adapter" / "adapter.safetensors" for folder in (stopped, tmp_path / "undisturbed")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_no_whole_checkpoint_is_an_error(start, stopped):
+def test_no_valid_checkpoint_is_an_error(start, stopped):
     for step in (6, 8):
         flip(stopped / "checkpoints" / f"step_{step:06d}" / "part_00000.safetensors")
-    run = start("--resume")
-    assert 2 in run.codes() and "no complete checkpoint to resume from" in run.text()
+    refuses(start("--resume"), "fix:")
     assert len(metrics(stopped)) == 9  # and nothing is touched
 
 
-def test_another_base_is_refused(values, start, stopped, tmp_path):
+def test_another_base_and_other_rows_are_refused_whatever_the_user_says(start, stopped, tmp_path):
     made.make_model(tmp_path / "other", seed=9)
-    run = start("--resume", "--resume-with", f"model.name_or_path={tmp_path / 'other'}")
-    assert 2 in run.codes() and run.text().count("the checkpoint is of another base") == 1
-
-
-def test_other_rows_are_refused(start, stopped, tmp_path):
     rows = made.make_data(tmp_path / "other", num_rows=40)
-    run = start("--resume", "--resume-with", f"data.path={rows}")
-    assert 2 in run.codes() and "the training rows are not those of the checkpoint" in run.text()
+    others = {
+        "model.name_or_path": (tmp_path / "other", "another base"),
+        "data.path": (rows, "training rows"),
+    }
+    for key, (value, what) in others.items():
+        refuses(start("--resume", "--resume-with", f"{key}={value}"), what, "fix:")
 
 
 def test_other_calibration_rows_are_refused_where_masks_are_chosen_anew(values, start, tiny, tmp_path):
     rows = tmp_path / "calibration.jsonl"
     rows.write_bytes(tiny["data"].read_bytes())
     values["mask"] |= {"calibration_path": str(rows), "schedule": "periodic", "update_every": 5}
-    run = start(hooks={0: rank_hooks.dies_after_step_9})
-    run.codes()
+    start(hooks={0: rank_hooks.dies_after_step_9}).codes()
     lines = rows.read_text().splitlines(keepends=True)
     rows.write_text("".join(lines[1:] + lines[:1]))
-    run = start("--resume")
-    assert 2 in run.codes() and "the calibration rows, which choose every mask, are not" in run.text()
+    refuses(start("--resume"), "calibration", "fix:")
     rows.write_bytes(tiny["data"].read_bytes())
-    run = start("--resume")
-    assert run.codes() == [0, 0], run.text()
+    finishes(start("--resume"))
 
 
 def test_a_changed_recipe_is_refused_with_its_keys(start, stopped):
     run = start("--resume", "optimizer.lr=0.5", "mask.density=0.1")
     assert set(run.codes()) == {2}
-    text = run.text()
-    assert "optimizer.lr: 0.01 in the run, 0.5 now" in text and "mask.density: 0.05 in the run" in text
+    assert "optimizer.lr: 0.01 " in run.text() and "mask.density: 0.05 " in run.text()
     run = start("--resume", "--resume-with", "optimizer.lr=0.5")
-    assert 2 in run.codes() and "optimizer.lr" in run.text()
+    is_refused(run)
+    assert "optimizer.lr: 0.01 " in run.text()
 
 
 def test_a_run_branches_off_into_a_new_folder(start, stopped, tmp_path):
@@ -284,4 +283,4 @@ def test_a_port_that_another_run_has_taken(start):
 
 def test_the_lock_of_a_killed_build_does_not_hold_a_run_up(start, tmp_path):
     run = start("train.steps=1", hooks=dict.fromkeys((0, 1), rank_hooks.stale_build_lock))
-    assert run.codes(60) == [0, 0] and "60 min old: its build was killed" in run.text(), run.text()
+    assert run.codes() == [0, 0] and "60 min old: its build was killed" in run.text(), run.text()

@@ -1,18 +1,19 @@
 """One rank's failure ends all ranks and is told once: real processes, with real deaths."""
 
-import itertools
 import os
 import re
 import signal
 import time
 
 import pytest
+from limits import HANG_S
 from live import server
 
 from speft_ds.comm import watchdog
 from unit.comm import watchdog_rank
 
 ADVICE = "go on with: --resume\n"
+STUCK_S = 4.0  # without progress; longer than a busy machine takes to give a process its turn
 
 
 class Job:
@@ -24,7 +25,7 @@ class Job:
         settings: constants of the modules, by name.
     """
 
-    def __init__(self, folder, jobs, timeout_s=600.0, nodes=None, has_agent=False, **settings):
+    def __init__(self, folder, jobs, timeout_s=HANG_S, nodes=None, has_agent=False, **settings):
         self.folder, self.num_ranks = folder, len(jobs)
         settings = {"PULSE_S": 0.05, "TOLD_S": 0.2, **settings}
         shared = (nodes or "a" * len(jobs), timeout_s, has_agent, settings)
@@ -39,7 +40,7 @@ class Job:
         self.wait_for(*(f"ready_{rank}" for rank in range(len(jobs))))
 
     def wait_for(self, *names):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANG_S
         while not all((self.folder / name).exists() for name in names):
             assert time.monotonic() < deadline, f"no {names}"
             time.sleep(0.01)
@@ -49,7 +50,7 @@ class Job:
 
     def ended(self, *without):
         """(Exit codes, what was said) by rank, once all but these have ended by themselves."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANG_S
         for rank in range(self.num_ranks):
             if rank not in without:
                 self.processes[rank].join(max(0.1, deadline - time.monotonic()))
@@ -99,9 +100,9 @@ def is_told(said, reporter, what):
     ("world_size", "victim", "settings"),
     [(2, 1, {}), (4, 0, {}), (4, 2, {}), (3, 0, {"has_agent": True}), (3, 1, {"nodes": "abb"})],
 )
-def test_the_death_of_a_rank_ends_all_within_seconds_and_is_told_once(job, world_size, victim, settings):
-    """Were it not for the process table, it would take SILENCE_S or SETTLE_S."""
-    ranks = job(*["work"] * world_size, SILENCE_S=600, SETTLE_S=600, **settings)
+def test_the_death_of_a_rank_ends_all_at_once_and_is_told_once(job, world_size, victim, settings):
+    """By the process table: a pulse that stops would not be noticed in these tests."""
+    ranks = job(*["work"] * world_size, SILENCE_S=2 * HANG_S, SETTLE_S=2 * HANG_S, **settings)
     ranks.signal(victim, signal.SIGKILL)
     codes, said = ranks.ended()
     assert but(victim, codes) == [1] * (world_size - 1) and codes[victim] == -signal.SIGKILL
@@ -113,7 +114,7 @@ def test_a_death_is_told_and_not_the_errors_that_it_causes(job, victim):
     """They are heard of first: a process that is ending closes its connections before it has ended."""
     doing = ["fail_at_a_death:connection reset by peer"] * 3
     doing[victim] = "work"
-    ranks = job(*doing)
+    ranks = job(*doing, SILENCE_S=2 * HANG_S, SETTLE_S=2 * HANG_S)
     ranks.signal(victim, signal.SIGSTOP)
     (ranks.folder / "dying").touch()
     time.sleep(0.5)
@@ -128,7 +129,7 @@ def test_a_death_is_heard_of_though_a_process_that_the_rank_forked_lives_on(job,
     """lm-eval's bootstrap forks helpers, which outlive a rank that is out of memory."""
     doing = ["work"] * 2
     doing[victim] = "fork_and_work"
-    ranks = job(*doing, SILENCE_S=600)
+    ranks = job(*doing, SILENCE_S=2 * HANG_S)
     ranks.wait_for("forked")
     ranks.signal(victim, signal.SIGKILL)
     codes, said = ranks.ended()
@@ -138,20 +139,15 @@ def test_a_death_is_heard_of_though_a_process_that_the_rank_forked_lives_on(job,
 # Errors
 
 
-@pytest.mark.parametrize(("world_size", "culprit"), [(1, 0), (2, 0), (4, 3)])
-def test_an_error_is_told_by_its_rank_and_ends_the_others_silently(job, world_size, culprit):
-    doing = ["work"] * world_size
-    doing[culprit] = "fail:rank failed\nat line 3"
+@pytest.mark.parametrize(
+    ("world_size", "culprits"), [(1, [0]), (2, [0]), (4, [3]), (2, [0, 1]), (4, range(4))]
+)
+def test_an_error_is_told_once_by_its_rank_and_ends_all(job, world_size, culprits):
+    text = "rank failed\nat line 3"
+    doing = [f"fail:{text}" if rank in culprits else "work" for rank in range(world_size)]
     codes, said = job(*doing).ended()
-    assert said[culprit] == "rank failed\nat line 3\n" and not any(but(culprit, said))
-    assert codes[culprit] == 2 and but(culprit, codes) == [1] * (world_size - 1)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_an_error_of_all_ranks_is_told_once(job, world_size):
-    codes, said = job(*["fail:no such mask"] * world_size).ended()
-    assert "".join(said) == "no such mask\n"
-    assert codes == [2] * world_size
+    assert codes == [2 if rank in culprits else 1 for rank in range(world_size)]
+    assert "".join(said[rank] for rank in culprits) == "".join(said) == f"{text}\n"
 
 
 def test_an_error_after_the_end_of_rank_0_is_told(job):
@@ -162,28 +158,28 @@ def test_an_error_after_the_end_of_rank_0_is_told(job):
 # Hangs
 
 
-def test_a_rank_that_hangs_is_told_with_where_it_stands(job):
-    jobs = {}
-    for world_size, culprit in [(1, 0), (2, 1), (4, 3)]:
-        doing = ["hang:3"] * world_size
-        doing[culprit] = "hang:2"
-        jobs[culprit] = job(*doing, timeout_s=0.6)
-    for culprit, ranks in jobs.items():
-        codes, said = ranks.ended()
-        what = f"rank {culprit} made no progress for 0.01 minutes (train.timeout_minutes), after: step 2"
-        assert is_told(said, culprit, what) and set(codes) == {1}
-        assert "in hang\n    time.sleep(600)" in said[culprit]
+@pytest.mark.parametrize(
+    ("doing", "culprit"),
+    [(["hang:2"], 0), (["hang:3", "hang:2"], 1), (["hang:3"] * 3 + ["hang:2"], 3), (["work", "hang:2"], 1)],
+)
+def test_a_rank_that_hangs_is_told_with_where_it_stands(job, doing, culprit):
+    """It made step 2; the others made step 3 and wait, or go on."""
+    codes, said = job(*doing, timeout_s=STUCK_S).ended()
+    what = f"rank {culprit} made no progress for {STUCK_S / 60:g} minutes"
+    assert is_told(said, culprit, what) and set(codes) == {1}
+    assert "train.timeout_minutes" in said[culprit] and "step 2" in said[culprit]
+    assert "in hang\n    time.sleep(2 * HANG_S)" in said[culprit]
 
 
-def test_a_rank_that_hangs_while_the_others_go_on(job):
-    codes, said = job("work", "hang", "work", timeout_s=2.5).ended()
-    assert codes == [1, 1, 1] and is_told(said, 1, "rank 1 made no progress")
-
-
-@pytest.mark.parametrize("settings", [{"nodes": "ab"}, {"timeout_s": 3.0, "SETTLE_S": 1.0}])
-def test_a_rank_that_is_frozen_gives_no_answer(job, settings):
-    """A node of its own is missed at once; on a node that is alive, it is when the others have waited."""
-    ranks = job("work" if "nodes" in settings else "hang", "work", SILENCE_S=2.0, **settings)
+@pytest.mark.parametrize(
+    ("doing", "settings"),
+    [
+        ("work", {"nodes": "ab", "SILENCE_S": 2.0}),  # its node is missed at once
+        ("hang", {"timeout_s": STUCK_S, "SETTLE_S": 1.0}),  # on a node that is alive: when others have waited
+    ],
+)
+def test_a_rank_that_is_frozen_gives_no_answer(job, doing, settings):
+    ranks = job(doing, "work", **settings)
     ranks.signal(1, signal.SIGSTOP)
     codes, said = ranks.ended(1)
     assert codes[0] == 1 and is_told(said, 0, "no answer from rank 1")
@@ -198,37 +194,28 @@ def test_a_frozen_rank_0_is_told_by_rank_1(job):
 
 def test_a_rank_that_never_lets_go_of_its_interpreter_is_ended(job):
     """A call in C may hold it, and then no thread of ours runs."""
-    codes, said = job("work", "hold_the_interpreter", timeout_s=3.0, DEADLOCK_S=0.3).ended()
-    assert codes == [1, 1] and is_told([said[0]], 0, "rank 1 died")
+    codes, said = job("work", "hold_the_interpreter", timeout_s=STUCK_S, DEADLOCK_S=0.3).ended()
+    assert codes == [1, 1] and is_told(said[:1], 0, "rank 1 died")
     assert "Timeout" in said[1] and "in hold_the_interpreter" in said[1]
 
 
 # Normal ends
 
 
-def test_a_normal_end_is_silent_in_any_order(job):
-    orders = itertools.permutations(range(3))
-    for ranks in [job(*[f"close:{0.15 * place}" for place in order]) for order in orders]:
-        codes, said = ranks.ended()
-        assert (codes, said) == ([0, 0, 0], ["", "", ""])
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_that_end_together_end_silently(job, world_size):
-    codes, said = job(*["close"] * world_size).ended()
-    assert codes == [0] * world_size and not any(said)
-
-
 @pytest.mark.parametrize(
     "doing",
     [
-        ["close:4"] * 2,  # progress is no failure however long it takes
-        ["close:0:4", "close:3"],  # nor is a rank that has closed: by taking longer, or by making no progress
-        ["close:3", "close:0:4", "close"],
+        ["close"],
+        ["close"] * 4,
+        ["close:6"] * 2,  # progress is no failure however long it takes
+        ["close:0:6", "close:5"],  # nor is a rank that is done: by staying longer, or by making no progress
+        ["close:5", "close:0:6", "close"],
+        ["close:0.6", "close:0.3", "close"],
+        ["close:0.3", "close", "close:0.6"],
     ],
 )
-def test_nothing_is_wrong(job, doing):
-    codes, said = job(*doing, timeout_s=2.5).ended()
+def test_a_normal_end_is_silent_in_any_order(job, doing):
+    codes, said = job(*doing, timeout_s=STUCK_S).ended()
     assert set(codes) == {0} and not any(said)
 
 
@@ -245,7 +232,7 @@ def test_a_job_that_is_suspended_goes_on(job):
 
 def test_the_end_of_the_launcher_is_no_failure(job):
     """Which serves the store: the run stops by itself, with a checkpoint."""
-    ranks = job("close:3", "close:3", has_agent=True, timeout_s=1.0, DEADLOCK_S=0.5)
+    ranks = job("close:6", "close:6", has_agent=True, timeout_s=STUCK_S, DEADLOCK_S=0.5)
     ranks.signal(2, signal.SIGKILL)
     codes, said = ranks.ended()
     assert (codes, said) == ([0, 0], ["", ""])

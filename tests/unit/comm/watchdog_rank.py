@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from limits import HANG_S
 from torch.distributed import TCPStore
 
 from speft_ds.comm import root_cause, watchdog
@@ -25,7 +26,7 @@ class Rank:
             watchdog.heartbeat()
             time.sleep(0.01)
 
-    def work(self, seconds="600"):
+    def work(self, seconds=2 * HANG_S):
         end = time.monotonic() + float(seconds)
         while time.monotonic() < end:
             watchdog.heartbeat("step 7", counts=True)
@@ -35,15 +36,14 @@ class Rank:
         """Make no progress any more, after some."""
         for step in range(int(steps)):
             watchdog.heartbeat(f"step {step + 1}", counts=True)
-        if steps != "0":
-            self.meet("hanging")
-        time.sleep(600)
+        time.sleep(2 * HANG_S)
 
     def hold_the_interpreter(self):
-        ctypes.PyDLL(None).sleep(600)
+        ctypes.PyDLL(None).sleep(2 * HANG_S)
 
     def fork_and_work(self):
-        multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True).start()
+        fork = multiprocessing.get_context("fork")
+        fork.Process(target=time.sleep, args=(2 * HANG_S,), daemon=True).start()
         (self.folder / "forked").touch()
         self.work()
 
@@ -108,7 +108,7 @@ def serve(folder: Path) -> TCPStore:
 def agent(folder: Path) -> None:
     """Body of torchrun's agent, as far as it matters here."""
     serve(folder)
-    time.sleep(600)
+    time.sleep(2 * HANG_S)
 
 
 servers: list[TCPStore] = []

@@ -68,7 +68,8 @@ class RootCause:
         failures += [Failure(Kind.SILENT, rank, no_answer(gone)) for rank in gone]
         if not failures:
             return None
-        since_s, before = self.alarm = self.alarm or (now_s, pulses)
+        self.alarm = self.alarm or (now_s, pulses)
+        since_s, before = self.alarm
         waiting = running - {failure.rank for failure in failures} - {0}
         unheard = {rank for rank in waiting if pulses[rank].number < before[rank].number + 2}
         if unheard and now_s - since_s < SETTLE_S:

@@ -14,11 +14,11 @@ from speft_ds.machine import machine, versions
 from speft_ds.mask import save_mask
 from speft_ds.metrics import Timings, say
 from speft_ds.model import fingerprint
-from speft_ds.plots import mask_heat_map
 from speft_ds.recipe import without_training
+from speft_ds.report.plots import mask_heat_map, save_picture
+from speft_ds.report.tables import print_mask_table
 from speft_ds.run_folder import check_output_dir, start_folder
 from speft_ds.schema import MASK_FILE, Recipe
-from speft_ds.tables import print_mask_table
 
 
 def run(recipe: Recipe) -> None:
@@ -54,7 +54,8 @@ def run(recipe: Recipe) -> None:
     def write() -> None:
         start_folder(recipe)
         save_mask(folder / MASK_FILE, mask, facts)
-        mask_heat_map(folder / "mask.png", mask, f"{recipe.name}: density by {recipe.mask.salience}")
+        title = f"{recipe.name}: density by {recipe.mask.salience}"
+        save_picture(folder / "mask.png", mask_heat_map(mask, title))
         memory = {"peak_memory_gib": peak_memory.peak_gib()}
         write_json(folder / "score.json", {**facts, "mask": mask.facts(), "timings_s": timings, **memory})
         print_mask_table(mask)

@@ -13,7 +13,9 @@ from speft_ds.checks import check_space
 from speft_ds.errors import UserError
 from speft_ds.machine import versions
 from speft_ds.metrics import say, tokens_per_second
+from speft_ds.report.page import write_report
 from speft_ds.report.scores import card_scores
+from speft_ds.report.summary import print_summary
 from speft_ds.resume import Start, way_on
 from speft_ds.run_folder import (
     Lock,
@@ -38,8 +40,6 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
         UserError: anything that the user can mend; the same on every rank.
         Stopped: a rank was asked to stop, and what was reached is in a checkpoint; the same on every rank.
     """
-    from speft_ds.report import print_summary, write_report
-
     began = time.perf_counter()
     distributed.init(recipe.train.timeout_minutes + 1)
     folder = Path(recipe.output_dir)

@@ -17,7 +17,8 @@ from speft_ds.adapter.format import Adapter
 from speft_ds.adapter.graft import Grafted
 from speft_ds.adapter.inspection import Inspection, counts, inspect
 from speft_ds.errors import UserError
-from speft_ds.tables import (
+from speft_ds.report.plots import mask_heat_map, save_picture
+from speft_ds.report.tables import (
     OTHER,
     density_table,
     jaccard_text,
@@ -54,10 +55,9 @@ def print_inspection(source: Path, against: Path | None, output: Path | None) ->
 
 
 def _draw(output: Path, adapter: Adapter, mask) -> None:
-    from speft_ds.plots import mask_heat_map  # late: it takes a second
-
+    title = f"{adapter.folder}: {mask.num_trainable:,} entries ({mask.density:.3%})"
     try:
-        mask_heat_map(output, mask, f"{adapter.folder}: {mask.num_trainable:,} entries ({mask.density:.3%})")
+        save_picture(output, mask_heat_map(mask, title))
     except OSError as error:
         raise UserError(f"cannot write: {error}", where=str(output), fix="choose another file") from error
     print(f"  {output}")

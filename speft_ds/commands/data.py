@@ -18,6 +18,7 @@ from speft_ds.data.request import request_of
 from speft_ds.data.tokens import load_tokenizer
 from speft_ds.errors import UserError
 from speft_ds.preflight import settle_hub
+from speft_ds.report.plots import length_histogram, save_picture
 from speft_ds.schema import Recipe
 
 NUM_BINS = 12
@@ -43,11 +44,10 @@ def show_data(recipe: Recipe, output: Path | None) -> None:
     console.print(_lengths_table(corpus))
     for line in summary(recipe, corpus):
         console.print(line, highlight=False, markup=False)
-    from speft_ds.plots import length_histogram  # late: it takes a second
-
     path = output or Path("runs") / f"{recipe.name}-data.png"
     try:
-        length_histogram(path, corpus.lengths, corpus.num_learnt, recipe.data.max_length, recipe.name)
+        lengths = (corpus.lengths, corpus.num_learnt, recipe.data.max_length)
+        save_picture(path, length_histogram(*lengths, recipe.name))
     except OSError as error:
         raise UserError(
             f"cannot write the picture: {error}", str(path), "name another: --output FILE.png"

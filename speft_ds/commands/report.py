@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from speft_ds.report import write_comparison, write_report
-from speft_ds.report.seeds import without_doubles
+from speft_ds.report.compare import without_duplicates, write_comparison
+from speft_ds.report.page import write_report
 
 
 def report(folders: list[Path], output: Path | None) -> None:
@@ -16,7 +16,7 @@ def report(folders: list[Path], output: Path | None) -> None:
     Raises:
         UserError: a folder is no run folder, or the report cannot be written.
     """
-    folders = without_doubles(folders)
+    folders = without_duplicates(folders)
     several = len(folders) > 1
     for path in write_comparison(folders, output) if several else write_report(folders[0], output):
         print(path)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from speft_ds.evaluation.rounds import Round
-from speft_ds.report.scores import Evaluation as ScoreFile
-from speft_ds.report.scores import Score
+from speft_ds.report.scores import Score, ScoreFile
 
 
 def score_rows(results: dict, forgetting: Collection[str] = ()) -> list[dict]:

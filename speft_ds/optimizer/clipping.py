@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from speft_ds import distributed
-from speft_ds.tables import place
+from speft_ds.report.tables import place
 
 
 def global_norm(gradient: Tensor) -> float:

@@ -20,6 +20,8 @@ from speft_ds.report.tables import duration, in_bytes, unique_tails
 from speft_ds.report.verdict import how_scored
 
 NOT_OF_A_GROUP = ("seed", "output_dir", "name")  # keys of the recipe
+MACHINE = ("machine.device", "machine.cpu", "machine.gpu")
+SCORED_ALIKE = {"num_fewshot", "limit", "chat_template", "lm_eval"}  # else scores are not comparable
 MAX_NAME = 100
 MAX_TASKS = 5  # that the verdict names
 CURVES = {
@@ -114,7 +116,6 @@ def write_comparison(folders: Sequence[Path], output: Path | None = None) -> lis
     Raises:
         UserError: a folder is not a run folder, or the report cannot be written.
     """
-    folders = without_duplicates(folders)
     runs = [read_run(folder) for folder in folders]
     folder = output or Path("runs") / default_name(folders)
     if is_run(folder):
@@ -227,20 +228,16 @@ def _best(groups: Sequence[Group], score: Score) -> str:
 
 def _unlike(runs: Sequence[RunFolder]) -> list[str]:
     """Why numbers of these runs may not be comparable."""
-    settings = [run.evaluations.after.settings for run in runs if run.evaluations.after]
-    machine = ("machine.device", "machine.cpu", "machine.gpu", "world_size")
+    scored = [run.evaluations.after for run in runs if run.evaluations.after]
+    settings = {file.settings.model_dump_json(include=SCORED_ALIKE) for file in scored}
+    bases = {run.fact("base.fingerprint", "") for run in runs} - {""}
+    machines = {repr([run.num_ranks, *map(run.fact, MACHINE)]) for run in runs}
     reasons = {
-        "the runs were scored in different ways: their scores are not comparable as they are": [
-            (its.num_fewshot, its.limit, its.chat_template, its.lm_eval) for its in settings
-        ],
-        "the runs have different bases (their fingerprints differ)": [
-            found for run in runs if (found := run.fact("base.fingerprint", ""))
-        ],
-        "the runs were made on different machines or numbers of ranks: compare no times": [
-            [run.fact(key) for key in machine] for run in runs
-        ],
+        "the runs were scored in different ways: their scores are not comparable as they are": settings,
+        "the runs have different bases (their fingerprints differ)": bases,
+        "the runs were made on different machines or numbers of ranks: compare no times": machines,
     }
-    return [reason for reason, facts in reasons.items() if len(set(map(repr, facts))) > 1]
+    return [reason for reason, found in reasons.items() if len(found) > 1]
 
 
 def _costs(groups: Sequence[Group]) -> Rows:

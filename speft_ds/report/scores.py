@@ -19,18 +19,13 @@ class _Part(BaseModel):
 
 
 class Settings(_Part):
-    """How a model was scored, as far as the file says."""
+    """How a model was scored: these, and whatever else the file says."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
     num_fewshot: int | None = None
-    limit: int | float | None = None
-    chat_template: bool | None = None
-    seed: int | None = None
     format: int = 0
     format_text: str | None = None
-    mode: str | None = None
-    world_size: int | None = None
-    batch_size: int | None = None
-    lm_eval: str | None = None
 
 
 class Score(_Part):

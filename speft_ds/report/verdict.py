@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from speft_ds.report.run import RunFolder
-from speft_ds.report.scores import ScoreChange, ScoreFile, Settings
+from speft_ds.report.scores import ScoreChange, ScoreFile
 
 MAX_NAMED = 3
 STARTS = {"better": "Better", "worse": "Worse", "no clear change": "Not clearly changed"}
@@ -73,27 +73,32 @@ def _losses(run: RunFolder) -> list[str]:
     sentences = []
     for key, what in (("held_out_loss", "held-out loss"), ("loss", "training loss")):
         steps, values = run.series(key)
-        if len(values) < 2:
-            continue
-        moved = "fell" if values[-1] < values[0] else "rose"
-        sentence = f"The {what} {moved} from {values[0]:.4g} (step {steps[0]:,}) to {values[-1]:.4g}"
-        lowest = min(values)
-        if key == "held_out_loss" and lowest < values[-1]:
-            sentence += f"; it was lowest at step {steps[values.index(lowest)]:,} ({lowest:.4g})"
-        sentences.append(f"{sentence}.")
+        if len(values) > 1:
+            moved = "fell" if values[-1] < values[0] else "rose"
+            lowest = steps[values.index(min(values))]
+            sentences.append(
+                f"The {what} {moved} from {values[0]:.4g} (step {steps[0]:,}) to {values[-1]:.4g}; it was "
+                f"lowest at step {lowest:,} ({min(values):.4g})."
+            )
     if skipped := run.nonfinite_steps:
         sentences.append(f"{len(skipped)} step(s) were skipped: their loss or gradient was not finite.")
     return sentences
 
 
-def how_scored(evaluations: Sequence[ScoreFile], shots: str = "") -> str:
-    """How the numbers of a table were made; `shots`: what to say of the examples in the prompt."""
-    settings = dict.fromkeys(_settings(found.settings, shots) for found in evaluations)
-    parts = [f"How: {' / '.join(settings)}. ± is lm-eval's standard error over documents, not over seeds."]
-    versions = {s.task: s.version for e in evaluations for s in e.scores if s.version is not None}
+def how_scored(evaluations: Sequence[ScoreFile], but: Collection[str] = ()) -> str:
+    """How the numbers of a table were made.
+
+    Args:
+        but: settings that the table itself says.
+    """
+    settings = dict.fromkeys(_settings(found, {"format", "format_text", *but}) for found in evaluations)
+    parts = [f"How: {' / '.join(settings)}; all else as the task says."]
+    parts.append("± is lm-eval's standard error over documents, not over seeds.")
+    versions = {
+        s.task: f"{s.task} {s.version}" for e in evaluations for s in e.scores if s.version is not None
+    }
     if 0 < len(versions) <= 15:
-        named = ", ".join(f"{task} {version}" for task, version in versions.items())
-        parts.append(f"Versions of the tasks: {named}.")
+        parts.append(f"Versions of the tasks: {', '.join(versions.values())}.")
     if seconds := [f"{e.label} {e.seconds:.0f}" for e in evaluations if e.seconds is not None]:
         parts.append(f"Seconds: {', '.join(seconds)}.")
     if cached := [found.label for found in evaluations if found.cached]:
@@ -101,17 +106,7 @@ def how_scored(evaluations: Sequence[ScoreFile], shots: str = "") -> str:
     return " ".join(parts)
 
 
-def _settings(its: Settings, shots: str) -> str:
-    own = "each task's own number of examples in the prompt"
-    parts = [
-        f"lm-eval {its.lm_eval or ''}".rstrip(),
-        shots or (own if its.num_fewshot is None else f"{its.num_fewshot}-shot"),
-        f"the first {its.limit} documents of a task" if its.limit else "all documents",
-        its.chat_template is not None and f"chat template {'on' if its.chat_template else 'off'}",
-        its.format and f"prompt format {its.format}",
-        its.seed is not None and f"seed {its.seed}",
-        its.batch_size is not None and f"batches of {its.batch_size}",
-        its.world_size is not None and f"{its.world_size} rank(s)",
-        its.mode,
-    ]
-    return ", ".join(part for part in parts if part)
+def _settings(found: ScoreFile, but: Collection[str]) -> str:
+    """`lm_eval 0.4.13, limit 500`."""
+    known = found.settings.model_dump(exclude=but, exclude_none=True)
+    return ", ".join(f"{key} {value}" for key, value in known.items())

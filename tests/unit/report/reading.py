@@ -18,8 +18,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
+        self.open += [tag] if tag not in VOID else []
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):

@@ -43,12 +43,9 @@ def labels(runs):
     return [group.label for group in grouped([read_run(run) for run in runs])]
 
 
-def test_runs_that_differ_only_in_their_seed_are_one_group(runs):
+def test_runs_that_differ_only_in_their_seed_are_one_group(runs, tmp_path):
     assert labels(runs) == ["grad", "snip-0 (3 seeds)", "dense"]
-
-
-def test_the_same_recipe_twice_is_not_two_seeds(tmp_path):
-    assert labels([make_run(tmp_path / name) for name in "ab"]) == ["a (2 runs)"]
+    assert labels([make_run(tmp_path / name) for name in "ab"]) == ["a (2 runs)"]  # of one seed
 
 
 def test_mean_and_deviation_against_pythons_own():
@@ -106,13 +103,10 @@ def test_a_run_with_nothing_in_it_is_compared_too(runs, empty, tmp_path):
     assert page_of(tmp_path / "both").row("steps") == ["0", "0"]
 
 
-def test_names_of_the_folder():
+def test_the_folder_is_named_after_the_runs_and_is_none_of_them(runs):
     assert default_name([Path("runs/a"), Path("/x/b"), Path("c")]) == "report-a-vs-b-vs-c"
     many = [Path(f"runs/a-run-with-a-name-{n}") for n in range(9)]
     assert default_name(many) == "report-a-run-with-a-name-0-vs-8-others"
-
-
-def test_a_report_of_several_does_not_hide_that_of_one(runs):
     with pytest.raises(UserError) as caught:
         write_comparison(runs[:2], runs[0])
     assert caught.value.where == "--output"

@@ -15,7 +15,7 @@ from PIL import Image
 from speft_ds.mask import Mask
 from speft_ds.report import plots
 from speft_ds.report.plots import Curve, curves, jaccard_picture, length_histogram, mask_heat_map
-from unit.report.masks import decoder
+from unit.report.sample import decoder
 
 ODD = "a$b_{.0.$\\frac$ <b>--> \x07"  # neither a formula nor markup
 pytestmark = pytest.mark.filterwarnings("ignore:Glyph", "ignore:constrained_layout")

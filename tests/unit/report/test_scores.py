@@ -60,16 +60,13 @@ def test_files_are_told_apart_by_what_they_say(tmp_path):
     }  # fmt: skip
 
 
-def test_the_parts_of_a_group_are_not_named_beside_it(tmp_path):
-    scores = [score("mmlu", 0.3, is_group=True), score("mmlu_law", 0.2, group="mmlu"), score("piqa", 0.6)]
-    found = read(tmp_path, after=evaluation("after", "tuned", "main", scores))
-    assert [each.task for each in found.after.main_scores()] == ["mmlu", "piqa"]
-
-
-def test_a_tasks_own_number_of_examples_is_not_zero(tmp_path):
-    own = [score("mmlu", 0.3, num_fewshot=5)]
-    for scores, prompt in ((own, "5-shot"), ([*own, score("piqa", 0.6)], "own prompts")):
-        found = read(tmp_path, before=evaluation("before", "base", "main", scores, num_fewshot=None))
+def test_the_parts_of_a_group_are_not_named_and_own_numbers_of_examples_are_not_zero(tmp_path):
+    mmlu = score("mmlu", 0.3, is_group=True, num_fewshot=5)
+    for scores, prompt in (([mmlu], "5-shot"), ([mmlu, score("piqa", 0.6)], "own prompts")):
+        part = score("mmlu_law", 0.2, group="mmlu", num_fewshot=5)
+        before = evaluation("before", "base", "main", [*scores, part], num_fewshot=None)
+        found = read(tmp_path, before=before)
+        assert found.main_scores() == [Score(**each) for each in scores]
         assert list(found.by_prompt()) == [prompt]
 
 

@@ -136,17 +136,17 @@ def jaccard_picture(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> 
     return _draw(side + 1.0, side, draw, "png")
 
 
-def length_histogram(lengths: Array, num_learnt: Array, max_length: int, title: str) -> bytes:
+def length_histogram(lengths: Array, num_label_tokens: Array, max_length: int, title: str) -> bytes:
     """How long rows are, and how many of their tokens are label tokens, as PNG.
 
     Args:
-        lengths, num_learnt: [rows] tokens, and label tokens, of each row.
+        lengths, num_label_tokens: [rows] tokens, and label tokens, of each row.
     """
 
     def draw(axes: Axes) -> None:
         edges = [max_length * n / 40 for n in range(41)]
         labels = ["tokens", "label tokens"]
-        axes.hist([lengths, num_learnt], bins=edges, label=labels, histtype="stepfilled", alpha=0.6)
+        axes.hist([lengths, num_label_tokens], bins=edges, label=labels, histtype="stepfilled", alpha=0.6)
         axes.set_title(title, size=10)
         axes.set(xlabel=f"tokens per row (data.max_length={max_length})", ylabel="rows")
         axes.legend()

@@ -64,4 +64,4 @@ def test_a_page_that_loads_something_would_be_noticed(finished, tmp_path):
     policy = POLICY.search((tmp_path / "report.html").read_text())[0]
     (tmp_path / "bad.html").write_text(f"<head>{policy}<title>bad</title></head><img src='nowhere.png'>")
     found, complaints = look(tmp_path / "bad.html", tmp_path)
-    assert complaints == 1 and found["images"] == [0]
+    assert complaints >= 1 and found["images"] == [0]

@@ -8,10 +8,11 @@ from dataclasses import is_dataclass
 import torch
 from torch import Tensor
 
-from speft_ds import distributed, peak_memory
-from speft_ds.engine import SparseEngine
-from speft_ds.optimizer import FlatOptimizer
-from speft_ds.sparse import SparseState
+from speft_ds import peak_memory
+from speft_ds.comm import collectives
+from speft_ds.sparse.optim.flat import FlatOptimizer
+from speft_ds.sparse.state import SparseState
+from speft_ds.zero.engine import SparseEngine
 
 
 def held_bytes(things: Iterable[object], but: Iterable[object] = ()) -> int:
@@ -55,10 +56,10 @@ def memory(
         "process": process,
         "base shard": sum(shard.nbytes for shard in shards),
         "small weights, whole": sum(p.ds_numel * p.element_size() for p in persistent),
-        "gathered weights": engine.gathers.most_whole if distributed.world_size() > 1 else 0,
+        "gathered weights": engine.gathers.most_whole if collectives.world_size() > 1 else 0,
         "mask": held_bytes(mask),
         "gradient": held_bytes([gradient.own]),
-        "gradient buckets": gradient.most_buffered,
+        "gradient buckets": gradient.peak_buffer_bytes,
         "gradient pattern": held_bytes(gradient.kernels.values(), but=mask),
         "index": held_bytes(
             [i for i in state.index.values() if i.device.type == state.device.type], but=mask
@@ -73,4 +74,4 @@ def memory(
 def sent(engine: SparseEngine, state: SparseState) -> dict[str, int]:
     """Bytes that this rank sent in the last step, by kind, as `speft plan` names them."""
     weights = {f"weights, {kind}": count for kind, count in engine.gathers.sent.items() if count}
-    return {**weights, "gradient": state.gradient.sent}
+    return {**weights, "gradient": state.gradient.bytes_sent}

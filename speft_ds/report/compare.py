@@ -11,11 +11,11 @@ from statistics import mean, stdev
 from typing import Any
 
 from speft_ds.errors import UserError
+from speft_ds.evaluation.scores import CLEAR, Score, in_text
 from speft_ds.report.page import Rows, mean_size
 from speft_ds.report.plots import Curve, curves, running_mean
 from speft_ds.report.render import Picture, write_pages
 from speft_ds.report.run import NUM_WARMUP, RunFolder, is_number, is_run, read_run
-from speft_ds.report.scores import CLEAR, Score, in_text
 from speft_ds.report.tables import duration, in_bytes, unique_tails
 from speft_ds.report.verdict import how_scored
 
@@ -26,7 +26,7 @@ MAX_NAME = 100
 MAX_TASKS = 5  # that the verdict names
 CURVES = {
     "loss": "loss, mean of the last 4% of the steps",
-    "held_out_loss": "held-out loss (nats per label token)",
+    "validation_loss": "validation loss (nats per label token)",
     "grad_norm": "gradient norm",
     "tokens_per_s": "tokens/s",
     "peak_memory_gib": "GiB on rank 0",
@@ -206,7 +206,7 @@ def verdict_of(groups: Sequence[Group], tasks: Sequence[Score]) -> str:
     losses = [(mean(values), group.label) for group in groups if (values := group.values(_best_held_out))]
     if len(losses) > 1:
         lowest, label = min(losses)
-        sentences.append(f"The lowest held-out loss is that of {label} ({lowest:.4g}).")
+        sentences.append(f"The lowest validation loss is that of {label} ({lowest:.4g}).")
     return " ".join(sentences) or "No run was scored after training, so there is no best one."
 
 
@@ -244,7 +244,7 @@ def _costs(groups: Sequence[Group]) -> Rows:
     """Loss, time, memory and size: a row per quantity, a column per group."""
     rows: dict[str, tuple[Callable[[RunFolder], float | None], Callable[[float], str]]] = {
         "training loss": (_last_loss, "{:.4g}".format),
-        "lowest held-out loss": (_best_held_out, "{:.4g}".format),
+        "lowest validation loss": (_best_held_out, "{:.4g}".format),
         "steps": (lambda run: run.num_done, "{:,.0f}".format),
         "time in steps": (lambda run: run.step_seconds, duration),
         "tokens/s": (lambda run: run.tokens_per_s, "{:,.0f}".format),
@@ -272,7 +272,7 @@ def _last_loss(run: RunFolder) -> float | None:
 
 
 def _best_held_out(run: RunFolder) -> float | None:
-    return min(run.series("held_out_loss")[1], default=None)
+    return min(run.series("validation_loss")[1], default=None)
 
 
 def _curves(groups: Sequence[Group]) -> dict[str, Picture]:

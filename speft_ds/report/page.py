@@ -10,16 +10,16 @@ from typing import Any
 
 import yaml
 
+from speft_ds.config.mask_config import MASK_FILE
 from speft_ds.errors import UserError
+from speft_ds.evaluation.scores import CLEAR, Evaluations, Score, ScoreChange, in_text
 from speft_ds.report.plots import HALF, Curve, bars, curves, mask_heat_map, running_mean
 from speft_ds.report.render import Picture, write_pages
 from speft_ds.report.run import ADAPTER, NUM_WARMUP, RunFolder, is_number, numbers, read_run, size_of
-from speft_ds.report.scores import CLEAR, Evaluations, Score, ScoreChange, in_text
 from speft_ds.report.summary import key_figures
 from speft_ds.report.tables import in_bytes
 from speft_ds.report.verdict import how_scored, verdict_of
-from speft_ds.run_folder import RECIPE
-from speft_ds.schema import MASK_FILE
+from speft_ds.training.run_dir import RECIPE
 
 Rows = list[tuple[Any, ...]]  # of tables; a dash stands for None
 
@@ -40,14 +40,14 @@ STAGES = {
     "selection": "selecting the mask",
     "resume": "loading the checkpoint",
     "training": "training",
-    "held_out": "held-out loss (within training)",
+    "validation": "validation loss (within training)",
     "slices": "scoring slices (within training)",
     "checkpoints": "writing checkpoints (within training)",
     "save": "writing the adapter",
     "eval_after": "scoring after training",
     "other": "all else",
 }
-WITHIN = ("held_out", "slices", "checkpoints")
+WITHIN = ("validation", "slices", "checkpoints")
 
 
 def write_report(folder: Path, output: Path | None = None) -> list[Path]:
@@ -169,15 +169,15 @@ def _commands(run: RunFolder) -> str:
 
 
 def _curves(run: RunFolder) -> dict[str, Picture]:
-    """Loss, held-out loss and the rest over steps."""
+    """Loss, validation loss and the rest over steps."""
     restarts = [start["step"] for start in run.starts[1:]]
     pictures = {}
     steps, losses = run.series("loss")
     if losses:
         mean = running_mean(losses, mean_size(len(losses)))
         lines = [Curve("loss", steps, losses, is_faint=True), Curve("loss", steps, mean)]
-        if run.series("held_out_loss")[0]:
-            lines.append(Curve("held-out loss", *run.series("held_out_loss"), 1))
+        if run.series("validation_loss")[0]:
+            lines.append(Curve("validation loss", *run.series("validation_loss"), 1))
         alt = f"loss over steps, from {losses[0]:.4g} to {losses[-1]:.4g}"
         pictures["loss.svg"] = Picture(curves(lines, "loss (nats per label token)", restarts), alt)
     for key, (axis, meaning) in SMALL.items():
@@ -224,7 +224,7 @@ def _heat_map(run: RunFolder) -> tuple[dict[str, Picture], str]:
     """Where the entries of the adapter lie, or those of a mask that was only selected; or why not."""
     from speft_ds.adapter.format import Adapter  # late: they import torch
     from speft_ds.adapter.inspection import counts
-    from speft_ds.mask import read_mask
+    from speft_ds.sparse.mask import read_mask
 
     try:
         if (run.folder / ADAPTER).is_dir():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from speft_ds.files import flush_to_disk, replacing
+from speft_ds.io import flush_to_disk, replacing
 from speft_ds.report.tables import density_table, jaccard_text, short_modules
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from numpy import ndarray as Array
 
-    from speft_ds.mask import Mask
+    from speft_ds.sparse.mask import Mask
 
 INK = "#010203"  # SVG is drawn with this and shown in the reader's text colour, light or dark
 SCHEMES = "svg{color:#1f2328}@media screen and (prefers-color-scheme:dark){svg{color:#e3e5e8}}"

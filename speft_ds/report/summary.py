@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from speft_ds.evaluation.scores import ScoreChange
 from speft_ds.report.run import RunFolder, look_up, numbers, read_run
-from speft_ds.report.scores import ScoreChange
 from speft_ds.report.tables import duration, in_bytes, plain
 
 FILES = {
@@ -49,7 +49,7 @@ def key_figures(run: RunFolder, max_scores: int | None = None) -> list[tuple[str
             rows.append((score.name, new.short, how))
         else:
             rows.append((score.name, str(score), "after training" if new else "before training"))
-    for key, what in (("held_out_loss", "held-out loss"), ("loss", "training loss")):
+    for key, what in (("validation_loss", "validation loss"), ("loss", "training loss")):
         steps, values = run.series(key)
         if values:
             rows.append((what, f"{values[-1]:.4g}", f"at step {steps[-1]:,}; at first {values[0]:.4g}"))

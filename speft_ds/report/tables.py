@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from speft_ds.mask import Mask
+    from speft_ds.sparse.mask import Mask
 
 OTHER = "other"  # the row of weights outside the decoder layers
 MAX_WIDTH = 10_000

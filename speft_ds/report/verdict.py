@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from speft_ds.evaluation.scores import ScoreChange, ScoreFile
 from speft_ds.report.run import RunFolder
-from speft_ds.report.scores import ScoreChange, ScoreFile
 
 MAX_NAMED = 3
 STARTS = {"better": "Better", "worse": "Worse", "no clear change": "Not clearly changed"}
@@ -71,7 +71,7 @@ def _forgetting(run: RunFolder) -> list[str]:
 
 def _losses(run: RunFolder) -> list[str]:
     sentences = []
-    for key, what in (("held_out_loss", "held-out loss"), ("loss", "training loss")):
+    for key, what in (("validation_loss", "validation loss"), ("loss", "training loss")):
         steps, values = run.series(key)
         if len(values) > 1:
             moved = "fell" if values[-1] < values[0] else "rose"

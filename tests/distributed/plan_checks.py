@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from distributed.reference import make_trainer
-from speft_ds import distributed, peak_memory
+from speft_ds import peak_memory
+from speft_ds.comm import collectives
+from speft_ds.config.recipe import Recipe
 from speft_ds.plan.gathers import BACKWARD, FORWARD, RECOMPUTE
-from speft_ds.schema import Recipe
 
 
 def check_gathers(recipe: Recipe) -> dict:
@@ -40,4 +41,4 @@ def check_account(recipe: Recipe) -> dict:
     trainer = make_trainer(recipe)
     trainer.choose_mask()
     trainer.train()
-    return {**trainer.accounts[distributed.rank()], "own": trainer.state.num_local}
+    return {**trainer.accounts[collectives.rank()], "own": trainer.state.num_local}

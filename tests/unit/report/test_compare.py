@@ -6,9 +6,9 @@ from statistics import mean, stdev
 import pytest
 
 from speft_ds.errors import UserError
+from speft_ds.evaluation.scores import Score
 from speft_ds.report.compare import default_name, grouped, mean_score, write_comparison
 from speft_ds.report.run import read_run
-from speft_ds.report.scores import Score
 from unit.commands import speft
 from unit.report.reading import page_of, rendered
 from unit.report.sample import make_run, metrics, score, write_json

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from speft_ds.errors import UserError
-from speft_ds.mask import Mask, save_mask
 from speft_ds.report.page import context_of, write_report
 from speft_ds.report.render import render
 from speft_ds.report.run import read_run
 from speft_ds.report.summary import key_figures, print_summary
+from speft_ds.sparse.mask import Mask, save_mask
 from unit.report.reading import page_of, rendered
 from unit.report.sample import NUM_STEPS, evaluation, facts, make_run, metrics, score, write_json
 
@@ -55,9 +55,9 @@ def test_the_verdict_is_computed_from_the_numbers(written):
         *("perplexity", "15", "15.6", "+4.0%"),
     ):
         at = text.index(fact, at) + len(fact)
-    held_out = {line["step"]: line["held_out_loss"] for line in metrics() if "held_out_loss" in line}
-    lowest = min(held_out, key=held_out.get)
-    assert f"step {lowest} ({held_out[lowest]:.4g})" in text[at:]
+    validation = {line["step"]: line["validation_loss"] for line in metrics() if "validation_loss" in line}
+    lowest = min(validation, key=validation.get)
+    assert f"step {lowest} ({validation[lowest]:.4g})" in text[at:]
 
 
 def test_tables_have_the_numbers_of_the_files(written, finished):
@@ -233,7 +233,9 @@ def test_wrong_types_in_run_json_crash_nothing(tmp_path, value):
 def test_wrong_types_in_metrics_crash_nothing(run, value):
     shutil.rmtree(run / "adapter")
     lines = metrics()[:4]
-    write_metrics(run, [{**ln, key: value} for key in [*lines[0], "scores", "held_out_loss"] for ln in lines])
+    write_metrics(
+        run, [{**ln, key: value} for key in [*lines[0], "scores", "validation_loss"] for ln in lines]
+    )
     write_report(run)
 
 

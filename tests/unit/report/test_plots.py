@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from speft_ds.mask import Mask
 from speft_ds.report import plots
 from speft_ds.report.plots import Curve, curves, jaccard_picture, length_histogram, mask_heat_map
+from speft_ds.sparse.mask import Mask
 from unit.report.sample import decoder
 
 ODD = "a$b_{.0.$\\frac$ <b>--> \x07"  # neither a formula nor markup
@@ -107,6 +107,6 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
 
 
 def test_matplotlib_is_imported_for_drawing_only():
-    code = "import sys, speft_ds.report.compare, speft_ds.commands.compare_masks as _"
+    code = "import sys, speft_ds.report.compare, speft_ds.cli.commands.compare_masks as _"
     code += "; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from speft_ds.report.scores import Score, ScoreChange, card_scores, read_evaluations
+from speft_ds.evaluation.scores import Score, ScoreChange, card_scores, read_evaluations
 from unit.report.sample import evaluation, evaluations, score, write_json
 
 

@@ -16,7 +16,7 @@ from speft_ds.config.eval_config import EvalConfig
 from speft_ds.config.recipe import Recipe
 from speft_ds.evaluation.eval_jobs import EvalJob, Phase
 from speft_ds.evaluation.prompt_formats import prompt_formats
-from speft_ds.evaluation.scores import Evaluation, Score
+from speft_ds.evaluation.scores import Score, ScoreFile
 from speft_ds.io import replacing, write_json
 
 OLD = "old"  # folder of scores that do not hold any more
@@ -179,5 +179,5 @@ def check_rows(
 
 def main_scores(document: dict) -> list[Score]:
     """The main score of each task, or of a group of tasks in place of its parts."""
-    file = Evaluation.model_validate(document)
+    file = ScoreFile.model_validate(document)
     return file.main_scores("task") + file.main_scores("forgetting")

@@ -26,7 +26,9 @@ def split_for_cache(x: Tensor, in_features: int) -> tuple[Tensor, ...]:
     return flat.chunk(num_parts)
 
 
-shared_transpose = SharedTranspose(lambda x: [transpose_fp32(part) for part in split_for_cache(x, x.shape[-1])])
+shared_transpose = SharedTranspose(
+    lambda x: [transpose_fp32(part) for part in split_for_cache(x, x.shape[-1])]
+)
 
 
 class SampledGradient:

@@ -4,8 +4,8 @@ import pytest
 import tiny as made
 import yaml
 
-from speft_ds.commands.show_data import show_data
-from speft_ds.recipe import load_recipe
+from speft_ds.cli.commands.show_data import show_data
+from speft_ds.config.load_recipe import load_recipe
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -5,13 +5,12 @@ import math
 
 import pytest
 
-from speft_ds.evaluation.scores import Change, Score, changes, read_evaluations
-from unit.test_report.sample import evaluation, evaluations, score, write_json
+from speft_ds.evaluation.scores import Score, ScoreChange, card_scores, read_evaluations
+from unit.report.sample import evaluation, evaluations, score, write_json
 
 
 def change(before, after, stderr=0.01, **facts):
-    old, new = (Score(**score("t", value, stderr, **facts)) for value in (before, after))
-    return Change(old, new)
+    return ScoreChange(*(Score(**score("t", value, stderr, **facts)) for value in (before, after)))
 
 
 def read(folder, **documents):
@@ -38,14 +37,13 @@ def read(folder, **documents):
 )
 def test_a_change_is_judged_by_its_standard_error(before, after, facts, verdict, text):
     made = change(before, after, **facts)
-    assert (made.verdict, made.text) == (verdict, text)
+    assert (made.verdict, str(made)) == (verdict, text)
 
 
 def test_the_error_of_a_change_adds_in_squares():
-    made = Change(Score(**score("t", 0.4, 0.03)), Score(**score("t", 0.5, 0.04)))
+    made = ScoreChange(Score(**score("t", 0.4, 0.03)), Score(**score("t", 0.5, 0.04)))
     assert made.stderr == pytest.approx(0.05) and made.num_errors == pytest.approx(2.0)
-    assert made.errors_text() == "2.0 standard errors"
-    assert change(0.4, 0.9).errors_text("s.e.") == "35 s.e."
+    assert made.errors_text().startswith("2.0 ") and change(0.4, 0.9).errors_text("s.e.") == "35 s.e."
 
 
 def test_files_are_told_apart_by_what_they_say(tmp_path):
@@ -55,40 +53,42 @@ def test_files_are_told_apart_by_what_they_say(tmp_path):
     assert list(found.by_prompt()) == ["0-shot", "1-shot", "4-shot", "16-shot"]
     assert list(found.by_format("base")) == list(found.by_format("tuned")) == [0, 1, 2]
     assert [each.label for each in found.of("extra")] == ["mmlu"]
-    assert [c.after.task for c in changes(found.before, found.after, "forgetting")] == ["piqa"]
+    assert [c.after.task for c in found.changes("forgetting")] == ["piqa"]
+    assert [row["task"] for row in card_scores(tmp_path)] == [s.task for s in found.after.main_scores()]
+    assert card_scores(tmp_path)[0] == {
+        "task": "arc_easy", "metric": "acc", "before": 0.41, "after": 0.41 + 0.2, "stderr": 0.022
+    }  # fmt: skip
 
 
-def test_the_parts_of_a_group_are_not_named_beside_it(tmp_path):
-    scores = [score("mmlu", 0.3, is_group=True), score("mmlu_law", 0.2, group="mmlu"), score("piqa", 0.6)]
-    found = read(tmp_path, after=evaluation("after", "tuned", "main", scores))
-    assert [each.task for each in found.after.main_scores()] == ["mmlu", "piqa"]
-
-
-def test_a_tasks_own_number_of_examples_is_not_zero(tmp_path):
-    own = [score("mmlu", 0.3, num_fewshot=5)]
-    mixed = [*own, score("piqa", 0.6)]
-    found = read(tmp_path, before=evaluation("before", "base", "main", own, num_fewshot=None))
-    assert list(found.by_prompt()) == ["5-shot"]
-    found = read(tmp_path, before=evaluation("before", "base", "main", mixed, num_fewshot=None))
-    assert list(found.by_prompt()) == ["own prompts"]
+def test_the_parts_of_a_group_are_not_named_and_own_numbers_of_examples_are_not_zero(tmp_path):
+    mmlu = score("mmlu", 0.3, is_group=True, num_fewshot=5)
+    for scores, prompt in (([mmlu], "5-shot"), ([mmlu, score("piqa", 0.6)], "own prompts")):
+        part = score("mmlu_law", 0.2, group="mmlu", num_fewshot=5)
+        before = evaluation("before", "base", "main", [*scores, part], num_fewshot=None)
+        found = read(tmp_path, before=before)
+        assert found.main_scores() == [Score(**each) for each in scores]
+        assert list(found.by_prompt()) == [prompt]
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "where"),
     [
-        ('{"results": {"arc": {"acc,none": 0.5}}}', "was scored by an older version"),
-        ('{"label": "after", "model"', "cannot be read"),
-        ("[1, 2]", "is not understood"),
-        (json.dumps(evaluation("after", "other", "main", [])), "is not understood: model"),
-        (json.dumps(evaluation("after", "tuned", "main", [{"task": "t"}])), "is not understood: scores.0"),
+        ('{"results": {"arc": {"acc,none": 0.5}}}', "label"),  # lm-eval's own form
+        ('{"label": "after", "model"', ""),
+        ("[" * 100_000, ""),
+        (r'{"label": "\ud800"}', ""),
+        ("[1, 2]", ""),
+        (json.dumps(evaluation("after", "other", "main", [])), "model"),
+        (json.dumps(evaluation("after", "tuned", "main", [{"task": "t"}])), "scores.0"),
         (json.dumps(evaluation("after", "tuned", "main", [score("t", "0.5")])), "scores.0.value"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_a_problem_in_words(tmp_path, content, said):
+def test_a_file_that_cannot_be_used_is_a_problem_that_names_it(tmp_path, content, where):
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "after.json").write_text(content)
     found = read_evaluations(tmp_path)
-    assert found.all == [] and len(found.problems) == 1 and said in found.problems[0]
+    assert found.all == [] and len(found.problems) == 1
+    assert found.problems[0].startswith("eval/after.json ") and where in found.problems[0]
 
 
 def test_documents_beside_the_scores_are_not_scores(tmp_path):

@@ -1,4 +1,4 @@
-"""A run folder like that of a real run, made of numbers that a test can compute again."""
+"""Masks, and run folders like those of real runs, made of numbers that a test can compute again."""
 
 import json
 import math
@@ -9,6 +9,7 @@ import yaml
 
 from speft_ds.adapter.format import write_adapter
 from speft_ds.config.load_recipe import load_recipe
+from speft_ds.sparse.mask import Mask
 from unit.saved import save
 from unit.written import MINIMAL
 
@@ -125,17 +126,24 @@ def facts(**changes):
     }  # fmt: skip
 
 
-def shapes():
-    return {f"model.layers.{n}.{m}.weight": s for n in range(NUM_LAYERS) for m, s in MODULES.items()}
+def shapes(num_layers=NUM_LAYERS):
+    return {f"model.layers.{n}.{m}.weight": s for n in range(num_layers) for m, s in MODULES.items()}
+
+
+def decoder(num_layers, *others):
+    """A mask of random densities over a decoder, and over other weights of 100 elements."""
+    generator = torch.Generator().manual_seed(0)
+    shape = shapes(num_layers) | dict.fromkeys(others, (10, 10))
+    index = {}
+    for name, (rows, columns) in shape.items():
+        density = 0.1 * torch.rand(1, generator=generator)
+        chosen = torch.rand(rows * columns, generator=generator) < density
+        index[name] = chosen.nonzero()[:, 0].to(torch.int32)
+    return Mask(index=index, shape=shape)
 
 
 def make_adapter(folder):
-    """Entries of every weight: more in higher layers."""
-    generator = torch.Generator().manual_seed(0)
-    entries = []
-    for number, (name, (rows, columns)) in enumerate(shapes().items()):
-        index = torch.randperm(rows * columns, generator=generator)[: 20 + 5 * number].sort().values
-        entries.append((name, index, torch.randn(len(index), generator=generator)))
+    entries = [(name, index, torch.ones(len(index))) for name, index in decoder(NUM_LAYERS).index.items()]
     known = {"base": "owner/name", "dtype": "bfloat16", "fingerprint": "f" * 64, "task": "causal_lm"}
     write_adapter(folder, entries, {**known, "shapes": shapes(), "recipe": None})
 

@@ -1,7 +1,8 @@
-"""Where the entries of a mask lie, by layer and module, as numbers and as a table."""
+"""Tables of masks by layer and module, and numbers as text."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,35 +12,22 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from speft_ds.model.targets import place
+
 if TYPE_CHECKING:
     from speft_ds.sparse.mask import Mask
 
 OTHER = "other"  # the row of weights outside the decoder layers
-WIDEST = 10_000
+MAX_WIDTH = 10_000
 
 Cell = tuple[int, int] | None  # (entries, elements), None where the layer has no such module
-
-
-def place(name: str) -> tuple[int | None, str]:
-    """(layer, module) of a weight.
-
-    `model.layers.3.mlp.experts.7.up_proj.weight` -> (3, `mlp.experts.*.up_proj`). The layer is the first
-    number in the name, None where there is none; later ones are left open, so that the experts of a layer
-    share one place.
-    """
-    parts = name.removesuffix(".weight").split(".")
-    numbers = [position for position, part in enumerate(parts) if part.isdecimal()]
-    if not numbers:
-        return None, ".".join(parts)
-    module = parts[numbers[0] + 1 :] or parts
-    return int(parts[numbers[0]]), ".".join("*" if part.isdecimal() else part for part in module)
 
 
 def density_table(mask: Mask) -> tuple[list[str], list[str], list[list[Cell]]]:
     """Entries and elements by layer and module; weights that share a place are summed.
 
     Returns:
-        Layers, by number and `other` last; modules, in model order; one row of cells a layer.
+        Layers, by number and `other` last; modules, in model order; one row of cells per layer.
     """
     cells: dict[tuple[int | None, str], tuple[int, int]] = {}
     for name, index in mask.index.items():
@@ -60,7 +48,7 @@ def total(cells: Sequence[Cell]) -> tuple[int, int]:
 
 
 def unique_tails(names: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """The shortest tail of each name (a sequence of parts) that no other name ends in, or the whole name."""
+    """The shortest tail of each name (a sequence of parts) that no other name ends in, or the full name."""
     names = [tuple(name) for name in names]
     tails = []
     for name in names:
@@ -85,7 +73,7 @@ def print_mask_table(mask: Mask) -> None:
     everything = total([cell for row in cells for cell in row])
     table.add_column("layer", footer="total", justify="right")
     for module, column in zip(short_modules(modules), columns, strict=True):
-        table.add_column(Text(module), footer=f"{total(column)[0]:,}", justify="right")
+        table.add_column(plain(module), footer=f"{total(column)[0]:,}", justify="right")
     table.add_column("total", footer=f"{everything[0]:,}", justify="right")
     table.add_column("density", footer=percent(*everything), justify="right")
     for layer, row in zip(layers, cells, strict=True):
@@ -94,20 +82,43 @@ def print_mask_table(mask: Mask) -> None:
     print_table(table)
 
 
-def percent(entries: int, elements: int) -> str:
-    """A density for a table."""
-    return f"{entries / elements:.3%}"
-
-
-def jaccard_text(value: float) -> str:
-    """Four digits; only what is equal shows as 1, only what is disjoint as 0."""
-    if value in (0.0, 1.0):
-        return f"{value:.0f}"
-    return f"{min(max(value, 0.0001), 0.9999):.4f}"
+def plain(text: str) -> Text:
+    """What a file says, for a terminal: no markup, no control characters."""
+    return Text("".join(letter if letter.isprintable() else "\ufffd" for letter in text))
 
 
 def print_table(table: Table) -> None:
     """Print a table in its full width: a terminal may wrap its lines, but no number is cut or folded."""
     console = Console()
-    widest = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
+    widest = Measurement.get(console, console.options.update(max_width=MAX_WIDTH), table).maximum
     Console(width=max(console.width, widest)).print(table)
+
+
+def percent(entries: int, elements: int) -> str:
+    """A density."""
+    return f"{entries / elements:.3%}"
+
+
+def jaccard_text(value: float) -> str:
+    """Four digits; only equal masks show as 1, only disjoint ones as 0."""
+    if value in (0.0, 1.0):
+        return f"{value:.0f}"
+    return f"{min(max(value, 0.0001), 0.9999):.4f}"
+
+
+def in_bytes(number: float) -> str:
+    """`512 bytes`, `4.10 MiB`."""
+    power = sum(abs(number) >= 1024**n for n in (1, 2, 3))
+    unit = ("bytes", "KiB", "MiB", "GiB")[power]
+    return f"{number / 1024**power:.{2 if power else 0}f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `5 min 31 s`, `3 h 7 min`."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,7 +1,7 @@
 import pytest
 
+from unit.report.sample import make_run
 from unit.saved import quick_disk
-from unit.test_report.sample import make_run
 
 
 @pytest.fixture(autouse=True)

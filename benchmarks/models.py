@@ -9,8 +9,8 @@ from pathlib import Path
 
 from speft_ds.errors import UserError, did_you_mean
 from speft_ds.paths import cache_folder
-from speft_ds.plan.geometry import config_file, list_geometries
 from speft_ds.quickstart.model import NAME, is_ready
+from speft_ds.tools.plan.geometry import config_file, list_geometries
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from speft_ds import distributed
 from speft_ds.base import Base
-from speft_ds.checkpoint.folder import CHECKPOINTS, Checkpoint
+from speft_ds.checkpoint.folder import CHECKPOINTS, Checkpoint, checkpoint_entry
 from speft_ds.data.corpus import Corpus
 from speft_ds.errors import UserError
 from speft_ds.mask import Mask
-from speft_ds.plan.plan import checkpoint_entry
 from speft_ds.schema import Recipe
 from speft_ds.selection import least_wanted
 

@@ -18,7 +18,6 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from speft_ds import distributed
-from speft_ds.gather_counter import GatherCounter
 from speft_ds.layer_input import PASSING
 from speft_ds.optimizer import Clip, FlatOptimizer, global_norm
 from speft_ds.partition import shard_range
@@ -158,13 +157,7 @@ class SparseZeroOptimizer(ZeROOptimizer):
 
 
 class SparseEngine(DeepSpeedEngine):
-    """A `DeepSpeedEngine` over a frozen ZeRO-3 model whose optimizer trains a `SparseState`.
-
-    Attributes:
-        gathers: what ZeRO-3 gathers.
-    """
-
-    gathers: GatherCounter
+    """A `DeepSpeedEngine` over a frozen ZeRO-3 model whose optimizer trains a `SparseState`."""
 
     def _configure_zero_optimizer(self, optimizer):
         return SparseZeroOptimizer(super()._configure_zero_optimizer(None))
@@ -224,8 +217,6 @@ def build_engine(
         raise ValueError("the base must be frozen: call requires_grad_(False) on the model")
     config = DeepSpeedConfig(ds_config)
     engine = SparseEngine(args=None, model=model, config=ds_config, config_class=config)
-    itemsize = next(model.parameters()).element_size()
-    engine.gathers = GatherCounter(engine.optimizer.offload.get_param_coordinator(), itemsize)
     # Small weights stay gathered ("persistent") and would go stale when their shard changes.
     for linear in targets.values():
         linear.weight.ds_persist = False

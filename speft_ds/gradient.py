@@ -82,7 +82,6 @@ class SparseGradient:
         backends: weight with entries -> name of its backend; `kernels`: -> the backend.
         sinks: weight -> what its linear feeds; None where the mask has no entry of it.
         most_buffered: bytes of buckets alive at once, at most.
-        sent: bytes that this rank sent to the others for the gradient that was last taken.
 
     Args:
         mask: what is trained, the same on every rank.
@@ -104,7 +103,7 @@ class SparseGradient:
         self.bucket_of = {name: bucket for bucket in self.buckets for name in bucket.names}
         # Uses of a weight in a backward: one, until the first backward has told.
         self.expected, self.is_learning = dict.fromkeys(self.bucket_of, 1), options.overlap
-        self.most_buffered = self.sent = self.num_sent = 0
+        self.most_buffered = 0
         self._start_backward()
 
     def _make_buckets(self, size: int) -> list[Bucket]:
@@ -200,7 +199,6 @@ class SparseGradient:
         if len(self.in_flight) == IN_FLIGHT:
             self._receive()
         pieces, bucket.pieces, bucket.views = bucket.pieces, None, {}
-        self.num_sent += pieces.nbytes * (self.world_size - 1) // self.world_size
         self.in_flight.append((bucket, pieces, distributed.start_reduce_scatter(pieces)))
 
     def _receive(self) -> None:
@@ -233,7 +231,6 @@ class SparseGradient:
     def take(self) -> Tensor:
         """The [num_local] fp32 gradient of this rank's entries, summed over ranks and backwards."""
         own, self.own = self.own, torch.zeros_like(self.own)
-        self.sent, self.num_sent = self.num_sent, 0
         return own
 
     def discard(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from speft_ds import distributed, peak_memory
+from speft_ds import distributed
 from speft_ds.base import Base
 from speft_ds.files import write_json
 from speft_ds.machine import machine, versions
@@ -19,6 +19,7 @@ from speft_ds.recipe import without_training
 from speft_ds.run_folder import check_output_dir, start_folder
 from speft_ds.schema import MASK_FILE, Recipe
 from speft_ds.tables import print_mask_table
+from speft_ds.training.memory import peak_gib
 
 
 def run(recipe: Recipe) -> None:
@@ -55,7 +56,7 @@ def run(recipe: Recipe) -> None:
         start_folder(recipe)
         save_mask(folder / MASK_FILE, mask, facts)
         mask_heat_map(folder / "mask.png", mask, f"{recipe.name}: density by {recipe.mask.salience}")
-        memory = {"peak_memory_gib": peak_memory.peak_gib()}
+        memory = {"peak_memory_gib": peak_gib()}
         write_json(folder / "score.json", {**facts, "mask": mask.facts(), "timings_s": timings, **memory})
         print_mask_table(mask)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from speft_ds import account, distributed, lifeline, peak_memory, stop
+from speft_ds import distributed, lifeline, stop
 from speft_ds.adapter import save_adapter
 from speft_ds.adapter.format import tensors_sha256
 from speft_ds.base import Base
@@ -34,6 +34,7 @@ from speft_ds.resume import Start
 from speft_ds.schedule import SCHEDULES, Schedule, Training, mask_of
 from speft_ds.schema import Recipe
 from speft_ds.sparse import SparseState
+from speft_ds.training import memory
 from speft_ds.votes import Votes
 
 
@@ -78,7 +79,6 @@ class Trainer:
         check_steps(recipe, self.num_steps)
         with self.timings.stage("model"):
             self.loaded, facts = self._read_mask()
-            self.process_bytes = peak_memory.held()
             self.base.load(self.loaded)
         if self.loaded is not None:
             check_loaded_mask(recipe, self.base, self.loaded, facts)
@@ -88,7 +88,7 @@ class Trainer:
         self.num_skipped = self.num_nonfinite = 0  # steps: over the run, and in a row up to now
         self.best_loss = math.inf  # on the held-out rows
         self.run_id = ""
-        self.accounts: list[dict] = []  # by rank, of the training: bytes held and sent
+        self.resources: list[dict] = []  # by rank, of the training: memory and communication volume
         self.writer = Writer(self.folder, recipe.train, self.checkpoint.step if self.checkpoint else 0)
         self.votes = Votes(self.writer, recipe.train.checkpoint_every)
         if self.checkpoint is not None:
@@ -178,7 +178,6 @@ class Trainer:
         loss or gradient is not finite changes nothing.
         """
         start = time.perf_counter()
-        self.engine.gathers.restart()
         size, optimizer = self.recipe.train.global_batch, self.engine.optimizer
         rows = [self.rows[row] for row in self.order.ids(step * size, size)]
         num_labels, num_tokens = sum(row.num_labels for row in rows), sum(len(row.ids) for row in rows)
@@ -257,19 +256,26 @@ class Trainer:
         self._restore_random_states()
         self.votes.restart()
         self.engine.train()
-        peak_memory.restart()
+        memory.reset_peak()
         with self.timings.stage("training"), closing(log):
             for step in range(self.first_step, self.num_steps):
-                values = {**self.train_step(step), "peak_memory_gib": peak_memory.peak_gib()}
+                values = {**self.train_step(step), "peak_memory_gib": memory.peak_gib()}
                 values |= self._measure(step + 1)
                 log.log(values)
                 self._keep(step + 1, log, values.get("held_out_loss"))
             self.writer.finish()
-        own = account.memory(self.engine, self.state, self.schedule.optimizer, self.process_bytes)
-        self.accounts = distributed.all_gather_objects(
-            {"memory": own, "sent": account.sent(self.engine, self.state)}
-        )
+        self.resources = distributed.all_gather_objects(self._own_resources())
         self.timings["checkpoints"] = self.writer.seconds
+
+    def _own_resources(self) -> dict:
+        """Peak memory while this rank trained, the tensors that it keeps, and what it sends per step."""
+        train = self.recipe.train
+        num_micro_batches = train.global_batch // (train.micro_batch * distributed.world_size())
+        return {
+            "peak_bytes": memory.peak_bytes(),
+            "memory_breakdown": memory.memory_breakdown(self.engine, self.state, self.schedule.optimizer),
+            "comm_volume": memory.comm_volume(self.state.gradient, num_micro_batches),
+        }
 
     def _measure(self, done: int) -> dict:
         """Held-out loss and scores on a slice of the tasks after `done` steps, if it is time."""
@@ -376,7 +382,7 @@ class Trainer:
             },
             "head": sum(rows * columns for rows, columns in self.state.heads.values()),
             "sparse_backends": sorted(set(self.state.gradient.backends.values())),
-            "accounts": self.accounts,
+            "resources": self.resources,
             "base": {"name_or_path": self.recipe.model.name_or_path, "fingerprint": self.base.fingerprint},
             "timings_s": self.timings,
         }

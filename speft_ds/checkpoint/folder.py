@@ -14,6 +14,7 @@ from typing import Any
 
 from speft_ds.errors import UserError
 from speft_ds.files import flush_to_disk, replacing, write_json
+from speft_ds.schema import ADAMW, Recipe
 
 FORMAT_VERSION = 1
 CHECKPOINTS, MANIFEST, COMPLETE = "checkpoints", "manifest.json", "COMPLETE"
@@ -33,6 +34,17 @@ class Checkpoint:
     @property
     def held_out_loss(self) -> float | None:
         return self.manifest.get("held_out_loss")
+
+
+def checkpoint_entry(recipe: Recipe) -> int:
+    """Bytes of an entry in a checkpoint: index and delta, and what the optimizer keeps of it."""
+    optimizer, mask = recipe.optimizer, recipe.mask
+    kept = {"sgd": 4 * (optimizer.momentum > 0), "lion": 4, "adamw": 8}.get(optimizer.name, 10)
+    if optimizer.name in ADAMW and mask.has_ages:
+        kept += 4  # its age
+    if "8bit" in optimizer.name and mask.schedule in ("periodic", "drop_grow"):
+        kept += 4  # its slot
+    return 8 + kept
 
 
 def folder_of(run: Path, step: int) -> Path:

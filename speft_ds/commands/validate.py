@@ -146,7 +146,7 @@ class Validation:
         if not self.has_model:
             return Outcome("needs the model", "skipped")
         from speft_ds.model import check_shapes  # late: they import torch
-        from speft_ds.plan.geometry import read_geometry
+        from speft_ds.tools.plan.geometry import read_geometry
 
         geometry = read_geometry(self.recipe)
         check_shapes(self.recipe, geometry.targets)

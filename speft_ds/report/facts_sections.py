@@ -126,21 +126,21 @@ def sizes_section(run: Run) -> Section:
 
 
 def memory_section(run: Run) -> list[Section]:
-    """What a rank held while it trained, and what it sent in a step; nothing for runs that did not count."""
-    memory, sent = run.account.get("memory"), run.account.get("sent")
-    if not memory:
+    """Peak memory and communication volume; nothing for runs that did not count."""
+    resources = run.resources
+    if not resources:
         return []
-    rows = [(kind, in_bytes(size)) for kind, size in memory.items() if size]
-    blocks: list[Block] = [Table(("held by a rank", ""), [*rows, ("peak", in_bytes(sum(memory.values())))])]
-    if sent and any(sent.values()):
-        rows = [(kind, in_bytes(size)) for kind, size in sent.items()]
-        blocks.append(Table(("sent by a rank in a step", ""), rows))
+    kept = [(kind, in_bytes(size)) for kind, size in resources["memory_breakdown"].items() if size]
+    rows = [*kept, ("peak, with all else", in_bytes(resources["peak_bytes"]))]
+    blocks: list[Block] = [Table(("memory per rank", ""), rows)]
+    if sent := [(kind, in_bytes(size)) for kind, size in resources["comm_volume"].items() if size]:
+        blocks.append(Table(("sent per rank and step", ""), sent))
     how = (
-        "How: of the rank that held most while training. Buffers are counted as they were allocated, "
-        "weights as they were gathered in the last step; what is left of the peak is activations and all "
-        "else. A rank sends as on a ring."
+        "How: of the rank with the highest peak while training. Tensors are counted as they were allocated. "
+        "The peak is measured: activations, gathered weights and the process are in it, too. A rank sends as "
+        "on a ring; what ZeRO-3 gathers is not counted."
     )
-    return [Section("Memory and traffic", [*blocks, Text(how, is_small=True)])]
+    return [Section("Peak memory and communication volume", [*blocks, Text(how, is_small=True)])]
 
 
 def in_bytes(number: float) -> str:

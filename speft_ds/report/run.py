@@ -100,13 +100,20 @@ class Run:
         return max(self.series("peak_memory_gib")[1], default=None)
 
     @property
-    def account(self) -> dict[str, dict[str, int]]:
-        """`memory` and `sent` of the rank that held most while training: kind -> bytes; empty if unknown."""
-        accounts = [
-            {what: _numbers(look_up(each, what, dict) or {}) for what in ("memory", "sent")}
-            for each in self.fact("accounts", list) or []
+    def resources(self) -> dict[str, Any]:
+        """Of the rank with the highest peak while training; empty if unknown.
+
+        `peak_bytes`; `memory_breakdown` and `comm_volume`: kind -> bytes.
+        """
+        by_rank = [
+            {
+                "peak_bytes": look_up(each, "peak_bytes", int) or 0,
+                "memory_breakdown": _numbers(look_up(each, "memory_breakdown", dict) or {}),
+                "comm_volume": _numbers(look_up(each, "comm_volume", dict) or {}),
+            }
+            for each in self.fact("resources", list) or []
         ]
-        return max(accounts, key=lambda each: sum(each["memory"].values()), default={})
+        return max(by_rank, key=lambda each: each["peak_bytes"], default={})
 
     @cached_property
     def adapter_bytes(self) -> int:

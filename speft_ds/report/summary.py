@@ -58,13 +58,13 @@ def _cost_lines(run: Run) -> list[tuple[str, str]]:
     total, training = run.fact("timings_s.total", float), run.fact("timings_s.training", float)
     if total is not None and training is not None:
         lines.append(("seconds", f"{total:.0f} ({training:.0f} of them training)"))
-    if memory := run.account.get("memory"):
+    if resources := run.resources:
+        memory = resources["memory_breakdown"]
         largest = sorted(memory, key=memory.get, reverse=True)[:3]
         parts = ", ".join(f"{kind} {in_bytes(memory[kind])}" for kind in largest)
-        lines.append(("memory of a rank", f"{in_bytes(sum(memory.values()))} ({parts}, ...)"))
-    if sent := run.account.get("sent"):
-        parts = ", ".join(f"{kind} {in_bytes(size)}" for kind, size in sent.items())
-        lines.append(("sent a step", parts))
+        lines.append(("peak memory per rank", f"{in_bytes(resources['peak_bytes'])} ({parts}, ...)"))
+        sent = [f"{kind} {in_bytes(size)}" for kind, size in resources["comm_volume"].items() if size]
+        lines += [("sent per rank and step", ", ".join(sent))] if sent else []
     if tokens := run.tokens_per_s:
         lines.append(("tokens/s", f"{tokens:.0f} on {run.fact('world_size')} rank(s)"))
     return lines

@@ -82,7 +82,7 @@ def test_validate_exits_as_the_checks_say(monkeypatch, called):
 
 
 def test_plan_hands_over_recipe_and_machine(monkeypatch, called):
-    calls = called("plan.plan", make_plan="the plan", print_plan=None)
+    calls = called("tools.plan.make_plan", make_plan="the plan", print_plan=None)
     arguments = ["plan", "quickstart", "--world", "8", "seed=1", "--gpu-gib", "40", "--rows", "9"]
     assert run(monkeypatch, *arguments) == 0
     assert run(monkeypatch, "plan", "quickstart", "--world", "2") == 0

@@ -8,7 +8,7 @@ from torch import nn
 
 from speft_ds.optimizer import AdamW, AdamW8bit, Saved, adamw_8bit
 from speft_ds.optimizer.blockwise import BLOCK
-from speft_ds.plan.dry_run import LiveBytes
+from speft_ds.tools.plan.activations import LiveBytes
 from unit.spread import LENGTH, numbers
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

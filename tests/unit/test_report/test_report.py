@@ -307,18 +307,17 @@ def test_nothing_that_a_file_says_is_markup(tmp_path):
 # The table at the end of a run
 
 
-def test_memory_and_traffic_are_those_of_the_rank_that_held_most(written, finished):
+def test_memory_and_communication_are_those_of_the_rank_with_the_highest_peak(written, finished):
     text = (written / "report.md").read_text(encoding="utf-8")
-    section = text.split("## Memory and traffic")[1].split("## ")[0]
+    section = text.split("## Peak memory and communication volume")[1].split("## ")[0]
     cells = {
         tuple(cell.strip() for cell in line.split("|")[1:3]) for line in section.splitlines() if "|" in line
     }
-    assert {("process", "512.00 MiB"), ("base shard", "2.00 MiB"), ("delta", "2.93 KiB")} <= cells
-    assert ("peak", "514.00 MiB") in cells and not any(kind == "gradient" and v == "0" for kind, v in cells)
-    assert {("weights, forward", "5.00 MiB"), ("gradient", "2.00 KiB")} <= cells
+    assert {("base shard", "2.00 MiB"), ("delta", "2.93 KiB"), ("gradient", "2.00 KiB")} <= cells
+    assert "1.00 GiB" in {value for _, value in cells} and not any(value == "0" for _, value in cells)
     lines = dict(summary(finished))
-    assert lines["memory of a rank"].startswith("514.00 MiB (process 512.00 MiB, base shard 2.00 MiB")
-    assert lines["sent a step"] == "weights, forward 5.00 MiB, gradient 2.00 KiB"
+    assert lines["peak memory per rank"].startswith("1.00 GiB (base shard 2.00 MiB")
+    assert lines["sent per rank and step"] == "gradient 2.00 KiB"
 
 
 def test_the_summary_has_scores_and_sizes(finished, capsys, monkeypatch):

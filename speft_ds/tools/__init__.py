@@ -1,0 +1,1 @@
+"""Tools beside training: the plan of a run."""

@@ -9,13 +9,10 @@ from tiny import VOCABULARY, make_tokenizer
 
 from distributed import plan_checks
 from distributed.reference import make_recipe
-from speft_ds.ds_config import load_ds_config
-from speft_ds.tools.plan.geometry import read_geometry
 from speft_ds.tools.plan.make_plan import make_plan
-from speft_ds.tools.plan.memory_model import PROCESS, Setup, optimizer_state, total
+from speft_ds.tools.plan.memory_model import PROCESS, optimizer_state, total
 
 LENGTH = 128  # tokens of every row
-CHECKPOINTING = ["none", "reentrant", "non_reentrant"]
 
 
 def make_model(folder, depth: int, width: int, dtype: str):
@@ -45,7 +42,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non_reentrant"])
 @pytest.mark.parametrize("name", RULES)
 def test_gathers_are_deepspeeds(ranks, tmp_path, name, checkpointing):
     """Elements gathered in forward, recompute and backward, and the most at a time: all exact."""
@@ -63,7 +60,7 @@ def test_gathers_are_deepspeeds(ranks, tmp_path, name, checkpointing):
         deepspeed={"config": str(tmp_path / "ds.json")},
     )
     got = ranks(2)(plan_checks.check_run, recipe=recipe)[0]
-    peak = Setup(recipe, read_geometry(recipe), zero, 2, "cpu").pass_peak("entries", 2, LENGTH)
+    peak = make_plan(recipe, 2, device="cpu").setup.pass_peak("entries", 2, LENGTH)
     assert peak.traffic == got["gathered"]
     assert peak.most_gathered == got["most_gathered"]
 
@@ -87,18 +84,16 @@ def test_a_run_counts_what_was_planned(ranks, tiny, tmp_path, world_size, change
     recipe = make_recipe(tiny, tmp_path, **{**changes, **sections})
     plan = make_plan(recipe, world_size, device="cpu")
     planned = {line.kind: line.num_bytes for line in plan.memory["training"]}
-    zero = load_ds_config(recipe, world_size)["zero_optimization"]
-    setup = Setup(recipe, read_geometry(recipe), zero, world_size, "cpu")
     # Two maps of the 8-bit codes and their edges.
     tables = 4 * (2 * 256 + 2 * 255) if recipe.optimizer.name == "adamw_8bit" else 0
-    planned["optimizer"] = total(optimizer_state(setup))
+    planned["optimizer"] = total(optimizer_state(plan.setup))
     planned_sent = {line.kind: line.num_bytes for line in plan.traffic if world_size > 1}
     planned_gradient = planned_sent.pop("gradient", 0)
     for run in ranks(world_size)(plan_checks.check_run, recipe=recipe):
         memory = run["memory_breakdown"]
         # The plan spreads entries evenly over the ranks; the mask does not.
         for kind in ("index", "base values", "delta", "gradient"):
-            assert memory[kind] * setup.num_own == planned[kind] * run["num_own"], kind
+            assert memory[kind] * plan.setup.num_own == planned[kind] * run["num_own"], kind
         assert memory["optimizer"] == pytest.approx(planned["optimizer"], rel=0.1, abs=200 + tables)
         for kind in ("base shard", "mask", "gradient pattern", "small weights, gathered"):
             assert memory[kind] == planned.get(kind, 0), kind

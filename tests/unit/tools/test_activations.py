@@ -38,22 +38,18 @@ def test_a_fake_run_counts_what_a_real_run_holds(recipe, checkpointing):
 
 @pytest.fixture
 def peak(recipe):
-    """A function: uses, keys of ZeRO, other attributes of the setup -> (most gathered, gathered in forward,
-    recompute and backward, bytes at the peak), for weights of 10 elements.
-
-    A use is kind and weight, such as `forward a`; 100 bytes of activations are beside each.
+    """A function: uses of weights of 10 elements, such as `forward a`, and what differs from no prefetch and
+    no reuse on two GPUs -> (most gathered, gathered in forward, recompute, backward, bytes at the peak).
     """
 
-    def run(
-        order: list[str], checkpointing="none", persistent="", world_size=2, device="cuda", **zero
-    ) -> tuple:
+    def run(order, checkpointing="none", persistent="", world_size=2, device="cuda", **zero) -> tuple:
         uses = [ModuleUse(kind, (weight,), 0, 100) for kind, weight in (use.split() for use in order)]
-        zero = {"prefetch_bucket_size": 0, "max_live_parameters": 1000, "max_reuse_distance": 0, **zero}
-        zero = {f"stage3_{key}": value for key, value in zero.items()}
-        numel = {name: 10 for name in "abc"}
-        trained = frozenset(numel) - frozenset(persistent)
-        geometry = SimpleNamespace(numel=numel, trained=trained, dtype="float32")
+        zero = {"prefetch_bucket_size": 0, "max_reuse_distance": 0, **zero}
+        geometry = SimpleNamespace(
+            numel=dict.fromkeys("abc", 10), trained=set("abc") - set(persistent), dtype="float32"
+        )
         made = recipe(train={"activation_checkpointing": checkpointing})
+        zero = {f"stage3_{key}": value for key, value in zero.items()}
         got = pass_peak(uses, Setup(made, geometry, zero, world_size, device))
         return got.most_gathered, *got.traffic.values(), got.activations + got.gathered
 

@@ -11,16 +11,8 @@ from speft_ds.tools.plan.make_plan import Plan, find_order, make_plan, print_pla
 from speft_ds.tools.plan.memory_model import GIB, PROCESS, Line, total
 
 # tiny.make_model: 35 wide, 53 in the MLP, 5 heads of 8 (1 key and value head), 2 layers, vocabulary 260.
-LAYER = {
-    "q": 40 * 35,
-    "k": 8 * 35,
-    "v": 8 * 35,
-    "o": 35 * 40,
-    "gate": 53 * 35,
-    "up": 53 * 35,
-    "down": 35 * 53,
-}
-TARGETS = 2 * sum(LAYER.values())
+LAYER = [40 * 35, 8 * 35, 8 * 35, 35 * 40, 53 * 35, 53 * 35, 35 * 53]  # q, k, v, o, gate, up, down
+TARGETS = 2 * sum(LAYER)
 NORMS = 5 * 35
 EMBEDDINGS = 2 * 260 * 35
 
@@ -31,7 +23,7 @@ def sizes(lines: list[Line]) -> dict[str, int]:
 
 def shards(ranks: int) -> int:
     """Elements of a rank's shards of the targets."""
-    return 2 * sum(-(-numel // ranks) for numel in LAYER.values())
+    return 2 * sum(-(-numel // ranks) for numel in LAYER)
 
 
 @pytest.fixture
@@ -182,26 +174,19 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(recipe):
 
 
 def test_what_does_not_fit_says_what_would_help(recipe):
-    needs = recipe(data={"max_length": 512}, train={"global_batch": 64, "micro_batch": 16})
-    plan = make_plan(needs, 1, gpu_gib=2.0)
+    needs = {"data": {"max_length": 512}, "train": {"global_batch": 64, "micro_batch": 16}}
+    plan = make_plan(recipe(**needs), 1, gpu_gib=2.0)
     assert plan.fits and not plan.suggestions and plan.smallest_world_size == 1
-    plan = make_plan(needs, 1, gpu_gib=plan.num_bytes / GIB)  # all of it, and so without the margin
+    plan = make_plan(recipe(**needs), 1, gpu_gib=plan.num_bytes / GIB)  # all of it, without the margin
     assert not plan.fits
     by_change = {s.change: s.num_bytes for s in plan.suggestions}
     *alone, together = by_change.values()
     assert alone == sorted(alone) and together < alone[0] and len(alone) > 2
-    rows = make_plan(
-        needs.model_copy(
-            update={
-                "train": needs.train.model_copy(update={"micro_batch": 1}),
-                "mask": needs.mask.model_copy(update={"calibration_batch": 1}),
-            }
-        ),
-        1,
-    )
-    assert by_change["train.micro_batch=1 mask.calibration_batch=1"] == rows.num_bytes
-    assert "train.activation_checkpointing=non_reentrant" in by_change
     assert all(size < plan.num_bytes for size in by_change.values())
+    assert "train.activation_checkpointing=non_reentrant" in by_change
+    needs["train"]["micro_batch"], needs["mask"] = 1, {"calibration_batch": 1}
+    one_row = make_plan(recipe(**needs), 1).num_bytes
+    assert by_change["train.micro_batch=1 mask.calibration_batch=1"] == one_row
 
 
 def test_the_margin_is_kept_free():

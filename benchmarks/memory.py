@@ -23,8 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from markdown import print_table  # noqa: E402
 
-from speft_ds.files import write_json  # noqa: E402
-from speft_ds.schema import Recipe  # noqa: E402
+from speft_ds.config.recipe import Recipe  # noqa: E402
+from speft_ds.io import write_json  # noqa: E402
 from speft_ds.tools.plan.geometry import geometry_file  # noqa: E402
 from speft_ds.tools.plan.make_plan import make_plan  # noqa: E402
 from speft_ds.tools.plan.memory_model import GIB, PROCESS, total  # noqa: E402

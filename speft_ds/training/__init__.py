@@ -1,1 +1,1 @@
-"""Training: what happens between the first and the last step."""
+"""Training."""

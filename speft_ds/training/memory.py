@@ -14,30 +14,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speft_ds import distributed
-from speft_ds.engine import SparseEngine
-from speft_ds.gradient import SparseGradient
-from speft_ds.metrics import say
-from speft_ds.optimizer import FlatOptimizer
-from speft_ds.sparse import SparseState
+from speft_ds.comm import collectives
+from speft_ds.comm.collectives import log_rank0
+from speft_ds.sparse.gradient import SparseGradient
+from speft_ds.sparse.optim.flat import FlatOptimizer
+from speft_ds.sparse.state import SparseState
+from speft_ds.zero.engine import SparseEngine
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
 
 
 def reset_peak() -> None:
     """From here on, `peak_bytes` forgets what was before; where that cannot be, a line says so."""
-    if distributed.device().type == "cuda":
+    if collectives.device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return
     try:
         CLEAR_REFS.write_text("5", encoding="utf-8")
     except OSError as error:
-        say(f"note: the peak of memory is that of the complete run, selection included: {error}")
+        log_rank0(f"note: the peak of memory is that of the complete run, selection included: {error}")
 
 
 def peak_bytes() -> int:
     """The most bytes held since `reset_peak`, or since the process began where that cannot be reset."""
-    if distributed.device().type == "cuda":
+    if collectives.device().type == "cuda":
         return torch.cuda.max_memory_allocated()
     if STATUS.exists():
         (line,) = [line for line in STATUS.read_text(encoding="utf-8").splitlines() if "VmHWM" in line]
@@ -85,7 +85,7 @@ def memory_breakdown(engine: SparseEngine, state: SparseState, optimizer: FlatOp
         "small weights, gathered": sum(p.ds_numel * p.element_size() for p in persistent),
         "mask": tensor_bytes(mask),
         "gradient": tensor_bytes([gradient.own]),
-        "gradient buckets": gradient.most_buffered,
+        "gradient buckets": gradient.peak_buffer_bytes,
         "gradient pattern": tensor_bytes(gradient.kernels.values(), exclude=mask),
         "index": tensor_bytes(index, exclude=mask),
         "base values": tensor_bytes([state.base]),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from distributed.gather_counter import GatherCounter
 from distributed.reference import make_trainer
-from speft_ds import distributed
-from speft_ds.schema import Recipe
+from speft_ds.comm import collectives
+from speft_ds.config.recipe import Recipe
 from speft_ds.tools.plan.gathered_weights import BACKWARD, FORWARD, RECOMPUTE
 from speft_ds.training import memory
 
@@ -18,7 +18,7 @@ def check_run(recipe: Recipe) -> dict:
     trainer = make_trainer(recipe)
     trainer.choose_mask()
     gathers, reduced = GatherCounter(trainer.engine), []
-    train_step, reduce_scatter = trainer.train_step, distributed.start_reduce_scatter
+    train_step, reduce_scatter = trainer.train_step, collectives.start_reduce_scatter
 
     def counted_step(step: int) -> dict:
         gathers.restart()
@@ -26,16 +26,16 @@ def check_run(recipe: Recipe) -> dict:
         return train_step(step)
 
     def counted_reduce(pieces):
-        reduced.append(pieces.nbytes * (distributed.world_size() - 1) // distributed.world_size())
+        reduced.append(pieces.nbytes * (collectives.world_size() - 1) // collectives.world_size())
         return reduce_scatter(pieces)
 
-    trainer.train_step, distributed.start_reduce_scatter = counted_step, counted_reduce
+    trainer.train_step, collectives.start_reduce_scatter = counted_step, counted_reduce
     try:
         trainer.train()
     finally:
-        distributed.start_reduce_scatter = reduce_scatter
+        collectives.start_reduce_scatter = reduce_scatter
     return {
-        **trainer.resources[distributed.rank()],
+        **trainer.resources[collectives.rank()],
         "num_own": trainer.state.num_local,
         "gathered": {kind: gathers.elements[kind] for kind in (FORWARD, RECOMPUTE, BACKWARD)},
         "most_gathered": gathers.most_gathered,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 def _before_step(number: int, action: Callable) -> None:
     """Have the run call action(trainer) before step `number` (from 1)."""
-    from speft_ds.trainer import Trainer
+    from speft_ds.training.trainer import Trainer
 
     train_step = Trainer.train_step
 
@@ -58,7 +58,7 @@ def nan_from_step_6_on() -> None:
 
 def _spoil(is_bad: Callable[[int], bool]) -> None:
     """Make the loss of this rank NaN in some steps (from 1)."""
-    from speft_ds.trainer import Trainer
+    from speft_ds.training.trainer import Trainer
 
     train_step = Trainer.train_step
 
@@ -83,21 +83,21 @@ def infinite_gradient_in_step_6() -> None:
     """The loss is finite, one entry of the gradient of this rank is not."""
 
     def spoil(trainer):
-        trainer.schedule.state.gradient.own[0] = math.inf
+        trainer.schedule.gradient.own[0] = math.inf
 
     _before_step(6, spoil)
 
 
 def short_wait() -> None:
-    from speft_ds import run_folder
+    from speft_ds.training import run_dir
 
-    run_folder.LOCK_WAIT_S = 1.0
+    run_dir.LOCK_WAIT_S = 1.0
 
 
 def slow_selection() -> None:
-    from speft_ds.base import Base
+    from speft_ds.training.setup import TrainContext
 
-    choose_mask = Base.choose_mask
+    choose_mask = TrainContext.choose_mask
 
     def slow(self, number=0):
         if number:
@@ -105,13 +105,13 @@ def slow_selection() -> None:
             time.sleep(1)
         return choose_mask(self, number)
 
-    Base.choose_mask = slow
+    TrainContext.choose_mask = slow
 
 
 def slow_steps() -> None:
     """From the first checkpoint on."""
-    from speft_ds.checkpoint.folder import list_checkpoints
-    from speft_ds.trainer import Trainer
+    from speft_ds.training.checkpoint.folder import list_checkpoints
+    from speft_ds.training.trainer import Trainer
 
     step = Trainer.train_step
 
@@ -123,16 +123,16 @@ def slow_steps() -> None:
 
 
 def slow_load() -> None:
-    from speft_ds.base import Base
+    from speft_ds.training.setup import TrainContext
 
-    load = Base.load
+    load = TrainContext.load
 
     def slow(self, *arguments):
         print("loading", flush=True)
         time.sleep(3)
         return load(self, *arguments)
 
-    Base.load = slow
+    TrainContext.load = slow
 
 
 def stale_build_lock() -> None:
@@ -146,13 +146,13 @@ def stale_build_lock() -> None:
 
 
 def slow_slices() -> None:
-    from speft_ds.evaluation.evaluation import Evaluation
+    from speft_ds.evaluation.runner import EvalRunner
 
-    score = Evaluation.slice_scores
+    score = EvalRunner.slice_scores
 
     def slow(self, module):
         print("scoring a slice", flush=True)
         time.sleep(1)
         return score(self, module)
 
-    Evaluation.slice_scores = slow
+    EvalRunner.slice_scores = slow

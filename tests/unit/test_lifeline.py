@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from speft_ds import lifeline
+from speft_ds.comm import watchdog
 
 SCRIPT = Path(__file__).with_name("lifeline_rank.py")
 SETTINGS = {"GRACE_S": 0.2, "TOLD_S": 0.2, "SILENCE_S": 0.3}
@@ -236,6 +236,6 @@ def test_progress_is_no_trouble_however_long_it_takes(job):
 
 
 def test_without_a_lifeline_nobody_listens():
-    lifeline.beat("step 1")
-    lifeline.close()
-    assert lifeline.fail("an error before the ranks know each other") is False
+    watchdog.heartbeat("step 1")
+    watchdog.close()
+    assert watchdog.fail("an error before the ranks know each other") is False

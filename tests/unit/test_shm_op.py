@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from speft_ds.shm_op import lock_age_s, wait_for_build
+from speft_ds.comm.deepspeed_shm import lock_age_s, wait_for_build
 
 
 @pytest.fixture

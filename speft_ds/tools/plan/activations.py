@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from speft_ds.kernels import launch, sampled
-from speft_ds.kernels.dense import BLOCK_ELEMENTS
-from speft_ds.linear import AdaptedLinear, adapt
+from speft_ds.model.linear import AdaptedLinear, adapt
+from speft_ds.sparse.kernels import launch, sampled
+from speft_ds.sparse.kernels.dense import BLOCK_ELEMENTS
 from speft_ds.tools.plan.gathered_weights import BACKWARD, FORWARD, RECOMPUTE, ModuleUse
 from speft_ds.tools.plan.geometry import Geometry, build_model
 
@@ -168,7 +168,7 @@ def _prepare(model: nn.Module, geometry: Geometry, one: Pass, live: LiveBytes) -
         is_target = f"{name}.weight" in geometry.targets
         adapt(linear, recomputes_input=one.checkpointing == "none" and is_target)
         if is_target:
-            linear.sink = _sink(geometry.density, one, live)
+            linear.weight_grad_hook = _sink(geometry.density, one, live)
         else:
             linear.__class__ = _Zero3Linear
 
@@ -177,7 +177,7 @@ class _Zero3Linear(AdaptedLinear):
     """DeepSpeed's own, which saves its input, needed or not (`zero3_linear_wrap`), if any gradient passes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        self.sink = (lambda x, grad_y: None) if x.requires_grad else None
+        self.weight_grad_hook = (lambda x, grad_y: None) if x.requires_grad else None
         return super().forward(x)
 
 

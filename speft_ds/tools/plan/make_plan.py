@@ -12,17 +12,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from speft_ds.checkpoint.folder import checkpoint_entry
-from speft_ds.data.order import SampleOrder
-from speft_ds.data.prepare import find_cached
-from speft_ds.data.request import request_of
-from speft_ds.data.sources import iterate_rows
-from speft_ds.ds_config import load_ds_config
+from speft_ds.config.deepspeed_config import load_ds_config
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.dataset_cache import find_cached, request_of
+from speft_ds.data.readers import iterate_rows
+from speft_ds.data.sampler import Sampler
 from speft_ds.errors import UserError
-from speft_ds.schema import Recipe
 from speft_ds.tools.plan.geometry import read_geometry
 from speft_ds.tools.plan.memory_model import GIB, Line, Setup, host, phases, total
 from speft_ds.tools.plan.suggestions import Suggestion, smallest_world_size, suggest
+from speft_ds.training.checkpoint.folder import checkpoint_entry
 
 MARGIN = 0.1  # of the GPU, left to the allocator: what it holds beyond what is asked for
 
@@ -125,7 +124,7 @@ def traffic(setup: Setup) -> list[Line]:
 def steps(recipe: Recipe, world_size: int, num_rows: int | None) -> dict[str, tuple[int | None, str]]:
     """Sequences per epoch, steps and tokens, with what they follow from; None where that is not known."""
     train, length = recipe.train, recipe.data.max_length
-    order, why = (SampleOrder((num_rows,), None, 0), "--rows") if num_rows else find_order(recipe)
+    order, why = (Sampler((num_rows,), None, 0), "--rows") if num_rows else find_order(recipe)
     batch = f"{train.global_batch} sequences a step"
     accumulation = train.global_batch // (train.micro_batch * world_size)
     if train.steps is not None:
@@ -147,14 +146,14 @@ def steps(recipe: Recipe, world_size: int, num_rows: int | None) -> dict[str, tu
     }
 
 
-def find_order(recipe: Recipe) -> tuple[SampleOrder | None, str]:
+def find_order(recipe: Recipe) -> tuple[Sampler | None, str]:
     """The order of the rows that are on this machine, and how they were counted; None where they are not."""
     data = recipe.data
     paths = ", ".join(source.path for source in data.sources)
     try:
         if corpus := find_cached(request_of(recipe)):
             kind = "packs" if corpus.is_packed else "rows"
-            return SampleOrder(corpus.sizes, data.weights, recipe.seed), f"tokenised before: {kind}"
+            return Sampler(corpus.sizes, data.weights, recipe.seed), f"tokenised before: {kind}"
         sizes = [sum(1 for _ in iterate_rows(source)) for source in data.sources]
     except UserError as error:
         return None, f"{error.what}: --rows N"
@@ -163,7 +162,7 @@ def find_order(recipe: Recipe) -> tuple[SampleOrder | None, str]:
         sizes, weights = [min(data.select_rows, sum(sizes))], None
         why = f"data.select_rows of the rows in {paths}"
     why += ", before packing: speft data tells exactly" if data.packing else ""
-    return SampleOrder(tuple(sizes), weights, recipe.seed), why
+    return Sampler(tuple(sizes), weights, recipe.seed), why
 
 
 def files(setup: Setup) -> list[Line]:

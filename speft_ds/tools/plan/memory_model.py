@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from speft_ds.schema import Recipe
+from speft_ds.config.recipe import Recipe
 from speft_ds.tools.plan.gathered_weights import PassPeak, pass_peak
 from speft_ds.tools.plan.geometry import Geometry
 
@@ -101,7 +101,7 @@ class Setup:
         """The sparse gradient's backend, as it should be chosen."""
         import torch  # only names a device here
 
-        from speft_ds.kernels import expected_backend
+        from speft_ds.sparse.kernels.backends import expected_backend
 
         mask, device = self.recipe.mask, torch.device(self.device)
         wanted, density = self.recipe.train.sparse_backend, self.geometry.density
@@ -200,12 +200,12 @@ def optimizer_state(setup: Setup) -> list[Line]:
         lines = [Line("8-bit Adam moments", 2 * slots + 8 * slots // MOMENT_BLOCK, formula)]
         if mask.schedule in ("periodic", "drop_grow"):
             lines.append(Line.of("slots", slots, 4, "slots", " (from the first change of the mask)"))
-    return [*lines, setup.per_entry("ages", 4)] if mask.has_ages else lines
+    return [*lines, setup.per_entry("entry_steps", 4)] if mask.has_entry_steps else lines
 
 
 def gradient_buckets(setup: Setup) -> list[Line]:
     """Gradients on their way to their owners: see `gradient.SparseGradient`."""
-    from speft_ds.gradient import IN_FLIGHT
+    from speft_ds.sparse.gradient import IN_FLIGHT
 
     train, k = setup.recipe.train, setup.num_trained
     if setup.world_size == 1:

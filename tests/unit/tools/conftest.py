@@ -1,7 +1,7 @@
 import pytest
 from tiny import make_model
 
-from speft_ds.schema import Recipe
+from speft_ds.config.recipe import Recipe
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,9 @@ import torch
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
+from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
-from speft_ds.mask import Mask, save_mask
-from speft_ds.schema import Recipe
+from speft_ds.sparse.mask import Mask, save_mask
 from speft_ds.tools.plan.geometry import config_file, list_geometries, read_geometry
 
 # Weights as the checkpoints on the hub have them, tied ones once.

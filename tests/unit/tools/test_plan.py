@@ -49,7 +49,7 @@ def test_state_and_shards_by_hand(planned):
     assert got["Adam moments"] == 8 * own
     rows = 2 * (40 + 8 + 8 + 35 + 53 + 53 + 35)
     assert got["gradient pattern"] == 301 * 8 + 4 * (rows + 14)
-    assert "ages" not in got
+    assert "entry_steps" not in got
 
 
 def test_bfloat16_halves_the_base_and_its_values_only(planned):
@@ -86,7 +86,7 @@ def test_schedules_add_what_they_keep(planned):
     assert planned("training", train={"reduce_bucket": 50})["gradient buckets"] == 3 * 4 * 50
     periodic = {"schedule": "periodic", "update_every": 2}
     assert planned("scoring", mask=periodic)["Adam moments"] == 8 * 151
-    assert planned("training", mask=periodic)["ages"] == 4 * 151
+    assert planned("training", mask=periodic)["entry_steps"] == 4 * 151
     for growth, size in (("sft_ag", 8), ("sft_ma", 4)):
         grow = {"schedule": "drop_grow", "growth": growth, "update_every": 5}
         assert planned("training", mask=grow)["growth"] == size * shards(2)

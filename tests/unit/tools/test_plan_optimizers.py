@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from speft_ds.optimizer import make_optimizer
-from speft_ds.optimizer.blockwise import BLOCK
+from speft_ds.sparse.optim.blockwise import BLOCK
+from speft_ds.sparse.optim.make import make_optimizer
 from speft_ds.tools.plan.geometry import read_geometry
 from speft_ds.tools.plan.memory_model import MOMENT_BLOCK, Setup, optimizer_state, total
 
@@ -21,9 +21,13 @@ def test_the_state_is_what_is_allocated(recipe, name, schedule):
     made = recipe(mask=mask, optimizer={"name": name, **({momentum: 0.5} if momentum else {})})
     setup = Setup(made, read_geometry(made), {"stage": 3}, 3, "cpu")
     assert setup.num_own == OWN
-    optimizer = make_optimizer(nn.Parameter(torch.zeros(OWN)), made.optimizer, ages=made.mask.has_ages)
+    optimizer = make_optimizer(
+        nn.Parameter(torch.zeros(OWN)), made.optimizer, entry_steps=made.mask.has_entry_steps
+    )
     if schedule == "periodic":  # the same entries again
-        optimizer.carry(nn.Parameter(torch.zeros(OWN)), torch.arange(OWN), torch.ones(OWN, dtype=torch.bool))
+        optimizer.remap_state(
+            nn.Parameter(torch.zeros(OWN)), torch.arange(OWN), torch.ones(OWN, dtype=torch.bool)
+        )
     tensors = [value for value in optimizer.state[optimizer.delta].values() if value.dim()]
     for moment in getattr(optimizer, "moments", {}).values():
         tensors += [moment.code, moment.absmax]

@@ -13,6 +13,7 @@ from speft_ds.adapter.apply import another_base, check_weights, with_delta
 from speft_ds.adapter.format import Adapter, tensors_sha256
 from speft_ds.base import Base
 from speft_ds.checks import check_chat_template
+from speft_ds.dtype import agree_on_dtype
 from speft_ds.engine import full_shape, own_elements, own_range, release
 from speft_ds.errors import UserError
 from speft_ds.evaluation.evaluation import Evaluation, Scored
@@ -76,6 +77,7 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     """
     distributed.init(recipe.train.timeout_minutes + 1)
     distributed.connect_lifeline(recipe.train.timeout_minutes, lambda: "start it again")
+    recipe = agree_on_dtype(recipe)
     base = Base(without_training(recipe, distributed.world_size()), Timings())
     check_chat_template(recipe, base)
     evaluation = Evaluation(recipe, base.tokenizer)

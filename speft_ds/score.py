@@ -9,6 +9,7 @@ from pathlib import Path
 
 from speft_ds import distributed, peak_memory
 from speft_ds.base import Base
+from speft_ds.dtype import agree_on_dtype
 from speft_ds.files import write_json
 from speft_ds.machine import machine, versions
 from speft_ds.mask import save_mask
@@ -30,6 +31,7 @@ def run(recipe: Recipe) -> None:
     """
     distributed.init()
     distributed.on_rank_0(lambda: check_output_dir(recipe))
+    recipe = agree_on_dtype(recipe)
     timings = Timings()
     with timings.stage("data"):
         base = Base(without_training(recipe, distributed.world_size()), timings)

@@ -10,6 +10,7 @@ from speft_ds import distributed, lifeline
 from speft_ds.adapter.card import write_card
 from speft_ds.checkpoint.folder import Checkpoint, clean, damage, list_checkpoints, newest_whole
 from speft_ds.checks import check_space
+from speft_ds.dtype import agree_on_dtype
 from speft_ds.errors import UserError
 from speft_ds.machine import versions
 from speft_ds.metrics import say, tokens_per_second
@@ -47,6 +48,7 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     start = whole_start(distributed.broadcast_object(start or Start()))
     if start.state == "new":
         distributed.on_rank_0(lambda: check_output_dir(recipe))
+    recipe = agree_on_dtype(recipe, start.dtype)
     trainer = Trainer(recipe, start)
     num_ranks = distributed.world_size()
     say(f"{recipe.name}: {len(trainer.rows):,} rows, {trainer.num_steps} steps, {num_ranks} rank(s)")

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from speft_ds.doctor.check import GIB, Check, text_of
+from speft_ds.doctor.check import GIB, Check
 from speft_ds.doctor.packages import reinstall
 from speft_ds.doctor.processes import run_tool
 
@@ -45,7 +45,7 @@ def check_gpus(facts: dict, listed: list[str], smi_error: str | None) -> list[Ch
         return [*checks, Check("GPUs of torch", "skipped", "torch does not import")]
     checks.append(_gpus_of_torch(facts, listed))
     if not facts["gpus"]:
-        return [*checks, _cpu_bf16(), Check("NCCL", "skipped", "no GPU")]
+        return [*checks, _cpu_bf16(facts["cpu_bf16"]), Check("NCCL", "skipped", "no GPU")]
     return [*checks, _gpu_bf16(facts["gpu_bf16"]), _nccl(facts["nccl"])]
 
 
@@ -89,7 +89,8 @@ def _gpu_bf16(in_hardware: bool) -> Check:
     return Check("bf16", "warning", "on the GPU, not in hardware", fix)
 
 
-def _cpu_bf16() -> Check:
-    flags = set(text_of(Path("/proc/cpuinfo")).split())
-    kinds = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
-    return Check("bf16", "ok", f"on the CPU, {', '.join(kinds) if kinds else 'emulated: works, slower'}")
+def _cpu_bf16(in_hardware: bool) -> Check:
+    if in_hardware:
+        return Check("bf16", "ok", "on the CPU, in hardware")
+    fix = "set model.dtype=float32, or auto: bfloat16 takes many times as long"
+    return Check("bf16", "warning", "on the CPU, not in hardware", fix)

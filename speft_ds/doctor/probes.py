@@ -38,6 +38,8 @@ def _tell(**facts: object) -> None:
 def _tell_about_torch() -> None:
     import torch
 
+    from speft_ds.dtype import multiplies_bfloat16
+
     with warnings.catch_warnings(record=True) as caught:  # why CUDA does not start is a warning
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -49,6 +51,7 @@ def _tell_about_torch() -> None:
         cuda_warning=str(caught[-1].message).splitlines()[0] if caught else None,
         gpus=[[gpu.name, gpu.total_memory] for gpu in gpus],
         gpu_bf16=bool(gpus) and torch.cuda.is_bf16_supported(including_emulation=False),
+        cpu_bf16=multiplies_bfloat16("cpu"),
         nccl=".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None,
     )
     _tell(gpu_error=_gpu_error(count), extensions=str(shm_op.extensions_folder()))

@@ -76,7 +76,7 @@ def read_geometry(recipe: Recipe) -> Geometry:
         config.num_labels = len(recipe.data.labels or ("one", "other"))
         config.pad_token_id = config.pad_token_id or 0
     with torch.device("meta"):
-        model = build_model(config, task, recipe.model.dtype)
+        model = build_model(config, task, "float32")  # for names and shapes: no dtype is decided yet
     numel = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if recipe.mask.load is None:
         targets = target_shapes(find_targets(model, recipe.mask.targets, recipe.mask.layers))

@@ -118,8 +118,12 @@ def make_plan(
         UserError: no configuration of the model at hand, or it does not go with the recipe.
         RecipeError: the batch cannot be shared among so many ranks, or the DeepSpeed configuration is wrong.
     """
+    from speft_ds.dtype import multiplies_bfloat16, resolve_dtype  # late: it imports torch
+
     zero = load_ds_config(recipe, world_size)["zero_optimization"]
     geometry = read_geometry(recipe)
+    is_auto = recipe.model.dtype == "auto"
+    recipe = resolve_dtype(recipe, device == "cuda" or multiplies_bfloat16("cpu"))
     setup, runs = Setup(recipe, geometry, zero, world_size, device), DryRuns()
     plan = Plan(
         recipe=recipe.name,
@@ -134,7 +138,7 @@ def make_plan(
         steps=steps(recipe, world_size, num_rows),
         files=files(setup),
         smallest_world_size=smallest_world_size(setup, runs, _limit(gpu_gib)),
-        notes=notes(recipe, geometry, device),
+        notes=notes(recipe, geometry, device, is_auto),
     )
     return plan if plan.fits else replace(plan, suggestions=list(suggest(setup, runs, plan)))
 
@@ -235,9 +239,12 @@ def checkpoint_entry(recipe: Recipe) -> int:
     return 8 + kept
 
 
-def notes(recipe: Recipe, geometry: Geometry, device: str) -> list[str]:
-    """What the numbers leave out or take for granted."""
+def notes(recipe: Recipe, geometry: Geometry, device: str, is_auto: bool) -> list[str]:
+    """What the numbers leave out or take for granted; `is_auto`: its dtype was left to the hardware."""
     found = ["every row is taken to be as long as data.max_length; entries to be spread evenly over ranks"]
+    if is_auto:
+        whose = "a GPU that multiplies bfloat16" if device == "cuda" else "the CPU of this machine"
+        found.append(f"model.dtype=auto is planned as {recipe.model.dtype}, for {whose}")
     if geometry.num_head:
         found.append(f"the classification head's {geometry.num_head:,} weights are all trained")
     if recipe.mask.schedule == "periodic":

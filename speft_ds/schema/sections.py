@@ -28,7 +28,10 @@ HEAD = "score.weight"  # of a classifier: [classes, hidden], new, trained whole
 
 class Model(Section):
     name_or_path: FilePath = Field(description="a local model folder, or a hub id like owner/name")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="the dtype of the base weights")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "bfloat16",
+        description="the dtype of the base; auto: bfloat16 where the hardware multiplies it, else float32",
+    )
     task: Literal["causal_lm", "sequence_classification"] = Field(
         "causal_lm",
         description="predict the next token, or a class of the row by a new, densely trained head",

@@ -156,3 +156,17 @@ def slow_slices() -> None:
         return score(self, module)
 
     Evaluation.slice_scores = slow
+
+
+def multiplies_bfloat16() -> None:
+    _answer_for_the_hardware(True)
+
+
+def emulates_bfloat16() -> None:
+    _answer_for_the_hardware(False)
+
+
+def _answer_for_the_hardware(multiplies: bool) -> None:
+    from speft_ds import dtype
+
+    dtype.multiplies_bfloat16 = lambda device: multiplies

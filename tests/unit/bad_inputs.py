@@ -64,6 +64,7 @@ RECIPES = {
         [],
     ),
     "grasp in bfloat16": (GOOD + "mask:\n  salience: grasp\n", []),
+    "grasp in any dtype": (GOOD + "mask:\n  salience: grasp\n", ["model.dtype=auto"]),
     "more warm-up than steps": (GOOD + "optimizer:\n  warmup_steps: 9\ntrain:\n  steps: 5\n", []),
     "micro-batch": (GOOD + "train:\n  global_batch: 16\n  micro_batch: 3\n", []),
     "ranks": (GOOD + "train:\n  global_batch: 6\n  micro_batch: 3\n", []),

@@ -86,6 +86,16 @@ def test_bfloat16_halves_the_base_and_its_values_only(recipe):
     assert all(short[kind] == wide[kind] for kind in wide.keys() - counted)
 
 
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_a_dtype_left_to_the_hardware_is_planned_for_the_device(recipe, monkeypatch, multiplies):
+    monkeypatch.setattr("speft_ds.dtype.multiplies_bfloat16", lambda device: multiplies)
+    for device, dtype in (("cuda", "bfloat16"), ("cpu", "bfloat16" if multiplies else "float32")):
+        plan = make_plan(recipe(model={"dtype": "auto"}), 2, device=device)
+        (noted,) = [note for note in plan.notes if "model.dtype=auto" in note]
+        expected = make_plan(recipe(model={"dtype": dtype}), 2, device=device)
+        assert dtype in noted and plan.memory == expected.memory and plan.traffic == expected.traffic
+
+
 @pytest.mark.parametrize(
     ("salience", "sets"), [("gradient", 1), ("snip", 2), ("magnitude", 1), ("synflow", 2), ("grasp", 4)]
 )

@@ -13,6 +13,7 @@ GPU_FACTS = {
     "cuda_warning": None,
     "gpus": [["H100", 80 * 2**30], ["H100", 80 * 2**30]],
     "gpu_bf16": True,
+    "cpu_bf16": True,
     "nccl": "2.27.5",
     "gpu_error": None,
 }

@@ -14,7 +14,7 @@ from speft_ds.doctor.gpus import uses_gpus
 from speft_ds.doctor.processes import probe_command, why_failed
 from speft_ds.rendezvous import free_port
 
-RANKS_S = 60  # of two ranks with their import of torch
+RANKS_S = 180  # of two ranks with their import of torch
 
 
 def check_collectives(facts: dict) -> list[Check]:

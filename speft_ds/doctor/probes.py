@@ -14,7 +14,7 @@ from datetime import timedelta
 from speft_ds import hub, shm_op
 from speft_ds.hub import connection_error
 
-COLLECTIVE_S = 30  # of one collective
+COLLECTIVE_S = 120  # of one collective; the first waits for the other rank's import of torch
 
 
 def main(arguments: list[str]) -> None:

@@ -46,6 +46,7 @@ def rounds_of(recipe: Eval, moment: Moment) -> list[Round]:
     if not tasks:
         return rounds
     if moment == "before":
-        rounds += [Round(f"before-{k}shot", "fewshot", tasks, k, limit) for k in recipe.manual_fewshot]
+        fewer = min((each for each in (limit, recipe.manual_fewshot_limit) if each is not None), default=None)
+        rounds += [Round(f"before-{k}shot", "fewshot", tasks, k, fewer) for k in recipe.manual_fewshot]
     numbers = range(1, recipe.format_spread)
     return rounds + [Round(f"{moment}-format-{i}", "format", tasks, shots, limit, i) for i in numbers]

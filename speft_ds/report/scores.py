@@ -229,10 +229,15 @@ class Evaluations:
         return next(iter(self.of("main", "tuned")), None)
 
     def by_prompt(self) -> dict[str, Evaluation]:
-        """How many examples are in the prompt -> the base with them, fewest first."""
+        """Examples in the prompt, and documents where these are fewer -> the base with them, fewest first."""
         found = [*self.of("main", "base"), *self.of("fewshot", "base")]
         found.sort(key=lambda each: -1 if each.num_fewshot is None else each.num_fewshot)
-        return {each.prompt: each for each in found}
+        limit = self.before.settings.limit if self.before else None
+        named = {}
+        for each in found:
+            own = each.settings.limit
+            named[each.prompt if own in (None, limit) else f"{each.prompt} on {own} documents"] = each
+        return named
 
     def by_format(self, model: str) -> dict[int, Evaluation]:
         """Number of the prompt's format -> the model under it; 0 is the task's own."""

@@ -162,6 +162,9 @@ class Eval(Section):
     manual_fewshot: list[Shots] = Field(
         [], description="the untouched base with so many examples in its prompts, as baselines"
     )
+    manual_fewshot_limit: Count | None = Field(
+        None, description="documents a task for these baselines, where eval.limit is not less; null: as many"
+    )
     format_spread: Annotated[int, Field(ge=1, le=50)] = Field(
         1, description="equivalent prompt formats to score the tasks in, their own included (FormatSpread)"
     )

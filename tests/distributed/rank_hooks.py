@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from limits import HANG_S
+
 
 def _before_step(number: int, action: Callable) -> None:
     """Have the run call action(trainer) before step `number` (from 1)."""
@@ -36,7 +38,7 @@ def raises() -> None:
 
 
 def hangs() -> None:
-    _before_step(4, lambda trainer: time.sleep(1000))
+    _before_step(4, lambda trainer: time.sleep(2 * HANG_S))
 
 
 def dies_after_step_9() -> None:
@@ -94,45 +96,68 @@ def short_wait() -> None:
     run_folder.LOCK_WAIT_S = 1.0
 
 
-def slow_selection() -> None:
+def asked_in_step(number: int, signal_number: int) -> None:
+    """A signal to this rank in step `number` (from 1), which it has heard of before the step begins."""
+
+    def ask(trainer):
+        os.kill(os.getpid(), signal_number)
+        _until_asked()
+
+    _before_step(number, ask)
+
+
+def _until_asked() -> None:
+    from speft_ds import stop
+
+    deadline = time.monotonic() + HANG_S
+    while stop.reason() is None:
+        assert time.monotonic() < deadline, "nobody asked this rank to stop"
+        time.sleep(0.01)
+
+
+def asked_while_selecting() -> None:
+    """A new mask is chosen when this rank has been asked to stop."""
     from speft_ds.base import Base
 
     choose_mask = Base.choose_mask
 
-    def slow(self, number=0):
+    def choose(self, number=0):
         if number:
             print("choosing anew", flush=True)
-            time.sleep(1)
+            _until_asked()
         return choose_mask(self, number)
 
-    Base.choose_mask = slow
+    Base.choose_mask = choose
 
 
-def slow_steps() -> None:
+def endless_steps() -> None:
     """From the first checkpoint on."""
     from speft_ds.checkpoint.folder import list_checkpoints
     from speft_ds.trainer import Trainer
 
     step = Trainer.train_step
 
-    def slow(self, number):
-        time.sleep(5 if list_checkpoints(self.folder) else 0)
+    def endless(self, number):
+        if any(checkpoint.problem is None for checkpoint in list_checkpoints(self.folder)):
+            print("an endless step", flush=True)
+            time.sleep(2 * HANG_S)
         return step(self, number)
 
-    Trainer.train_step = slow
+    Trainer.train_step = endless
 
 
-def slow_load() -> None:
+def asked_while_loading() -> None:
+    """The model is loaded when this rank has been asked to stop."""
     from speft_ds.base import Base
 
     load = Base.load
 
-    def slow(self, *arguments):
+    def asked(self, *arguments):
         print("loading", flush=True)
-        time.sleep(3)
+        _until_asked()
         return load(self, *arguments)
 
-    Base.load = slow
+    Base.load = asked
 
 
 def stale_build_lock() -> None:
@@ -145,17 +170,18 @@ def stale_build_lock() -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(own)
 
 
-def slow_slices() -> None:
+def asked_while_scoring() -> None:
+    """A slice is scored when this rank has been asked to stop."""
     from speft_ds.evaluation.evaluation import Evaluation
 
     score = Evaluation.slice_scores
 
-    def slow(self, module):
+    def asked(self, module):
         print("scoring a slice", flush=True)
-        time.sleep(1)
+        _until_asked()
         return score(self, module)
 
-    Evaluation.slice_scores = slow
+    Evaluation.slice_scores = asked
 
 
 def multiplies_bfloat16() -> None:

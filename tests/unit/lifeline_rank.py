@@ -13,13 +13,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from speft_ds import lifeline
 
+FOREVER_S = 3600
 FOLDER, RANK, WORLD_SIZE = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 # Waits for other ranks, as far as its traceback says.
-COLLECTIVE = compile("def all_reduce():\n    time.sleep(60)\n", "/lib/torch/distributed/fake.py", "exec")
+COLLECTIVE = compile(
+    "def all_reduce():\n    time.sleep(FOREVER_S)\n", "/lib/torch/distributed/fake.py", "exec"
+)
 exec(COLLECTIVE)
 
 
-def work(seconds=60.0):
+def work(seconds=FOREVER_S):
     """Make progress."""
     end = time.monotonic() + float(seconds)
     while time.monotonic() < end:
@@ -27,7 +30,7 @@ def work(seconds=60.0):
         time.sleep(0.02)
 
 
-def wait(seconds=0.3):
+def wait(seconds=1.5):
     """Wait for the other ranks, after some progress."""
     work(seconds)
     all_reduce()  # noqa: F821
@@ -35,15 +38,15 @@ def wait(seconds=0.3):
 
 def hang(seconds=0.0):
     work(seconds)
-    time.sleep(60)
+    time.sleep(FOREVER_S)
 
 
 def hold_the_interpreter():
-    ctypes.PyDLL(None).sleep(60)
+    ctypes.PyDLL(None).sleep(FOREVER_S)
 
 
 def fork_and_work():
-    multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,)).start()
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(FOREVER_S,)).start()
     (FOLDER / "forked").touch()
     work()
 
@@ -65,6 +68,7 @@ def close(seconds=0.0):
     """Come to the end of the run after some work."""
     work(seconds)
     lifeline.close()
+    (FOLDER / f"closed_{RANK}").touch()
     sys.exit(0)
 
 
@@ -76,7 +80,8 @@ def close_and_linger(seconds):
 
 def close_then_fail(text):
     """Fail after rank 0 has come to its end."""
-    work(0.5)
+    while not (FOLDER / "closed_0").exists():
+        work(0.1)
     fail(text)
 
 
@@ -92,6 +97,9 @@ def joined():
     line.connect("127.0.0.1", int(file.read_text()))
     lifeline.hold(line)
     (FOLDER / f"ready_{RANK}").touch()
+    while not all((FOLDER / f"ready_{rank}").exists() for rank in range(WORLD_SIZE)):
+        time.sleep(0.005)
+    lifeline.beat("start")  # all of them now, however long each took to come up
 
 
 if __name__ == "__main__":

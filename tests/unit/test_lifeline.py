@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from limits import HANG_S
 
 from speft_ds import lifeline
 
 SCRIPT = Path(__file__).with_name("lifeline_rank.py")
-SETTINGS = {"GRACE_S": 0.2, "TOLD_S": 0.2, "SILENCE_S": 0.3}
+# Shorter than in a run, and as far apart as a busy machine takes to give a process its turn, and more.
+SETTINGS = {"GRACE_S": 1.0, "TOLD_S": 0.2, "SILENCE_S": 1.5}
+STUCK_S = 3.0  # without progress
 ADVICE = "\ngo on with: --resume\n"
 DIED = "died; killed, or out of memory: see the log of its node"
 
@@ -21,7 +24,7 @@ DIED = "died; killed, or out of memory: see the log of its node"
 class Job:
     """Ranks that do what they are told, until they end; `jobs`: by rank, see lifeline_rank.py."""
 
-    def __init__(self, folder, jobs, timeout_s=60.0, **settings):
+    def __init__(self, folder, jobs, timeout_s=HANG_S, **settings):
         self.folder = folder
         more = [f"{name}={value}" for name, value in {**SETTINGS, **settings}.items()]
         self.ranks = []
@@ -32,7 +35,7 @@ class Job:
         self.wait_for(*(f"ready_{rank}" for rank in range(len(jobs))))
 
     def wait_for(self, *names):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + HANG_S
         while not all((self.folder / name).exists() for name in names):
             assert time.monotonic() < deadline, f"no {names}"
             time.sleep(0.01)
@@ -43,9 +46,9 @@ class Job:
             self.ranks[rank].wait()
             (self.folder / "dead").touch()
 
-    def ended(self, *without, within=15.0):
+    def ended(self, *without):
         """(Exit codes, what was said) by rank, of all but these, once they have ended by themselves."""
-        deadline = time.monotonic() + within
+        deadline = time.monotonic() + HANG_S
         for rank, process in enumerate(self.ranks):
             if rank not in without:
                 process.wait(max(0.1, deadline - time.monotonic()))
@@ -89,9 +92,7 @@ def but(rank, values):
 def test_the_death_of_a_rank_ends_all_and_is_told_once(job, world_size, victim):
     ranks = job(*["work"] * world_size)
     ranks.signal(victim, signal.SIGKILL)
-    start = time.monotonic()
     codes, said = ranks.ended()
-    assert time.monotonic() - start < 8
     assert but(victim, codes) == [1] * (world_size - 1) and codes[victim] == -signal.SIGKILL
     teller = 1 if victim == 0 else 0
     assert said[teller] == f"rank {victim} {DIED}{ADVICE}" and not any(but(teller, said))
@@ -110,7 +111,7 @@ def test_a_death_is_told_and_not_the_errors_that_it_causes(job, victim):
 
 
 def test_a_death_is_told_though_the_errors_that_it_causes_are_heard_of_first(job):
-    ranks = job(*["fail_at_the_others_death:connection reset by peer"] * 2, "work", GRACE_S=1.0)
+    ranks = job(*["fail_at_the_others_death:connection reset by peer"] * 2, "work", GRACE_S=5.0)
     (ranks.folder / "dead").touch()
     time.sleep(0.3)
     ranks.signal(2, signal.SIGKILL)
@@ -123,7 +124,7 @@ def test_a_death_is_heard_of_though_a_process_that_the_rank_forked_lives_on(job)
     ranks = job("work", "fork_and_work")
     ranks.wait_for("forked")
     ranks.signal(1, signal.SIGKILL)
-    codes, said = ranks.ended(within=5)
+    codes, said = ranks.ended()
     assert codes[0] == 1 and said[0] == f"rank 1 {DIED}{ADVICE}"
 
 
@@ -159,33 +160,33 @@ def test_a_rank_that_hangs_is_told_with_where_it_stands(job):
     for world_size, culprit in [(1, 0), (2, 1), (4, 3)]:
         doing = ["wait"] * world_size
         doing[culprit] = "hang"
-        jobs[culprit] = job(*doing, timeout_s=0.6, GRACE_S=0.4)
+        jobs[culprit] = job(*doing, timeout_s=STUCK_S, GRACE_S=2.0)
     for culprit, ranks in jobs.items():
         codes, (said, *silent) = ranks.ended()
         assert set(codes) == {1} and not any(silent)
-        what = f"rank {culprit} made no progress for 0.01 minutes (train.timeout_minutes)"
+        what = f"rank {culprit} made no progress for {STUCK_S / 60:g} minutes (train.timeout_minutes)"
         assert said.startswith(f"{what}, after: start; it stands at\n  File ") and said.endswith(ADVICE)
-        assert "in hang\n    time.sleep(60)" in said and "all_reduce" not in said
+        assert "in hang\n    time.sleep(FOREVER_S)" in said and "all_reduce" not in said
 
 
 def test_a_rank_that_hangs_while_the_others_go_on(job):
-    codes, said = job("work", "hang", "work", timeout_s=1.0).ended()
+    codes, said = job("work", "hang", "work", timeout_s=STUCK_S).ended()
     assert codes == [1, 1, 1] and said[0].startswith("rank 1 made no progress") and not any(said[1:])
 
 
 def test_who_hangs_is_told_though_those_who_wait_for_it_are_heard_of_first(job):
-    codes, said = job("wait:0", "hang:0.3", "wait:0", timeout_s=0.6, GRACE_S=0.8).ended()
+    codes, said = job("wait:0", "hang:1.5", "wait:0", timeout_s=STUCK_S, GRACE_S=4.0).ended()
     assert codes == [1, 1, 1] and said[0].startswith("rank 1 made no progress") and not any(said[1:])
 
 
 def test_where_all_wait_one_tells(job):
-    codes, said = job("wait", "wait", "wait", timeout_s=0.5).ended()
+    codes, said = job("wait", "wait", "wait", timeout_s=STUCK_S).ended()
     assert codes == [1, 1, 1] and not any(said[1:])
     assert said[0].count("made no progress") == 1 and "in all_reduce" in said[0]
 
 
 def test_a_rank_that_is_frozen_gives_no_answer(job, stopped=2):
-    ranks = job("wait", "wait", "wait", timeout_s=0.6, GRACE_S=0.6)
+    ranks = job("wait", "wait", "wait", timeout_s=STUCK_S, GRACE_S=3.0)
     ranks.signal(stopped, signal.SIGSTOP)
     codes, said = ranks.ended(stopped)
     assert but(stopped, codes) == [1, 1] and not any(said[1:])
@@ -194,7 +195,7 @@ def test_a_rank_that_is_frozen_gives_no_answer(job, stopped=2):
 
 
 def test_a_frozen_rank_0_is_told_by_rank_1(job):
-    ranks = job("work", "wait", "wait", timeout_s=0.6)
+    ranks = job("work", "wait", "wait", timeout_s=STUCK_S)
     ranks.signal(0, signal.SIGSTOP)
     codes, said = ranks.ended(0)
     assert codes[1:] == [1, 1] and said[0] == said[2] == ""
@@ -203,7 +204,7 @@ def test_a_frozen_rank_0_is_told_by_rank_1(job):
 
 def test_a_rank_that_never_lets_go_of_its_interpreter_is_ended(job):
     """A collective in C may hold it, and then no thread of ours runs."""
-    codes, said = job("work", "hold_the_interpreter", timeout_s=0.7, DEADLOCK_S=0.3).ended()
+    codes, said = job("work", "hold_the_interpreter", timeout_s=STUCK_S, DEADLOCK_S=1.5).ended()
     assert codes == [1, 1] and said[0] == f"rank 1 {DIED}{ADVICE}"
     assert "Timeout" in said[1] and "in hold_the_interpreter" in said[1]
 
@@ -226,12 +227,12 @@ def test_ranks_that_end_together_end_silently(job, world_size):
 
 def test_who_has_closed_is_not_in_trouble(job):
     """Neither by taking longer than the others, nor by making no progress any more."""
-    codes, said = job("close_and_linger:1.2", "close:1", "close", timeout_s=0.7).ended()
+    codes, said = job("close_and_linger:5", "close:4", "close", timeout_s=STUCK_S).ended()
     assert (codes, said) == ([0, 0, 0], ["", "", ""])
 
 
 def test_progress_is_no_trouble_however_long_it_takes(job):
-    codes, said = job("close:1.2", "close:1.2", timeout_s=0.8).ended()
+    codes, said = job("close:5", "close:5", timeout_s=STUCK_S).ended()
     assert (codes, said) == ([0, 0], ["", ""])
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import tiny
+from limits import HANG_S
 
 from speft_ds.data.corpus import Corpus
 from speft_ds.errors import UserError
@@ -104,7 +105,7 @@ print(sum(sum(row.ids) for row in corpus), len(corpus))
 
 def test_two_processes_that_want_one_corpus_make_it_once(tmp_path, path, model, cache):
     processes = [start(cache, RACE, path, model, tmp_path, name) for name in "ab"]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=HANG_S)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert "".join(outputs).count("tokenises") == 1
     rows = tiny.read_rows(path)
@@ -125,4 +126,4 @@ print(len(list(corpus)), sorted({"torch", "transformers", "datasets"} & set(sys.
 
 def test_a_cached_corpus_is_opened_without_torch(path, model, cache):
     make(Data(path=str(path)), model)
-    assert start(cache, CACHED, path, model).communicate(timeout=120)[0] == "30 []\n"
+    assert start(cache, CACHED, path, model).communicate(timeout=HANG_S)[0] == "30 []\n"

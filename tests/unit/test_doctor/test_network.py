@@ -1,13 +1,12 @@
 """Hosts, proxies, tokens, against sockets of this machine."""
 
 import socket
-import time
 
 import pytest
+from limits import HANG_S
 
 from speft_ds.doctor.network import check_hub
 from speft_ds.doctor.processes import ask
-from speft_ds.doctor.report import HUB_S
 from speft_ds.hub import connection_error
 from unit.test_doctor.made import TOKEN, found, stub
 
@@ -23,10 +22,7 @@ def ports():
 
 
 def hub():
-    start = time.monotonic()
-    checks = check_hub(ask("hub", HUB_S))
-    assert time.monotonic() - start < HUB_S
-    return checks
+    return check_hub(ask("hub", HANG_S))
 
 
 def test_a_hub_that_is_reachable_or_not(ports, tmp_path, monkeypatch):
@@ -59,7 +55,7 @@ def test_a_proxy_is_what_has_to_answer(ports, monkeypatch):
     assert connection_error(f"https://127.0.0.1:{ports[0]}") is None
 
 
-def test_a_host_that_does_not_answer_costs_two_seconds():
+def test_a_host_that_does_not_answer_is_given_up():
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen(0)
@@ -67,11 +63,10 @@ def test_a_host_that_does_not_answer_costs_two_seconds():
         for caller in callers:
             caller.setblocking(False)
             caller.connect_ex(busy.getsockname())
-        start = time.monotonic()
         error = connection_error(f"http://127.0.0.1:{busy.getsockname()[1]}")
         for caller in callers:
             caller.close()
-    assert "timed out" in error and time.monotonic() - start < 4
+    assert "timed out" in error
 
 
 def test_no_hub_library(tmp_path, monkeypatch):
@@ -85,7 +80,7 @@ def test_the_token_is_mentioned_but_never_told(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert found(hub(), "hub token").what.startswith("none")
     (tmp_path / "token").write_text(TOKEN)
-    facts = ask("hub", HUB_S)
+    facts = ask("hub", HANG_S)
     assert found(check_hub(facts), "hub token").what == "there is one" and TOKEN not in str(facts)
 
 

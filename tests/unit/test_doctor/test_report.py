@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from limits import HANG_S
 
 from speft_ds import doctor
 from speft_ds.doctor import Check
@@ -32,7 +33,7 @@ def report():
     env = {key: value for key, value in os.environ.items() if not STRANGE.fullmatch(key)}
     env |= {"HF_TOKEN": TOKEN, "FORCE_COLOR": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", REPORT]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=150, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANG_S, check=False)
 
 
 def test_this_machine_is_ready(report):
@@ -77,7 +78,7 @@ def test_a_terminal_gets_the_same_words_in_colour():
     code = f"from speft_ds.doctor import *; print_report({CHECKS!r})"
     env = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
     env.pop("NO_COLOR", None)
-    subprocess.run([sys.executable, "-c", code], stdout=terminal, env=env, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], stdout=terminal, env=env, check=True, timeout=HANG_S)
     os.close(terminal)
     shown = os.read(main, 10_000).decode()
     os.close(main)
@@ -96,7 +97,7 @@ def test_a_check_that_hangs_or_fails_is_a_problem_of_its_own():
     try:
         (check,) = _outcome("drive", hangs, time.monotonic() + 0.2)
         assert (check.name, check.status) == ("drive", "problem") and "no answer" in check.what
-        (check,) = _outcome("numbers", fails, time.monotonic() + 10)
+        (check,) = _outcome("numbers", fails, time.monotonic() + HANG_S)
         assert check.status == "problem" and "ZeroDivisionError" in check.what
     finally:
         endless.set()

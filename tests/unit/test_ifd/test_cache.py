@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from limits import HANG_S
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -130,7 +131,7 @@ def test_two_processes_race(tiny, tmp_path, cache, loads):
     command = [sys.executable, "-c", RACER, str(tiny["untied"]), str(tmp_path / "arrived")]
     root = Path(ifd.__file__).parents[1]
     racers = [subprocess.Popen([*command, value], cwd=root) for value in ("0.25", "0.75")]
-    assert [racer.wait(120) for racer in racers] == [0, 0]
+    assert [racer.wait(HANG_S) for racer in racers] == [0, 0]
     assert len(list(cache.iterdir())) == 1  # nothing temporary is left
     scores = ifd_scores([("a", "b")] * 2000, tiny["untied"])
     assert set(scores) in ({0.25}, {0.75}) and len(scores) == 2000 and not loads

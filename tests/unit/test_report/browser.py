@@ -9,6 +9,8 @@ import tempfile
 from base64 import b64decode
 from pathlib import Path
 
+from limits import HANG_S
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PATH = next((found for name in NAMES if (found := shutil.which(name))), None)
 COMPLAINTS = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Audits.issueAdded")
@@ -95,6 +97,6 @@ class Browser:
 
     def close(self):
         os.close(self.to)
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=HANG_S)
         os.close(self.of)
         shutil.rmtree(self.profile, ignore_errors=True)

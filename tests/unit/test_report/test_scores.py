@@ -58,6 +58,16 @@ def test_files_are_told_apart_by_what_they_say(tmp_path):
     assert [c.after.task for c in changes(found.before, found.after, "forgetting")] == ["piqa"]
 
 
+def test_a_baseline_on_fewer_documents_says_how_many(tmp_path):
+    files = evaluations()
+    files["before-4shot"]["settings"]["limit"] = 32
+    prompts = ["0-shot", "1-shot", "4-shot on 32 documents", "16-shot"]
+    assert list(read(tmp_path, **files).by_prompt()) == prompts
+    for document in files.values():
+        document["settings"]["limit"] = 32
+    assert list(read(tmp_path, **files).by_prompt()) == ["0-shot", "1-shot", "4-shot", "16-shot"]
+
+
 def test_the_parts_of_a_group_are_not_named_beside_it(tmp_path):
     scores = [score("mmlu", 0.3, is_group=True), score("mmlu_law", 0.2, group="mmlu"), score("piqa", 0.6)]
     found = read(tmp_path, after=evaluation("after", "tuned", "main", scores))

@@ -24,6 +24,7 @@ from speft_ds.entry import checked_recipe, use_all_cores  # noqa: E402
 
 if TYPE_CHECKING:
     from speft_ds.base import Base
+    from speft_ds.dtype import agree_on_dtype
     from speft_ds.schema import Recipe
 
 FROZEN = "frozen forward and backward"
@@ -118,12 +119,14 @@ def main() -> None:
 
     from speft_ds import distributed
     from speft_ds.base import Base
+    from speft_ds.dtype import agree_on_dtype
     from speft_ds.files import write_json
     from speft_ds.metrics import Timings
     from speft_ds.recipe import without_training
 
     recipe = checked_recipe("score", arguments.recipe, overrides, 1)
     distributed.init()
+    recipe = agree_on_dtype(recipe)
     base = Base(without_training(recipe, distributed.world_size()), Timings())
     base.read_calibration_rows(None)
     base.load()

@@ -23,8 +23,8 @@ sys.path[:0] = [str(ROOT)]
 
 from markdown import print_table  # noqa: E402
 
-from speft_ds.files import write_json  # noqa: E402
-from speft_ds.machine import machine  # noqa: E402
+from speft_ds.env import machine_facts  # noqa: E402
+from speft_ds.io import write_json  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -82,7 +82,7 @@ def main() -> None:
         "beside a save": "" if row["beside_a_save"] is None else f"{row['beside_a_save']:.3f}",
     }
     print_table(list(shown), [list(shown.values())])
-    write_json(arguments.json, {"machine": machine(), "rows": [row]})
+    write_json(arguments.json, {"machine": machine_facts(), "rows": [row]})
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ TEXT = (
 PREPARE = """
 import json, sys, time
 start = time.perf_counter()
-from speft_ds.data.prepare import prepare
-from speft_ds.data.request import request_of
-from speft_ds.recipe import load_recipe
-from speft_ds.data.tokens import load_tokenizer
+from speft_ds.data.dataset import prepare
+from speft_ds.data.dataset import request_of
+from speft_ds.config.load_recipe import load_recipe
+from speft_ds.data.tokenize import load_tokenizer
 recipe = load_recipe(sys.argv[1], sys.argv[2:])
 corpus = prepare(request_of(recipe), lambda: load_tokenizer(recipe.model.name_or_path), lambda text: None)
 seconds, tokens = time.perf_counter() - start, int(corpus.lengths.sum())
@@ -66,8 +66,8 @@ def main() -> None:
     arguments = parse_arguments()
     from markdown import print_table
 
-    from speft_ds.files import write_json
-    from speft_ds.machine import machine, versions
+    from speft_ds.env import machine_facts, versions
+    from speft_ds.io import write_json
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
@@ -92,7 +92,7 @@ def main() -> None:
     ]
     print_table(["", "s", "s of the process", "tokens/s"], rows)
     result = {"what": "rows ready to train on", "starts": starts, "seconds_of_process": walls}
-    write_json(arguments.output, {**result, "versions": versions(), "machine": machine()})
+    write_json(arguments.output, {**result, "versions": versions(), "machine": machine_facts()})
     print(f"\n{arguments.output}")
 
 

@@ -25,8 +25,8 @@ sys.path[:0] = [str(ROOT)]
 
 from markdown import print_table  # noqa: E402
 
-from speft_ds.files import write_json  # noqa: E402
-from speft_ds.machine import machine  # noqa: E402
+from speft_ds.env import machine_facts  # noqa: E402
+from speft_ds.io import write_json  # noqa: E402
 
 TASKS = "arc_easy,hellaswag,mmlu_abstract_algebra,mmlu_philosophy,gsm8k"
 
@@ -167,7 +167,7 @@ def main() -> None:
         )
     shown = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     print_table(list(rows[0]), shown)
-    write_json(arguments.json, {"machine": machine(), "rows": rows})
+    write_json(arguments.json, {"machine": machine_facts(), "rows": rows})
 
 
 if __name__ == "__main__":

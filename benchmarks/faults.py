@@ -5,7 +5,7 @@
 Each row is one run that checkpoints every 2 steps: `kill -9` of one rank or of all of them, at a random
 moment of its training (`--kills`), or just before a random file operation (`--points`: open,
 rename, remove and so on in the run folder); then `--resume auto`. Identical means, bit for bit: the adapter,
-every part of the last checkpoint (deltas, moments, ages), and losses and norms in metrics.jsonl, each step
+every part of the last checkpoint (deltas, moments, entry_steps), and losses and norms in metrics.jsonl, each step
 once. Redone are the steps that the killed run had logged beyond the checkpoint that was resumed from. The
 mask schedules take turns.
 """
@@ -32,8 +32,8 @@ import tiny  # noqa: E402
 from live import LiveRun, metrics, whole_steps  # noqa: E402
 from markdown import print_table  # noqa: E402
 
-from speft_ds.files import write_json  # noqa: E402
-from speft_ds.machine import machine  # noqa: E402
+from speft_ds.env import machine_facts  # noqa: E402
+from speft_ds.io import write_json  # noqa: E402
 
 STEPS, EVERY = 16, 2
 MASKS = {
@@ -207,7 +207,7 @@ def main() -> None:
     print("\nidentical, and resumed from the newest whole checkpoint:")
     print(f"killed at a random moment: {sum(good[: arguments.kills])} of {arguments.kills}")
     print(f"killed at a random file operation: {sum(good[arguments.kills :])} of {arguments.points}")
-    write_json(arguments.json, {"machine": machine(), "rows": rows})
+    write_json(arguments.json, {"machine": machine_facts(), "rows": rows})
     sys.exit(not all(good))
 
 

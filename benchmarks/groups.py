@@ -17,10 +17,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 
-from speft_ds.rendezvous import free_port, on_one_machine
+from speft_ds.env import free_port, rank_env
 
 DIED = (False, ("the process died", "the process died, of too little memory perhaps"))
-PRELOADED = ["peft", "speft_ds.schedule", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["peft", "speft_ds.training.schedule", "transformers.models.llama.modeling_llama"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Failure(Exception):
 
 def serve(method: str, case: Case, rank: int, world_size: int, port: int, pipe) -> None:
     """Body of one rank: make the method, then answer orders until told to stop."""
-    os.environ.update(on_one_machine(rank, world_size, port))
+    os.environ.update(rank_env(rank, world_size, port))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # DeepSpeed's log; the table is the parent's
     warnings.simplefilter("ignore")
     subject = None

@@ -25,9 +25,9 @@ sys.path[:0] = [str(ROOT)]
 
 from markdown import print_table  # noqa: E402
 
-from speft_ds.files import write_json  # noqa: E402
-from speft_ds.kernels import available_backends, make_backend  # noqa: E402
-from speft_ds.machine import machine, versions  # noqa: E402
+from speft_ds.env import machine_facts, versions  # noqa: E402
+from speft_ds.io import write_json  # noqa: E402
+from speft_ds.sparse.kernels.backends import available_backends, make_backend  # noqa: E402
 
 SHAPES = [(192, 576), (576, 576), (1536, 576), (576, 1536), (2048, 2048), (5632, 2048), (2048, 5632)]
 GPU_SHAPES = [(4096, 4096), (11008, 4096), (5120, 5120), (13824, 5120), (14336, 4096), (8192, 8192)]
@@ -135,7 +135,7 @@ def main() -> None:
     print_table(header, shown)
     worst = max((row for row in rows if row["chosen"]), key=lambda row: row["over_dense"])
     print(f"\n* chosen by train.sparse_backend=auto; at worst {worst['over_dense']:.2f} times dense")
-    write_json(arguments.json, {"machine": machine(), "versions": versions(), "rows": rows})
+    write_json(arguments.json, {"machine": machine_facts(), "versions": versions(), "rows": rows})
     print(arguments.json)
 
 

@@ -16,19 +16,21 @@ import peft
 import torch
 from deepspeed.accelerator import get_accelerator
 from groups import Case
+from speft_ds.model.targets import find_targets
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from speft_ds import distributed
-from speft_ds.base import Base
-from speft_ds.ds_config import load_ds_config
-from speft_ds.engine import full_shape, require_grad
-from speft_ds.metrics import Timings
-from speft_ds.model import find_targets, load_base
-from speft_ds.objective import NextToken
-from speft_ds.schedule import SCHEDULES, Training
-from speft_ds.schema import Recipe
+from speft_ds.comm import collectives
+from speft_ds.config.deepspeed_config import load_ds_config
+from speft_ds.config.recipe import Recipe
+from speft_ds.model.load_model import load_base
+from speft_ds.model.loss import NextToken
+from speft_ds.training.metrics import Timings
+from speft_ds.training.schedule import SCHEDULES, Training
+from speft_ds.training.setup import TrainContext
+from speft_ds.zero.engine import require_grad
+from speft_ds.zero.shards import full_shape
 
 # High ones: in the few steps on one batch the loss has to fall, in bfloat16 too.
 LR = {"speft_ds": 3e-3, "lora": 1e-3, "shira": 3e-3, "supertuning": 3e-3, "full": 1e-4}
@@ -157,7 +159,7 @@ class OnOurEngine(Method):
     def __init__(self, case: Case, world_size: int):
         super().__init__(case, world_size)
         self.recipe = recipe_of(case, world_size)
-        self.base = Base(self.recipe, Timings())
+        self.base = TrainContext(self.recipe, Timings())
         self.base.read_calibration_rows(None)
         self.base.load()
         self.engine, self.objective = self.base.engine, self.base.objective
@@ -279,7 +281,7 @@ CONFIGS: dict[str, Callable] = {"lora": lora, "shira": shira, "supertuning": sup
 def make(name: str, case: Case, world_size: int) -> Method:
     """A method by its name, on this rank."""
     if world_size > 1 or name == "speft_ds":
-        distributed.init()
+        collectives.init()
     if name == "floor":
         return (ShardedFloor if world_size > 1 else PlainFloor)(case, world_size)
     if name == "speft_ds":

@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from speft_ds.env import cache_folder
 from speft_ds.errors import UserError, did_you_mean
-from speft_ds.paths import cache_folder
 from speft_ds.plan.geometry import config_file, list_geometries
 from speft_ds.quickstart.model import NAME, is_ready
 

@@ -21,11 +21,11 @@ sys.path.insert(0, str(ROOT))
 
 from markdown import print_table  # noqa: E402
 
-from speft_ds.files import write_json  # noqa: E402
-from speft_ds.mask import jaccard, read_mask  # noqa: E402
-from speft_ds.schema import MASK_FILE, Mask  # noqa: E402
+from speft_ds.config.mask_config import MASK_FILE, MaskConfig  # noqa: E402
+from speft_ds.io import write_json  # noqa: E402
+from speft_ds.sparse.mask import jaccard, read_mask  # noqa: E402
 
-METRICS = get_args(Mask.model_fields["salience"].annotation)
+METRICS = get_args(MaskConfig.model_fields["salience"].annotation)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -31,7 +31,7 @@ from models import QUICK_ROUNDS, SIZES, add_run_arguments, random_model  # noqa:
 from rounds import Floor, empty_row  # noqa: E402
 
 from speft_ds.errors import UserError  # noqa: E402
-from speft_ds.files import write_json  # noqa: E402
+from speft_ds.io import write_json  # noqa: E402
 
 ROUNDS = 5
 DENSITY = 0.005  # of all but the sweep over densities
@@ -160,9 +160,9 @@ def main() -> int:
     if arguments.left_out:
         print(f"left out by --quick: {', '.join(arguments.left_out)}")
 
-    from speft_ds.machine import machine  # late: imports torch
+    from speft_ds.env import machine_facts  # late: imports torch
 
-    write_json(arguments.json, {"machine": machine(), "rows": rows, "fits": exponents})
+    write_json(arguments.json, {"machine": machine_facts(), "rows": rows, "fits": exponents})
     print(f"\n{arguments.json}")
     return int(any(row["error"] for row in rows))
 

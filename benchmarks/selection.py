@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from speft_ds.entry import checked_recipe, use_all_cores  # noqa: E402
+from speft_ds.cli.launch import checked_recipe, use_all_cores  # noqa: E402
 
 if TYPE_CHECKING:
-    from speft_ds.base import Base
-    from speft_ds.dtype import agree_on_dtype
-    from speft_ds.schema import Recipe
+    from speft_ds.config.recipe import Recipe
+    from speft_ds.training.setup import TrainContext
 
 FROZEN = "frozen forward and backward"
 QUICK = ["mask.calibration_samples=16"]
@@ -53,12 +52,12 @@ class Clock:
         self.rounds: dict[str, list[float]] = {}
 
     def time(self, name: str, work: Callable):
-        from speft_ds import distributed
+        from speft_ds.comm import collectives
 
-        distributed.barrier()
+        collectives.barrier()
         start = time.perf_counter()
         result = work()
-        distributed.barrier()
+        collectives.barrier()
         self.rounds.setdefault(name, []).append(time.perf_counter() - start)
         return result
 
@@ -70,13 +69,13 @@ class Clock:
         return [{"what": name, "seconds": s, "over_floor": s / floor} for name, s in medians.items()]
 
 
-def measure(base: Base, recipe: Recipe, rounds: int) -> tuple[dict, str]:
+def measure(base: TrainContext, recipe: Recipe, rounds: int) -> tuple[dict, str]:
     """What is found, and a line that says on how many rows."""
-    from speft_ds import distributed
-    from speft_ds.engine import require_grad
-    from speft_ds.machine import machine, versions
-    from speft_ds.salience import score
-    from speft_ds.selection import select
+    from speft_ds.comm import collectives
+    from speft_ds.env import machine_facts, versions
+    from speft_ds.selection.salience import score
+    from speft_ds.selection.topk import select
+    from speft_ds.zero.engine import require_grad
 
     clock, scorer, module = Clock(), base.scorer(), base.engine.module
     module.eval()
@@ -96,7 +95,7 @@ def measure(base: Base, recipe: Recipe, rounds: int) -> tuple[dict, str]:
         mask = clock.time("selection", choice)
     num_tokens = sum(len(row.ids) for row in scorer.calibration.rows)
     result = {
-        "machine": machine(),
+        "machine": machine_facts(),
         "rows": clock.rows(),
         "what": f"choosing a mask by {recipe.mask.salience}, medians of {rounds} rounds",
         "recipe": recipe.model_dump(mode="json"),
@@ -107,7 +106,7 @@ def measure(base: Base, recipe: Recipe, rounds: int) -> tuple[dict, str]:
     }
     batch, dtype = recipe.mask.calibration_batch, recipe.model.dtype
     how = f"{len(scorer.calibration.rows)} rows, {num_tokens:,} tokens in batches of {batch}, {dtype}"
-    return result, f"{how}, {distributed.world_size()} rank(s)"
+    return result, f"{how}, {collectives.world_size()} rank(s)"
 
 
 def main() -> None:
@@ -117,17 +116,17 @@ def main() -> None:
     use_all_cores()
     from markdown import print_table
 
-    from speft_ds import distributed
-    from speft_ds.base import Base
+    from speft_ds.comm import collectives
+    from speft_ds.config.load_recipe import without_training
     from speft_ds.dtype import agree_on_dtype
-    from speft_ds.files import write_json
-    from speft_ds.metrics import Timings
-    from speft_ds.recipe import without_training
+    from speft_ds.io import write_json
+    from speft_ds.training.metrics import Timings
+    from speft_ds.training.setup import TrainContext
 
     recipe = checked_recipe("score", arguments.recipe, overrides, 1)
-    distributed.init()
+    collectives.init()
     recipe = agree_on_dtype(recipe)
-    base = Base(without_training(recipe, distributed.world_size()), Timings())
+    base = TrainContext(without_training(recipe, collectives.world_size()), Timings())
     base.read_calibration_rows(None)
     base.load()
     result, how = measure(base, recipe, rounds)
@@ -139,8 +138,8 @@ def main() -> None:
         write_json(arguments.json, result)
         print(f"\n{arguments.json}")
 
-    distributed.on_rank_0(report)
-    distributed.barrier()
+    collectives.run_on_rank0(report)
+    collectives.barrier()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from models import QUICK_ROUNDS, add_model_arguments, add_run_arguments, find_mo
 from rounds import OVER_FLOOR, Floor, differs_from_alone, empty_row, failed  # noqa: E402
 
 from speft_ds.errors import UserError  # noqa: E402
-from speft_ds.files import write_json  # noqa: E402
+from speft_ds.io import write_json  # noqa: E402
 
 METHODS = ["speft_ds", "lora", "shira", "supertuning", "full"]
 ROUNDS = 7
@@ -122,9 +122,9 @@ def main() -> int:
     if 1 not in arguments.ranks:
         print("\nwithout one rank, no method was compared with itself in one process")
 
-    from speft_ds.machine import machine  # late: imports torch, which the ranks do for themselves
+    from speft_ds.env import machine_facts  # late: imports torch, which the ranks do for themselves
 
-    write_json(arguments.json, {"machine": machine(), "rows": rows})
+    write_json(arguments.json, {"machine": machine_facts(), "rows": rows})
     print(f"\n{arguments.json}")
     return int(any(row["error"] for row in rows if row["method"] in ("floor", "speft_ds")))
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from speft_ds.entry import start
+from speft_ds.cli.launch import start
 
 if __name__ == "__main__":
     start("score", __doc__)

@@ -8,16 +8,16 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from speft_ds.commands import adapters
+from speft_ds.cli.commands import adapters
+from speft_ds.cli.commands.copy_recipe import copy_recipe, next_steps
+from speft_ds.cli.commands.list_recipes import print_list
+from speft_ds.cli.commands.schema_reference import json_schema, print_reference
+from speft_ds.cli.commands.show_recipe import annotated_yaml
+from speft_ds.cli.options import examples as _examples
+from speft_ds.cli.start_ranks import default_ranks, fit_overrides, launch
 from speft_ds.commands.completion import complete_key, complete_override, complete_recipe
-from speft_ds.commands.cp import copy_recipe, next_steps
-from speft_ds.commands.help import examples as _examples
-from speft_ds.commands.launcher import default_ranks, fit_overrides, launch
-from speft_ds.commands.ls import print_list
-from speft_ds.commands.schema import json_schema, print_reference
-from speft_ds.commands.show import annotated_yaml
+from speft_ds.config.load_recipe import load_recipe, resolved_yaml
 from speft_ds.errors import UserError
-from speft_ds.recipe import load_recipe, resolved_yaml
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -122,7 +122,7 @@ def validate(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = Non
 
     Every check says what it found; exits with 2 where something has to be mended.
     """
-    from speft_ds.commands.validate import validate as run_checks  # late: it imports what only it needs
+    from speft_ds.cli.commands.validate import validate as run_checks  # late: it imports what only it needs
 
     raise typer.Exit(run_checks(recipe, overrides or [], ranks))
 
@@ -260,7 +260,7 @@ def submit(
 
     Preempted, requeued or out of time, the job goes on from its last checkpoint; so does the same command.
     """
-    from speft_ds.commands.submit import Resources, Run, submit  # late: the others do not need it
+    from speft_ds.cli.commands.submit import Resources, Run, submit  # late: the others do not need it
 
     given = {"time": time, "partition": partition, "account": account, "qos": qos}
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
@@ -289,7 +289,7 @@ def compare_masks(
     if len(paths) < 2:
         fix = f"name another: speft compare-masks {paths[0]} runs/other/mask.safetensors"
         raise UserError("one mask has nothing to be compared with", "command line", fix)
-    from speft_ds.commands.compare_masks import compare  # late, because it imports torch
+    from speft_ds.cli.commands.compare_masks import compare  # late, because it imports torch
 
     compare(paths, output)
 

@@ -6,9 +6,9 @@ import platform
 
 import torch
 
-from speft_ds import distributed
-from speft_ds.metrics import say
-from speft_ds.schema import Recipe
+from speft_ds.comm import collectives
+from speft_ds.comm.collectives import log_rank0
+from speft_ds.config.recipe import Recipe
 
 
 def multiplies_bfloat16(device: str) -> bool:
@@ -48,14 +48,14 @@ def agree_on_dtype(recipe: Recipe, recorded: str | None = None) -> Recipe:
     Args:
         recorded: see `resolve_dtype`.
     """
-    device = distributed.device().type
-    multiplies = all(distributed.all_gather_objects(multiplies_bfloat16(device)))
+    device = collectives.device().type
+    multiplies = all(collectives.all_gather_objects(multiplies_bfloat16(device)))
     resolved = resolve_dtype(recipe, multiplies, recorded)
     dtype, hardware = resolved.model.dtype, "GPU" if device == "cuda" else "CPU"
     if dtype != recipe.model.dtype:
         has = "multiplies" if multiplies else "does not multiply"
         why = "as this run began" if recorded else f"the {hardware} {has} bfloat16 in hardware"
-        say(f"model.dtype=auto: {dtype}, {why}")
+        log_rank0(f"model.dtype=auto: {dtype}, {why}")
     if dtype == "bfloat16" and not multiplies:
-        say(f"warning: this {hardware} emulates bfloat16, many times slower than model.dtype=float32")
+        log_rank0(f"warning: this {hardware} emulates bfloat16, many times slower than model.dtype=float32")
     return resolved

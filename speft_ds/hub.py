@@ -23,7 +23,7 @@ def is_offline_by_choice() -> bool:
     return any(os.environ.get(name, "").upper() in _TRUE for name in names)
 
 
-def give_up() -> None:
+def go_offline() -> None:
     """Have the hub's libraries use their cache alone; to be called before any of them is imported."""
     os.environ["HF_HUB_OFFLINE"] = GAVE_UP
 
@@ -103,20 +103,20 @@ def has_dataset(name: str) -> bool:
     return any(folder.is_dir() for folder in folders)
 
 
-def why_not() -> str:
+def why_unreachable() -> str:
     """Why nothing can be fetched."""
     by_choice = is_offline_by_choice() and os.environ.get("HF_HUB_OFFLINE") != GAVE_UP
     return "offline by choice (HF_HUB_OFFLINE)" if by_choice else f"no answer from {endpoint()}"
 
 
-def way_to_model(name: str, key: str = "model.name_or_path") -> str:
+def model_hint(name: str, key: str = "model.name_or_path") -> str:
     return (
         f"with a network: hf download {name} (a gated model first needs its licence accepted on its page and "
         f"hf auth login); or set {key} to a local folder"
     )
 
 
-def way_to_dataset(name: str) -> str:
+def dataset_hint(name: str) -> str:
     return (
         f"with a network: hf download --repo-type dataset {name}; "
         "or set data.path to a local file or folder of the rows"

@@ -9,33 +9,33 @@ from pathlib import Path
 import psutil
 import torch
 
-from speft_ds import distributed
-from speft_ds.metrics import say
+from speft_ds.comm import collectives
+from speft_ds.comm.collectives import log_rank0
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
 
 
 def held() -> int:
     """What is held now."""
-    if distributed.device().type == "cuda":
+    if collectives.device().type == "cuda":
         return torch.cuda.memory_allocated()
     return psutil.Process().memory_info().rss
 
 
 def restart() -> None:
     """From here on, `peak` forgets what was before; where that cannot be, a line says so."""
-    if distributed.device().type == "cuda":
+    if collectives.device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return
     try:
         CLEAR_REFS.write_text("5", encoding="utf-8")
     except OSError as error:
-        say(f"note: the peak of memory is that of the whole run, selection included: {error}")
+        log_rank0(f"note: the peak of memory is that of the whole run, selection included: {error}")
 
 
 def peak() -> int:
     """The most that was held since `restart`, or since the process began where that cannot be restarted."""
-    if distributed.device().type == "cuda":
+    if collectives.device().type == "cuda":
         return torch.cuda.max_memory_allocated()
     if STATUS.exists():
         (line,) = [line for line in STATUS.read_text(encoding="utf-8").splitlines() if "VmHWM" in line]

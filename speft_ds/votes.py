@@ -9,9 +9,9 @@ import time
 
 from torch import Tensor
 
-from speft_ds import distributed, stop
-from speft_ds.checkpoint.writer import Writer
-from speft_ds.schema.values import split_interval
+from speft_ds.comm import collectives, signals
+from speft_ds.config.section import split_interval
+from speft_ds.training.checkpoint.writer import Writer
 
 
 class Votes:
@@ -40,14 +40,14 @@ class Votes:
     def own(self) -> list[float]:
         """What this rank knows, in the order of KINDS; rank 0's clock counts."""
         past = self.seconds is not None and time.monotonic() - self.since >= self.seconds
-        is_due = past and distributed.rank() == 0
-        return [float(stop.reason() is not None), float(is_due), float(self.writer.is_written)]
+        is_due = past and collectives.rank() == 0
+        return [float(signals.stop_reason() is not None), float(is_due), float(self.writer.is_written)]
 
     def count(self, sums: Tensor) -> None:
         """Take what all ranks said; [len(KINDS)]."""
         stopping, due, written = sums.tolist()
         self.stop, self.due = stopping > 0, due > 0
-        self.all_written = written == distributed.world_size()
+        self.all_written = written == collectives.world_size()
 
     def is_time(self, done: int) -> bool:
         """Whether a checkpoint is due after `done` steps."""

@@ -16,16 +16,16 @@ from pathlib import Path
 
 from limits import HANG_S
 
-from speft_ds.checkpoint.folder import list_checkpoints
-from speft_ds.rendezvous import free_port, on_one_machine
+from speft_ds.env import free_port, rank_env
+from speft_ds.training.checkpoint.folder import list_checkpoints
 
 PRELOAD = [
-    "speft_ds.train",
+    "speft_ds.jobs.train",
     "speft_ds.report",
     "matplotlib.backends.backend_agg",
     "matplotlib.backends.backend_svg",
     "matplotlib.figure",
-    "speft_ds.evaluation.evaluation",
+    "speft_ds.evaluation.runner",
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.tokenization_auto",
     "transformers.tokenization_utils_tokenizers",
@@ -51,7 +51,7 @@ def _rank(
     import torch
 
     torch.set_num_threads(1)
-    from speft_ds.entry import start
+    from speft_ds.cli.launch import start
 
     if hook is not None:
         hook()
@@ -80,7 +80,7 @@ class LiveRun:
         port, shared = free_port(), {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         self.processes = []
         for rank in range(num_ranks):
-            environment = shared | on_one_machine(rank, num_ranks, port)
+            environment = shared | rank_env(rank, num_ranks, port)
             body = (job, list(arguments), environment, log, (hooks or {}).get(rank))
             self.processes.append(_server().Process(target=_rank, args=body, daemon=True))
         for process in self.processes:

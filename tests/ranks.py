@@ -20,19 +20,19 @@ from pathlib import Path
 
 from limits import HANG_S
 
-from speft_ds.rendezvous import free_port, on_one_machine
+from speft_ds.env import free_port, rank_env
 
 
 def serve(rank: int, world_size: int, port: int, pipe, stack_path: str) -> None:
     """Body of one rank: join the group, then run checks until told to stop."""
-    os.environ.update(on_one_machine(rank, world_size, port))
+    os.environ.update(rank_env(rank, world_size, port))
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     import torch
 
     torch.set_num_threads(1)
-    from speft_ds import distributed
+    from speft_ds.comm import collectives
 
-    distributed.init()
+    collectives.init()
     stacks = open(stack_path, "w")  # noqa: SIM115 - open for the life of the process
     faulthandler.register(signal.SIGUSR1, file=stacks)
     while (job := pipe.recv()) is not None:

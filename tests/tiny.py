@@ -32,7 +32,7 @@ def make_tokenizer():
 
 def read_rows(path: Path) -> list:
     """The rows of `make_data` as the chat template has them, tokenised by hand."""
-    from speft_ds.data.rows import Row
+    from speft_ds.data.dataset import Row
 
     tokenizer, rows = make_tokenizer(), []
     for line in path.read_text(encoding="utf-8").splitlines():

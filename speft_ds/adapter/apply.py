@@ -143,7 +143,7 @@ def check_weights(adapter: Adapter, shape: dict[str, tuple[int, ...]]) -> None:
 
 def check_base(model: nn.Module, adapter: Adapter) -> None:
     """Refuse a model that is not the base the adapter was trained on."""
-    from speft_ds.model import fingerprint
+    from speft_ds.model.fingerprint import fingerprint
 
     facts, where = adapter.facts, str(adapter.folder)
     if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):  # no DeepSpeed needed here
@@ -222,7 +222,7 @@ def _activate(model: nn.Module, state: Adapters, name: str | None) -> None:
 
 def _check_unchanged(values: Values, weights: dict[str, nn.Parameter], name: str) -> None:
     """Refuse to write over what somebody else has written."""
-    from speft_ds.model import INTEGER_VIEW
+    from speft_ds.model.fingerprint import INTEGER_VIEW
 
     weight = weights.get(values.name)
     if weight is not None and weight.dtype == values.tuned.dtype:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from speft_ds.adapter.format import CARD, TENSORS, Adapter
-from speft_ds.files import flush_to_disk, replacing
+from speft_ds.io import flush_to_disk, replacing
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 PIPELINES = {"causal_lm": "text-generation", "sequence_classification": "text-classification"}

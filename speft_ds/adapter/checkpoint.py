@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from speft_ds import hub
 from speft_ds.adapter.format import FLOATS
+from speft_ds.config.model_config import HEAD
 from speft_ds.errors import UserError
-from speft_ds.schema import HEAD
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -43,7 +43,7 @@ class Checkpoint:
         """
         self.name, self.num_classes, folder = name, num_classes, hub.model_folder(name)
         if folder is None:
-            raise UserError(f"the model {name} is not at hand", fix=hub.way_to_model(name, "--base"))
+            raise UserError(f"the model {name} is not at hand", fix=hub.model_hint(name, "--base"))
         self.folder = folder
         try:
             self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -160,7 +160,7 @@ def _auto_class(num_classes: int | None) -> type:
 
 
 class Fingerprint:
-    """`speft_ds.model.fingerprint` of weights that come one at a time, in any order."""
+    """`speft_ds.model.fingerprint.fingerprint.fingerprint` of weights that come one at a time, in any order."""
 
     def __init__(self, shape: dict[str, tuple[int, ...]], dtype: torch.dtype):
         self.shape, self.dtype = {n: s for n, s in shape.items() if n != HEAD}, dtype
@@ -168,7 +168,7 @@ class Fingerprint:
 
     def add(self, name: str, weight: Tensor) -> None:
         """Count a weight, in the dtype of the run; the first of tied ones."""
-        from speft_ds.model import element_hash
+        from speft_ds.model.fingerprint import element_hash
 
         if name in self.shape and name not in self.hashes:
             self.hashes[name] = element_hash(weight, 0)

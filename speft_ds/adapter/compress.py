@@ -12,7 +12,7 @@ import torch
 from speft_ds.adapter.derive import Entries, check_output, history, no_entries, open_adapter, write_derived
 from speft_ds.adapter.format import TENSORS, Adapter
 from speft_ds.adapter.largest import Largest
-from speft_ds.data.order import hash_seed
+from speft_ds.data.sampler import hash_seed
 from speft_ds.errors import UserError
 
 METHODS = ("dare", "ternary", "topk")
@@ -32,7 +32,7 @@ def drop_and_rescale(entries: Entries, name: str, keep: float, seed: int) -> Ent
 
     Whether an entry stays depends on the seed, the weight's name and the entry's index, and on nothing else.
     """
-    from speft_ds.model import mix64  # late, because it imports DeepSpeed
+    from speft_ds.model.fingerprint import mix64  # late, because it imports DeepSpeed
 
     index, delta = entries
     random = mix64(index + hash_seed(seed, "dare", name)) & (2**UNIFORM_BITS - 1)

@@ -23,11 +23,9 @@ from speft_ds.adapter.apply import another_base, check_weights, with_delta
 from speft_ds.adapter.checkpoint import Checkpoint, Fingerprint
 from speft_ds.adapter.derive import check_output
 from speft_ds.adapter.format import DTYPES, Adapter
-from speft_ds.adapter.new_folder import new_folder
 from speft_ds.errors import UserError
-from speft_ds.files import write_json
-from speft_ds.partition import INT32_ELEMENTS
-from speft_ds.tensor_files import write_safetensors
+from speft_ds.io import new_folder, write_json, write_safetensors
+from speft_ds.sparse.layout import INT32_ELEMENTS
 
 TENSORS = "adapter_model.safetensors"
 PEFT_VERSION = "0.21.2"  # whose layout this is

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from speft_ds.adapter.gaps import decode_gaps, encode_gaps
 from speft_ds.errors import UserError
-from speft_ds.files import flush_to_disk, write_json
-from speft_ds.tensor_files import write_safetensors
+from speft_ds.io import flush_to_disk, write_json, write_safetensors
 
 FORMAT_VERSION = 2
 TENSORS, FACTS, CARD = "adapter.safetensors", "adapter.json", "README.md"

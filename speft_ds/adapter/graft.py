@@ -49,7 +49,7 @@ class Pair:
     """
 
     def __init__(self, base: str, tuned: str, patterns: list[str] | None):
-        from speft_ds.model import find_targets, tied_targets  # late, because it imports DeepSpeed
+        from speft_ds.model.targets import find_targets, tied_targets  # late, because it imports DeepSpeed
 
         self.base, self.tuned = Checkpoint(base), Checkpoint(tuned)
         config = self.base.config
@@ -110,7 +110,7 @@ def graft(
         base, tuned: local folders, or names on the hub that the cache has.
         output: the new adapter's folder.
         density: fraction of the targeted weights to take, in (0, 1]; or `num_entries`: how many.
-        patterns: which linears are targets, see `speft_ds.model.find_targets`; None: all of the layers.
+        patterns: which linears are targets, see `speft_ds.model.load_model.targets.find_targets`; None: all of the layers.
     Raises:
         UserError: a model that cannot be read, two architectures, no difference, or not just one of
             `density` and `num_entries`.

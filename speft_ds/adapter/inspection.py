@@ -10,7 +10,7 @@ import torch
 
 from speft_ds.adapter.derive import Entries
 from speft_ds.adapter.format import Adapter
-from speft_ds.mask import Mask
+from speft_ds.sparse.mask import Mask
 
 NUM_LARGEST = 10
 

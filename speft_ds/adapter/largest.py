@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from speft_ds.radix import count_digits, positions, score_of, within
+from speft_ds.selection.radix import count_digits, positions, score_of, within
 
 LOW_BITS = 16  # of a magnitude's 32: each pass counts half of them
 NUM_BINS = 2**LOW_BITS

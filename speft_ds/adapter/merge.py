@@ -16,11 +16,9 @@ from speft_ds.adapter.apply import another_base, check_weights, classifier_confi
 from speft_ds.adapter.checkpoint import INDEX, SINGLE, Checkpoint, Fingerprint
 from speft_ds.adapter.derive import check_output
 from speft_ds.adapter.format import DTYPES, Adapter
-from speft_ds.adapter.new_folder import new_folder
 from speft_ds.adapter.shards import NAME_OF, Headers, aligned, num_bytes, split, write_tensors
 from speft_ds.errors import UserError
-from speft_ds.files import flush_to_disk, write_json
-from speft_ds.tensor_files import same_bits
+from speft_ds.io import flush_to_disk, new_folder, same_bits, write_json
 
 # Not part of the merged checkpoint: other copies of the base's weights, and its card.
 LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".md")

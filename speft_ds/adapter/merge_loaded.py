@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from speft_ds.adapter.apply import check_base, set_config
-from speft_ds.tensor_files import same_bits
+from speft_ds.io import same_bits
 
 if TYPE_CHECKING:
     from speft_ds.adapter.merge import Merge

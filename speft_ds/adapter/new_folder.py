@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from speft_ds.errors import UserError
-from speft_ds.files import flush_to_disk
+from speft_ds.io import flush_to_disk
 
 
 @contextmanager

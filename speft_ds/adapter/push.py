@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from speft_ds import hub
-from speft_ds.adapter.card import is_hub_id
 from speft_ds.adapter.derive import open_adapter
 from speft_ds.adapter.format import CARD, FACTS, TENSORS, Adapter
 from speft_ds.errors import UserError
+from speft_ds.hub import is_hub_id
 
 
 def files_to_push(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -83,5 +83,5 @@ def _check_access(repo_id: str) -> str:
         raise UserError("there is no token to upload with", "model hub", "hf auth login, or set HF_TOKEN")
     if not hub.is_reachable():
         fix = "connect this machine, or copy the folder to one that is; --dry-run needs no network"
-        raise UserError(f"nothing can be uploaded: {hub.why_not()}", hub.endpoint(), fix)
+        raise UserError(f"nothing can be uploaded: {hub.why_unreachable()}", hub.endpoint(), fix)
     return token

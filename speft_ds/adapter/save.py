@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speft_ds import distributed
 from speft_ds.adapter.format import write_adapter
-from speft_ds.partition import Layout
-from speft_ds.selection import gather_indices
-from speft_ds.sparse import SparseState
+from speft_ds.comm import collectives
+from speft_ds.selection.topk import gather_indices
+from speft_ds.sparse.layout import Layout
+from speft_ds.sparse.state import SparseState
 
 
 def save_adapter(folder: Path, state: SparseState, facts: dict) -> None:
@@ -23,14 +23,14 @@ def save_adapter(folder: Path, state: SparseState, facts: dict) -> None:
     Raises:
         UserError: on every rank, when rank 0 cannot write (disk full, no permission) or a delta is NaN.
     """
-    local, delta = state.touched()
+    local, delta = state.modified_entries()
     numel = {name: state.mask.numel(name) for name in state.mask.shape}
     index = gather_indices(local, numel)
-    layout = Layout.of(index, numel, distributed.world_size())
-    by_rank = distributed.all_gather_padded(delta, layout.lengths)
-    heads = state.whole_heads()
+    layout = Layout.of(index, numel, collectives.world_size())
+    by_rank = collectives.all_gather_padded(delta, layout.lengths)
+    heads = state.gather_heads()
     facts = {**facts, "shapes": state.mask.shape, "mask": state.mask.facts()}
-    distributed.on_rank_0(lambda: write_adapter(folder, entries_of(index, layout, by_rank), facts, heads))
+    collectives.run_on_rank0(lambda: write_adapter(folder, entries_of(index, layout, by_rank), facts, heads))
 
 
 def entries_of(
@@ -38,5 +38,5 @@ def entries_of(
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Global indices and every rank's flat deltas -> (weight, index, delta), a weight at a time."""
     for name, positions in index.items():
-        delta = [values[layout.local_slice(name, rank)] for rank, values in enumerate(by_rank)]
+        delta = [values[layout.places(name, rank)] for rank, values in enumerate(by_rank)]
         yield name, positions, torch.cat(delta)

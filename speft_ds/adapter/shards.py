@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from speft_ds.adapter.format import FLOATS
-from speft_ds.files import flush_to_disk
+from speft_ds.io import flush_to_disk
 
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,

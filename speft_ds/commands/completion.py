@@ -7,11 +7,11 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
-from speft_ds.commands.ls import first_comments
-from speft_ds.commands.schema import EXTENDS_MEANING, choices_of, description_of
-from speft_ds.commands.show import in_line
-from speft_ds.recipe import EXTENDS, RECIPES_DIR, list_recipes
-from speft_ds.schema import FIELDS, SECTIONS
+from speft_ds.cli.commands.list_recipes import first_comments
+from speft_ds.cli.commands.schema_reference import EXTENDS_MEANING, choices_of, description_of
+from speft_ds.cli.commands.show_recipe import in_line
+from speft_ds.config.load_recipe import EXTENDS, RECIPES_DIR, list_recipes
+from speft_ds.config.recipe import FIELDS, SECTIONS
 
 Offers = list[tuple[str, str]]  # what to type, and what it is
 

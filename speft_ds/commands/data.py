@@ -10,15 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from speft_ds.data.corpus import Corpus
-from speft_ds.data.order import SampleOrder
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.dataset import TokenizedDataset
+from speft_ds.data.dataset_cache import prepare, request_of
 from speft_ds.data.packing import first_fit
-from speft_ds.data.prepare import prepare
-from speft_ds.data.request import request_of
-from speft_ds.data.tokens import load_tokenizer
+from speft_ds.data.sampler import Sampler
+from speft_ds.data.tokenize import load_tokenizer
 from speft_ds.errors import UserError
-from speft_ds.preflight import settle_hub
-from speft_ds.schema import Recipe
+from speft_ds.jobs.preflight import resolve_offline
 
 NUM_BINS = 12
 WIDEST_BAR = 40
@@ -34,7 +33,7 @@ def show_data(recipe: Recipe, output: Path | None) -> None:
         UserError: the recipe names no rows, or they cannot be used.
     """
     console = Console()
-    if note := settle_hub(recipe):
+    if note := resolve_offline(recipe):
         print(note)
     corpus = prepare(request_of(recipe), lambda: load_tokenizer(recipe.model.name_or_path), print)
     for number, pieces in enumerate(corpus.facts["samples"], 1):
@@ -43,7 +42,7 @@ def show_data(recipe: Recipe, output: Path | None) -> None:
     console.print(_lengths_table(corpus))
     for line in summary(recipe, corpus):
         console.print(line, highlight=False, markup=False)
-    from speft_ds.plots import length_histogram  # late: it takes a second
+    from speft_ds.report.plots import length_histogram  # late: it takes a second
 
     path = output or Path("runs") / f"{recipe.name}-data.png"
     try:
@@ -64,11 +63,11 @@ def print_sample(console: Console, title: str, pieces: Sequence[tuple[str, bool]
     console.print()
 
 
-def summary(recipe: Recipe, corpus: Corpus) -> list[str]:
+def summary(recipe: Recipe, corpus: TokenizedDataset) -> list[str]:
     """What a run makes of the rows, as lines of text."""
     data, tokens = recipe.data, int(corpus.lengths.sum())
     learnt = int(corpus.num_learnt.sum())
-    order = SampleOrder(corpus.sizes, data.weights, recipe.seed)
+    order = Sampler(corpus.sizes, data.weights, recipe.seed)
     num_steps = order.num_steps(recipe.train.global_batch, recipe.train.steps, recipe.train.epochs)
     kind = "packs" if corpus.is_packed else "rows"
     lines = [
@@ -82,14 +81,14 @@ def summary(recipe: Recipe, corpus: Corpus) -> list[str]:
     return lines
 
 
-def _packing(corpus: Corpus, max_length: int) -> str:
+def _packing(corpus: TokenizedDataset, max_length: int) -> str:
     packs = len(corpus) if corpus.is_packed else len(first_fit(corpus.lengths.tolist(), max_length))
     share = corpus.lengths.sum() / (packs * max_length)
     whether = "on" if corpus.is_packed else "off; data.packing=true would make"
     return f"{whether} {packs:,} sequences of {max_length} tokens, {share:.1%} filled"
 
 
-def _sources_table(recipe: Recipe, corpus: Corpus) -> Table:
+def _sources_table(recipe: Recipe, corpus: TokenizedDataset) -> Table:
     """Rows read, and what became of those that were not taken as they are."""
     counts = corpus.facts["sources"]
     shown = [what for what in counts[0] if what == "rows" or any(count[what] for count in counts)]
@@ -99,7 +98,7 @@ def _sources_table(recipe: Recipe, corpus: Corpus) -> Table:
     return table
 
 
-def _lengths_table(corpus: Corpus) -> Table:
+def _lengths_table(corpus: TokenizedDataset) -> Table:
     """A histogram of the rows' lengths, with percentiles in its title."""
     lengths = corpus.lengths
     half, most, longest = np.percentile(lengths, [50, 95, 100]).astype(int)

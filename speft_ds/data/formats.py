@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from speft_ds.data.templates import CHAT, PLAIN, fields_of, fill
+from speft_ds.config.data_config import Source, template_fields
+from speft_ds.data.formats import CHAT, PLAIN, fill
 from speft_ds.errors import UserError, closest
-from speft_ds.schema import Source
 
 Rows = Iterable[tuple[str, Any]]  # where a row stands, and the row
 # format -> the columns whose text is the response; the template says what the prompt needs
@@ -72,7 +72,7 @@ def columns_of(source: Source) -> dict[str, str]:
         roles = [WHOLE[source.format]]
     else:
         templates = _templates_used(source)
-        fields = [name for template in templates for name in fields_of(template)]
+        fields = [name for template in templates for name in template_fields(template)]
         roles = [*fields, *(["input"] if len(templates) > 1 else []), RESPONSES[source.format]]
     known = type(source.columns).model_fields
     columns = {role: _column(source, role) for role in roles}
@@ -146,7 +146,7 @@ def _prompt(row: dict, where: str, source: Source) -> str:
     if with_input and not _is_blank(row[source.columns.input]):
         template = with_input[0]
     values = {}
-    for name in fields_of(template):
+    for name in template_fields(template):
         column = _column(source, name)
         values[name] = "" if _is_blank(row[column]) else _as_text(row[column], column, where)
     if values and not any(values.values()):

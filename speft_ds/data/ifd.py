@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from speft_ds import lifeline
-from speft_ds.data.batch import collate, num_logits
-from speft_ds.data.rows import Row
-from speft_ds.data.tokens import load_tokenizer
+from speft_ds.comm import watchdog
+from speft_ds.data.collate import collate, num_logits
+from speft_ds.data.dataset import Row
+from speft_ds.data.tokenize import load_tokenizer
+from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
-from speft_ds.files import write_json
-from speft_ds.paths import cache_folder
+from speft_ds.io import write_json
 
 VERSION = 1  # of the scores: to be raised whenever the same rows and scorer would get others
 MAX_TOKENS = 1024  # of prompt and response together, or the scorer's context where that is shorter
@@ -139,7 +139,7 @@ def _mean_losses(model: nn.Module, rows: list[Row], bar) -> list[float]:
     can_keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
     losses = [math.nan] * len(rows)
     for numbers in _batches(rows, BATCH_TOKENS[model.device.type]):
-        lifeline.beat(f"scoring rows, up to row {max(numbers) + 1}")
+        watchdog.heartbeat(f"scoring rows, up to row {max(numbers) + 1}")
         batch = collate([rows[number] for number in numbers], 0, model.device)
         options = {"logits_to_keep": num_logits(batch["labels"])} if can_keep_logits else {}
         logits = model(input_ids=batch["input_ids"], use_cache=False, **options).logits

@@ -17,30 +17,37 @@ import numpy as np
 from tqdm import tqdm
 
 from speft_ds import hub
-from speft_ds.data.corpus import Corpus, is_whole, write_corpus
+from speft_ds.config.data_config import DataConfig, Source
+from speft_ds.data.dataset import (
+    COUNTED,
+    EMPTY,
+    Table,
+    TokenizedDataset,
+    fetch_scorer,
+    is_whole,
+    write_corpus,
+)
+from speft_ds.data.dataset_cache import DatasetSpec
 from speft_ds.data.formats import Classes, EmptyRow, Example, find_classes, make_example
 from speft_ds.data.packing import first_fit
-from speft_ds.data.request import Request, fetch_scorer
-from speft_ds.data.selection import select_rows
-from speft_ds.data.sources import Located, iterate_rows
-from speft_ds.data.table import COUNTED, EMPTY, Table
-from speft_ds.data.tokens import Encoder
+from speft_ds.data.readers import Located, iterate_rows
+from speft_ds.data.select import select_rows
+from speft_ds.data.tokenize import Encoder
 from speft_ds.errors import UserError
-from speft_ds.schema import Data, Source
 
 BATCH = 1000  # rows tokenised in one call, on all cores
 NUM_SAMPLES = 3  # rows kept as text, to be shown
 
 
-def find_cached(request: Request) -> Corpus | None:
+def find_cached(request: DatasetSpec) -> TokenizedDataset | None:
     """The corpus of a request, if it was made before. Raises UserError for data that is not there."""
     path = request.path()
-    return Corpus(path) if is_whole(path) else None
+    return TokenizedDataset(path) if is_whole(path) else None
 
 
 def prepare(
-    request: Request, load_tokenizer: Callable[[], Any], say: Callable[[str], None] = print
-) -> Corpus:
+    request: DatasetSpec, load_tokenizer: Callable[[], Any], say: Callable[[str], None] = print
+) -> TokenizedDataset:
     """The corpus of a request: from the cache, or made now. Safe when several jobs want it at once.
 
     Args:
@@ -57,7 +64,7 @@ def prepare(
         fetch_scorer(request.data.scorer)
     path = request.path()
     if is_whole(path):  # in a folder that may be shared, and not writable
-        return Corpus(path)
+        return TokenizedDataset(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The rename at the end of writing makes it safe; the lock saves the others from doing the same work.
@@ -68,10 +75,10 @@ def prepare(
     except OSError as error:
         fix = "free space, or set SPEFT_DS_CACHE to a folder on another disk"
         raise UserError(f"cannot write the tokenised rows: {error}", str(path.parent), fix) from error
-    return Corpus(path)
+    return TokenizedDataset(path)
 
 
-def make_corpus(request: Request, tokenizer: Any, path: Path) -> None:
+def make_corpus(request: DatasetSpec, tokenizer: Any, path: Path) -> None:
     """Read, tokenise, select and pack the rows of a request, and write them to `path`."""
     data = request.data
     classes = classes_of(data)
@@ -99,7 +106,7 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{number} {what}" for what, number in counts.items() if what != "rows" and number)
 
 
-def classes_of(data: Data) -> Classes | None:
+def classes_of(data: DataConfig) -> Classes | None:
     """The classes that the recipe names or its rows have; None for other formats. Raises UserError."""
     sources = [source for source in data.sources if source.format == "classification"]
     if not sources:
@@ -118,7 +125,7 @@ def _labels(source: Source, column: str) -> Located:
 
 
 def _read_source(
-    number: int, request: Request, encoder: Encoder, classes: Classes | None, keeps_text: bool
+    number: int, request: DatasetSpec, encoder: Encoder, classes: Classes | None, keeps_text: bool
 ) -> Table:
     source = request.data.sources[number]
     table = Table([], dict.fromkeys(COUNTED, 0), [])
@@ -139,7 +146,7 @@ def _read_source(
 
 
 def _examples(
-    rows: Located, source: Source, request: Request, classes: Classes | None, counts: dict[str, int]
+    rows: Located, source: Source, request: DatasetSpec, classes: Classes | None, counts: dict[str, int]
 ) -> Iterator[tuple[str, Example]]:
     for where, row in rows:
         counts["rows"] += 1

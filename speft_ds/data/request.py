@@ -10,10 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from speft_ds import hub
-from speft_ds.data.sources import is_hub_id, load_builder
+from speft_ds.config.data_config import DataConfig, Source
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.readers import is_hub_dataset, load_builder
+from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
-from speft_ds.paths import cache_folder
-from speft_ds.schema import Data, Recipe, Source
 
 FORMAT_VERSION = "1"  # of the file, and of what tokenising does: another version is another key
 # All that a tokenizer, or a small model that scores rows, is loaded from.
@@ -33,7 +34,7 @@ class Request:
         where: source -> what an error says of where it is named.
     """
 
-    data: Data
+    data: DataConfig
     model: str
     classify: bool = False
     seed: int = 0
@@ -97,7 +98,7 @@ def fetch_scorer(scorer: str) -> None:
 
 def hash_source(source: Source) -> str:
     """What identifies the rows of a source: the bytes of its files, or the version on the hub."""
-    if is_hub_id(source.path):
+    if is_hub_dataset(source.path):
         return str(load_builder(source).cache_dir)
     path = Path(source.path)
     if not path.is_dir():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from speft_ds.data.rows import Row
-from speft_ds.data.tokens import LONG_ROWS, NOTHING_LEARNT
+from speft_ds.data.dataset import Row
+from speft_ds.data.tokenize import LONG_ROWS, NOTHING_LEARNT
 
 EMPTY, NOT_SELECTED = "empty, left out", "not selected"
 COUNTED = ("rows", EMPTY, NOTHING_LEARNT, *LONG_ROWS, NOT_SELECTED)  # what may become of a row

@@ -9,7 +9,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from speft_ds import shm_op
+from speft_ds.comm import deepspeed_shm
 from speft_ds.doctor.check import MIB, Check
 from speft_ds.doctor.gpus import uses_gpus
 from speft_ds.doctor.packages import PIP_INSTALL
@@ -65,16 +65,16 @@ def check_shm_op(facts: dict) -> list[Check]:
         return [Check(name, "skipped", f"DeepSpeed does not say: {facts.get('error')}")]
     if not facts["shm_op_compatible"]:
         return [Check(name, "ok", "not for this machine: collectives use gloo alone")]
-    folder = Path(facts["extensions"]) / shm_op.NAME
+    folder = Path(facts["extensions"]) / deepspeed_shm.NAME
     found = "not built yet: the first start compiles it, about 30 s"
     if facts["shm_op_installed"]:
         found = "installed with DeepSpeed"
-    elif (folder / f"{shm_op.NAME}.so").is_file():
+    elif (folder / f"{deepspeed_shm.NAME}.so").is_file():
         found = f"built, {folder}"
-    age_s = shm_op.lock_age_s(folder)
+    age_s = deepspeed_shm.lock_age_s(folder)
     if age_s is None:
         return [Check(name, "ok", found)]
-    if age_s < shm_op.STALE_S:
+    if age_s < deepspeed_shm.STALE_S:
         return [Check(name, "ok", f"being compiled now, since {age_s:.0f} s")]
     what = (
         f"a build that was interrupted left {folder / 'lock'}: a run of ours removes it, others wait for ever"

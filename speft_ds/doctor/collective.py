@@ -12,7 +12,7 @@ from typing import Literal
 from speft_ds.doctor.check import Check
 from speft_ds.doctor.gpus import uses_gpus
 from speft_ds.doctor.processes import probe_command, why_failed
-from speft_ds.rendezvous import free_port
+from speft_ds.env import free_port
 
 RANKS_S = 180  # of two ranks with their import of torch
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from speft_ds.doctor.check import GIB, MIB, Check
 from speft_ds.doctor.gpus import uses_gpus
-from speft_ds.paths import cache_folder
+from speft_ds.env import cache_folder
 
 
 def check_caches(facts: dict) -> list[Check]:

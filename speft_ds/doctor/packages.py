@@ -12,8 +12,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from speft_ds.config.load_recipe import ROOT
 from speft_ds.doctor.check import Check, text_of
-from speft_ds.recipe import ROOT
 
 PIP_INSTALL = f"{sys.executable} -m pip install"
 

@@ -11,7 +11,8 @@ import sys
 import warnings
 from datetime import timedelta
 
-from speft_ds import hub, shm_op
+from speft_ds import hub
+from speft_ds.comm import deepspeed_shm
 from speft_ds.hub import connection_error
 
 COLLECTIVE_S = 120  # of one collective; the first waits for the other rank's import of torch
@@ -54,7 +55,7 @@ def _tell_about_torch() -> None:
         cpu_bf16=multiplies_bfloat16("cpu"),
         nccl=".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None,
     )
-    _tell(gpu_error=_gpu_error(count), extensions=str(shm_op.extensions_folder()))
+    _tell(gpu_error=_gpu_error(count), extensions=str(deepspeed_shm.extensions_folder()))
 
 
 def _gpu_error(count: int) -> str | None:
@@ -76,8 +77,10 @@ def _tell_about_deepspeed() -> None:
 
     accelerator = get_accelerator()
     _tell(accelerator=accelerator.device_name(), backend=accelerator.communication_backend_name())
-    compatible = bool(deepspeed.ops.__compatible_ops__.get(shm_op.NAME))  # what DeepSpeed itself goes by
-    _tell(shm_op_compatible=compatible, shm_op_installed=bool(installed_ops.get(shm_op.NAME)))
+    compatible = bool(
+        deepspeed.ops.__compatible_ops__.get(deepspeed_shm.NAME)
+    )  # what DeepSpeed itself goes by
+    _tell(shm_op_compatible=compatible, shm_op_installed=bool(installed_ops.get(deepspeed_shm.NAME)))
 
 
 def _tell_about_hub() -> None:
@@ -95,16 +98,16 @@ def _add_as_rank(backend: str, rank: int, port: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from speft_ds import distributed
+    from speft_ds.comm import collectives
 
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if backend == "nccl":
         torch.cuda.set_device(device)
     address, limit = f"tcp://127.0.0.1:{port}", timedelta(seconds=COLLECTIVE_S)
     dist.init_process_group(backend, init_method=address, rank=rank, world_size=2, timeout=limit)
-    total = distributed.all_reduce(torch.full((8,), rank + 1.0, device=device))
+    total = collectives.all_reduce(torch.full((8,), rank + 1.0, device=device))
     pieces = torch.arange(16.0, device=device).view(2, 8)
-    own = distributed.start_reduce_scatter(pieces + rank)()
+    own = collectives.start_reduce_scatter(pieces + rank)()
     _expect("all_reduce", total.tolist(), [3.0] * 8)
     _expect("reduce_scatter", own.tolist(), (2 * pieces[rank] + 1).tolist())
     dist.destroy_process_group()

@@ -11,9 +11,9 @@ import psutil
 import torch
 from torch import nn
 
-from speft_ds import distributed
-from speft_ds.engine import full_shape
-from speft_ds.metrics import say
+from speft_ds.comm import collectives
+from speft_ds.comm.collectives import log_rank0
+from speft_ds.zero.shards import full_shape
 
 SHARE = 0.5  # of the free memory that the copy may take: activations, logits and the KV cache need the rest
 
@@ -39,15 +39,17 @@ def model_to_score(module: nn.Module, mode: str) -> Iterator[tuple[nn.Module, bo
 def copy_fits(module: nn.Module) -> bool:
     """Whether a copy on every rank fits; the same on every rank."""
     needed = sum(full_shape(p).numel() * p.element_size() for p in module.parameters())
-    device = distributed.device()
+    device = collectives.device()
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = psutil.virtual_memory().available // int(os.environ["LOCAL_SIZE"])
     is_short = torch.tensor([float(needed > SHARE * free)], device=device)
-    fits = distributed.all_reduce_max(is_short).item() == 0
+    fits = collectives.all_reduce_max(is_short).item() == 0
     if not fits:
-        say(f"note: a copy of the model ({needed / 2**30:.1f} GiB) has no room on every rank: scored sharded")
+        log_rank0(
+            f"note: a copy of the model ({needed / 2**30:.1f} GiB) has no room on every rank: scored sharded"
+        )
     return fits
 
 
@@ -59,7 +61,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     with torch.device("meta"):
         plain = type(module)(copy.deepcopy(module.config))
     plain.generation_config = copy.deepcopy(module.generation_config)
-    device, buffers = distributed.device(), dict(module.named_buffers())
+    device, buffers = collectives.device(), dict(module.named_buffers())
     sharded = dict(module.named_parameters())
     for name, empty in plain.named_parameters():
         with deepspeed.zero.GatheredParameters([sharded[name]]):

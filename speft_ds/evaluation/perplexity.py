@@ -8,14 +8,14 @@ from pathlib import Path
 
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from speft_ds.config.eval_config import EvalConfig
 from speft_ds.errors import UserError
-from speft_ds.evaluation.engine_lm import EngineLM
-from speft_ds.schema import Eval
+from speft_ds.evaluation.lm import EngineLM
 
 WINDOW = 1024  # tokens that a token is predicted from, at most: the same for models of any context length
 
 
-def text_perplexity(lm: EngineLM, recipe: Eval) -> dict:
+def text_perplexity(lm: EngineLM, recipe: EvalConfig) -> dict:
     """Perplexity of `eval.forgetting_text`, the same on every rank.
 
     The text is cut into disjoint windows of 1,024 tokens; a window's first token is predicted from the one

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from speft_ds.evaluation.rounds import Round
-from speft_ds.report.scores import Evaluation as ScoreFile
-from speft_ds.report.scores import Score
+from speft_ds.evaluation.eval_jobs import EvalJob
+from speft_ds.evaluation.scores import Evaluation as ScoreFile
+from speft_ds.evaluation.scores import Score
 
 
 def score_rows(results: dict, forgetting: Collection[str] = ()) -> list[dict]:
@@ -62,7 +62,7 @@ def _num_documents(results: dict, task: str) -> int | None:
 
 
 def check_rows(
-    rows: list[dict], round: Round, num_rewritten: Mapping[str, int]
+    rows: list[dict], round: EvalJob, num_rewritten: Mapping[str, int]
 ) -> tuple[list[dict], list[str]]:
     """The rows that are what the round asked for, and what to say of the others.
 

@@ -21,13 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from speft_ds import layer_input
-from speft_ds.kernels import launch, sampled
-from speft_ds.kernels.dense import BLOCK_ELEMENTS
-from speft_ds.kernels.transpose import SharedTranspose, transpose
-from speft_ds.linear import AdaptedLinear, Sink, adapt
+from speft_ds.model import input_recompute
+from speft_ds.model.linear import AdaptedLinear, WeightGradHook, adapt
 from speft_ds.plan.gathers import Moment, Trace
 from speft_ds.plan.geometry import build_model, linears_of
+from speft_ds.sparse.kernels import launch, sampled
+from speft_ds.sparse.kernels.dense import BLOCK_ELEMENTS
+from speft_ds.sparse.kernels.transpose import SharedTranspose, transpose
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class _Mark(torch.autograd.Function):
         return gradient, None
 
 
-layer_input.PASSING.add("_MarkBackward")
+input_recompute.PASSTHROUGH_GRAD_FNS.add("_MarkBackward")
 
 
 def _apply(function: Callable[[Tensor], Tensor], value):
@@ -181,7 +181,7 @@ def dry_run(config, task: str, dtype: str, targets: list[str], one: Pass, fake: 
         targets: names of the weights that may be trained.
         fake: False for real tensors, with all their memory, to check the count by.
     """
-    from speft_ds.engine import require_grad  # late: it imports DeepSpeed
+    from speft_ds.zero.engine import require_grad  # late: it imports DeepSpeed
 
     with FakeTensorMode() if fake else nullcontext(), _packed(one.packing):
         model = build_model(config, task, dtype).requires_grad_(False)
@@ -233,7 +233,7 @@ def _prepare(model: nn.Module, targets: set[str], one: Pass) -> None:
     for name, linear in linears_of(model).items():
         adapt(linear, recomputes_input=one.checkpointing == "none" and f"{name}.weight" in targets)
         if f"{name}.weight" in targets:
-            linear.sink = _sink(one, linear)
+            linear.weight_grad_hook = _sink(one, linear)
         else:
             linear.__class__ = _Zero3Linear
 
@@ -242,11 +242,11 @@ class _Zero3Linear(AdaptedLinear):
     """DeepSpeed's own, which saves its input, needed or not (`zero3_linear_wrap`), if any gradient passes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        self.sink = (lambda x, grad_y: None) if x.requires_grad else None
+        self.weight_grad_hook = (lambda x, grad_y: None) if x.requires_grad else None
         return super().forward(x)
 
 
-def _sink(one: Pass, linear: nn.Linear) -> Sink:
+def _sink(one: Pass, linear: nn.Linear) -> WeightGradHook:
     """Holds for a moment what the real sink of a target holds."""
     rows, columns = linear.weight.shape
     if one.collects == "entries":

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speft_ds import hub
+from speft_ds.config.mask_config import mask_file
+from speft_ds.config.model_config import HEAD
+from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
-from speft_ds.preflight import mask_file
-from speft_ds.schema import HEAD, Recipe
 
 GEOMETRIES_DIR = Path(__file__).resolve().parent / "geometries"
 
@@ -66,8 +67,8 @@ def read_geometry(recipe: Recipe) -> Geometry:
     # DeepSpeed's import says that there is no GPU, which a plan does not need.
     logging.disable(logging.WARNING)
     try:
-        from speft_ds.model import find_targets, target_shapes
-        from speft_ds.selection import entries_wanted
+        from speft_ds.model.targets import find_targets, target_shapes
+        from speft_ds.selection.topk import num_trainable
     finally:
         logging.disable(logging.NOTSET)
     config, source = find_config(recipe)
@@ -80,7 +81,7 @@ def read_geometry(recipe: Recipe) -> Geometry:
     numel = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if recipe.mask.load is None:
         targets = target_shapes(find_targets(model, recipe.mask.targets, recipe.mask.layers))
-        num_entries = entries_wanted(recipe.mask, targets)
+        num_entries = num_trainable(recipe.mask, targets)
     else:
         targets, num_entries = read_mask_size(recipe)
     num_head = 0 if task == "causal_lm" else numel.get(HEAD, 0)

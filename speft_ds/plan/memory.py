@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
+from speft_ds.config.recipe import Recipe
 from speft_ds.plan.gathers import GatherRules, Peak, simulate
 from speft_ds.plan.geometry import Geometry
-from speft_ds.schema import Recipe
 
 GIB = 2**30
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
@@ -215,14 +215,14 @@ def optimizer_state(setup: Setup, ranks: str) -> list[Line]:
         lines = [Line("8-bit Adam moments", 2 * slots + 8 * slots // MOMENT_BLOCK, formula)]
         if mask.schedule in ("periodic", "drop_grow"):
             lines.append(Line("slots", 4 * slots, f"{ranks} x 4 B (from the first change of the mask)"))
-    if mask.has_ages:
-        lines.append(Line("ages", 4 * own, f"{ranks} x 4 B"))
+    if mask.has_entry_steps:
+        lines.append(Line("entry_steps", 4 * own, f"{ranks} x 4 B"))
     return lines
 
 
 def buckets(setup: Setup) -> list[Line]:
     """Gradients on their way to their owners: see `gradient.SparseGradient`."""
-    from speft_ds.gradient import IN_FLIGHT
+    from speft_ds.sparse.gradient import IN_FLIGHT
 
     if setup.world_size == 1:
         return []
@@ -251,7 +251,7 @@ def backend_of(setup: Setup) -> str:
     """The sparse gradient's backend, as it should be chosen."""
     import torch  # only names a device here
 
-    from speft_ds.kernels import expected_backend
+    from speft_ds.sparse.kernels.backends import expected_backend
 
     density = setup.geometry.num_entries / setup.geometry.num_target_elements
     recipe = setup.recipe

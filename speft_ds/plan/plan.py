@@ -13,16 +13,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from speft_ds.data.order import SampleOrder
-from speft_ds.data.prepare import find_cached
-from speft_ds.data.request import request_of
-from speft_ds.data.sources import iterate_rows
-from speft_ds.ds_config import load_ds_config
+from speft_ds.config.deepspeed_config import load_ds_config
+from speft_ds.config.optimizer_config import ADAMW
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.dataset_cache import find_cached, request_of
+from speft_ds.data.readers import iterate_rows
+from speft_ds.data.sampler import Sampler
 from speft_ds.errors import UserError
 from speft_ds.plan.gathers import BACKWARD, FORWARD, RECOMPUTE
 from speft_ds.plan.geometry import Geometry, read_geometry
 from speft_ds.plan.memory import GIB, DryRuns, Line, Setup, host, phases, total
-from speft_ds.schema import ADAMW, Recipe
 
 MARGIN = 0.1  # of the GPU, left to the allocator: what it holds beyond what is asked for
 MOST_RANKS = 4096
@@ -174,7 +174,7 @@ def traffic(setup: Setup, runs: DryRuns) -> list[Line]:
 def steps(recipe: Recipe, world_size: int, num_rows: int | None) -> dict[str, tuple[int | None, str]]:
     """Sequences of an epoch, steps and tokens, with what they follow from; None where that is not known."""
     train, length = recipe.train, recipe.data.max_length
-    order, why = (SampleOrder((num_rows,), None, 0), "--rows") if num_rows else find_order(recipe)
+    order, why = (Sampler((num_rows,), None, 0), "--rows") if num_rows else find_order(recipe)
     batch = f"{train.global_batch} sequences a step"
     known = {
         "sequences an epoch": (len(order) if order else None, why),
@@ -197,13 +197,13 @@ def steps(recipe: Recipe, world_size: int, num_rows: int | None) -> dict[str, tu
     return {**known, "tokens": (tokens, formula)}
 
 
-def find_order(recipe: Recipe) -> tuple[SampleOrder | None, str]:
+def find_order(recipe: Recipe) -> tuple[Sampler | None, str]:
     """The order of the rows that are on this machine, and how they were counted; None where they are not."""
     data = recipe.data
     try:
         if corpus := find_cached(request_of(recipe)):
             kind = "packs" if corpus.is_packed else "rows"
-            return SampleOrder(corpus.sizes, data.weights, recipe.seed), f"tokenised before: {kind}"
+            return Sampler(corpus.sizes, data.weights, recipe.seed), f"tokenised before: {kind}"
         sizes = [sum(1 for _ in iterate_rows(source)) for source in data.sources]
     except UserError as error:
         return None, f"{error.what}: --rows N"
@@ -213,7 +213,7 @@ def find_order(recipe: Recipe) -> tuple[SampleOrder | None, str]:
         sizes, why = [kept], f"data.select_rows of the rows in {', '.join(s.path for s in data.sources)}"
     why += ", before packing: speft data tells exactly" if data.packing else ""
     weights = data.weights if data.select == "all" else None
-    return SampleOrder(tuple(sizes), weights, recipe.seed), why
+    return Sampler(tuple(sizes), weights, recipe.seed), why
 
 
 def files(setup: Setup) -> list[Line]:
@@ -232,8 +232,8 @@ def checkpoint_entry(recipe: Recipe) -> int:
     """Bytes of an entry in a checkpoint: index and delta, and what the optimizer keeps of it."""
     optimizer, mask = recipe.optimizer, recipe.mask
     kept = {"sgd": 4 * (optimizer.momentum > 0), "lion": 4, "adamw": 8}.get(optimizer.name, 10)
-    if optimizer.name in ADAMW and mask.has_ages:
-        kept += 4  # its age
+    if optimizer.name in ADAMW and mask.has_entry_steps:
+        kept += 4  # its entry_step
     if "8bit" in optimizer.name and mask.schedule in ("periodic", "drop_grow"):
         kept += 4  # its slot
     return 8 + kept

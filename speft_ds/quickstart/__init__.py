@@ -8,7 +8,7 @@
 import time
 from pathlib import Path
 
-from speft_ds.paths import CACHE, expand_path
+from speft_ds.env import CACHE, expand_path
 from speft_ds.quickstart.data import write_data
 from speft_ds.quickstart.model import NAME, is_ready, prepare_model
 from speft_ds.quickstart.task import write_task

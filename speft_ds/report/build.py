@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from speft_ds.errors import UserError
-from speft_ds.files import flush_to_disk, replacing
+from speft_ds.evaluation.scores import changes
+from speft_ds.io import flush_to_disk, replacing
 from speft_ds.report.document import Block, Document, Figures, Notes, Text
 from speft_ds.report.facts_sections import (
     in_bytes,
@@ -19,7 +20,6 @@ from speft_ds.report.markdown import PICTURES, to_markdown
 from speft_ds.report.page import to_html
 from speft_ds.report.run import Run, read_run
 from speft_ds.report.score_sections import score_sections
-from speft_ds.report.scores import changes
 from speft_ds.report.training_sections import curves_section, time_section
 from speft_ds.report.verdict import course_of, duration, verdict_of
 
@@ -67,7 +67,7 @@ def figures_of(run: Run) -> list[tuple[str, str, str]]:
         (c.after.name, c.after.short_text, f"before {c.before.short_text}; {c.errors_text()}")
         for c in changes(run.evaluations.before, run.evaluations.after)[:2]
     ]
-    for key, what in (("held_out_loss", "held-out loss"), ("loss", "training loss")):
+    for key, what in (("validation_loss", "validation loss"), ("loss", "training loss")):
         steps, values = run.series(key)
         if values:
             figures.append((what, f"{values[-1]:.4g}", f"at step {steps[-1]:,}; at first {values[0]:.4g}"))

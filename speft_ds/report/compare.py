@@ -8,13 +8,13 @@ from pathlib import Path
 from statistics import mean
 
 from speft_ds.errors import UserError
+from speft_ds.evaluation.scores import CLEAR, Score, in_text
 from speft_ds.report.build import write_document
 from speft_ds.report.document import Block, Document, Notes, Picture, Section, Table, Text
 from speft_ds.report.facts_sections import in_bytes
 from speft_ds.report.pictures import Line, curves, running_mean
 from speft_ds.report.run import NUM_WARMUP, Run, is_run, read_run
 from speft_ds.report.score_sections import NONE, how_scored
-from speft_ds.report.scores import CLEAR, Score, in_text
 from speft_ds.report.seeds import Group, Mean, differing_keys, grouped, mean_of, without_doubles
 from speft_ds.report.training_sections import mean_size
 from speft_ds.report.verdict import duration
@@ -22,7 +22,7 @@ from speft_ds.report.verdict import duration
 LONGEST_NAME = 100
 MOST_TASKS = 5  # that the verdict speaks of
 CURVES = {
-    "held_out_loss": "held-out loss (nats a label token)",
+    "validation_loss": "validation loss (nats a label token)",
     "grad_norm": "gradient norm",
     "tokens_per_s": "tokens/s",
     "peak_memory_gib": "GiB on rank 0",
@@ -94,10 +94,10 @@ def main_keys(groups: Sequence[Group]) -> dict[tuple[str, str, str], Score]:
 def verdict_of(groups: Sequence[Group]) -> str:
     """Which is best on what, and whether that is clear."""
     sentences = [_best(groups, score) for score in list(main_keys(groups).values())[:MOST_TASKS]]
-    held_out = [(mean(values), group) for group in groups if (values := group.values(_best_held_out))]
-    if len(held_out) > 1:
-        lowest, group = min(held_out, key=lambda pair: pair[0])
-        sentences.append(f"The lowest held-out loss has {group.label} ({lowest:.4g}).")
+    validation = [(mean(values), group) for group in groups if (values := group.values(_best_held_out))]
+    if len(validation) > 1:
+        lowest, group = min(validation, key=lambda pair: pair[0])
+        sentences.append(f"The lowest validation loss has {group.label} ({lowest:.4g}).")
     return " ".join(sentences) or "No run was scored after training, so there is no best one."
 
 
@@ -161,7 +161,7 @@ def cost_section(groups: Sequence[Group]) -> Section:
     """Loss, time, memory and size."""
     columns: dict[str, tuple[Callable[[Run], float | None], Callable[[float], str]]] = {
         "training loss": (_last_loss, lambda value: f"{value:.4g}"),
-        "lowest held-out loss": (_best_held_out, lambda value: f"{value:.4g}"),
+        "lowest validation loss": (_best_held_out, lambda value: f"{value:.4g}"),
         "steps": (lambda run: run.num_done, lambda value: f"{value:,.0f}"),
         "time in steps": (lambda run: run.step_seconds, duration),
         "tokens/s": (lambda run: run.tokens_per_s, lambda value: f"{value:,.0f}"),
@@ -194,7 +194,7 @@ def _last_loss(run: Run) -> float | None:
 
 
 def _best_held_out(run: Run) -> float | None:
-    return min(run.series("held_out_loss")[1], default=None)
+    return min(run.series("validation_loss")[1], default=None)
 
 
 def curves_section(groups: Sequence[Group]) -> Section:

@@ -6,13 +6,13 @@ import shlex
 
 import yaml
 
+from speft_ds.config.mask_config import MASK_FILE
 from speft_ds.errors import UserError
 from speft_ds.report.document import Block, Code, Folded, Picture, Section, Table, Text
 from speft_ds.report.pictures import heat_map
 from speft_ds.report.run import ADAPTER, Run, is_number, look_up, size_of
 from speft_ds.report.training_sections import starts_block
-from speft_ds.run_folder import RECIPE
-from speft_ds.schema import MASK_FILE
+from speft_ds.training.run_dir import RECIPE
 
 MOST_CHANGES = 12
 
@@ -79,7 +79,7 @@ def _map(run: Run) -> list[Block]:
         if (run.folder / ADAPTER).is_dir():
             mask, what = _adapter_mask(run), "entries that the adapter holds"
         elif (run.folder / MASK_FILE).is_file():
-            from speft_ds.mask import read_mask  # late: it imports torch
+            from speft_ds.sparse.mask import read_mask  # late: it imports torch
 
             mask, what = read_mask(run.folder / MASK_FILE)[0], "entries of the selected mask"
         else:
@@ -98,7 +98,7 @@ def _adapter_mask(run: Run):
     import torch
 
     from speft_ds.adapter.format import Adapter
-    from speft_ds.mask import Mask
+    from speft_ds.sparse.mask import Mask
 
     adapter = Adapter.open(run.folder / ADAPTER)
     # Tensors of the right length without contents: no index has to be read and decoded.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from speft_ds.mask import Mask
+    from speft_ds.sparse.mask import Mask
 
 INK = "#010203"  # drawn with this, shown in the colour of the text around, in the dark, too
 SCHEMES = "svg{color:#1f2328}@media screen and (prefers-color-scheme:dark){svg{color:#e3e5e8}}"
@@ -83,7 +83,7 @@ def bars(names: Sequence[str], values: Sequence[float], what: str, text: Callabl
 
 def heat_map(mask: Mask, title: str) -> bytes:
     """The density of a mask by layer and module, as PNG."""
-    from speft_ds.plots import mask_heat_map
+    from speft_ds.report.plots import mask_heat_map
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mask.png"

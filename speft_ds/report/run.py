@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from speft_ds.checkpoint.folder import Checkpoint, list_checkpoints
 from speft_ds.errors import UserError
-from speft_ds.report.scores import Evaluations, read_evaluations
-from speft_ds.run_folder import FACTS, METRICS, RECIPE
+from speft_ds.evaluation.scores import Evaluations, read_evaluations
+from speft_ds.training.checkpoint.folder import Checkpoint, list_checkpoints
+from speft_ds.training.run_dir import FACTS, METRICS, RECIPE
 
 NUM_WARMUP = 3  # steps that throughput leaves out
 ADAPTER = "adapter"

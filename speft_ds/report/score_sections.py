@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 
+from speft_ds.evaluation.scores import CLEAR, Change, Evaluation, Evaluations, Score, Settings, in_text
 from speft_ds.report.document import Block, Folded, Section, Table, Text
-from speft_ds.report.scores import (
-    CLEAR,
-    Change,
-    Evaluation,
-    Evaluations,
-    Score,
-    Settings,
-    in_text,
-)
 
 MOST_ROWS = 15  # main scores in a table; the others are folded
 NONE = "-"

@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from speft_ds.evaluation.scores import Score, in_text
 from speft_ds.report.run import Run, is_number
-from speft_ds.report.scores import Score, in_text
-from speft_ds.tables import unique_tails
+from speft_ds.report.tables import unique_tails
 
 NOT_OF_A_GROUP = ("seed", "output_dir", "name")
 

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from speft_ds.evaluation.scores import Change
 from speft_ds.report.facts_sections import in_bytes
 from speft_ds.report.run import Run, look_up, read_run
 from speft_ds.report.score_sections import verdict
-from speft_ds.report.scores import Change
 
 
 def summary(folder: Path) -> list[tuple[str, str]]:

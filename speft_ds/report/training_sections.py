@@ -17,13 +17,13 @@ STAGES = {
     "selection": "selecting the mask",
     "resume": "taking up the checkpoint",
     "training": "training",
-    "held_out": "held-out loss (within training)",
+    "validation": "validation loss (within training)",
     "slices": "scoring slices (within training)",
     "checkpoints": "writing checkpoints (within training)",
     "save": "writing the adapter",
     "eval_after": "scoring after training",
 }
-WITHIN = ("held_out", "slices", "checkpoints")
+WITHIN = ("validation", "slices", "checkpoints")
 SMALL = {  # key of metrics.jsonl -> (axis, what the picture shows)
     "grad_norm": ("gradient norm", "the global norm of the sparse gradient before clipping"),
     "lr": ("learning rate", "the learning rate of each step"),
@@ -37,7 +37,7 @@ SMALL = {  # key of metrics.jsonl -> (axis, what the picture shows)
 
 
 def curves_section(run: Run) -> Section:
-    """Loss, held-out loss and the rest over steps."""
+    """Loss, validation loss and the rest over steps."""
     if not run.lines:
         return Section("Training", [Text("There is no step to show.")])
     starts = [start["step"] for start in run.starts[1:]]
@@ -47,8 +47,8 @@ def curves_section(run: Run) -> Section:
     if losses:
         mean = running_mean(losses, size)
         lines = [Line("loss", steps, losses, 0, is_faint=True), Line("loss", steps, mean, 0)]
-        lines += [Line("held-out loss", *run.series("held_out_loss"), 1)] * bool(
-            run.series("held_out_loss")[0]
+        lines += [Line("validation loss", *run.series("validation_loss"), 1)] * bool(
+            run.series("validation_loss")[0]
         )
         alt = f"loss over steps, from {losses[0]:.4g} to {losses[-1]:.4g}"
         blocks.append(Picture("loss.svg", curves(lines, "loss (nats a label token)", starts), alt))
@@ -82,8 +82,8 @@ def _how_loss(run: Run, size: int, starts: list[int]) -> str:
         f"How: the losses of a global batch, summed over all ranks, over its {unit}s. Thin: each step; bold: "
         f"the mean of the last {size} step(s)."
     ]
-    if run.series("held_out_loss")[0]:
-        parts.append("Held-out loss: the same on the rows of eval.held_out, which are not trained on.")
+    if run.series("validation_loss")[0]:
+        parts.append("Validation loss: the same on the rows of eval.validation, which are not trained on.")
     if starts:
         parts.append(f"Dotted: the run was started again after step {in_list(starts)}.")
     return " ".join(parts)
@@ -113,7 +113,11 @@ def _scores_while_training(run: Run) -> list[Block]:
 
 def _numbers(run: Run) -> Table:
     rows = []
-    for key, what in (("loss", "loss"), ("held_out_loss", "held-out loss"), ("grad_norm", "gradient norm")):
+    for key, what in (
+        ("loss", "loss"),
+        ("validation_loss", "validation loss"),
+        ("grad_norm", "gradient norm"),
+    ):
         steps, values = run.series(key)
         if values:
             low = min(range(len(values)), key=values.__getitem__)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+from speft_ds.evaluation.scores import Change, changes
 from speft_ds.report.run import Run
 from speft_ds.report.score_sections import best_prompts
-from speft_ds.report.scores import Change, changes
 
 MOST_NAMED = 3
 
@@ -75,13 +75,13 @@ def _prompting(run: Run) -> list[str]:
 
 def _losses(run: Run) -> list[str]:
     sentences = []
-    for key, what in (("held_out_loss", "held-out loss"), ("loss", "training loss")):
+    for key, what in (("validation_loss", "validation loss"), ("loss", "training loss")):
         steps, values = run.series(key)
         if len(values) > 1:
             moved = "fell" if values[-1] < values[0] else "rose"
             sentence = f"The {what} {moved} from {values[0]:.4g} (step {steps[0]:,}) to {values[-1]:.4g}"
             lowest = min(range(len(values)), key=values.__getitem__)
-            if key == "held_out_loss" and values[lowest] < values[-1]:
+            if key == "validation_loss" and values[lowest] < values[-1]:
                 sentence += f"; it was lowest at step {steps[lowest]:,} ({values[lowest]:.4g})"
             sentences.append(f"{sentence}.")
     if skipped := run.nonfinite_steps:

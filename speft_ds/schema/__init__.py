@@ -3,11 +3,14 @@
 Closed: an unknown key is refused. Imports no torch.
 """
 
-from speft_ds.schema.data import DATA_USED_WITH, Columns, Data, Source
-from speft_ds.schema.mask import MASK_FILE, MASK_GOES_WITH, MASK_USED_WITH, NEEDS_DATA, Mask
-from speft_ds.schema.recipe import FIELDS, SECTIONS, Recipe
-from speft_ds.schema.sections import ADAMW, HEAD, OPTIMIZER_USED_WITH, Eval, Optimizer, Train
-from speft_ds.schema.values import divisors
+from speft_ds.config.data_config import DATA_USED_WITH, Columns, DataConfig, Source
+from speft_ds.config.eval_config import EvalConfig
+from speft_ds.config.mask_config import MASK_FILE, MASK_GOES_WITH, MASK_USED_WITH, NEEDS_DATA, MaskConfig
+from speft_ds.config.model_config import HEAD
+from speft_ds.config.optimizer_config import ADAMW, OPTIMIZER_USED_WITH, OptimizerConfig
+from speft_ds.config.recipe import FIELDS, SECTIONS, Recipe
+from speft_ds.config.section import divisors
+from speft_ds.config.train_config import TrainConfig
 
 __all__ = [
     "ADAMW",

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from distributed.reference import whole_weights
-from speft_ds import distributed
-from speft_ds.checkpoint.folder import look_at
-from speft_ds.checkpoint.parts import Parts
-from speft_ds.resume import Start
-from speft_ds.schema import Recipe
-from speft_ds.trainer import Trainer
+from speft_ds.comm import collectives
+from speft_ds.config.recipe import Recipe
+from speft_ds.training.checkpoint.folder import inspect
+from speft_ds.training.checkpoint.parts import Parts
+from speft_ds.training.checkpoint.resume import Start
+from speft_ds.training.trainer import Trainer
 
 
 def run_piece(recipe: Recipe, stop: int, checkpoint: Path | None = None) -> dict:
@@ -21,7 +21,7 @@ def run_piece(recipe: Recipe, stop: int, checkpoint: Path | None = None) -> dict
     Returns:
         `ids`: the rows of each step; `losses`; `changes` of the mask; `checkpoint`: its path; `ages_differ`.
     """
-    start = Start("resumed", look_at(checkpoint)) if checkpoint else None
+    start = Start("resumed", inspect(checkpoint)) if checkpoint else None
     trainer = Trainer(recipe, start)
     trainer.folder.mkdir(parents=True, exist_ok=True)
     trainer.choose_mask()
@@ -35,9 +35,9 @@ def run_piece(recipe: Recipe, stop: int, checkpoint: Path | None = None) -> dict
     trainer.writer.start(stop, trainer._snapshot(), trainer._manifest(stop, None))
     trainer.writer.finish()
     trainer.save()
-    distributed.barrier()
+    collectives.barrier()
     weights = whole_weights(trainer.engine.module)
-    distributed.on_rank_0(lambda: torch.save(weights, trainer.folder / "weights.pt"))
+    collectives.run_on_rank0(lambda: torch.save(weights, trainer.folder / "weights.pt"))
     return {
         "ids": ids,
         "losses": losses,
@@ -49,7 +49,7 @@ def run_piece(recipe: Recipe, stop: int, checkpoint: Path | None = None) -> dict
 
 def check_takes_up_weights(recipe: Recipe, checkpoint: Path, weights: Path) -> None:
     """Right after taking up a checkpoint, the weights are those that the run had, bit for bit."""
-    trainer = Trainer(recipe, Start("resumed", look_at(checkpoint)))
+    trainer = Trainer(recipe, Start("resumed", inspect(checkpoint)))
     trainer.choose_mask()
     expected = torch.load(weights)
     for name, weight in whole_weights(trainer.engine.module).items():
@@ -58,7 +58,7 @@ def check_takes_up_weights(recipe: Recipe, checkpoint: Path, weights: Path) -> N
 
 def contents(checkpoint: Path) -> dict:
     """All that a checkpoint holds, put together over its parts."""
-    parts = Parts(look_at(checkpoint))
+    parts = Parts(inspect(checkpoint))
     found = {"facts": parts.facts}
     for table in ("trained", "dropped", "first", "candidates"):
         if not parts.has(table):

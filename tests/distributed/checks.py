@@ -6,6 +6,7 @@ import gc
 from pathlib import Path
 
 import torch
+from speft_ds.model.fingerprint import fingerprint
 
 from distributed.reference import (
     batch_of,
@@ -14,13 +15,12 @@ from distributed.reference import (
     train_like_reference,
     whole_weights,
 )
-from speft_ds import distributed
-from speft_ds.adapter import apply_adapter
-from speft_ds.data.batch import collate
+from speft_ds.adapter.apply import apply_adapter
+from speft_ds.comm import collectives
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.collate import collate
 from speft_ds.errors import UserError
-from speft_ds.model import fingerprint
-from speft_ds.schema import Recipe
-from speft_ds.train import Trainer, run
+from speft_ds.jobs.train import Trainer, run
 
 
 def check_dense_reference(recipe: Recipe) -> None:
@@ -39,12 +39,14 @@ def check_write_through(recipe: Recipe) -> None:
     for step in range(3):
         trainer.train_step(step)
         state, trained = trainer.state, whole_weights(trainer.engine.module)
-        by_rank = distributed.all_gather_padded(state.delta.detach(), state.layout.lengths)
+        by_rank = collectives.all_gather_padded(state.delta.detach(), state.layout.lengths)
         for name, weight in trained.items():
             expected = pretrained[name].detach().clone()
             if name in trainer.mask.index:
                 index = trainer.mask.index[name].to(torch.int64)
-                parts = [by_rank[r][state.layout.local_slice(name, r)] for r in range(state.world_size)]
+                parts = [
+                    by_rank[r][state.layout.places(name, r)] for r in range(state.rank_shards.world_size)
+                ]
                 flat = expected.view(-1)
                 flat[index] = (flat[index].float() + torch.cat(parts)).to(flat.dtype)
                 moved += int((flat != pretrained[name].view(-1)).sum())
@@ -60,7 +62,7 @@ def check_adapter(recipe: Recipe) -> None:
     for step in range(3):
         trainer.train_step(step)
     trainer.save()
-    distributed.barrier()
+    collectives.barrier()
     folder = trainer.folder / "adapter"
     assert sorted(path.name for path in folder.iterdir()) == ["adapter.json", "adapter.safetensors"]
     applied = apply_adapter(plain_model(recipe), folder)
@@ -81,10 +83,10 @@ def check_losses(recipe: Recipe) -> dict:
     trainer.choose_mask()
     steps = [trainer.train_step(step) for step in range(recipe.train.steps)]
     trainer.save()
-    distributed.barrier()
+    collectives.barrier()
     return {
         "sha256": trainer.mask.sha256,
-        "fingerprint": trainer.base.fingerprint,
+        "fingerprint": trainer.context.fingerprint,
         "losses": [step["loss"] for step in steps],
         "grad_norms": [step["grad_norm"] for step in steps],
         "num_tokens": [step["num_tokens"] for step in steps],
@@ -119,11 +121,11 @@ def check_nothing_dense(recipe: Recipe) -> None:
 
     before_this_layer, saved = [], []
     for name, linear in trainer.targets.items():
-        linear.sink = watch(name, linear.sink) if linear.sink else None
-    batch = collate([trainer.rows[n] for n in range(3)], trainer.base.pad_id, torch.device("cpu"))
+        linear.weight_grad_hook = watch(name, linear.weight_grad_hook) if linear.weight_grad_hook else None
+    batch = collate([trainer.rows[n] for n in range(3)], trainer.context.data.pad_id, torch.device("cpu"))
     gc.collect()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        loss = trainer.base.loss(trainer.engine, batch)
+        loss = trainer.context.loss(trainer.engine, batch)
     # Saved for backward, of a weight's size: only the parameters themselves, whose data ZeRO-3 frees.
     kept = [tuple(t.shape) for t in saved if t.numel() in sizes and id(t) not in weights]
     assert not kept, kept
@@ -135,7 +137,7 @@ def check_nothing_dense(recipe: Recipe) -> None:
     assert not strays(), strays()
     for name, linear in trainer.targets.items():
         assert linear.weight.grad is None
-        if distributed.world_size() == 1:  # nothing is gathered: the weight is its shard
+        if collectives.world_size() == 1:  # nothing is gathered: the weight is its shard
             assert linear.weight.data_ptr() == linear.weight.ds_tensor.data_ptr(), f"two copies of {name}"
         else:
             assert linear.weight.numel() == 0, f"the gathered {name} outlived its layer's backward"
@@ -203,9 +205,9 @@ def check_nonfinite_gradient(recipe: Recipe) -> str:
     """A finite loss with a gradient that is NaN on rank 0 alone stops every rank."""
     trainer = make_trainer(recipe)
     trainer.choose_mask()
-    sinks = trainer.state.gradient.sinks
+    sinks = trainer.gradient.hooks
     name = next(name for name, sink in sinks.items() if sink)
-    sink, scale = sinks[name], float("nan") if distributed.rank() == 0 else 1.0
+    sink, scale = sinks[name], float("nan") if collectives.rank() == 0 else 1.0
     sinks[name] = lambda x, grad_y: sink(x, grad_y * scale)
     return refused_first_step(trainer)
 
@@ -214,8 +216,8 @@ def check_nonfinite(recipe: Recipe) -> str:
     """A loss that overflows on rank 0 alone stops every rank."""
     trainer = make_trainer(recipe)
     trainer.choose_mask()
-    real, scale = trainer.base.objective, float("inf") if distributed.rank() == 0 else 1.0
-    trainer.base.objective = lambda module, batch: (real(module, batch)[0] * scale, None)
+    real, scale = trainer.context.objective, float("inf") if collectives.rank() == 0 else 1.0
+    trainer.context.objective = lambda module, batch: (real(module, batch)[0] * scale, None)
     return refused_first_step(trainer)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from distributed.reference import make_trainer, whole_weights
-from speft_ds import distributed
-from speft_ds.adapter import apply_adapter
-from speft_ds.schema import Recipe
+from speft_ds.adapter.apply import apply_adapter
+from speft_ds.comm import collectives
+from speft_ds.config.recipe import Recipe
 
 HEAD = "score.weight"
 
@@ -37,7 +37,7 @@ def check_dense_reference(recipe: Recipe) -> None:
     metrics = [trainer.train_step(step) for step in range(recipe.train.steps)]
     trained = whole_weights(trainer.engine.module)
 
-    model = plain_classifier(recipe, len(trainer.base.classes))
+    model = plain_classifier(recipe, len(trainer.context.data.classes))
     weights = dict(model.named_parameters())
     with torch.no_grad():
         weights[HEAD].copy_(start[HEAD])
@@ -82,17 +82,19 @@ def check_run(recipe: Recipe) -> dict:
     start = whole_weights(trainer.engine.module)[HEAD]
     losses = [trainer.train_step(step)["loss"] for step in range(recipe.train.steps)]
     trainer.save()
-    distributed.barrier()
+    collectives.barrier()
     trained = whole_weights(trainer.engine.module)
-    model = apply_adapter(plain_classifier(recipe, len(trainer.base.classes)), trainer.folder / "adapter")
+    model = apply_adapter(
+        plain_classifier(recipe, len(trainer.context.data.classes)), trainer.folder / "adapter"
+    )
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, trained[name]), name
-    assert model.config.id2label == dict(enumerate(trainer.base.classes))
+    assert model.config.id2label == dict(enumerate(trainer.context.data.classes))
     return {
         "losses": losses,
         "start": start,
         "head": trained[HEAD],
-        "fingerprint": trainer.base.fingerprint,
+        "fingerprint": trainer.context.fingerprint,
         "sha256": trainer.mask.sha256,
         "moved": int((trained[HEAD] != start).sum()),
         "changes": len(trainer.schedule.changes),

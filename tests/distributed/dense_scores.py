@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, silu
 from transformers import AutoConfig
 
-from speft_ds.data.rows import Row
+from speft_ds.data.dataset import Row
 
 Weights = dict[str, Tensor]
 

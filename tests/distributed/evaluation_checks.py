@@ -8,9 +8,9 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
 from distributed.reference import make_trainer, plain_model
-from speft_ds import distributed
-from speft_ds.evaluation.rounds import rounds_of
-from speft_ds.schema import Recipe
+from speft_ds.comm import collectives
+from speft_ds.config.recipe import Recipe
+from speft_ds.evaluation.eval_jobs import jobs_of
 
 
 def scores_and_answers(results: dict) -> dict:
@@ -25,15 +25,15 @@ def scores_and_answers(results: dict) -> dict:
 def check_evaluation(recipe: Recipe) -> list[dict] | None:
     """lm-eval on the live engine: each round of `before`, with its documents; on rank 0."""
     trainer = make_trainer(recipe)
-    scored = list(trainer.evaluation.run(trainer.engine.module, rounds_of(recipe.eval, "before"), {}))
-    if distributed.rank() != 0:
+    scored = list(trainer.evaluation.run(trainer.engine.module, jobs_of(recipe.eval, "before"), {}))
+    if collectives.rank() != 0:
         return None
     return [{**scores_and_answers(each.results), "document": each.document} for each in scored]
 
 
 def check_stock_evaluation(recipe: Recipe, num_fewshot: int | None = None) -> dict | None:
     """The same tasks by lm-eval's own HFLM on the plain model: the reference for `check_evaluation`."""
-    if distributed.rank() != 0:
+    if collectives.rank() != 0:
         return None
     model, section = plain_model(recipe), recipe.eval
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.name_or_path)

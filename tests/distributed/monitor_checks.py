@@ -2,20 +2,20 @@
 
 import os
 
-from speft_ds import distributed
-from speft_ds.monitor import Monitor
+from speft_ds.comm import collectives
+from speft_ds.training.monitor import Monitor
 
 STEPS = (
     {"step": 1, "loss": 2.5, "grad_norm": None, "lr": 1e-3},
     {"step": 2, "loss": float("nan"), "grad_norm": 1.5, "lr": 9e-4, "scores": {"arc_easy acc": 0.5}},
-    {"step": 3, "loss": 1.25, "grad_norm": 1.0, "lr": 8e-4, "held_out_loss": 1.75},
+    {"step": 3, "loss": 1.25, "grad_norm": 1.0, "lr": 8e-4, "validation_loss": 1.75},
 )
 
 
 def log_steps(recipe, folder):
     """Three steps on every rank, started as a run starts it."""
     made = []
-    distributed.on_rank_0(lambda: made.append(Monitor(recipe, folder)))
+    collectives.run_on_rank0(lambda: made.append(Monitor(recipe, folder)))
     monitor = made[0] if made else Monitor(recipe, folder)
     for values in STEPS:
         monitor.log(values["step"], values)
@@ -32,4 +32,4 @@ def log_offline(recipe, folder):
 
 
 def start(recipe, folder):
-    distributed.on_rank_0(lambda: Monitor(recipe, folder))
+    collectives.run_on_rank0(lambda: Monitor(recipe, folder))

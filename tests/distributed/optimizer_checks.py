@@ -14,8 +14,8 @@ from torch import Tensor
 
 from distributed.checks import check_losses, check_write_through
 from distributed.reference import batch_of, make_trainer, plain_model, reference_loss, whole_weights
-from speft_ds.schema import Recipe
-from speft_ds.trainer import Trainer
+from speft_ds.config.recipe import Recipe
+from speft_ds.training.trainer import Trainer
 
 
 def check_dense(recipe: Recipe) -> dict:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from unittest import mock
 
 from distributed.reference import make_trainer
-from speft_ds import distributed, peak_memory
+from speft_ds.comm import collectives
+from speft_ds.config.recipe import Recipe
 from speft_ds.plan.gathers import BACKWARD, FORWARD, RECOMPUTE
-from speft_ds.schema import Recipe
+from speft_ds.training import memory
 
 
 def check_gathers(recipe: Recipe) -> dict:
@@ -27,14 +28,14 @@ def check_gathers(recipe: Recipe) -> dict:
 def check_memory(recipe: Recipe) -> dict[str, int]:
     """Peak bytes of this process while it scores and while it trains; a fresh process measures best."""
     trainer = make_trainer(recipe)
-    peak_memory.restart()
+    memory.restart()
     trainer.choose_mask()
-    scoring = peak_memory.peak()
-    peak_memory.restart()
+    scoring = memory.peak()
+    memory.restart()
     trainer.engine.train()
     for step in range(recipe.train.steps):
         trainer.train_step(step)
-    return {"scoring": scoring, "training": peak_memory.peak()}
+    return {"scoring": scoring, "training": memory.peak()}
 
 
 PEAK = 2**50  # more than any rank takes
@@ -44,6 +45,6 @@ def check_account(recipe: Recipe) -> dict:
     """What this rank counts of itself after a few steps, were PEAK its peak, and how many entries it has."""
     trainer = make_trainer(recipe)
     trainer.choose_mask()
-    with mock.patch.object(peak_memory, "peak", lambda: PEAK):
+    with mock.patch.object(memory, "peak", lambda: PEAK):
         trainer.train()
-    return {**trainer.accounts[distributed.rank()], "own": trainer.state.num_local}
+    return {**trainer.accounts[collectives.rank()], "own": trainer.state.num_local}

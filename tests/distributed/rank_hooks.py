@@ -16,7 +16,7 @@ from limits import HANG_S
 
 def _before_step(number: int, action: Callable) -> None:
     """Have the run call action(trainer) before step `number` (from 1)."""
-    from speft_ds.trainer import Trainer
+    from speft_ds.training.trainer import Trainer
 
     train_step = Trainer.train_step
 
@@ -60,7 +60,7 @@ def nan_from_step_6_on() -> None:
 
 def _spoil(is_bad: Callable[[int], bool]) -> None:
     """Make the loss of this rank NaN in some steps (from 1)."""
-    from speft_ds.trainer import Trainer
+    from speft_ds.training.trainer import Trainer
 
     train_step = Trainer.train_step
 
@@ -85,15 +85,15 @@ def infinite_gradient_in_step_6() -> None:
     """The loss is finite, one entry of the gradient of this rank is not."""
 
     def spoil(trainer):
-        trainer.schedule.state.gradient.own[0] = math.inf
+        trainer.schedule.gradient.own[0] = math.inf
 
     _before_step(6, spoil)
 
 
 def short_wait() -> None:
-    from speft_ds import run_folder
+    from speft_ds.training import run_dir
 
-    run_folder.LOCK_WAIT_S = 1.0
+    run_dir.LOCK_WAIT_S = 1.0
 
 
 def asked_in_step(number: int, signal_number: int) -> None:
@@ -107,19 +107,19 @@ def asked_in_step(number: int, signal_number: int) -> None:
 
 
 def _until_asked() -> None:
-    from speft_ds import stop
+    from speft_ds.comm import signals
 
     deadline = time.monotonic() + HANG_S
-    while stop.reason() is None:
+    while signals.stop_reason() is None:
         assert time.monotonic() < deadline, "nobody asked this rank to stop"
         time.sleep(0.01)
 
 
 def asked_while_selecting() -> None:
     """A new mask is chosen when this rank has been asked to stop."""
-    from speft_ds.base import Base
+    from speft_ds.training.setup import TrainContext
 
-    choose_mask = Base.choose_mask
+    choose_mask = TrainContext.choose_mask
 
     def choose(self, number=0):
         if number:
@@ -127,13 +127,13 @@ def asked_while_selecting() -> None:
             _until_asked()
         return choose_mask(self, number)
 
-    Base.choose_mask = choose
+    TrainContext.choose_mask = choose
 
 
 def endless_steps() -> None:
     """From the first checkpoint on."""
-    from speft_ds.checkpoint.folder import list_checkpoints
-    from speft_ds.trainer import Trainer
+    from speft_ds.training.checkpoint.folder import list_checkpoints
+    from speft_ds.training.trainer import Trainer
 
     step = Trainer.train_step
 
@@ -148,16 +148,16 @@ def endless_steps() -> None:
 
 def asked_while_loading() -> None:
     """The model is loaded when this rank has been asked to stop."""
-    from speft_ds.base import Base
+    from speft_ds.training.setup import TrainContext
 
-    load = Base.load
+    load = TrainContext.load
 
     def asked(self, *arguments):
         print("loading", flush=True)
         _until_asked()
         return load(self, *arguments)
 
-    Base.load = asked
+    TrainContext.load = asked
 
 
 def stale_build_lock() -> None:
@@ -172,16 +172,16 @@ def stale_build_lock() -> None:
 
 def asked_while_scoring() -> None:
     """A slice is scored when this rank has been asked to stop."""
-    from speft_ds.evaluation.evaluation import Evaluation
+    from speft_ds.evaluation.runner import EvalRunner
 
-    score = Evaluation.slice_scores
+    score = EvalRunner.slice_scores
 
     def asked(self, module):
         print("scoring a slice", flush=True)
         _until_asked()
         return score(self, module)
 
-    Evaluation.slice_scores = asked
+    EvalRunner.slice_scores = asked
 
 
 def multiplies_bfloat16() -> None:

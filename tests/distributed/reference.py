@@ -12,9 +12,9 @@ import torch
 from tiny import recipe_values
 
 from speft_ds.adapter.format import Adapter
-from speft_ds.data.batch import collate
-from speft_ds.schema import Recipe
-from speft_ds.trainer import Trainer
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.collate import collate
+from speft_ds.training.trainer import Trainer
 
 
 def make_recipe(tiny: dict, output_dir: Path, checkpoint: str = "untied", **sections: dict) -> Recipe:
@@ -64,7 +64,7 @@ def batch_of(trainer: Trainer, step: int) -> dict:
     """The whole global batch of a step in one padded batch, as a single process would run it."""
     global_batch = trainer.recipe.train.global_batch
     ids = trainer.order.ids(step * global_batch, global_batch)
-    return collate([trainer.rows[i] for i in ids], trainer.base.pad_id, torch.device("cpu"))
+    return collate([trainer.rows[i] for i in ids], trainer.context.data.pad_id, torch.device("cpu"))
 
 
 def reference_loss(model, batch: dict) -> torch.Tensor:

@@ -9,21 +9,22 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from speft_ds.model.fingerprint import fingerprint
 from torch import Tensor
 
 from distributed import dense_scores
 from distributed.dense_scores import Llama, Weights
 from distributed.reference import make_trainer, plain_model, whole_weights
-from speft_ds import distributed
-from speft_ds.calibration import Scorer
-from speft_ds.data.order import permutation
-from speft_ds.data.rows import Row
-from speft_ds.engine import own_elements, shard_of
+from speft_ds.comm import collectives
+from speft_ds.config.mask_config import NEEDS_DATA
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.dataset import Row
+from speft_ds.data.sampler import permutation
 from speft_ds.errors import UserError
-from speft_ds.model import fingerprint
-from speft_ds.salience import score
-from speft_ds.schema import NEEDS_DATA, Recipe
-from speft_ds.trainer import Trainer
+from speft_ds.selection.calibration import Scorer
+from speft_ds.selection.salience import score
+from speft_ds.training.trainer import Trainer
+from speft_ds.zero.shards import own_elements, shard_of
 
 # What fp32 makes of a gradient and of all that is computed from it, relative to the largest of its weight.
 # Seen: 1.1e-6; the hand-written forward is in fp64.
@@ -75,16 +76,16 @@ def untouched(trainer: Trainer) -> Iterator[None]:
     before = {name: bits(shard_of(parameter)) for name, parameter in model.named_parameters()}
     modes = [(module.training, vars(module).get("forward")) for module in model.modules()]
     for name, linear in trainer.targets.items():
-        linear.sink = sinks[name]
+        linear.weight_grad_hook = sinks[name]
     yield
     for name, linear in trainer.targets.items():
-        assert linear.sink is sinks[name], f"{name}: another sink"
-        linear.sink = None
+        assert linear.weight_grad_hook is sinks[name], f"{name}: another sink"
+        linear.weight_grad_hook = None
     for (name, module), mode in zip(model.named_modules(), modes, strict=True):
         assert (module.training, vars(module).get("forward")) == mode, f"{name}: another mode or forward"
     for name, parameter in model.named_parameters():
         assert torch.equal(bits(shard_of(parameter)), before[name]), f"{name}: the shard changed"
-    assert fingerprint(model) == trainer.base.fingerprint, "another fingerprint"
+    assert fingerprint(model) == trainer.context.fingerprint, "another fingerprint"
     whole = whole_weights(model)  # what the next forward would see: no copy of changed weights is left
     for name, parameter in plain_model(trainer.recipe).named_parameters():
         assert torch.equal(bits(whole[name]), bits(parameter)), f"{name}: a stale copy"
@@ -221,7 +222,7 @@ def check_bits(recipe: Recipe, changes: dict[str, dict]) -> dict[str, str]:
     for name, change in changes.items():
         digest = hashlib.sha256()
         for value in score(scorer_of(trainer, **change)).values():
-            for piece in distributed.all_gather_objects(value.numpy().tobytes()):
+            for piece in collectives.all_gather_objects(value.numpy().tobytes()):
                 digest.update(piece)
         hashes[name] = digest.hexdigest()
     return hashes

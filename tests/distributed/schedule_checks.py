@@ -7,13 +7,13 @@ from torch import Tensor
 
 from distributed.reference import make_trainer, plain_model, read_entries, whole_weights
 from distributed.schedule_reference import count, entries, sha256
-from speft_ds import distributed
-from speft_ds.adapter import apply_adapter
-from speft_ds.mask import Mask, save_mask
-from speft_ds.partition import shard_range
-from speft_ds.schema import Recipe
-from speft_ds.sparse import SparseState
-from speft_ds.trainer import Trainer
+from speft_ds.adapter.apply import apply_adapter
+from speft_ds.comm import collectives
+from speft_ds.config.recipe import Recipe
+from speft_ds.sparse.mask import Mask, save_mask
+from speft_ds.sparse.state import SparseState
+from speft_ds.training.trainer import Trainer
+from speft_ds.zero.shards import shard_range
 
 Dense = dict[str, Tensor]  # weight -> [out, in]
 
@@ -30,7 +30,7 @@ def whole(state: SparseState, key: Tensor, values: Tensor) -> Dense:
     """All ranks' values at keys of their shards (laid end to end); 0 elsewhere."""
     own = torch.zeros(sum(shard.numel() for shard in state.shards.values()), dtype=values.dtype)
     own[key] = values
-    by_rank = torch.stack(distributed.all_gather_objects(own))
+    by_rank = torch.stack(collectives.all_gather_objects(own))
     pieces = by_rank.split([shard.numel() for shard in state.shards.values()], dim=1)
     shapes = state.mask.shape.items()
     return {n: p.reshape(-1)[: s[0] * s[1]].view(s) for (n, s), p in zip(shapes, pieces, strict=True)}
@@ -46,7 +46,7 @@ def kept_deltas(state: SparseState) -> Dense:
 
 
 def moment(trainer: Trainer) -> dict[str, Dense]:
-    """The run as it stands: mask, deltas (with the kept ones of dropped entries), ages, weights."""
+    """The run as it stands: mask, deltas (with the kept ones of dropped entries), entry_steps, weights."""
     state, mask, weights = trainer.state, dense_mask(trainer.mask), whole_weights(trainer.engine.module)
     keys, kept = state.keys(), kept_deltas(state)
     trained = whole(state, keys, torch.ones(keys.numel(), dtype=torch.bool))
@@ -54,7 +54,7 @@ def moment(trainer: Trainer) -> dict[str, Dense]:
     return {
         "mask": mask,
         "delta": {name: delta + kept[name] for name, delta in live_deltas(state).items()},
-        "age": whole(state, keys, trainer.schedule.optimizer.state[state.delta]["age"]),
+        "entry_step": whole(state, keys, trainer.schedule.optimizer.state[state.delta]["entry_step"]),
         "weight": {name: weights[name] for name in mask},
     }
 
@@ -69,7 +69,7 @@ def check_schedule(recipe: Recipe) -> dict:
         if (step + 1) % 5 == 0:
             moments.append(moment(trainer))
     trainer.save()
-    distributed.on_rank_0(lambda: torch.save(moments, trainer.folder / "moments.pt"))
+    collectives.run_on_rank0(lambda: torch.save(moments, trainer.folder / "moments.pt"))
     return {
         "losses": [step["loss"] for step in steps],
         "grad_norms": [step["grad_norm"] for step in steps],
@@ -121,13 +121,13 @@ def check_changing_mask(recipe: Recipe) -> dict:
         for name, weight in whole_weights(trainer.engine.module).items():
             assert torch.equal(weight, expected[name]), (name, step)
         mask = now
-        num_live = sum(distributed.all_gather_objects(trainer.state.delta.numel()))
+        num_live = sum(collectives.all_gather_objects(trainer.state.delta.numel()))
         # Blocks of unequal size, at the edges of a weight, do not always add up to the same number.
         assert count(now) == num_live == size or recipe.mask.granularity == "block", (step, num_live)
-        hashes = distributed.all_gather_objects(trainer.mask.sha256)
+        hashes = collectives.all_gather_objects(trainer.mask.sha256)
         assert set(hashes) == {sha256(now)}, (hashes, step)
     trainer.save()
-    distributed.barrier()
+    collectives.barrier()
     check_applied(trainer, recipe, touched)
     return {"changes": len(trainer.schedule.changes), **seen}
 
@@ -150,10 +150,10 @@ def check_ties(recipe: Recipe) -> tuple[dict[str, list[int]], list]:
     trainer.choose_mask()
     state, gradient = trainer.state, torch.empty(trainer.state.num_local)
     for number, (name, own) in enumerate(state.slices.items()):
-        start, _ = shard_range(state.mask.numel(name), state.rank, state.world_size)
+        start, _ = shard_range(state.mask.numel(name), state.rank_shards.rank, state.rank_shards.world_size)
         gradient[own] = tied_gradient(number, state.index[name] + start)
     active = trainer.schedule.on_gradient(gradient)
-    is_open = trainer.schedule.gate.is_open
+    is_open = trainer.schedule.layers.is_active
     index = {name: index.tolist() if is_open(name) else [] for name, index in trainer.mask.index.items()}
     return index, sorted(entries(whole(state, state.keys(), active)))
 
@@ -175,7 +175,7 @@ def check_shut_weights(recipe: Recipe) -> list[int]:
         before = live_deltas(trainer.state)
         trainer.train_step(step)
         after = live_deltas(trainer.state)
-        shut = [name for name, linear in trainer.targets.items() if linear.sink is None]
+        shut = [name for name, linear in trainer.targets.items() if linear.weight_grad_hook is None]
         for name in trainer.targets:
             # The weight; the input, where it is not made again (first pass of ZeRO-3, attention's output).
             assert 1 <= saved[name] <= (1 if name in shut else 2), (name, step)
@@ -190,9 +190,9 @@ def check_growth_window(recipe: Recipe) -> list[int]:
     trainer.choose_mask()
     steps = []
     for step in range(recipe.train.steps):
-        own = trainer.state.gradient.sinks
+        own = trainer.gradient.hooks
         trainer.train_step(step)
-        if any(linear.sink is not own[name] for name, linear in trainer.targets.items()):
+        if any(linear.weight_grad_hook is not own[name] for name, linear in trainer.targets.items()):
             steps.append(step + 1)
     return steps
 
@@ -220,9 +220,9 @@ def check_nothing_open(recipe: Recipe) -> None:
         before = moment(trainer)
         trainer.train_step(step)
         after = moment(trainer)
-        if not any(trainer.schedule.gate.is_open(n) and i.numel() for n, i in trainer.mask.index.items()):
+        if not any(trainer.schedule.layers.is_active(n) and i.numel() for n, i in trainer.mask.index.items()):
             paused += 1
-            for what in ("delta", "age", "weight"):
+            for what in ("delta", "entry_step", "weight"):
                 for name, value in after[what].items():
                     assert torch.equal(value, before[what][name]), (what, name, step)
     assert 0 < paused < recipe.train.steps, paused
@@ -232,7 +232,7 @@ def write_mask(recipe: Recipe, path) -> str:
     """Score and select as `speft score` does, and write the mask. Returns its sha256."""
     trainer = make_trainer(recipe)
     trainer.choose_mask()
-    distributed.on_rank_0(lambda: save_mask(path, trainer.mask, trainer.base.identity()))
+    collectives.run_on_rank0(lambda: save_mask(path, trainer.mask, base_facts(trainer.context)))
     return trainer.mask.sha256
 
 

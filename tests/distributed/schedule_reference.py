@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from distributed.reference import plain_model, reference_loss
-from speft_ds.data.batch import collate
-from speft_ds.data.order import SampleOrder, permutation
-from speft_ds.schema import Recipe
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.collate import collate
+from speft_ds.data.sampler import Sampler, permutation
 
 Dense = dict[str, Tensor]  # weight -> [out, in]
 
@@ -71,7 +71,7 @@ class Reference:
     """A run of a recipe with `gradient` or `magnitude` salience.
 
     Attributes:
-        mask, delta, age: of the moment, whole; `touched`: ever trained and not reverted.
+        mask, delta, entry_step: of the moment, whole; `touched`: ever trained and not reverted.
         losses, grad_norms: by step; moments: after every fifth, as `schedule_checks.moment` has them.
         changes: as run.json has them. `returned`: entries that came back to the mask with a delta.
     """
@@ -79,13 +79,13 @@ class Reference:
     def __init__(self, recipe: Recipe):
         self.recipe, self.settings = recipe, recipe.mask
         self.rows = tiny.read_rows(Path(recipe.data.path))
-        self.order = SampleOrder((len(self.rows),), None, recipe.seed)
+        self.order = Sampler((len(self.rows),), None, recipe.seed)
         self.model = plain_model(recipe).eval()
         parameters = self.model.named_parameters()
         self.weights = {n: p for n, p in parameters if ".layers." in n and p.dim() == 2}
         self.names = list(self.weights)
         self.pretrained = {n: p.detach().clone() for n, p in self.weights.items()}
-        self.delta, self.first_moment, self.second_moment, self.age = (self._zeros() for _ in range(4))
+        self.delta, self.first_moment, self.second_moment, self.entry_step = (self._zeros() for _ in range(4))
         self.groups = [[n] for n in self.names] if self.settings.budget == "per_layer" else [self.names]
         self.everything = {n: torch.ones_like(p, dtype=torch.bool) for n, p in self.pretrained.items()}
         self.mask = self.first_mask = self._select(0)
@@ -161,7 +161,7 @@ class Reference:
         return {
             "mask": dict(self.mask),
             "delta": {n: d.float() for n, d in self.delta.items()},
-            "age": {n: a.to(torch.int32) for n, a in self.age.items()},
+            "entry_step": {n: a.to(torch.int32) for n, a in self.entry_step.items()},
             "weight": {n: p.detach().clone() for n, p in self.weights.items()},
         }
 
@@ -176,12 +176,14 @@ class Reference:
         """Loshchilov & Hutter's algorithm 2, each active entry by its own number of steps."""
         settings = self.recipe.optimizer
         beta1, beta2 = settings.betas
-        age = self.age[name] + 1
+        entry_step = self.entry_step[name] + 1
         first = beta1 * self.first_moment[name] + (1 - beta1) * gradient
         second = beta2 * self.second_moment[name] + (1 - beta2) * gradient**2
-        direction = first / (1 - beta1**age) / ((second / (1 - beta2**age)).sqrt() + settings.eps)
+        direction = (
+            first / (1 - beta1**entry_step) / ((second / (1 - beta2**entry_step)).sqrt() + settings.eps)
+        )
         delta = self.delta[name] - lr * (direction + settings.weight_decay * self.delta[name])
-        self.age[name] = torch.where(active, age, self.age[name])
+        self.entry_step[name] = torch.where(active, entry_step, self.entry_step[name])
         self.first_moment[name] = torch.where(active, first, self.first_moment[name])
         self.second_moment[name] = torch.where(active, second, self.second_moment[name])
         self.delta[name] = torch.where(active, delta, self.delta[name])
@@ -230,7 +232,7 @@ class Reference:
         self.returned |= grown & entries({name: delta != 0 for name, delta in self.delta.items()})
         for name in self.names:
             left = self.mask[name] & ~mask[name]
-            for state in (self.first_moment, self.second_moment, self.age):
+            for state in (self.first_moment, self.second_moment, self.entry_step):
                 state[name][left] = 0
             if self.settings.schedule == "drop_grow":
                 self.delta[name][left] = 0

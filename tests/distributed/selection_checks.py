@@ -8,17 +8,17 @@ from itertools import chain, product
 import torch
 from torch import Tensor
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.errors import UserError
-from speft_ds.partition import shard_range
-from speft_ds.selection import select
+from speft_ds.selection.topk import select
+from speft_ds.zero.shards import shard_range
 
 Shapes = dict[str, tuple[int, int]]
 
 
 def local_part(scores: dict[str, Tensor]) -> dict[str, Tensor]:
     """This rank's shards of flat scores."""
-    rank, world_size = distributed.rank(), distributed.world_size()
+    rank, world_size = collectives.rank(), collectives.world_size()
     return {name: s[slice(*shard_range(s.numel(), rank, world_size))] for name, s in scores.items()}
 
 

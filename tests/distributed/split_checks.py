@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from distributed.reference import make_trainer, plain_model, reference_loss
-from speft_ds import distributed
-from speft_ds.data.batch import collate
-from speft_ds.schema import Recipe
+from speft_ds.comm import collectives
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.collate import collate
 
 
 def first_step(recipe: Recipe) -> dict:
@@ -18,9 +18,11 @@ def first_step(recipe: Recipe) -> dict:
     trainer.engine.optimizer.on_gradient = lambda gradient: seen.append(gradient.clone())
     logged = trainer.train_step(0)
     (gradient,), state = seen, trainer.state
-    by_rank = distributed.all_gather_padded(gradient, state.layout.lengths)
+    by_rank = collectives.all_gather_padded(gradient, state.layout.lengths)
     whole = {
-        name: torch.cat([by_rank[r][state.layout.local_slice(name, r)] for r in range(state.world_size)])
+        name: torch.cat(
+            [by_rank[r][state.layout.places(name, r)] for r in range(state.rank_shards.world_size)]
+        )
         for name in trainer.mask.shape
     }
     rows = [trainer.rows[number] for number in trainer.order.ids(0, recipe.train.global_batch)]
@@ -45,7 +47,7 @@ def dense_step(recipe: Recipe) -> dict:
         for start, stop in zip(row.starts, [*row.starts[1:], len(row.ids)], strict=True):
             spans = [(a - start, b - start) for a, b in row.spans if start <= a < stop]
             single = type(row)(row.ids[start:stop], spans)
-            batch = collate([single], trainer.base.pad_id, torch.device("cpu"))
+            batch = collate([single], trainer.context.data.pad_id, torch.device("cpu"))
             loss = reference_loss(model, batch) * single.num_labels / num_labels
             loss.backward()
             total += loss.item()

@@ -3,7 +3,7 @@
 import pytest
 
 from distributed import gradient_checks as checks
-from speft_ds.gradient import IN_FLIGHT
+from speft_ds.sparse.gradient import IN_FLIGHT
 
 
 @pytest.mark.parametrize("overlap", [True, False])

@@ -17,9 +17,9 @@ from tiny import make_model, recipe_values
 from transformers import AutoModelForCausalLM
 
 import speft_ds
-from speft_ds.commands.compare_masks import compare
-from speft_ds.mask import read_mask, save_mask
-from speft_ds.rendezvous import free_port
+from speft_ds.cli.commands.compare_masks import compare
+from speft_ds.env import free_port
+from speft_ds.sparse.mask import read_mask, save_mask
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CURVES = ("grad_norm", "loss", "lr", "peak_memory_gib", "time", "tokens_per_s")

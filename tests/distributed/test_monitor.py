@@ -8,13 +8,13 @@ from unit.written import load
 
 from distributed import monitor_checks as checks
 from speft_ds.errors import UserError
-from speft_ds.monitor import PACKAGES, monitor_problems, numbers
+from speft_ds.training.monitor import PACKAGES, monitor_problems, numbers
 
 EVENTS = {
     "train/loss": [(1, 2.5), (3, 1.25)],
     "train/grad_norm": [(2, 1.5), (3, 1.0)],
     "train/lr": [(1, 1e-3), (2, 9e-4), (3, 8e-4)],
-    "train/held_out_loss": [(3, 1.75)],
+    "train/validation_loss": [(3, 1.75)],
     "scores/arc_easy acc": [(2, 0.5)],
 }
 

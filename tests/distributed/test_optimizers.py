@@ -10,7 +10,7 @@ from distributed.checkpoint_checks import contents
 from distributed.optimizer_checks import own_storage
 from distributed.reference import make_recipe, read_entries
 from distributed.test_checkpoints import same
-from speft_ds.recipe import DS_CONFIGS_DIR
+from speft_ds.config.load_recipe import DS_CONFIGS_DIR
 
 PERIODIC = {"schedule": "periodic", "update_every": 4}
 SFT_AG = {"schedule": "drop_grow", "growth": "sft_ag", "update_every": 5, "growth_steps": 3}
@@ -134,7 +134,7 @@ def test_a_checkpoint_of_eight_bits_goes_by_its_own_storage_and_by_columns(ranks
     recipe = make_recipe(tiny, tmp_path / "run", mask=PERIODIC, optimizer=ADAMW_8BIT, train={"steps": STEPS})
     checkpoint = piece(ranks, recipe, 2, 6)["checkpoint"]
     columns = contents(checkpoint)["trained"]
-    assert columns.keys() == {"index", "delta", "exp_avg", "exp_avg_sq", "age"}
+    assert columns.keys() == {"index", "delta", "exp_avg", "exp_avg_sq", "entry_step"}
     assert columns["exp_avg"].dtype == torch.float32 and columns["exp_avg"].any()
     names = {f"own.optimizer.{n}.{kind}" for n in ("exp_avg", "exp_avg_sq") for kind in ("code", "absmax")}
     for of_rank in own_storage(checkpoint):

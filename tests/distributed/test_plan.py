@@ -9,7 +9,7 @@ from tiny import VOCABULARY, make_tokenizer
 
 from distributed import plan_checks
 from distributed.reference import make_recipe
-from speft_ds.ds_config import load_ds_config
+from speft_ds.config.deepspeed_config import load_ds_config
 from speft_ds.plan.dry_run import Pass, dry_run
 from speft_ds.plan.gathers import GatherRules, simulate
 from speft_ds.plan.geometry import read_geometry

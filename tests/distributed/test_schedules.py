@@ -6,7 +6,7 @@ import torch
 from distributed import checks, schedule_checks
 from distributed.reference import make_recipe, read_entries
 from distributed.schedule_reference import Reference, count
-from speft_ds.mask import Mask, read_mask, save_mask
+from speft_ds.sparse.mask import Mask, read_mask, save_mask
 
 FIVE_CHANGES = {"update_every": 5}  # of a run of 30 steps: after 5, 10, 15, 20 and 25
 PERIODIC = {"schedule": "periodic", **FIVE_CHANGES}
@@ -78,7 +78,7 @@ def reference(tiny):
     [(case, 2) for case in CASES] + [(case, size) for size in (1, 4) for case in OTHER_WORLD_SIZES],
 )
 def test_dense_reference_agrees(ranks, tiny, tmp_path, reference, case, world_size):
-    """The same indices after every change, the same ages; deltas, weights and losses to 1e-5."""
+    """The same indices after every change, the same entry_steps; deltas, weights and losses to 1e-5."""
     runs = ranks(world_size)(schedule_checks.check_schedule, recipe=recipe_of(tiny, tmp_path, case))
     expected = reference(case)
     assert all(run == runs[0] for run in runs)
@@ -92,7 +92,7 @@ def test_dense_reference_agrees(ranks, tiny, tmp_path, reference, case, world_si
         for name in expected.names:
             where = (name, 5 * number + 5)
             assert torch.equal(got["mask"][name], wanted["mask"][name]), where
-            assert torch.equal(got["age"][name], wanted["age"][name]), where
+            assert torch.equal(got["entry_step"][name], wanted["entry_step"][name]), where
             assert (got["delta"][name] - wanted["delta"][name]).abs().max() < 1e-5, where
             assert (got["weight"][name] - wanted["weight"][name]).abs().max() < 1e-5, where
     entries = read_entries(tmp_path)
@@ -111,8 +111,8 @@ def assert_worth_looking_at(case, run):
         assert count(run.touched) > count(run.mask) or "periodic" not in case
         assert run.returned or "periodic" not in case
     else:
-        ages = torch.cat([run.age[name][mask] for name, mask in run.mask.items()])
-        assert ages.min() < ages.max() and not run.changes
+        entry_steps = torch.cat([run.entry_step[name][mask] for name, mask in run.mask.items()])
+        assert entry_steps.min() < entry_steps.max() and not run.changes
     assert run.losses[-1] < run.losses[0]
 
 

@@ -17,7 +17,7 @@ from tiny import recipe_values
 
 from distributed import rank_hooks
 from distributed.reference import read_entries
-from speft_ds.rendezvous import free_port
+from speft_ds.env import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30
@@ -130,17 +130,22 @@ def test_stopped_before_its_first_step(start, tmp_path):
 
 def test_held_out_loss_and_the_best_checkpoint(start, tiny, tmp_path):
     """The loss rises from some point on, by a rate that is far too high; the best checkpoint is kept."""
-    held_out = ["train.keep_best=true", f"eval.held_out={tiny['data']}", "eval.every=2", "train.keep_last=1"]
+    validation = [
+        "train.keep_best=true",
+        f"eval.validation={tiny['data']}",
+        "eval.every=2",
+        "train.keep_last=1",
+    ]
     asked = {0: partial(rank_hooks.asked_in_step, 10, signal.SIGTERM)}
-    run = start(*held_out, "train.checkpoint_every=5", "optimizer.lr=0.3", hooks=asked)
+    run = start(*validation, "train.checkpoint_every=5", "optimizer.lr=0.3", hooks=asked)
     assert run.codes() == [85, 85], run.text()
-    run = start(*held_out, "train.checkpoint_every=5", "optimizer.lr=0.3", "--resume")
+    run = start(*validation, "train.checkpoint_every=5", "optimizer.lr=0.3", "--resume")
     assert run.codes() == [0, 0], run.text()
-    lines = [line for line in metrics(tmp_path / "run") if "held_out_loss" in line]
+    lines = [line for line in metrics(tmp_path / "run") if "validation_loss" in line]
     assert [line["step"] for line in lines] == list(range(2, STEPS + 1, 2))
-    best = min(lines, key=lambda line: line["held_out_loss"])["step"]
+    best = min(lines, key=lambda line: line["validation_loss"])["step"]
     assert sorted(whole_steps(tmp_path / "run")) == sorted({best, STEPS})
-    whole = start(*held_out, "train.checkpoint_every=5", "optimizer.lr=0.3", f"output_dir={tmp_path / 'w'}")
+    whole = start(*validation, "train.checkpoint_every=5", "optimizer.lr=0.3", f"output_dir={tmp_path / 'w'}")
     assert whole.codes() == [0, 0]
     assert metrics(tmp_path / "w") == metrics(tmp_path / "run")
 

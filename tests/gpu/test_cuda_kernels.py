@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from speft_ds.granularity import Units
-from speft_ds.kernels import launch
-from speft_ds.kernels.dense import matmul_fp32
-from speft_ds.kernels.element import ElementGradient
-from speft_ds.kernels.tiles import BlockGradient, ColumnGradient, RowGradient, make_tiled
+from speft_ds.sparse.kernels import launch
+from speft_ds.sparse.kernels.dense import matmul_fp32
+from speft_ds.sparse.kernels.element import ElementGradient
+from speft_ds.sparse.kernels.tiled import BlockGradient, ColumnGradient, RowGradient, make_tiled
+from speft_ds.sparse.tiles import Tiles
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,7 +75,7 @@ def test_entries_of_any_shape(shape, dtype, tokens):
 @pytest.mark.parametrize("size", [2, 16, 24, 64, 200])
 @pytest.mark.parametrize("shape", [(512, 768), (301, 1001)])
 def test_blocks_of_any_shape(size, shape, dtype):
-    units = Units.of("block", size, shape)
+    units = Tiles.of("block", size, shape)
     chosen = uniform((1, units.num_units), 0.2).long()
     last = torch.tensor([units.num_units - 1], device="cuda")
     index = units.entries(torch.cat([chosen, last]).unique())
@@ -86,7 +86,7 @@ def test_blocks_of_any_shape(size, shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_and_columns(granularity, kind, dtype):
     shape = (301, 1024)
-    units = Units.of(granularity, 0, shape)
+    units = Tiles.of(granularity, 0, shape)
     index = units.entries(torch.arange(0, units.num_units, 37, device="cuda"))
     backend = make_tiled(index, shape, units)
     assert isinstance(backend, kind)
@@ -112,7 +112,7 @@ def test_faster_than_the_dense_product_where_it_says_it_pays(shape):
     x, grad_y = activations(shape, 8192)
     dense = milliseconds(lambda: matmul_fp32(grad_y.t(), x))
     print(f"\n{shape}: dense {dense:.3f} ms")
-    units = Units.of("block", 16, shape)
+    units = Tiles.of("block", 16, shape)
     slower = []
     for density in [0.001, 0.0035, 0.01, 0.03]:
         every = round(1 / density)

@@ -30,9 +30,9 @@ def run(make, device="cuda"):
 
 
 def ours(delta, **changes):
-    from speft_ds.optimizer import AdamW8bit
+    from speft_ds.sparse.optim.adamw_8bit import AdamW8bit
 
-    return AdamW8bit(delta, **SETTINGS, ages=False, **changes)
+    return AdamW8bit(delta, **SETTINGS, entry_steps=False, **changes)
 
 
 def test_paged_memory_changes_no_bit():

@@ -38,7 +38,7 @@ RECIPES = {
     "a checkpoint every 0 steps": (GOOD + "train:\n  checkpoint_every: 0\n", []),
     "a checkpoint every now and then": (GOOD + "train:\n  checkpoint_every: 2 hours\n", []),
     "the best by nothing": (GOOD + "train:\n  keep_best: true\n", []),
-    "no held-out rows": (GOOD + "eval:\n  held_out: nowhere.jsonl\n", []),
+    "no held-out rows": (GOOD + "eval:\n  validation: nowhere.jsonl\n", []),
     "no patience": (GOOD + "train:\n  timeout_minutes: 0\n", []),
     "zero steps": (GOOD + "train:\n  steps: 0\n", []),
     "negative lr": (GOOD + "optimizer:\n  lr: -1e-3\n", []),
@@ -172,7 +172,7 @@ def write_files(folder: Path) -> None:
 
 
 def main() -> None:
-    from speft_ds.entry import checked_recipe
+    from speft_ds.cli.launch import checked_recipe
     from speft_ds.errors import UserError
 
     messages = {}

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from speft_ds import cli
-from speft_ds.recipe import ROOT
+from speft_ds.config.load_recipe import ROOT
 
 
 def speft(*arguments, **environment):

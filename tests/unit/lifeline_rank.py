@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from speft_ds import lifeline
+from speft_ds.comm import watchdog
 
 FOREVER_S = 3600
 FOLDER, RANK, WORLD_SIZE = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -26,7 +26,7 @@ def work(seconds=FOREVER_S):
     """Make progress."""
     end = time.monotonic() + float(seconds)
     while time.monotonic() < end:
-        lifeline.beat("step 7")
+        watchdog.heartbeat("step 7")
         time.sleep(0.02)
 
 
@@ -53,7 +53,7 @@ def fork_and_work():
 
 def fail(text):
     """End as after an exception."""
-    lifeline.fail(text)
+    watchdog.fail(text)
     os._exit(2)
 
 
@@ -67,13 +67,13 @@ def fail_at_the_others_death(text):
 def close(seconds=0.0):
     """Come to the end of the run after some work."""
     work(seconds)
-    lifeline.close()
+    watchdog.close()
     (FOLDER / f"closed_{RANK}").touch()
     sys.exit(0)
 
 
 def close_and_linger(seconds):
-    lifeline.close()
+    watchdog.close()
     time.sleep(float(seconds))
     sys.exit(0)
 
@@ -87,7 +87,7 @@ def close_then_fail(text):
 
 def joined():
     """Join the others, by a port that rank 0 leaves in a file."""
-    line = lifeline.Lifeline(RANK, WORLD_SIZE, float(sys.argv[4]), lambda: "go on with: --resume")
+    line = watchdog.Watchdog(RANK, WORLD_SIZE, float(sys.argv[4]), lambda: "go on with: --resume")
     file = FOLDER / "port"
     if RANK == 0:
         (FOLDER / "written").write_text(str(line.port))
@@ -95,17 +95,17 @@ def joined():
     while not file.exists():
         time.sleep(0.005)
     line.connect("127.0.0.1", int(file.read_text()))
-    lifeline.hold(line)
+    watchdog.hold(line)
     (FOLDER / f"ready_{RANK}").touch()
     while not all((FOLDER / f"ready_{rank}").exists() for rank in range(WORLD_SIZE)):
         time.sleep(0.005)
-    lifeline.beat("start")  # all of them now, however long each took to come up
+    watchdog.heartbeat("start")  # all of them now, however long each took to come up
 
 
 if __name__ == "__main__":
     for setting in sys.argv[6:]:
         name, _, value = setting.partition("=")
-        setattr(lifeline, name, float(value))
+        setattr(watchdog, name, float(value))
     joined()
     job, *argument = sys.argv[5].split(":")
     globals()[job](*argument)

@@ -3,7 +3,7 @@
 import hashlib
 from unittest import mock
 
-from speft_ds.checkpoint.folder import folder_of, part_name, publish, temporary_of
+from speft_ds.training.checkpoint.folder import folder_of, part_name, publish, temporary_of
 
 CONTENTS = (b"what rank 0 held", b"rank 1's", b"")
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from speft_ds.data.batch import (
+from speft_ds.data.collate import (
     IGNORED,
     collate,
     num_logits,
@@ -14,9 +14,9 @@ from speft_ds.data.batch import (
     summed_class_loss,
     summed_loss,
 )
-from speft_ds.data.rows import Row, pack
+from speft_ds.data.dataset import Row, pack
 from speft_ds.errors import UserError
-from speft_ds.objective import NextToken, RowClass
+from speft_ds.model.loss import NextToken, RowClass
 
 CPU = torch.device("cpu")
 ROWS = [

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from speft_ds.optimizer.blockwise import BLOCK, Blockwise, plain_memory
+from speft_ds.sparse.optim.blockwise import BLOCK, Blockwise, plain_memory
 from unit.spread import LENGTH, numbers
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -4,16 +4,16 @@ import json
 
 import pytest
 
-from speft_ds.checkpoint.folder import (
-    clean,
-    damage,
-    file_sha256,
-    list_checkpoints,
-    look_at,
-    newest_whole,
-    temporary_of,
-)
 from speft_ds.errors import UserError
+from speft_ds.io import sha256_of
+from speft_ds.training.checkpoint.folder import (
+    clean,
+    inspect,
+    latest_valid,
+    list_checkpoints,
+    temporary_of,
+    verify,
+)
 from unit.saved import CONTENTS, flip, save, unmark, write_parts
 
 
@@ -21,7 +21,7 @@ def rewrite_manifest(folder, **changes):
     """A manifest that says something else, and is marked as complete."""
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
-    (folder / "COMPLETE").write_text(file_sha256(folder / "manifest.json") + "\n")
+    (folder / "COMPLETE").write_text(sha256_of(folder / "manifest.json") + "\n")
 
 
 def cleaned(run, step):
@@ -37,17 +37,17 @@ def truncate(file, size):
 
 
 def test_a_whole_one_counts(tmp_path):
-    folder = save(tmp_path, 10, held_out_loss=1.5)
-    checkpoint = look_at(folder)
+    folder = save(tmp_path, 10, validation_loss=1.5)
+    checkpoint = inspect(folder)
     assert (checkpoint.path, checkpoint.step, checkpoint.problem) == (folder, 10, None)
-    assert checkpoint.manifest["run_id"] == "mine" and checkpoint.held_out_loss == 1.5
-    assert damage(checkpoint) is None
+    assert checkpoint.manifest["run_id"] == "mine" and checkpoint.validation_loss == 1.5
+    assert verify(checkpoint) is None
     assert [(folder / part["file"]).read_bytes() for part in checkpoint.manifest["parts"]] == [*CONTENTS]
     assert not temporary_of(folder).exists()
 
 
 def test_the_held_out_loss_is_none_where_none_was_measured(tmp_path):
-    assert look_at(save(tmp_path, 10)).held_out_loss is None
+    assert inspect(save(tmp_path, 10)).validation_loss is None
 
 
 # What is wrong with one -> what is said of it.
@@ -75,14 +75,14 @@ WRONG = {
 def test_what_is_wrong_is_said(tmp_path, problem):
     folder = save(tmp_path, 10)
     WRONG[problem](folder)
-    assert look_at(folder).problem == problem
+    assert inspect(folder).problem == problem
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe", b"0" * 64])
 def test_another_marker_does_not_count(tmp_path, content):
     folder = save(tmp_path, 10)
     (folder / "COMPLETE").write_bytes(content)
-    assert look_at(folder).problem is not None
+    assert inspect(folder).problem is not None
 
 
 def test_an_empty_folder_and_a_file_do_not_count(tmp_path):
@@ -97,27 +97,27 @@ def test_an_empty_folder_and_a_file_do_not_count(tmp_path):
 def test_a_renamed_folder_does_not_count_but_a_copy_under_another_name_does(tmp_path):
     folder = save(tmp_path, 10)
     copy = folder.rename(tmp_path / "kept")
-    assert (look_at(copy).step, look_at(copy).problem) == (10, None)
+    assert (inspect(copy).step, inspect(copy).problem) == (10, None)
     renamed = copy.rename(folder.with_name("step_000020"))
-    assert look_at(renamed).problem == "it is of step 10, not 20: the folder was renamed"
+    assert inspect(renamed).problem == "it is of step 10, not 20: the folder was renamed"
 
 
 @pytest.mark.parametrize(("part", "where"), [(0, 0), (0, 15), (1, 3)])
 def test_a_flipped_bit_in_a_part_is_found_by_its_hash(tmp_path, part, where):
     folder = save(tmp_path, 10)
     flip(folder / f"part_{part:05d}.safetensors", where)
-    checkpoint = look_at(folder)
+    checkpoint = inspect(folder)
     assert checkpoint.problem is None  # what can be seen without reading it all
     assert (
-        damage(checkpoint)
+        verify(checkpoint)
         == f"it is damaged: the hash of part_{part:05d}.safetensors is not the recorded one"
     )
 
 
 def test_a_part_that_is_gone_since_is_found(tmp_path):
-    checkpoint = look_at(save(tmp_path, 10))
+    checkpoint = inspect(save(tmp_path, 10))
     (checkpoint.path / "part_00001.safetensors").unlink()
-    assert damage(checkpoint).startswith("part_00001.safetensors is not readable")
+    assert verify(checkpoint).startswith("part_00001.safetensors is not readable")
 
 
 @pytest.mark.parametrize("num_readers", [1, 2, 3, 4, 5])
@@ -125,8 +125,8 @@ def test_readers_share_the_parts_and_miss_none(tmp_path, num_readers):
     for damaged in range(3):
         folder = save(tmp_path, 10, (b"a", b"b", b"c"))
         flip(folder / f"part_{damaged:05d}.safetensors")
-        checkpoint = look_at(folder)
-        found = [damage(checkpoint, first, num_readers) for first in range(num_readers)]
+        checkpoint = inspect(folder)
+        found = [verify(checkpoint, first, num_readers) for first in range(num_readers)]
         assert [problem is not None for problem in found] == [
             damaged % num_readers == first for first in range(num_readers)
         ]
@@ -149,7 +149,7 @@ def test_what_interrupted_saves_left_is_cleared_away(tmp_path):
     write_parts(tmp_path, 30)
     assert cleaned(tmp_path, 10) == []
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {whole.name, unfinished.name}
-    assert damage(look_at(whole)) is None
+    assert verify(inspect(whole)) is None
     assert cleaned(tmp_path / "nowhere", 0) == []
 
 
@@ -161,7 +161,7 @@ def test_later_ones_that_cannot_be_used_are_set_aside(tmp_path):
     assert sorted(said) == [
         f"note: {path} is set aside as {path.name}.unusable" for path in (unfinished, damaged)
     ]
-    assert [c.step for c in list_checkpoints(tmp_path)] == [10] and damage(look_at(whole)) is None
+    assert [c.step for c in list_checkpoints(tmp_path)] == [10] and verify(inspect(whole)) is None
     assert (damaged.with_name("step_000030.unusable") / "part_00000.safetensors").is_file()
     save(tmp_path, 30)
     assert len(cleaned(tmp_path, 10)) == 1  # in the place of the other
@@ -174,7 +174,7 @@ def test_later_ones_that_cannot_be_used_are_set_aside(tmp_path):
 def newest(run, run_id="mine", below=None):
     """(step, what was said)."""
     said = []
-    found = newest_whole(run, run_id, said.append, below)
+    found = latest_valid(run, run_id, said.append, below)
     return found and found.step, said
 
 

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from speft_ds.sparse.layout import EntryTable
 
-from speft_ds.checkpoint.folder import damage, folder_of, look_at, publish, temporary_of
-from speft_ds.checkpoint.parts import Parts, Snapshot, Table, write_part
+from speft_ds.training.checkpoint.folder import folder_of, inspect, publish, temporary_of, verify
+from speft_ds.training.checkpoint.parts import Parts, Snapshot, write_part
 from unit.saved import quick_disk
 
 WORLDS = [1, 2, 3, 4, 5]
@@ -64,7 +65,7 @@ class Whole:
             index[name] = self.index[name][found]
             positions += [first + p for p in found]
             first += self.index[name].numel()
-        return Table(index, {name: values[positions] for name, values in self.columns.items()})
+        return EntryTable(index, {name: values[positions] for name, values in self.columns.items()})
 
 
 @st.composite
@@ -87,8 +88,8 @@ def write(run, world_size, snapshot, step=10):
             lines.append(write_part(temporary_of(folder), rank, *snapshot(rank).tensors(rank, world_size)))
         manifest = {"step": step, "run_id": "mine", "parts": lines, "state": snapshot(0).facts}
         publish(temporary_of(folder), folder, manifest)
-    checkpoint = look_at(folder)
-    assert checkpoint.problem is None and damage(checkpoint) is None
+    checkpoint = inspect(folder)
+    assert checkpoint.problem is None and verify(checkpoint) is None
     return checkpoint
 
 
@@ -138,7 +139,9 @@ def test_tables_do_not_mix(tmp_path, written_by):
 
 def test_a_table_without_columns_is_an_index(tmp_path):
     whole = Whole([(9, {2, 8}), (3, set())])
-    parts = read(tmp_path, 2, lambda rank: Snapshot({"first": Table(whole.of(rank, 2).index)}, {}, {}, {}))
+    parts = read(
+        tmp_path, 2, lambda rank: Snapshot({"first": EntryTable(whole.of(rank, 2).index)}, {}, {}, {})
+    )
     assert {name: i.tolist() for name, i in parts.index("first").items()} == {"w0": [2, 8], "w1": []}
     table = parts.table("first", whole.spans(1, 2))
     assert table.columns == {} and [i.tolist() for i in table.index.values()] == [[8], []]
@@ -148,7 +151,7 @@ def test_indices_beyond_32_bits_beside_short_weights(tmp_path):
     large = [2**31 - 1, 2**31, 2**36]
     index = {"short": flat([0, 4]), "long": flat(large, torch.int64), "empty": flat([])}
     values = torch.arange(5, dtype=torch.float32)
-    parts = read(tmp_path, 1, lambda rank: Snapshot({"t": Table(index, {"delta": values})}, {}, {}, {}))
+    parts = read(tmp_path, 1, lambda rank: Snapshot({"t": EntryTable(index, {"delta": values})}, {}, {}, {}))
     assert {name: i.tolist() for name, i in parts.index("t").items()} == {
         "short": [0, 4],
         "long": large,
@@ -229,7 +232,9 @@ def test_a_snapshot_is_a_copy(tmp_path):
     """Training goes on while it is written."""
     delta, statistics, random = torch.zeros(2), torch.zeros(4), torch.zeros(3, dtype=torch.uint8)
     index = flat([0, 1])
-    snapshot = Snapshot({"t": Table({"w": index}, {"delta": delta})}, {"s": statistics}, {"r": random}, {})
+    snapshot = Snapshot(
+        {"t": EntryTable({"w": index}, {"delta": delta})}, {"s": statistics}, {"r": random}, {}
+    )
     tensors, _ = snapshot.tensors(0, 1)
     for tensor in (delta, statistics, random, index):
         tensor += 7
@@ -244,7 +249,7 @@ def test_a_snapshot_is_a_copy(tmp_path):
 
 @pytest.mark.parametrize("world_size", [*WORLDS, 8])
 def test_the_shards_of_this_file_are_those_of_the_package(world_size):
-    from speft_ds.partition import shard_range
+    from speft_ds.zero.shards import shard_range
 
     for numel in range(1, 41):
         spans = [span(numel, rank, world_size) for rank in range(world_size)]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speft_ds.checkpoint.folder import best_of, damage, folder_of, list_checkpoints, look_at, prune
+from speft_ds.training.checkpoint.folder import best_of, folder_of, inspect, list_checkpoints, prune, verify
 from unit.saved import flip, save, unmark
 
 LOSSES = st.sampled_from([None, 1.0, 1.5, 2.0])
@@ -18,7 +18,7 @@ def steps(run):
 
 
 def is_kept(step, newest, found, keep_last, keep_every, keep_best):
-    """The rule for one step; `found`: step -> whether it is whole, whose it is, held-out loss."""
+    """The rule for one step; `found`: step -> whether it is whole, whose it is, validation loss."""
     is_whole, run_id, loss = found[step]
     if step >= newest or (is_whole and run_id != "mine"):
         return True
@@ -54,7 +54,7 @@ def test_what_nothing_says_to_keep_is_removed(found, newest, loss, keep_last, ke
     with TemporaryDirectory() as folder:
         run = Path(folder)
         for step, (is_whole, run_id, loss) in found.items():
-            path = save(run, step, (), held_out_loss=loss, run_id=run_id)
+            path = save(run, step, (), validation_loss=loss, run_id=run_id)
             if not is_whole:
                 unmark(path)
         prune(folder_of(run, newest), keep_last, keep_every, keep_best)
@@ -75,9 +75,9 @@ def test_an_unfinished_one_among_older_ones_is_removed_and_a_newer_one_stays(tmp
 
 def test_of_equal_losses_the_first_is_the_best(tmp_path):
     for step, loss in [(10, 2.0), (20, 1.0), (30, None), (40, 1.0), (50, 3.0)]:
-        save(tmp_path, step, held_out_loss=loss)
+        save(tmp_path, step, validation_loss=loss)
     assert best_of(list_checkpoints(tmp_path)).step == 20
-    assert best_of([]) is None and best_of([look_at(save(tmp_path, 60))]) is None
+    assert best_of([]) is None and best_of([inspect(save(tmp_path, 60))]) is None
 
 
 @pytest.mark.parametrize("keep_last", [1, 2])
@@ -87,7 +87,7 @@ def test_one_that_was_found_damaged_and_passed_over_costs_no_whole_one(tmp_path,
         save(tmp_path, step)
     flip(tmp_path / "checkpoints" / "step_000030" / "part_00000.safetensors")
     prune(save(tmp_path, 25), keep_last, keep_every=None, keep_best=False)
-    assert [c.step for c in list_checkpoints(tmp_path) if c.problem is damage(c) is None][:1] == [25]
+    assert [c.step for c in list_checkpoints(tmp_path) if c.problem is verify(c) is None][:1] == [25]
 
 
 def test_one_of_another_run_costs_no_own_one(tmp_path):

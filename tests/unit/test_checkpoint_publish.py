@@ -9,16 +9,16 @@ import sys
 
 import pytest
 
-from speft_ds.checkpoint.folder import (
-    damage,
+from speft_ds.training.checkpoint.folder import (
     folder_of,
+    inspect,
+    latest_valid,
     list_checkpoints,
-    look_at,
-    newest_whole,
     part_name,
     publish,
     remove,
     temporary_of,
+    verify,
 )
 from unit.saved import CONTENTS, save, unmark, write_parts
 
@@ -29,7 +29,7 @@ OPERATIONS = {"open", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.rm
 
 
 def contents(folder):
-    return tuple((folder / part["file"]).read_bytes() for part in look_at(folder).manifest["parts"])
+    return tuple((folder / part["file"]).read_bytes() for part in inspect(folder).manifest["parts"])
 
 
 def test_strays_of_another_world_size_are_removed(tmp_path):
@@ -39,7 +39,7 @@ def test_strays_of_another_world_size_are_removed(tmp_path):
     folder = save(tmp_path, 10)
     names = {path.name for path in folder.iterdir()}
     assert names == {"manifest.json", "COMPLETE", *(part_name(rank) for rank in range(len(CONTENTS)))}
-    assert contents(folder) == CONTENTS and damage(look_at(folder)) is None
+    assert contents(folder) == CONTENTS and verify(inspect(folder)) is None
 
 
 @pytest.mark.parametrize("spoil", [unmark, lambda folder: folder])
@@ -47,7 +47,7 @@ def test_a_folder_of_the_same_step_is_replaced(tmp_path, spoil):
     spoil(save(tmp_path, 10, OTHER))
     folder = save(tmp_path, 10)
     assert len(list(folder.iterdir())) == len(CONTENTS) + 2
-    assert look_at(folder).problem is None and contents(folder) == CONTENTS
+    assert inspect(folder).problem is None and contents(folder) == CONTENTS
 
 
 @pytest.mark.parametrize("what", ["missing", "short"])
@@ -148,7 +148,7 @@ def test_an_interrupted_save_leaves_the_old_state_or_a_whole_checkpoint(left):
     state, runs = left
     for run in runs:
         counting = {c.step: c for c in list_checkpoints(run) if c.problem is None}
-        assert all(damage(checkpoint) is None for checkpoint in counting.values()), run
+        assert all(verify(checkpoint) is None for checkpoint in counting.values()), run
         assert state not in WITH_OLDER or contents(counting.pop(10).path) == OLD
         assert counting.keys() <= {20}
         assert all(contents(checkpoint.path) in (CONTENTS, OTHER) for checkpoint in counting.values()), run
@@ -159,14 +159,14 @@ def test_after_an_interrupted_save_a_run_goes_on(left):
     state, runs = left
     older = 10 if state in WITH_OLDER else None
     for run in runs:
-        found = newest_whole(run, "mine", lambda text: None)
+        found = latest_valid(run, "mine", lambda text: None)
         assert (found and found.step) in (older, 20), run
 
 
 def test_whatever_an_interrupted_save_left_the_next_comes_to_its_end(left, tmp_path):
     for run in left[1]:
         again = shutil.copytree(run, tmp_path / run.name)
-        assert contents(save(again, 20)) == CONTENTS and look_at(folder_of(again, 20)).problem is None
+        assert contents(save(again, 20)) == CONTENTS and inspect(folder_of(again, 20)).problem is None
         assert not temporary_of(folder_of(again, 20)).exists()
 
 
@@ -176,6 +176,6 @@ def test_half_removed_a_checkpoint_does_not_count(tmp_path, interrupt):
         return lambda: remove(folder_of(run, 20))
 
     first, *others = interruptions(tmp_path, "another one", removing, interrupt)
-    assert look_at(folder_of(first, 20)).problem is None
+    assert inspect(folder_of(first, 20)).problem is None
     for run in others:
-        assert look_at(folder_of(run, 20)).problem.startswith("its save did not come to its end"), run
+        assert inspect(folder_of(run, 20)).problem.startswith("its save did not come to its end"), run

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from speft_ds import cli
-from speft_ds.recipe import load_recipe
-from speft_ds.schema import Recipe
+from speft_ds.config.load_recipe import load_recipe
+from speft_ds.config.recipe import Recipe
 from unit.commands import run, speft
 
 pytestmark = pytest.mark.usefixtures("own_folder")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from speft_ds.adapter.format import write_adapter
-from speft_ds.commands.compare_masks import compare, short_names
+from speft_ds.cli.commands.compare_masks import compare, short_names
 from speft_ds.errors import UserError
-from speft_ds.mask import Mask, read_mask, save_mask
+from speft_ds.sparse.mask import Mask, read_mask, save_mask
 
 SHAPE = {"layers.0.q.weight": (10, 10), "layers.0.up.weight": (20, 10), "layers.1.q.weight": (10, 10)}
 Q, UP, Q1 = SHAPE

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from speft_ds.commands.completion import complete_key, complete_override, complete_recipe
-from speft_ds.recipe import ROOT, list_recipes
-from speft_ds.schema import FIELDS
+from speft_ds.config.load_recipe import ROOT, list_recipes
+from speft_ds.config.recipe import FIELDS
 
 
 @pytest.fixture(autouse=True)

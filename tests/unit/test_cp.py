@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from speft_ds.commands.cp import copy_recipe
+from speft_ds.cli.commands.copy_recipe import copy_recipe
+from speft_ds.config.load_recipe import RECIPES_DIR, load_recipe
 from speft_ds.errors import UserError
-from speft_ds.recipe import RECIPES_DIR, load_recipe
 from unit.commands import run, speft
 from unit.written import MINIMAL
 

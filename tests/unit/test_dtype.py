@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
+from speft_ds.config.load_recipe import ROOT
 from speft_ds.dtype import agree_on_dtype, multiplies_bfloat16, resolve_dtype
 from speft_ds.errors import UserError
-from speft_ds.recipe import ROOT
-from speft_ds.resume import Resume, check_unchanged, find_start
-from speft_ds.run_folder import start_folder
+from speft_ds.training.checkpoint.resume import Resume, check_unchanged, find_start
+from speft_ds.training.run_dir import start_folder
 from unit.written import load
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -75,11 +75,11 @@ def test_auto_is_what_the_run_has_or_the_hardware_multiplies(tmp_path, multiplie
 @pytest.fixture
 def ranks(monkeypatch):
     """ranks(has_instructions of each): what this process takes for the answers of the ranks; it is rank 0."""
-    monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(collectives, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(collectives, "rank", lambda: 0)
 
     def answer(*multiplies):
-        monkeypatch.setattr(distributed, "all_gather_objects", lambda own: list(multiplies))
+        monkeypatch.setattr(collectives, "all_gather_objects", lambda own: list(multiplies))
 
     return answer
 
@@ -91,7 +91,7 @@ def test_one_rank_without_the_instructions_decides_for_all(tmp_path, ranks, caps
         assert agree_on_dtype(recipe).model.dtype == dtype
         (said,) = capsys.readouterr().out.splitlines()
         assert "model.dtype=auto" in said and dtype in said
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(collectives, "rank", lambda: 1)
     agree_on_dtype(recipe)
     assert capsys.readouterr().out == ""
 

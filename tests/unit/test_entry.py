@@ -8,11 +8,11 @@ from unittest import mock
 
 import pytest
 
-from speft_ds import entry
-from speft_ds.arguments import parse_arguments
-from speft_ds.commands.launcher import find_deepspeed
+from speft_ds.cli import launch
+from speft_ds.cli.arguments import parse_arguments
+from speft_ds.cli.start_ranks import find_deepspeed
+from speft_ds.config.load_recipe import ROOT
 from speft_ds.errors import UserError
-from speft_ds.recipe import ROOT
 from unit.written import write_inputs
 
 
@@ -61,7 +61,7 @@ def test_a_launched_script_checks_before_it_imports_torch(ready, stub, job, argu
 @pytest.fixture
 def own_environment(monkeypatch):
     """A run sets variables for the libraries, and signal handlers; other tests should not see them."""
-    monkeypatch.setattr("speft_ds.stop.watch", lambda: None)
+    monkeypatch.setattr("speft_ds.comm.signals.watch_signals", lambda: None)
     with mock.patch.dict(os.environ):
         yield
 
@@ -74,7 +74,7 @@ def test_a_launched_script_runs_its_module(ready, own_environment, monkeypatch, 
     monkeypatch.setitem(sys.modules, f"speft_ds.{job}", module)
     monkeypatch.setattr(sys, "argv", ["script", "--local_rank=0", "--recipe", "mine.yaml", "seed=3"])
     with pytest.raises(SystemExit) as left:
-        entry.start(job, "What it does.")
+        launch.start(job, "What it does.")
     (recipe,) = calls
     assert left.value.code == 0 and (recipe.output_dir, recipe.seed) == (folder, 3)
 
@@ -83,11 +83,11 @@ def test_an_error_of_the_run_is_shown_without_a_traceback(ready, own_environment
     def run(recipe, start):
         raise UserError("the loss is nan", "training", "lower optimizer.lr")
 
-    module = types.ModuleType("speft_ds.train")
+    module = types.ModuleType("speft_ds.jobs.train")
     module.run = run
-    monkeypatch.setitem(sys.modules, "speft_ds.train", module)
+    monkeypatch.setitem(sys.modules, "speft_ds.jobs.train", module)
     monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", "mine.yaml"])
-    assert entry.main("train", parse_arguments("train", "")) == 2
+    assert launch.main("train", parse_arguments("train", "")) == 2
     assert capsys.readouterr().err.startswith("the loss is nan\n    where: training")
 
 
@@ -95,11 +95,11 @@ def test_ctrl_c_ends_a_rank_quietly(ready, own_environment, monkeypatch, capsys)
     def run(recipe, start):
         raise KeyboardInterrupt
 
-    module = types.ModuleType("speft_ds.train")
+    module = types.ModuleType("speft_ds.jobs.train")
     module.run = run
-    monkeypatch.setitem(sys.modules, "speft_ds.train", module)
+    monkeypatch.setitem(sys.modules, "speft_ds.jobs.train", module)
     monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", "mine.yaml"])
-    assert entry.main("train", parse_arguments("train", "")) == 130
+    assert launch.main("train", parse_arguments("train", "")) == 130
     assert capsys.readouterr() == ("", "")
 
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from speft_ds.config.load_recipe import RECIPES_DIR, load_recipe
 from speft_ds.errors import RecipeError
-from speft_ds.recipe import RECIPES_DIR, load_recipe
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

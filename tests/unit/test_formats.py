@@ -2,9 +2,9 @@
 
 import pytest
 
+from speft_ds.config.data_config import Columns, DataConfig
 from speft_ds.data.formats import Classes, EmptyRow, check_columns, columns_of, find_classes, make_example
 from speft_ds.errors import UserError
-from speft_ds.schema import Columns, Data
 
 NAN = float("nan")
 
@@ -12,7 +12,7 @@ NAN = float("nan")
 def source(**data):
     if "columns" in data:
         data["columns"] = Columns(**data["columns"])
-    return Data(path="x.jsonl", **data).sources[0]
+    return DataConfig(path="x.jsonl", **data).sources[0]
 
 
 def example(row, classes=None, classify=False, **data):

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from speft_ds.gate import LayerGate
-from speft_ds.schema import Mask
+from speft_ds.config.mask_config import MaskConfig
+from speft_ds.training.layer_sampler import LayerSampler
 
 LAYERS, KINDS = range(7), ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
 NAMES = [f"model.layers.{layer}.{kind}.weight" for layer in LAYERS for kind in KINDS]
@@ -15,7 +15,7 @@ HALF = {"layer_gate": "half", "gate_every": 4}
 
 def opened(gate: dict, period: int, seed: int = 5, names=NAMES) -> frozenset[str]:
     """What is open in a period, whatever was drawn before."""
-    layer_gate = LayerGate(Mask(**gate), seed, names)
+    layer_gate = LayerSampler(MaskConfig(**gate), seed, names)
     layer_gate.draw(period * gate["gate_every"])
     return frozenset(name for name in names if layer_gate.is_open(name))
 
@@ -57,16 +57,16 @@ def test_half_opens_half_of_the_weights(number):
 
 
 def test_without_a_gate_all_is_open():
-    gate = LayerGate(Mask(), 5, NAMES)
+    gate = LayerSampler(MaskConfig(), 5, NAMES)
     for step in range(50):
-        gate.draw(step)
-        assert gate.open is None and all(map(gate.is_open, NAMES))
+        gate.resample(step)
+        assert gate.active is None and all(map(gate.is_active, NAMES))
 
 
 @pytest.mark.parametrize("gate", [SAMPLED, HALF])
 def test_a_draw_lasts_a_period_and_depends_on_seed_and_period_alone(gate):
     by_step = []
-    layer_gate = LayerGate(Mask(**gate), 5, NAMES)
+    layer_gate = LayerSampler(MaskConfig(**gate), 5, NAMES)
     assert layer_gate.open == opened(gate, 0)  # drawn before the first step
     for step in range(40):
         layer_gate.draw(step)

@@ -7,10 +7,10 @@ import torch
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
+from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
-from speft_ds.mask import Mask, save_mask
 from speft_ds.plan.geometry import config_file, list_geometries, read_geometry
-from speft_ds.schema import Recipe
+from speft_ds.sparse.mask import Mask, save_mask
 
 # Weights as the checkpoints on the hub have them, tied ones once.
 PUBLISHED = {

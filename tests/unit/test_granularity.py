@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speft_ds.granularity import Units
+from speft_ds.sparse.tiles import Tiles
 
 GRANULARITIES = st.sampled_from(["element", "block", "row", "column"])
 SHAPES = st.tuples(st.integers(1, 20), st.integers(1, 20))
@@ -27,7 +27,7 @@ def rectangles(shape, granularity, block_size) -> list[tuple[range, range]]:
 
 @given(GRANULARITIES, st.integers(2, 25), SHAPES)
 def test_units_are_the_rectangles_of_the_weight(granularity, block_size, shape):
-    units = Units.of(granularity, block_size, shape)
+    units = Tiles.of(granularity, block_size, shape)
     expected = [
         [row * shape[1] + column for row in rows for column in columns]
         for rows, columns in rectangles(shape, granularity, block_size)
@@ -44,7 +44,7 @@ def test_units_are_the_rectangles_of_the_weight(granularity, block_size, shape):
 
 @given(GRANULARITIES, st.integers(2, 25), SHAPES, st.data())
 def test_entries_of_several_units_are_sorted(granularity, block_size, shape, data):
-    units = Units.of(granularity, block_size, shape)
+    units = Tiles.of(granularity, block_size, shape)
     chosen = data.draw(st.lists(st.integers(0, units.num_units - 1), unique=True))
     together = units.entries(torch.tensor(chosen, dtype=torch.int32))
     one_by_one = [index for unit in chosen for index in units.entries(torch.tensor([unit])).tolist()]
@@ -60,7 +60,7 @@ def test_units_of_big_weights(granularity, block_size, shape, data):
     height = {"element": 1, "block": block_size, "row": 1, "column": rows}[granularity]
     width = {"element": 1, "block": block_size, "row": columns, "column": 1}[granularity]
     per_row = -(-columns // width)
-    units = Units.of(granularity, block_size, shape)
+    units = Tiles.of(granularity, block_size, shape)
     last = rows * columns - 1
     drawn = data.draw(st.lists(st.integers(0, last), min_size=1, max_size=8))
     index = [*drawn, 2**31 - 1, 2**31 - 2**16, last]
@@ -82,6 +82,6 @@ def test_units_of_big_weights(granularity, block_size, shape, data):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_unit_numbers_of_either_width_reach_beyond_2_31(dtype):
-    units = Units.of("block", 16, (2**16, 2**16))  # 2^24 blocks, of 2^32 entries
+    units = Tiles.of("block", 16, (2**16, 2**16))  # 2^24 blocks, of 2^32 entries
     last = torch.tensor([2**24 - 1], dtype=dtype)
     assert units.entries(last)[-1] == 2**32 - 1 and units.sizes(last).tolist() == [256]

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from speft_ds import arguments, cli
-from speft_ds.recipe import ROOT, load_recipe
+from speft_ds import cli
+from speft_ds.cli import arguments
+from speft_ds.config.load_recipe import ROOT, load_recipe
 from unit.commands import speft
 
 pytestmark = pytest.mark.usefixtures("own_folder")

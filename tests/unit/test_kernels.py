@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from speft_ds.errors import UserError
-from speft_ds.granularity import Units
-from speft_ds.kernels import available_backends, make_backend, sampled
+from speft_ds.sparse.kernels import sampled
+from speft_ds.sparse.kernels.backends import available_backends, make_backend
+from speft_ds.sparse.tiles import Tiles
 
 BACKENDS = available_backends(torch.device("cpu"))
 
@@ -51,7 +52,7 @@ def test_auto_is_by_density_and_granularity():
     assert make_backend("auto", entries(0.005), (40, 50))[0] == "sampled"
     assert make_backend("auto", entries(0.5), (40, 50))[0] == "dense"
     assert make_backend("dense", entries(0.005), (40, 50))[0] == "dense"
-    rows = Units.of("row", 1, (40, 50))
+    rows = Tiles.of("row", 1, (40, 50))
     assert make_backend("auto", rows.entries(torch.tensor([3, 7])).int(), (40, 50), rows)[0] == "tiled"
     assert make_backend("auto", entries(0.005), (40, 50), rows)[0] == "sampled"  # a loaded mask, say
 
@@ -60,7 +61,7 @@ def test_auto_is_by_density_and_granularity():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whole_rows_and_columns_equal_the_dense_gradient(granularity, dtype):
     shape = (41, 53)
-    units = Units.of(granularity, 1, shape)
+    units = Tiles.of(granularity, 1, shape)
     index = units.entries(torch.tensor([0, 7, 40])).int()
     x, grad_y = torch.randn(2, 19, 53).to(dtype), torch.randn(2, 19, 41).to(dtype)
     name, backend = make_backend("auto", index, shape, units)

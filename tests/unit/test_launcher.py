@@ -13,9 +13,9 @@ import pytest
 from limits import HANG_S
 
 from speft_ds import cli
-from speft_ds.commands import launcher
+from speft_ds.cli import start_ranks
+from speft_ds.config.load_recipe import ROOT
 from speft_ds.errors import UserError
-from speft_ds.recipe import ROOT
 from unit.written import write_inputs
 
 
@@ -48,12 +48,12 @@ def launched(tmp_path, monkeypatch):
     module = types.ModuleType("speft_ds.quickstart")
     module.prepare = prepare
     monkeypatch.setitem(sys.modules, "speft_ds.quickstart", module)
-    monkeypatch.setattr(launcher, "find_deepspeed", lambda: "deepspeed")
-    monkeypatch.setattr(launcher, "run_to_end", run)
+    monkeypatch.setattr(start_ranks, "find_deepspeed", lambda: "deepspeed")
+    monkeypatch.setattr(start_ranks, "run_to_end", run)
 
     def start(*arguments, name="quickstart", gpus=0, code=0):
         run.code = code
-        monkeypatch.setattr(launcher, "count_gpus", lambda: gpus)
+        monkeypatch.setattr(start_ranks, "count_gpus", lambda: gpus)
         monkeypatch.setattr(sys, "argv", ["speft", name, *arguments])
         with pytest.raises(SystemExit) as left:
             cli.main()
@@ -199,14 +199,14 @@ def test_gpus_are_counted_without_torch(tmp_path, monkeypatch, script, visible, 
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert launcher.count_gpus() == count
+    assert start_ranks.count_gpus() == count
 
 
 def test_a_missing_launcher_is_a_user_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="pip install deepspeed"):
-        launcher.find_deepspeed()
+        start_ranks.find_deepspeed()
 
 
 # How jobs end
@@ -214,7 +214,7 @@ def test_a_missing_launcher_is_a_user_error(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("script", "code"), [("true", 0), ("exit 3", 3), ("kill -9 $$", 137)])
 def test_exit_codes_are_as_a_shell_reports_them(script, code):
-    assert launcher.run_to_end(["sh", "-c", script], dict(os.environ)) == code
+    assert start_ranks.run_to_end(["sh", "-c", script], dict(os.environ)) == code
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -234,7 +234,7 @@ def test_a_signal_ends_the_launcher_and_its_ranks_quietly(tmp_path, number, code
     script = f"""
         import os, sys
         sys.path.insert(0, {str(ROOT)!r})
-        from speft_ds.commands.launcher import run_to_end
+        from speft_ds.cli.start_ranks import run_to_end
         sys.exit(run_to_end(["sh", "-c", "{sys.executable} rank.py & wait"], dict(os.environ)))
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]

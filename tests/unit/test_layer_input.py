@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from speft_ds.linear import adapt
+from speft_ds.model.linear import adapt
 
 SIZES = {
     "vocab_size": 64,
@@ -69,7 +69,7 @@ def test_nothing_more_is_saved_than_by_a_frozen_model(kind, dtype):
     model = make_model(kind, dtype)
     for linear in layers_of(model).values():
         adapt(linear)
-        linear.sink = lambda x, grad_y: None
+        linear.weight_grad_hook = lambda x, grad_y: None
     small = sum(p.numel() * p.element_size() for p in model.parameters() if p.dim() == 1)
     # The lowest layer's input comes from frozen layers alone: there is nothing to make it from again.
     first_input = 2 * IDS.numel() * SIZES["hidden_size"] * dtype.itemsize
@@ -85,7 +85,7 @@ def test_the_input_comes_back_to_the_bit(kind, dtype, recomputes):
     for name, linear in layers_of(model).items():
         adapt(linear, recomputes_input=recomputes)
         linear.register_forward_pre_hook(lambda m, x, n=name: seen.update({n: x[0].detach().clone()}))
-        linear.sink = lambda x, grad_y, n=name: fed.update({n: x})
+        linear.weight_grad_hook = lambda x, grad_y, n=name: fed.update({n: x})
     model(input_ids=IDS, use_cache=False).logits.float().square().sum().backward()
     assert seen.keys() == fed.keys() == layers_of(model).keys()
     for name, x in seen.items():
@@ -100,7 +100,7 @@ def test_inputs_behind_dropout_come_back_to_the_bit():
     torch.manual_seed(0)
     linear, seen, fed = nn.Linear(8, 4).requires_grad_(False), [], []
     adapt(linear)
-    linear.sink = lambda x, grad_y: fed.append(x)
+    linear.weight_grad_hook = lambda x, grad_y: fed.append(x)
     x = torch.randn(16, 8, requires_grad=True)
     y = torch.nn.functional.dropout(x * x, 0.5) * 2.0
     seen.append(y.detach().clone())
@@ -115,7 +115,7 @@ def test_nothing_is_saved_below_the_lowest_layer_that_is_trained():
     for linear in layers_of(model).values():
         adapt(linear)
     for linear in top:
-        linear.sink = lambda x, grad_y: None
+        linear.weight_grad_hook = lambda x, grad_y: None
     inside = []
     model.model.layers[1].register_forward_hook(lambda m, x, y: inside.append(y.requires_grad))
     assert saved_bytes(model) < 0.55 * everything
@@ -127,7 +127,7 @@ def test_no_input_outlives_its_backward():
     model, kept = make_model("llama"), []
     for linear in layers_of(model).values():
         adapt(linear)
-        linear.sink = lambda x, grad_y: kept.append(weakref.ref(x))
+        linear.weight_grad_hook = lambda x, grad_y: kept.append(weakref.ref(x))
     loss = model(input_ids=IDS, use_cache=False).logits.sum()
     gc.disable()
     try:
@@ -141,7 +141,7 @@ def test_a_graph_with_shared_inputs_is_freed_without_the_collector():
     model = make_model("llama")
     for linear in layers_of(model).values():
         adapt(linear)
-        linear.sink = lambda x, grad_y: None
+        linear.weight_grad_hook = lambda x, grad_y: None
     gc.collect()
     gc.disable()
     try:

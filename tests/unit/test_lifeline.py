@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from limits import HANG_S
 
-from speft_ds import lifeline
+from speft_ds.comm import watchdog
 
 SCRIPT = Path(__file__).with_name("lifeline_rank.py")
 # Shorter than in a run, and as far apart as a busy machine takes to give a process its turn, and more.
@@ -237,6 +237,6 @@ def test_progress_is_no_trouble_however_long_it_takes(job):
 
 
 def test_without_a_lifeline_nobody_listens():
-    lifeline.beat("step 1")
-    lifeline.close()
-    assert lifeline.fail("an error before the ranks know each other") is False
+    watchdog.heartbeat("step 1")
+    watchdog.close()
+    assert watchdog.fail("an error before the ranks know each other") is False

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from speft_ds import distributed
+from speft_ds.comm import collectives
 from speft_ds.errors import UserError
-from speft_ds.linearize import linear_network, only_scale, pack, unpack
+from speft_ds.selection.synflow import linear_network, only_scale, pack, unpack
 
 
 @given(st.lists(st.booleans(), max_size=70))
@@ -22,7 +22,7 @@ def test_packed_bits_come_back(bits):
 @pytest.fixture(params=["llama", "gemma2", "gpt2"])
 def model(request, tiny, monkeypatch):
     """Gated activations; a soft cap on the logits and shifted norm weights; LayerNorm and biases."""
-    monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(collectives, "device", lambda: torch.device("cpu"))
     torch.manual_seed(0)
     if request.param == "llama":
         return AutoModelForCausalLM.from_pretrained(tiny["untied"], dtype=torch.float32)
@@ -79,7 +79,7 @@ def test_the_output_is_linear_in_a_weight(model):
         return x * factors[norm]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("speft_ds.linearize.only_scale", frozen)
+        patch.setattr("speft_ds.selection.synflow.only_scale", frozen)
         with linear_network(model) as all_ones:
 
             def total() -> torch.Tensor:

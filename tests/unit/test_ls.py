@@ -5,8 +5,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from speft_ds.commands import ls as listing
-from speft_ds.recipe import list_recipes
+from speft_ds.cli.commands import list_recipes as listing
+from speft_ds.config.load_recipe import list_recipes
 from unit.commands import speft
 from unit.written import MINIMAL
 

@@ -12,9 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from speft_ds.errors import UserError
-from speft_ds.files import write_json
-from speft_ds.mask import Mask, jaccard, overlap, read_mask, save_mask
-from speft_ds.tensor_files import write_safetensors
+from speft_ds.io import write_json, write_safetensors
+from speft_ds.sparse.mask import Mask, jaccard, overlap, read_mask, save_mask
 
 Q, K, UP = "model.layers.0.q.weight", "model.layers.0.k.weight", "model.layers.1.up.weight"
 SHAPE = {UP: (7, 9), Q: (5, 3), K: (2, 4)}  # not in the order of their names
@@ -244,7 +243,7 @@ def test_what_reads_back_differently_is_not_kept(tmp_path, monkeypatch):
     def flip(tensors, path, metadata):
         save_file({name: -tensor for name, tensor in tensors.items()}, path, metadata)
 
-    monkeypatch.setattr("speft_ds.tensor_files.save_file", flip)
+    monkeypatch.setattr("speft_ds.io.save_file", flip)
     with pytest.raises(OSError, match="read back differs"):
         write_safetensors(tmp_path / "a.safetensors", {"zero": torch.zeros(2)})  # -0.0 equals 0.0
     assert not list(tmp_path.iterdir())

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from speft_ds.model.fingerprint import element_hash, fingerprint
+from speft_ds.model.targets import find_targets, tied_targets
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from speft_ds.errors import UserError
-from speft_ds.model import element_hash, find_targets, fingerprint, tied_targets
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from speft_ds.config.optimizer_config import OptimizerConfig
 from torch import nn
 
-from speft_ds.optimizer import AdamW, clip_factor, lr_factor, make_lr_schedule, make_optimizer
-from speft_ds.schema import Optimizer
+from speft_ds.sparse.optim.adamw import AdamW
+from speft_ds.sparse.optim.clipping import clip_factor
+from speft_ds.sparse.optim.lr_schedule import lr_factor, make_lr_schedule
+from speft_ds.sparse.optim.make import make_optimizer
 
 SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
 LENGTH = 40
@@ -32,8 +35,8 @@ def torchs(values: torch.Tensor, steps: list[torch.Tensor], **changes) -> torch.
     return parameter.detach()
 
 
-def ours(delta: nn.Parameter, ages: bool = True) -> AdamW:
-    return AdamW(delta, **SETTINGS, ages=ages)
+def ours(delta: nn.Parameter, entry_steps: bool = True) -> AdamW:
+    return AdamW(delta, **SETTINGS, entry_steps=entry_steps)
 
 
 def close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -41,10 +44,10 @@ def close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-@pytest.mark.parametrize("ages", [False, True])
-def test_equals_torchs_adamw_where_nothing_changes(ages, weight_decay):
+@pytest.mark.parametrize("entry_steps", [False, True])
+def test_equals_torchs_adamw_where_nothing_changes(entry_steps, weight_decay):
     delta, steps = nn.Parameter(start()), gradients(50)
-    optimizer = AdamW(delta, **{**SETTINGS, "weight_decay": weight_decay}, ages=ages)
+    optimizer = AdamW(delta, **{**SETTINGS, "weight_decay": weight_decay}, entry_steps=entry_steps)
     for number, gradient in enumerate(steps, start=1):
         delta.grad = gradient.clone()
         optimizer.step()
@@ -79,7 +82,7 @@ def test_paused_entries_keep_everything_and_go_on_where_they_stood():
         for name, value in [*optimizer.state[delta].items(), ("delta", delta.detach())]:
             assert torch.equal(value[~active], before[name][~active]), name
         assert bool((delta[active] != before["delta"][active]).all())
-    assert torch.equal(optimizer.state[delta]["age"], pattern.sum(0).to(torch.int32))
+    assert torch.equal(optimizer.state[delta]["entry_step"], pattern.sum(0).to(torch.int32))
     for entry in range(LENGTH):
         taken = [
             gradient[entry : entry + 1]
@@ -94,13 +97,13 @@ def test_no_active_entry_is_no_step():
     optimizer = ours(delta)
     delta.grad = gradients(1)[0]
     optimizer.step(active=torch.zeros(LENGTH, dtype=torch.bool))
-    assert torch.equal(delta, start()) and int(optimizer.state[delta]["age"].sum()) == 0
+    assert torch.equal(delta, start()) and int(optimizer.state[delta]["entry_step"].sum()) == 0
 
 
 def test_a_rank_without_entries_steps():
-    for ages in (False, True):
+    for entry_steps in (False, True):
         delta = nn.Parameter(torch.empty(0))
-        optimizer = ours(delta, ages)
+        optimizer = ours(delta, entry_steps)
         delta.grad = torch.empty(0)
         optimizer.step()
         optimizer.step(active=None)
@@ -122,7 +125,7 @@ def carried(steps: int):
     position = torch.tensor([place if place is not None else 11 for place in KEPT])  # 11: to be ignored
     new = nn.Parameter(torch.where(found, old.detach()[position], 0.0))
     state = {name: value.clone() for name, value in optimizer.state[old].items()}
-    optimizer.carry(new, position, found)
+    optimizer.remap_state(new, position, found)
     return optimizer, state, new
 
 
@@ -130,7 +133,7 @@ def test_carry_keeps_the_state_of_kept_entries_and_zeros_that_of_new_ones():
     optimizer, before, new = carried(20)
     state = optimizer.state[new]
     assert len(optimizer.state) == 1 and optimizer.param_groups[0]["params"] == [new]
-    assert state.keys() == before.keys() == {"exp_avg", "exp_avg_sq", "age"}
+    assert state.keys() == before.keys() == {"exp_avg", "exp_avg_sq", "entry_step"}
     for name, value in before.items():
         expected = [0 if place is None else value[place].item() for place in KEPT]
         assert state[name].tolist() == expected and state[name].dtype == value.dtype
@@ -154,15 +157,15 @@ def test_young_entries_take_the_steps_of_a_fresh_optimizer():
 
 
 def test_the_learning_rate_schedule_goes_on_after_a_carry():
-    settings = Optimizer(lr=0.1, schedule="linear", warmup_steps=2)
+    settings = OptimizerConfig(lr=0.1, schedule="linear", warmup_steps=2)
     delta = nn.Parameter(torch.zeros(3))
-    optimizer = make_optimizer(delta, settings, ages=True)
+    optimizer = make_optimizer(delta, settings, entry_steps=True)
     schedule = make_lr_schedule(optimizer, settings, num_steps=12)
     rates = []
     for step in range(12):
         if step == 5:
             delta = nn.Parameter(torch.zeros(4))
-            optimizer.carry(delta, torch.tensor([0, 1, 2, 0]), torch.tensor([True, True, True, False]))
+            optimizer.remap_state(delta, torch.tensor([0, 1, 2, 0]), torch.tensor([True, True, True, False]))
         delta.grad = torch.ones_like(delta)
         before = delta.detach().clone()
         optimizer.step()
@@ -175,9 +178,9 @@ def test_the_learning_rate_schedule_goes_on_after_a_carry():
 
 
 def test_make_optimizer_takes_every_key_of_the_recipe():
-    settings = Optimizer(lr=0.02, betas=[0.7, 0.9], eps=1e-3, weight_decay=0.5)
+    settings = OptimizerConfig(lr=0.02, betas=[0.7, 0.9], eps=1e-3, weight_decay=0.5)
     delta, steps = nn.Parameter(start()), gradients(5)
-    optimizer = make_optimizer(delta, settings, ages=False)
+    optimizer = make_optimizer(delta, settings, entry_steps=False)
     for gradient in steps:
         delta.grad = gradient.clone()
         optimizer.step()
@@ -186,13 +189,15 @@ def test_make_optimizer_takes_every_key_of_the_recipe():
 
 def test_pausing_and_carrying_need_ages():
     delta = nn.Parameter(start())
-    optimizer = ours(delta, ages=False)
+    optimizer = ours(delta, entry_steps=False)
     delta.grad = gradients(1)[0]
-    with pytest.raises(ValueError, match="entries that pause need ages"):
+    with pytest.raises(ValueError, match="entries that pause need entry_steps"):
         optimizer.step(active=torch.ones(LENGTH, dtype=torch.bool))
     assert torch.equal(delta, start())
-    with pytest.raises(ValueError, match="a mask that changes needs ages"):
-        optimizer.carry(nn.Parameter(torch.zeros(1)), torch.zeros(1, dtype=torch.int64), torch.ones(1).bool())
+    with pytest.raises(ValueError, match="a mask that changes needs entry_steps"):
+        optimizer.remap_state(
+            nn.Parameter(torch.zeros(1)), torch.zeros(1, dtype=torch.int64), torch.ones(1).bool()
+        )
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from speft_ds.optimizer import AdamW, AdamW8bit, Saved, adamw_8bit
-from speft_ds.optimizer.blockwise import BLOCK
 from speft_ds.plan.dry_run import LiveBytes
+from speft_ds.sparse.optim import adamw_8bit
+from speft_ds.sparse.optim.adamw import AdamW
+from speft_ds.sparse.optim.adamw_8bit import AdamW8bit
+from speft_ds.sparse.optim.blockwise import BLOCK
+from speft_ds.sparse.optim.flat import OptimizerState
 from unit.spread import LENGTH, numbers
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -38,8 +41,8 @@ def run(make, steps, decades=1.0, seed=0, zeros=True):
     return delta.detach()
 
 
-def ours(delta, ages=False, **changes):
-    return AdamW8bit(delta, **{**SETTINGS, **changes}, ages=ages)
+def ours(delta, entry_steps=False, **changes):
+    return AdamW8bit(delta, **{**SETTINGS, **changes}, entry_steps=entry_steps)
 
 
 def bitsandbytes_own(delta):
@@ -54,7 +57,7 @@ def difference(one, other, start):
 @pytest.mark.parametrize("decades", [0, 1, 2])
 def test_a_run_is_close_to_fp32_and_closer_than_bitsandbytes_own(decades):
     start = run(ours, 0, decades)
-    exact = run(lambda delta: AdamW(delta, **SETTINGS, ages=False), 200, decades)
+    exact = run(lambda delta: AdamW(delta, **SETTINGS, entry_steps=False), 200, decades)
     by_us, by_them = run(ours, 200, decades), run(bitsandbytes_own, 200, decades)
     from_fp32 = difference(by_us, exact, start)
     print(f"{decades} decades: ours {from_fp32:.4f}, bitsandbytes {difference(by_them, exact, start):.4f}")
@@ -90,11 +93,11 @@ def test_small_gradients_beside_a_large_one_do_not_run_away():
     assert 0.009 < largest < 0.0105
 
 
-@pytest.mark.parametrize("ages", [False, True])
-def test_the_size_of_chunks_changes_nothing(monkeypatch, ages):
-    whole = run(lambda delta: ours(delta, ages), 20)
+@pytest.mark.parametrize("entry_steps", [False, True])
+def test_the_size_of_chunks_changes_nothing(monkeypatch, entry_steps):
+    whole = run(lambda delta: ours(delta, entry_steps), 20)
     monkeypatch.setattr(adamw_8bit, "CHUNK", 3)
-    assert torch.equal(run(lambda delta: ours(delta, ages), 20), whole)
+    assert torch.equal(run(lambda delta: ours(delta, entry_steps), 20), whole)
 
 
 def test_no_moment_is_ever_whole_in_fp32(monkeypatch):
@@ -115,7 +118,7 @@ def test_odd_lengths_and_none_at_all():
     for length in (0, 1, 255, 257):
         values = torch.linspace(0.1, 1.0, length)
         one, other = nn.Parameter(torch.zeros(length)), nn.Parameter(torch.zeros(length))
-        optimizer, exact = ours(one), AdamW(other, **SETTINGS, ages=False)
+        optimizer, exact = ours(one), AdamW(other, **SETTINGS, entry_steps=False)
         for _ in range(3):
             one.grad, other.grad = values.clone(), values.clone()
             optimizer.step()
@@ -129,7 +132,7 @@ def test_odd_lengths_and_none_at_all():
 def test_all_active_is_a_plain_step():
     gradient = [numbers(seed=step) for step in range(10)]
     plain, masked = nn.Parameter(torch.zeros(LENGTH)), nn.Parameter(torch.zeros(LENGTH))
-    one, two = ours(plain, ages=True), ours(masked, ages=True)
+    one, two = ours(plain, entry_steps=True), ours(masked, entry_steps=True)
     for values in gradient:
         plain.grad, masked.grad = values.clone(), values.clone()
         one.step()
@@ -141,7 +144,7 @@ def test_all_active_is_a_plain_step():
 
 def test_resting_entries_keep_delta_and_age_and_blocks_at_rest_keep_their_codes():
     delta = nn.Parameter(torch.zeros(LENGTH))
-    optimizer = ours(delta, ages=True)
+    optimizer = ours(delta, entry_steps=True)
     generator = torch.Generator().manual_seed(3)
     active = torch.rand(LENGTH, generator=generator) < 0.3
     active[: 2 * BLOCK] = False
@@ -151,9 +154,9 @@ def test_resting_entries_keep_delta_and_age_and_blocks_at_rest_keep_their_codes(
         if step == 4:
             frozen = delta.detach().clone()
             codes = {name: moment.code.clone() for name, moment in optimizer.moments.items()}
-    age = optimizer.state[delta]["age"]
+    entry_step = optimizer.state[delta]["entry_step"]
     assert torch.equal(delta[~active], frozen[~active]) and (delta[active] != frozen[active]).all()
-    assert torch.equal(age, torch.where(active, 20, 5).to(torch.int32))
+    assert torch.equal(entry_step, torch.where(active, 20, 5).to(torch.int32))
     for name, moment in optimizer.moments.items():
         assert torch.equal(moment.code[: 2 * BLOCK], codes[name][: 2 * BLOCK])
         assert not torch.equal(moment.code, codes[name])
@@ -162,7 +165,7 @@ def test_resting_entries_keep_delta_and_age_and_blocks_at_rest_keep_their_codes(
 def test_a_run_with_rests_is_close_to_fp32():
     generator = torch.Generator().manual_seed(5)
     one, other = nn.Parameter(torch.zeros(LENGTH)), nn.Parameter(torch.zeros(LENGTH))
-    optimizer, exact = ours(one, ages=True), AdamW(other, **SETTINGS, ages=True)
+    optimizer, exact = ours(one, entry_steps=True), AdamW(other, **SETTINGS, entry_steps=True)
     mean = torch.randn(LENGTH, generator=generator)
     for _ in range(150):
         gradient = torch.randn(LENGTH, generator=generator) + mean
@@ -177,11 +180,13 @@ def test_resting_needs_ages():
     delta = nn.Parameter(torch.zeros(LENGTH))
     optimizer = ours(delta)
     delta.grad = torch.ones(LENGTH)
-    with pytest.raises(ValueError, match="entries that pause need ages"):
+    with pytest.raises(ValueError, match="entries that pause need entry_steps"):
         optimizer.step(active=torch.ones(LENGTH, dtype=torch.bool))
-    with pytest.raises(ValueError, match="a mask that changes needs ages"):
-        optimizer.carry(nn.Parameter(torch.zeros(1)), torch.zeros(1, dtype=torch.int64), torch.ones(1).bool())
-    assert not delta.any() and optimizer.state[delta]["age"] == 0
+    with pytest.raises(ValueError, match="a mask that changes needs entry_steps"):
+        optimizer.remap_state(
+            nn.Parameter(torch.zeros(1)), torch.zeros(1, dtype=torch.int64), torch.ones(1).bool()
+        )
+    assert not delta.any() and optimizer.state[delta]["entry_step"] == 0
 
 
 # Another mask
@@ -202,13 +207,13 @@ def change(optimizer, num_new, keep=0.7, seed=11):
     position[found] = kept
     delta = nn.Parameter(torch.zeros(found.numel()))
     delta.data[found] = old.detach()[kept]
-    optimizer.carry(delta, position, found)
+    optimizer.remap_state(delta, position, found)
     return kept, found
 
 
 def trained(steps=8, length=1000):
     delta = nn.Parameter(torch.zeros(length))
-    optimizer = ours(delta, ages=True)
+    optimizer = ours(delta, entry_steps=True)
     for step in range(steps):
         delta.grad = numbers(step, decades=2, length=length)
         optimizer.step()
@@ -222,7 +227,7 @@ def test_kept_entries_keep_their_moments_bit_for_bit(num_new):
         before = optimizer.snapshot()
         kept, found = change(optimizer, num_new, seed=change_number)
         after = optimizer.snapshot()
-        for name in ("exp_avg", "exp_avg_sq", "age"):
+        for name in ("exp_avg", "exp_avg_sq", "entry_step"):
             assert torch.equal(after.columns[name][found], before.columns[name][kept]) and kept.numel() > 100
             assert not after.columns[name][~found].any() and after.columns[name].numel() == found.numel()
         entry = optimizer.entry_at[optimizer.entry_at >= 0]
@@ -269,7 +274,7 @@ def test_young_entries_take_the_steps_of_a_fresh_optimizer():
     _, found = change(optimizer, 500)
     num_new = int((~found).sum())
     young = nn.Parameter(torch.zeros(num_new))
-    fresh = AdamW(young, **SETTINGS, ages=False)
+    fresh = AdamW(young, **SETTINGS, entry_steps=False)
     for step in range(10):
         gradient = torch.randn(found.numel(), generator=torch.Generator().manual_seed(step)) + 2
         optimizer.delta.grad, young.grad = gradient.clone(), gradient[~found].clone()
@@ -283,7 +288,9 @@ def test_young_entries_take_the_steps_of_a_fresh_optimizer():
 
 def copies(saved):
     own = {name: value.clone() for name, value in saved.own.items()}
-    return Saved({name: value.clone() for name, value in saved.columns.items()}, own, saved.age)
+    return OptimizerState(
+        {name: value.clone() for name, value in saved.columns.items()}, own, saved.entry_step
+    )
 
 
 @pytest.mark.parametrize("changes", [0, 1])
@@ -294,7 +301,7 @@ def test_resumed_from_its_own_storage_is_uninterrupted(changes):
         optimizer.delta.grad = numbers(99, length=optimizer.delta.numel())
         optimizer.step()
     other = nn.Parameter(optimizer.delta.detach().clone())
-    resumed = ours(nn.Parameter(torch.ones(3)), ages=True)
+    resumed = ours(nn.Parameter(torch.ones(3)), entry_steps=True)
     resumed.restore(other, copies(optimizer.snapshot()))
     for step in range(10):
         for one in (optimizer, resumed):
@@ -312,11 +319,13 @@ def test_resumed_from_its_own_storage_is_uninterrupted(changes):
 def test_columns_alone_are_rounded_once():
     optimizer = trained()
     saved = copies(optimizer.snapshot())
-    resumed = ours(nn.Parameter(torch.ones(3)), ages=True)
-    resumed.restore(nn.Parameter(optimizer.delta.detach().clone()), Saved(saved.columns))
+    resumed = ours(nn.Parameter(torch.ones(3)), entry_steps=True)
+    resumed.restore(nn.Parameter(optimizer.delta.detach().clone()), OptimizerState(saved.columns))
     for name, value in resumed.snapshot().columns.items():
         assert torch.allclose(value, saved.columns[name], rtol=0.01), name  # of the same blocks here
-    assert torch.equal(resumed.state[resumed.delta]["age"], optimizer.state[optimizer.delta]["age"])
+    assert torch.equal(
+        resumed.state[resumed.delta]["entry_step"], optimizer.state[optimizer.delta]["entry_step"]
+    )
 
 
 def test_an_age_of_all_is_restored():
@@ -326,7 +335,7 @@ def test_an_age_of_all_is_restored():
         delta.grad = torch.ones(300)
         optimizer.step()
     saved = copies(optimizer.snapshot())
-    assert saved.age == 4 and saved.columns.keys() == {"exp_avg", "exp_avg_sq"}
+    assert saved.entry_step == 4 and saved.columns.keys() == {"exp_avg", "exp_avg_sq"}
     resumed = ours(nn.Parameter(torch.zeros(1)))
     resumed.restore(nn.Parameter(delta.detach().clone()), saved)
-    assert int(resumed.state[resumed.delta]["age"]) == 4
+    assert int(resumed.state[resumed.delta]["entry_step"]) == 4

@@ -1,9 +1,9 @@
 """Which keys of the `optimizer` section go with which optimizer."""
 
 import pytest
+from speft_ds.config.optimizer_config import OptimizerConfig
 
-from speft_ds.recipe import load_recipe, resolved_yaml
-from speft_ds.schema import Optimizer
+from speft_ds.config.load_recipe import load_recipe, resolved_yaml
 from unit.written import load, refused
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -63,7 +63,7 @@ def test_lion_has_betas_of_its_own(tmp_path):
     assert load(tmp_path, "optimizer: {name: lion}").optimizer.betas == [0.9, 0.99]
     assert load(tmp_path, "", "optimizer.name=lion").optimizer.betas == [0.9, 0.99]
     assert load(tmp_path, "optimizer: {name: lion, betas: [0.95, 0.98]}").optimizer.betas == [0.95, 0.98]
-    assert Optimizer(name="lion").betas == [0.9, 0.99] and Optimizer().betas == [0.9, 0.999]
+    assert OptimizerConfig(name="lion").betas == [0.9, 0.99] and OptimizerConfig().betas == [0.9, 0.999]
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "lion"])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speft_ds.data.order import SampleOrder, epoch_shares
+from speft_ds.data.sampler import Sampler, epoch_shares
 
 
 def randperm(num_rows, *parts):
@@ -20,19 +20,19 @@ def randperm(num_rows, *parts):
 
 
 def test_every_row_once_an_epoch_and_epochs_follow_each_other():
-    order = SampleOrder((12,), None, 0)
+    order = Sampler((12,), None, 0)
     ids = [number for step in range(10) for number in order.ids(step * 5, 5)]
     assert len(ids) == 50 and len(order) == 12
     for epoch in range(4):
         assert sorted(ids[epoch * 12 : (epoch + 1) * 12]) == list(range(12))
         assert ids[epoch * 12 : (epoch + 1) * 12] == randperm(12, 0, "order", epoch)
     assert ids[:12] != ids[12:24]
-    assert order.ids(0, 5) != SampleOrder((12,), None, 1).ids(0, 5)
-    assert order.ids(0, 12) != SampleOrder((12,), None, 0, "calibration").ids(0, 12)
+    assert order.ids(0, 5) != Sampler((12,), None, 1).ids(0, 5)
+    assert order.ids(0, 12) != Sampler((12,), None, 0, "calibration").ids(0, 12)
 
 
 def test_a_batch_may_be_larger_than_the_data():
-    ids = SampleOrder((3,), None, 0).ids(0, 8)
+    ids = Sampler((3,), None, 0).ids(0, 8)
     assert len(ids) == 8 and sorted(ids[:3]) == sorted(ids[3:6]) == [0, 1, 2]
 
 
@@ -42,15 +42,15 @@ mixtures = st.lists(st.tuples(st.integers(1, 30), st.floats(0.1, 10)), min_size=
 @given(mixtures, st.booleans(), st.integers(0, 300), st.integers(0, 100))
 def test_it_can_start_anywhere(sources, weighted, first, count):
     sizes, weights = zip(*sources, strict=True)
-    order = SampleOrder(sizes, weights if weighted else None, 7)
+    order = Sampler(sizes, weights if weighted else None, 7)
     whole = order.ids(0, first + count)
     assert order.ids(first, count) == whole[first:]
-    assert whole == SampleOrder(sizes, weights if weighted else None, 7).ids(0, first + count)
+    assert whole == Sampler(sizes, weights if weighted else None, 7).ids(0, first + count)
     assert all(0 <= number < sum(sizes) for number in whole)
 
 
 def test_without_weights_an_epoch_has_every_row_of_every_source_once():
-    order = SampleOrder((5, 1, 7), None, 3)
+    order = Sampler((5, 1, 7), None, 3)
     assert len(order) == 13
     for epoch in range(3):
         assert sorted(order.ids(13 * epoch, 13)) == list(range(13))
@@ -72,7 +72,7 @@ def test_without_weights_an_epoch_has_every_row_of_every_source_once():
 )
 def test_weights_are_shares_of_an_epoch_and_the_scarcest_source_is_seen_whole(sizes, weights, shares):
     assert epoch_shares(sizes, weights) == shares
-    order = SampleOrder(sizes, weights, 0)
+    order = Sampler(sizes, weights, 0)
     assert len(order) == sum(shares)
     edges = [sum(sizes[:n]) for n in range(len(sizes) + 1)]
     for epoch in range(4):
@@ -88,7 +88,7 @@ def test_weights_are_shares_of_an_epoch_and_the_scarcest_source_is_seen_whole(si
 @given(mixtures)
 def test_all_rows_of_a_source_are_seen_equally_often(sources):
     sizes, weights = zip(*sources, strict=True)
-    order = SampleOrder(sizes, weights, 11)
+    order = Sampler(sizes, weights, 11)
     num_epochs = 9
     seen = Counter(order.ids(0, num_epochs * len(order)))
     first = 0
@@ -100,7 +100,7 @@ def test_all_rows_of_a_source_are_seen_equally_often(sources):
 
 
 def test_a_source_goes_on_where_the_epoch_before_stopped():
-    order = SampleOrder((4, 10), (1, 1), 5)
+    order = Sampler((4, 10), (1, 1), 5)
     parts = [[i - 4 for i in order.ids(8 * epoch, 8) if i >= 4] for epoch in range(5)]
     laps = [randperm(10, 5, "order of source 1", lap) for lap in range(2)]
     expected = laps[0] + laps[1]
@@ -112,9 +112,9 @@ def test_a_source_goes_on_where_the_epoch_before_stopped():
     [(7, None, 7), (None, 1, 4), (None, 2, 7), (None, 0.5, 2), (None, 0.01, 1)],
 )
 def test_steps_of_a_run(steps, epochs, expected):
-    assert SampleOrder((10,), None, 0).num_steps(3, steps, epochs) == expected
+    assert Sampler((10,), None, 0).num_steps(3, steps, epochs) == expected
 
 
 def test_a_rounding_error_is_no_step():
     assert 1.1 * 100 > 110
-    assert SampleOrder((100,), None, 0).num_steps(11, None, 1.1) == 10
+    assert Sampler((100,), None, 0).num_steps(11, None, 1.1) == 10

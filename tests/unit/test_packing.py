@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from speft_ds.data.dataset import Row, pack
 from speft_ds.data.packing import first_fit
-from speft_ds.data.rows import Row, pack
 
 
 def naive(lengths, capacity):

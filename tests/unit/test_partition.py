@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from speft_ds.sparse.layout import Layout, index_dtype, locate, owner_bounds
 
-from speft_ds.partition import Layout, index_dtype, locate, owner_bounds, shard_numel, shard_range
+from speft_ds.zero.shards import shard_numel, shard_range
 
 WORLDS = st.integers(1, 70)
 
@@ -41,7 +42,7 @@ def test_layout_slices_tile_every_ranks_buffers(weights, world_size):
     for rank in range(world_size):
         end = 0
         for name in index:
-            own = layout.local_slice(name, rank)
+            own = layout.places(name, rank)
             assert own.start == end
             end = own.stop
         assert end == layout.lengths[rank]

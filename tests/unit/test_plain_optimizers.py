@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from speft_ds.config.optimizer_config import OptimizerConfig
 from torch import nn
 
-from speft_ds.optimizer import SGD, AdamW, Lion, make_optimizer
-from speft_ds.schema import Optimizer
+from speft_ds.sparse.optim.adamw import AdamW
+from speft_ds.sparse.optim.lion import Lion
+from speft_ds.sparse.optim.make import make_optimizer
+from speft_ds.sparse.optim.sgd import SGD
 
 LENGTH = 60
 LR = 1e-2
@@ -97,7 +100,7 @@ def test_lion_by_its_papers_lines(weight_decay):
 # What they share
 
 MAKE = {
-    "adamw": lambda delta: AdamW(delta, LR, (0.9, 0.99), 1e-8, 0.1, ages=True),
+    "adamw": lambda delta: AdamW(delta, LR, (0.9, 0.99), 1e-8, 0.1, entry_steps=True),
     "sgd": lambda delta: SGD(delta, LR, 0.0, 0.1),
     "sgd with momentum": lambda delta: SGD(delta, LR, 0.9, 0.1),
     "lion": lambda delta: Lion(delta, LR, (0.9, 0.99), 0.1),
@@ -151,7 +154,7 @@ def carried(name):
     found = torch.tensor([place is not None for place in KEPT])
     position = torch.tensor([place if place is not None else 11 for place in KEPT])  # 11: to be ignored
     delta = nn.Parameter(torch.where(found, optimizer.delta.detach()[position], 0.0))
-    optimizer.carry(delta, position, found)
+    optimizer.remap_state(delta, position, found)
     return optimizer, before, position, found
 
 
@@ -204,7 +207,7 @@ KEYS = {  # a recipe's keys -> what they make
     ),
     "adamw": (
         {"lr": 0.02, "betas": [0.7, 0.8], "eps": 1e-3, "weight_decay": 0.5},
-        lambda delta: AdamW(delta, 0.02, (0.7, 0.8), 1e-3, 0.5, ages=False),
+        lambda delta: AdamW(delta, 0.02, (0.7, 0.8), 1e-3, 0.5, entry_steps=False),
     ),
 }
 
@@ -212,14 +215,17 @@ KEYS = {  # a recipe's keys -> what they make
 @pytest.mark.parametrize("kind", KEYS)
 def test_make_optimizer_takes_every_key_of_the_recipe(kind):
     keys, make = KEYS[kind]
-    got = take(make_optimizer(nn.Parameter(start()), Optimizer(name=kind, **keys), ages=False), gradients(5))
+    got = take(
+        make_optimizer(nn.Parameter(start()), OptimizerConfig(name=kind, **keys), entry_steps=False),
+        gradients(5),
+    )
     assert torch.equal(got, take(make(nn.Parameter(start())), gradients(5)))
 
 
 def test_make_optimizer_makes_eight_bits():
-    settings = Optimizer(name="adamw_8bit", lr=0.02, betas=[0.7, 0.8], eps=1e-3, weight_decay=0.5)
-    optimizer = make_optimizer(nn.Parameter(start()), settings, ages=False)
+    settings = OptimizerConfig(name="adamw_8bit", lr=0.02, betas=[0.7, 0.8], eps=1e-3, weight_decay=0.5)
+    optimizer = make_optimizer(nn.Parameter(start()), settings, entry_steps=False)
     assert all(moment.code.dtype == torch.uint8 for moment in optimizer.moments.values())
-    close = take(AdamW(nn.Parameter(start()), 0.02, (0.7, 0.8), 1e-3, 0.5, ages=False), gradients(5))
+    close = take(AdamW(nn.Parameter(start()), 0.02, (0.7, 0.8), 1e-3, 0.5, entry_steps=False), gradients(5))
     got = take(optimizer, gradients(5))
     assert (got - close)[-20:].abs().mean() < 0.02 * (close - start())[-20:].abs().mean()

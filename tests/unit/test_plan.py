@@ -8,13 +8,13 @@ import torch
 from rich.console import Console
 from tiny import make_model
 
+from speft_ds.config.recipe import Recipe
 from speft_ds.errors import RecipeError
 from speft_ds.plan.dry_run import LiveBytes, Pass, dry_run
 from speft_ds.plan.gathers import GatherRules, Moment, Trace, simulate
 from speft_ds.plan.geometry import read_geometry
 from speft_ds.plan.memory import GIB, PROCESS, Line, total
 from speft_ds.plan.plan import Plan, make_plan, print_plan
-from speft_ds.schema import Recipe
 
 # tiny.make_model: 35 wide, 53 in the MLP, 5 heads of 8 (1 key and value head), 2 layers, vocabulary 260.
 LAYER = {
@@ -74,7 +74,7 @@ def test_state_and_shards_by_hand(recipe):
     assert got["Adam moments"] == 8 * own
     rows = 2 * (40 + 8 + 8 + 35 + 53 + 53 + 35)
     assert got["gradient pattern"] == 301 * 8 + 4 * (rows + 14)
-    assert "ages" not in got
+    assert "entry_steps" not in got
 
 
 def test_bfloat16_halves_the_base_and_its_values_only(recipe):
@@ -116,7 +116,7 @@ def test_schedules_add_what_they_keep(recipe):
     assert buckets["gradient buckets"] == 3 * 4 * 50
     periodic = make_plan(recipe(mask={"schedule": "periodic", "update_every": 2}), 2, device="cpu")
     assert sizes(periodic.memory["scoring"])["Adam moments"] == 8 * 151
-    assert sizes(periodic.memory["training"])["ages"] == 4 * 151
+    assert sizes(periodic.memory["training"])["entry_steps"] == 4 * 151
     grow = {"schedule": "drop_grow", "growth": "sft_ag", "update_every": 5}
     lines = sizes(make_plan(recipe(mask=grow), 2, device="cpu").memory["training"])
     assert lines["growth"] == 8 * 2 * sum(-(-numel // 2) for numel in LAYER.values())

@@ -5,11 +5,11 @@ import torch
 from tiny import make_model
 from torch import nn
 
-from speft_ds.optimizer import make_optimizer
-from speft_ds.optimizer.blockwise import BLOCK
+from speft_ds.config.recipe import Recipe
 from speft_ds.plan.geometry import read_geometry
 from speft_ds.plan.memory import MOMENT_BLOCK, Setup, optimizer_state, state
-from speft_ds.schema import Recipe
+from speft_ds.sparse.optim.blockwise import BLOCK
+from speft_ds.sparse.optim.make import make_optimizer
 
 PERIODIC = {"schedule": "periodic", "update_every": 2}
 
@@ -38,17 +38,17 @@ OWN = 501  # 1501 / 3, rounded up: two blocks of 256
 MOMENTS = 2 * 512 + 2 * 2 * 4  # codes, absmax
 BY_HAND = {
     "adamw": ({}, {}, {"Adam moments": 8 * OWN}),
-    "adamw with ages": ({}, {"layer_gate": "half"}, {"Adam moments": 8 * OWN, "ages": 4 * OWN}),
+    "adamw with entry_steps": ({}, {"layer_gate": "half"}, {"Adam moments": 8 * OWN, "entry_steps": 4 * OWN}),
     "adamw_8bit": ({}, {}, {"8-bit Adam moments": MOMENTS}),
-    "adamw_8bit with ages": (
+    "adamw_8bit with entry_steps": (
         {},
         {"schedule": "grad_topk"},
-        {"8-bit Adam moments": MOMENTS, "ages": 4 * OWN},
+        {"8-bit Adam moments": MOMENTS, "entry_steps": 4 * OWN},
     ),
     "paged_adamw_8bit with slots": (
         {},
         PERIODIC,
-        {"8-bit Adam moments": MOMENTS, "slots": 4 * 512, "ages": 4 * OWN},
+        {"8-bit Adam moments": MOMENTS, "slots": 4 * 512, "entry_steps": 4 * OWN},
     ),
     "sgd": ({}, PERIODIC, {}),
     "sgd with momentum": ({"momentum": 0.9}, PERIODIC, {"momentum": 4 * OWN}),
@@ -69,9 +69,11 @@ def test_the_state_by_hand(model, case):
 def test_the_state_is_what_is_allocated(model, name, changes):
     keys = {"momentum": 0.5} if name == "sgd" else {}
     setup = setup_of(model, mask=PERIODIC if changes else {}, name=name, **keys)
-    optimizer = make_optimizer(nn.Parameter(torch.zeros(OWN)), setup.recipe.optimizer, ages=changes)
+    optimizer = make_optimizer(nn.Parameter(torch.zeros(OWN)), setup.recipe.optimizer, entry_steps=changes)
     if changes:  # the same entries again
-        optimizer.carry(nn.Parameter(torch.zeros(OWN)), torch.arange(OWN), torch.ones(OWN, dtype=torch.bool))
+        optimizer.remap_state(
+            nn.Parameter(torch.zeros(OWN)), torch.arange(OWN), torch.ones(OWN, dtype=torch.bool)
+        )
     tensors = [value for value in optimizer.state[optimizer.delta].values() if value.dim()]
     for moment in getattr(optimizer, "moments", {}).values():
         tensors += [moment.code, moment.absmax]

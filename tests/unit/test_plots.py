@@ -7,10 +7,11 @@ import zlib
 
 import pytest
 import torch
+from speft_ds.model.targets import place
 
-from speft_ds.mask import Mask
-from speft_ds.plots import jaccard_picture, mask_heat_map
-from speft_ds.tables import density_table, jaccard_text, place, print_mask_table, short_modules
+from speft_ds.report.plots import jaccard_picture, mask_heat_map
+from speft_ds.report.tables import density_table, jaccard_text, print_mask_table, short_modules
+from speft_ds.sparse.mask import Mask
 
 MODULES = {
     "self_attn.q_proj": (24, 24),
@@ -151,7 +152,7 @@ def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(tmp_path, monkeypatch
     def full(_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("speft_ds.plots.flush_to_disk", full)
+    monkeypatch.setattr("speft_ds.report.plots.flush_to_disk", full)
     with pytest.raises(OSError):
         jaccard_picture(path, ["a", "b"], [[1.0, 0.5], [0.5, 1.0]])
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
@@ -163,7 +164,5 @@ def test_only_equal_masks_show_as_1():
 
 
 def test_matplotlib_is_imported_for_drawing_only():
-    code = (
-        "import sys, speft_ds.plots, speft_ds.commands.compare_masks; sys.exit('matplotlib' in sys.modules)"
-    )
+    code = "import sys, speft_ds.report.plots, speft_ds.cli.commands.compare_masks; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,11 +7,12 @@ from typing import get_args
 import pytest
 import yaml
 
-from speft_ds.ds_config import load_ds_config
+from speft_ds.config.deepspeed_config import load_ds_config
+from speft_ds.config.load_recipe import RECIPES_DIR, for_scoring, list_recipes, load_recipe, resolved_yaml
+from speft_ds.config.mask_config import MaskConfig
+from speft_ds.config.recipe import FIELDS
+from speft_ds.env import expand_path
 from speft_ds.errors import UserError
-from speft_ds.paths import expand_path
-from speft_ds.recipe import RECIPES_DIR, for_scoring, list_recipes, load_recipe, resolved_yaml
-from speft_ds.schema import FIELDS, Mask
 from unit.written import load
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -75,7 +76,7 @@ def test_a_finished_mask_is_not_scored(tmp_path):
 
 
 def test_an_empty_section_is_all_defaults(tmp_path):
-    assert load(tmp_path, "mask:\n").mask == Mask()
+    assert load(tmp_path, "mask:\n").mask == MaskConfig()
 
 
 SALIENCES = [[f"mask.salience={name}"] for name in get_args(FIELDS["mask.salience"].annotation)]

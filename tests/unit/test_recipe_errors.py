@@ -2,8 +2,8 @@
 
 import pytest
 
+from speft_ds.config.load_recipe import load_recipe
 from speft_ds.errors import RecipeError
-from speft_ds.recipe import load_recipe
 from unit.written import refused
 
 pytestmark = pytest.mark.usefixtures("own_folder")

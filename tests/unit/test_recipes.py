@@ -5,13 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+from speft_ds.data.dataset_cache import DatasetSpec
 
+from speft_ds.config.load_recipe import RECIPES_DIR, list_recipes, load_recipe
 from speft_ds.data.formats import Classes, make_example
-from speft_ds.data.request import Request
-from speft_ds.data.sources import is_hub_id, iterate_rows
+from speft_ds.data.readers import is_hub_dataset, iterate_rows
 from speft_ds.errors import RecipeError
-from speft_ds.preflight import check_inputs
-from speft_ds.recipe import RECIPES_DIR, list_recipes, load_recipe
+from speft_ds.jobs.preflight import check_inputs
 
 RECIPES = list_recipes()
 # data set -> a row as it stands there, and the prompt that its recipe makes of it
@@ -58,7 +58,7 @@ def ranks_of(name):
 
 
 def data_set(recipe):
-    return recipe.data.path if is_hub_id(recipe.data.path) else Path(recipe.data.path).name
+    return recipe.data.path if is_hub_dataset(recipe.data.path) else Path(recipe.data.path).name
 
 
 @pytest.fixture
@@ -136,12 +136,12 @@ def test_offline_a_recipe_names_what_is_missing_and_how_to_get_it(name):
     problems = {problem.what: problem for problem in caught.value.problems}
     prepare = "run `speft quickstart --prepare-only`, which makes it"
     expected = {}
-    if is_hub_id(model):
+    if is_hub_dataset(model):
         what = f"the model {model} is not in the hub's cache, and cannot be fetched: offline by choice"
         expected[what] = ["model.name_or_path", f"hf download {model} (a gated", "to a local folder"]
     else:
         expected[f"no model folder {model}"] = ["model.name_or_path", prepare]
-    if is_hub_id(path):
+    if is_hub_dataset(path):
         what = f"the data set {path} is not in the hub's cache, and cannot be fetched: offline by choice"
         expected[what] = [
             "data.path",
@@ -190,7 +190,7 @@ def test_rows_become_the_prompt_that_is_meant(local, name):
     assert example.turns[0]["content"] == prompts[source.chat_template]
     assert example.is_chat == source.chat_template
     assert example.label == 1 if classify else example.turns[1]["content"] == "3"
-    assert Request(recipe.data, recipe.model.name_or_path, classify, recipe.seed).key()
+    assert DatasetSpec(recipe.data, recipe.model.name_or_path, classify, recipe.seed).key()
 
 
 def test_rows_without_a_response_are_left_out_where_the_data_set_has_some():

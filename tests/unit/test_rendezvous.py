@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 
-from speft_ds import rendezvous
+from speft_ds import env
 
 KEYS = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"]
 # Of the second task on the second node of `srun --nodes 2`, three tasks in all; Slurm's manual has the rest.
@@ -35,9 +35,9 @@ NOWHERE = {"PATH": "/nowhere"}
 def settled(environment):
     """Rank, ranks, rank and ranks on the node, address and port, as an environment says."""
     with mock.patch.dict(os.environ, NOWHERE | environment, clear=True):
-        rendezvous.settle()
-        assert rendezvous.rank() == int(os.environ["RANK"])
-        assert rendezvous.world_size() == int(os.environ["WORLD_SIZE"])
+        env.init_env()
+        assert env.rank() == int(os.environ["RANK"])
+        assert env.world_size() == int(os.environ["WORLD_SIZE"])
         return [os.environ[key] for key in KEYS]
 
 
@@ -49,7 +49,7 @@ def test_a_process_that_nobody_launched_is_a_group_of_one():
     *others, port = settled({})
     assert others == ["0", "1", "0", "1", "127.0.0.1"] and int(port) > 1023
     with mock.patch.dict(os.environ, clear=True):
-        assert (rendezvous.rank(), rendezvous.world_size()) == (0, 1)
+        assert (env.rank(), env.world_size()) == (0, 1)
 
 
 def test_what_deepspeed_says_is_left_alone():
@@ -94,7 +94,7 @@ def test_the_ranks_of_a_node_are_as_many_as_the_node_has():
     ("text", "counts"), [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,2(x2),10(x1)", [1, 2, 2, 10])]
 )
 def test_counts_of_tasks(text, counts):
-    assert rendezvous.tasks_by_node(text) == counts
+    assert env.tasks_per_node(text) == counts
 
 
 def test_a_batch_script_without_srun_is_one_process():

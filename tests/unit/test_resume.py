@@ -4,10 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from speft_ds.checkpoint.folder import folder_of
 from speft_ds.errors import UserError
-from speft_ds.resume import IF_ANY, NEWEST, Resume, Start, find_start, recipe_to_resume, way_on
-from speft_ds.run_folder import start_folder, write_facts
+from speft_ds.training.checkpoint.folder import folder_of
+from speft_ds.training.checkpoint.resume import (
+    IF_ANY,
+    NEWEST,
+    Resume,
+    Start,
+    find_start,
+    recipe_to_resume,
+    resume_hint,
+)
+from speft_ds.training.run_dir import start_folder, write_facts
 from unit.saved import flip, save, unmark, write_parts
 from unit.written import load
 
@@ -242,10 +250,10 @@ def test_without_a_path_or_a_recipe_no_run_is_named(asked):
 
 def test_the_way_on_after_a_failure(tmp_path):
     folder = make_run(load(tmp_path))
-    assert way_on(folder) == "there is no checkpoint yet: start again with --resume auto"
+    assert resume_hint(folder) == "there is no checkpoint yet: start again with --resume auto"
     save(folder, 10)
     unmark(save(folder, 20))
     assert (
-        way_on(folder)
+        resume_hint(folder)
         == f"the last whole checkpoint is {folder_of(folder, 10)}; go on with: --resume {folder}"
     )

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from speft_ds import entry
-from speft_ds.arguments import parse_arguments
-from speft_ds.checkpoint.folder import folder_of
-from speft_ds.recipe import ROOT, load_recipe
-from speft_ds.resume import IF_ANY, NEWEST, Start
-from speft_ds.run_folder import start_folder, write_facts
+from speft_ds.cli import launch
+from speft_ds.cli.arguments import parse_arguments
+from speft_ds.config.load_recipe import ROOT, load_recipe
+from speft_ds.training.checkpoint.folder import folder_of
+from speft_ds.training.checkpoint.resume import IF_ANY, NEWEST, Start
+from speft_ds.training.run_dir import start_folder, write_facts
 from unit.saved import flip, save, unmark
 from unit.written import write_inputs
 
@@ -117,7 +117,7 @@ def test_nothing_is_resumed_when_masks_are_scored(monkeypatch, capsys):
 
 def start_of(monkeypatch, *arguments, num_ranks=1):
     monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
-    return entry.checked_start("train", parsed(monkeypatch, *arguments))
+    return launch.checked_start("train", parsed(monkeypatch, *arguments))
 
 
 def test_the_start_is_what_the_command_line_says(monkeypatch):

@@ -6,16 +6,17 @@ import shlex
 from pathlib import Path
 
 import pytest
+from speft_ds.config.train_config import TrainConfig
 
+from speft_ds.config.load_recipe import load_recipe
+from speft_ds.config.recipe import FIELDS
 from speft_ds.errors import UserError
-from speft_ds.recipe import load_recipe
-from speft_ds.resume import FREE, WITH_CONSENT, check_unchanged, fit_micro_batch
-from speft_ds.schema import FIELDS, Train
+from speft_ds.training.checkpoint.resume import NEEDS_FLAG, SAFE_TO_CHANGE, check_unchanged, fit_micro_batch
 from unit.written import load
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 WHERE = Path("runs/mine/checkpoints/step_000010")
-OTHERS = sorted(FIELDS.keys() - FREE - WITH_CONSENT)
+OTHERS = sorted(FIELDS.keys() - SAFE_TO_CHANGE - NEEDS_FLAG)
 
 
 def recorded(recipe):
@@ -64,14 +65,14 @@ def test_the_same_recipe_is_unchanged(tmp_path, capsys):
 
 
 def test_every_key_is_of_one_kind():
-    assert not FREE & WITH_CONSENT and FIELDS.keys() >= FREE | WITH_CONSENT
+    assert not SAFE_TO_CHANGE & NEEDS_FLAG and FIELDS.keys() >= SAFE_TO_CHANGE | NEEDS_FLAG
     # What learning depends on needs another run.
     for key in ("seed", "model.dtype", "train.global_batch", "train.steps", "optimizer.lr", "mask.density"):
         assert key in OTHERS
     assert not [key for key in OTHERS if key.startswith("eval.")]
 
 
-@pytest.mark.parametrize("key", sorted(FREE - {"output_dir"}))
+@pytest.mark.parametrize("key", sorted(SAFE_TO_CHANGE - {"output_dir"}))
 def test_a_free_key_may_change_and_is_noted(tmp_path, capsys, key):
     now = load(tmp_path)
     check_unchanged(with_value(recorded(now), key, "before"), now, (), WHERE)
@@ -85,7 +86,7 @@ def test_another_run_folder_goes_without_saying(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("key", sorted(WITH_CONSENT))
+@pytest.mark.parametrize("key", sorted(NEEDS_FLAG))
 def test_a_harmless_key_changes_only_with_consent(tmp_path, capsys, key):
     now = load(tmp_path)
     before = with_value(recorded(now), key, "before")
@@ -192,7 +193,7 @@ def test_the_micro_batch_fits_any_number_of_ranks_that_share_the_batch(tmp_path)
     recipe = load(tmp_path)
     for batch in range(1, 25):
         for micro in [m for m in range(1, batch + 1) if batch % m == 0]:
-            train = Train(global_batch=batch, micro_batch=micro)
+            train = TrainConfig(global_batch=batch, micro_batch=micro)
             given = recipe.model_copy(update={"train": train})
             for world_size in range(1, 13):
                 fitted = fit_micro_batch(given, world_size)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from speft_ds.config.load_recipe import load_recipe
 from speft_ds.errors import UserError
-from speft_ds.recipe import load_recipe
-from speft_ds.run_folder import (
+from speft_ds.training.run_dir import (
     check_output_dir,
     copy_scores,
     has_files,

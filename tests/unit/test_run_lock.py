@@ -9,15 +9,15 @@ import threading
 import pytest
 from limits import HANG_S
 
-from speft_ds import run_folder
+from speft_ds.config.load_recipe import ROOT
 from speft_ds.errors import UserError
-from speft_ds.recipe import ROOT
-from speft_ds.run_folder import Lock, wait_for_lock
+from speft_ds.training import run_dir
+from speft_ds.training.run_dir import Lock, wait_for_lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from speft_ds.run_folder import Lock
+from speft_ds.training.run_dir import Lock
 lock = Lock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(3600)
@@ -38,7 +38,7 @@ def holder(tmp_path):
 
 @pytest.mark.parametrize("take", [Lock, wait_for_lock])
 def test_two_runs_do_not_write_to_one_folder(tmp_path, holder, monkeypatch, capsys, take):
-    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr(run_dir, "LOCK_WAIT_S", 0.2)
     with pytest.raises(UserError) as caught:
         take(tmp_path / "run")
     assert caught.value.what == f"another run is writing to {tmp_path / 'run'}"
@@ -55,7 +55,7 @@ def test_a_killed_run_holds_nothing(tmp_path, holder, take):
 
 @pytest.mark.parametrize("take", [Lock, wait_for_lock])
 def test_a_run_that_is_just_ending_is_waited_for(tmp_path, holder, monkeypatch, capsys, take):
-    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", HANG_S)
+    monkeypatch.setattr(run_dir, "LOCK_WAIT_S", HANG_S)
     monkeypatch.setenv("RANK", "1")  # only rank 0 speaks
     threading.Timer(0.3, holder.kill).start()
     take(tmp_path / "run")
@@ -63,7 +63,7 @@ def test_a_run_that_is_just_ending_is_waited_for(tmp_path, holder, monkeypatch, 
 
 
 def test_those_who_wait_do_not_hinder_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr(run_dir, "LOCK_WAIT_S", 0.2)
     wait_for_lock(tmp_path / "run")  # of a folder that is not there
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()

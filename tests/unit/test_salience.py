@@ -8,15 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from speft_ds.config.mask_config import NEEDS_DATA, MaskConfig
 from speft_ds.errors import UserError
-from speft_ds.salience import SALIENCE, low_rank, low_rank_shards, uniform
-from speft_ds.schema import NEEDS_DATA, Mask
+from speft_ds.selection.salience import SALIENCE, low_rank, low_rank_shards, uniform
 
 CPU = torch.device("cpu")
 
 
 def test_every_metric_of_the_schema_is_there():
-    assert set(SALIENCE) == set(get_args(Mask.model_fields["salience"].annotation))
+    assert set(SALIENCE) == set(get_args(MaskConfig.model_fields["salience"].annotation))
     assert set(SALIENCE) > NEEDS_DATA
 
 

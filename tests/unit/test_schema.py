@@ -5,9 +5,11 @@ from typing import get_args
 
 import pytest
 from rich.console import Console
+from speft_ds.config.train_config import TrainConfig
 
-from speft_ds.commands.schema import as_text, entries, print_reference, rules, takes
-from speft_ds.schema import FIELDS, NEEDS_DATA, SECTIONS, Mask, Train
+from speft_ds.cli.commands.schema_reference import as_text, entries, print_reference, rules, takes
+from speft_ds.config.mask_config import NEEDS_DATA, MaskConfig
+from speft_ds.config.recipe import FIELDS, SECTIONS
 from unit.snapshot import check_snapshot
 from unit.written import load, refused
 
@@ -19,13 +21,13 @@ def test_num_trainable_switches_the_default_density_off(tmp_path):
     assert (mask.density, mask.num_trainable) == (None, 100)
     mask = load(tmp_path, "mask: {density: 0.1}", "mask.num_trainable=100", "mask.density=null").mask
     assert (mask.density, mask.num_trainable) == (None, 100)
-    assert Mask(num_trainable=5).density is None
+    assert MaskConfig(num_trainable=5).density is None
 
 
 def test_steps_switch_the_default_epochs_off(tmp_path):
     assert (load(tmp_path).train.steps, load(tmp_path).train.epochs) == (None, 1.0)
     assert load(tmp_path, "", "train.steps=9").train.epochs is None
-    assert Train(steps=5).epochs is None
+    assert TrainConfig(steps=5).epochs is None
 
 
 @pytest.mark.parametrize(

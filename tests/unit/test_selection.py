@@ -9,16 +9,10 @@ from distributed.selection_checks import cut, shares
 from hypothesis import given
 from hypothesis import strategies as st
 
+from speft_ds.config.mask_config import MaskConfig
 from speft_ds.errors import UserError
-from speft_ds.radix import sortable_key
-from speft_ds.schema import Mask
-from speft_ds.selection import (
-    _overlap,
-    budget_counts,
-    entries_wanted,
-    least_wanted,
-    top_of_rows,
-)
+from speft_ds.selection.radix import sortable_key
+from speft_ds.selection.topk import _overlap, budget_counts, min_trainable, num_trainable, top_of_rows
 
 SHAPE = st.tuples(st.integers(1, 40), st.integers(1, 40))
 SHAPES = st.lists(SHAPE, min_size=1, max_size=5).map(lambda s: {f"w{i}": shape for i, shape in enumerate(s)})
@@ -36,16 +30,16 @@ def test_a_density_is_one_of_the_targeted_weights(shapes, density):
     total = sum(numel(shapes).values())
     if round(density * total) == 0:
         with pytest.raises(UserError, match="comes to 0 entries"):
-            entries_wanted(Mask(density=density), shapes)
+            num_trainable(MaskConfig(density=density), shapes)
     else:
-        assert entries_wanted(Mask(density=density), shapes) == round(density * total)
+        assert num_trainable(MaskConfig(density=density), shapes) == round(density * total)
 
 
 def test_more_entries_than_there_are_is_refused():
     shapes = {"a": (3, 4), "b": (1, 5)}
-    assert entries_wanted(Mask(num_trainable=17), shapes) == 17
+    assert num_trainable(MaskConfig(num_trainable=17), shapes) == 17
     with pytest.raises(UserError, match="18 entries are asked for, the targeted weights have 17"):
-        entries_wanted(Mask(num_trainable=18), shapes)
+        num_trainable(MaskConfig(num_trainable=18), shapes)
 
 
 @pytest.mark.parametrize(
@@ -63,17 +57,17 @@ def test_more_entries_than_there_are_is_refused():
 def test_too_few_for_all_parts_is_refused(choice, least, part):
     """Any unit; a unit of `small`, which has 410 of the 4,410 entries; more than half an entry of 82."""
     shapes = {"large": (40, 100), "small": (5, 82)}
-    mask = Mask(**choice)
+    mask = MaskConfig(**choice)
     with pytest.raises(UserError) as caught:
-        entries_wanted(mask, shapes)
+        num_trainable(mask, shapes)
     message, total = str(caught.value), 4410
     given = choice.get("num_trainable", round(choice.get("density", 0) * total))
     assert f"comes to {given:,} entries, too few to give {part} anything" in message
     assert f"mask.granularity={mask.granularity}, mask.budget={mask.budget}" in message
     assert f"mask.num_trainable={least} at least" in message
     assert ("where: mask.density" in message) == ("density" in choice)
-    changed = Mask(**{**choice, "density": None, "num_trainable": least})
-    assert entries_wanted(changed, shapes) == least
+    changed = MaskConfig(**{**choice, "density": None, "num_trainable": least})
+    assert num_trainable(changed, shapes) == least
 
 
 @given(SHAPES, UNITS, BUDGETS, st.integers(2, 50))
@@ -81,7 +75,7 @@ def test_the_least_gives_every_part_something_and_one_less_does_not(shapes, gran
     if budget == "per_row":
         granularity = "element"
     size = {"block_size": block_size} if granularity == "block" else {}
-    least = least_wanted(Mask(granularity=granularity, budget=budget, **size), shapes)
+    least = min_trainable(MaskConfig(granularity=granularity, budget=budget, **size), shapes)
     total = sum(numel(shapes).values())
     largest = {name: max(map(len, cut(shape, granularity, block_size))) for name, shape in shapes.items()}
     if budget == "global":

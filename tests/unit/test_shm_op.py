@@ -7,8 +7,8 @@ import time
 import pytest
 from limits import HANG_S
 
-from speft_ds import shm_op
-from speft_ds.shm_op import lock_age_s, wait_for_build
+from speft_ds.comm import deepspeed_shm
+from speft_ds.comm.deepspeed_shm import lock_age_s, wait_for_build
 
 
 @pytest.fixture
@@ -41,8 +41,10 @@ def test_a_lock_that_was_left_behind_is_removed_and_said_once(lock, capsys):
 
 
 def test_the_wait_for_a_lock_that_may_be_alive_ends(lock, capsys, monkeypatch):
-    ages, there = iter([61.0, 61.5, 62.0, 62.5]), shm_op.lock_age_s
-    monkeypatch.setattr(shm_op, "lock_age_s", lambda folder: None if there(folder) is None else next(ages))
+    ages, there = iter([61.0, 61.5, 62.0, 62.5]), deepspeed_shm.lock_age_s
+    monkeypatch.setattr(
+        deepspeed_shm, "lock_age_s", lambda folder: None if there(folder) is None else next(ages)
+    )
     wait_for_build(lock.parent, stale_s=62)
     out = capsys.readouterr().out
     assert out.startswith("waiting for a build") and "note: removed" in out and not lock.exists()

@@ -6,8 +6,8 @@ import re
 import pytest
 import yaml
 
-from speft_ds.commands.show import annotated_yaml
-from speft_ds.recipe import RECIPES_DIR, load_recipe, resolved_yaml
+from speft_ds.cli.commands.show_recipe import annotated_yaml
+from speft_ds.config.load_recipe import RECIPES_DIR, load_recipe, resolved_yaml
 from unit.commands import speft
 from unit.written import MINIMAL, load
 

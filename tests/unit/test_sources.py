@@ -8,9 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from speft_ds.data.sources import is_hub_id, iterate_file, iterate_rows, kind_of
+from speft_ds.config.data_config import DataConfig
+from speft_ds.data.readers import is_hub_dataset, iterate_file, iterate_rows, kind_of
 from speft_ds.errors import UserError
-from speft_ds.schema import Data
 
 KINDS = ("json", "jsonl", "csv", "parquet")
 COMPRESSIONS = ("", ".gz", ".zst")
@@ -56,7 +56,7 @@ def refused(path):
 
 
 def source(path, **data):
-    return Data(path=str(path), **data).sources[0]
+    return DataConfig(path=str(path), **data).sources[0]
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -200,7 +200,7 @@ def test_what_can_only_be_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "here").mkdir()
-    assert is_hub_id("owner/name") and is_hub_id("owner/name.v2")
+    assert is_hub_dataset("owner/name") and is_hub_dataset("owner/name.v2")
     for path in (
         "owner/here",
         "/owner/name",
@@ -210,7 +210,7 @@ def test_what_can_only_be_on_the_hub(tmp_path, monkeypatch):
         "a/b/c",
         "owner/x.csv.gz",
     ):
-        assert not is_hub_id(path)
+        assert not is_hub_dataset(path)
 
 
 # Folders

@@ -10,8 +10,8 @@ import time
 import pytest
 from limits import HANG_S
 
-from speft_ds.recipe import ROOT
-from speft_ds.stop import EXIT_CTRL_C
+from speft_ds.comm.signals import EXIT_CTRL_C
+from speft_ds.config.load_recipe import ROOT
 
 # A rank: says its id and whether it has a launcher, then what it was asked, and lives on until it is killed.
 RANK = """

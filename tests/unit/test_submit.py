@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from speft_ds.commands import submit as module
-from speft_ds.commands.submit import Resources, Run, submit
+from speft_ds.cli.commands import submit as module
+from speft_ds.cli.commands.submit import Resources, Run, submit
+from speft_ds.config.load_recipe import ROOT, load_recipe, resolved_yaml
 from speft_ds.errors import RecipeError, UserError
-from speft_ds.recipe import ROOT, load_recipe, resolved_yaml
 from unit.commands import run, speft
 from unit.written import write_inputs
 
@@ -168,7 +168,7 @@ def test_options_of_the_command_line(monkeypatch):
 
 
 def test_it_imports_no_torch():
-    code = "import sys, speft_ds.commands.submit; sys.exit('torch' in sys.modules)"
+    code = "import sys, speft_ds.cli.commands.submit; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

@@ -2,15 +2,16 @@
 
 import pytest
 
-from speft_ds.data.templates import CHAT, PLAIN, fields_of, fill
+from speft_ds.config.data_config import template_fields
+from speft_ds.data.formats import CHAT, PLAIN, fill
 from speft_ds.errors import UserError
 
 
 def test_the_fields_of_a_template_are_named_once_and_in_order():
-    assert fields_of("Q: {question}\nA: {answer} {question}") == ["question", "answer"]
-    assert fields_of("no field, {{braces}} and a {{") == []
-    assert fields_of("{class} {ergebnis_\u00e4}") == ["class", "ergebnis_\u00e4"]
-    assert fields_of("") == []
+    assert template_fields("Q: {question}\nA: {answer} {question}") == ["question", "answer"]
+    assert template_fields("no field, {{braces}} and a {{") == []
+    assert template_fields("{class} {ergebnis_\u00e4}") == ["class", "ergebnis_\u00e4"]
+    assert template_fields("") == []
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_the_fields_of_a_template_are_named_once_and_in_order():
 )
 def test_a_template_that_is_no_text_with_names_is_refused(template, what):
     with pytest.raises(UserError) as caught:
-        fields_of(template)
+        template_fields(template)
     assert what in caught.value.what and "write {{ for a brace" in caught.value.fix
 
 
@@ -44,4 +45,4 @@ def test_the_built_in_templates():
     with_input, without = (fill(t, {"instruction": "DO", "input": "WITH"}) for t in PLAIN["alpaca"])
     assert with_input.endswith(f"completes the request.\n\n{plain}")
     assert without.endswith("completes the request.\n\n### Instruction:\nDO\n\n### Response:\n")
-    assert [fields_of(t) for t in CHAT["alpaca"]] == [["instruction", "input"], ["instruction"]]
+    assert [template_fields(t) for t in CHAT["alpaca"]] == [["instruction", "input"], ["instruction"]]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from speft_ds.granularity import Units
-from speft_ds.kernels.element import ElementGradient
-from speft_ds.kernels.tiles import BlockGradient, ColumnGradient, RowGradient, is_tiled, make_tiled
+from speft_ds.sparse.kernels.element import ElementGradient
+from speft_ds.sparse.kernels.tiled import BlockGradient, ColumnGradient, RowGradient, is_tiled, make_tiled
+from speft_ds.sparse.tiles import Tiles
 from unit import triton_checks
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -128,7 +128,7 @@ def test_pays_by_how_much_is_moved():
     sparse, dense = choose(shape, 0.001), choose(shape, 0.01)
     assert ElementGradient(sparse, shape).pays and not ElementGradient(dense, shape).pays
     assert ElementGradient(crowded(shape, 100), shape).pays  # as many entries as the dense one
-    units = Units.of("block", 16, shape)
+    units = Tiles.of("block", 16, shape)
     for every, pays in [(100, True), (2, False)]:
         assert (
             BlockGradient(units.entries(torch.arange(0, units.num_units, every)), shape, units).pays == pays
@@ -169,7 +169,7 @@ def test_the_transposed_copy_is_padded_with_zeros(interpreter, shape, dtype):
 
 def units_of(granularity, size, shape, count, seed=0):
     """Units of a weight, and the sorted flat indices of `count` of them, the last one included."""
-    units = Units.of(granularity, size, shape)
+    units = Tiles.of(granularity, size, shape)
     others = torch.randperm(units.num_units - 1, generator=torch.Generator().manual_seed(seed))[: count - 1]
     return units, units.entries(torch.cat([others, torch.tensor([units.num_units - 1])]))
 
@@ -217,15 +217,15 @@ def test_an_index_is_tiled_if_each_unit_is_whole():
     assert is_tiled(index, units)
     assert not is_tiled(index[1:], units)
     assert not is_tiled(torch.cat([index, torch.tensor([0])]).unique()[:-1], units)
-    assert is_tiled(index, Units.of("element", 0, (10, 11)))
-    assert not is_tiled(index, Units.of("row", 0, (10, 11)))
+    assert is_tiled(index, Tiles.of("element", 0, (10, 11)))
+    assert not is_tiled(index, Tiles.of("row", 0, (10, 11)))
 
 
 def test_triton_is_imported_only_for_a_gradient():
     code = """if True:
         import sys
-        import speft_ds.kernels.element, speft_ds.kernels.tiles, speft_ds.sparse
-        speft_ds.kernels.element.is_available()
+        import speft_ds.sparse.kernels.element, speft_ds.sparse.kernels.tiled, speft_ds.sparse.state
+        speft_ds.sparse.kernels.element.is_available()
         assert "triton" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,7 +2,7 @@
 
 import tiny
 
-from speft_ds.commands.validate import validate
+from speft_ds.cli.commands.validate import validate
 from unit.written import load
 
 

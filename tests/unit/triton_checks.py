@@ -7,13 +7,13 @@ from functools import partial
 import numpy as np
 import torch
 
-from speft_ds.granularity import Units
-from speft_ds.kernels import element, launch, tiles
+from speft_ds.sparse.kernels import element, launch, tiled
+from speft_ds.sparse.tiles import Tiles
 
 
 def is_interpreted() -> bool:
     """Whether programs run in Triton's interpreter."""
-    from speft_ds.kernels import programs
+    from speft_ds.sparse.kernels import programs
 
     _teach_bfloat16()
     return type(programs.slot_products).__name__ == "InterpretedFunction"
@@ -58,7 +58,7 @@ def gradient(
             backend = element.ElementGradient(index, shape)
             facts = {"rows": backend.slots.rows, "segments": backend.slots.segment_group.numel()}
         else:
-            backend = tiles.BlockGradient(index, shape, Units.of("block", block, shape))
+            backend = tiled.BlockGradient(index, shape, Tiles.of("block", block, shape))
             facts = {"rows": backend.rows, "segments": backend.segments.shape[0]}
         tokens = x.reshape(-1, shape[1]).shape[0]
         facts["splits"], _ = launch.split_tokens(tokens, shape[1], dtype.itemsize, index.numel())
@@ -98,7 +98,7 @@ def compile_for(capability: int, dtype: str) -> dict[str, str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from speft_ds.kernels import programs
+    from speft_ds.sparse.kernels import programs
 
     assert not is_interpreted()
     target = GPUTarget("cuda", capability, 32)
@@ -124,7 +124,7 @@ def compile_for(capability: int, dtype: str) -> dict[str, str]:
         for rows in element.GROUP_ROWS
     }
     block = partial(ptx, programs.block_products, ROW_ALIGN=16, **constants)
-    for rows in (16, tiles.MOST_ROWS):
+    for rows in (16, tiled.MOST_ROWS):
         compiled[f"block_products {rows}"] = block(ROWS=rows, WIDTH=rows, COLUMN_ALIGN=16)
     compiled["transpose_tile"] = ptx(programs.transpose_tile, TOKENS=launch.TOKENS, FEATURES=launch.TOKENS)
     compiled["sum_splits"] = ptx(programs.sum_splits, ORDERED=True, BLOCK=launch.SUM_BLOCK)

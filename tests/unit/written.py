@@ -2,8 +2,8 @@
 
 import pytest
 
+from speft_ds.config.load_recipe import load_recipe
 from speft_ds.errors import RecipeError
-from speft_ds.recipe import load_recipe
 
 MINIMAL = "model:\n  name_or_path: owner/name\ndata:\n  path: rows.jsonl\n"  # four lines; tests append
 

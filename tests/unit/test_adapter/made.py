@@ -1,10 +1,11 @@
 """Adapters with random entries for small models, and what they make of a weight, computed densely."""
 
 import torch
+from speft_ds.model.fingerprint import fingerprint
+from speft_ds.model.targets import find_targets
 from transformers import AutoModelForCausalLM
 
 from speft_ds.adapter.format import Adapter, write_adapter
-from speft_ds.model import find_targets, fingerprint
 
 
 def load(folder, dtype=torch.float32):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from speft_ds.model.fingerprint import fingerprint
 from transformers import AutoModelForSequenceClassification
 
 import speft_ds
 from speft_ds import apply_adapter, remove_adapter, switch_adapter
 from speft_ds.adapter.format import write_adapter
 from speft_ds.errors import UserError
-from speft_ds.model import fingerprint
 from unit.test_adapter.made import assert_same, load, make_adapter, trained, values
 
 NAME = "model.layers.1.mlp.up_proj.weight"

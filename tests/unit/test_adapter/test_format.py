@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from speft_ds.model.fingerprint import fingerprint
 
 from speft_ds.adapter.format import Adapter, write_adapter
 from speft_ds.adapter.gaps import decode_gaps, encode_gaps
 from speft_ds.errors import UserError
-from speft_ds.model import fingerprint
 from unit.test_adapter.made import load
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "adapter_format.md"

@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from speft_ds.model.fingerprint import fingerprint
 from transformers import AutoModelForSequenceClassification
 
 from speft_ds import apply_adapter
 from speft_ds.adapter.export_peft import export_peft, find_sparsity, peft_count, summands_for
 from speft_ds.adapter.format import Adapter, write_adapter
 from speft_ds.errors import UserError
-from speft_ds.model import fingerprint
 from unit.test_adapter.made import assert_same, load, make_adapter, values
 
 needs_peft = pytest.mark.skipif(

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from speft_ds.sparse.layout import Layout
 
 from speft_ds.adapter.save import entries_of
-from speft_ds.partition import Layout, shard_range
+from speft_ds.zero.shards import shard_range
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

@@ -8,7 +8,7 @@ import torch
 
 from speft_ds.adapter.compress import METHODS, compress
 from speft_ds.adapter.format import Adapter
-from speft_ds.data.order import hash_seed
+from speft_ds.data.sampler import hash_seed
 from speft_ds.errors import UserError
 from unit.test_adapter_tools.made import SHAPES, UP, Q, equal, flat, matrices, read, write
 

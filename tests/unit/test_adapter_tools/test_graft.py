@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+from speft_ds.model.fingerprint import fingerprint
+from speft_ds.model.targets import find_targets
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import speft_ds
 from speft_ds.adapter.format import Adapter
 from speft_ds.adapter.graft import graft
 from speft_ds.errors import UserError
-from speft_ds.model import find_targets, fingerprint
 from unit.test_adapter_tools.made import read
 
 

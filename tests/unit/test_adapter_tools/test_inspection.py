@@ -7,7 +7,7 @@ import torch
 
 from speft_ds.adapter.format import Adapter
 from speft_ds.adapter.inspection import counts, inspect
-from speft_ds.tables import density_table
+from speft_ds.report.tables import density_table
 from unit.test_adapter_tools.made import SHAPES, UP1, flat, matrices, write
 
 

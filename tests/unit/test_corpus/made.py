@@ -4,19 +4,18 @@ import json
 from itertools import pairwise
 
 import tiny
+from speft_ds.data.dataset_cache import DatasetSpec, prepare
 
-from speft_ds.data.prepare import prepare
-from speft_ds.data.request import Request
-from speft_ds.schema import Data
+from speft_ds.config.data_config import DataConfig
 
 
 def make(data, model, load=tiny.make_tokenizer, say=lambda line: None, **options):
-    return prepare(Request(data, model, **options), load, say)
+    return prepare(DatasetSpec(data, model, **options), load, say)
 
 
 def plain(path, **data):
     """A data section without a chat template: one token a byte, and one for the end."""
-    return Data(path=str(path), chat_template=False, **data)
+    return DataConfig(path=str(path), chat_template=False, **data)
 
 
 def write(path, rows):

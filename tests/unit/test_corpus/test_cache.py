@@ -8,10 +8,10 @@ import pytest
 import tiny
 from limits import HANG_S
 
-from speft_ds.data.corpus import Corpus
+from speft_ds.config.data_config import DataConfig
+from speft_ds.config.load_recipe import ROOT
+from speft_ds.data.dataset import TokenizedDataset
 from speft_ds.errors import UserError
-from speft_ds.recipe import ROOT
-from speft_ds.schema import Data
 from unit.test_corpus.made import make
 
 
@@ -21,9 +21,9 @@ def refuse():
 
 def test_a_second_start_tokenises_nothing(path, model, cache):
     lines = []
-    first = make(Data(path=str(path)), model, say=lines.append)
+    first = make(DataConfig(path=str(path)), model, say=lines.append)
     assert lines == [f"tokenising {path}"]
-    second = make(Data(path=str(path)), model, load=refuse, say=lines.append)
+    second = make(DataConfig(path=str(path)), model, load=refuse, say=lines.append)
     assert list(second) == list(first) and second.facts == first.facts and len(lines) == 1
     assert [file.name for file in cache.glob("*.safetensors")] == [first.path.name]
     assert not list(cache.glob("*.tmp"))
@@ -31,13 +31,13 @@ def test_a_second_start_tokenises_nothing(path, model, cache):
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other"])
 def test_a_damaged_corpus_is_made_anew(path, model, damage):
-    first = make(Data(path=str(path)), model)
+    first = make(DataConfig(path=str(path)), model)
     rows = list(first)
     whole = first.path.read_bytes()
     first.path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "other": b"x" * 1000}[damage])
     with pytest.raises(UserError, match="not readable"):
-        Corpus(first.path)
-    second = make(Data(path=str(path)), model)
+        TokenizedDataset(first.path)
+    second = make(DataConfig(path=str(path)), model)
     assert second.path == first.path and list(second) == rows and second.path.read_bytes() == whole
 
 
@@ -45,30 +45,30 @@ def test_a_cache_that_cannot_be_written(tmp_path, path, model, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPEFT_DS_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"(?s)cannot write the tokenised rows.*set SPEFT_DS_CACHE"):
-        make(Data(path=str(path)), model)
+        make(DataConfig(path=str(path)), model)
 
 
 def test_a_full_disk_leaves_nothing_behind(path, model, monkeypatch, cache):
-    from speft_ds import tensor_files
+    from speft_ds import io
 
     def save_file(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tensor_files, "save_file", save_file)
+    monkeypatch.setattr(io, "save_file", save_file)
     with pytest.raises(UserError, match=r"(?s)No space left.*set SPEFT_DS_CACHE"):
-        make(Data(path=str(path)), model)
+        make(DataConfig(path=str(path)), model)
     assert [file.suffix for file in cache.iterdir()] in ([], [".lock"])
 
 
 def test_a_cache_that_somebody_else_filled_need_not_be_writable(path, model, monkeypatch):
-    first = make(Data(path=str(path)), model)
+    first = make(DataConfig(path=str(path)), model)
 
     def lock(path):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("filelock.FileLock", lock)
-    assert list(make(Data(path=str(path)), model, load=refuse)) == list(first)
+    assert list(make(DataConfig(path=str(path)), model, load=refuse)) == list(first)
 
 
 def start(cache, code, *arguments):
@@ -85,10 +85,10 @@ RACE = """
 import sys, time
 from pathlib import Path
 import tiny
-from speft_ds.recipe import ROOT
-from speft_ds.data.prepare import prepare
-from speft_ds.data.request import Request
-from speft_ds.schema import Data
+from speft_ds.config.load_recipe import ROOT
+from speft_ds.data.dataset import prepare
+from speft_ds.data.dataset import Request
+from speft_ds.config.recipes_package import Data
 path, model, folder, me = sys.argv[1:]
 tokenizer = tiny.make_tokenizer()
 (Path(folder) / me).touch()
@@ -116,14 +116,14 @@ def test_two_processes_that_want_one_corpus_make_it_once(tmp_path, path, model, 
 
 CACHED = """
 import sys
-from speft_ds.data.prepare import prepare
-from speft_ds.data.request import Request
-from speft_ds.schema import Data
+from speft_ds.data.dataset import prepare
+from speft_ds.data.dataset import Request
+from speft_ds.config.recipes_package import Data
 corpus = prepare(Request(Data(path=sys.argv[1]), sys.argv[2]), None)
 print(len(list(corpus)), sorted({"torch", "transformers", "datasets"} & set(sys.modules)))
 """
 
 
 def test_a_cached_corpus_is_opened_without_torch(path, model, cache):
-    make(Data(path=str(path)), model)
+    make(DataConfig(path=str(path)), model)
     assert start(cache, CACHED, path, model).communicate(timeout=HANG_S)[0] == "30 []\n"

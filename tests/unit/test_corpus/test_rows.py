@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import tiny
 
-from speft_ds.data.rows import Row
+from speft_ds.config.data_config import Columns, DataConfig, Source
+from speft_ds.data.dataset import Row
 from speft_ds.errors import UserError
-from speft_ds.schema import Columns, Data, Source
 from unit.test_corpus.made import make, pairs, plain, shown, write
 from unit.test_packing import naive
 
 
 def test_rows_are_those_tokenised_by_hand(path, model):
-    corpus = make(Data(path=str(path)), model)
+    corpus = make(DataConfig(path=str(path)), model)
     rows = tiny.read_rows(path)
     assert list(corpus) == rows and len(corpus) == corpus.num_rows == 30
     assert list(corpus.rows()) == rows and [corpus[n] for n in (17, 3, 29)] == [rows[n] for n in (17, 3, 29)]
@@ -25,7 +25,7 @@ def test_rows_are_those_tokenised_by_hand(path, model):
 
 
 def test_packs_hold_every_row_once(path, model):
-    corpus = make(Data(path=str(path), packing=True, max_length=64), model)
+    corpus = make(DataConfig(path=str(path), packing=True, max_length=64), model)
     rows = tiny.read_rows(path)
     packs = naive([len(row.ids) for row in rows], 64)
     assert corpus.is_packed and len(corpus) == len(packs) < 30 and corpus.num_rows == 30
@@ -48,12 +48,12 @@ def test_a_mixture_keeps_its_sources_apart(tmp_path, path, model):
     )
     columns = Columns(prompt="q", response="a")
     mixture = [Source(path=str(path)), Source(path=str(other), columns=columns, chat_template=False)]
-    corpus = make(Data(mixture=mixture, empty_rows="drop"), model)
+    corpus = make(DataConfig(mixture=mixture, empty_rows="drop"), model)
     assert corpus.sizes == corpus.row_sizes == (30, 2)
     assert list(corpus)[:30] == tiny.read_rows(path) and shown(corpus)[30:] == ["a|b</s>|", "c|d</s>|"]
     assert [counts["rows"] for counts in corpus.facts["sources"]] == [30, 3]
     assert [counts["empty, left out"] for counts in corpus.facts["sources"]] == [0, 1]
-    packed = make(Data(mixture=mixture, empty_rows="drop", packing=True, max_length=64), model)
+    packed = make(DataConfig(mixture=mixture, empty_rows="drop", packing=True, max_length=64), model)
     assert packed.row_sizes == (30, 2) and packed.sizes[1] == 1 and sum(packed.sizes) == len(packed)
     assert packed[len(packed) - 1].starts == [0, 3]  # no pack has rows of two sources
 
@@ -75,7 +75,7 @@ def test_classes_are_found_over_all_sources_whatever_their_columns(tmp_path, mod
     one = write(tmp_path / "one.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": None}])
     two = write(tmp_path / "two.jsonl", [{"text": "c", "kind": "w", "label": 5}])
     mixture = [Source(path=str(one)), Source(path=str(two), columns=Columns(label="kind"))]
-    data = Data(mixture=mixture, format="classification", empty_rows="drop")
+    data = DataConfig(mixture=mixture, format="classification", empty_rows="drop")
     corpus = make(data, model, classify=True)
     assert corpus.facts["classes"] == ["w", "x"] and [row.label for row in corpus] == [1, 0]
     with pytest.raises(UserError, match=r"(?s)the row has no label.*one.jsonl:2"):
@@ -101,7 +101,7 @@ def test_what_became_of_the_rows_is_counted(tmp_path, model):
 
 
 def test_its_first_rows_are_kept_as_text(path, model):
-    samples = make(Data(path=str(path)), model).facts["samples"]
+    samples = make(DataConfig(path=str(path)), model).facts["samples"]
     assert samples[1] == [["<s>say bear please </s><s>", False], ["bear 1</s>", True]] and len(samples) == 3
 
 
@@ -121,13 +121,13 @@ def test_no_row_left(tmp_path, model):
 def test_more_rows_than_are_tokenised_at_once(tmp_path, model, monkeypatch):
     path = write(tmp_path / "rows.jsonl", pairs(*(f"row {n}" for n in range(25))))
     whole = make(plain(path), model)
-    monkeypatch.setattr("speft_ds.data.prepare.BATCH", 4)
+    monkeypatch.setattr("speft_ds.data.dataset.BATCH", 4)
     parts = make(plain(path, max_length=100), model)
     assert parts.path != whole.path and list(parts) == list(whole) and len(parts) == 25
 
 
 def test_ids_are_read_row_by_row_from_the_file(path, model):
-    corpus = make(Data(path=str(path)), model)
+    corpus = make(DataConfig(path=str(path)), model)
     held = [value for value in vars(corpus).values() if isinstance(value, np.ndarray)]
     assert sum(array.size for array in held) < sum(corpus.lengths)  # edges and spans, not the ids
     assert isinstance(corpus[3], Row) and all(type(token) is int for token in corpus[3].ids)

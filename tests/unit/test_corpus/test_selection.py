@@ -2,10 +2,10 @@
 
 import pytest
 import tiny
+from speft_ds.data.dataset_cache import DatasetSpec
 
-from speft_ds.data.request import Request
+from speft_ds.config.data_config import DataConfig, Source
 from speft_ds.errors import UserError
-from speft_ds.schema import Data, Source
 from unit.test_corpus.made import make, pairs, plain, shown, write
 from unit.test_order import randperm
 
@@ -23,13 +23,13 @@ def test_the_longest_responses_are_taken_in_the_order_of_the_file(tmp_path, mode
 
 
 def test_random_rows_depend_on_the_seed_alone(path, model):
-    data, rows = Data(path=str(path), select="random", select_rows=7), tiny.read_rows(path)
+    data, rows = DataConfig(path=str(path), select="random", select_rows=7), tiny.read_rows(path)
     for seed in (0, 1):
         expected = sorted(randperm(30, seed, "select", 0)[:7])
         assert list(make(data, model, seed=seed)) == [rows[n] for n in expected]
-    assert Request(data, model, seed=0).key() != Request(data, model, seed=1).key()
-    everything = Data(path=str(path))
-    assert Request(everything, model, seed=0).key() == Request(everything, model, seed=1).key()
+    assert DatasetSpec(data, model, seed=0).key() != DatasetSpec(data, model, seed=1).key()
+    everything = DataConfig(path=str(path))
+    assert DatasetSpec(everything, model, seed=0).key() == DatasetSpec(everything, model, seed=1).key()
 
 
 def test_the_selection_is_over_all_sources_together(tmp_path, model):
@@ -37,7 +37,7 @@ def test_the_selection_is_over_all_sources_together(tmp_path, model):
         write(tmp_path / f"{n}.jsonl", pairs(*texts)) for n, texts in enumerate((("aaa", "b"), ("cc", "d")))
     ]
     mixture = [Source(path=str(path)) for path in paths]
-    data = Data(mixture=mixture, chat_template=False, select="longest", select_rows=2, packing=True)
+    data = DataConfig(mixture=mixture, chat_template=False, select="longest", select_rows=2, packing=True)
     corpus = make(data, model)
     assert [shown([row]) for row in corpus.rows()] == [["p|aaa</s>|"], ["p|cc</s>|"]]
     assert corpus.row_sizes == (1, 1) and corpus.sizes == (1, 1)
@@ -61,7 +61,7 @@ def test_ifd_chooses_by_prompt_and_response(tmp_path, model, monkeypatch):
         return [0.5, 2.0, 0.9]
 
     monkeypatch.setattr(ifd, "ifd_scores", scores)
-    data = Data(path=str(path), format="messages", select="ifd", select_rows=1, scorer=str(model))
+    data = DataConfig(path=str(path), format="messages", select="ifd", select_rows=1, scorer=str(model))
     corpus = make(data, model)
     assert seen == [([("s\na\nb\nc\n", "d"), ("a\n", "b"), ("c\n", "d")], str(model))]
     assert shown(corpus) == ["<s>c</s><s>|d</s>|"] and corpus.facts["sources"][0]["not selected"] == 2

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from speft_ds.recipe import ROOT
+from speft_ds.config.load_recipe import ROOT
 from unit.test_doctor.made import STRANGE
 
 

@@ -4,7 +4,7 @@ import os
 import re
 import stat
 
-from speft_ds.recipe import ROOT
+from speft_ds.config.load_recipe import ROOT
 
 TOKEN = "hf_notAtokenForAnybody"
 # What would change the report of a machine.

@@ -12,10 +12,10 @@ import pytest
 from limits import HANG_S
 
 from speft_ds import doctor
+from speft_ds.config.load_recipe import ROOT
 from speft_ds.doctor import Check
 from speft_ds.doctor.processes import in_thread
 from speft_ds.doctor.report import _outcome
-from speft_ds.recipe import ROOT
 from unit.test_doctor.made import STRANGE, TOKEN
 
 REPORT = """

@@ -2,13 +2,13 @@
 
 import pytest
 
-from speft_ds.evaluation.answers import Answers, read
+from speft_ds.evaluation.response_cache import ResponseCache, read
 
 
 @pytest.fixture
 def path(tmp_path, monkeypatch):
     monkeypatch.setenv("SPEFT_DS_CACHE", str(tmp_path))
-    return lambda settings, method, arguments: Answers(settings).path(method, arguments)
+    return lambda settings, method, arguments: ResponseCache(settings).path(method, arguments)
 
 
 def test_a_file_for_all_that_answers_depend_on(path):

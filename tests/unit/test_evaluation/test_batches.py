@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speft_ds.evaluation.engine_lm import make_batches
+from speft_ds.evaluation.lm import make_batches
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 6))), st.integers(1, 5), st.integers(20, 90))

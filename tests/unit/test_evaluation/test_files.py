@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from speft_ds.evaluation.files import asked, keep_scores, still_to_score
-from speft_ds.evaluation.rounds import rounds_of
-from speft_ds.schema import Recipe
+from speft_ds.config.recipe import Recipe
+from speft_ds.evaluation.eval_jobs import jobs_of
+from speft_ds.evaluation.results import asked, keep_scores, still_to_score
 
 OF = {"fingerprint": "a", "adapter": None}
 
@@ -20,14 +20,14 @@ def recipe_with(**section):
 def scored(tmp_path):
     """A folder with every round of a recipe, and the function that looks for what is left to score."""
     made = recipe_with(manual_fewshot=[1, 4], format_spread=2)
-    for round in rounds_of(made.eval, "before"):
+    for round in jobs_of(made.eval, "before"):
         document = {"label": round.label, "asked": asked(round, OF, made), "scores": []}
         keep_scores(
             tmp_path, SimpleNamespace(document=document, samples={"quiz": [{"doc_id": 0}]}), made.eval
         )
 
     def left(recipe, of=OF):
-        rounds = rounds_of(recipe.eval, "before")
+        rounds = jobs_of(recipe.eval, "before")
         return [round.label for round in still_to_score(tmp_path, "before", rounds, of, recipe)]
 
     return SimpleNamespace(made=made, left=left, folder=tmp_path)

@@ -5,7 +5,7 @@ import tiny as made
 from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 
-from speft_ds.evaluation.rounds import Round
+from speft_ds.evaluation.eval_jobs import EvalJob
 from speft_ds.evaluation.scores import check_rows, main_scores, score_rows
 from speft_ds.evaluation.tasks import find_tasks
 
@@ -64,14 +64,14 @@ def test_main_scores_are_those_of_groups(results):
 
 def test_few_shot_scores_that_are_none_are_left_out_and_said(results):
     rows = score_rows(results)
-    kept, notes = check_rows(rows, Round("before-4shot", "fewshot", ("tiny_generate",), 4, None), {})
+    kept, notes = check_rows(rows, EvalJob("before-4shot", "fewshot", ("tiny_generate",), 4, None), {})
     assert kept == [] and "tiny_generate: scored with 0 examples, not 4: its file says so" in notes
-    kept, notes = check_rows(rows, Round("before", "main", ("tiny_generate",), 4, None), {})
+    kept, notes = check_rows(rows, EvalJob("before", "main", ("tiny_generate",), 4, None), {})
     assert kept == rows and len(notes) == 4
 
 
 def test_a_format_that_changed_no_prompt_is_no_format(results):
-    round = Round("before-format-1", "format", ("tiny_group", "tiny_generate"), None, None, format=1)
+    round = EvalJob("before-format-1", "format", ("tiny_group", "tiny_generate"), None, None, format=1)
     kept, notes = check_rows(score_rows(results), round, {"tiny_letters": 40})
     assert {row["task"] for row in kept} == {"tiny_letters", "tiny_group"}
     assert [note.split(":")[0] for note in notes] == ["tiny_choice", "tiny_generate"]

@@ -3,7 +3,7 @@
 import pytest
 
 from speft_ds.errors import RecipeError
-from speft_ds.preflight import check_inputs
+from speft_ds.jobs.preflight import check_inputs
 
 
 def problems_of(recipe, world_size=1, needs_training_rows=True):

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from speft_ds.ds_config import load_ds_config
+from speft_ds.config.deepspeed_config import load_ds_config
+from speft_ds.config.load_recipe import DS_CONFIGS_DIR
 from speft_ds.errors import RecipeError, UserError
-from speft_ds.recipe import DS_CONFIGS_DIR
 from unit.test_preflight.made import problems_of
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
+from speft_ds.config.load_recipe import load_recipe
 from speft_ds.errors import RecipeError, UserError
-from speft_ds.preflight import check_inputs
-from speft_ds.recipe import load_recipe
-from speft_ds.run_folder import check_output_dir
+from speft_ds.jobs.preflight import check_inputs
+from speft_ds.training.run_dir import check_output_dir
 from unit.test_preflight.made import problems_of
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from speft_ds.preflight import check_inputs, mask_file
-from speft_ds.schema import NEEDS_DATA
+from speft_ds.config.mask_config import NEEDS_DATA, mask_file
+from speft_ds.jobs.preflight import check_inputs
 from unit.test_preflight.made import problems_of
 
 

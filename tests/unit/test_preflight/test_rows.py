@@ -2,9 +2,9 @@
 
 import pytest
 
+from speft_ds.config.load_recipe import load_recipe
 from speft_ds.errors import RecipeError
-from speft_ds.preflight import check_inputs
-from speft_ds.recipe import load_recipe
+from speft_ds.jobs.preflight import check_inputs
 from unit.test_preflight.made import problems_of
 
 

@@ -7,8 +7,8 @@ import random
 import torch
 import yaml
 
-from speft_ds.adapter import write_adapter
-from speft_ds.recipe import load_recipe
+from speft_ds.adapter.format import write_adapter
+from speft_ds.config.load_recipe import load_recipe
 from unit.saved import save
 from unit.written import MINIMAL
 
@@ -79,7 +79,7 @@ def metrics(seed=0, num_steps=NUM_STEPS):
         }  # fmt: skip
         line["tokens_per_s"] = 1000 * line["num_tokens"] / line["step_ms"]
         if step % 10 == 0:
-            line |= {"held_out_loss": loss + 0.1, "scores": {"arc_easy acc": 0.4 + step / 400}}
+            line |= {"validation_loss": loss + 0.1, "scores": {"arc_easy acc": 0.4 + step / 400}}
         if step == 30:
             line |= {"loss": None, "grad_norm": None}
         lines.append(line)
@@ -117,7 +117,7 @@ def facts(**changes):
         "base": {"name_or_path": "owner/name", "fingerprint": "f" * 64},
         "timings_s": {
             "tasks": 1.2, "data": 3.1, "model": 4.2, "eval_before": 68.8, "salience": 16.7, "selection": 0.55,
-            "training": 260.0, "held_out": 12.0, "checkpoints": 2.5, "save": 0.05, "eval_after": 50.2,
+            "training": 260.0, "validation": 12.0, "checkpoints": 2.5, "save": 0.05, "eval_after": 50.2,
             "total": 410.0,
         },
         "tokens_per_s": 408.0,

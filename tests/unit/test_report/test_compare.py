@@ -6,10 +6,10 @@ from statistics import mean, stdev
 import pytest
 
 from speft_ds.errors import UserError
+from speft_ds.evaluation.scores import Score
 from speft_ds.report import write_comparison
 from speft_ds.report.compare import default_name
 from speft_ds.report.run import read_run
-from speft_ds.report.scores import Score
 from speft_ds.report.seeds import differing_keys, grouped, mean_of
 from unit.commands import speft
 from unit.test_report.sample import make_run, metrics, score, write_json

@@ -9,11 +9,11 @@ import torch
 from markdown_it import MarkdownIt
 
 from speft_ds.errors import UserError
-from speft_ds.mask import Mask, save_mask
 from speft_ds.report import print_summary, summary, write_report
 from speft_ds.report.build import report_of
 from speft_ds.report.markdown import to_markdown
 from speft_ds.report.run import read_run
+from speft_ds.sparse.mask import Mask, save_mask
 from unit.test_report.sample import (
     NUM_STEPS,
     evaluation,
@@ -99,9 +99,9 @@ def test_the_verdict_is_computed_from_the_numbers(written):
     ):
         assert said in text, said
     lines = metrics()
-    held_out = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
-    lowest = min(held_out, key=held_out.get)
-    assert f"it was lowest at step {lowest} ({held_out[lowest]:.4g})" in text
+    validation = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    lowest = min(validation, key=validation.get)
+    assert f"it was lowest at step {lowest} ({validation[lowest]:.4g})" in text
     tokens = sum(line["num_tokens"] for line in lines[3:]) / sum(line["step_ms"] for line in lines[3:])
     assert f"{1000 * tokens:,.0f} tokens/s" in text
 
@@ -269,7 +269,7 @@ def test_wrong_types_in_run_json_crash_nothing(tmp_path, value):
 def test_wrong_types_in_metrics_crash_nothing(run, value):
     shutil.rmtree(run / "adapter")
     lines = metrics()[:4]
-    keys = [*lines[0], "scores", "held_out_loss"]
+    keys = [*lines[0], "scores", "validation_loss"]
     (run / "metrics.jsonl").write_text(
         "".join(json.dumps({**line, key: value}) + "\n" for key in keys for line in lines)
     )

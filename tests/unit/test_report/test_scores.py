@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from speft_ds.report.scores import Change, Score, changes, read_evaluations
+from speft_ds.evaluation.scores import Change, Score, changes, read_evaluations
 from unit.test_report.sample import evaluation, evaluations, score, write_json
 
 

@@ -1,8 +1,8 @@
 """Conversations, the rows that they become, and checks of the text of a row."""
 
+from speft_ds.config.data_config import DataConfig
 from speft_ds.data.formats import Classes, Example, make_example
-from speft_ds.data.tokens import Encoder
-from speft_ds.schema import Data
+from speft_ds.data.tokenize import Encoder
 
 PROMPT, RESPONSE = "what is the answer?", "the quick brown fox, 42 times"
 TURNS = [
@@ -22,7 +22,7 @@ def encode(tokenizer, example, max_length=1000, long_rows="drop"):
 
 def row_of(tokenizer, row, classify=False, **data):
     """The row of one row of a data set."""
-    source = Data(path="x.jsonl", **data).sources[0]
+    source = DataConfig(path="x.jsonl", **data).sources[0]
     classes = Classes.named(["no", "yes"]) if source.format == "classification" else None
     return encode(tokenizer, make_example(row, "here", source, classes, classify))[0]
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny
 
-from speft_ds.data.tokens import Encoder
+from speft_ds.data.tokenize import Encoder
 from speft_ds.errors import UserError
 from unit.test_tokens.made import (
     PROMPT,

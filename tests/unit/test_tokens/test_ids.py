@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from speft_ds.data.tokens import Encoder
+from speft_ds.data.tokenize import Encoder
 from unit.test_tokens.made import (
     PROMPT,
     RESPONSE,
@@ -64,8 +64,8 @@ def test_a_padding_that_was_added_behind_the_vocabulary_is_not_used(tokenizers, 
 
 
 def choose_pad_id(tokenizer, classifies):
-    from speft_ds.base import Base
+    from speft_ds.training.setup import TrainContext
 
-    base = Base.__new__(Base)
+    base = TrainContext.__new__(TrainContext)
     base.tokenizer, base.classifies = tokenizer, classifies
     return base._choose_pad_id()

@@ -1,6 +1,6 @@
 """Tokenizers as they are loaded, against sentencepiece and transformers."""
 
-from speft_ds.data.tokens import Encoder, load_tokenizer
+from speft_ds.data.tokenize import Encoder, load_tokenizer
 from unit.test_tokens.made import PROMPT, RESPONSE, encode, plain
 from unit.tokenizers_small import sentencepiece_model, write_llama2_alone
 

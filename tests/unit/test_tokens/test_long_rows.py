@@ -4,7 +4,7 @@ import pytest
 import tiny
 
 from speft_ds.data.formats import Example
-from speft_ds.data.tokens import LONG_ROWS
+from speft_ds.data.tokenize import LONG_ROWS
 from unit.test_tokens.made import (
     RESPONSE,
     chat,

@@ -1,0 +1,118 @@
+"""The command lines of the launched scripts. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+import time
+from typing import Literal
+
+from speft_ds.env import rank
+from speft_ds.training.checkpoint.resume import IF_ANY, NEWEST
+
+Job = Literal["train", "score", "evaluate"]
+MUST: dict[Job, str] = {
+    "train": "--recipe RECIPE",
+    "score": "--recipe RECIPE",
+    "evaluate": "--run RUN | --model PATH --tasks A,B",
+}
+RANK_0_S = 3  # that the other ranks wait, so that rank 0 has said what is wrong when they exit
+MORE_HELP = """\
+where to look things up:
+  speft ls                  the recipes
+  speft schema mask         the keys of a section, or without it all: types, defaults, meaning
+  speft show quickstart     a recipe with every value, and where each comes from
+
+exit codes:
+  0    done
+  1    it failed inside: the traceback says where
+  2    something that you can mend: the message says what, where, and what to type
+  85   training was stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, with a checkpoint: --resume goes on
+  130  Ctrl-C a second time: left at once
+"""
+
+
+def parse_arguments(job: Job, manual: str) -> argparse.Namespace:
+    """The command line of this rank; `manual` is what --help says of the job.
+
+    Every rank has the same, so only rank 0 prints help and usage errors.
+    """
+    parser = argparse.ArgumentParser(
+        usage=f"deepspeed [launcher options] launch/%(prog)s {MUST[job]} [KEY=VALUE ...]",
+        description=manual,
+        epilog=MORE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    {"train": _add_train, "score": _add_recipe, "evaluate": _add_run}[job](parser)
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to change")
+    if rank() == 0:
+        return _settled(parser, parser.parse_intermixed_args(_words()))
+    unseen = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
+            return _settled(parser, parser.parse_intermixed_args(_words()))
+    except SystemExit as ended:
+        if ended.code:
+            time.sleep(RANK_0_S)
+        raise
+
+
+def _words() -> list[str]:
+    """The words of the command line; a KEY=VALUE behind `--resume` is not its path."""
+    words = sys.argv[1:]
+    for number, word in enumerate(words[1:], 1):
+        if words[number - 1] == "--resume" and "=" in word and not os.path.exists(word):
+            words[number - 1] = f"--resume={NEWEST}"
+    return words
+
+
+def _settled(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, refused where they do not go together."""
+    if getattr(arguments, "adapter", None) and arguments.model is None:
+        parser.error("--adapter goes with --model; a run has its own")
+    if "resume" not in arguments:
+        return arguments
+    resume = arguments.resume
+    if arguments.recipe is None and resume is None:
+        parser.error("the following arguments are required: --recipe")
+    if arguments.resume_with and resume is None:
+        parser.error("--resume-with goes with --resume")
+    return arguments
+
+
+def _add_recipe(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--recipe", required=required, help="a name (`speft ls`) or the path of a YAML file")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser, required=False)  # `--resume runs/NAME` says it, too
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=NEWEST,
+        metavar="PATH",
+        help="go on with the run in the run folder, from its newest whole checkpoint; or from the checkpoint "
+        f"or run folder of this path; `{IF_ANY}`: only if there is a run, else start one",
+    )
+    parser.add_argument(
+        "--resume-with",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a harmless change of the recipe to go on with; an error lists what would need it",
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", metavar="RUN", help="the folder of a finished run: its base and its adapter")
+    what.add_argument("--model", metavar="PATH", help="a model folder or hub id, with --adapter or as it is")
+    parser.add_argument("--adapter", metavar="PATH", help="an adapter of that model")
+    parser.add_argument("--tasks", metavar="A,B", help="lm-eval tasks; default: those of the run's recipe")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples in each prompt")
+    parser.add_argument("--limit", type=int, metavar="N", help="documents a task")

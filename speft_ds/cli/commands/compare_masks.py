@@ -1,0 +1,152 @@
+"""How far masks overlap: `speft compare-masks A B ...`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from speft_ds.adapter.format import TENSORS as ADAPTER_FILE
+from speft_ds.adapter.format import Adapter
+from speft_ds.config.mask_config import MASK_FILE
+from speft_ds.errors import UserError
+from speft_ds.report.plots import jaccard_picture
+from speft_ds.report.tables import jaccard_text, percent, print_table, unique_tails
+from speft_ds.sparse.mask import Mask, jaccard, read_mask
+
+FINGERPRINT = "fingerprint_bfloat16"  # one for all dtypes that the base may have been loaded in
+
+
+@dataclass(frozen=True)
+class MaskSource:
+    """A file with a mask: a mask file or an adapter.
+
+    Attributes:
+        mask: of an adapter, with the weights that have entries alone.
+        num_target_elements: what the density is a fraction of; None where unknown.
+        fingerprint: of the base; None where unknown.
+    """
+
+    path: Path
+    mask: Mask
+    num_target_elements: int | None
+    fingerprint: str | None
+
+    @property
+    def weights(self) -> set[str]:
+        """Targets, as far as they are known: an adapter has only those with entries."""
+        return set(self.mask.shape)
+
+
+def compare(paths: list[Path], output: Path | None) -> None:
+    """Print the Jaccard matrix of masks and adapters, and draw it.
+
+    Args:
+        paths: two or more of: a mask file, a folder with one, an adapter folder, a run folder.
+        output: the PNG to write, if any.
+    Raises:
+        UserError: nothing to compare, an unreadable file, masks over different models, an output that
+            cannot be written.
+    """
+    if len(paths) < 2:
+        raise UserError("one mask cannot be compared", fix="speft compare-masks A B ...")
+    files = [read_source(path) for path in paths]
+    for position, one in enumerate(files):
+        for other in files[:position]:
+            check_same_model(other, one)
+    matrix = [[jaccard(a.mask, b.mask) for b in files] for a in files]
+    names = short_names(paths)
+    print_table(matrix_table(files, names, matrix))
+    if len({file.fingerprint for file in files} - {None}) > 1:
+        print("note: these masks were made for bases with different weights (their fingerprints differ)")
+    if output is None:
+        return
+    try:
+        jaccard_picture(output, names, matrix)
+    except OSError as error:
+        raise UserError(f"cannot write: {error}", where=str(output), fix="choose another file") from error
+    print(f"  {output}")
+
+
+def read_source(path: Path) -> MaskSource:
+    """The mask or the adapter at `path`: a file, the folder it lies in, or the folder of its run.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    places = [path, path / MASK_FILE, path / ADAPTER_FILE, path / "adapter" / ADAPTER_FILE]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        fix = f"give a {MASK_FILE}, a folder with one, an adapter or a run folder"
+        raise UserError("there is no mask and no adapter", where=str(path), fix=fix)
+    return _from_adapter(found) if found.name == ADAPTER_FILE else _from_mask(found)
+
+
+def _from_mask(path: Path) -> MaskSource:
+    mask, facts = read_mask(path)
+    return MaskSource(path, mask, mask.num_target_elements, _known(facts, FINGERPRINT, str))
+
+
+def _from_adapter(path: Path) -> MaskSource:
+    adapter = Adapter.open(path.parent)
+    mask = Mask({name: adapter.entries(name)[0] for name in adapter.names}, adapter.shape)
+    num_target_elements = _known(adapter.facts.get("mask") or {}, "num_target_elements", int)
+    return MaskSource(path, mask, num_target_elements, _known(adapter.facts, FINGERPRINT, str))
+
+
+def _known(facts: dict, key: str, kind: type) -> Any:
+    """A fact, or None where a file lacks it or has something else in its place."""
+    return facts[key] if isinstance(facts.get(key), kind) else None
+
+
+def check_same_model(a: MaskSource, b: MaskSource) -> None:
+    """Refuse what cannot be of one model.
+
+    Raises:
+        UserError: no weight in common, or another shape of one.
+    """
+    where, fix = f"{a.path} and {b.path}", "compare masks of one model"
+    common = a.weights & b.weights
+    if not common:
+        raise UserError("these masks have no weight in common", where, fix)
+    for name in sorted(common):
+        shapes = a.mask.shape[name], b.mask.shape[name]
+        if shapes[0] != shapes[1]:
+            what = f"these masks are of different models: {name} is {shapes[0]} and {shapes[1]}"
+            raise UserError(what, where, fix)
+
+
+def short_names(paths: list[Path]) -> list[str]:
+    """A name for each path: `runs/snip/mask.safetensors` -> `snip`, or more where that is not enough."""
+    full = [Path(os.path.abspath(path)).parts for path in paths]
+    short = [_without_usual_names(parts) for parts in full]
+    # A run's mask and its adapter would have one short name.
+    parts = short if len(set(short)) == len(set(full)) else full
+    return [str(Path(*tail)) for tail in unique_tails(parts)]
+
+
+def _without_usual_names(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Path parts without the file and folder names that every run has."""
+    for usual in (MASK_FILE, ADAPTER_FILE, "adapter"):
+        if len(parts) > 1 and parts[-1] == usual:
+            parts = parts[:-1]
+    return parts
+
+
+def matrix_table(files: list[MaskSource], names: list[str], matrix: list[list[float]]) -> Table:
+    """The Jaccard matrix with numbered columns, and what is known of each mask."""
+    table = Table(title="Jaccard index: entries in both masks / entries in either", box=SIMPLE_HEAD)
+    table.add_column("", justify="right")
+    table.add_column("mask")
+    for heading in ("entries", "density", *map(str, range(1, len(files) + 1))):
+        table.add_column(heading, justify="right")
+    for number, (file, name, row) in enumerate(zip(files, names, matrix, strict=True), 1):
+        entries, elements = file.mask.num_trainable, file.num_target_elements
+        density = percent(entries, elements) if elements else "unknown"
+        table.add_row(str(number), Text(name), f"{entries:,}", density, *map(jaccard_text, row))
+    return table

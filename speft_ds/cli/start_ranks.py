@@ -1,0 +1,137 @@
+"""Starting a job under the deepspeed launcher: on how many ranks, where its results go. Imports no torch."""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from speft_ds.cli.arguments import Job
+from speft_ds.cli.launch import checked_recipe
+from speft_ds.config.deepspeed_config import shared_micro_batch
+from speft_ds.config.load_recipe import ROOT, load_recipe
+from speft_ds.errors import UserError
+from speft_ds.training.run_dir import check_output_dir
+
+DEFAULT_CPU_RANKS = 2
+STOP_S = 35  # that a stopped launcher gives its ranks, and a little more
+
+
+def default_ranks() -> int:
+    """One rank a GPU, or two on a machine without GPUs."""
+    return count_gpus() or DEFAULT_CPU_RANKS
+
+
+def launch(job: Job, recipe: str, overrides: list[str], ranks: int | None) -> int:
+    """Check a recipe, run the job on its ranks, and return the launcher's exit code.
+
+    Args:
+        ranks: how many; None: one a GPU, or two on the CPU.
+    Raises:
+        UserError: the recipe or its files are wrong; nothing is started then.
+    """
+    num_gpus = count_gpus()
+    world_size = ranks or num_gpus or DEFAULT_CPU_RANKS
+    check_output_dir(checked_recipe(job, recipe, overrides, world_size))
+    # With GPUs and no --ranks, the launcher itself takes every GPU that it may see.
+    num_gpus_flag = [] if num_gpus and ranks is None else ["--num_gpus", str(world_size)]
+    script = [str(ROOT / "launch" / f"{job}.py"), "--recipe", recipe, *overrides]
+    command = [find_deepspeed(), *num_gpus_flag, *script]
+    print(f"$ {shlex.join(command)}", flush=True)
+    return run_to_end(command, _environment(num_gpus, world_size))
+
+
+def fit_overrides(name: str, overrides: list[str], world_size: int) -> list[str]:
+    """Overrides for what the user left open: a free run folder, a micro-batch that all ranks can share."""
+    recipe = load_recipe(name, overrides)
+    given = {text.partition("=")[0] for text in overrides}
+    if "output_dir" not in given:
+        folder = _free_folder(recipe.output_dir)
+        overrides = [f"output_dir={folder}", *overrides]
+        if folder != recipe.output_dir:
+            print(f"{recipe.output_dir} is not empty: this run goes to {folder}")
+    micro = shared_micro_batch(recipe, world_size)
+    if "train.micro_batch" not in given and micro != recipe.train.micro_batch:
+        overrides = [*overrides, f"train.micro_batch={micro}"]
+        print(f"for {world_size} ranks: train.micro_batch={micro}")
+    return overrides
+
+
+def _free_folder(folder: str) -> str:
+    candidate, number = Path(folder), 1
+    while candidate.exists() and not (candidate.is_dir() and not any(candidate.iterdir())):
+        number += 1
+        candidate = Path(f"{folder}-{number}")
+    return str(candidate)
+
+
+def count_gpus() -> int:
+    """GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves; 0 where there is no working nvidia-smi."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    count = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listing.returncode or visible is None:
+        return 0 if listing.returncode else count
+    return min(count, sum(bool(device.strip()) for device in visible.split(",")))
+
+
+def find_deepspeed() -> str:
+    """The launcher of this Python's environment, activated or not. Raises UserError."""
+    beside = Path(sys.executable).parent / "deepspeed"
+    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
+    if found is None:
+        raise UserError("the deepspeed launcher is not installed", sys.prefix, "pip install deepspeed")
+    return found
+
+
+def _environment(num_gpus: int, world_size: int) -> dict[str, str]:
+    env = dict(os.environ)
+    # DeepSpeed compiles a small op on its first start and looks for ninja on the PATH.
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
+    if not num_gpus:
+        env["DS_ACCELERATOR"] = "cpu"
+        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
+    return env
+
+
+def run_to_end(command: list[str], env: dict[str, str]) -> int:
+    """Run a launcher; its exit code as a shell reports it. A signal to this process ends its ranks, too.
+
+    The launcher is kept out of reach of the terminal's Ctrl-C: on SIGINT it dies with a traceback, before
+    its ranks; on SIGTERM it ends them quietly.
+    """
+    process = subprocess.Popen(command, env=env, start_new_session=True)
+    received: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        _signal_group(process.pid, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in caught}
+    try:
+        code = process.wait()
+        deadline = time.monotonic() + STOP_S
+        while received and _signal_group(process.pid, 0) and time.monotonic() < deadline:
+            time.sleep(0.1)  # the ranks end after the launcher
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[0]
+    return code if code >= 0 else 128 - code
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Signal every process of a group; whether there was one. Signal 0 only asks."""
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True

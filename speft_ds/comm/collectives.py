@@ -1,0 +1,225 @@
+"""Every collective call of the package, and who we are among the ranks.
+
+Collectives are never called inside `if rank == 0`; each function here must be entered by all ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from speft_ds import env
+from speft_ds.comm import deepspeed_shm, signals, watchdog
+from speft_ds.errors import UserError
+
+# torch 2.13 renames these two and warns at every call of the old names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_side_group = None  # all ranks; for sums beside other collectives
+
+
+def init(timeout_minutes: float = 30.0) -> None:
+    """Join the process group that the launcher described; a lone process becomes a group of one.
+
+    Args:
+        timeout_minutes: after which a collective that some rank does not enter fails on the others.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    # DeepSpeed calls torch's collectives by the names that torch 2.13 deprecates, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
+    env.init_env()
+    # Before the first collective: NCCL's object collectives use the current device.
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        if device().type == "cpu":
+            deepspeed_shm.wait_for_build(deepspeed_shm.extensions_folder() / deepspeed_shm.NAME)
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
+        unlink_shared_buffers()
+
+
+def start_watchdog(timeout_minutes: float, advice: Callable[[], str]) -> None:
+    """Have the trouble of any rank end all of them; see `lifeline.Lifeline`."""
+    line = watchdog.Watchdog(rank(), world_size(), timeout_minutes * 60, advice)
+    port = broadcast_object(line.port if line.server else None)
+    line.connect(os.environ["MASTER_ADDR"], port)
+    watchdog.hold(line)
+
+
+def unlink_shared_buffers() -> None:
+    """Free this rank's shared-memory buffer when the processes end, however they end.
+
+    DeepSpeed's CPU collectives leave 66 MiB a rank in /dev/shm after every run, until the machine is out
+    of memory. Once all ranks have mapped the buffers, their names are not needed any more.
+    """
+    barrier()
+    key = "_".join([str(os.getuid()), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], str(rank())])
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{key}").unlink(missing_ok=True)
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    return dist.get_world_size()
+
+
+def device() -> torch.device:
+    """The device that this rank computes on, as DeepSpeed's accelerator names it."""
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Maximum over ranks, in place."""
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def broadcast_object(value: object) -> object:
+    """Rank 0's value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_gather_objects(value: object) -> list:
+    """Every rank's picklable value, by rank."""
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_gather_padded(local: Tensor, lengths: list[int]) -> list[Tensor]:
+    """Concatenate-able pieces of unequal length from all ranks, by rank.
+
+    Args:
+        local: [lengths[rank]] this rank's piece.
+        lengths: the piece length of every rank, the same list on all ranks.
+    """
+    longest = max(lengths)
+    if longest == 0:
+        return [local.new_empty(0) for _ in lengths]
+    padded = local.new_zeros(longest)
+    padded[: local.numel()] = local
+    gathered = local.new_empty(longest * len(lengths))
+    _all_gather(gathered, padded)
+    return [piece[:length] for piece, length in zip(gathered.view(-1, longest), lengths, strict=True)]
+
+
+def start_reduce_scatter(pieces: Tensor) -> Callable[[], Tensor]:
+    """Start to sum [world_size, n] pieces over ranks, beside other work; the pieces must stay as they are.
+
+    On a group of its own, so that only these sums must come in one order on all ranks: where they fall
+    between the gathers of ZeRO-3 may differ.
+
+    Returns:
+        what waits for the sum and returns this rank's [n] row of it.
+    """
+    global _side_group
+    if _side_group is None:
+        _side_group = dist.new_group()
+    own = torch.empty_like(pieces[0])
+    work = _reduce_scatter(own, pieces.reshape(-1), group=_side_group, async_op=True)
+
+    def wait_for_ranks() -> Tensor:  # the lifeline knows it by this name
+        work.wait()
+        return own
+
+    return wait_for_ranks
+
+
+def all_to_all(pieces: Tensor) -> Tensor:
+    """Row r of [world_size, n] goes to rank r; returns [world_size, n], row s from rank s.
+
+    A reduce-scatter whose summation order the caller fixes: the sum over rows does not depend on how the
+    collective library walks the ranks.
+    """
+    if world_size() == 1:
+        return pieces
+    received = torch.empty_like(pieces)
+    dist.all_to_all_single(received, pieces)
+    return received
+
+
+def gather(piece: Tensor, owner: int) -> Tensor | None:
+    """[world_size, n] pieces of all ranks, on the owner alone; None elsewhere."""
+    pieces = piece.new_empty(world_size(), piece.numel()) if rank() == owner else None
+    dist.gather(piece, None if pieces is None else list(pieces), dst=owner)
+    return pieces
+
+
+def scatter(pieces: Tensor | None, owner: int, length: int) -> Tensor:
+    """This rank's [length] row of the owner's [world_size, length] fp32 pieces; None on the other ranks."""
+    own = torch.empty(length, dtype=torch.float32, device=device())
+    dist.scatter(own, None if pieces is None else list(pieces), src=owner)
+    return own
+
+
+def run_on_rank0(action: Callable[[], None]) -> None:
+    """Run a file operation on rank 0; its failure is every rank's failure.
+
+    Raises:
+        UserError: on every rank, where rank 0 raised one or could not write (disk full, no permission).
+    """
+    problem = None
+    if rank() == 0:
+        try:
+            action()
+        except UserError as error:
+            problem = error
+        except OSError as error:
+            fix = "free space, or choose another output_dir"
+            problem = UserError(f"cannot write: {error}", where="the run folder", fix=fix)
+    problem = broadcast_object(problem)
+    if problem is not None:
+        raise problem
+
+
+def local_rank0_first(action: Callable[[], None]) -> None:
+    """Run an action on one rank a node before the others go on; its failure is every rank's failure.
+
+    Raises:
+        UserError: on every rank, where an action raised one.
+    """
+    problem = None
+    if os.environ["LOCAL_RANK"] == "0":
+        try:
+            action()
+        except UserError as error:
+            problem = error
+    for other in all_gather_objects(problem):
+        if other is not None:
+            raise other
+
+
+def raise_if_stop_requested() -> None:
+    """Stop here, on all ranks, if one was asked to. Raises Stopped."""
+    if reasons := [reason for reason in all_gather_objects(signals.stop_reason()) if reason]:
+        raise signals.Stopped(reasons[0])
+
+
+def same_on_all_ranks(value: object) -> bool:
+    """Whether every rank passed an equal value; the answer is the same on every rank."""
+    values = all_gather_objects(value)
+    return all(other == values[0] for other in values)

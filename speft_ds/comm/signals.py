@@ -1,0 +1,104 @@
+"""Being asked to stop: by a signal, or by the end of the launcher. Imports no torch.
+
+The ranks look at `reason()` together, at the end of a step, write a checkpoint together and leave with
+EXIT_STOPPED. Nothing else happens in a signal handler, so that a save is never cut in half.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import sys
+import threading
+from pathlib import Path
+
+EXIT_STOPPED = 85  # asked to stop; what was reached is saved, and --resume goes on
+EXIT_CTRL_C = 130  # a second Ctrl-C: left at once
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+POLL_S = 1.0  # between two looks at the launcher
+
+_reasons: list[str] = []
+
+
+class Stopped(Exception):
+    """All ranks agreed to stop here; `str()` says why."""
+
+
+def request_stop(stop_reason: str) -> None:
+    """Have this rank ask the others to stop. The first reason counts."""
+    if not _reasons and os.environ.get("RANK", "0") == "0":
+        print(f"{stop_reason}: stopping after this step, with a checkpoint", file=sys.stderr, flush=True)
+    _reasons.append(stop_reason)
+
+
+def stop_reason() -> str | None:
+    """Why this rank was asked to stop; None: it was not."""
+    return _reasons[0] if _reasons else None
+
+
+def watch_signals() -> None:
+    """Turn signals, and the end of the launcher, into requests to stop; to be called in the main thread.
+
+    A thread reads the signals' numbers from a pipe that the interpreter's own handler writes to: the main
+    thread may be inside a collective for long, and would not run a Python handler before it is out. A second
+    SIGINT leaves at once.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+    os.register_at_fork(after_in_child=_forget)
+    threading.Thread(target=_listen, args=(reader, launchers()), name="stop", daemon=True).start()
+
+
+def _forget() -> None:
+    """In a forked helper of this process: signals do what they do anywhere."""
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _listen(reader: int, chain: list[int]) -> None:
+    num_interrupts, gone = 0, False
+    while True:
+        ready, _, _ = select.select([reader], [], [], POLL_S)
+        for number in os.read(reader, 64) if ready else b"":
+            num_interrupts += number == signal.SIGINT
+            if num_interrupts > 1:
+                os._exit(EXIT_CTRL_C)
+            if number in SIGNALS:
+                request_stop(f"received {signal.Signals(number).name}")
+        if not gone and launchers()[: len(chain)] != chain:
+            # `deepspeed` dies of SIGUSR1, and of SIGTERM, without a word to its ranks.
+            gone = True
+            request_stop("the launcher has ended")
+
+
+def launchers() -> list[int]:
+    """Process ids of the launchers above this process, nearest first: `deepspeed`, its helper, `torchrun`."""
+    found, pid = [], os.getppid()
+    while pid > 1 and _is_launcher(pid):
+        found.append(pid)
+        pid = _parent(pid)
+    return found
+
+
+def _is_launcher(pid: int) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    is_python = re.match(r"python[\d.]*$", os.path.basename(words[0])) is not None
+    named = {"deepspeed", "torchrun", "deepspeed.launcher.launch", "torch.distributed.run"}
+    return is_python and any(os.path.basename(word) in named for word in words[1:5])
+
+
+def _parent(pid: int) -> int:
+    try:
+        # After the name in parentheses, which may hold anything: state, parent.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0

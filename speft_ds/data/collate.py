@@ -1,0 +1,81 @@
+"""Batches of rows, and their loss."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from speft_ds.data.dataset import Row
+
+IGNORED = -100
+
+
+def split_global_batch(rows: list[Row], micro_batch: int, rank: int, world_size: int) -> list[list[Row]]:
+    """This rank's micro-batches of a global batch, one a accumulation step.
+
+    Rows are dealt by length, so that the rows of one micro-batch, and the ranks' micro-batches that run
+    side by side, are about equally long.
+    """
+    by_length = sorted(rows, key=lambda row: -len(row.ids))
+    per_round = micro_batch * world_size
+    rounds = [by_length[start : start + per_round] for start in range(0, len(rows), per_round)]
+    return [dealt[rank::world_size] for dealt in rounds]
+
+
+def collate(rows: list[Row], pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Right-padded [rows, longest] int64 `input_ids`, and `labels` (IGNORED where nothing is learnt).
+
+    Where rows are packed, also `position_ids`, which restart at each of them: from these the model's
+    attention tells the rows apart. For sequence classification `labels` is [rows], the classes.
+
+    No attention mask: under causal attention no real token sees the padding behind it.
+    """
+    longest = max(len(row.ids) for row in rows)
+    batch = {"input_ids": torch.full((len(rows), longest), pad_id)}
+    for number, row in enumerate(rows):
+        batch["input_ids"][number, : len(row.ids)] = torch.tensor(row.ids)
+    if rows[0].label is not None:
+        batch["labels"] = torch.tensor([row.label for row in rows])
+    else:
+        batch["labels"] = _token_labels(rows, batch["input_ids"])
+    if any(len(row.starts) > 1 for row in rows):
+        batch["position_ids"] = torch.stack([_positions(row, longest) for row in rows])
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _token_labels(rows: list[Row], input_ids: Tensor) -> Tensor:
+    labels = torch.full_like(input_ids, IGNORED)
+    for number, row in enumerate(rows):
+        for start, stop in row.spans:
+            labels[number, start:stop] = input_ids[number, start:stop]
+    return labels
+
+
+def _positions(row: Row, length: int) -> Tensor:
+    """[length] positions from 0 in each packed row; padding counts on from 0 as a row of its own."""
+    edges = [*row.starts, len(row.ids), length]
+    return torch.cat([torch.arange(stop - start) for start, stop in pairwise(edges)])
+
+
+def num_logits(labels: Tensor) -> int:
+    """How many positions, counted from the end, take part in the loss of [rows, tokens] labels."""
+    first_label = int((labels != IGNORED).any(0).nonzero()[0])
+    return labels.shape[1] - first_label + 1  # the token before a label predicts it
+
+
+def summed_loss(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """Sum of the token cross-entropies (fp32) of [rows, tokens, vocabulary] logits at the labelled tokens.
+
+    Args:
+        temperature: the logits are divided by it.
+    """
+    predicted = labels[:, 1:] != IGNORED
+    scaled = logits[:, :-1][predicted].float() / temperature
+    return torch.nn.functional.cross_entropy(scaled, labels[:, 1:][predicted], reduction="sum")
+
+
+def summed_class_loss(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """Sum of the cross-entropies (fp32) of [rows, classes] logits at the [rows] classes."""
+    return torch.nn.functional.cross_entropy(logits.float() / temperature, labels, reduction="sum")

@@ -1,0 +1,214 @@
+"""Training rows as they stand in a file, a folder or on the hub. Imports no torch.
+
+Files are read by the standard library and pyarrow, so that an error names the line; folders and hub ids,
+with their subsets and splits, by `datasets`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from speft_ds import hub
+from speft_ds.config.data_config import Source
+from speft_ds.errors import UserError, did_you_mean
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+Located = Iterator[tuple[str, Any]]  # where a row stands, and the row
+
+
+def is_hub_dataset(path: str) -> bool:
+    """Whether a path can only be meant as owner/name on the hub."""
+    return not os.path.exists(path) and path[0] not in "/.~" and path.count("/") == 1 and not kind_of(path)
+
+
+def kind_of(path: str | Path) -> str | None:
+    """The format of a file of rows by its name, compression aside: one of SUFFIXES, or None."""
+    name = Path(path)
+    if name.suffix in COMPRESSIONS:
+        name = name.with_suffix("")
+    return name.suffix if name.suffix in SUFFIXES else None
+
+
+def iterate_rows(source: Source) -> Located:
+    """The rows of a source, each with where it stands.
+
+    Raises:
+        UserError: no such data, a row that cannot be read, or a data set without this subset or split.
+    """
+    if os.path.isdir(source.path):
+        return _iterate_folder(source)
+    if is_hub_dataset(source.path):
+        return _iterate_dataset(source)
+    return iterate_file(Path(source.path))
+
+
+def iterate_file(path: Path) -> Located:
+    """The rows of a file: .jsonl (an object a line), .json (a list), .csv (with a header), .parquet.
+
+    Each may be compressed (.gz, .zst); parquet compresses itself.
+    """
+    kind = kind_of(path)
+    if kind is None:
+        what = f"the data file {path} is none of {', '.join(SUFFIXES)}, nor one of them as .gz or .zst"
+        raise UserError(what, str(path), "convert it, or rename it")
+    try:
+        yield from _READERS[kind](path)
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        fix = "it must be readable, complete and, but for parquet, UTF-8 text"
+        raise UserError(f"cannot read the data file: {error}", str(path), fix) from error
+
+
+def _open_text(path: Path) -> io.TextIOBase:
+    # utf-8-sig: spreadsheets write a byte order mark, which is no part of the first column's name.
+    if path.suffix not in COMPRESSIONS:
+        return path.open(encoding="utf-8-sig", newline="")
+    return io.TextIOWrapper(_decompressed(path), encoding="utf-8-sig", newline="")
+
+
+def _decompressed(path: Path) -> io.IOBase:
+    import pyarrow
+
+    return pyarrow.input_stream(str(path), compression=COMPRESSIONS[path.suffix])
+
+
+def _iterate_jsonl(path: Path) -> Located:
+    with _open_text(path) as file:
+        for number, line in enumerate(file, 1):  # line by line: U+2028 inside a string is no line end
+            if line.strip():
+                yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+
+
+def _iterate_json(path: Path) -> Located:
+    with _open_text(path) as file:
+        text = file.read()
+    rows = _parse(text, str(path)) if text.strip() else []
+    if not isinstance(rows, list):
+        raise UserError("a .json data file holds a list of objects", str(path), "put the rows in [ ... ]")
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", row
+
+
+def _iterate_csv(path: Path) -> Located:
+    csv.field_size_limit(2**31 - 1)  # the default refuses a text of more than 128 KiB
+    with _open_text(path) as file:
+        reader = csv.DictReader(file, strict=True)
+        fix, end = 'quote a field that holds a comma or a line end: "..."', 0
+        try:
+            columns, end = reader.fieldnames, reader.line_num  # of the row before: an error comes after it
+            for row in reader:
+                end = reader.line_num
+                where = f"{path}:{end}"
+                if None in row or None in row.values():
+                    what = f"the row has more or fewer fields than the header's {len(columns)}"
+                    raise UserError(what, where, fix)
+                yield where, row
+        except csv.Error as error:
+            raise UserError(f"not CSV: {error}", f"{path}:{end + 1}", fix) from error
+
+
+def _iterate_parquet(path: Path) -> Located:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        is_plain = path.suffix not in COMPRESSIONS
+        source = path if is_plain else pyarrow.BufferReader(_decompressed(path).read())
+        with pyarrow.parquet.ParquetFile(source) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except pyarrow.ArrowException as error:
+        raise UserError(
+            f"not a readable parquet file: {error}", str(path), "write or copy it again"
+        ) from error
+
+
+_READERS = {
+    ".jsonl": _iterate_jsonl,
+    ".json": _iterate_json,
+    ".csv": _iterate_csv,
+    ".parquet": _iterate_parquet,
+}
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        fix = ".jsonl holds one JSON object a line, .json one list of objects"
+        raise UserError(f"not JSON: {error}", where, fix) from None
+
+
+def _iterate_folder(source: Source) -> Located:
+    """By our own readers where they can: `datasets` reads CSV by pandas, to which "018" is the number 18."""
+    files = folder_files(source)
+    if not all(kind_of(file) for file in files):
+        return _iterate_dataset(source)
+    return (located for file in files for located in iterate_file(file))
+
+
+def folder_files(source: Source) -> list[Path]:
+    """The files of a split of a folder. Raises UserError: no such subset or split, or no data at all."""
+    splits = load_builder(source).config.data_files or {}
+    if source.split not in splits:
+        what = f"{source.path} has no split {source.split!r}; it has {', '.join(map(str, splits)) or 'none'}"
+        raise UserError(what, source.path, did_you_mean(source.split, map(str, splits)))
+    return [Path(file) for file in splits[source.split]]
+
+
+def _iterate_dataset(source: Source) -> Located:
+    for number, row in enumerate(load_dataset(source), 1):
+        yield f"{source.path} ({source.split}), row {number}", row
+
+
+def load_dataset(source: Source):
+    """One split of a data set in a folder or on the hub, as `datasets` loads it."""
+    return _ask_datasets(source, "load_dataset", split=source.split)
+
+
+def load_builder(source: Source):
+    """What `datasets` knows of a data set in a folder or on the hub without its rows."""
+    return _ask_datasets(source, "load_dataset_builder")
+
+
+def _ask_datasets(source: Source, function: str, **options):
+    """Raises UserError: it is not there, the hub cannot be reached, or it has no such subset or split."""
+    if is_hub_dataset(source.path) and not hub.has_dataset(source.path) and not hub.is_reachable():
+        what = f"the data set {source.path} is not at hand, and cannot be fetched: {hub.why_unreachable()}"
+        raise UserError(what, source.path, hub.dataset_hint(source.path))
+    import datasets  # late: it takes a second
+    import pyarrow
+
+    # As an absolute path: what looks like a hub id would be looked for there first.
+    is_folder = os.path.isdir(source.path)
+    path, revision = (os.path.abspath(source.path), None) if is_folder else (source.path, source.revision)
+    subset, way = source.subset, hub.dataset_hint(source.path)
+    if is_folder:
+        way = "its files must be readable and complete, and have the same columns"
+        # A subset is what the folder's README.md says it is or, where there is none, a folder in it.
+        if subset and os.path.isdir(f"{path}/{subset}") and not os.path.isfile(f"{path}/README.md"):
+            path, subset = f"{path}/{subset}", None
+    verbosity = datasets.utils.logging.get_verbosity()
+    datasets.utils.logging.set_verbosity_error()
+    try:
+        return getattr(datasets, function)(path, subset, revision=revision, **options)
+    except RuntimeError as error:  # a data set that is a program
+        fix = "set data.path to its files of rows, or to a copy of it as parquet"
+        raise UserError(f"cannot load the data set {source.path}: {error}", source.path, fix) from error
+    except (OSError, datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException) as error:
+        what = f"cannot load the data set {source.path}: {error.__cause__ or error}"
+        raise UserError(what, source.path, way) from error
+    except (ValueError, KeyError) as error:  # no such subset or split: the message lists those there are
+        fix = "data.subset and data.split name one part of it, data.revision a version on the hub"
+        raise UserError(f"cannot load the data set {source.path}: {error}", source.path, fix) from error
+    finally:
+        datasets.utils.logging.set_verbosity(verbosity)

@@ -1,0 +1,120 @@
+"""Scoring a finished run, or any model with or without an adapter, on the sharded engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from speft_ds.adapter.apply import another_base, check_weights, with_delta
+from speft_ds.adapter.format import Adapter, tensors_sha256
+from speft_ds.comm import collectives, watchdog
+from speft_ds.comm.collectives import log_rank0
+from speft_ds.config.eval_config import EvalConfig
+from speft_ds.config.load_recipe import without_training
+from speft_ds.config.mask_config import mask_file
+from speft_ds.config.recipe import Recipe
+from speft_ds.dtype import agree_on_dtype
+from speft_ds.errors import UserError
+from speft_ds.evaluation.eval_jobs import EvalJob
+from speft_ds.evaluation.results import Scored, has_scored, keep_scores
+from speft_ds.evaluation.runner import EvalRunner
+from speft_ds.evaluation.scores import main_scores
+from speft_ds.sparse.mask import read_mask
+from speft_ds.training.checks import check_chat_template
+from speft_ds.training.metrics import Timings
+from speft_ds.training.setup import TrainContext
+from speft_ds.zero.shards import full_shape, own_elements, own_range, repartition
+
+
+@torch.no_grad()
+def apply_to_shards(base: TrainContext, folder: Path) -> None:
+    """Turn the loaded, sharded base into the trained model, each rank its own shards.
+
+    Raises:
+        UserError: the adapter is damaged, or of another base.
+    """
+    adapter = Adapter.open(folder)
+    dtype = adapter.facts["dtype"]
+    if dtype != base.recipe.model.dtype:
+        what = f"the adapter was trained on {dtype} weights, not {base.recipe.model.dtype}"
+        raise UserError(what, str(folder), f"model.dtype={dtype}")
+    if base.fingerprint != adapter.facts["fingerprint"]:
+        raise another_base(adapter)
+    weights = dict(base.engine.module.named_parameters())
+    check_weights(adapter, {name: tuple(full_shape(weight)) for name, weight in weights.items()})
+    repartition([weights[name] for name in adapter.names])
+    for name in adapter.names:
+        index, delta = adapter.entries(name)
+        start, stop = own_range(weights[name])
+        first, last = torch.searchsorted(index, torch.tensor([start, stop])).tolist()
+        shard, _ = own_elements(weights[name])
+        where = (index[first:last] - start).to(shard.device)
+        shard[where] = with_delta(shard[where], delta[first:last])
+
+
+def rounds_to_score(recipe: EvalConfig, model: str) -> list[EvalJob]:
+    """The tasks, in all prompt formats that the recipe asks for; `model` (base, tuned) begins their names."""
+    shots = "" if recipe.num_fewshot is None else f"-{recipe.num_fewshot}shot"
+    limit = f"-limit{recipe.limit}" if recipe.limit else ""
+    label = f"{model}-{'+'.join(recipe.tasks)[:150]}{shots}{limit}".replace("/", "_")
+    first = EvalJob(label, "extra", tuple(recipe.tasks), recipe.num_fewshot, recipe.limit)
+    numbers = range(1, recipe.format_spread)
+    more = [
+        EvalJob(f"{label}-format-{i}", "extra", first.tasks, first.num_fewshot, first.limit, i)
+        for i in numbers
+    ]
+    return [first, *more]
+
+
+def run(recipe: Recipe, adapter: Path | None) -> None:
+    """The whole job, on every rank.
+
+    Args:
+        recipe: the base, the tasks, and where the scores go.
+        adapter: its folder; None: the base as it is.
+    Raises:
+        UserError: anything that the user can mend; the same on every rank.
+    """
+    collectives.init(recipe.train.timeout_minutes + 1)
+    collectives.start_watchdog(recipe.train.timeout_minutes, lambda: "start it again")
+    recipe = agree_on_dtype(recipe)
+    base = TrainContext(without_training(recipe, collectives.world_size()), Timings())
+    check_chat_template(recipe, base)
+    evaluation = EvalRunner(recipe, base.tokenizer)
+    base.load(read_mask(mask_file(recipe.mask.load))[0] if recipe.mask.load else None)
+    if adapter is not None:
+        apply_to_shards(base, adapter)
+    folder = Path(recipe.output_dir) / "eval"
+    rounds = rounds_to_score(recipe.eval, _name_of(adapter))
+    of = base.scored_model(tensors_sha256(adapter))
+    rounds = collectives.broadcast_object([_with_free_label(folder, round, of, recipe) for round in rounds])
+    for scored in evaluation.run(base.engine.module, rounds, of):
+        collectives.run_on_rank0(partial(_keep, folder, scored, recipe.eval))
+    collectives.barrier()
+    watchdog.close()
+
+
+def _name_of(adapter: Path | None) -> str:
+    """What the labels of its scores begin with: `base`; `tuned`, of a run; or the adapter's own name."""
+    if adapter is None:
+        return "base"
+    return "tuned" if adapter.name == "adapter" else adapter.resolve().name
+
+
+def _with_free_label(folder: Path, round: EvalJob, of: dict, recipe: Recipe) -> EvalJob:
+    """The round with a label that no scores of other weights or settings have."""
+    number, candidate = 1, round
+    while (folder / f"{candidate.label}.json").exists() and not has_scored(folder, candidate, of, recipe):
+        number += 1
+        candidate = replace(round, label=f"{round.label}-{number}")
+    return candidate
+
+
+def _keep(folder: Path, scored: Scored, recipe: EvalConfig) -> None:
+    keep_scores(folder, scored, recipe)
+    for score in main_scores(scored.document):
+        log_rank0(f"{score.name}: {score.text}, {score.num_documents} documents")
+    log_rank0(str(folder / f"{scored.document['label']}.json"))

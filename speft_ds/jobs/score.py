@@ -1,0 +1,74 @@
+"""`speft score`: score the weights, select a mask, write it and show it. Nothing is trained.
+
+Leaves `mask.safetensors` (see `mask.py`), `mask.png`, `score.json` and `recipe.yaml` in the run folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from speft_ds.comm import collectives
+from speft_ds.comm.collectives import log_rank0
+from speft_ds.config.load_recipe import without_training
+from speft_ds.config.mask_config import MASK_FILE
+from speft_ds.config.recipe import Recipe
+from speft_ds.dtype import agree_on_dtype
+from speft_ds.env import machine_facts, versions
+from speft_ds.io import write_json
+from speft_ds.model.fingerprint import fingerprint
+from speft_ds.report.plots import mask_heat_map
+from speft_ds.report.tables import print_mask_table
+from speft_ds.sparse.mask import save_mask
+from speft_ds.training import memory
+from speft_ds.training.metrics import Timings
+from speft_ds.training.run_dir import check_output_dir, start_folder
+from speft_ds.training.setup import TrainContext
+
+
+def run(recipe: Recipe) -> None:
+    """The whole job, on every rank. Rank 0 writes the folder and prints the table.
+
+    Raises:
+        UserError: anything that the user can mend; the same on every rank.
+        RuntimeError: the weights are not what they were before.
+    """
+    collectives.init()
+    collectives.run_on_rank0(lambda: check_output_dir(recipe))
+    recipe = agree_on_dtype(recipe)
+    timings = Timings()
+    with timings.stage("data"):
+        base = TrainContext(without_training(recipe, collectives.world_size()), timings)
+        base.read_calibration_rows(None)
+    with timings.stage("model"):
+        base.load()
+    mask = base.choose_mask()
+    with timings.stage("check"):
+        if fingerprint(base.engine.module) != base.fingerprint:
+            raise RuntimeError(f"scoring by {recipe.mask.salience} changed the weights")
+    facts = {
+        "salience": recipe.mask.salience,
+        "granularity": recipe.mask.granularity,
+        "budget": recipe.mask.budget,
+        **base.identity(),
+        "world_size": collectives.world_size(),
+        "versions": versions(),
+        "machine": machine_facts(),
+    }
+    folder = Path(recipe.output_dir)
+
+    def write() -> None:
+        start_folder(recipe)
+        save_mask(folder / MASK_FILE, mask, facts)
+        mask_heat_map(folder / "mask.png", mask, f"{recipe.name}: density by {recipe.mask.salience}")
+        memory = {"peak_memory_gib": memory.peak_gib()}
+        write_json(folder / "score.json", {**facts, "mask": mask.facts(), "timings_s": timings, **memory})
+        print_mask_table(mask)
+
+    collectives.run_on_rank0(write)
+    log_rank0(
+        f"{mask.num_trainable:,} of {mask.num_target_elements:,} entries (density {mask.density:.4%}) "
+        f"by {recipe.mask.salience}, sha256 {mask.sha256[:12]}; base unchanged, {base.fingerprint[:12]}"
+    )
+    log_rank0(f"salience {timings['salience']:.2f} s, selection {timings['selection']:.2f} s")
+    log_rank0(f"{folder / MASK_FILE}: train it with mask.load={folder / MASK_FILE}")
+    collectives.barrier()

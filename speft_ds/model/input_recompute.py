@@ -1,0 +1,98 @@
+"""The input of a linear layer as its backward needs it: recomputed where that is cheap, else saved.
+
+A frozen layer saves no input, and a sparse weight gradient needs it. In Llama-like models it is mostly the
+product of tensors that the frozen model saves anyway: a norm's output, or an activation times a gate. Such
+an input is multiplied again, by the same operations on the same values and so to the same bits. Layers with
+one input (q, k, v; gate, up) compute it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Autograd functions that hand a tensor on as it is: those of hooks. Whoever hooks adds the names.
+PASSTHROUGH_GRAD_FNS: set[str] = set()
+MAX_RECOMPUTE_DEPTH = 6  # operations that are done again at most
+MIN_SIZE_RATIO = 16  # a weight is kept beside an input that has so many times its elements
+
+RecomputeFn = Callable[[], Tensor]  # makes a tensor again
+
+
+class LayerInput:
+    """An input on its way from forward to backward, shared by the layers that have it.
+
+    Args:
+        x: [..., in] as a layer got it, in its forward.
+        may_recompute: False saves it in any case: activation checkpointing allows one look at what was saved.
+    Attributes:
+        is_saved: whether the layer must save x.
+    """
+
+    def __init__(self, x: Tensor, may_recompute: bool):
+        node, output = _source(x.grad_fn, x.output_nr)
+        # Layers hold the way, never the node's own `metadata` does: that would be a cycle through C++.
+        self.way = _way_to(node, x.numel() // MIN_SIZE_RATIO, MAX_RECOMPUTE_DEPTH) if may_recompute else None
+        self.is_saved = self.way is None
+        key = f"speft_ds.input.{output}"
+        self.shared = _Shared() if node is None else node.metadata.setdefault(key, _Shared())
+        self.shared.num_users += 1
+
+    def value(self, saved: tuple[Tensor, ...]) -> Tensor:
+        """The input again, one and the same tensor for all layers that have it; each asks once.
+
+        Args:
+            saved: x, if it was to be saved.
+        """
+        shared = self.shared
+        if shared.x is None:
+            with torch.no_grad():
+                shared.x = saved[0] if saved else self.way()
+        x = shared.x
+        shared.num_users -= 1
+        if shared.num_users <= 0:
+            shared.x = None
+        return x
+
+
+class _Shared:
+    """What the layers with one input have in common."""
+
+    def __init__(self):
+        self.num_users, self.x = 0, None
+
+
+def _source(node, output: int = 0):
+    """The operation that made a tensor, behind hooks, and the number of the tensor among its outputs."""
+    while node is not None and node.name() in PASSTHROUGH_GRAD_FNS:
+        node, output = node.next_functions[0]
+    return node, output
+
+
+def _way_to(node, small: int, depth: int) -> RecomputeFn | None:
+    """How to make a tensor again by products and casts of what is saved for their own backward, if so."""
+    node, _ = _source(node)
+    if node is None or depth == 0:
+        return None
+    if node.name() == "ToCopyBackward0":
+        way, dtype = _way_to(node.next_functions[0][0], small, depth - 1), node._input_metadata[0].dtype
+        return None if way is None else lambda: way().to(dtype)
+    if node.name() != "MulBackward0":
+        return None
+    left = _way_to_factor(node, "_saved_self", 0, small, depth)
+    right = _way_to_factor(node, "_saved_other", 1, small, depth)
+    return None if left is None or right is None else lambda: left() * right()
+
+
+def _way_to_factor(node, name: str, edge: int, small: int, depth: int) -> RecomputeFn | None:
+    saved = getattr(node, name)
+    if saved is None:
+        return _way_to(node.next_functions[edge][0], small, depth - 1)
+    if saved.requires_grad:
+        return lambda: getattr(node, name).detach()
+    # A frozen weight, as a norm's. A small one can be kept, if ZeRO-3 did not free it: it does in its first
+    # pass, and in all where `stage3_param_persistence_threshold` is lower.
+    weight = saved.clone() if 0 < saved.numel() <= small else None
+    return None if weight is None else lambda: weight

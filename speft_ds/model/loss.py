@@ -1,0 +1,73 @@
+"""What is learnt: the next token, or the class of a row. Forward and loss of a batch."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from speft_ds.data.collate import num_logits, summed_class_loss, summed_loss
+from speft_ds.errors import UserError
+
+
+class NextToken:
+    """Predict the learnt tokens of a row.
+
+    Args:
+        model: the causal language model; sharded, it is in its engine.
+        packing: whether rows may be packed.
+    Raises:
+        UserError: rows are packed and the model takes no positions, from which it could tell them apart.
+    """
+
+    def __init__(self, model: nn.Module, packing: bool):
+        arguments = inspect.signature(model.forward).parameters
+        self.can_keep_logits = "logits_to_keep" in arguments
+        if packing and not ("position_ids" in arguments and tells_rows_apart(model)):
+            what = f"{type(model).__name__} does not tell packed rows apart: they would see each other"
+            raise UserError(what, "data.packing", "data.packing=false")
+
+    def __call__(
+        self, module: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Summed loss of a batch (fp32 scalar); and None, since nobody counts correct tokens.
+
+        Args:
+            module: the engine, or its module.
+            batch: as `batch.collate` makes it.
+            temperature: the logits are divided by it.
+        """
+        # Logits over the prompts would be thrown away, and cost a fifth of a small model's step.
+        keep = num_logits(batch["labels"]) if self.can_keep_logits else 0
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        options = {"logits_to_keep": keep} if keep else {}
+        logits = module(**inputs, use_cache=False, **options).logits
+        return summed_loss(logits, batch["labels"][:, -keep:], temperature), None
+
+
+@torch.no_grad()
+def tells_rows_apart(model: nn.Module) -> bool:
+    """Whether a row's logits do not depend on the row that is packed before it. Asks the model itself.
+
+    Some models take position_ids and make no attention mask of them.
+    """
+    was_training = model.training
+    model.eval()
+    ids = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]], device=model.device)  # they differ in the first row
+    positions = torch.tensor([[0, 1, 0, 1]] * 2, device=model.device)
+    one, other = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 2:]
+    model.train(was_training)
+    return torch.equal(one, other)
+
+
+class RowClass:
+    """Predict the class of a row: from the hidden state of its last token, which is an EOS."""
+
+    def __call__(
+        self, module: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Summed loss of a batch (fp32 scalar), and the number of rows whose class was the most likely."""
+        logits = module(input_ids=batch["input_ids"], use_cache=False).logits
+        num_correct = (logits.argmax(-1) == batch["labels"]).sum()
+        return summed_class_loss(logits, batch["labels"], temperature), num_correct

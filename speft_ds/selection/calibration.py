@@ -1,0 +1,167 @@
+"""Forward and backward over the calibration set, and what is summed of it, sharded like the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from speft_ds.comm import collectives, watchdog
+from speft_ds.data.collate import collate
+from speft_ds.data.dataset import Row
+from speft_ds.errors import UserError
+from speft_ds.model.linear import WeightGradHook, weight_grad_hooks
+from speft_ds.sparse.kernels.dense import matmul_fp32
+from speft_ds.zero.engine import SparseEngine
+from speft_ds.zero.shards import own_elements, shard_numel
+
+Scores = dict[str, Tensor]
+# (x [rows, tokens, in], grad_y [rows, tokens, out], labels [rows, tokens]) -> dense [out, in]
+Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class CalibrationSet:
+    """The rows that scores are computed from, in batches of a fixed composition.
+
+    The batches are the same at every world size, and so is what is summed over them.
+
+    Attributes:
+        rows: in order; cut into batches of `batch_size`.
+        pad_id: any token id, see `batch.collate`.
+        may_stop: whether a rank that is asked to stop stops here. Between steps it may; within one, what the
+            steps before have learnt would be lost.
+    """
+
+    rows: list[Row]
+    batch_size: int
+    pad_id: int
+    may_stop: bool = False
+
+    @property
+    def num_labels(self) -> int:
+        return sum(row.num_labels for row in self.rows)
+
+    def batches(self) -> Iterator[tuple[dict[str, Tensor], bool]]:
+        """This rank's batches, dealt in order; where there is none, a filler and False.
+
+        Every rank gets the same number, since each takes part in every collective.
+        """
+        size = self.batch_size
+        batches = [self.rows[start : start + size] for start in range(0, len(self.rows), size)]
+        rank, world_size = collectives.rank(), collectives.world_size()
+        for first in range(0, len(batches), world_size):
+            watchdog.heartbeat(f"calibration, batch {first + 1} of {len(batches)}")
+            if self.may_stop:
+                collectives.raise_if_stop_requested()
+            mine = first + rank < len(batches)
+            batch = batches[first + rank] if mine else batches[0]
+            yield collate(batch, self.pad_id, collectives.device()), mine
+
+
+@dataclass
+class Scorer:
+    """What a salience metric may look at.
+
+    Attributes:
+        engine: the engine over the frozen base; its weights are those of the moment.
+        targets: weight name -> adapted linear.
+        recipe: the `mask` section of a recipe.
+        seed: of this scoring (a later one of the same run has another).
+        calibration: the rows; None where the recipe gives none, which only data-free metrics accept.
+        loss: (module, batch, temperature) -> summed token loss.
+    """
+
+    engine: SparseEngine
+    targets: dict[str, nn.Linear]
+    recipe: object
+    seed: int
+    calibration: CalibrationSet | None
+    loss: Callable[[nn.Module, dict[str, Tensor], float], Tensor]
+
+    def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, linear in self.targets.items():
+            yield name, linear.weight
+
+    def device_of(self, weight: nn.Parameter) -> torch.device:
+        """Where the scores of this weight are kept: with its shard, or in host memory."""
+        return torch.device("cpu") if self.recipe.score_device == "host" else own_elements(weight)[0].device
+
+    def gradient(self, temperature: float = 1.0) -> Scores:
+        """Gradient of the mean token loss over the calibration set, of this rank's shards.
+
+        Args:
+            temperature: the logits are divided by it.
+        """
+        scale = 1.0 / self.rows().num_labels
+        return self.accumulate(lambda x, grad_y, labels: weight_gradient(x, grad_y), scale, temperature)
+
+    def rows(self) -> CalibrationSet:
+        """The calibration set. Raises UserError where there is none."""
+        if self.calibration is None:
+            raise UserError(
+                f"{self.recipe.salience} needs calibration data, and there is none",
+                where="mask.salience",
+                fix="set data.path or mask.calibration_path, or choose a metric without data: magnitude",
+            )
+        return self.calibration
+
+    def accumulate(self, dense: Dense, scale: float = 1.0, temperature: float = 1.0) -> Scores:
+        """Sum `dense(x, grad_y, labels)` of every target over the calibration batches of all ranks.
+
+        Args:
+            dense: what one backward of one layer contributes; the loss is the batch's summed token loss
+                times `scale`.
+        Returns:
+            weight -> [local elements] fp32 sum, this rank's shard of it. The weights do not change.
+        Raises:
+            UserError: there are no calibration rows.
+        """
+        sums = {name: ShardSum(weight, self.device_of(weight)) for name, weight in self.weights()}
+        batch: dict[str, Tensor] = {}
+
+        def make_sink(name: str) -> WeightGradHook:
+            return lambda x, grad_y: sums[name].add(dense(x, grad_y, batch["labels"]))
+
+        with weight_grad_hooks(self.targets, {name: make_sink(name) for name in sums}):
+            for batch, mine in self.rows().batches():
+                loss = self.loss(self.engine.module, batch, temperature)
+                (loss * (scale if mine else 0.0)).backward()
+                self.engine.after_plain_backward()
+        return {name: total.value for name, total in sums.items()}
+
+
+def weight_gradient(x: Tensor, grad_y: Tensor) -> Tensor:
+    """The dense [out, in] gradient of a linear's weight from x [..., in] and grad_y [..., out]: fp32.
+
+    On a CPU in bfloat16 it is rounded to bfloat16, as autograd's is: torch has no product with an fp32
+    result there but that of fp32 copies. Sums over batches and ranks are fp32 all the same.
+    """
+    x, grad_y = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
+    return matmul_fp32(grad_y.t(), x) if x.is_cuda else grad_y.t() @ x
+
+
+class ShardSum:
+    """A sum over ranks and batches of dense [out, in] values of one weight, kept as this rank's shard.
+
+    The dense values of one layer are alive at a time. Ranks' contributions are added in rank order, and
+    calibration batches are dealt to ranks in order, so their sum runs over the batches in one and the
+    same order at every world size.
+    """
+
+    def __init__(self, weight: nn.Parameter, device: torch.device):
+        own, _ = own_elements(weight)
+        numel, world_size = weight.ds_numel, collectives.world_size()
+        self.size = shard_numel(numel, world_size)
+        self.padding = self.size * world_size - numel
+        self.value = torch.zeros(own.numel(), dtype=torch.float32, device=device)
+
+    def add(self, dense: Tensor) -> None:
+        """Add every rank's dense [out, in] contribution; all ranks call this together."""
+        dense = dense.reshape(-1)
+        if self.padding:
+            dense = torch.cat([dense, dense.new_zeros(self.padding)])
+        for contribution in collectives.all_to_all(dense.view(-1, self.size)):
+            self.value += contribution[: self.value.numel()].to(self.value.device)

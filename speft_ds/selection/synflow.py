@@ -1,0 +1,102 @@
+"""A network made linear and non-negative for a moment: what SynFlow scores flow through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from speft_ds.comm import collectives
+from speft_ds.errors import UserError
+from speft_ds.zero.shards import repartition, shard_of
+
+ACTIVATION_MODULES = ("transformers.activations", "torch.nn.modules.activation")
+
+
+@contextmanager
+@torch.no_grad()
+def absolute_weights(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Every ZeRO-3 shard holds absolute values inside the block, and its own bits again after it."""
+    repartition(parameters)
+    signs = [pack(torch.signbit(shard_of(parameter))) for parameter in parameters]
+    for parameter in parameters:
+        shard_of(parameter).abs_()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        repartition(parameters)
+        for parameter, packed in zip(parameters, signs, strict=True):
+            shard = shard_of(parameter)
+            shard.copy_(torch.where(unpack(packed, shard.numel()), -shard, shard))
+
+
+def pack(bits: Tensor) -> Tensor:
+    """[n] bool -> [ceil(n / 8)] uint8."""
+    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.numel() % 8)).view(-1, 8)
+    return (padded << _places(bits.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, length: int) -> Tensor:
+    """The [length] bool that `pack` was given."""
+    return (packed[:, None] >> _places(packed.device) & 1).view(-1)[:length].bool()
+
+
+def _places(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+@contextmanager
+def linear_network(model: nn.Module) -> Iterator[Tensor]:
+    """Activations pass their input on and norms only scale, inside the block.
+
+    Attention is computed step by step: the softmax over one token is exactly 1 and its gradient exactly 0,
+    so none flows to queries and keys. A fused kernel recomputes it in its backward, and rounds.
+
+    Yields:
+        [1, 1, hidden] ones in the model's dtype, which need a gradient: the input.
+    Raises:
+        UserError: no activation module is found, so the network would not be linear.
+    """
+    activations = [m for m in model.modules() if type(m).__module__ in ACTIVATION_MODULES]
+    norms = [m for m in model.modules() if type(m).__name__.endswith("Norm")]
+    if not activations:
+        raise UserError(
+            "this model computes its activations outside of modules, so they cannot be made linear",
+            where="mask.salience=synflow",
+            fix="choose another metric",
+        )
+    config, changed = model.config, [*activations, *norms]
+    capping = getattr(config, "final_logit_softcapping", None)  # a tanh, which would stop the flow
+    for module in activations:
+        module.forward = nn.Identity.forward.__get__(module)
+    for module in norms:
+        module.forward = partial(only_scale, module)
+    if capping is not None:
+        config.final_logit_softcapping = None
+    width = model.get_input_embeddings().embedding_dim
+    dtype = next(model.parameters()).dtype
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield torch.ones(1, 1, width, dtype=dtype, device=collectives.device(), requires_grad=True)
+    finally:
+        for module in changed:
+            del module.forward  # the class's own shows again
+        if capping is not None:
+            config.final_logit_softcapping = capping
+
+
+def only_scale(norm: nn.Module, x: Tensor) -> Tensor:
+    """x times the factor that the norm has at x, held constant; a LayerNorm is taken without its mean."""
+    with torch.no_grad():
+        values = x.float()
+        if isinstance(norm, nn.LayerNorm):
+            factor = norm.weight.float() / values.square().mean(-1, keepdim=True).sqrt()
+        else:
+            factor = type(norm).forward(norm, x).float() / values
+        factor = torch.nan_to_num(factor.abs(), nan=0.0, posinf=0.0)  # 0 / 0
+    return (x.float() * factor).to(x.dtype)

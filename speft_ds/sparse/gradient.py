@@ -1,0 +1,244 @@
+"""The k-long gradient of a mask's entries, on its way to the ranks that own them.
+
+The backward of an adapted linear adds its weight's part. Neighbouring weights are a bucket: a buffer
+[world_size, longest] whose row r has, in the order of rank r's flat buffers, what this rank adds to the
+gradient of rank r's entries. A bucket that has all its parts is reduce-scattered while the backward goes on,
+and its sum is added to the owner's gradient. So of the whole gradient only a few buckets are alive at a time,
+and k / world_size values over the micro-batches of a step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from speft_ds.comm import collectives
+from speft_ds.errors import UserError
+from speft_ds.model.linear import WeightGradHook
+from speft_ds.sparse.kernels.backends import Backend, make_backend
+from speft_ds.sparse.layout import Layout
+from speft_ds.sparse.mask import Mask
+from speft_ds.sparse.tiles import Tiles
+
+IN_FLIGHT = 2  # buckets under way between the ranks, at most
+
+
+@dataclass(frozen=True)
+class GradientOptions:
+    """How a gradient is computed and collected.
+
+    Attributes:
+        backend: as `train.sparse_backend`.
+        granularity, block_size: what the mask was chosen by.
+        bucket: entries of one reduce-scatter, over all ranks.
+        overlap: False reduces after the backward: any number of backwards may come before `finish`.
+    """
+
+    backend: str = "auto"
+    granularity: str = "element"
+    block_size: int = 1
+    bucket: int = 2**22
+    overlap: bool = True
+
+    @classmethod
+    def of(cls, recipe, overlap: bool = True) -> GradientOptions:
+        """Those of a recipe; `overlap` as far as the recipe has it, too."""
+        mask, train = recipe.mask, recipe.train
+        how = (train.sparse_backend, mask.granularity, mask.block_size, train.reduce_bucket)
+        return cls(*how, overlap and train.overlap)
+
+
+@dataclass
+class Bucket:
+    """Neighbouring weights whose gradients are reduced in one call.
+
+    Attributes:
+        names: in the mask's order, so that each rank's part is one slice of its flat buffers.
+        starts, lengths: rank -> where that slice starts, and its entries.
+        pieces: [world_size, longest] what was added and not sent yet; None where nothing was.
+        views: weight -> its parts in the rows of `pieces`.
+    """
+
+    names: list[str]
+    starts: list[int]
+    lengths: list[int]
+    pieces: Tensor | None = None
+    views: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+class SparseGradient:
+    """Collects the gradient of a mask's entries.
+
+    A micro-batch's backward calls the sinks; `finish` must follow it. `take` hands out what has come together
+    and starts anew. All ranks call both together.
+
+    Attributes:
+        own: [num_local] fp32, the sum so far of this rank's entries.
+        layout: where the entries lie.
+        backends: weight with entries -> name of its backend; `kernels`: -> the backend.
+        sinks: weight -> what its linear feeds; None where the mask has no entry of it.
+        peak_buffer_bytes: bytes of buckets alive at once, at most.
+        sent: bytes that this rank sent to the others for the gradient that was last taken.
+
+    Args:
+        mask: what is trained, the same on every rank.
+        device: of the activations.
+    """
+
+    def __init__(self, mask: Mask, device: torch.device, options: GradientOptions):
+        self.mask, self.device, self.options = mask, device, options
+        self.world_size, rank = collectives.world_size(), collectives.rank()
+        layout = Layout.of(mask.index, {name: mask.numel(name) for name in mask.shape}, self.world_size)
+        self.layout = layout
+        self.own = torch.zeros(layout.lengths[rank], dtype=torch.float32, device=device)
+        self.own_slices = {name: layout.places(name, rank) for name in mask.shape}
+        self.counts = {name: layout.counts(name) for name in mask.shape}
+        self.backends: dict[str, str] = {}
+        self.kernels: dict[str, Backend] = {}
+        self.sinks = {name: self._make_sink(name) for name in mask.shape}
+        self.buckets = self._make_buckets(options.bucket)
+        self.bucket_of = {name: bucket for bucket in self.buckets for name in bucket.names}
+        # Uses of a weight in a backward: one, until the first backward has told.
+        self.expected, self.is_learning = dict.fromkeys(self.bucket_of, 1), options.overlap
+        self.peak_buffer_bytes = self.sent = self.num_sent = 0
+        self._start_backward()
+
+    def _make_buckets(self, size: int) -> list[Bucket]:
+        """In the order in which a backward completes them: from the last weight to the first."""
+        if self.world_size == 1:
+            return []  # what is added is ours
+        groups: list[list[str]] = []
+        total = size
+        for name in reversed([name for name, index in self.mask.index.items() if index.numel()]):
+            count = sum(self.counts[name])
+            if total + count > size:
+                groups.append([])
+                total = 0
+            groups[-1].insert(0, name)
+            total += count
+        ranks = range(self.world_size)
+        return [
+            Bucket(
+                names,
+                [self.layout.offsets[names[0]][rank] for rank in ranks],
+                [sum(self.counts[name][rank] for name in names) for rank in ranks],
+            )
+            for names in groups
+        ]
+
+    def _start_backward(self) -> None:
+        self.uses: Counter[str] = Counter()
+        self.waiting = deque(self.buckets)  # that were not sent yet
+        self.in_flight: deque[tuple[Bucket, Tensor, Callable[[], Tensor]]] = deque()
+
+    def local_index(self) -> dict[str, Tensor]:
+        """Weight -> sorted indices of this rank's entries into its shard."""
+        rank = collectives.rank()
+        return {name: self.layout.local_index(name, i, rank) for name, i in self.mask.index.items()}
+
+    def _make_sink(self, name: str) -> WeightGradHook | None:
+        """What an adapted linear calls in its backward; None where the mask has no entry of this weight."""
+        index = self.mask.index[name]
+        if index.numel() == 0:
+            return None
+        options, shape = self.options, self.mask.shape[name]
+        units = Tiles.of(options.granularity, options.block_size, shape)
+        self.backends[name], backend = make_backend(options.backend, index.to(self.device), shape, units)
+        self.kernels[name] = backend
+        return lambda x, grad_y: self.add(name, backend(x, grad_y))
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Add the [k] fp32 gradient of one weight's entries, in index order."""
+        if self.world_size == 1:
+            self.own[self.own_slices[name]] += values
+            return
+        bucket = self.bucket_of[name]
+        self.uses[name] += 1
+        if self.options.overlap and self.uses[name] > self.expected[name] and not self.is_learning:
+            self._refuse_change(name)
+        if bucket.pieces is None:
+            self._allocate(bucket)
+        torch._foreach_add_(bucket.views[name], list(values.split(self.counts[name])))
+        # Always in the one order, which all ranks keep, whatever their backwards do.
+        while self.options.overlap and self.waiting and self._is_complete(self.waiting[0]):
+            self._send(self.waiting.popleft())
+
+    def _is_complete(self, bucket: Bucket) -> bool:
+        return all(self.uses[name] >= self.expected[name] for name in bucket.names)
+
+    def _refuse_change(self, name: str) -> None:
+        raise UserError(
+            f"{name} was used {self.uses[name]} times in one forward, {self.expected[name]} times before",
+            where="training",
+            fix="train.overlap=false: this model's forwards are not all alike",
+        )
+
+    def _allocate(self, bucket: Bucket) -> None:
+        shape = (self.world_size, max(bucket.lengths))
+        bucket.pieces = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        bucket.views = {
+            name: [
+                row[offset - start : offset - start + count]
+                for row, offset, start, count in zip(
+                    bucket.pieces, self.layout.offsets[name], bucket.starts, self.counts[name], strict=True
+                )
+            ]
+            for name in bucket.names
+        }
+        filling = [other.pieces for other in self.buckets if other.pieces is not None]
+        alive = [*filling, *(pieces for _, pieces, _ in self.in_flight)]
+        self.peak_buffer_bytes = max(self.peak_buffer_bytes, sum(pieces.nbytes for pieces in alive))
+
+    def _send(self, bucket: Bucket) -> None:
+        """Start the reduction of a bucket; one that nothing was added to takes part, too."""
+        if bucket.pieces is None:
+            self._allocate(bucket)
+        if len(self.in_flight) == IN_FLIGHT:
+            self._receive()
+        pieces, bucket.pieces, bucket.views = bucket.pieces, None, {}
+        self.num_sent += pieces.nbytes * (self.world_size - 1) // self.world_size
+        self.in_flight.append((bucket, pieces, collectives.start_reduce_scatter(pieces)))
+
+    def _receive(self) -> None:
+        """Wait for the oldest bucket that is under way, and add its sum to what is ours."""
+        bucket, _, wait = self.in_flight.popleft()
+        rank = collectives.rank()
+        start, length = bucket.starts[rank], bucket.lengths[rank]
+        self.own[start : start + length] += wait()[:length]
+
+    def finish(self) -> None:
+        """After a backward: reduce what is left."""
+        while self.waiting:
+            self._send(self.waiting.popleft())
+        if self.is_learning and self.buckets:
+            self._learn_uses()
+            for bucket in self.buckets:
+                if any(self.expected[name] > 1 for name in bucket.names):
+                    self._send(bucket)  # once more: parts may have come when it was on its way
+        while self.in_flight:
+            self._receive()
+        self._start_backward()
+
+    def _learn_uses(self) -> None:
+        """How often a backward uses each weight, on the rank that does so most (experts may idle on some)."""
+        names = list(self.bucket_of)
+        uses = torch.tensor([self.uses[name] for name in names], dtype=torch.int64, device=self.device)
+        uses = collectives.all_reduce_max(uses).clamp_(min=1).tolist()
+        self.expected, self.is_learning = dict(zip(names, uses, strict=True)), False
+
+    def take(self) -> Tensor:
+        """The [num_local] fp32 gradient of this rank's entries, summed over ranks and backwards."""
+        own, self.own = self.own, torch.zeros_like(self.own)
+        self.sent, self.num_sent = self.num_sent, 0
+        return own
+
+    def discard(self) -> None:
+        """Forget what was added since the last `take`."""
+        for bucket in self.buckets:
+            bucket.pieces, bucket.views = None, {}
+        self.own.zero_()
+        self._start_backward()

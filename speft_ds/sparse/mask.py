@@ -1,0 +1,202 @@
+"""The mask: which entries of which weights are trained. Every rank holds the same one.
+
+mask.safetensors    per weight with entries: `<name>.index` sorted global flat indices
+                    metadata: `format_version`, `shape` (JSON), `sha256`, `facts` (JSON)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from speft_ds.errors import UserError
+from speft_ds.io import write_safetensors
+from speft_ds.sparse.layout import index_dtype, locate
+
+FORMAT_VERSION = "1"
+INDEX_DTYPES = {"I32": torch.int32, "I64": torch.int64}  # by safetensors' names
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Sorted global flat indices a weight.
+
+    Attributes:
+        index: weight name -> [k] sorted global flat indices (int32, or int64 from 2^31 elements on).
+        shape: weight name -> (out_features, in_features); names every target, also one without entries.
+    """
+
+    index: dict[str, Tensor]
+    shape: dict[str, tuple[int, int]]
+
+    @cached_property
+    def num_trainable(self) -> int:
+        return sum(index.numel() for index in self.index.values())
+
+    @cached_property
+    def num_target_elements(self) -> int:
+        """Elements of all targeted weights: what `density` is a fraction of."""
+        return sum(self.numel(name) for name in self.shape)
+
+    @property
+    def density(self) -> float:
+        return self.num_trainable / self.num_target_elements
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of names, shapes and indices (as little-endian int64), the same on every rank and device."""
+        digest = hashlib.sha256()
+        for name in sorted(self.index):
+            digest.update(f"{name} {self.shape[name][0]} {self.shape[name][1]}\n".encode())
+            digest.update(self.index[name].to("cpu", torch.int64).numpy().tobytes())
+        return digest.hexdigest()
+
+    def numel(self, name: str) -> int:
+        rows, columns = self.shape[name]
+        return rows * columns
+
+    def facts(self) -> dict:
+        """What a report says of the mask: counts, density (of the targeted weights), hash."""
+        return {
+            "num_trainable": self.num_trainable,
+            "num_target_elements": self.num_target_elements,
+            "density": self.density,
+            "sha256": self.sha256,
+            "per_layer": {name: index.numel() for name, index in self.index.items()},
+        }
+
+
+def save_mask(path: Path, mask: Mask, facts: dict) -> None:
+    """Write a mask file atomically; one rank calls this.
+
+    Args:
+        facts: what a reader should know, as JSON holds it; with `Base.identity` for `mask.load`.
+    Raises:
+        OSError: it cannot be written.
+    """
+    assert mask.index.keys() == mask.shape.keys(), "every target has an index, if an empty one"
+    tensors = {
+        f"{name}.index": index.cpu().contiguous() for name, index in mask.index.items() if index.numel()
+    }
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "shape": json.dumps(mask.shape),
+        "sha256": mask.sha256,
+        "facts": json.dumps(facts),
+    }
+    write_safetensors(path, tensors, metadata)
+
+
+def read_mask(path: str | Path) -> tuple[Mask, dict]:
+    """The mask in a file, and the facts it was saved with, checked. On the CPU.
+
+    Raises:
+        UserError: no readable mask of this format version; an index that does not fit its weight; a hash
+            that is not the recorded one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            shape, sha256, facts = _read_metadata(path, file.metadata() or {})
+            index = _read_index(path, file, shape)
+    except (OSError, SafetensorError) as error:
+        _refuse(path, f"not a readable mask: {error}")
+    mask = Mask(index=index, shape=shape)
+    if mask.sha256 != sha256:
+        _refuse(path, "the mask is damaged: its hash is not the recorded one")
+    return mask, facts
+
+
+def _refuse(path: str | Path, what: str) -> NoReturn:
+    raise UserError(what, where=str(path), fix="write the mask with `speft score RECIPE`, or copy it again")
+
+
+def _read_metadata(
+    path: str | Path, metadata: dict[str, str]
+) -> tuple[dict[str, tuple[int, int]], str, dict]:
+    """The checked `shape`, `sha256` and `facts` of a mask file."""
+    version = metadata.get("format_version")
+    if version is None:
+        _refuse(path, "not a mask: its metadata has no format_version")
+    if version != FORMAT_VERSION:
+        _refuse(path, f"mask format {version}, this version reads {FORMAT_VERSION}")
+    documents = {}
+    for key in ("shape", "facts"):
+        try:
+            documents[key] = json.loads(metadata[key])
+        except (KeyError, ValueError, RecursionError):
+            documents[key] = None
+        if not isinstance(documents[key], dict):
+            _refuse(path, f"the mask is damaged: its metadata has no {key}, or not as a JSON object")
+    if not documents["shape"]:
+        _refuse(path, "the mask is damaged: it names no weight")
+    for name, sizes in documents["shape"].items():
+        if not name.isprintable() or not _is_shape(sizes):
+            _refuse(path, f"the mask is damaged: {name!r} has no shape (out_features, in_features)")
+    shape = {name: (rows, columns) for name, (rows, columns) in documents["shape"].items()}
+    return shape, metadata.get("sha256", ""), documents["facts"]
+
+
+def _is_shape(sizes: object) -> bool:
+    """Whether it is [out_features, in_features] with flat indices that int64 can hold."""
+    if not isinstance(sizes, list) or len(sizes) != 2:
+        return False
+    return all(type(size) is int and size > 0 for size in sizes) and sizes[0] * sizes[1] < 2**63
+
+
+def _read_index(path: str | Path, file: safe_open, shape: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """The checked indices of every weight of a mask file, in the order of `shape`."""
+    stored = set(file.keys())
+    if unknown := sorted(stored - {f"{name}.index" for name in shape}):
+        _refuse(path, f"the mask is damaged: {unknown[0]!r} is not the index of a weight in its shape")
+    dtype = index_dtype(max(rows * columns for rows, columns in shape.values()))
+    indices = {}
+    for name, (rows, columns) in shape.items():
+        if f"{name}.index" not in stored:
+            indices[name] = torch.empty(0, dtype=dtype)
+            continue
+        header = file.get_slice(f"{name}.index")  # before any byte of a tensor that torch may not know
+        if header.get_dtype() not in INDEX_DTYPES or len(header.get_shape()) != 1:
+            _refuse(path, f"{name}: the index is {header.get_dtype()} of shape {header.get_shape()}")
+        index = file.get_tensor(f"{name}.index")
+        if problem := index_problem(index, rows * columns):
+            _refuse(path, f"{name}: {problem}")
+        indices[name] = index.to(dtype)
+    return indices
+
+
+def index_problem(index: Tensor, numel: int | None = None) -> str | None:
+    """What is wrong with [k] flat indices into a weight of `numel` elements (None: unknown), if anything."""
+    if index.dtype not in INDEX_DTYPES.values() or index.ndim != 1:
+        return f"the index is {index.dtype} of shape {tuple(index.shape)}"
+    if index.numel() == 0:
+        return None
+    if int(index.min()) < 0 or (numel is not None and int(index.max()) >= numel):
+        return f"indices from {int(index.min())} to {int(index.max())}, the weight has {numel} elements"
+    if not bool((index[1:] > index[:-1]).all()):
+        return "indices are not strictly increasing"
+    return None
+
+
+def overlap(a: Mask, b: Mask) -> int:
+    """Number of entries that both masks have."""
+    num_common = 0
+    for name in a.index.keys() & b.index.keys():
+        wanted = a.index[name].to(torch.int64)
+        _, found = locate(b.index[name].to(wanted.device, torch.int64), wanted)
+        num_common += int(found.sum())
+    return num_common
+
+
+def jaccard(a: Mask, b: Mask) -> float:
+    """|A and B| / |A or B| over all weights, as [0, 1]; 1 for two masks without entries."""
+    num_common = overlap(a, b)
+    num_either = a.num_trainable + b.num_trainable - num_common
+    return num_common / num_either if num_either else 1.0

@@ -1,0 +1,1 @@
+"""Optimizers of the flat delta, gradient clipping and learning-rate schedules."""

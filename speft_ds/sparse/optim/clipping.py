@@ -1,0 +1,63 @@
+"""Clipping of the gradient by norms that are true over all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from speft_ds.comm import collectives
+from speft_ds.model.targets import place
+
+
+def global_norm(gradient: Tensor) -> float:
+    """L2 norm of the gradient over the entries of all ranks; each rank passes its own part."""
+    squared = torch.linalg.vector_norm(gradient, dtype=torch.float64).square().reshape(1)
+    return math.sqrt(collectives.all_reduce(squared).item())
+
+
+def clip_factor(norm: float, clip_norm: float | None) -> float:
+    """What to multiply a gradient of this norm by so that its norm is at most `clip_norm`."""
+    return 1.0 if clip_norm is None or norm <= clip_norm else clip_norm / norm
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Bounds the norm of a gradient.
+
+    Attributes:
+        mode: `global`: of the whole gradient; `per_layer`: of each decoder layer's, what is in no layer
+            weight by weight; `per_component`: of each weight's.
+        clip_norm: the largest norm; None: any.
+    """
+
+    mode: str
+    clip_norm: float | None
+
+    def __call__(self, gradient: Tensor, norm: float, slices: dict[str, slice]) -> None:
+        """Clip in place; every rank calls this.
+
+        Args:
+            gradient: [num_local] of this rank's entries.
+            norm: its global norm over all ranks.
+            slices: weight -> where its entries lie in `gradient`, the same weights on every rank.
+        """
+        if self.mode == "global":
+            gradient.mul_(clip_factor(norm, self.clip_norm))
+            return
+        keys = {name: self._group(name) for name in slices}
+        number = {key: n for n, key in enumerate(dict.fromkeys(keys.values()))}
+        squared = torch.zeros(len(number), dtype=torch.float64, device=gradient.device)
+        for name, own in slices.items():
+            norm = torch.linalg.vector_norm(gradient[own], dtype=torch.float64)
+            squared[number[keys[name]]] += norm.square()
+        norms = collectives.all_reduce(squared).sqrt().tolist()
+        for name, own in slices.items():
+            gradient[own].mul_(clip_factor(norms[number[keys[name]]], self.clip_norm))
+
+    def _group(self, name: str) -> Hashable:
+        layer, _ = place(name)
+        return name if self.mode == "per_component" or layer is None else layer

@@ -1,0 +1,114 @@
+"""What is chosen as one: the units of a weight, that is, its blocks, rows or columns.
+
+Units are numbered row by row of the grid that they form. Where the block size does not divide a weight, the
+blocks at its right and lower edge are smaller.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from speft_ds.comm import collectives
+from speft_ds.zero.shards import shard_range
+
+SUM_BITS = 61  # of the fixed-point sums, one less than would overflow
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A weight cut into rectangles of `height` x `width`.
+
+    Attributes:
+        shape: (out, in) of the weight.
+    """
+
+    shape: tuple[int, int]
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, granularity: str, block_size: int, shape: tuple[int, int]) -> Tiles:
+        rows, columns = shape
+        height, width = {
+            "element": (1, 1),
+            "block": (min(block_size, rows), min(block_size, columns)),
+            "row": (1, columns),
+            "column": (rows, 1),
+        }[granularity]
+        return cls(shape, height, width)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return -(-self.shape[0] // self.height), -(-self.shape[1] // self.width)
+
+    @property
+    def num_units(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def largest(self) -> int:
+        """Entries of a unit that is not at an edge."""
+        return self.height * self.width
+
+    def unit_of(self, index: Tensor) -> Tensor:
+        """[n] flat indices into the weight -> [n] int64 unit numbers."""
+        row, column = _divmod(index.to(torch.int64), self.shape[1])
+        return row // self.height * self.grid[1] + column // self.width
+
+    def sizes(self, unit: Tensor) -> Tensor:
+        """[n] unit numbers -> [n] int64 entries of each."""
+        row, column = _divmod(unit.to(torch.int64), self.grid[1])
+        heights = (self.shape[0] - row * self.height).clamp_(max=self.height)
+        return heights * (self.shape[1] - column * self.width).clamp_(max=self.width)
+
+    def entries(self, unit: Tensor) -> Tensor:
+        """[n] unit numbers -> sorted int64 flat indices of all their entries."""
+        row, column = _divmod(unit.to(torch.int64), self.grid[1])
+        rows = row[:, None] * self.height + torch.arange(self.height, device=unit.device)
+        columns = column[:, None] * self.width + torch.arange(self.width, device=unit.device)
+        inside = (rows < self.shape[0])[:, :, None] & (columns < self.shape[1])[:, None, :]
+        return (rows[:, :, None] * self.shape[1] + columns[:, None, :])[inside].sort().values
+
+
+def _divmod(value: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    quotient = value // divisor
+    return quotient, value - quotient * divisor
+
+
+def tile_scores(scores: dict[str, Tensor], units: dict[str, Tiles]) -> dict[str, Tensor]:
+    """Mean score of the entries of each unit, sharded over the ranks as the elements of a weight are.
+
+    A mean rather than a sum: the same order among full blocks, and it lets smaller edge blocks, or rows of
+    unequal length, compete by what one entry is worth. The sums are taken in integers, so that they do not
+    depend on how many ranks take part; the scores' resolution is 2^-SUM_BITS of all ranks' largest sum.
+
+    Args:
+        scores: weight -> [local elements] fp32 of this rank's shard, finite.
+    Returns:
+        weight -> [local units] fp32; this rank has the units `shard_range(num_units, rank, world_size)`.
+    """
+    largest = max((score.abs().max().item() for score in scores.values() if score.numel()), default=0.0)
+    largest = torch.tensor([largest], dtype=torch.float64, device=collectives.device())
+    largest = collectives.all_reduce_max(largest).item() or 1.0
+    biggest = max(unit.largest for unit in units.values())
+    shift = SUM_BITS - math.frexp(largest)[1] - math.frexp(biggest)[1]
+    return {name: _means(score, units[name], shift) for name, score in scores.items()}
+
+
+def _means(score: Tensor, units: Tiles, shift: int) -> Tensor:
+    rank, world_size = collectives.rank(), collectives.world_size()
+    numel = units.shape[0] * units.shape[1]
+    start, stop = shard_range(numel, rank, world_size)
+    fixed = (score.double() * 2.0**shift).round().to(torch.int64)
+    size = -(-units.num_units // world_size)
+    sums = torch.zeros(size * world_size, dtype=torch.int64, device=score.device)
+    sums.index_add_(0, units.unit_of(torch.arange(start, stop, device=score.device)), fixed)
+    own = collectives.all_to_all(sums.view(world_size, size).to(collectives.device())).sum(0)
+    first, last = shard_range(units.num_units, rank, world_size)
+    counts = units.sizes(torch.arange(first, last, device=own.device))
+    mean = own[: last - first].double() * 2.0**-shift / counts
+    return mean.to(score.device, torch.float32)

@@ -1,0 +1,211 @@
+"""Checkpoints as folders: which there are, which are whole, which to keep. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speft_ds.errors import UserError
+from speft_ds.io import flush_to_disk, replacing, write_json
+
+FORMAT_VERSION = 1
+CHECKPOINTS, MANIFEST, COMPLETE = "checkpoints", "manifest.json", "COMPLETE"
+UNFINISHED = "its save did not come to its end"
+_NAME = re.compile(r"step_(\d{6,})$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder; `problem` says why it does not count; None: as far as looked at, it does."""
+
+    path: Path
+    step: int
+    manifest: dict[str, Any]
+    problem: str | None = None
+
+    @property
+    def validation_loss(self) -> float | None:
+        return self.manifest.get("validation_loss")
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / CHECKPOINTS / f"step_{step:06d}"
+
+
+def part_name(rank: int) -> str:
+    return f"part_{rank:05d}.safetensors"
+
+
+def temporary_of(folder: Path) -> Path:
+    """Where a checkpoint is written until all of it is on the disk."""
+    return folder.with_name(folder.name + ".tmp")
+
+
+def list_checkpoints(run: Path) -> list[Checkpoint]:
+    """All checkpoints of a run folder, also those that do not count; newest first."""
+    found = [path for path in (run / CHECKPOINTS).glob("step_*") if _NAME.match(path.name)]
+    return [inspect(path) for path in sorted(found, key=lambda path: -int(_NAME.match(path.name).group(1)))]
+
+
+def inspect(path: Path) -> Checkpoint:
+    """A checkpoint, checked but for the contents of its parts (see `damage`)."""
+    name = _NAME.match(path.name)
+    step = int(name.group(1)) if name else -1
+    try:
+        mark = (path / COMPLETE).read_text(encoding="utf-8").strip()
+        text = (path / MANIFEST).read_bytes()
+        if hashlib.sha256(text).hexdigest() != mark:
+            return Checkpoint(path, step, {}, f"{MANIFEST} is damaged: its hash is not the recorded one")
+        manifest = json.loads(text)
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        why = UNFINISHED if missing == COMPLETE else "it is damaged"
+        return Checkpoint(path, step, {}, f"{why}: it has no {missing}")
+    except (OSError, ValueError) as error:
+        return Checkpoint(path, step, {}, f"not readable: {error}")
+    return Checkpoint(path, manifest["step"], manifest, _problem(path, step, manifest))
+
+
+def _problem(path: Path, step: int, manifest: dict[str, Any]) -> str | None:
+    if manifest["format_version"] != FORMAT_VERSION:
+        return f"it has format {manifest['format_version']}, this version reads {FORMAT_VERSION}"
+    if step not in (-1, manifest["step"]):
+        return f"it is of step {manifest['step']}, not {step}: the folder was renamed"
+    for part in manifest["parts"]:
+        file = path / part["file"]
+        if not file.is_file():
+            return f"it is damaged: {part['file']} is missing"
+        if file.stat().st_size != part["bytes"]:
+            return f"it is damaged: {part['file']} has {file.stat().st_size} bytes of {part['bytes']}"
+    return None
+
+
+def verify(checkpoint: Checkpoint, first: int = 0, every: int = 1) -> str | None:
+    """What is wrong with the contents of the parts number `first`, `first + every` and so on, if anything."""
+    for part in checkpoint.manifest["parts"][first::every]:
+        try:
+            found = file_sha256(checkpoint.path / part["file"])
+        except OSError as error:
+            return f"{part['file']} is not readable: {error}"
+        if found != part["sha256"]:
+            return f"it is damaged: the hash of {part['file']} is not the recorded one"
+    return None
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def publish(temporary: Path, folder: Path, manifest: dict[str, Any]) -> None:
+    """Turn a folder with all its parts into a checkpoint: manifest, rename, marker, each flushed to disk.
+
+    Raises:
+        OSError: it cannot be written; there is no new checkpoint then.
+    """
+    wanted = {part["file"] for part in manifest["parts"]}
+    for stray in [path for path in temporary.iterdir() if path.name not in wanted]:
+        stray.unlink()  # of a save that another number of ranks did not finish
+    for part in manifest["parts"]:
+        file = temporary / part["file"]
+        if not file.is_file() or file.stat().st_size != part["bytes"]:
+            raise OSError(f"{file} is not what its rank wrote: do all nodes see this folder?")
+    write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, **manifest})
+    flush_to_disk(temporary)
+    if folder.exists():
+        remove(folder)  # without a marker: the save of a killed run got as far as the rename
+    temporary.rename(folder)
+    flush_to_disk(folder.parent)
+    with replacing(folder / COMPLETE) as temporary:
+        temporary.write_text(file_sha256(folder / MANIFEST) + "\n", encoding="utf-8")
+        flush_to_disk(temporary)
+    flush_to_disk(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, its marker first: half removed it does not count."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def prune(newest: Path, keep_last: int, keep_every: int | None, keep_best: bool) -> None:
+    """Remove the checkpoints before the newest that nothing says to keep, and what interrupted saves left.
+
+    Those of other runs, and those of later steps, are no business of ours.
+
+    Args:
+        newest: the checkpoint that was just made.
+        keep_last: the newest whole ones.
+        keep_every: also those of steps that this divides.
+        keep_best: also the one of the lowest validation loss; of equal ones the first.
+    """
+    made = inspect(newest)
+    up_to_it = [c for c in list_checkpoints(newest.parent.parent) if c.step <= made.step]
+    ours = [c for c in up_to_it if c.problem or c.manifest["run_id"] == made.manifest["run_id"]]
+    whole = [checkpoint for checkpoint in ours if checkpoint.problem is None]
+    kept = {newest, *(checkpoint.path for checkpoint in whole[:keep_last])}
+    if keep_every:
+        kept |= {checkpoint.path for checkpoint in whole if checkpoint.step % keep_every == 0}
+    if keep_best and (best := best_of(whole)):
+        kept.add(best.path)
+    for checkpoint in ours:
+        if checkpoint.path not in kept:
+            remove(checkpoint.path)
+
+
+def best_of(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+    """The one of the lowest validation loss, of equal ones the first; None where none was measured."""
+    losses = ((checkpoint, checkpoint.validation_loss) for checkpoint in checkpoints)
+    measured = [checkpoint for checkpoint, loss in losses if loss is not None and math.isfinite(loss)]
+    return min(measured, key=lambda checkpoint: (checkpoint.validation_loss, checkpoint.step), default=None)
+
+
+def clean(run: Path, step: int, say: Callable[[str], None]) -> None:
+    """Clear the way for a run that goes on from a step: what interrupted saves left, and damaged checkpoints.
+
+    Later checkpoints are not whole, or the run would go on from them; they are set aside.
+    """
+    for temporary in (run / CHECKPOINTS).glob("*.tmp"):
+        shutil.rmtree(temporary, ignore_errors=True)
+    for checkpoint in list_checkpoints(run):
+        if checkpoint.step > step:
+            aside = checkpoint.path.with_name(checkpoint.path.name + ".unusable")
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.path.rename(aside)
+            say(f"note: {checkpoint.path} is set aside as {aside.name}")
+
+
+def latest_valid(
+    run: Path, run_id: str | None, say: Callable[[str], None], below: int | None = None
+) -> Checkpoint | None:
+    """The newest checkpoint of a run that `look_at` finds whole; says why newer ones are not used.
+
+    Args:
+        run_id: of the run; None: not known, any will do.
+        below: only of steps before this one; None: of any.
+    Returns:
+        None where there is no checkpoint at all, and no trace of one.
+    Raises:
+        UserError: there are checkpoints, and none of them counts.
+    """
+    found = [c for c in list_checkpoints(run) if below is None or c.step < below]
+    problems = []
+    for checkpoint in found:
+        problem = checkpoint.problem
+        if problem is None and run_id is not None and checkpoint.manifest["run_id"] != run_id:
+            problem = "it is of another run"
+        if problem is None:
+            return checkpoint
+        problems.append(f"{checkpoint.path}: {problem}")
+        say(f"note: checkpoint {problems[-1]}; looking for an older one")
+    if below is not None or any(UNFINISHED not in problem for problem in problems):
+        fix = f"start anew: another output_dir, or remove this one: rm -r {run}"
+        raise UserError("no whole checkpoint to resume from", str(run / CHECKPOINTS), fix)
+    return None

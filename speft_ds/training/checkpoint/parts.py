@@ -1,0 +1,144 @@
+"""What one rank writes to a checkpoint, and how any number of ranks reads it back.
+
+Everything is in global coordinates: the name of a weight and flat indices into it. A rank that reads takes
+the entries of its own shards out of all the parts, whatever number of ranks wrote them.
+
+part_00000.safetensors    `<table>.index` and `<table>.<column>`, flat over the table's weights;
+                          `shared.<name>`: this rank's share of a tensor that all ranks held;
+                          `own.<name>`: of this rank alone
+                          metadata: `tables` (JSON): table -> weight -> number of entries
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from speft_ds.io import sha256_of, write_safetensors
+from speft_ds.training.checkpoint.folder import Checkpoint, part_name
+
+Spans = dict[str, tuple[int, int]]  # weight -> [start, stop) of flat indices
+
+
+@dataclass
+class Table:
+    """Values at some entries of some weights.
+
+    Attributes:
+        index: weight -> [n] sorted global flat indices.
+        columns: name -> [sum of n] values, weight by weight.
+    """
+
+    index: dict[str, Tensor]
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """As they are written."""
+        flat = torch.cat([*self.index.values()]) if self.index else torch.empty(0, dtype=torch.int32)
+        return {f"{name}.index": flat, **{f"{name}.{key}": value for key, value in self.columns.items()}}
+
+
+@dataclass
+class Snapshot:
+    """All that the next step depends on, of this rank, between two steps.
+
+    Attributes:
+        tables: by name; each rank has its own entries.
+        shared: flat tensors that every rank holds alike; each writes its share.
+        own: tensors of this rank, of use to the same rank of as many ranks.
+        facts: small, the same on every rank, as JSON holds it.
+    """
+
+    tables: dict[str, Table]
+    shared: dict[str, Tensor]
+    own: dict[str, Tensor]
+    facts: dict
+
+    def tensors(self, rank: int, world_size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Copies on the CPU of what this rank writes, and the metadata of the file."""
+        found = {f"own.{name}": tensor for name, tensor in self.own.items()}
+        for name, tensor in self.shared.items():
+            found[f"shared.{name}"] = tensor.tensor_split(world_size)[rank]
+        counts = {}
+        for name, table in self.tables.items():
+            found |= table.tensors(name)
+            counts[name] = {weight: index.numel() for weight, index in table.index.items()}
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
+        return copies, {"tables": json.dumps(counts)}
+
+
+def write_part(
+    folder: Path, rank: int, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> dict[str, str | int]:
+    """Write a rank's part, flushed and read back; returns its line of the manifest. Raises OSError."""
+    path = folder / part_name(rank)
+    write_safetensors(path, tensors, metadata)
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+class Parts:
+    """A checkpoint's parts, to read from; all ranks may."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.facts = checkpoint.manifest["state"]
+        self.paths = [checkpoint.path / part["file"] for part in checkpoint.manifest["parts"]]
+
+    def has(self, table: str) -> bool:
+        with safe_open(self.paths[0], framework="pt") as file:
+            return table in json.loads(file.metadata()["tables"])
+
+    def index(self, table: str) -> dict[str, Tensor]:
+        """Weight -> all its sorted global indices, of all ranks."""
+        pieces: dict[str, list[Tensor]] = {}
+        for file, counts in self._files(table):
+            flat = file.get_tensor(f"{table}.index")
+            for name, piece in zip(counts, flat.split([*counts.values()]), strict=True):
+                pieces.setdefault(name, []).append(piece)
+        return {name: torch.cat(found) for name, found in pieces.items()}
+
+    def table(self, table: str, spans: Spans) -> Table:
+        """The entries within this rank's spans, and nothing of the others."""
+        index: dict[str, list[Tensor]] = {name: [] for name in spans}
+        columns: dict[str, dict[str, list[Tensor]]] = {}
+        for file, counts in self._files(table):
+            names = [key for key in file.keys() if key.startswith(f"{table}.")]  # noqa: SIM118
+            views = {key.removeprefix(f"{table}."): file.get_slice(key) for key in names}
+            first = 0
+            for name, count in counts.items():
+                found = views["index"][first : first + count]
+                edges = torch.tensor(spans[name], dtype=torch.int64)
+                start, stop = torch.searchsorted(found.to(torch.int64), edges).tolist()
+                index[name].append(found[start:stop])
+                for key, view in views.items():
+                    column = columns.setdefault(key, {weight: [] for weight in spans})
+                    column[name].append(view[first + start : first + stop])
+                first += count
+        columns.pop("index", None)
+        flat = {key: torch.cat([p for found in by.values() for p in found]) for key, by in columns.items()}
+        return Table({name: torch.cat(found) for name, found in index.items() if found}, flat)
+
+    def shared(self, name: str) -> Tensor:
+        """A tensor that all ranks held."""
+        pieces = []
+        for path in self.paths:
+            with safe_open(path, framework="pt") as file:
+                pieces.append(file.get_tensor(f"shared.{name}"))
+        return torch.cat(pieces)
+
+    def own(self, rank: int) -> dict[str, Tensor]:
+        """What this rank wrote for itself."""
+        with safe_open(self.paths[rank], framework="pt") as file:
+            names = [key for key in file.keys() if key.startswith("own.")]  # noqa: SIM118
+            return {name.removeprefix("own."): file.get_tensor(name) for name in names}
+
+    def _files(self, table: str) -> Iterator[tuple[safe_open, dict[str, int]]]:
+        """Every part, and how many entries of each weight its table has."""
+        for path in self.paths:
+            with safe_open(path, framework="pt") as file:
+                yield file, json.loads(file.metadata()["tables"])[table]

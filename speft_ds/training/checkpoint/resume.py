@@ -1,0 +1,271 @@
+"""Going on with a run: from which checkpoint, and whether the recipe is still the same. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from speft_ds.config.deepspeed_config import shared_micro_batch
+from speft_ds.config.load_recipe import load_recipe
+from speft_ds.config.recipe import FIELDS, Recipe
+from speft_ds.env import rank
+from speft_ds.errors import UserError
+from speft_ds.training.checkpoint.folder import (
+    CHECKPOINTS,
+    Checkpoint,
+    inspect,
+    latest_valid,
+    list_checkpoints,
+)
+from speft_ds.training.run_dir import RECIPE, has_files, read_facts
+
+NEWEST, IF_ANY = "newest", "auto"  # what --resume without a path means; and `--resume auto`
+# What changes nothing that is learnt, but for the order of sums.
+SAFE_TO_CHANGE = {
+    "train.micro_batch",
+    "train.activation_checkpointing",
+    "train.sparse_backend",
+    "train.reduce_bucket",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.keep_every",
+    "train.keep_best",
+    "train.timeout_minutes",
+    "train.monitor",
+    "train.max_nonfinite",
+    "deepspeed.config",
+    "eval.batch_size",
+    "output_dir",
+}
+# What may name the same thing elsewhere, which fingerprints and hashes see, or says what is scored.
+NEEDS_FLAG = {
+    "model.name_or_path",
+    "data.path",
+    "data.mixture",
+    "data.scorer",
+    "mask.load",
+    "mask.calibration_path",
+    *(key for key in FIELDS if key.startswith("eval.")),
+} - SAFE_TO_CHANGE
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What `--resume` asks for.
+
+    Attributes:
+        asked: NEWEST, IF_ANY, or a path to a checkpoint or a run folder.
+        allowed: `key=value` of every --resume-with.
+    """
+
+    asked: str
+    allowed: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path | None:
+        return None if self.asked in (NEWEST, IF_ANY) else Path(self.asked)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        state: `new`; `resumed`; `finished`: there is nothing to do.
+        checkpoint: to go on from; None: from the beginning.
+        source: the run folder that it is of.
+        is_chosen: the user named this checkpoint: no other will do.
+        dtype: of the base in the run that is resumed, which `model.dtype: auto` keeps; None: of a new run.
+    """
+
+    state: Literal["new", "resumed", "finished"] = "new"
+    checkpoint: Checkpoint | None = None
+    source: Path | None = None
+    is_chosen: bool = False
+    dtype: str | None = None
+
+
+def run_folder_of(path: Path) -> Path:
+    """The run folder that a path names: itself, or the one that the checkpoint lies in. Raises UserError."""
+    for folder in (path, path.absolute().parent.parent):
+        if (folder / RECIPE).is_file():
+            return folder
+    fix = f"name a run folder, or a checkpoint in its {CHECKPOINTS}/"
+    raise UserError(f"{path} is neither a run folder nor a checkpoint of one", "--resume", fix)
+
+
+def recipe_to_resume(resume: Resume, overrides: Sequence[str]) -> Recipe:
+    """The recipe of the run that is named by its path. Raises UserError."""
+    if resume.path is None:
+        fix = "--recipe RECIPE --resume, or --resume runs/NAME"
+        raise UserError("--resume alone does not say which run", "command line", fix)
+    folder = run_folder_of(resume.path)
+    recipe = load_recipe(
+        str(folder / RECIPE), [as_override("output_dir", str(folder)), *overrides, *resume.allowed]
+    )
+    return recipe.model_copy(update={"name": folder.name})
+
+
+def find_start(recipe: Recipe, resume: Resume) -> Start:
+    """Where the run goes on, going by what is on the disk; the contents of the parts are not looked at.
+
+    Raises:
+        UserError: there is nothing to go on from, or the recipe is another one now.
+    """
+    folder = Path(recipe.output_dir)
+    if resume.path is not None and resume.path.absolute() != folder.absolute():
+        start = _named(resume.path, folder)
+    else:
+        start = _newest(folder, resume)
+    if start.checkpoint is not None:
+        recorded, where = start.checkpoint.manifest["recipe"], start.checkpoint.path
+    elif start.source is not None:  # finished, or stopped before its first checkpoint
+        where = start.source / RECIPE
+        recorded = yaml.safe_load(where.read_text(encoding="utf-8"))
+    else:
+        return start
+    check_unchanged(recorded, recipe, resume.allowed, where)
+    return replace(start, dtype=_recorded(recorded, "model.dtype"))
+
+
+def _named(path: Path, folder: Path) -> Start:
+    """The checkpoint of this path, or the newest one of another run folder."""
+    source = run_folder_of(path)
+    is_run = source == path
+    if not is_run:
+        checkpoint = inspect(path)
+        if not path.is_dir():
+            raise UserError(f"there is no checkpoint {path}", "--resume", f"ls {path.parent}")
+        if checkpoint.problem:
+            fix = f"take the newest whole one: --resume {source}"
+            raise UserError(f"cannot resume from {path}: {checkpoint.problem}", "--resume", fix)
+    else:
+        checkpoint = latest_valid(source, None, _note)
+        if checkpoint is None:
+            raise UserError(f"{source} has no checkpoint", "--resume", "start it anew, without --resume")
+    if source.absolute() != folder.absolute():
+        if has_files(folder):
+            fix = f"output_dir= a new folder, or output_dir={source} to go on there"
+            raise UserError(f"the run folder {folder} is not empty", "output_dir", fix)
+    elif newer := _whole_after(checkpoint, source):
+        fix = f"output_dir= a new folder to branch off, or remove the newer ones: rm -r {newer[0].path} ..."
+        raise UserError(f"{source} has newer checkpoints than {path.name}", "--resume", fix)
+    return Start("resumed", checkpoint, source, is_chosen=not is_run)
+
+
+def _whole_after(checkpoint: Checkpoint, run: Path) -> list[Checkpoint]:
+    return [c for c in list_checkpoints(run) if c.step > checkpoint.step and c.problem is None]
+
+
+def _newest(folder: Path, resume: Resume) -> Start:
+    if not has_files(folder):
+        if resume.asked == IF_ANY:
+            return Start()
+        fix = "check output_dir; without --resume it starts (--resume auto: whichever fits)"
+        raise UserError(f"there is no run in {folder} to resume", "--resume", fix)
+    if not (folder / RECIPE).is_file():
+        raise UserError(f"{folder} is not a run folder: it has no {RECIPE}", "--resume", "output_dir=...")
+    facts = read_facts(folder)
+    if facts.get("finished"):
+        return Start("finished", source=folder)
+    checkpoint = latest_valid(folder, facts.get("run_id"), _note)
+    if checkpoint is None:
+        if any(begun["step"] for begun in facts.get("starts", [])):
+            fix = f"remove it, and branch off again: rm -r {folder}"
+            raise UserError(f"{folder} branched off another run, and has no checkpoint yet", "--resume", fix)
+        _note(f"note: {folder} was stopped before its first checkpoint: it starts from the beginning")
+    return Start("resumed", checkpoint, folder)
+
+
+def _note(text: str) -> None:
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def resume_hint(folder: Path) -> str:
+    """What to type after a failure."""
+    last = last_whole(folder)
+    if last is None:
+        return "there is no checkpoint yet: start again with --resume auto"
+    return f"the last whole checkpoint is {last.path}; go on with: --resume {folder}"
+
+
+def last_whole(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run folder that counts."""
+    found = list_checkpoints(folder)
+    return next((checkpoint for checkpoint in found if checkpoint.problem is None), None)
+
+
+def check_unchanged(recorded: dict[str, Any], recipe: Recipe, allowed: Sequence[str], where: Path) -> None:
+    """Refuse a recipe that is not the one that the checkpoint is of.
+
+    Args:
+        recorded: the recipe of the checkpoint, nested, as JSON.
+        allowed: `key=value` that the user gave by --resume-with; they are in `recipe` already.
+    Raises:
+        UserError: lists every key that is another.
+    """
+    consented = {text.partition("=")[0] for text in allowed}
+    now = recipe.model_dump(mode="json")
+    refused, free = [], []
+    for key in sorted(FIELDS):
+        before, after = _recorded(recorded, key), _leaf(now, key)
+        if before == after or (key, after) == ("model.dtype", "auto"):  # auto keeps what is recorded
+            continue
+        line = f"{key}: {json.dumps(before)} in the run, {json.dumps(after)} now"
+        (free if key in SAFE_TO_CHANGE or (key in NEEDS_FLAG and key in consented) else refused).append(
+            (key, line)
+        )
+    for _, line in free:
+        if not line.startswith("output_dir"):
+            _note(f"note: resuming with another {line}")
+    if refused:
+        lines = "".join(f"\n    {line}" for _, line in refused)
+        what = f"the recipe is not that of the run any more: {len(refused)} key(s) differ{lines}"
+        raise UserError(what, str(where), _ways_on([key for key, _ in refused], recorded, now))
+
+
+def _ways_on(keys: list[str], recorded: dict[str, Any], now: dict[str, Any]) -> str:
+    back = " ".join(shlex.quote(as_override(key, _recorded(recorded, key))) for key in keys)
+    ways = [f"as it was: {back}"]
+    harmless = [key for key in keys if key in NEEDS_FLAG]
+    if harmless == keys:
+        consent = " ".join(f"--resume-with {shlex.quote(as_override(k, _leaf(now, k)))}" for k in keys)
+        ways.append(f"if that is meant: {consent}")
+    else:
+        ways.append("or start another run, with another output_dir and without --resume")
+    return "; ".join(ways)
+
+
+def as_override(key: str, value: Any) -> str:
+    """`key=value` that reads as this value, whatever YAML would make of the bare text."""
+    return f"{key}={json.dumps(value)}"
+
+
+def _recorded(recorded: dict[str, Any], key: str) -> Any:
+    """What a checkpoint's recipe says; of a key that it is too old to have, the default."""
+    section, _, name = key.rpartition(".")
+    parent = _leaf(recorded, section) if section else recorded
+    is_there = isinstance(parent, dict) and name in parent
+    return parent[name] if is_there else FIELDS[key].get_default()
+
+
+def _leaf(nested: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        nested = nested.get(part) if isinstance(nested, dict) else None
+    return nested
+
+
+def fit_micro_batch(recipe: Recipe, world_size: int) -> Recipe:
+    """The recipe with a micro-batch that another number of ranks can share; what is learnt stays the same."""
+    train, micro_batch = recipe.train, shared_micro_batch(recipe, world_size)
+    if micro_batch == train.micro_batch:
+        return recipe
+    _note(f"note: for {world_size} rank(s) train.micro_batch={micro_batch} (it was {train.micro_batch})")
+    return recipe.model_copy(update={"train": train.model_copy(update={"micro_batch": micro_batch})})

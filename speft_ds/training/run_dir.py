@@ -1,0 +1,158 @@
+"""The folder of a run: who may write to it, and what is in it when a run starts, goes on or is done.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import IO, Any
+
+from speft_ds.config.load_recipe import resolved_yaml
+from speft_ds.config.recipe import Recipe
+from speft_ds.env import rank
+from speft_ds.errors import UserError
+from speft_ds.io import flush_to_disk, replacing, write_json
+
+RECIPE, FACTS, METRICS, LOCK = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"
+NOT_OF_A_RUN = (LOCK, "slurm-*", "submit.sbatch", "*.tmp")  # what may lie there before a run starts
+LOCK_WAIT_S = 120.0  # for a run that is just ending: it may be writing its last checkpoint
+
+
+def check_output_dir(recipe: Recipe) -> None:
+    """Refuse a run folder that is not empty, or that cannot be written to. Raises UserError."""
+    folder = Path(recipe.output_dir)
+    where = recipe.where("output_dir")
+    if os.path.isfile(folder) or has_files(folder):
+        ways = [f"choose another, output_dir={folder}-2", f"remove this one: rm -r {folder}"]
+        if os.path.isfile(folder / RECIPE):
+            ways.insert(0, "go on with the run in it: --resume")
+        raise UserError(f"the run folder {folder} is not empty", where, ", or ".join(ways))
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
+        what = f"the run folder {folder} cannot be written: no right to write to {nearest}"
+        raise UserError(what, where, "output_dir=/a/folder/you/may/write/to")
+
+
+def has_files(folder: Path) -> bool:
+    """Whether there is anything in a folder but what its job script puts there."""
+    can_look = os.path.isdir(folder) and os.access(folder, os.R_OK)
+    names = os.listdir(folder) if can_look else []
+    return any(not any(fnmatch(name, pattern) for pattern in NOT_OF_A_RUN) for name in names)
+
+
+def start_folder(recipe: Recipe) -> None:
+    """Make the run folder, with the resolved recipe in it."""
+    folder = Path(recipe.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / RECIPE) as temporary:
+        temporary.write_text(resolved_yaml(recipe), encoding="utf-8")
+        flush_to_disk(temporary)
+
+
+def wait_for_lock(folder: Path) -> None:
+    """Wait until nobody writes to a run folder. Raises UserError where that takes too long."""
+    if not (folder / LOCK).exists():
+        return
+    with (folder / LOCK).open(encoding="utf-8") as file:
+        _wait(folder, lambda: _take(file, fcntl.LOCK_SH))
+
+
+class Lock:
+    """Held by rank 0 while its run writes to the folder; the system lets go of it when the process ends."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = (folder / LOCK).open("w", encoding="utf-8")
+        _wait(folder, lambda: _take(self.file, fcntl.LOCK_EX))
+        # Held as long as anybody has the file open: a forked helper must not outlive this process' lock.
+        os.register_at_fork(after_in_child=self.file.close)
+
+
+def _take(file: IO, how: int) -> bool:
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _wait(folder: Path, is_free: Callable[[], bool]) -> None:
+    deadline, told = time.monotonic() + LOCK_WAIT_S, False
+    while not is_free():
+        if not told and rank() == 0:
+            print(f"another run is writing to {folder}: waiting for its end", flush=True)
+        told = True
+        if time.monotonic() > deadline:
+            fix = "stop the other one, or choose another output_dir"
+            raise UserError(f"another run is writing to {folder}", str(folder / LOCK), fix)
+        time.sleep(0.5)
+
+
+def new_run_id() -> str:
+    return uuid.uuid4().hex
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """run.json; empty where there is none."""
+    try:
+        return json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    write_json(folder / FACTS, facts)
+
+
+def rewind_metrics(folder: Path, step: int, source: Path | None = None) -> None:
+    """Leave the lines of the steps up to `step` in metrics.jsonl: the others will be written again.
+
+    Args:
+        source: the run folder that they are taken from; None: this one.
+    Raises:
+        UserError: a line of a step before is missing.
+    """
+    path = (source or folder) / METRICS
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    kept = []
+    for line in text.splitlines(keepends=True):
+        values = _values(line)
+        if values is None or values["step"] > step:
+            break
+        kept.append((values["step"], line))
+    if [number for number, _ in kept] != list(range(1, step + 1)):
+        fix = "resume an older checkpoint by its path, or start anew"
+        raise UserError(f"{path} lacks lines of the first {step} steps", str(path), fix)
+    with replacing(folder / METRICS) as temporary:
+        temporary.write_text("".join(line for _, line in kept), encoding="utf-8")
+        flush_to_disk(temporary)
+
+
+def _values(line: str) -> dict[str, Any] | None:
+    """What a line of metrics.jsonl says; None for one that was cut off."""
+    try:
+        values = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and "step" in values else None
+
+
+def copy_scores(source: Path, folder: Path) -> None:
+    """Take over the scores from before training."""
+    for path in (source / "eval").glob("before*"):
+        (folder / "eval").mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            shutil.copytree(path, folder / "eval" / path.name)
+        else:
+            shutil.copy(path, folder / "eval" / path.name)

@@ -1,0 +1,337 @@
+"""Whether and how the mask, or what steps inside it, changes during training.
+
+A schedule owns what is trained: the mask, the sparse state and the optimizer. The training loop calls it
+before and after every step. Every decision is taken from all ranks' entries by `selection`, and so is the
+same on all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from speft_ds.comm import collectives
+from speft_ds.comm.collectives import log_rank0
+from speft_ds.errors import UserError
+from speft_ds.model.linear import WeightGradHook, chain_hooks
+from speft_ds.model.targets import target_shapes
+from speft_ds.selection.topk import gather_mask, select_local
+from speft_ds.sparse.gradient import GradientOptions
+from speft_ds.sparse.layout import EntryTable, index_dtype, locate, spans_of
+from speft_ds.sparse.mask import Mask, jaccard, overlap
+from speft_ds.sparse.optim.clipping import Clip
+from speft_ds.sparse.optim.flat import OptimizerState
+from speft_ds.sparse.optim.lr_schedule import make_lr_schedule
+from speft_ds.sparse.optim.make import make_optimizer
+from speft_ds.sparse.state import SparseState
+from speft_ds.training.checkpoint.parts import Parts, Snapshot
+from speft_ds.training.growth import AccumulatedGradient, Growth, RowColumnMomentum, groups_of
+from speft_ds.training.layer_sampler import LayerSampler
+from speft_ds.zero.engine import SparseEngine
+from speft_ds.zero.shards import repartition, shard_of
+
+OWN = "optimizer."  # of the optimizer, among a rank's own tensors in a checkpoint
+
+
+@dataclass
+class Training:
+    """What every schedule works with.
+
+    Attributes:
+        recipe: the whole recipe.
+        engine: the engine over the frozen base.
+        targets: weight name -> adapted linear.
+        heads: weight name -> adapted linear that is trained whole.
+        num_steps: of the run.
+        choose: number of the (re)selection, from 0 -> a mask by fresh scores of the weights of the moment.
+    """
+
+    recipe: object
+    engine: SparseEngine
+    targets: dict[str, nn.Linear]
+    heads: dict[str, nn.Linear]
+    num_steps: int
+    choose: Callable[[int], Mask]
+
+    @property
+    def trained(self) -> dict[str, nn.Linear]:
+        return self.targets | self.heads
+
+
+class Schedule:
+    """`static`: the mask of the start, to the end. The others override the hooks.
+
+    Attributes:
+        mask, state, optimizer: of the moment.
+        changes: one dict a change of the mask, for run.json.
+    """
+
+    num_selections = 1  # masks chosen by `training.choose` so far
+
+    def __init__(self, training: Training, mask: Mask):
+        self.training, self.recipe = training, training.recipe.mask
+        self.mask = mask
+        self.first_mask = Mask({n: index.cpu() for n, index in mask.index.items()}, mask.shape)
+        self.changes: list[dict] = []
+        self.gate = LayerSampler(self.recipe, training.recipe.seed, list(mask.shape))
+        self.state = self._make_state(mask)
+        self.optimizer = make_optimizer(
+            self.state.delta, training.recipe.optimizer, self.recipe.has_entry_steps
+        )
+        self.lr_schedule = make_lr_schedule(self.optimizer, training.recipe.optimizer, training.num_steps)
+        self._attach()
+
+    def _make_state(self, mask: Mask, previous: SparseState | None = None, revert: bool = False):
+        shards = {name: shard_of(linear.weight) for name, linear in self.training.trained.items()}
+        heads = target_shapes(self.training.heads)
+        return SparseState(mask, shards, GradientOptions.of(self.training.recipe), previous, revert, heads)
+
+    def _attach(self) -> None:
+        recipe = self.training.recipe.optimizer
+        clip = Clip(recipe.clip, recipe.clip_norm)
+        self.training.engine.attach(self.state, self.optimizer, self.lr_schedule, clip, self.on_gradient)
+
+    def before_step(self, step: int) -> None:
+        """Called before step `step` (from 0) computes its gradients: connect what they are collected by."""
+        self.gate.resample(step)
+        for name, linear in self.training.trained.items():
+            own = self.gradient.hooks[name] if self.gate.is_active(name) else None
+            is_target = name in self.training.targets
+            linear.weight_grad_hook = chain_hooks(own, self.extra_sink(name, step) if is_target else None)
+
+    def extra_sink(self, name: str, step: int) -> WeightGradHook | None:
+        """What else looks at this weight's backward in this step."""
+        return None
+
+    def on_gradient(self, gradient: Tensor) -> Tensor | None:
+        """Sees the summed gradient [num_local], before clipping; returns which entries step (None: all)."""
+        if self.gate.active is None:
+            return None
+        active = torch.zeros_like(gradient, dtype=torch.bool)
+        for name, own in self.state.slices.items():
+            active[own] = self.gate.is_active(name)
+        return active
+
+    def after_step(self, step: int, skipped: bool = False) -> None:
+        """Called after the weights moved, or the step was skipped: change the mask, if it is time."""
+
+    def is_time(self, step: int) -> bool:
+        """Whether the mask changes after this step; never after the last one, which nothing would train."""
+        done = step + 1
+        return done % self.recipe.update_every == 0 and done < self.training.num_steps
+
+    def change_mask(self, mask: Mask, step: int, revert: bool) -> None:
+        """Train another mask from here on; `revert` as for SparseState. Kept entries keep their moments."""
+        repartition([linear.weight for linear in self.training.trained.values()])
+        kept = overlap(self.mask, mask)
+        old_key = self.state.keys()
+        self.state = self._make_state(mask, self.state, revert)
+        self.optimizer.remap_state(self.state.delta, *locate(old_key, self.state.keys()))
+        self._attach()
+        change = {
+            "step": step + 1,
+            "dropped": self.mask.num_trainable - kept,
+            "grown": mask.num_trainable - kept,
+            "overlap_with_first": jaccard(self.first_mask, mask),
+            "sha256": mask.sha256,
+        }
+        self.changes.append(change)
+        self.mask = mask
+        log_rank0(
+            f"mask changed after step {step + 1}: {change['dropped']:,} dropped, {change['grown']:,} grown, "
+            f"overlap with the first {change['overlap_with_first']:.3f}, sha256 {mask.sha256[:12]}"
+        )
+
+    def snapshot(self) -> Snapshot:
+        """All that the next step depends on, of this rank, between two steps. Nothing is copied."""
+        saved = self.optimizer.snapshot()
+        tables = {
+            "trained": self.state.own_table(delta=self.state.delta.detach(), **saved.columns),
+            "dropped": self.state.dropped_table(),
+        }
+        if self.changes:
+            tables["first"] = EntryTable(self._own_part(self.first_mask))
+        lr_schedule = {n: v for n, v in self.lr_schedule.state_dict().items() if n != "lr_lambdas"}
+        facts = {
+            "entry_step": saved.entry_step,
+            "lr_schedule": lr_schedule,
+            "num_selections": self.num_selections,
+            "changes": list(self.changes),
+            "sha256": self.mask.sha256,
+            "first_sha256": self.first_mask.sha256,
+        }
+        own = {OWN + name: value for name, value in saved.own.items()}
+        return Snapshot(tables, {}, own, facts)
+
+    def _own_part(self, mask: Mask) -> dict[str, Tensor]:
+        """Weight -> this rank's global indices of a mask."""
+        own = {}
+        for name, (start, stop) in spans_of({n: mask.numel(n) for n in mask.shape}).items():
+            edges = torch.tensor([start, stop], device=mask.index[name].device)
+            first, last = torch.searchsorted(mask.index[name].to(torch.int64), edges).tolist()
+            own[name] = mask.index[name][first:last]
+        return own
+
+    def restore(self, parts: Parts) -> None:
+        """Go on where `snapshot` was taken: same recipe, any world size, over the pretrained weights.
+
+        The schedule was made with the checkpoint's mask; only its contents are taken up here.
+        """
+        repartition([linear.weight for linear in self.training.trained.values()])
+        facts = parts.facts
+        if facts["changes"]:
+            first = mask_of(parts, "first", self.mask.shape)
+            self.first_mask = Mask({n: index.cpu() for n, index in first.index.items()}, first.shape)
+        columns = parts.table("trained", self.state.spans).columns
+        self.state.restore(columns.pop("delta"), parts.table("dropped", self.state.spans))
+        self.optimizer.restore(
+            self.state.delta, OptimizerState(columns, self._own_of(parts), facts["entry_step"])
+        )
+        self.lr_schedule.load_state_dict({**facts["lr_schedule"], "lr_lambdas": [None]})
+        self.optimizer.param_groups[0]["lr"] = self.lr_schedule.get_last_lr()[0]
+        self.num_selections, self.changes = facts["num_selections"], list(facts["changes"])
+
+    def _own_of(self, parts: Parts) -> dict[str, Tensor]:
+        """What this rank's optimizer wrote for itself, where as many ranks wrote the checkpoint."""
+        if len(parts.paths) != collectives.world_size():
+            return {}
+        own = parts.own(collectives.rank())
+        return {name.removeprefix(OWN): value for name, value in own.items() if name.startswith(OWN)}
+
+    def by_weight(self, values: Tensor) -> dict[str, Tensor]:
+        """Views of a flat [num_local] tensor, weight by weight of the mask."""
+        return {name: values[self.state.slices[name]] for name in self.mask.shape}
+
+
+def mask_of(parts: Parts, table: str, shape: dict[str, tuple[int, int]]) -> Mask:
+    """The mask whose entries a table of a checkpoint has. Raises UserError."""
+    index = parts.index(table)
+    if missing := shape.keys() - index.keys():
+        where = str(parts.paths[0].parent)
+        raise UserError(f"the checkpoint has no entries of {sorted(missing)[0]}: another mask's", where)
+    device = collectives.device()
+    return Mask({n: index[n].to(device, index_dtype(shape[n][0] * shape[n][1])) for n in shape}, shape)
+
+
+class Periodic(Schedule):
+    """Every `update_every` steps the weights of the moment are scored on fresh batches and selected anew.
+
+    Entries that leave the mask keep what they learnt (and take it up again if they come back, with zero
+    moments); the adapter holds every entry ever touched. The number of entries stays, but for units of
+    unequal sizes, which are taken while they fit.
+    """
+
+    def after_step(self, step: int, skipped: bool = False) -> None:
+        if self.is_time(step):
+            mask = self.training.choose(self.num_selections)
+            self.num_selections += 1
+            self.change_mask(mask, step, revert=False)
+
+
+class GradTopk(Schedule):
+    """Only the `topk_fraction` of the entries with the largest gradients steps, anew at every step.
+
+    Gradient-mask tuning (Li et al., 2025). The others keep delta, moments and entry_step.
+    """
+
+    def on_gradient(self, gradient: Tensor) -> Tensor | None:
+        is_open = super().on_gradient(gradient)
+        size = gradient.abs()
+        if is_open is not None:
+            size.masked_fill_(~is_open, -1.0)
+        num_open = sum(self.mask.index[name].numel() for name in self.mask.shape if self.gate.is_active(name))
+        count = max(1, round(self.recipe.topk_fraction * num_open)) if num_open else 0
+        scores = self.by_weight(size)
+        active = torch.zeros_like(gradient, dtype=torch.bool)
+        for name, chosen in select_local(scores, dict.fromkeys(scores, 0), [count]).items():
+            active[self.state.slices[name]][chosen] = True
+        for name in self.state.heads:
+            active[self.state.slices[name]] = True
+        return active
+
+
+class DropGrow(Schedule):
+    """Every `update_every` steps a fraction of the entries is dropped and as many others are grown.
+
+    Ansell et al., Scaling Sparse Fine-Tuning to Large Language Models, 2024. Dropped are the entries whose
+    delta changed least since they were grown from 0, that is, of smallest abs(delta); they get their
+    pretrained values back. Grown ones, never just dropped, start with zero delta, moments and entry_step. The
+    fraction goes from `drop_rate` to 0 over the run. With the `per_layer` budget each weight drops and
+    grows by itself.
+    """
+
+    def __init__(self, training: Training, mask: Mask):
+        super().__init__(training, mask)
+        options = GradientOptions.of(training.recipe, overlap=False)
+        weights = {name: linear.weight for name, linear in training.targets.items()}
+        self.growth: Growth = {
+            "sft_ag": lambda: AccumulatedGradient(
+                weights, self.recipe.budget, self.recipe.growth_steps, options
+            ),
+            "sft_ma": lambda: RowColumnMomentum(weights, training.recipe.optimizer.betas[1]),
+        }[self.recipe.growth]()
+
+    def rate(self, step: int) -> float:
+        """The fraction to drop after this step."""
+        progress = (step + 1) / self.training.num_steps
+        if self.recipe.drop_anneal == "cosine":
+            return self.recipe.drop_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self.recipe.drop_rate * (1.0 - progress)
+
+    def extra_sink(self, name: str, step: int) -> WeightGradHook | None:
+        return self.growth.sink(name, self.steps_left(step))
+
+    def snapshot(self) -> Snapshot:
+        snapshot = super().snapshot()
+        tables, shared = self.growth.snapshot()
+        return Snapshot(snapshot.tables | tables, snapshot.shared | shared, snapshot.own, snapshot.facts)
+
+    def restore(self, parts: Parts) -> None:
+        super().restore(parts)
+        self.growth.restore(parts, self.mask.shape)
+
+    def steps_left(self, step: int) -> int | None:
+        """Steps until the mask changes, this one included; None where it does not change any more."""
+        left = self.recipe.update_every - step % self.recipe.update_every
+        return left if self.is_time(step + left - 1) else None
+
+    def on_gradient(self, gradient: Tensor) -> Tensor | None:
+        self.growth.on_gradient(self.state, gradient)
+        return super().on_gradient(gradient)
+
+    def after_step(self, step: int, skipped: bool = False) -> None:
+        if skipped:
+            self.growth.skip_step()
+        else:
+            self.growth.after_step(self.state)
+        if not self.is_time(step):
+            return
+        if not self.growth.is_ready:
+            log_rank0(f"note: the mask stays after step {step + 1}: every step that would tell was skipped")
+            return
+        group, counts = groups_of(self.mask, self.recipe.budget)
+        grown, wanted = self.growth.select(
+            self.state, group, [math.floor(self.rate(step) * count) for count in counts]
+        )
+        smallest = {name: -delta.abs() for name, delta in self.by_weight(self.state.delta.detach()).items()}
+        dropped = select_local(smallest, group, wanted)
+        local = {}
+        for name in self.mask.shape:
+            index = self.state.index[name]
+            keep = torch.ones_like(index, dtype=torch.bool)
+            keep[dropped[name].to(keep.device)] = False
+            local[name] = torch.cat([index[keep], grown[name].to(index)]).sort().values
+        self.change_mask(gather_mask(local, self.mask.shape), step, revert=True)
+        self.growth.restart()
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "static": Schedule,
+    "periodic": Periodic,
+    "drop_grow": DropGrow,
+    "grad_topk": GradTopk,
+}

@@ -1,0 +1,390 @@
+"""One run: its stages, and the step that it repeats."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from speft_ds.adapter.format import tensors_sha256
+from speft_ds.adapter.save import save_adapter
+from speft_ds.comm import collectives, signals, watchdog
+from speft_ds.comm.collectives import log_rank0
+from speft_ds.comm.signals import StepFlags
+from speft_ds.config.mask_config import mask_file
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.collate import collate, split_global_batch
+from speft_ds.data.dataset import Row
+from speft_ds.data.sampler import Sampler
+from speft_ds.env import machine_facts, versions
+from speft_ds.errors import UserError
+from speft_ds.evaluation.eval_jobs import EvalJob, Phase, jobs_of
+from speft_ds.evaluation.results import keep_scores, still_to_score
+from speft_ds.evaluation.validation_loss import ValidationLoss
+from speft_ds.sparse.mask import Mask, read_mask
+from speft_ds.sparse.state import SparseState
+from speft_ds.training import memory
+from speft_ds.training.checkpoint.parts import Parts, Snapshot
+from speft_ds.training.checkpoint.resume import Start
+from speft_ds.training.checkpoint.writer import Writer
+from speft_ds.training.checks import check_chat_template, check_loaded_mask, check_same_run, check_steps
+from speft_ds.training.metrics import MetricsLog, Timings
+from speft_ds.training.monitor import Monitor
+from speft_ds.training.schedule import SCHEDULES, Schedule, Training, mask_of
+from speft_ds.training.setup import TrainContext
+
+
+class Trainer:
+    """One run. Its methods are the stages, to be called in the order of `run`.
+
+    Args:
+        recipe: the whole recipe.
+        start: where the run starts; None: at the beginning.
+
+    Attributes (after construction):
+        base: the frozen, sharded base on its engine.
+        rows: tokenised training rows, the same on every rank.
+        timings: stage -> seconds.
+    """
+
+    def __init__(self, recipe: Recipe, start: Start | None = None):
+        self.recipe = recipe
+        self.checkpoint = start.checkpoint if start else None
+        self.folder = Path(recipe.output_dir)
+        self.timings = Timings()
+        self.schedule: Schedule | None = None
+        self.evaluation = None
+        if (recipe.eval.slice and recipe.eval.tasks) or any(
+            jobs_of(recipe.eval, moment) for moment in ("before", "after")
+        ):
+            from speft_ds.evaluation.runner import EvalRunner  # late: lm-eval takes its time
+
+            with self.timings.stage("tasks"):  # an unknown task should not wait for the end of training
+                self.evaluation = EvalRunner(recipe)
+        with self.timings.stage("data"):
+            self.base = TrainContext(recipe, self.timings)
+            check_chat_template(recipe, self.base)
+            if self.evaluation is not None:
+                self.evaluation.tokenizer = self.base.tokenizer
+            self.rows = self.base.read_training_rows()
+            self.base.read_calibration_rows(self.rows)
+            self.validation = ValidationLoss(self.base) if recipe.eval.validation else None
+        train = recipe.train
+        self.order = Sampler(self.rows.sizes, recipe.data.weights, recipe.seed)
+        self.num_steps = self.order.num_steps(train.global_batch, train.steps, train.epochs)
+        check_steps(recipe, self.num_steps)
+        with self.timings.stage("model"):
+            self.loaded, facts = self._read_mask()
+            self.process_bytes = memory.held()
+            self.base.load(self.loaded)
+        if self.loaded is not None:
+            check_loaded_mask(recipe, self.base, self.loaded, facts)
+            log_rank0("note: with mask.load, the recipe's salience, density, budget and targets are not used")
+        self.engine, self.targets = self.base.engine, self.base.targets
+        self.first_step = 0  # of this process: the steps before it were made by others
+        self.num_skipped = self.num_nonfinite = 0  # steps: over the run, and in a row up to now
+        self.best_loss = math.inf  # on the held-out rows
+        self.run_id = ""
+        self.accounts: list[dict] = []  # by rank, of the training: bytes held and sent
+        self.writer = Writer(self.folder, recipe.train, self.checkpoint.step if self.checkpoint else 0)
+        self.votes = StepFlags(self.writer, recipe.train.checkpoint_every)
+        if self.checkpoint is not None:
+            check_same_run(recipe, self.base, self.rows, self.loaded, self.checkpoint)
+
+    @property
+    def mask(self) -> Mask:
+        """The mask of the moment."""
+        return self.schedule.mask
+
+    @property
+    def state(self) -> SparseState:
+        """The trained entries of the moment."""
+        return self.schedule.state
+
+    def _read_mask(self) -> tuple[Mask | None, dict]:
+        path = self.recipe.mask.load
+        return read_mask(mask_file(path)) if path else (None, {})
+
+    def evaluate(self, moment: Phase) -> None:
+        """Score what the recipe says `before` or `after` training, as far as it was not done before.
+
+        Scores of this moment that are of other weights, or made otherwise, are set aside.
+        """
+        folder, wanted = self.folder / "eval", jobs_of(self.recipe.eval, moment)
+        if not wanted:
+            return
+        adapter = self.folder / "adapter" if moment == "after" else None
+        model = self.base.scored_model(collectives.broadcast_object(tensors_sha256(adapter)))
+        left: list[EvalJob] = []  # as rank 0 sees the folder
+        collectives.run_on_rank0(
+            lambda: left.extend(still_to_score(folder, moment, wanted, model, self.recipe))
+        )
+        left = collectives.broadcast_object(left)
+        if left and moment == "before" and self.first_step > 0:
+            labels = ", ".join(round.label for round in left)
+            log_rank0(f"note: {labels}: not scored the way the recipe asks; the weights are trained by now")
+        elif left:
+            with self.timings.stage(f"eval_{moment}"):
+                for scored in self.evaluation.run(self.engine.module, left, model):
+                    collectives.run_on_rank0(partial(keep_scores, folder, scored, self.recipe.eval))
+
+    def choose_mask(self) -> None:
+        """Take the mask that is given, or score and select one, and set up the trainable state."""
+        if self.checkpoint is not None:
+            return self._take_up()
+        mask = self.loaded or self.base.choose_mask()
+        recipe = self.recipe.mask
+        source = f"by {recipe.salience}, {recipe.budget} budget"
+        if self.loaded:
+            source = f"loaded from {recipe.load}"
+        log_rank0(
+            f"mask: {mask.num_trainable:,} of {mask.num_target_elements:,} entries "
+            f"(density {mask.density:.4%}) {source}, sha256 {mask.sha256[:12]}"
+        )
+        self.schedule = self._make_schedule(mask)
+        backends = Counter(self.state.gradient.backends.values()).most_common()
+        parts = [f"{name} ({count} weights)" for name, count in backends]
+        log_rank0(
+            f"sparse gradient by {', '.join(parts)}: train.sparse_backend={self.recipe.train.sparse_backend}"
+        )
+
+    def _make_schedule(self, mask: Mask) -> Schedule:
+        base = self.base
+        training = Training(
+            self.recipe, self.engine, self.targets, base.heads, self.num_steps, base.choose_mask
+        )
+        return SCHEDULES[self.recipe.mask.schedule](training, mask)
+
+    def _take_up(self) -> None:
+        """The trainable state, as the checkpoint has it."""
+        parts, manifest = Parts(self.checkpoint), self.checkpoint.manifest
+        with self.timings.stage("resume"):
+            self.schedule = self._make_schedule(mask_of(parts, "trained", self.base.shapes))
+            self.schedule.restore(parts)
+        if self.mask.sha256 != parts.facts["sha256"]:
+            raise UserError("the mask of the checkpoint has another hash now", str(self.checkpoint.path))
+        self.first_step, progress = manifest["step"], manifest["progress"]
+        self.num_skipped, self.num_nonfinite = progress["num_skipped"], progress["num_nonfinite"]
+        self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
+        self.engine.global_steps = self.first_step
+        was, now = manifest["world_size"], collectives.world_size()
+        ranks = f"{now} rank(s)" + (f", it was written by {was}" if was != now else "")
+        log_rank0(
+            f"resuming from {self.checkpoint.path}: step {self.first_step} of {self.num_steps}, on {ranks}"
+        )
+
+    def train_step(self, step: int) -> dict:
+        """One optimizer step on global batch `step` (from 0); returns its metrics line.
+
+        The loss is the sum of the token losses over the number of label tokens of the global batch, over
+        all ranks and micro-batches: both the one that is optimised and the one that is logged. A step whose
+        loss or gradient is not finite changes nothing.
+        """
+        start = time.perf_counter()
+        self.engine.gathers.restart()
+        size, optimizer = self.recipe.train.global_batch, self.engine.optimizer
+        rows = [self.rows[row] for row in self.order.ids(step * size, size)]
+        num_labels, num_tokens = sum(row.num_labels for row in rows), sum(len(row.ids) for row in rows)
+        lr = optimizer.param_groups[0]["lr"]
+        self.schedule.before_step(step)
+        loss, num_correct = self._accumulate(rows, num_labels, step)
+        self._count_nonfinite(optimizer.overflow, loss, step)
+        self.schedule.after_step(step, optimizer.overflow)
+        seconds = time.perf_counter() - start
+        return {
+            "step": step + 1,
+            "loss": loss,
+            **({"accuracy": num_correct / num_labels} if self.base.classifies else {}),
+            "lr": lr,
+            "grad_norm": optimizer._global_grad_norm,
+            "num_skipped": self.num_skipped,
+            "num_tokens": num_tokens,
+            "tokens_per_s": num_tokens / seconds,
+            "step_ms": seconds * 1000,
+        }
+
+    def _accumulate(self, rows: list[Row], num_labels: int, step: int) -> tuple[float, float]:
+        """Forward and backward of a global batch, each rank its own micro-batches, and the optimizer's step.
+
+        Returns:
+            (loss, rows that a classifier got right), over all ranks and micro-batches.
+        """
+        train, rank, world_size = self.recipe.train, collectives.rank(), collectives.world_size()
+        # Over all ranks and micro-batches: loss; for a classifier, rows that it got right; what ranks say.
+        sums = torch.zeros(2 + len(StepFlags.KINDS), dtype=torch.float64, device=collectives.device())
+        own = split_global_batch(rows, train.micro_batch, rank, world_size)
+        for number, micro_batch in enumerate(own):
+            watchdog.heartbeat(f"step {step + 1}, micro-batch {number + 1} of {len(own)}")
+            batch = collate(micro_batch, self.base.pad_id, collectives.device())
+            loss, num_correct = self.base.objective(self.engine, batch)
+            loss = loss / num_labels
+            sums[0] += loss.detach()
+            if num_correct is not None:
+                sums[1] += num_correct
+            # Already normalised by the global batch: the engine must not divide by accumulation steps.
+            self.engine.backward(loss, scale_wrt_gas=False)
+            if micro_batch is own[-1]:
+                sums[2:] = torch.tensor(self.votes.own(), dtype=torch.float64)
+                self.votes.count(collectives.all_reduce(sums)[2:])
+                self.engine.optimizer.skip_step = not math.isfinite(sums[0].item())
+            self.engine.step()
+        return sums[0].item(), sums[1].item()
+
+    def _count_nonfinite(self, skipped: bool, loss: float, step: int) -> None:
+        """Count a step that was skipped. Raises UserError, on every rank, where that is one too many."""
+        self.num_skipped += skipped
+        self.num_nonfinite = self.num_nonfinite + 1 if skipped else 0
+        if self.num_nonfinite < self.recipe.train.max_nonfinite:
+            return
+        self.writer.finish()
+        norm = self.engine.optimizer._global_grad_norm
+        raise UserError(
+            f"the loss is {loss} and the gradient norm {norm} at step {step + 1}; {self.num_nonfinite} steps "
+            f"in a row were not finite (train.max_nonfinite); {self.writer.last()}",
+            where="training",
+            fix="look at the rows of these steps; start another run with a lower optimizer.lr, or "
+            "model.dtype=float32",
+            can_go_on=False,
+        )
+
+    def train(self) -> None:
+        """All steps that are left, with one metrics line each, and checkpoints beside them.
+
+        Raises:
+            Stopped: a rank was asked to stop; all that was reached is in a checkpoint.
+        """
+        path = self.folder / "metrics.jsonl" if collectives.rank() == 0 else None
+        made: list[Monitor] = []  # on rank 0 alone, where any error is every rank's
+        collectives.run_on_rank0(lambda: made.append(Monitor(self.recipe, self.folder)))
+        log = MetricsLog(path, self.num_steps, self.first_step, *made)
+        self._restore_random_states()
+        self.votes.restart()
+        self.engine.train()
+        memory.restart()
+        with self.timings.stage("training"), closing(log):
+            for step in range(self.first_step, self.num_steps):
+                values = {**self.train_step(step), "peak_memory_gib": memory.peak_gib()}
+                values |= self._measure(step + 1)
+                log.log(values)
+                self._keep(step + 1, log, values.get("validation_loss"))
+            self.writer.finish()
+        own = memory.memory(self.engine, self.state, self.schedule.optimizer, self.process_bytes)
+        self.accounts = collectives.all_gather_objects(
+            {"memory": own, "sent": memory.sent(self.engine, self.state)}
+        )
+        self.timings["checkpoints"] = self.writer.seconds
+
+    def _measure(self, done: int) -> dict:
+        """Validation loss and scores on a slice of the tasks after `done` steps, if it is time."""
+        recipe, values = self.recipe.eval, {}
+        is_last = done == self.num_steps
+        if done % recipe.every and not is_last:
+            return values
+        if self.validation is not None:
+            with self.timings.stage("validation"):
+                values["validation_loss"] = self.validation.loss()
+        if recipe.slice is not None and recipe.tasks and not (is_last and recipe.after):
+            # A rank that is asked to stop does so in a step, where a checkpoint is written: scores can wait.
+            with self.timings.stage("slices"), suppress(signals.Stopped):
+                values["scores"] = self.evaluation.slice_scores(self.engine.module)
+        return values
+
+    def _keep(self, done: int, log: MetricsLog, validation_loss: float | None) -> None:
+        """Write a checkpoint after `done` steps if it is time, and stop if a rank was asked to."""
+        votes, writer = self.votes, self.writer
+        if votes.all_written:
+            writer.finish()
+        is_best = validation_loss is not None and validation_loss < self.best_loss
+        self.best_loss = validation_loss if is_best else self.best_loss
+        train, scores_after = self.recipe.train, bool(jobs_of(self.recipe.eval, "after"))
+        keeps = train.checkpoint_every is not None
+        at_the_end = done == self.num_steps and (keeps or scores_after)  # a stop while scoring costs nothing
+        is_kept = train.keep_every is not None and done % train.keep_every == 0
+        is_time = votes.is_time(done) or is_kept or (is_best and train.keep_best)
+        if votes.stop or at_the_end or (keeps and is_time):
+            log.flush()
+            writer.start(done, self._snapshot(), self._manifest(done, validation_loss))
+            votes.restart()
+        if votes.stop:
+            writer.finish()
+            collectives.raise_if_stop_requested()
+
+    def _snapshot(self) -> Snapshot:
+        """The trainable state, and this rank's random states (dropout)."""
+        snapshot = self.schedule.snapshot()
+        snapshot.own["random_cpu"] = torch.get_rng_state()
+        if collectives.device().type == "cuda":
+            snapshot.own["random_cuda"] = torch.cuda.get_rng_state()
+        return snapshot
+
+    def _restore_random_states(self) -> None:
+        """Those of this rank, where as many ranks wrote the checkpoint. All else draws by seed and step."""
+        if self.checkpoint is None or self.checkpoint.manifest["world_size"] != collectives.world_size():
+            return
+        own = Parts(self.checkpoint).own(collectives.rank())
+        torch.set_rng_state(own["random_cpu"])
+        if "random_cuda" in own and collectives.device().type == "cuda":
+            torch.cuda.set_rng_state(own["random_cuda"])
+
+    def _manifest(self, done: int, validation_loss: float | None) -> dict:
+        """What a checkpoint says of the run."""
+        train = self.recipe.train
+        epoch, row = divmod(done * train.global_batch, len(self.order))
+        return {
+            "run_id": self.run_id,
+            "recipe": self.recipe.model_dump(mode="json", exclude={"name"}),
+            "base": self.base.identity(),
+            "rows_sha256": self.rows.facts["sha256"],
+            "calibration_sha256": self.base.calibration_sha256,
+            "order": {"seed": self.recipe.seed, "epoch": epoch, "row": row},
+            "progress": {
+                "num_skipped": self.num_skipped,
+                "num_nonfinite": self.num_nonfinite,
+                "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+            },
+            "validation_loss": validation_loss,
+            "versions": versions(),
+        }
+
+    def save(self) -> None:
+        """Write the adapter (all ranks take part)."""
+        facts = {
+            **self.base.identity(),
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+        with self.timings.stage("save"):
+            save_adapter(self.folder / "adapter", self.state, facts)
+
+    def facts(self) -> dict:
+        """The contents of run.json."""
+        train = self.recipe.train
+        return {
+            "versions": versions(),
+            "machine": {"device": str(collectives.device()), **machine_facts()},
+            "world_size": collectives.world_size(),
+            "global_batch": train.global_batch,
+            "micro_batch": train.micro_batch,
+            "num_steps": self.num_steps,
+            "mask": {
+                "salience": self.recipe.mask.salience,
+                "granularity": self.recipe.mask.granularity,
+                "budget": self.recipe.mask.budget,
+                "schedule": self.recipe.mask.schedule,
+                "layer_gate": self.recipe.mask.layer_gate,
+                "loaded_from": self.recipe.mask.load,
+                "calibration_samples": self.recipe.mask.calibration_samples,
+                **self.mask.facts(),
+                "entries_by_rank": self.state.layout.lengths,
+                "changes": self.schedule.changes,
+            },
+            "head": sum(rows * columns for rows, columns in self.state.heads.values()),
+            "sparse_backends": sorted(set(self.state.gradient.backends.values())),
+            "accounts": self.accounts,
+            "base": {"name_or_path": self.recipe.model.name_or_path, "fingerprint": self.base.fingerprint},
+            "timings_s": self.timings,
+        }

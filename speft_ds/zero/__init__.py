@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO-3: the engine and the shards."""

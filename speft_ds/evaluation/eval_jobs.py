@@ -46,6 +46,8 @@ def jobs_of(recipe: EvalConfig, phase: Phase) -> list[EvalJob]:
     if not tasks:
         return jobs
     if phase == "before":
-        jobs += [EvalJob(f"before-{k}shot", "fewshot", tasks, k, limit) for k in recipe.manual_fewshot]
+        limits = (limit, recipe.manual_fewshot_limit)
+        fewer = min((each for each in limits if each is not None), default=None)
+        jobs += [EvalJob(f"before-{k}shot", "fewshot", tasks, k, fewer) for k in recipe.manual_fewshot]
     numbers = range(1, recipe.format_spread)
     return jobs + [EvalJob(f"{phase}-format-{i}", "format", tasks, shots, limit, i) for i in numbers]

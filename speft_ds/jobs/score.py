@@ -30,6 +30,7 @@ def run(recipe: Recipe) -> None:
     Raises:
         UserError: anything that the user can fix; the same on every rank.
         RuntimeError: the weights are not what they were before.
+    recipe = agree_on_dtype(recipe)
     """
     collectives.init()
     collectives.run_on_rank0(lambda: check_output_dir(recipe))

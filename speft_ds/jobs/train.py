@@ -10,6 +10,7 @@ from speft_ds.adapter.card import write_card
 from speft_ds.comm import collectives, watchdog
 from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.recipe import Recipe
+from speft_ds.model.dtype import agree_on_dtype
 from speft_ds.env import versions
 from speft_ds.errors import UserError
 from speft_ds.evaluation.scores import card_scores
@@ -47,6 +48,7 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     collectives.start_watchdog(recipe.train.timeout_minutes, lambda: resume_hint(folder))
     start = verified_start(collectives.broadcast_object(start or Start()))
     if start.state == "new":
+    recipe = agree_on_dtype(recipe, start.dtype)
         collectives.run_on_rank0(lambda: check_output_dir(recipe))
     trainer = Trainer(recipe, start)
     num_ranks = collectives.world_size()

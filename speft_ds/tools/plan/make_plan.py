@@ -88,6 +88,10 @@ def make_plan(
         UserError: no configuration of the model is cached, or it does not go with the recipe.
         RecipeError: the batch cannot be shared among so many ranks, or the DeepSpeed configuration is wrong.
     """
+    from speft_ds.model.dtype import multiplies_bfloat16, resolve_dtype  # late: it imports torch
+
+    is_auto = recipe.model.dtype == "auto"
+    recipe = resolve_dtype(recipe, device == "cuda" or multiplies_bfloat16("cpu"))
     zero = load_ds_config(recipe, world_size)["zero_optimization"]
     setup = Setup(recipe, read_geometry(recipe), zero, world_size, device)
     plan = Plan(
@@ -98,7 +102,7 @@ def make_plan(
         traffic=traffic(setup),
         steps=steps(recipe, world_size, num_rows),
         files=files(setup),
-        notes=notes(setup),
+        notes=notes(setup, is_auto),
     )
     smallest = smallest_world_size(setup, plan.limit)
     suggestions = [] if plan.fits else suggest(setup, plan.num_bytes, plan.limit, smallest)
@@ -176,12 +180,13 @@ def files(setup: Setup) -> list[Line]:
     return [Line("adapter", 6 * k + header, formula), Line("a checkpoint", each * k, checkpoint)]
 
 
-def notes(setup: Setup) -> list[str]:
-    """What the numbers leave out or take for granted."""
+def notes(setup: Setup, is_auto: bool) -> list[str]:
+    """What the numbers leave out or take for granted; `is_auto`: the dtype was left to the hardware."""
     recipe = setup.recipe
     found = ["every row is taken to be as long as data.max_length; entries to be spread evenly over ranks"]
-    if recipe.model.dtype == "auto":
-        found.append("model.dtype=auto is planned as bfloat16; float32 would double the weights")
+    if is_auto:
+        whose = "a GPU that multiplies bfloat16" if setup.device == "cuda" else "the CPU of this machine"
+        found.append(f"model.dtype=auto is planned as {recipe.model.dtype}, for {whose}")
     if setup.geometry.num_head:
         found.append(f"the classification head's {setup.geometry.num_head:,} weights are all trained")
     if recipe.mask.schedule == "periodic":

@@ -47,8 +47,8 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     folder = Path(recipe.output_dir)
     collectives.start_watchdog(recipe.train.timeout_minutes, lambda: resume_hint(folder))
     start = verified_start(collectives.broadcast_object(start or Start()))
-    if start.state == "new":
     recipe = agree_on_dtype(recipe, start.dtype)
+    if start.state == "new":
         collectives.run_on_rank0(lambda: check_output_dir(recipe))
     trainer = Trainer(recipe, start)
     num_ranks = collectives.world_size()

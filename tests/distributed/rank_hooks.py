@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-sockets: list[socket.socket] = []  # open for the life of the process
-
 from limits import HANG_S
+
+sockets: list[socket.socket] = []  # open for the life of the process
 
 
 def _before_step(number: int, action: Callable) -> None:

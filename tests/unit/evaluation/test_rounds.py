@@ -29,7 +29,7 @@ def test_every_baseline_before_and_what_can_change_after():
 @pytest.mark.parametrize(("limit", "fewer", "scored"), [(9, 4, 4), (9, 20, 9), (None, 4, 4), (9, None, 9)])
 def test_baselines_are_scored_on_fewer_documents_never_on_more(limit, fewer, scored):
     recipe = ALL.model_copy(update={"limit": limit, "manual_fewshot_limit": fewer})
-    limits = {round.kind: round.limit for round in rounds_of(recipe, "before")}
+    limits = {round.kind: round.limit for round in jobs_of(recipe, "before")}
     assert limits == {"main": limit, "fewshot": scored, "format": limit}
 
 

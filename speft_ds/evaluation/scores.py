@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -82,24 +82,35 @@ class Score(_Part):
 
 
 class Perplexity(_Part):
+    """Of the forgetting text; `window`: tokens that a token is predicted from, at most."""
+
     text: str
+    num_bytes: int | None = None
     num_tokens: int
     window: int | None = None
     token_perplexity: float
     byte_perplexity: float
+    bits_per_byte: float | None = None
 
 
 class Evaluation(_Part):
-    """One model, scored once on all tasks."""
+    """One model, scored once on all tasks: the contents of a file of eval/.
+
+    Attributes:
+        asked: what the scores depend on; see `results.asked`.
+        cached: whether every response came from the cache.
+    """
 
     label: str
-    model: Literal["base", "tuned"]
     kind: Literal["main", "fewshot", "format", "extra"]
+    model: Literal["base", "tuned"]
+    asked: dict[str, Any] = {}
     settings: Settings = Settings()
     scores: list[Score]
     perplexity: Perplexity | None = None
     seconds: float | None = None
     cached: bool = False
+    notes: list[str] = []
 
     def score(self, key: tuple[str, str, str]) -> Score | None:
         return next((score for score in self.scores if score.key == key), None)

@@ -96,7 +96,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=NEWEST,
         metavar="PATH",
-        help="go on with the run in the run folder, from its newest whole checkpoint; or from the checkpoint "
+        help="go on with the run in the run folder, from its newest complete checkpoint; or from the checkpoint "
         f"or run folder of this path; `{IF_ANY}`: only if there is a run, else start one",
     )
     parser.add_argument(

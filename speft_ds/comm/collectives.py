@@ -26,7 +26,7 @@ _side_group = None  # all ranks; for sums beside other collectives
 
 
 def init(timeout_minutes: float = 30.0) -> None:
-    """Join the process group that the launcher described; a lone process becomes a group of one.
+    """Join the process group that the launcher described; a single process becomes a group of one.
 
     Args:
         timeout_minutes: after which a collective that some rank does not enter fails on the others.
@@ -57,7 +57,7 @@ def start_watchdog(timeout_minutes: float, advice: Callable[[], str]) -> None:
 def unlink_shared_buffers() -> None:
     """Free this rank's shared-memory buffer when the processes end, however they end.
 
-    DeepSpeed's CPU collectives leave 66 MiB a rank in /dev/shm after every run, until the machine is out
+    DeepSpeed's CPU collectives leave 66 MiB per rank in /dev/shm after every run, until the machine is out
     of memory. Once all ranks have mapped the buffers, their names are not needed any more.
     """
     barrier()

@@ -17,11 +17,11 @@ class EvalConfig(ConfigSection):
         None, description="local copies of the tasks' data sets, by their hub ids: DIR/openai/gsm8k"
     )
     num_fewshot: Shots | None = Field(None, description="examples in a prompt; null: the task's own")
-    limit: Count | None = Field(None, description="documents a task; null: all")
-    batch_size: Count = Field(16, description="documents a rank scores at once")
+    limit: Count | None = Field(None, description="documents per task; null: all")
+    batch_size: Count = Field(16, description="documents per rank and forward")
     chat_template: bool = Field(True, description="wrap the prompts in the tokenizer's chat template")
     mode: Literal["auto", "gathered", "sharded"] = Field(
-        "auto", description="gathered: a whole copy on every rank, fast; auto: where it has room"
+        "auto", description="gathered: a full copy on every rank, fast; auto: where it has room"
     )
     samples: bool = Field(True, description="keep every document's prompt and answer beside the scores")
     manual_fewshot: list[Shots] = Field(
@@ -40,7 +40,7 @@ class EvalConfig(ConfigSection):
     )
     every: Count = Field(100, description="steps between measurements while training: validation, slice")
     slice: Count | None = Field(
-        None, description="documents a task to score while training; null: none, until its end"
+        None, description="documents per task to score while training; null: none, until its end"
     )
     before: bool = Field(True, description="score the untouched model")
     after: bool = Field(True, description="score the trained model")

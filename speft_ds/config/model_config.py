@@ -8,7 +8,7 @@ from pydantic import Field
 
 from speft_ds.config.section import ConfigSection, FilePath
 
-HEAD = "score.weight"  # of a classifier: [classes, hidden], new, trained whole
+HEAD = "score.weight"  # of a classifier: [classes, hidden], new, trained in full
 
 
 class ModelConfig(ConfigSection):

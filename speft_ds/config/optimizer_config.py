@@ -33,7 +33,7 @@ class OptimizerConfig(ConfigSection):
     weight_decay: Float = Field(0.0, ge=0, description="decoupled weight decay, to the pretrained value")
     clip_norm: Float | None = Field(1.0, gt=0, description="the largest gradient norm; null: any")
     clip: Literal["global", "per_layer", "per_component"] = Field(
-        "global", description="what clip_norm bounds: the whole gradient, each layer's, each weight's"
+        "global", description="what clip_norm bounds: the global gradient, each layer's, each weight's"
     )
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="lr after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")

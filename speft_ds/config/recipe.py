@@ -1,4 +1,4 @@
-"""The whole of a recipe: its sections, and the rules between them."""
+"""A recipe: its sections, and the rules between them."""
 
 from __future__ import annotations
 

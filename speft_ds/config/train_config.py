@@ -24,7 +24,7 @@ class TrainConfig(ConfigSection):
     epochs: Float | None = Field(1.0, gt=0, validate_default=True, description="passes over the data")
     global_batch: Count = Field(16, description="rows an optimizer step, over all ranks")
     micro_batch: Count = Field(
-        4, validate_default=True, description="rows a rank takes in one forward; must divide global_batch"
+        4, validate_default=True, description="rows per rank in one forward; must divide global_batch"
     )
     activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = Field(
         "none", description="recompute activations in the backward: less memory, more time"

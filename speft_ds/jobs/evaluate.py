@@ -53,13 +53,13 @@ def apply_to_shards(context: TrainContext, folder: Path) -> None:
 
 
 def run(recipe: Recipe, adapter: Path | None) -> None:
-    """The whole job, on every rank.
+    """The job, on every rank.
 
     Args:
         recipe: the base, the tasks, and where the scores go.
         adapter: its folder; None: the base as it is.
     Raises:
-        UserError: anything that the user can mend; the same on every rank.
+        UserError: anything that the user can fix; the same on every rank.
     """
     collectives.init(recipe.train.timeout_minutes + 1)
     collectives.start_watchdog(recipe.train.timeout_minutes, lambda: "start it again")

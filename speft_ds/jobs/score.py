@@ -26,10 +26,10 @@ from speft_ds.training.setup import base_facts, choose_mask, load_context, load_
 
 
 def run(recipe: Recipe) -> None:
-    """The whole job, on every rank. Rank 0 writes the folder and prints the table.
+    """The job, on every rank. Rank 0 writes the folder and prints the table.
 
     Raises:
-        UserError: anything that the user can mend; the same on every rank.
+        UserError: anything that the user can fix; the same on every rank.
         RuntimeError: the weights are not what they were before.
     """
     collectives.init()

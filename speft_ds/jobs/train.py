@@ -31,12 +31,12 @@ from speft_ds.training.trainer import Trainer
 
 
 def run(recipe: Recipe, start: Start | None = None) -> None:
-    """The whole job, on every rank. Rank 0 writes the run folder and prints the table.
+    """The job, on every rank. Rank 0 writes the run folder and prints the table.
 
     Args:
         start: where the run starts, as rank 0 sees it; None: at the beginning.
     Raises:
-        UserError: anything that the user can mend; the same on every rank.
+        UserError: anything that the user can fix; the same on every rank.
         Stopped: a rank was asked to stop, and what was reached is in a checkpoint; the same on every rank.
     """
     from speft_ds.report import print_summary, write_report
@@ -45,7 +45,7 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     collectives.init(recipe.train.timeout_minutes + 1)
     folder = Path(recipe.output_dir)
     collectives.start_watchdog(recipe.train.timeout_minutes, lambda: resume_hint(folder))
-    start = whole_start(collectives.broadcast_object(start or Start()))
+    start = verified_start(collectives.broadcast_object(start or Start()))
     if start.state == "new":
         collectives.run_on_rank0(lambda: check_output_dir(recipe))
     trainer = Trainer(recipe, start)
@@ -80,13 +80,13 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     watchdog.close()
 
 
-def whole_start(start: Start) -> Start:
+def verified_start(start: Start) -> Start:
     """The start with a checkpoint whose parts are what was written: the ranks read all of them.
 
     A damaged one is said so, and the next older one is taken, unless the user named it.
 
     Raises:
-        UserError: on every rank, where there is no whole one.
+        UserError: on every rank, where there is no complete one.
     """
     while start.checkpoint is not None:
         own = verify(start.checkpoint, collectives.rank(), collectives.world_size())
@@ -94,7 +94,7 @@ def whole_start(start: Start) -> Start:
         if not problems:
             return start
         if start.is_chosen:
-            fix = f"take the newest whole one: --resume {start.source}"
+            fix = f"take the newest complete one: --resume {start.source}"
             raise UserError(f"cannot resume: {problems[0]}", str(start.checkpoint.path), fix)
         log_rank0(f"note: checkpoint {start.checkpoint.path}: {problems[0]}; looking for an older one")
         found: list[Checkpoint | None] = []

@@ -29,7 +29,7 @@ def load_base(name_or_path: str, dtype: str, ds_config: dict, num_classes: int |
         # Whatever head a checkpoint brings is for other classes.
         options = {"num_labels": num_classes, "ignore_mismatched_sizes": True}
         kind = transformers.AutoModelForSequenceClassification
-    # Must be alive while from_pretrained runs, or every rank loads the whole model.
+    # Must be alive while from_pretrained runs, or every rank loads the full model.
     zero3 = HfDeepSpeedConfig(ds_config)
     try:
         model, info = kind.from_pretrained(

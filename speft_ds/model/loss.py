@@ -35,7 +35,7 @@ class NextToken:
 
         Args:
             module: the engine, or its module.
-            batch: as `batch.collate` makes it.
+            batch: as `collate.collate` makes it.
             temperature: the logits are divided by it.
         """
         # Logits over the prompts would be thrown away, and cost a fifth of a small model's step.

@@ -30,7 +30,7 @@ class CalibrationSet:
 
     Attributes:
         rows: in order; cut into batches of `batch_size`.
-        pad_id: any token id, see `batch.collate`.
+        pad_id: any token id, see `collate.collate`.
         may_stop: whether a rank that is asked to stop stops here. Between steps it may; within one, what the
             steps before have learnt would be lost.
     """

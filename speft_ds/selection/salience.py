@@ -106,7 +106,7 @@ def taylor_fo(scorer: Scorer) -> Scores:
 def grad_low_magnitude(scorer: Scorer) -> Scores:
     """abs(g) / (abs(w) + 1e-8): large gradient, small weight. GaLLoP, Choudhary et al., 2025.
 
-    The quotient, not the product of ranks: ranks would need a sort of the whole model's scores, while a
+    The quotient, not the product of ranks: ranks would need a sort of all the model's scores, while a
     quotient is local to a shard, and orders the weights of equal gradient as the ranks do.
     """
     return combine(lambda w, g: g.abs_().div_(w.abs_().add_(TINY)), own_weights(scorer), scorer.gradient())
@@ -250,7 +250,7 @@ def lift(scorer: Scorer) -> Scores:
     """abs(W_r), W_r the best approximation of W of rank `mask.lift_rank`. LIFT, Liu et al., 2025. No data.
 
     A round takes one weight a rank: its shards are sent to that rank, approximated there, and the scores
-    sent back. So each rank holds one whole weight at a time.
+    sent back. So each rank holds one gathered weight at a time.
     """
     names, scores = list(scorer.targets), {}
     rank, world_size = collectives.rank(), collectives.world_size()

@@ -2,7 +2,7 @@
 
 Scores stay sharded like the weights. Only histograms (order of the number of groups), tie counts and, at
 the end, the selected indices (order k) travel between ranks. Blocks, rows and columns first send the sums
-of their scores to the rank that holds the unit.
+of their scores to the rank that holds the tile.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def num_trainable(recipe, shape: dict[str, tuple[int, int]]) -> int:
     """How many entries a recipe's `mask` section asks for; a density is one of the targeted weights.
 
     Raises:
-        UserError: more than the targeted weights have, or so few that a layer, row or unit gets none.
+        UserError: more than the targeted weights have, or so few that a layer, row or tile gets none.
     """
     numel = {name: rows * columns for name, (rows, columns) in shape.items()}
     total = sum(numel.values())
@@ -41,7 +41,7 @@ def num_trainable(recipe, shape: dict[str, tuple[int, int]]) -> int:
     least = min_trainable(recipe, shape)
     if wanted < least:
         given = f"density {recipe.density}" if recipe.num_trainable is None else "mask.num_trainable"
-        part = {"global": "a single unit", "per_layer": "every layer", "per_row": "every row"}[recipe.budget]
+        part = {"global": "a single tile", "per_layer": "every layer", "per_row": "every row"}[recipe.budget]
         raise UserError(
             f"{given} comes to {wanted:,} entries, too few to give {part} anything "
             f"(mask.granularity={recipe.granularity}, mask.budget={recipe.budget})",
@@ -56,10 +56,10 @@ def min_trainable(recipe, shape: dict[str, tuple[int, int]]) -> int:
     total = sum(rows * columns for rows, columns in shape.values())
     if recipe.budget == "per_row":  # round(fraction * columns) >= 1 in the narrowest weight
         return total // (2 * min(columns for _, columns in shape.values())) + 1
-    units = {n: Tiles.of(recipe.granularity, recipe.block_size, s) for n, s in shape.items()}
+    tiles = {n: Tiles.of(recipe.granularity, recipe.block_size, s) for n, s in shape.items()}
     if recipe.budget == "global":
-        return max(unit.largest for unit in units.values())
-    shares = (unit.largest * total / (unit.shape[0] * unit.shape[1]) for unit in units.values())
+        return max(tile.largest for tile in tiles.values())
+    shares = (tile.largest * total / (tile.shape[0] * tile.shape[1]) for tile in tiles.values())
     return math.ceil(max(shares))
 
 
@@ -78,7 +78,7 @@ def budget_counts(numel: dict[str, int], budget: str, num_trainable: int) -> tup
         return group, [num_trainable]
     total = sum(numel.values())
     shares = [divmod(count * num_trainable, total) for count in numel.values()]
-    counts = [whole for whole, _ in shares]
+    counts = [floor for floor, _ in shares]
     by_remainder = sorted(range(len(counts)), key=lambda position: -shares[position][1])
     for position in by_remainder[: num_trainable - sum(counts)]:
         counts[position] += 1
@@ -187,7 +187,7 @@ def select(
         num_trainable: entries to select. Blocks, rows and columns are taken while they fit, so there may
             be a few less; `per_row` takes round(num_trainable / all * in) of each row.
         budget: `global` (one threshold), `per_layer` (each weight its share) or `per_row`.
-        granularity: `element`, `block`, `row` or `column`: units score the mean of their entries.
+        granularity: `element`, `block`, `row` or `column`: tiles score the mean of their entries.
     Raises:
         UserError: a score is not finite.
     """
@@ -208,25 +208,25 @@ def select(
     group, counts = budget_counts(numel, budget, num_trainable)
     if granularity == "element":
         return gather_mask(select_local(scores, group, counts), shape)
-    units = {name: Tiles.of(granularity, block_size, shape[name]) for name in shape}
-    return select_units(tile_scores(scores, units), units, group, counts)
+    tiles = {name: Tiles.of(granularity, block_size, shape[name]) for name in shape}
+    return select_tiles(tile_scores(scores, tiles), tiles, group, counts)
 
 
-def select_units(
-    scores: dict[str, Tensor], units: dict[str, Tiles], group: Groups, counts: list[int]
+def select_tiles(
+    scores: dict[str, Tensor], tiles: dict[str, Tiles], group: Groups, counts: list[int]
 ) -> Mask:
-    """The mask of the entries of the best units; `scores` as from `unit_scores`."""
+    """The mask of the entries of the best tiles; `scores` as from `tile_scores`."""
     rank, world_size = collectives.rank(), collectives.world_size()
     sizes = {}
     for name, score in scores.items():
-        first, last = shard_range(units[name].num_units, rank, world_size)
-        sizes[name] = units[name].sizes(torch.arange(first, last, device=score.device))
+        first, last = shard_range(tiles[name].num_tiles, rank, world_size)
+        sizes[name] = tiles[name].sizes(torch.arange(first, last, device=score.device))
     chosen = select_local(scores, group, counts, sizes)
-    chosen = gather_indices(chosen, {name: unit.num_units for name, unit in units.items()})
-    shape = {name: unit.shape for name, unit in units.items()}
+    chosen = gather_indices(chosen, {name: tile.num_tiles for name, tile in tiles.items()})
+    shape = {name: tile.shape for name, tile in tiles.items()}
     dtype = index_dtype(max(rows * columns for rows, columns in shape.values()))
     return assert_same_mask(
-        Mask({name: unit.entries(chosen[name]).to(dtype) for name, unit in units.items()}, shape)
+        Mask({name: tile.entries(chosen[name]).to(dtype) for name, tile in tiles.items()}, shape)
     )
 
 

@@ -3,7 +3,7 @@
 The backward of an adapted linear adds its weight's part. Neighbouring weights are a bucket: a buffer
 [world_size, longest] whose row r has, in the order of rank r's flat buffers, what this rank adds to the
 gradient of rank r's entries. A bucket that has all its parts is reduce-scattered while the backward goes on,
-and its sum is added to the owner's gradient. So of the whole gradient only a few buckets are alive at a time,
+and its sum is added to the owner's gradient. So only a few buckets are alive at a time,
 and k / world_size values over the micro-batches of a step.
 """
 
@@ -145,8 +145,8 @@ class SparseGradient:
         if index.numel() == 0:
             return None
         options, shape = self.options, self.mask.shape[name]
-        units = Tiles.of(options.granularity, options.block_size, shape)
-        self.backends[name], backend = make_backend(options.backend, index.to(self.device), shape, units)
+        tiles = Tiles.of(options.granularity, options.block_size, shape)
+        self.backends[name], backend = make_backend(options.backend, index.to(self.device), shape, tiles)
         self.kernels[name] = backend
         return lambda x, grad_y: self.add(name, backend(x, grad_y))
 

@@ -1,4 +1,4 @@
-"""The mask: which entries of which weights are trained. Every rank holds the same one.
+"""Mask: which entries of which weights are trained. Every rank holds the same one.
 
 mask.safetensors    per weight with entries: `<name>.index` sorted global flat indices
                     metadata: `format_version`, `shape` (JSON), `sha256`, `facts` (JSON)
@@ -27,7 +27,7 @@ INDEX_DTYPES = {"I32": torch.int32, "I64": torch.int64}  # by safetensors' names
 
 @dataclass(frozen=True)
 class Mask:
-    """Sorted global flat indices a weight.
+    """Sorted global flat indices per weight.
 
     Attributes:
         index: weight name -> [k] sorted global flat indices (int32, or int64 from 2^31 elements on).
@@ -78,7 +78,7 @@ def save_mask(path: Path, mask: Mask, facts: dict) -> None:
     """Write a mask file atomically; one rank calls this.
 
     Args:
-        facts: what a reader should know, as JSON holds it; with `Base.identity` for `mask.load`.
+        facts: what a reader should know, as JSON holds it; with `setup.base_facts` for `mask.load`.
     Raises:
         OSError: it cannot be written.
     """

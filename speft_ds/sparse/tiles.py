@@ -1,4 +1,4 @@
-"""What is chosen as one: the units of a weight, that is, its blocks, rows or columns.
+"""What is chosen as one: the tiles of a weight, that is, its blocks, rows or columns.
 
 Units are numbered row by row of the grid that they form. Where the block size does not divide a weight, the
 blocks at its right and lower edge are smaller.
@@ -46,30 +46,30 @@ class Tiles:
         return -(-self.shape[0] // self.height), -(-self.shape[1] // self.width)
 
     @property
-    def num_units(self) -> int:
+    def num_tiles(self) -> int:
         return self.grid[0] * self.grid[1]
 
     @property
     def largest(self) -> int:
-        """Entries of a unit that is not at an edge."""
+        """Entries of a tile that is not at an edge."""
         return self.height * self.width
 
-    def unit_of(self, index: Tensor) -> Tensor:
-        """[n] flat indices into the weight -> [n] int64 unit numbers."""
+    def tile_of(self, index: Tensor) -> Tensor:
+        """[n] flat indices into the weight -> [n] int64 tile numbers."""
         row, column = _divmod(index.to(torch.int64), self.shape[1])
         return row // self.height * self.grid[1] + column // self.width
 
-    def sizes(self, unit: Tensor) -> Tensor:
-        """[n] unit numbers -> [n] int64 entries of each."""
-        row, column = _divmod(unit.to(torch.int64), self.grid[1])
+    def sizes(self, tile: Tensor) -> Tensor:
+        """[n] tile numbers -> [n] int64 entries of each."""
+        row, column = _divmod(tile.to(torch.int64), self.grid[1])
         heights = (self.shape[0] - row * self.height).clamp_(max=self.height)
         return heights * (self.shape[1] - column * self.width).clamp_(max=self.width)
 
-    def entries(self, unit: Tensor) -> Tensor:
-        """[n] unit numbers -> sorted int64 flat indices of all their entries."""
-        row, column = _divmod(unit.to(torch.int64), self.grid[1])
-        rows = row[:, None] * self.height + torch.arange(self.height, device=unit.device)
-        columns = column[:, None] * self.width + torch.arange(self.width, device=unit.device)
+    def entries(self, tile: Tensor) -> Tensor:
+        """[n] tile numbers -> sorted int64 flat indices of all their entries."""
+        row, column = _divmod(tile.to(torch.int64), self.grid[1])
+        rows = row[:, None] * self.height + torch.arange(self.height, device=tile.device)
+        columns = column[:, None] * self.width + torch.arange(self.width, device=tile.device)
         inside = (rows < self.shape[0])[:, :, None] & (columns < self.shape[1])[:, None, :]
         return (rows[:, :, None] * self.shape[1] + columns[:, None, :])[inside].sort().values
 
@@ -79,8 +79,8 @@ def _divmod(value: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
     return quotient, value - quotient * divisor
 
 
-def tile_scores(scores: dict[str, Tensor], units: dict[str, Tiles]) -> dict[str, Tensor]:
-    """Mean score of the entries of each unit, sharded over the ranks as the elements of a weight are.
+def tile_scores(scores: dict[str, Tensor], tiles: dict[str, Tiles]) -> dict[str, Tensor]:
+    """Mean score of the entries of each tile, sharded over the ranks as the elements of a weight are.
 
     A mean rather than a sum: the same order among full blocks, and it lets smaller edge blocks, or rows of
     unequal length, compete by what one entry is worth. The sums are taken in integers, so that they do not
@@ -89,26 +89,26 @@ def tile_scores(scores: dict[str, Tensor], units: dict[str, Tiles]) -> dict[str,
     Args:
         scores: weight -> [local elements] fp32 of this rank's shard, finite.
     Returns:
-        weight -> [local units] fp32; this rank has the units `shard_range(num_units, rank, world_size)`.
+        weight -> [local tiles] fp32; this rank has the tiles `shard_range(num_tiles, rank, world_size)`.
     """
     largest = max((score.abs().max().item() for score in scores.values() if score.numel()), default=0.0)
     largest = torch.tensor([largest], dtype=torch.float64, device=collectives.device())
     largest = collectives.all_reduce_max(largest).item() or 1.0
-    biggest = max(unit.largest for unit in units.values())
+    biggest = max(tile.largest for tile in tiles.values())
     shift = SUM_BITS - math.frexp(largest)[1] - math.frexp(biggest)[1]
-    return {name: _means(score, units[name], shift) for name, score in scores.items()}
+    return {name: _means(score, tiles[name], shift) for name, score in scores.items()}
 
 
-def _means(score: Tensor, units: Tiles, shift: int) -> Tensor:
+def _means(score: Tensor, tiles: Tiles, shift: int) -> Tensor:
     rank, world_size = collectives.rank(), collectives.world_size()
-    numel = units.shape[0] * units.shape[1]
+    numel = tiles.shape[0] * tiles.shape[1]
     start, stop = shard_range(numel, rank, world_size)
     fixed = (score.double() * 2.0**shift).round().to(torch.int64)
-    size = -(-units.num_units // world_size)
+    size = -(-tiles.num_tiles // world_size)
     sums = torch.zeros(size * world_size, dtype=torch.int64, device=score.device)
-    sums.index_add_(0, units.unit_of(torch.arange(start, stop, device=score.device)), fixed)
+    sums.index_add_(0, tiles.tile_of(torch.arange(start, stop, device=score.device)), fixed)
     own = collectives.all_to_all(sums.view(world_size, size).to(collectives.device())).sum(0)
-    first, last = shard_range(units.num_units, rank, world_size)
-    counts = units.sizes(torch.arange(first, last, device=own.device))
+    first, last = shard_range(tiles.num_tiles, rank, world_size)
+    counts = tiles.sizes(torch.arange(first, last, device=own.device))
     mean = own[: last - first].double() * 2.0**-shift / counts
     return mean.to(score.device, torch.float32)

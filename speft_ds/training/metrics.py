@@ -1,4 +1,4 @@
-"""What a user sees of a run: metrics.jsonl, one tidy line a step or a progress bar, seconds a stage."""
+"""Metrics of a run: metrics.jsonl, one console line per step or a progress bar, seconds per stage."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Timings(dict[str, float]):
 
 
 class MetricsLog:
-    """Writes one JSON line a step to `path` and shows it; silent and fileless where `path` is None.
+    """Writes one JSON line per step to `path` and shows it; silent and fileless where `path` is None.
 
     Args:
         path: metrics.jsonl of the run, on rank 0; None on the other ranks.
-        num_steps: of the whole run.
+        num_steps: of the run, earlier starts included.
         done: of these, that are in the file already.
         monitor: what else is told of every step.
     """

@@ -27,12 +27,12 @@ def monitor_problems(recipe: Recipe) -> list[UserError]:
 
 
 class Monitor:
-    """One event a step, from rank 0 alone; the others, and train.monitor=none, do nothing.
+    """One event per step, from rank 0 alone; the others, and train.monitor=none, do nothing.
 
     TensorBoard's files go to `<folder>/tensorboard`, CSV files to `<folder>/csv`, W&B's to `<folder>/wandb`.
 
     Args:
-        recipe: the whole recipe.
+        recipe: all sections.
         folder: the run folder.
     Raises:
         UserError: on this rank: a package is missing, or the monitor does not start.

@@ -126,7 +126,7 @@ def load_data(recipe: Recipe, needs_training: bool = False, needs_calibration: b
         needs_training: read the training rows.
         needs_calibration: read the calibration rows, where the recipe's metric needs data.
     Raises:
-        UserError: see `prepare.prepare`; the nodes do not have the same rows; or there are fewer rows than
+        UserError: see `dataset_cache.prepare`; nodes do not have the same rows; or there are fewer rows than
             `mask.calibration_samples`.
     """
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))

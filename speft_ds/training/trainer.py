@@ -1,4 +1,4 @@
-"""One run: its stages, and the step that it repeats."""
+"""The training loop: the stages of a run, and its step."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ class Trainer:
     """One run. Its methods are the stages, to be called in the order of `run`.
 
     Args:
-        recipe: the whole recipe.
+        recipe: all sections.
         start: where the run starts; None: at the beginning.
 
     Attributes (after construction):
         context: the frozen, sharded base on its engine, and its rows.
         rows: tokenised training rows, the same on every rank.
-        num_steps: of the whole run; `first_step`: of this process.
+        num_steps: of the run; `first_step`: of this process.
         timings: stage -> seconds.
     """
 

@@ -55,7 +55,7 @@ def is_sharded(parameter: nn.Parameter) -> bool:
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """Shape of the whole weight, whether or not it is gathered right now."""
+    """Shape of the unpartitioned weight, whether or not it is gathered right now."""
     return parameter.ds_shape if is_sharded(parameter) else parameter.shape
 
 

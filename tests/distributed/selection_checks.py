@@ -23,7 +23,7 @@ def local_part(scores: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def cut(shape: tuple[int, int], granularity: str, block_size: int) -> list[list[int]]:
-    """The flat indices of each unit of a weight, row by row of units."""
+    """The flat indices of each tile of a weight, row by row of tiles."""
     rows, columns = shape
     height = {"element": 1, "row": 1, "block": block_size, "column": rows}[granularity]
     width = {"element": 1, "column": 1, "block": block_size, "row": columns}[granularity]
@@ -48,10 +48,10 @@ def shares(sizes: list[int], wanted: int) -> list[int]:
 
 
 def best(groups: list[list[tuple]], counts: list[int]) -> dict[str, list[int]]:
-    """Of each group's units (weight, indices, score), the best, up to the first that does not fit."""
+    """Of each group's tiles (weight, indices, score), the best, up to the first that does not fit."""
     chosen: dict[str, list[int]] = {}
-    for units, left in zip(groups, counts, strict=True):
-        for name, indices, _ in sorted(units, key=lambda unit: -unit[2]):  # stable: ties by order
+    for tiles, left in zip(groups, counts, strict=True):
+        for name, indices, _ in sorted(tiles, key=lambda tile: -tile[2]):  # stable: ties by order
             if len(indices) > left:
                 break
             left -= len(indices)
@@ -71,13 +71,13 @@ def dense_selection(
     by_weight = []
     for name, shape in shapes.items():
         exact = [Fraction(value) for value in scores[name].tolist()]
-        units = cut(shape, granularity, block_size)
-        by_weight.append([(name, unit, sum(exact[i] for i in unit) / len(unit)) for unit in units])
+        tiles = cut(shape, granularity, block_size)
+        by_weight.append([(name, tile, sum(exact[i] for i in tile) / len(tile)) for tile in tiles])
     return {count: choose(by_weight, shapes, count, budget) for count in wanted}
 
 
 def choose(by_weight: list[list[tuple]], shapes: Shapes, wanted: int, budget: str) -> dict[str, list[int]]:
-    """The flat indices that a budget chooses from each weight's units (weight, indices, score)."""
+    """The flat indices that a budget chooses from each weight's tiles (weight, indices, score)."""
     sizes = [rows * columns for rows, columns in shapes.values()]
     if budget == "global":
         groups, counts = [list(chain.from_iterable(by_weight))], [wanted]
@@ -85,8 +85,8 @@ def choose(by_weight: list[list[tuple]], shapes: Shapes, wanted: int, budget: st
         groups, counts = by_weight, shares(sizes, wanted)
     else:
         groups, counts = [], []
-        for units, (rows, columns) in zip(by_weight, shapes.values(), strict=True):
-            groups += [units[row * columns :][:columns] for row in range(rows)]
+        for tiles, (rows, columns) in zip(by_weight, shapes.values(), strict=True):
+            groups += [tiles[row * columns :][:columns] for row in range(rows)]
             counts += [round(Fraction(wanted * columns, sum(sizes)))] * rows
     chosen = best(groups, counts)
     return {name: sorted(chosen.get(name, [])) for name in shapes}

@@ -120,7 +120,7 @@ def test_too_many_in_a_row_stop_the_run(start, tmp_path):
     said = ends(run, [2, 2])
     assert "the loss is nan" in said and "3 steps in a row were not finite" in said, said
     assert "Traceback" not in said and "go on with" not in said  # the same steps would fail again
-    assert f"the last whole checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step_000006'}" in said
+    assert f"the last complete checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step_000006'}" in said
     assert said.count("the loss is nan") == 1 and 6 in whole_steps(tmp_path / "run")
 
 
@@ -230,7 +230,7 @@ def test_no_whole_checkpoint_is_an_error(start, stopped):
     for step in (6, 8):
         flip(stopped / "checkpoints" / f"step_{step:06d}" / "part_00000.safetensors")
     run = start("--resume")
-    assert 2 in run.codes() and "no whole checkpoint to resume from" in run.text()
+    assert 2 in run.codes() and "no complete checkpoint to resume from" in run.text()
     assert len(metrics(stopped)) == 9  # and nothing is touched
 
 

@@ -1,4 +1,4 @@
-"""Every command of the READMEs runs: as it stands, or shortened by overrides that come behind it."""
+"""Every command of these pages runs: as it stands, or shortened by overrides that come behind it."""
 
 import os
 import re
@@ -19,6 +19,11 @@ SHORT = [
     "mask.calibration_samples=2",
     "eval.tasks=[]",
 ]
+PAGES = [
+    "README.md",
+    "recipes/README.md",
+    *(f"docs/{n}.md" for n in ("recipes", "data", "masks", "evaluation", "checkpoints")),
+]
 # How a command is run, by its beginning, the first that fits: what is added behind it and the exit codes
 # that it may have; or why it is not run here.
 HOW = {
@@ -38,11 +43,12 @@ HOW = {
 
 def commands() -> list[str]:
     found = []
-    for readme in (ROOT / "README.md", ROOT / "recipes" / "README.md"):
-        for block in re.findall(r"^```bash\n(.*?)^```", readme.read_text(encoding="utf-8"), re.M | re.S):
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S):
             lines = block.replace("\\\n", " ").splitlines()
             found += [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def how(command: str):

@@ -66,15 +66,15 @@ def test_units(ranks, world_size, budget, granularity, block_size, kind):
 @pytest.mark.parametrize("granularity", ["block", "row", "column"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_order_of_summation_does_not_count(ranks, world_size, granularity):
-    """All units hold the same scores in other orders: they tie, which sums in floating point would not."""
+    """All tiles hold the same scores in other orders: they tie, which sums in floating point would not."""
     shapes = {"a": (9, 9), "b": (9, 9)}
     generator = torch.Generator().manual_seed(6)
     scores = {name: torch.empty(81) for name in shapes}
     large = torch.tensor([1e9, -1e9, 3e8, -3e8])  # they cancel, and take digits of the others with them
     values = torch.cat([large, 0.01 * torch.randn(5, generator=generator)])
     for name, shape in shapes.items():
-        for unit in checks.cut(shape, granularity, 3):
-            scores[name][unit] = values[torch.randperm(9, generator=generator)]
+        for tile in checks.cut(shape, granularity, 3):
+            scores[name][tile] = values[torch.randperm(9, generator=generator)]
     choice = {"budget": "global", "granularity": granularity, "block_size": 3}
     expected = checks.dense_selection(scores, shapes, [9, 40, 100], **choice)
     ranks(world_size)(checks.check_select, shapes=shapes, scores=scores, expected=expected, **choice)

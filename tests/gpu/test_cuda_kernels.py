@@ -75,20 +75,20 @@ def test_entries_of_any_shape(shape, dtype, tokens):
 @pytest.mark.parametrize("size", [2, 16, 24, 64, 200])
 @pytest.mark.parametrize("shape", [(512, 768), (301, 1001)])
 def test_blocks_of_any_shape(size, shape, dtype):
-    units = Tiles.of("block", size, shape)
-    chosen = uniform((1, units.num_units), 0.2).long()
-    last = torch.tensor([units.num_units - 1], device="cuda")
-    index = units.entries(torch.cat([chosen, last]).unique())
-    check(BlockGradient(index, shape, units), index, shape, 1111, dtype)
+    tiles = Tiles.of("block", size, shape)
+    chosen = uniform((1, tiles.num_units), 0.2).long()
+    last = torch.tensor([tiles.num_units - 1], device="cuda")
+    index = tiles.entries(torch.cat([chosen, last]).unique())
+    check(BlockGradient(index, shape, tiles), index, shape, 1111, dtype)
 
 
 @pytest.mark.parametrize("granularity, kind", [("row", RowGradient), ("column", ColumnGradient)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_and_columns(granularity, kind, dtype):
     shape = (301, 1024)
-    units = Tiles.of(granularity, 0, shape)
-    index = units.entries(torch.arange(0, units.num_units, 37, device="cuda"))
-    backend = make_tiled(index, shape, units)
+    tiles = Tiles.of(granularity, 0, shape)
+    index = tiles.entries(torch.arange(0, tiles.num_units, 37, device="cuda"))
+    backend = make_tiled(index, shape, tiles)
     assert isinstance(backend, kind)
     check(backend, index, shape, 1111, dtype)
 
@@ -112,15 +112,15 @@ def test_faster_than_the_dense_product_where_it_says_it_pays(shape):
     x, grad_y = activations(shape, 8192)
     dense = milliseconds(lambda: matmul_fp32(grad_y.t(), x))
     print(f"\n{shape}: dense {dense:.3f} ms")
-    units = Tiles.of("block", 16, shape)
+    tiles = Tiles.of("block", 16, shape)
     slower = []
     for density in [0.001, 0.0035, 0.01, 0.03]:
         every = round(1 / density)
-        blocks = units.entries(torch.arange(0, units.num_units, every, device="cuda"))
+        blocks = tiles.entries(torch.arange(0, tiles.num_units, every, device="cuda"))
         backends = {
             "uniform": ElementGradient(uniform(shape, density), shape),
             "crowded": ElementGradient(crowded(shape, density), shape),
-            "blocks of 16": BlockGradient(blocks, shape, units),
+            "blocks of 16": BlockGradient(blocks, shape, tiles),
         }
         for name, backend in backends.items():
             time = milliseconds(lambda backend=backend: backend(x.view_as(x), grad_y))

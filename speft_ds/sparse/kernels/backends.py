@@ -37,7 +37,7 @@ def available_backends(device: torch.device) -> list[str]:
 
 
 def make_backend(
-    name: str, index: Tensor, shape: tuple[int, int], units: Tiles | None = None
+    name: str, index: Tensor, shape: tuple[int, int], tiles: Tiles | None = None
 ) -> tuple[str, Backend]:
     """Prepare the gradient of one weight's entries.
 
@@ -45,14 +45,14 @@ def make_backend(
         name: `dense`, `sampled`, `element`, `tiled`, or `auto` for the one that should be fastest.
         index: [k] sorted flat indices, on the device of the activations.
         shape: (out_features, in_features) of the weight.
-        units: what the mask was chosen by; None: single entries.
+        tiles: what the mask was chosen by; None: single entries.
     Returns:
         (name of the backend, the backend).
     Raises:
         UserError: the named backend does not run on this device, or not with this mask.
     """
     if name == "auto":
-        return _best(index, shape, units)
+        return _best(index, shape, tiles)
     on_cpu = index.device.type == "cpu"
     if name == "dense":
         return name, DenseGradient(index, shape)
@@ -60,16 +60,16 @@ def make_backend(
         return name, SampledGradient(index, shape)
     if name == "element" and launch.is_available():
         return name, ElementGradient(index, shape)
-    if name == "tiled" and (backend := _tiled(index, shape, units)):
+    if name == "tiled" and (backend := _tiled(index, shape, tiles)):
         return name, backend
-    where = {"sampled": "a CPU", "element": "an NVIDIA GPU with Triton"}.get(name, "masks of whole units")
+    where = {"sampled": "a CPU", "element": "an NVIDIA GPU with Triton"}.get(name, "masks of full tiles")
     raise UserError(
         f"train.sparse_backend={name} is for {where}", "train.sparse_backend", "train.sparse_backend=auto"
     )
 
 
-def _best(index: Tensor, shape: tuple[int, int], units: Tiles | None) -> tuple[str, Backend]:
-    tiled = _tiled(index, shape, units)
+def _best(index: Tensor, shape: tuple[int, int], tiles: Tiles | None) -> tuple[str, Backend]:
+    tiled = _tiled(index, shape, tiles)
     if tiled is not None and tiled.pays:
         return "tiled", tiled
     if index.device.type == "cpu":
@@ -82,11 +82,11 @@ def _best(index: Tensor, shape: tuple[int, int], units: Tiles | None) -> tuple[s
     return "dense", DenseGradient(index, shape)
 
 
-def _tiled(index: Tensor, shape: tuple[int, int], units: Tiles | None):
-    """The backend of whole units, where the mask is made of them and the device can."""
-    if units is None or units.largest == 1 or not is_tiled(index, units):
+def _tiled(index: Tensor, shape: tuple[int, int], tiles: Tiles | None):
+    """The backend of full tiles, where the mask is made of them and the device can."""
+    if tiles is None or tiles.largest == 1 or not is_tiled(index, tiles):
         return None
-    backend = make_tiled(index, shape, units)
+    backend = make_tiled(index, shape, tiles)
     return None if isinstance(backend, BlockGradient) and not launch.is_available() else backend
 
 

@@ -105,7 +105,7 @@ def _segments(slot_group: Tensor, most_slots: int) -> tuple[Tensor, Tensor]:
 class ElementGradient:
     """Sparse weight gradient of single entries on tensor cores.
 
-    Keeps 5 bytes an entry and 8 a slot, beside the index.
+    Keeps 5 bytes per entry and 8 per slot, beside the index.
 
     Attributes:
         pays: whether it should be faster than the dense product on an H100, by the traffic of this mask.

@@ -11,7 +11,7 @@ TOKENS = 64  # of one step: 128 bytes of 16-bit activations, a whole cache line
 SLOTS = 128  # columns of the weight that one program takes
 SUM_BLOCK = 1024
 # Tokens are split so that the part of x that all running programs share stays in the L2 cache, 50 MB on an
-# H100. A split costs 8 bytes an entry, written and read once, hence a least length and a largest buffer.
+# H100. A split costs 8 bytes per entry, written and read once, hence a least length and a largest buffer.
 SLAB_BYTES = 2**24
 LEAST_TOKENS = 512
 MOST_PARTIAL = 2**26

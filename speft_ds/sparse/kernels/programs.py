@@ -70,7 +70,7 @@ def block_products(
     grad_y,  # [tokens, out]
     partial,  # [splits, k] fp32
     segments,  # [segments, 6] int64, see tiles.BlockGradient
-    block_column,  # [blocks] in units of WIDTH
+    block_column,  # [blocks] in tiles of WIDTH
     tokens,
     in_features,
     out_features,

@@ -1,8 +1,8 @@
-"""Backends for masks of whole rows, columns or blocks: products of what the mask has, and of nothing else.
+"""Backends for masks of full rows, columns or blocks: products of what the mask has, and of nothing else.
 
 Rows and columns are one matrix product of gathered features, on any device. Blocks are Triton's, for CUDA: a
 strip's blocks share rows of grad_y, and their columns, side by side, are the rows of a tensor-core tile.
-Activations are read as they lie, each once for a whole block's height: at density 0.35% and 16 x 16 blocks
+Activations are read as they lie, each once for a full block's height: at density 0.35% and 16 x 16 blocks
 less is moved from the L2 cache than the activations themselves have.
 """
 
@@ -20,27 +20,27 @@ from speft_ds.sparse.tiles import Tiles
 MOST_ROWS = 64  # of a strip: a program's sums stay in registers
 
 
-def is_tiled(index: Tensor, units: Tiles) -> bool:
-    """Whether [k] sorted flat indices are whole units: every entry of each unit that they touch."""
-    unit, counts = units.unit_of(index).unique(return_counts=True)
-    return torch.equal(counts, units.sizes(unit))
+def is_tiled(index: Tensor, tiles: Tiles) -> bool:
+    """Whether [k] sorted flat indices are full tiles: every entry of each tile that they touch."""
+    tile, counts = tiles.tile_of(index).unique(return_counts=True)
+    return torch.equal(counts, tiles.sizes(tile))
 
 
-def make_tiled(index: Tensor, shape: tuple[int, int], units: Tiles):
-    """The backend for an index of whole units."""
-    if units.width == shape[1]:
+def make_tiled(index: Tensor, shape: tuple[int, int], tiles: Tiles):
+    """The backend for an index of full tiles."""
+    if tiles.width == shape[1]:
         return RowGradient(index, shape)
-    return ColumnGradient(index, shape) if units.height == shape[0] else BlockGradient(index, shape, units)
+    return ColumnGradient(index, shape) if tiles.height == shape[0] else BlockGradient(index, shape, tiles)
 
 
 class RowGradient:
-    """Gradient of whole rows.
+    """Gradient of full rows.
 
     Attributes:
         pays: whether it should be faster than the dense product.
 
     Args:
-        index: [k] sorted flat indices, whole rows.
+        index: [k] sorted flat indices, full rows.
         shape: (out_features, in_features) of the weight.
     """
 
@@ -54,13 +54,13 @@ class RowGradient:
 
 
 class ColumnGradient:
-    """Gradient of whole columns.
+    """Gradient of full columns.
 
     Attributes:
         pays: whether it should be faster than the dense product.
 
     Args:
-        index: [k] sorted flat indices, whole columns.
+        index: [k] sorted flat indices, full columns.
         shape: (out_features, in_features) of the weight.
     """
 
@@ -74,7 +74,7 @@ class ColumnGradient:
 
 
 class BlockGradient:
-    """Gradient of whole blocks on tensor cores, in Triton.
+    """Gradient of full blocks on tensor cores, in Triton.
 
     A segment of `segments` is (first row, rows, first slot, slots of the strip, strip's first block in
     `block_column`, strip's first entry); a slot is a column of a strip's blocks.
@@ -83,36 +83,36 @@ class BlockGradient:
         pays: whether it should be faster than the dense product on an H100, by the traffic of this mask.
 
     Args:
-        index: [k] sorted flat indices, whole blocks.
+        index: [k] sorted flat indices, full blocks.
         shape: (out_features, in_features) of the weight.
-        units: the weight cut into blocks.
+        tiles: the weight cut into blocks.
     """
 
-    def __init__(self, index: Tensor, shape: tuple[int, int], units: Tiles):
-        self.shape, self.units, self.num_entries = shape, units, index.numel()
-        rows = min(units.height, MOST_ROWS)
+    def __init__(self, index: Tensor, shape: tuple[int, int], tiles: Tiles):
+        self.shape, self.tiles, self.num_entries = shape, tiles, index.numel()
+        rows = min(tiles.height, MOST_ROWS)
         self.rows = max(16, 1 << (rows - 1).bit_length())
-        unit = units.unit_of(index).unique()
-        self.block_column = (unit % units.grid[1]).to(torch.int32)
-        segments = self._segments(unit.cpu(), rows)
+        tile = tiles.tile_of(index).unique()
+        self.block_column = (tile % tiles.grid[1]).to(torch.int32)
+        segments = self._segments(tile.cpu(), rows)
         self.segments = torch.tensor(segments, dtype=torch.int64, device=index.device).view(-1, 6)
         # Powers of two that divide where blocks and rows of activations start: so wide may loads be.
-        self.column_align = math.gcd(units.width, shape[1], 16)
-        self.row_align = math.gcd(units.height, rows, 16)
+        self.column_align = math.gcd(tiles.width, shape[1], 16)
+        self.row_align = math.gcd(tiles.height, rows, 16)
         moved = sum(min(slots - slot, launch.SLOTS) + self.rows for _, _, slot, slots, _, _ in segments)
         self.pays = launch.pays(moved, shape)
 
-    def _segments(self, unit: Tensor, rows: int) -> list[tuple[int, ...]]:
-        """[blocks] sorted unit numbers, strips of up to `rows` rows -> the segments."""
+    def _segments(self, tile: Tensor, rows: int) -> list[tuple[int, ...]]:
+        """[blocks] sorted tile numbers, strips of up to `rows` rows -> the segments."""
         out_features, in_features = self.shape
-        blocks, counts = torch.div(unit, self.units.grid[1], rounding_mode="floor").unique(return_counts=True)
-        last_column = unit % self.units.grid[1] == self.units.grid[1] - 1
-        overhang = self.units.grid[1] * self.units.width - in_features
+        blocks, counts = torch.div(tile, self.tiles.grid[1], rounding_mode="floor").unique(return_counts=True)
+        last_column = tile % self.tiles.grid[1] == self.tiles.grid[1] - 1
+        overhang = self.tiles.grid[1] * self.tiles.width - in_features
         segments, block, entry = [], 0, 0
         for number, count in zip(blocks.tolist(), counts.tolist(), strict=True):
-            slots = count * self.units.width - (overhang if last_column[block + count - 1] else 0)
-            stop = min((number + 1) * self.units.height, out_features)
-            for row in range(number * self.units.height, stop, rows):
+            slots = count * self.tiles.width - (overhang if last_column[block + count - 1] else 0)
+            stop = min((number + 1) * self.tiles.height, out_features)
+            for row in range(number * self.tiles.height, stop, rows):
                 strip = min(rows, stop - row)
                 for slot in range(0, slots, launch.SLOTS):
                     segments.append((row, strip, slot, slots, block, entry))
@@ -142,7 +142,7 @@ class BlockGradient:
         programs.block_products[(self.segments.shape[0], splits)](
             x, grad_y, partial, self.segments, self.block_column,
             tokens, in_features, out_features, self.num_entries, length,
-            WIDTH=self.units.width, COLUMN_ALIGN=self.column_align, ROW_ALIGN=self.row_align, ROWS=self.rows,
+            WIDTH=self.tiles.width, COLUMN_ALIGN=self.column_align, ROW_ALIGN=self.row_align, ROWS=self.rows,
             **launch.options(x.dtype),
         )  # fmt: skip
         return launch.sum_over_splits(partial)

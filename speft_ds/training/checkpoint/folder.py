@@ -1,4 +1,4 @@
-"""Checkpoints as folders: which there are, which are whole, which to keep. Imports no torch."""
+"""Checkpoints as folders: which there are, which are complete, which to keep. Imports no torch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def inspect(path: Path) -> Checkpoint:
-    """A checkpoint, checked but for the contents of its parts (see `damage`)."""
+    """A checkpoint, checked but for the contents of its parts (see `verify`)."""
     name = _NAME.match(path.name)
     step = int(name.group(1)) if name else -1
     try:
@@ -137,18 +137,18 @@ def prune(newest: Path, keep_last: int, keep_every: int | None, keep_best: bool)
 
     Args:
         newest: the checkpoint that was just made.
-        keep_last: the newest whole ones.
+        keep_last: the newest complete ones.
         keep_every: also those of steps that this divides.
         keep_best: also the one of the lowest validation loss; of equal ones the first.
     """
     made = inspect(newest)
     up_to_it = [c for c in list_checkpoints(newest.parent.parent) if c.step <= made.step]
     ours = [c for c in up_to_it if c.problem or c.manifest["run_id"] == made.manifest["run_id"]]
-    whole = [checkpoint for checkpoint in ours if checkpoint.problem is None]
-    kept = {newest, *(checkpoint.path for checkpoint in whole[:keep_last])}
+    valid = [checkpoint for checkpoint in ours if checkpoint.problem is None]
+    kept = {newest, *(checkpoint.path for checkpoint in valid[:keep_last])}
     if keep_every:
-        kept |= {checkpoint.path for checkpoint in whole if checkpoint.step % keep_every == 0}
-    if keep_best and (best := best_of(whole)):
+        kept |= {checkpoint.path for checkpoint in valid if checkpoint.step % keep_every == 0}
+    if keep_best and (best := best_of(valid)):
         kept.add(best.path)
     for checkpoint in ours:
         if checkpoint.path not in kept:
@@ -165,7 +165,7 @@ def best_of(checkpoints: list[Checkpoint]) -> Checkpoint | None:
 def clean(run: Path, step: int, say: Callable[[str], None]) -> None:
     """Clear the way for a run that goes on from a step: what interrupted saves left, and damaged checkpoints.
 
-    Later checkpoints are not whole, or the run would go on from them; they are set aside.
+    Later checkpoints are not complete, or the run would go on from them; they are set aside.
     """
     for temporary in (run / CHECKPOINTS).glob("*.tmp"):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -180,7 +180,7 @@ def clean(run: Path, step: int, say: Callable[[str], None]) -> None:
 def latest_valid(
     run: Path, run_id: str | None, say: Callable[[str], None], below: int | None = None
 ) -> Checkpoint | None:
-    """The newest checkpoint of a run that `look_at` finds whole; says why newer ones are not used.
+    """The newest checkpoint of a run that `inspect` finds complete; says why newer ones are not used.
 
     Args:
         run_id: of the run; None: not known, any will do.
@@ -202,5 +202,5 @@ def latest_valid(
         say(f"note: checkpoint {problems[-1]}; looking for an older one")
     if below is not None or any(UNFINISHED not in problem for problem in problems):
         fix = f"start anew: another output_dir, or remove this one: rm -r {run}"
-        raise UserError("no whole checkpoint to resume from", str(run / CHECKPOINTS), fix)
+        raise UserError("no complete checkpoint to resume from", str(run / CHECKPOINTS), fix)
     return None

@@ -1,4 +1,4 @@
-"""Going on with a run: from which checkpoint, and whether the recipe is still the same. Imports no torch."""
+"""Resuming a run: from which checkpoint, and whether the recipe is still the same. Imports no torch."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _named(path: Path, folder: Path) -> Start:
         if not path.is_dir():
             raise UserError(f"there is no checkpoint {path}", "--resume", f"ls {path.parent}")
         if checkpoint.problem:
-            fix = f"take the newest whole one: --resume {source}"
+            fix = f"take the newest complete one: --resume {source}"
             raise UserError(f"cannot resume from {path}: {checkpoint.problem}", "--resume", fix)
     else:
         checkpoint = latest_valid(source, None, _note)
@@ -188,7 +188,7 @@ def resume_hint(folder: Path) -> str:
     last = last_whole(folder)
     if last is None:
         return "there is no checkpoint yet: start again with --resume auto"
-    return f"the last whole checkpoint is {last.path}; go on with: --resume {folder}"
+    return f"the last complete checkpoint is {last.path}; go on with: --resume {folder}"
 
 
 def last_whole(folder: Path) -> Checkpoint | None:

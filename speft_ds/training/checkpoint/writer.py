@@ -77,7 +77,7 @@ class Writer:
         """Wait for the save in flight, if there is one, and make a checkpoint of its parts.
 
         Raises:
-            UserError: on every rank, where one could not write; the older checkpoints are whole.
+            UserError: on every rank, where one could not write; the older checkpoints stay valid.
         """
         if self.in_flight is None:
             return
@@ -111,7 +111,7 @@ class Writer:
         recipe = self.recipe
         try:
             prune(newest, recipe.keep_last, recipe.keep_every, recipe.keep_best)
-        except OSError as error:  # the new checkpoint is whole: no reason to stop
+        except OSError as error:  # the new checkpoint is complete: no reason to stop
             print(f"note: an old checkpoint could not be removed: {error}", flush=True)
 
     def _cannot_write(self, step: int, why: str) -> UserError:
@@ -123,4 +123,4 @@ class Writer:
         """What there is to go back to, in words."""
         if not self.saved:
             return "there is no checkpoint yet"
-        return f"the last whole checkpoint is {folder_of(self.run, self.saved)}"
+        return f"the last complete checkpoint is {folder_of(self.run, self.saved)}"

@@ -41,8 +41,13 @@ def shell_blocks(markdown):
 
 HELP_TEXTS = [command.epilog for command in COMMANDS.values()]
 SCRIPTS = [(ROOT / "launch" / f"{job}.py").read_text() for job in ("train", "score", "evaluate")]
-READMES = ("README.md", "recipes/README.md", "launch/README.md", "docs/adapters.md")
-PAGES = [shell_blocks((ROOT / page).read_text()) for page in READMES]
+READMES = [
+    ROOT / "README.md",
+    ROOT / "recipes/README.md",
+    ROOT / "launch/README.md",
+    *(ROOT / "docs").glob("*.md"),
+]
+PAGES = [shell_blocks(page.read_text()) for page in READMES]
 TEXTS = [*HELP_TEXTS, *SCRIPTS, *PAGES, arguments.MORE_HELP]
 EXAMPLES = [line for text in TEXTS for line in examples_of(text)]
 

@@ -45,17 +45,17 @@ def test_more_entries_than_there_are_is_refused():
 @pytest.mark.parametrize(
     ("choice", "least", "part"),
     [
-        ({"density": 1e-4}, 1, "a single unit"),
-        ({"num_trainable": 255, "granularity": "block"}, 256, "a single unit"),
-        ({"density": 0.01, "granularity": "row"}, 100, "a single unit"),
-        ({"num_trainable": 39, "granularity": "column"}, 40, "a single unit"),
+        ({"density": 1e-4}, 1, "a single tile"),
+        ({"num_trainable": 255, "granularity": "block"}, 256, "a single tile"),
+        ({"density": 0.01, "granularity": "row"}, 100, "a single tile"),
+        ({"num_trainable": 39, "granularity": "column"}, 40, "a single tile"),
         ({"num_trainable": 10, "budget": "per_layer"}, 11, "every layer"),
         ({"num_trainable": 881, "budget": "per_layer", "granularity": "row"}, 882, "every layer"),
         ({"num_trainable": 26, "budget": "per_row"}, 27, "every row"),
     ],
 )
 def test_too_few_for_all_parts_is_refused(choice, least, part):
-    """Any unit; a unit of `small`, which has 410 of the 4,410 entries; more than half an entry of 82."""
+    """Any tile; a tile of `small`, which has 410 of the 4,410 entries; more than half an entry of 82."""
     shapes = {"large": (40, 100), "small": (5, 82)}
     mask = MaskConfig(**choice)
     with pytest.raises(UserError) as caught:

@@ -61,10 +61,10 @@ def test_auto_is_by_density_and_granularity():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whole_rows_and_columns_equal_the_dense_gradient(granularity, dtype):
     shape = (41, 53)
-    units = Tiles.of(granularity, 1, shape)
-    index = units.entries(torch.tensor([0, 7, 40])).int()
+    tiles = Tiles.of(granularity, 1, shape)
+    index = tiles.entries(torch.tensor([0, 7, 40])).int()
     x, grad_y = torch.randn(2, 19, 53).to(dtype), torch.randn(2, 19, 41).to(dtype)
-    name, backend = make_backend("auto", index, shape, units)
+    name, backend = make_backend("auto", index, shape, tiles)
     expected = (grad_y.double().flatten(0, 1).t() @ x.double().flatten(0, 1)).view(-1)[index.long()]
     assert name == "tiled" and torch.allclose(backend(x, grad_y).double(), expected, atol=1e-4)
 

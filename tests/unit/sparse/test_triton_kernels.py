@@ -128,10 +128,10 @@ def test_pays_by_how_much_is_moved():
     sparse, dense = choose(shape, 0.001), choose(shape, 0.01)
     assert ElementGradient(sparse, shape).pays and not ElementGradient(dense, shape).pays
     assert ElementGradient(crowded(shape, 100), shape).pays  # as many entries as the dense one
-    units = Tiles.of("block", 16, shape)
+    tiles = Tiles.of("block", 16, shape)
     for every, pays in [(100, True), (2, False)]:
         assert (
-            BlockGradient(units.entries(torch.arange(0, units.num_units, every)), shape, units).pays == pays
+            BlockGradient(tiles.entries(torch.arange(0, tiles.num_tiles, every)), shape, tiles).pays == pays
         )
     for step, pays in [(100, True), (1, False)]:
         assert ColumnGradient(crowded(shape, step), shape).pays == pays
@@ -167,11 +167,11 @@ def test_the_transposed_copy_is_padded_with_zeros(interpreter, shape, dtype):
     assert not transposed[:, tokens:].any()
 
 
-def units_of(granularity, size, shape, count, seed=0):
+def tiles_of(granularity, size, shape, count, seed=0):
     """Units of a weight, and the sorted flat indices of `count` of them, the last one included."""
-    units = Tiles.of(granularity, size, shape)
-    others = torch.randperm(units.num_units - 1, generator=torch.Generator().manual_seed(seed))[: count - 1]
-    return units, units.entries(torch.cat([others, torch.tensor([units.num_units - 1])]))
+    tiles = Tiles.of(granularity, size, shape)
+    others = torch.randperm(tiles.num_tiles - 1, generator=torch.Generator().manual_seed(seed))[: count - 1]
+    return tiles, tiles.entries(torch.cat([others, torch.tensor([tiles.num_tiles - 1])]))
 
 
 @needs_triton
@@ -180,32 +180,32 @@ def units_of(granularity, size, shape, count, seed=0):
 def test_blocks_equal_the_dense_gradient(interpreter, size, dtype):
     """Blocks at the edges are smaller; tall ones are cut into strips, many columns into segments."""
     for shape in [(size * 2, size * 3), (size * 2 + 1, size * 4 - 1)]:
-        units, index = units_of("block", size, shape, 5)
-        assert is_tiled(index, units)
+        tiles, index = tiles_of("block", size, shape, 5)
+        assert is_tiled(index, tiles)
         compare(interpreter, index.to(torch.int32), shape, 70, dtype, block=size)
 
 
 @needs_triton
 def test_every_block_one_block_and_none(interpreter):
     shape = (50, 200)
-    for index in [torch.arange(10000), units_of("block", 16, shape, 1)[1], torch.zeros(0, dtype=torch.int64)]:
+    for index in [torch.arange(10000), tiles_of("block", 16, shape, 1)[1], torch.zeros(0, dtype=torch.int64)]:
         compare(interpreter, index, shape, 33, block=16)
 
 
 @needs_triton
 def test_blocks_of_long_sequences_are_split_and_added_in_order(interpreter):
-    compare_split(interpreter, units_of("block", 16, (64, 160), 7)[1], (64, 160), "bfloat16", block=16)
+    compare_split(interpreter, tiles_of("block", 16, (64, 160), 7)[1], (64, 160), "bfloat16", block=16)
 
 
 @pytest.mark.parametrize("granularity, kind", [("row", RowGradient), ("column", ColumnGradient)])
 @pytest.mark.parametrize("shape", [(1, 1), (37, 53), (1, 9), (9, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_and_columns_equal_the_dense_gradient(granularity, kind, shape, dtype):
-    units, index = units_of(granularity, 0, shape, 3)
+    tiles, index = tiles_of(granularity, 0, shape, 3)
     generator = torch.Generator().manual_seed(0)
     x, grad_y = (torch.randn(2, 13, features, generator=generator).to(dtype) for features in reversed(shape))
     expected = torch.einsum("bto,bti->oi", grad_y.double(), x.double()).view(-1)[index]
-    backend = make_tiled(index.to(torch.int32), shape, units)
+    backend = make_tiled(index.to(torch.int32), shape, tiles)
     if 1 not in shape:
         assert isinstance(backend, kind)
     values = backend(x, grad_y)
@@ -213,10 +213,10 @@ def test_rows_and_columns_equal_the_dense_gradient(granularity, kind, shape, dty
 
 
 def test_an_index_is_tiled_if_each_unit_is_whole():
-    units, index = units_of("block", 4, (10, 11), 4)
-    assert is_tiled(index, units)
-    assert not is_tiled(index[1:], units)
-    assert not is_tiled(torch.cat([index, torch.tensor([0])]).unique()[:-1], units)
+    tiles, index = tiles_of("block", 4, (10, 11), 4)
+    assert is_tiled(index, tiles)
+    assert not is_tiled(index[1:], tiles)
+    assert not is_tiled(torch.cat([index, torch.tensor([0])]).unique()[:-1], tiles)
     assert is_tiled(index, Tiles.of("element", 0, (10, 11)))
     assert not is_tiled(index, Tiles.of("row", 0, (10, 11)))
 

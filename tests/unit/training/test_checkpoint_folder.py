@@ -227,18 +227,18 @@ def test_where_only_damaged_ones_are_left_nothing_is_begun_anew(tmp_path, spoil)
     unmark(save(tmp_path, 20))
     with pytest.raises(UserError) as caught:
         newest(tmp_path)
-    assert caught.value.what == "no whole checkpoint to resume from"
+    assert caught.value.what == "no complete checkpoint to resume from"
     assert caught.value.where == str(tmp_path / "checkpoints")
     assert f"rm -r {tmp_path}" in caught.value.fix
 
 
 def test_where_only_those_of_another_run_are_left_nothing_is_begun_anew(tmp_path):
     save(tmp_path, 10, run_id="other")
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         newest(tmp_path)
 
 
 def test_below_a_damaged_one_there_must_be_another(tmp_path):
     save(tmp_path, 10)
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         newest(tmp_path, below=10)

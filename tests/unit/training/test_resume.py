@@ -118,7 +118,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path, 
     recipe = load(tmp_path)
     folder = make_run(recipe, 10)
     flip(folder_of(folder, 10) / "manifest.json", 30)
-    assert refusal(recipe, asked).what == "no whole checkpoint to resume from"
+    assert refusal(recipe, asked).what == "no complete checkpoint to resume from"
 
 
 def test_checkpoints_of_another_run_are_not_gone_on_from(tmp_path, capsys):
@@ -255,5 +255,5 @@ def test_the_way_on_after_a_failure(tmp_path):
     unmark(save(folder, 20))
     assert (
         resume_hint(folder)
-        == f"the last whole checkpoint is {folder_of(folder, 10)}; go on with: --resume {folder}"
+        == f"the last complete checkpoint is {folder_of(folder, 10)}; go on with: --resume {folder}"
     )

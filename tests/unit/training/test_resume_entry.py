@@ -168,7 +168,7 @@ REFUSED = {
     "no run by a path": (lambda: None, ["--resume", "runs/mien"], "is neither a run folder nor a checkpoint"),
     "which run": (lambda: None, ["--resume"], "--resume alone does not say which run"),
     "without resume": (lambda: make_run(10), RECIPE, "go on with the run in it: --resume"),
-    "damaged": (damaged, [*RECIPE, "--resume", "auto"], "no whole checkpoint to resume from"),
+    "damaged": (damaged, [*RECIPE, "--resume", "auto"], "no complete checkpoint to resume from"),
     "unfinished": (
         lambda: unmark(folder_of(make_run(10), 10)),
         ["--resume", "runs/mine/checkpoints/step_000010"],

@@ -118,14 +118,12 @@ def main() -> None:
     from markdown import print_table
 
     from speft_ds.comm import collectives
-    from speft_ds.config.load_recipe import without_training
     from speft_ds.io import write_json
     from speft_ds.training.setup import load_context, load_data
 
     recipe = checked_recipe("score", arguments.recipe, overrides, 1)
     collectives.init()
-    resolved = without_training(recipe, collectives.world_size())
-    context = load_context(resolved, load_data(resolved, needs_calibration=True))
+    context = load_context(recipe, load_data(recipe, needs_calibration=True), trains=False)
     result, how = measure(context, recipe, rounds)
 
     def report() -> None:

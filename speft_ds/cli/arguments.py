@@ -8,12 +8,11 @@ import io
 import os
 import sys
 import time
-from typing import Literal
 
+from speft_ds.config.recipe import Job
 from speft_ds.env import rank
 from speft_ds.training.checkpoint.resume import IF_ANY, NEWEST
 
-Job = Literal["train", "score", "evaluate"]
 MUST: dict[Job, str] = {
     "train": "--recipe RECIPE",
     "score": "--recipe RECIPE",

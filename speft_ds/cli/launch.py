@@ -13,11 +13,11 @@ from typing import NoReturn
 from speft_ds import env
 from speft_ds.cli.arguments import RANK_0_S, Job, parse_arguments
 from speft_ds.comm import signals, watchdog
-from speft_ds.config.load_recipe import for_scoring, load_recipe, recipe_of
-from speft_ds.config.recipe import Recipe
+from speft_ds.config.load_recipe import load_recipe, recipe_of
+from speft_ds.config.recipe import Recipe, resolve
 from speft_ds.env import rank, world_size
 from speft_ds.errors import UserError
-from speft_ds.jobs.preflight import check_inputs, check_to_evaluate, settle_hub
+from speft_ds.jobs.preflight import check_inputs, resolve_offline
 from speft_ds.training.checkpoint.resume import (
     Resume,
     Start,
@@ -83,8 +83,8 @@ def checked_start(job: Job, arguments: argparse.Namespace) -> tuple[Recipe, Star
     """The recipe of a job and where it starts, both checked. Raises UserError."""
     if job == "evaluate":
         recipe, adapter = recipe_to_evaluate(arguments)
-        settle(recipe)
-        check_to_evaluate(recipe)
+        recipe = resolve(recipe, job=job, world_size=world_size())
+        check_files(job, recipe, world_size())
         return recipe, Start(source=adapter)
     asked = getattr(arguments, "resume", None)
     if asked is None:
@@ -108,9 +108,7 @@ def checked_start(job: Job, arguments: argparse.Namespace) -> tuple[Recipe, Star
 
 def checked_recipe(job: Job, name_or_path: str, overrides: list[str], world_size: int) -> Recipe:
     """The recipe of a job, its files checked as far as the job reads them. Raises UserError."""
-    recipe = load_recipe(name_or_path, overrides)
-    if job == "score":
-        recipe = for_scoring(recipe)
+    recipe = resolve(load_recipe(name_or_path, overrides), job=job, world_size=world_size)
     check_files(job, recipe, world_size)
     return recipe
 
@@ -152,15 +150,10 @@ def _of_model(model: str, adapter: Path | None, overrides: list[str]) -> tuple[s
 
 def check_files(job: Job, recipe: Recipe, world_size: int) -> None:
     """Check the files of a recipe as far as the job reads them. Raises UserError."""
-    settle(recipe)
-    check_inputs(recipe, world_size, needs_training_rows=job == "train")
-
-
-def settle(recipe: Recipe) -> None:
-    """Find out about the hub, before the checks, which may import its libraries."""
-    note = settle_hub(recipe)
+    note = resolve_offline(recipe)  # before the checks, which may import the hub's libraries
     if note and rank() == 0:
         print(note, flush=True)
+    check_inputs(recipe, job, world_size)
 
 
 def quiet_other_bars() -> None:

@@ -1,21 +1,19 @@
 """The `speft` command: its commands, their arguments, their help. Imports no torch."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from speft_ds.cli.commands import adapters
-from speft_ds.cli.commands.copy_recipe import copy_recipe, next_steps
-from speft_ds.cli.commands.list_recipes import print_list
-from speft_ds.cli.commands.schema_reference import json_schema, print_reference
-from speft_ds.cli.commands.show_recipe import annotated_yaml
-from speft_ds.cli.options import examples as _examples
+from speft_ds.cli.commands.copy_recipe import cp
+from speft_ds.cli.commands.list_recipes import ls
+from speft_ds.cli.commands.schema_reference import schema
+from speft_ds.cli.commands.show_recipe import show
+from speft_ds.cli.options import Overrides, Ranks, RecipeName, examples
 from speft_ds.cli.start_ranks import default_ranks, fit_overrides, launch
-from speft_ds.config.load_recipe import list_recipes, load_recipe, resolved_yaml
+from speft_ds.config.load_recipe import load_recipe
 from speft_ds.errors import UserError
 
 app = typer.Typer(
@@ -27,112 +25,34 @@ app = typer.Typer(
 )
 
 
-def _recipe_names(incomplete: str) -> list[str]:
-    return [name for name in list_recipes() if name.startswith(incomplete)]
+def command(name: str, *lines: str):
+    """Register a function as a command whose help ends with these examples."""
+    return app.command(name, epilog=examples(*lines))
 
 
-RecipeName = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE",
-        help="a name that `speft ls` lists, or the path of a YAML file",
-        autocompletion=_recipe_names,
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="keys of the recipe to change, like mask.density=0.01; `speft schema` lists them",
-    ),
-]
-Ranks = Annotated[
-    int | None, typer.Option(min=1, help="number of ranks; default: one a GPU, or 2 on the CPU")
-]
-
-
-@app.command("ls", epilog=_examples("speft ls", "COLUMNS=200 speft ls"))
-def ls() -> None:
-    """List the recipes: what each is, its model, data and density, and what it needs.
-
-    A wide terminal gets a table, a narrow one a paragraph a recipe.
-    """
-    print_list(Console())
-
-
-@app.command(
-    "show", epilog=_examples("speft show quickstart", "speft show quickstart optimizer.lr=5e-4 --plain")
+command("ls", "speft ls", "COLUMNS=200 speft ls")(ls)
+command("show", "speft show quickstart", "speft show quickstart optimizer.lr=5e-4 --plain")(show)
+command("cp", "speft cp quickstart mine.yaml", "speft cp smollm2_135m_static mine.yaml --force")(cp)
+command("schema", "speft schema mask.schedule", "speft schema mask", "speft schema --json > recipe.json")(
+    schema
 )
-def show(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    plain: Annotated[bool, typer.Option("--plain", help="without the comments")] = False,
-) -> None:
-    """Print a recipe with every default filled in, and where each value comes from.
-
-    The output is YAML that loads again.
-    """
-    loaded = load_recipe(recipe, overrides or [])
-    typer.echo(resolved_yaml(loaded) if plain else annotated_yaml(loaded), nl=False)
 
 
-@app.command(
-    "cp", epilog=_examples("speft cp quickstart mine.yaml", "speft cp smollm2_135m_static mine.yaml --force")
-)
-def cp(
-    recipe: RecipeName,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="the new .yaml file, or a folder for it")],
-    force: Annotated[bool, typer.Option("--force", help="overwrite a file that is there")] = False,
-) -> None:
-    """Copy a recipe's file, comments and all, as the start of your own."""
-    new = copy_recipe(recipe, file, force)
-    typer.echo(f"copied to {new}\n{next_steps(new)}")
-
-
-@app.command(
-    "schema",
-    epilog=_examples("speft schema mask.schedule", "speft schema mask", "speft schema --json > recipe.json"),
-)
-def schema(
-    key: Annotated[
-        str | None,
-        typer.Argument(metavar="KEY", help="a section or a key to explain; without it, all"),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="the JSON schema of recipes, which editors can check by")
-    ] = False,
-) -> None:
-    """Explain the keys of a recipe: type or choices, default, meaning, and the rules between keys.
-
-    A pipe gets one line a key, to search with grep.
-    """
-    if as_json and key:
-        raise typer.BadParameter("--json prints the whole schema: leave KEY out")
-    if as_json:
-        typer.echo(json.dumps(json_schema(), indent=2))
-    else:
-        print_reference(Console(), key)
-
-
-@app.command(
-    "validate",
-    epilog=_examples("speft validate quickstart", "speft validate quickstart mask.density=0.01 --ranks 2"),
-)
+@command("validate", "speft validate quickstart", "speft validate quickstart mask.density=0.01 --ranks 2")
 def validate(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = None) -> None:
     """Check a recipe, its model, its data and this machine, as far as that goes without training.
 
-    Every check says what it found; exits with 2 where something has to be mended.
+    Every check says what it found; exits with 2 where something has to be fixed.
     """
     from speft_ds.cli.commands.validate import validate as run_checks  # late: it imports what only it needs
 
     raise typer.Exit(run_checks(recipe, overrides or [], ranks))
 
 
-@app.command(
+@command(
     "plan",
-    epilog=_examples(
-        "speft plan quickstart --world 2 --rows 1000", "speft plan llama2_13b_alpaca --world 8 --gpu-gib 40"
-    ),
+    "speft plan quickstart --world 2 --rows 1000",
+    "speft plan llama2_13b_alpaca --world 8 --gpu-gib 40",
 )
 def plan(
     recipe: RecipeName,
@@ -140,14 +60,14 @@ def plan(
     world: Annotated[int, typer.Option(min=1, help="number of ranks, over all nodes")] = ...,
     gpu_gib: Annotated[float, typer.Option(min=1, help="memory of a GPU in GiB")] = 80.0,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="rows of training data; default: counted, where at hand")
+        int | None, typer.Option(min=1, help="rows of training data; default: counted, where they are cached")
     ] = None,
     device: Annotated[
         Literal["cuda", "cpu"],
-        typer.Option(help="of the ranks; with cpu, --gpu-gib is a rank's memory"),
+        typer.Option(help="of the ranks; with cpu, --gpu-gib is the memory per rank"),
     ] = "cuda",
 ) -> None:
-    """Say what a run will need, before anything is loaded: memory a GPU, traffic, steps, files.
+    """Say what a run will need, before anything is loaded: memory per GPU, traffic, steps, files.
 
     Each number comes with its arithmetic. Needs the model's configuration, not its weights, and no GPU.
     """
@@ -158,10 +78,7 @@ def plan(
     )
 
 
-@app.command(
-    "data",
-    epilog=_examples("speft data quickstart", "speft data quickstart data.max_length=128 --output rows.png"),
-)
+@command("data", "speft data quickstart", "speft data quickstart data.max_length=128 --output rows.png")
 def data(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -179,11 +96,11 @@ def data(
     show_data(load_recipe(recipe, overrides or []), output)
 
 
-@app.command("doctor", epilog=_examples("speft doctor", "DS_ACCELERATOR=cpu speft doctor"))
+@command("doctor", "speft doctor", "DS_ACCELERATOR=cpu speft doctor")
 def doctor() -> None:
     """Check this machine: versions, GPUs, compiler, memory, the model hub, communication between ranks.
 
-    Each problem comes with what mends it; exits with 1 if there is one.
+    Each problem comes with its fix; exits with 1 if there is one.
     """
     from speft_ds.tools.doctor import (  # late: the other commands do not need it
         examine,
@@ -196,7 +113,7 @@ def doctor() -> None:
     raise typer.Exit(exit_code(checks))
 
 
-@app.command("quickstart", epilog=_examples("speft quickstart", "speft quickstart train.steps=20 --ranks 2"))
+@command("quickstart", "speft quickstart", "speft quickstart train.steps=20 --ranks 2")
 def quickstart(
     overrides: Overrides = None,
     prepare_only: Annotated[bool, typer.Option("--prepare-only", help="make the inputs, and stop")] = False,
@@ -214,12 +131,8 @@ def quickstart(
     raise typer.Exit(launch("train", "quickstart", fitting, ranks))
 
 
-@app.command(
-    "score",
-    epilog=_examples(
-        "speft score quickstart",
-        "speft score quickstart mask.salience=snip mask.density=0.01 --ranks 2",
-    ),
+@command(
+    "score", "speft score quickstart", "speft score quickstart mask.salience=snip mask.density=0.01 --ranks 2"
 )
 def score(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = None) -> None:
     """Score the weights and select a mask; train nothing.
@@ -229,21 +142,19 @@ def score(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = None) 
     raise typer.Exit(launch("score", recipe, overrides or [], ranks))
 
 
-@app.command(
+@command(
     "submit",
-    epilog=_examples(
-        "speft submit llama2_13b_alpaca --nodes 2 --gpus-per-node 8 --time 12:00:00 --evaluate",
-        "speft submit quickstart --nodes 2 --partition cpu --dry-run",
-        'speft submit quickstart train.steps=40 --gpus-per-node 1 --sbatch "--constraint=a100"',
-    ),
+    "speft submit llama2_13b_alpaca --nodes 2 --gpus-per-node 8 --time 12:00:00 --evaluate",
+    "speft submit quickstart --nodes 2 --partition cpu --dry-run",
+    'speft submit quickstart train.steps=40 --gpus-per-node 1 --sbatch "--constraint=a100"',
 )
 def submit(
     recipe: RecipeName,
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="number of nodes")] = 1,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node: a rank each")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs per node, one rank per GPU")] = None,
     ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="ranks on each node; default: one a GPU, or 1")
+        int | None, typer.Option(min=1, help="ranks on each node; default: one per GPU, or 1")
     ] = None,
     time: Annotated[str | None, typer.Option(help="time limit of a start, like 12:00:00")] = None,
     partition: Annotated[str | None, typer.Option(help="where to run; `sinfo` lists them")] = None,
@@ -275,12 +186,10 @@ def submit(
     submit(run, resources, evaluate, dry_run)
 
 
-@app.command(
+@command(
     "compare-masks",
-    epilog=_examples(
-        "speft compare-masks runs/a runs/b",
-        "speft compare-masks runs/a/mask.safetensors runs/b/adapter --output compare.png",
-    ),
+    "speft compare-masks runs/a runs/b",
+    "speft compare-masks runs/a/mask.safetensors runs/b/adapter --output compare.png",
 )
 def compare_masks(
     paths: Annotated[
@@ -299,10 +208,7 @@ def compare_masks(
     compare(paths, output)
 
 
-@app.command(
-    "report",
-    epilog=_examples("speft report runs/quickstart", "speft report runs/a runs/b --output runs/a-and-b"),
-)
+@command("report", "speft report runs/quickstart", "speft report runs/a runs/b --output runs/a-and-b")
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN", help="run folders, one or more")],
     output: Annotated[

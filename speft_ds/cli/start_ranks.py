@@ -12,7 +12,6 @@ from types import FrameType
 
 from speft_ds.cli.arguments import Job
 from speft_ds.cli.launch import checked_recipe
-from speft_ds.config.deepspeed_config import shared_micro_batch
 from speft_ds.config.load_recipe import ROOT, load_recipe
 from speft_ds.errors import UserError
 from speft_ds.training.run_dir import check_output_dir
@@ -54,7 +53,7 @@ def fit_overrides(name: str, overrides: list[str], world_size: int) -> list[str]
         overrides = [f"output_dir={folder}", *overrides]
         if folder != recipe.output_dir:
             print(f"{recipe.output_dir} is not empty: this run goes to {folder}")
-    micro = shared_micro_batch(recipe, world_size)
+    micro = recipe.train.shared_micro_batch(world_size)
     if "train.micro_batch" not in given and micro != recipe.train.micro_batch:
         overrides = [*overrides, f"train.micro_batch={micro}"]
         print(f"for {world_size} ranks: train.micro_batch={micro}")

@@ -1,15 +1,15 @@
 """The DeepSpeed configuration: the user's JSON file, and the keys that recipes own."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-from speft_ds.config.load_recipe import DS_CONFIGS_DIR, shown
+from speft_ds.config.load_recipe import ROOT, shown
 from speft_ds.config.recipe import Recipe
-from speft_ds.config.section import divisors
+from speft_ds.config.train_config import divisors
 from speft_ds.errors import RecipeError, UserError, did_you_mean
 
+DS_CONFIGS_DIR = ROOT / "ds_configs"
 OWNED = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -24,19 +24,25 @@ OWNED = {
 }
 
 
-def load_ds_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration: the named JSON file and what the recipe owns. Raises RecipeError."""
+def load_ds_config(recipe: Recipe, world_size: int, trains: bool = True) -> dict[str, Any]:
+    """The DeepSpeed configuration: the named JSON file and what the recipe owns.
+
+    Args:
+        trains: False for a job that takes no steps: then the batch does not matter, and is one row per rank.
+    Raises:
+        RecipeError: all that is wrong with the file and with the batch.
+    """
     config, problems = read_ds_config(recipe)
-    problems += batch_problems(recipe, world_size)
+    problems += batch_problems(recipe, world_size) if trains else []
     if problems:
         raise RecipeError(problems, f"recipe {recipe.name}")
-    train = recipe.train
+    batch, micro = (recipe.train.global_batch, recipe.train.micro_batch) if trains else (world_size, 1)
     return {
         "steps_per_print": 1_000_000_000,  # the training loop prints its own line
         **config,
-        "train_batch_size": train.global_batch,
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": train.global_batch // (train.micro_batch * world_size),
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": batch // (micro * world_size),
         "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
     }
 
@@ -49,71 +55,49 @@ def read_ds_config(recipe: Recipe) -> tuple[dict[str, Any], list[UserError]]:
     if not path.is_file():
         names = sorted(p.stem for p in DS_CONFIGS_DIR.glob("*.json"))
         return {}, [UserError(f"no DeepSpeed config {name}", where, did_you_mean(name, names))]
+    file = shown(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         fix = "JSON has no comments and no trailing commas"
-        return {}, [UserError(f"not readable as JSON: {error}", shown(path), fix)]
+        return {}, [UserError(f"not readable as JSON: {error}", file, fix)]
     if not isinstance(config, dict):
-        fix = "put its keys in { ... }"
-        return {}, [UserError("a DeepSpeed config is one JSON object", shown(path), fix)]
-    owned = [key for key in config if key in OWNED]
+        return {}, [UserError("a DeepSpeed config is one JSON object", file, "put its keys in { ... }")]
     problems = [
-        UserError(f"the recipe owns {key}", f"{shown(path)} ({key})", f"remove it, and set {OWNED[key]}")
-        for key in owned
+        UserError(f"the recipe owns {key}", f"{file} ({key})", f"remove it, and set {OWNED[key]}")
+        for key in config
+        if key in OWNED
     ]
-    return config, problems + _zero_problems(config.get("zero_optimization"), shown(path))
+    return config, problems + _zero_problems(config.get("zero_optimization"), file)
 
 
 def _zero_problems(zero: Any, file: str) -> list[UserError]:
-    where = f"{file} (zero_optimization)"
     if not isinstance(zero, dict) or zero.get("stage") != 3:
         fix = 'write "zero_optimization": {"stage": 3, ...}'
-        return [UserError("only ZeRO stage 3 is supported", where, fix)]
-    refused = {
-        "zero_quantized_weights": bool(zero.get("zero_quantized_weights")),
-        "zero_quantized_nontrainable_weights": bool(zero.get("zero_quantized_nontrainable_weights")),
-        "zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) != 1,
-    }
-    problems = [
-        UserError(f"{key}: {json.dumps(zero[key])} is not supported yet", _at(file, key), "remove it")
-        for key, is_set in refused.items()
-        if is_set
-    ]
-    return problems + _offload_problems(zero, file)
-
-
-def _offload_problems(zero: dict[str, Any], file: str) -> list[UserError]:
-    devices = {
-        key: zero[key].get("device", "none") if isinstance(zero.get(key), dict) else "none"
-        for key in ("offload_param", "offload_optimizer")
+        return [UserError("only ZeRO stage 3 is supported", f"{file} (zero_optimization)", fix)]
+    not_supported = ("is not supported yet", "remove it")
+    refused = {  # key -> its values that are fine, and what is wrong with others
+        "zero_quantized_weights": ((None, False), *not_supported),
+        "zero_quantized_nontrainable_weights": ((None, False), *not_supported),
+        "zero_hpz_partition_size": ((None, 1), *not_supported),
+        "offload_param": (
+            (None, "none", "cpu"),
+            "is not supported: every step writes to the shards, which must be in memory",
+            'write "offload_param": {"device": "cpu", "pin_memory": true}',
+        ),
+        "offload_optimizer": (
+            (None, "none"),
+            "has no effect: DeepSpeed's optimizer is not used",
+            "remove it; optimizer.name=adamw_8bit takes a quarter of the memory",
+        ),
     }
     problems = []
-    if devices["offload_param"] == "nvme":
-        what = (
-            "offload_param to nvme is not supported: every step writes to the shards, which must be in memory"
-        )
-        fix = 'write "offload_param": {"device": "cpu", "pin_memory": true}'
-        problems.append(UserError(what, _at(file, "offload_param"), fix))
-    if devices["offload_optimizer"] != "none":
-        what = "offload_optimizer has no effect: DeepSpeed's optimizer is not used"
-        fix = "remove it; optimizer.name=adamw_8bit takes a quarter of the memory"
-        problems.append(UserError(what, _at(file, "offload_optimizer"), fix))
+    for key, (fine, what, fix) in refused.items():
+        value = zero.get(key)
+        if (value.get("device") if isinstance(value, dict) else value) not in fine:
+            where = f"{file} (zero_optimization.{key})"
+            problems.append(UserError(f"{key}: {json.dumps(value)} {what}", where, fix))
     return problems
-
-
-def _at(file: str, key: str) -> str:
-    return f"{file} (zero_optimization.{key})"
-
-
-def shared_micro_batch(recipe: Recipe, world_size: int) -> int:
-    """The recipe's micro-batch, or the largest that divides it and that this many ranks can share.
-
-    Where the global batch cannot be shared at all, the recipe's own: see `batch_problems`.
-    """
-    rows, left_over = divmod(recipe.train.global_batch, world_size)
-    micro_batch = recipe.train.micro_batch
-    return micro_batch if left_over or not rows else math.gcd(micro_batch, rows)
 
 
 def batch_problems(recipe: Recipe, world_size: int) -> list[UserError]:

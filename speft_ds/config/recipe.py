@@ -1,11 +1,12 @@
-"""A recipe: its sections, and the rules between them."""
+"""A recipe: its sections, the rules between them, and what a job makes of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import pydantic
-from pydantic import BaseModel, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from speft_ds.config.data_config import DataConfig
@@ -13,34 +14,38 @@ from speft_ds.config.eval_config import EvalConfig
 from speft_ds.config.mask_config import MaskConfig
 from speft_ds.config.model_config import DeepSpeedSection, ModelConfig
 from speft_ds.config.optimizer_config import OptimizerConfig
-from speft_ds.config.section import ConfigSection, FilePath, Seed, broken_rule
+from speft_ds.config.section import ConfigSection, FilePath, Index, broken_rule
 from speft_ds.config.train_config import TrainConfig
+
+Job = Literal["train", "score", "evaluate"]
 
 
 class Recipe(ConfigSection):
     """One experiment, checked and with every default filled in."""
 
-    model: ModelConfig = Field(description="the frozen base")
-    data: DataConfig = Field(DataConfig(), description="the training rows")
-    mask: MaskConfig = Field(MaskConfig(), description="which weights are trained")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how they are trained")
-    train: TrainConfig = Field(TrainConfig(), description="how long, and in what batches")
-    deepspeed: DeepSpeedSection = Field(DeepSpeedSection(), description="how the base is sharded")
-    eval: EvalConfig = Field(EvalConfig(), description="what is scored before and after")
-    output_dir: FilePath | None = Field(None, description="the run folder; null: runs/<recipe name>")
-    seed: Seed = Field(0, description="seeds the order of the rows, calibration, random masks and gates")
-    name: str = Field("recipe", description="the file's name; not a key of the YAML")
+    model: ModelConfig
+    """the frozen base"""
+    data: DataConfig = DataConfig()
+    """the training rows"""
+    mask: MaskConfig = MaskConfig()
+    """which weights are trained"""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """how they are trained"""
+    train: TrainConfig = TrainConfig()
+    """how long, and in what batches"""
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    """how the base is sharded"""
+    eval: EvalConfig = EvalConfig()
+    """what is scored before and after"""
+    output_dir: FilePath | None = None
+    """the run folder; null: runs/<recipe name>"""
+    seed: Index = 0
+    """seeds the order of the rows, calibration, random masks and gates"""
+    name: str = "recipe"
+    """the file's name; not a key of the YAML"""
     _sources: dict[str, str] = pydantic.PrivateAttr(default_factory=dict)
 
-    @field_validator("train")
-    @classmethod
-    def _warmup_fits(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
-        warmup = info.data["optimizer"].warmup_steps if "optimizer" in info.data else 0
-        if train.steps is not None and warmup > train.steps:
-            message = f"optimizer.warmup_steps={warmup} is more than train.steps={train.steps}"
-            fix = f"optimizer.warmup_steps={train.steps // 10}, or train.steps={warmup} or more"
-            raise broken_rule(message, fix, key="optimizer.warmup_steps")
-        return train
+    # In the rules between sections, a section that is itself wrong is missing from `info.data`.
 
     @field_validator("data")
     @classmethod
@@ -51,59 +56,55 @@ class Recipe(ConfigSection):
         if other := [source.format for source in data.sources if source.format != "classification"]:
             fix = "data.format=classification, or model.task=causal_lm"
             raise broken_rule(f"{task} does not go with data.format={other[0]}", fix, key="data.format")
-        if data.packing:
-            raise broken_rule(
-                f"data.packing does not go with {task}", "data.packing=false", key="data.packing"
-            )
-        if data.long_rows == "truncate_response":
-            fix = "data.long_rows=truncate_prompt, which cuts the text in its middle, or drop"
-            message = f"data.long_rows=truncate_response does not go with {task}: there is no response"
-            raise broken_rule(message, fix, key="data.long_rows")
-        if data.select in ("longest", "ifd"):
-            message = f"data.select={data.select} looks at responses, which {task} has not"
-            raise broken_rule(message, "data.select=random or all", key="data.select")
+        refused = [
+            ("packing", data.packing, "false"),
+            ("long_rows", data.long_rows == "truncate_response", "truncate_prompt or drop"),
+            ("select", data.select in ("longest", "ifd"), "random or all"),
+        ]
+        for key, is_wrong, others in refused:
+            if is_wrong:
+                what = f"data.{key}={getattr(data, key)} does not go with {task}"
+                raise broken_rule(what, f"data.{key}={others}", key=f"data.{key}")
         return data
-
-    @field_validator("eval")
-    @classmethod
-    def _has_a_language_model(cls, value: EvalConfig, info: ValidationInfo) -> EvalConfig:
-        if value.tasks and "model" in info.data and info.data["model"].task != "causal_lm":
-            message = "lm-eval tasks need a language model, and model.task=sequence_classification is none"
-            raise broken_rule(message, "eval.tasks=[]; metrics.jsonl has the accuracy", key="eval.tasks")
-        return value
-
-    @field_validator("eval")
-    @classmethod
-    def _best_is_measured(cls, value: EvalConfig, info: ValidationInfo) -> EvalConfig:
-        if "train" in info.data and info.data["train"].keep_best and value.validation is None:
-            message = "train.keep_best needs a validation loss to go by"
-            fix = "eval.validation=rows.jsonl, or train.keep_best=false"
-            raise broken_rule(message, fix, key="train.keep_best")
-        return value
 
     @field_validator("mask")
     @classmethod
     def _grasp_in_float32(cls, mask: MaskConfig, info: ValidationInfo) -> MaskConfig:
         dtype = info.data["model"].dtype if "model" in info.data else "float32"
         if mask.is_scored and mask.salience == "grasp" and dtype != "float32":
-            message = f"mask.salience=grasp needs model.dtype=float32, not {dtype}"
+            what = f"mask.salience=grasp needs model.dtype=float32, not {dtype}"
             fix = "model.dtype=float32: it takes a small step along the gradient, which bfloat16 rounds away"
-            raise broken_rule(message, fix, key="mask.salience")
+            raise broken_rule(what, fix, key="mask.salience")
         return mask
 
     @field_validator("train")
     @classmethod
-    def _mask_changes(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
-        mask, steps = info.data.get("mask"), train.steps
-        if mask is None or steps is None or mask.schedule not in ("periodic", "drop_grow"):
-            return train
-        if mask.update_every >= steps:
-            message = f"mask.update_every={mask.update_every}, train.steps={steps}: the mask would not change"
+    def _is_long_enough(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
+        steps, mask = train.steps, info.data.get("mask")
+        warmup = info.data["optimizer"].warmup_steps if "optimizer" in info.data else 0
+        if steps is not None and warmup > steps:
+            what = f"optimizer.warmup_steps={warmup} is more than train.steps={steps}"
+            fix = f"optimizer.warmup_steps={steps // 10}, or train.steps={warmup} or more"
+            raise broken_rule(what, fix, key="optimizer.warmup_steps")
+        changes = mask is not None and mask.schedule in ("periodic", "drop_grow")
+        if steps is not None and changes and mask.update_every >= steps:
+            what = f"mask.update_every={mask.update_every}, train.steps={steps}: the mask would not change"
             sooner = max(steps // 5, mask.growth_steps if mask.schedule == "drop_grow" else 1)
             ways = [f"mask.update_every={sooner}"] if sooner < steps else []
             ways.append(f"train.steps={mask.update_every + 1} or more")
-            raise broken_rule(message, ", or ".join(ways), key="mask.update_every")
+            raise broken_rule(what, ", or ".join(ways), key="mask.update_every")
         return train
+
+    @field_validator("eval")
+    @classmethod
+    def _can_be_measured(cls, value: EvalConfig, info: ValidationInfo) -> EvalConfig:
+        if value.tasks and "model" in info.data and info.data["model"].task != "causal_lm":
+            what = "lm-eval tasks need a language model, and model.task=sequence_classification is none"
+            raise broken_rule(what, "eval.tasks=[]; metrics.jsonl has the accuracy", key="eval.tasks")
+        if "train" in info.data and info.data["train"].keep_best and value.validation is None:
+            fix = "eval.validation=rows.jsonl, or train.keep_best=false"
+            raise broken_rule("train.keep_best needs a validation loss to go by", fix, key="train.keep_best")
+        return value
 
     @property
     def walks_all_layers(self) -> bool:
@@ -114,6 +115,10 @@ class Recipe(ConfigSection):
         """
         return self.train.activation_checkpointing == "reentrant" or self.mask.layer_gate != "none"
 
+    def is_given(self, key: str) -> bool:
+        """Whether a file or the command line gives the key a value."""
+        return key in self._sources
+
     def where(self, key: str) -> str:
         """Where the value of a key such as `data.path` was set: file:line, command line, or default."""
         return self._sources.get(key, f"{key} (default)")
@@ -121,6 +126,22 @@ class Recipe(ConfigSection):
     def where_rows(self, number: int = 0) -> str:
         """Where the data set of this number is named."""
         return self.where("data.path" if self.data.mixture is None else f"data.mixture[{number}].path")
+
+
+def resolve(recipe: Recipe, *, job: Job, world_size: int, is_resumed: bool = False) -> Recipe:
+    """The recipe that a job runs with: what it leaves open is chosen here, and nowhere else.
+
+    A score's run folder is runs/<recipe>-score-<salience>, unless one was chosen. A resumed run takes a
+    micro-batch that this many ranks can share; what is learnt stays the same. The checks before a run
+    refuse what does not fit all the same.
+    """
+    changes: dict[str, object] = {}
+    if job == "score" and not recipe.is_given("output_dir"):
+        changes["output_dir"] = f"runs/{recipe.name}-score-{recipe.mask.salience}"
+    micro_batch = recipe.train.shared_micro_batch(world_size)
+    if job == "train" and is_resumed and micro_batch != recipe.train.micro_batch:
+        changes["train"] = recipe.train.model_copy(update={"micro_batch": micro_batch})
+    return recipe.model_copy(update=changes) if changes else recipe
 
 
 def _walk(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel] | None, FieldInfo]]:

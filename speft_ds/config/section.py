@@ -1,17 +1,146 @@
-"""What the values of a recipe may be, and how a broken rule is told."""
+"""The base of a recipe's sections: what values may be, and the rules between the keys of a section."""
 
 from __future__ import annotations
 
 import re
-from string import Formatter
-from typing import Annotated, Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, get_args
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, WithJsonSchema
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from speft_ds.env import expand_path
-from speft_ds.errors import UserError
+
+
+def broken_rule(message: str, fix: str, key: str | None = None) -> PydanticCustomError:
+    """What a validator raises; `key`: the one to blame, where it is not the one that is validated."""
+    context = {"message": message, "fix": fix}
+    return PydanticCustomError("rule", "{message}", context | ({"key": key} if key else {}))
+
+
+def given_keys(info: ValidationInfo) -> set[str]:
+    """The keys, in full, that a file or the command line gives a value."""
+    return set((info.context or {}).get("given", ()))
+
+
+# Rules, written beside the type of a key. They look at earlier keys of the section; one that is missing from
+# `info.data` is itself wrong, and reported already.
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Values of a key that need an earlier key to have one of these values.
+
+    Attributes:
+        some: the values that do; empty: all but the default, for they would have no effect.
+        even_if_given: refuse them where the earlier key was set by hand, too. A key without effect is
+            otherwise taken for the rest of a recipe in which one line was changed.
+        unless: a key that, once it has a value, takes the rule away.
+        is_needed: where the earlier key has one of these values, null is refused.
+    """
+
+    other: str
+    values: tuple[str, ...]
+    some: tuple[Any, ...] = ()
+    why: str = "it would have no effect"
+    even_if_given: bool = False
+    unless: str | None = None
+    is_needed: bool = False
+
+    def concerns(self, value: Any, default: Any) -> bool:
+        return value in self.some if self.some else value != default
+
+    def check(self, section: type[ConfigSection], value: Any, info: ValidationInfo) -> None:
+        own, other = f"{section.section}.{info.field_name}", f"{section.section}.{self.other}"
+        field, chosen = section.model_fields[info.field_name], info.data.get(self.other, self.values[0])
+        if self.is_needed and value is None and info.data.get(self.other) in self.values:
+            fix = f"{own}=...  ({field.description}), or {other}={section.model_fields[self.other].default}"
+            raise broken_rule(f"{other}={chosen} needs {own}", fix)
+        is_excused = not self.some and not self.even_if_given and other in given_keys(info)
+        is_excused = is_excused or info.data.get(self.unless) is not None
+        if not self.concerns(value, field.default) or chosen in self.values or is_excused:
+            return
+        choices = get_args(field.annotation) or (True, False)
+        fits = [choice for choice in choices if choice not in self.some] if self.some else [field.default]
+        what = f"{own}={_typed(value)} does not go with {other}={chosen}: {self.why}"
+        raise broken_rule(what, f"{other}={either(self.values)}, or {own}={either(map(_typed, fits))}")
+
+    def describe(self, section: str, key: str) -> str:
+        own, needed = f"{section}.{key}", f"{section}.{self.other}={either(self.values)}"
+        if not self.some:
+            return f"{own} has an effect only with {needed}"
+        return f"{own}={either(self.some)} needs {needed}: {self.why}"
+
+
+@dataclass(frozen=True)
+class InPlaceOf:
+    """The key takes the place of an earlier one, which loses its default; `is_needed`: one of the two is."""
+
+    other: str
+    is_needed: bool = True
+
+    def check(self, section: type[ConfigSection], value: Any, info: ValidationInfo) -> None:
+        if self.other not in info.data or (value is None) != (info.data[self.other] is None):
+            return
+        own, other = (f"{section.section}.{key}" for key in (info.field_name, self.other))
+        if value is not None:
+            fix = "keep one; one on the command line sets the other aside"
+            raise broken_rule(f"{own} and {other} are both given, and they exclude each other", fix)
+        if self.is_needed:
+            raise broken_rule(f"{own} and {other} are both null: one is needed", f"give {other} a value")
+
+    def describe(self, section: str, key: str) -> str:
+        return f"{section}.{key} takes the place of {section}.{self.other}"
+
+
+def rules_of(field: FieldInfo) -> list[Needs | InPlaceOf]:
+    return [rule for rule in field.metadata if isinstance(rule, Needs | InPlaceOf)]
+
+
+def either(values: Iterable[str]) -> str:
+    return " or ".join(values)
+
+
+def _typed(value: Any) -> str:
+    """As the command line takes it, unquoted."""
+    text = str(value).replace(", ", ",")
+    return {"None": "null", "True": "true", "False": "false"}.get(text, text)
+
+
+class ConfigSection(BaseModel):
+    """A section of a recipe. Unknown keys are refused; the docstring below a key is what it means."""
+
+    model_config = pydantic.ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
+    section: ClassVar[str] = ""  # its key in the recipe
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _set_aside(cls, values: Any) -> Any:
+        for key, field in cls.model_fields.items():
+            for rule in rules_of(field):
+                if isinstance(rule, InPlaceOf) and isinstance(values, dict) and values.get(key) is not None:
+                    values = {rule.other: None, **values}
+        return values
+
+    @pydantic.field_validator("*")
+    @classmethod
+    def _rules(cls, value: Any, info: ValidationInfo) -> Any:
+        for rule in rules_of(cls.model_fields[info.field_name]):
+            rule.check(cls, value, info)
+        return value
+
+
+# Types of values
 
 
 def _number(value: Any) -> Any:
@@ -20,56 +149,7 @@ def _number(value: Any) -> Any:
     return float(value) if is_exponent else value
 
 
-def exactly_one(value: Any, info: ValidationInfo, section: str, other: str) -> Any:
-    """Refuse both and neither. Silent where `other` is itself wrong: that is reported already."""
-    if other in info.data and (value is None) == (info.data[other] is None):
-        both = f"{section}.{info.field_name} and {section}.{other} are both"
-        if value is None:
-            raise broken_rule(f"{both} null: one is needed", f"give {section}.{other} a value")
-        fix = "keep one; one on the command line sets the other aside"
-        raise broken_rule(f"{both} given, and they exclude each other", fix)
-    return value
-
-
-def switch_off(data: Any, key: str, other: str) -> Any:
-    """A section's raw values, in which giving `other` sets the default of `key` aside."""
-    given = isinstance(data, dict) and data.get(other) is not None
-    return {key: None, **data} if given else data
-
-
-def refuse_without_effect(
-    section: str,
-    cls: type[BaseModel],
-    used_with: dict[str, dict[str, tuple]],
-    value: Any,
-    info: ValidationInfo,
-    even_if_given: bool = False,
-) -> None:
-    """Refuse a value other than the default where no other key gives it an effect.
-
-    Args:
-        used_with: key -> keys declared before it, and their values that give it an effect.
-        even_if_given: refuse it beside another key that was chosen by hand, too. By default that is taken
-            for a recipe in which one line was changed, not for one that forgot the key.
-    """
-    key, default = info.field_name, cls.model_fields[info.field_name].default
-    given = (info.context or {}).get("given", ())
-    for other, values in used_with[key].items():
-        chosen = info.data.get(other, values[0])  # absent where it is itself wrong
-        is_forgotten = even_if_given or f"{section}.{other}" not in given
-        if value != default and chosen not in values and is_forgotten:
-            message = f"{section}.{key}={value} has no effect with {section}.{other}={chosen}"
-            fix = f"{section}.{key}={_typed(default)}, its default"
-            raise broken_rule(message, f"{fix}, or {section}.{other}={' or '.join(values)}")
-
-
-def _typed(value: Any) -> str:
-    """As the command line takes it, unquoted."""
-    return "null" if value is None else str(value).replace(", ", ",")
-
-
-def broken_rule(message: str, fix: str, **context: str) -> PydanticCustomError:
-    return PydanticCustomError("rule", "{message}", {"message": message, "fix": fix, **context})
+_MINUTES = re.compile(r"([1-9]\d*) ?min(ute)?s?")
 
 
 def _interval(value: Any) -> Any:
@@ -80,9 +160,6 @@ def _interval(value: Any) -> Any:
     raise broken_rule(f"{value!r} is neither steps nor minutes", fix)
 
 
-_MINUTES = re.compile(r"([1-9]\d*) ?min(ute)?s?")
-
-
 def split_interval(value: int | str | None) -> tuple[int | None, float | None]:
     """An `Interval` as (steps, seconds), of which one at most is not None."""
     if isinstance(value, str):
@@ -91,45 +168,15 @@ def split_interval(value: int | str | None) -> tuple[int | None, float | None]:
 
 
 Text = Annotated[str, Field(min_length=1)]
-FilePath = Annotated[Text, AfterValidator(expand_path)]
-Float = Annotated[float, BeforeValidator(_number)]
+FilePath = Annotated[
+    Text, AfterValidator(expand_path), WithJsonSchema({"type": "string", "format": "path", "minLength": 1})
+]
+_NUMBER = BeforeValidator(_number)
+NonNegative = Annotated[float, Field(ge=0), _NUMBER]
+Positive = Annotated[float, Field(gt=0), _NUMBER]
+Share = Annotated[float, Field(gt=0, le=1), _NUMBER]
+PartialShare = Annotated[float, Field(gt=0, lt=1), _NUMBER]
+Decay = Annotated[float, Field(ge=0, lt=1), _NUMBER]
+Index = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
-Shots = Annotated[int, Field(ge=0)]
-# Steps, or text like `15 minutes`, or never.
-Interval = Annotated[int | Text | None, BeforeValidator(_interval)]
-Beta = Annotated[Float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0)]
-Layer = Annotated[int, Field(ge=0)]
-Layers = Annotated[list[Layer], Field(min_length=2, max_length=2)]
-Betas = Annotated[list[Beta], Field(min_length=2, max_length=2)]
-
-
-def divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
-
-
-class ConfigSection(BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-def template_fields(template: str) -> list[str]:
-    """The names of a template's fields, in order of appearance.
-
-    Raises:
-        UserError: a brace without its partner, or a field that is more than a name.
-    """
-    try:
-        pieces = list(Formatter().parse(template))
-    except ValueError as error:
-        raise UserError(f"the template is not readable: {error}", fix="write {{ for a brace") from None
-    names = []
-    for _, name, spec, conversion in pieces:
-        if name is None:
-            continue
-        if not name.isidentifier() or spec or conversion:
-            written = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            fix = "a field is the name of a column, like {question}; write {{ for a brace"
-            raise UserError(f"the template has a field {{{written}}}", fix=fix)
-        if name not in names:
-            names.append(name)
-    return names
+Interval = Annotated[int | Text | None, BeforeValidator(_interval)]  # steps, text like `15 minutes`, or never

@@ -2,63 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Annotated, ClassVar, Literal
 
-import pydantic
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator
 
-from speft_ds.config.section import (
-    ConfigSection,
-    Count,
-    Float,
-    Interval,
-    broken_rule,
-    divisors,
-    exactly_one,
-    switch_off,
-)
+from speft_ds.config.section import ConfigSection, Count, InPlaceOf, Interval, Positive, broken_rule
 
 
 class TrainConfig(ConfigSection):
-    steps: Count | None = Field(None, description="optimizer steps, in place of epochs")
-    epochs: Float | None = Field(1.0, gt=0, validate_default=True, description="passes over the data")
-    global_batch: Count = Field(16, description="rows an optimizer step, over all ranks")
-    micro_batch: Count = Field(
-        4, validate_default=True, description="rows per rank in one forward; must divide global_batch"
-    )
-    activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = Field(
-        "none", description="recompute activations in the backward: less memory, more time"
-    )
-    sparse_backend: Literal["auto", "dense", "sampled", "element", "tiled"] = Field(
-        "auto", description="how the sparse weight gradient is computed"
-    )
-    reduce_bucket: Count = Field(4_194_304, description="entries reduced between ranks in one call")
-    overlap: bool = Field(True, description="reduce while the backward goes on; false: after it")
-    checkpoint_every: Interval = Field(
-        "15 minutes", description="steps, or minutes as text, between checkpoints; null: only when stopped"
-    )
-    keep_last: Count = Field(2, description="newest checkpoints that are kept")
-    keep_every: Count | None = Field(None, description="also keep those of every so many steps")
-    keep_best: bool = Field(False, description="also keep that of the lowest loss on eval.validation")
-    timeout_minutes: Float = Field(
-        30.0, gt=0, description="a rank that makes no progress for so long ends the run, on all ranks"
-    )
-    monitor: Literal["none", "tensorboard", "wandb", "csv"] = Field(
-        "none", description="where metrics go beside metrics.jsonl, by DeepSpeed's monitor"
-    )
-    max_nonfinite: Count = Field(
-        3, description="steps in a row whose loss or gradient may be infinite or NaN; they are skipped"
-    )
+    section: ClassVar[str] = "train"
 
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _steps_switch_epochs_off(cls, data: Any) -> Any:
-        return switch_off(data, "epochs", "steps")
-
-    @field_validator("epochs")
-    @classmethod
-    def _one_length(cls, value: float | None, info: ValidationInfo) -> float | None:
-        return exactly_one(value, info, "train", "steps")
+    epochs: Positive | None = 1.0
+    """passes over the data"""
+    steps: Annotated[Count | None, InPlaceOf("epochs")] = None
+    """optimizer steps, in place of epochs"""
+    global_batch: Count = 16
+    """rows per optimizer step, over all ranks"""
+    micro_batch: Count = 4
+    """rows that a rank takes in one forward; must divide global_batch"""
+    activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
+    """recompute activations in the backward: less memory, more time"""
+    sparse_backend: Literal["auto", "dense", "sampled", "element", "tiled"] = "auto"
+    """how the sparse weight gradient is computed"""
+    reduce_bucket: Count = 4_194_304
+    """entries reduced between ranks in one call"""
+    overlap: bool = True
+    """reduce while the backward goes on; false: after it"""
+    checkpoint_every: Interval = "15 minutes"
+    """steps, or minutes as text, between checkpoints; null: only when stopped"""
+    keep_last: Count = 2
+    """newest checkpoints that are kept"""
+    keep_every: Count | None = None
+    """also keep those of every so many steps"""
+    keep_best: bool = False
+    """also keep that of the lowest loss on eval.validation"""
+    timeout_minutes: Positive = 30.0
+    """a rank that makes no progress for so long ends the run, on all ranks"""
+    monitor: Literal["none", "tensorboard", "wandb", "csv"] = "none"
+    """where metrics go beside metrics.jsonl, by DeepSpeed's monitor"""
+    max_nonfinite: Count = 3
+    """steps in a row whose loss or gradient may be infinite or NaN; they are skipped"""
 
     @field_validator("micro_batch")
     @classmethod
@@ -66,6 +50,17 @@ class TrainConfig(ConfigSection):
         batch = info.data.get("global_batch", value)  # absent where it is itself wrong
         if batch % value:
             message = f"train.micro_batch={value} does not divide train.global_batch={batch}"
-            fix = f"train.micro_batch= one of {divisors(batch)}"
-            raise broken_rule(message, fix)
+            raise broken_rule(message, f"train.micro_batch= one of {divisors(batch)}")
         return value
+
+    def shared_micro_batch(self, world_size: int) -> int:
+        """The micro-batch, or the largest that divides it and that this many ranks can share.
+
+        Where the global batch cannot be shared at all, its own: see `batch_problems`.
+        """
+        rows, left_over = divmod(self.global_batch, world_size)
+        return self.micro_batch if left_over or not rows else math.gcd(self.micro_batch, rows)
+
+
+def divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

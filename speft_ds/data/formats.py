@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from speft_ds.config.data_config import Source
-from speft_ds.config.section import template_fields
+from speft_ds.config.data_config import Source, template_fields
 from speft_ds.errors import UserError, closest
 
 Rows = Iterable[tuple[str, Any]]  # where a row stands, and the row

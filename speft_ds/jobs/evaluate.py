@@ -13,7 +13,6 @@ from speft_ds.adapter.format import Adapter, tensors_sha256
 from speft_ds.comm import collectives, watchdog
 from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.eval_config import EvalConfig
-from speft_ds.config.load_recipe import without_training
 from speft_ds.config.mask_config import mask_file
 from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
@@ -63,12 +62,11 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     """
     collectives.init(recipe.train.timeout_minutes + 1)
     collectives.start_watchdog(recipe.train.timeout_minutes, lambda: "start it again")
-    resolved = without_training(recipe, collectives.world_size())
-    data = load_data(resolved)
+    data = load_data(recipe)
     check_chat_template(recipe.eval, data.tokenizer)
     evaluation = EvalRunner(recipe, data.tokenizer)
     loaded = read_mask(mask_file(recipe.mask.load))[0] if recipe.mask.load else None
-    context = load_context(resolved, data, loaded)
+    context = load_context(recipe, data, loaded, trains=False)
     if adapter is not None:
         apply_to_shards(context, adapter)
     folder = Path(recipe.output_dir) / "eval"

@@ -1,51 +1,34 @@
-"""What can be known of a recipe's files before torch is imported: a typo should not cost eight GPUs."""
+"""Every check of a recipe before its ranks start: what can be known of its files without torch."""
 
 import json
 import os
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from speft_ds import hub
 from speft_ds.config.data_config import Source
 from speft_ds.config.deepspeed_config import batch_problems, read_ds_config
-from speft_ds.config.mask_config import NEEDS_DATA, mask_file
-from speft_ds.config.recipe import FIELDS, Recipe
+from speft_ds.config.mask_config import ScoredOnWeights, mask_file
+from speft_ds.config.recipe import FIELDS, Job, Recipe
 from speft_ds.data.formats import check_columns
 from speft_ds.data.readers import SUFFIXES, folder_files, is_hub_dataset, iterate_file, kind_of
 from speft_ds.env import CACHE, expand_path
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.training.monitor import monitor_problems
 
+Problems = list[UserError]
 
-def check_inputs(recipe: Recipe, world_size: int, needs_training_rows: bool = True) -> None:
-    """Check all that needs files but no torch: model, rows, mask, batch, tasks, DeepSpeed.
 
-    Args:
-        needs_training_rows: False where nothing is trained or evaluated: then batch and tasks do not matter,
-            and rows only as far as the mask is scored on them.
-    Raises:
-        RecipeError: all the problems.
-    """
-    problems = model_problems(recipe) + rows_problems(recipe, needs_training_rows)
-    if needs_training_rows:
-        problems += other_problems(recipe) + batch_problems(recipe, world_size)
-    else:
-        problems += _mask_problems(recipe)
-    problems += read_ds_config(recipe)[1]
+def check_inputs(recipe: Recipe, job: Job, world_size: int) -> None:
+    """Run every check, as far as the job needs what it looks at. Raises RecipeError: all the problems."""
+    problems = [problem for check in CHECKS.values() for problem in check(recipe, job, world_size)]
     if problems:
         raise RecipeError(problems, f"recipe {recipe.name}")
 
 
-def check_to_evaluate(recipe: Recipe) -> None:
-    """Check what a scoring of the tasks needs: model, task folder, DeepSpeed. Raises RecipeError."""
-    problems = _model_problems(recipe, "model.name_or_path", recipe.model.name_or_path)
-    problems += _task_problems(recipe) + read_ds_config(recipe)[1]
-    if problems:
-        raise RecipeError(problems, f"recipe {recipe.name}")
-
-
-def settle_hub(recipe: Recipe) -> str | None:
+def resolve_offline(recipe: Recipe) -> str | None:
     """Where the hub gives no answer, have its libraries use their cache alone; returns what to tell the user.
 
     They would retry for minutes.
@@ -53,61 +36,52 @@ def settle_hub(recipe: Recipe) -> str | None:
     data = recipe.data
     names = [recipe.model.name_or_path, data.scorer, recipe.mask.calibration_path, recipe.eval.validation]
     names += [source.path for source in data.sources]
-    may_ask = any(name and is_hub_dataset(name) for name in names) or bool(
-        recipe.eval.tasks or recipe.eval.forgetting_tasks
-    )
+    has_tasks = bool(recipe.eval.tasks or recipe.eval.forgetting_tasks)
+    may_ask = has_tasks or any(name and is_hub_dataset(name) for name in names)
     if not may_ask or hub.is_offline_by_choice() or hub.is_reachable():
         return None
     hub.go_offline()
     return f"note: {hub.why_unreachable()}: what is in the hub's cache is used as it is (HF_HUB_OFFLINE=1)"
 
 
-def _way_to(path: str, key: str) -> str:
+def _right_path(path: str, key: str) -> str:
     if Path(path).is_relative_to(expand_path(CACHE)):
         return "run `speft quickstart --prepare-only`, which makes it"
     return f"type {key}=/the/right/path"
 
 
-def other_problems(recipe: Recipe) -> list[UserError]:
-    """What is wrong with the files of the mask and of the tasks, and with where metrics go."""
-    return _mask_problems(recipe) + _task_problems(recipe) + monitor_problems(recipe)
-
-
-def model_problems(recipe: Recipe) -> list[UserError]:
-    """What is wrong with the folder or the hub id of the model."""
-    name = recipe.model.name_or_path
-    return _model_problems(recipe, "model.name_or_path", name) or _length_problems(recipe)
-
-
-def _length_problems(recipe: Recipe) -> list[UserError]:
-    """Rows that may be longer than the model has positions for."""
-    folder, length = hub.model_folder(recipe.model.name_or_path), recipe.data.max_length
+def check_model(recipe: Recipe, job: Job, world_size: int) -> Problems:
+    """The folder or the hub id of the model, and whether it has positions for the longest rows."""
+    name, limit = recipe.model.name_or_path, recipe.data.max_length
+    problems = _model_problems(recipe, "model.name_or_path", name)
+    folder = hub.model_folder(name)
+    if problems or folder is None or job == "evaluate":
+        return problems
+    file = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else {}
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        where = str(folder / "config.json")
-        return [UserError(f"not readable as JSON: {error}", where, "download or copy it again")]
+        return [UserError(f"not readable as JSON: {error}", str(file), "download or copy it again")]
     most = config.get("max_position_embeddings") if isinstance(config, dict) else None
-    if not isinstance(most, int) or length <= most:
+    if not isinstance(most, int) or limit <= most:
         return []
-    what = f"data.max_length={length} is more than the {most} positions of the model"
+    what = f"data.max_length={limit} is more than the {most} positions of the model"
     return [UserError(what, recipe.where("data.max_length"), f"data.max_length={most}, or less")]
 
 
-def _model_problems(recipe: Recipe, key: str, name: str) -> list[UserError]:
-    where = recipe.where(key)
+def _model_problems(recipe: Recipe, key: str, name: str) -> Problems:
+    where, fix = recipe.where(key), _right_path(name, key)
     if os.path.isdir(name):
-        fix = _way_to(name, key)
         if not os.path.isfile(os.path.join(name, "config.json")):
             return [UserError(f"the model folder {name} has no config.json", where, fix)]
         if missing := hub.missing_weights(Path(name)):
-            what = f"the model folder {name} lacks {', '.join(missing[:3])}"
-            what += f" and {len(missing) - 3} more files" if len(missing) > 3 else ""
+            more = f" and {len(missing) - 3} more files" if len(missing) > 3 else ""
+            what = f"the model folder {name} lacks {', '.join(missing[:3])}{more}"
             return [UserError(what, where, f"download or copy it again; {fix}")]
         return []
     if name[0] in "/.~" or name.count("/") != 1:
-        fix = _way_to(name, key) + ("" if name[0] in "/.~" else "; a hub id is owner/name")
-        return [UserError(f"no model folder {name}", where, fix)]
+        hint = "" if name[0] in "/.~" else "; a hub id is owner/name"
+        return [UserError(f"no model folder {name}", where, fix + hint)]
     folder = hub.model_folder(name)
     if (folder and not hub.missing_weights(folder)) or hub.is_reachable():
         return []  # whether it exists, is for the hub to say
@@ -115,68 +89,41 @@ def _model_problems(recipe: Recipe, key: str, name: str) -> list[UserError]:
     return [UserError(what, where, hub.model_hint(name, key))]
 
 
-def _task_problems(recipe: Recipe) -> list[UserError]:
-    section, problems = recipe.eval, []
-    named = [
-        ("eval.include_path", section.include_path, "task folder", os.path.isdir),
-        ("eval.data_dir", section.data_dir, "data folder", os.path.isdir),
-        ("eval.forgetting_text", section.forgetting_text, "text file", os.path.isfile),
-    ]
-    for key, path, what, is_there in named:
-        if path is not None and not is_there(path):
-            problems.append(UserError(f"no {what} {path}", recipe.where(key), _way_to(path, key)))
-    return problems
-
-
-def _mask_problems(recipe: Recipe) -> list[UserError]:
-    try:
-        if recipe.mask.load is not None:
-            mask_file(recipe.mask.load, recipe.where("mask.load"))
-    except UserError as error:
-        return [error]
-    return []
-
-
-def rows_problems(recipe: Recipe, needs_training_rows: bool) -> list[UserError]:
-    """What is wrong with the rows that will be read: to train on, to calibrate on."""
-    sources, calibration = recipe.data.sources, recipe.mask.calibration_path
-    calibrates = recipe.mask.needs_calibration
+def check_data(recipe: Recipe, job: Job, world_size: int) -> Problems:
+    """The rows that the job reads: to train on, to calibrate on, to validate on."""
+    data, mask = recipe.data, recipe.mask
+    reads_data = job == "train" or (mask.needs_calibration and mask.calibration_path is None)
+    if job == "evaluate":
+        return []
     problems = []
-    if needs_training_rows and not sources:
+    if job == "train" and not data.sources:
         fix = f"type data.path=/the/right/path  ({FIELDS['data.path'].description})"
         problems.append(UserError("data.path is missing", recipe.where("data.path"), fix))
-    elif calibrates and not sources and calibration is None:
-        problems.append(_no_calibration_rows(recipe))
-    if needs_training_rows or (calibrates and calibration is None):
-        if recipe.data.scorer is not None:
-            problems += _model_problems(recipe, "data.scorer", recipe.data.scorer)
-        for number, source in enumerate(sources):
-            problems += _source_problems(recipe, "data.path", source, recipe.where_rows(number))
-    if calibrates and calibration is not None:
-        source = recipe.data.model_copy(update={"path": calibration, "mixture": None}).sources[0]
-        where = recipe.where("mask.calibration_path")
-        problems += _source_problems(recipe, "mask.calibration_path", source, where)
-    if needs_training_rows and sources and (validation := recipe.eval.validation) is not None:
-        source = recipe.data.model_copy(update={"path": validation, "mixture": None}).sources[0]
-        problems += _source_problems(recipe, "eval.validation", source, recipe.where("eval.validation"))
+    elif reads_data and not data.sources:
+        what = f"mask.salience={mask.salience} needs calibration data, and the recipe names none"
+        others = ", ".join(get_args(ScoredOnWeights))
+        fix = f"set data.path or mask.calibration_path, or a metric without data: {others}"
+        problems.append(UserError(what, recipe.where("mask.salience"), fix))
+    if reads_data and data.scorer is not None:
+        problems += _model_problems(recipe, "data.scorer", data.scorer)
+    for number, source in enumerate(data.sources if reads_data else ()):
+        problems += _source_problems(recipe, "data.path", source, recipe.where_rows(number))
+    others = {"mask.calibration_path": mask.calibration_path if mask.needs_calibration else None}
+    if job == "train" and data.sources:
+        others["eval.validation"] = recipe.eval.validation
+    for key, path in others.items():
+        if path is not None:
+            problems += _source_problems(recipe, key, data.of_file(path).sources[0], recipe.where(key))
     return problems
 
 
-def _no_calibration_rows(recipe: Recipe) -> UserError:
-    data_free = [name for name in get_args(FIELDS["mask.salience"].annotation) if name not in NEEDS_DATA]
-    what = f"mask.salience={recipe.mask.salience} needs calibration data, and the recipe names none"
-    fix = f"set data.path or mask.calibration_path, or a metric without data: {', '.join(data_free)}"
-    return UserError(what, recipe.where("mask.salience"), fix)
-
-
-def _source_problems(recipe: Recipe, key: str, source: Source, where: str) -> list[UserError]:
+def _source_problems(recipe: Recipe, key: str, source: Source, where: str) -> Problems:
     """What is wrong with a source of rows, going by the first ones; `key` of the recipe names it."""
-    path, fix = Path(source.path), _way_to(source.path, key)
+    path, fix = Path(source.path), _right_path(source.path, key)
     if is_hub_dataset(source.path):
         if hub.has_dataset(source.path) or hub.is_reachable():
             return []
-        why = hub.why_unreachable()
-        what = f"the data set {source.path} is not in the hub's cache, and cannot be fetched: {why}"
+        what = f"the data set {source.path} is not in the hub's cache, and cannot be fetched: {hub.why_unreachable()}"
         return [UserError(what, where, hub.dataset_hint(source.path))]
     if path.is_dir():
         if not any(kind_of(file) for file in path.rglob("*")):
@@ -196,18 +143,57 @@ def _source_problems(recipe: Recipe, key: str, source: Source, where: str) -> li
         return [error]
     if not rows:
         return [UserError(f"the data file {path} has no rows", where, fix)]
-    return _column_problems(recipe, key, source, rows)
+    found = ((row, check_columns(row, place, source)) for place, row in rows)
+    row, problems = next(((row, problems) for row, problems in found if problems), (None, []))
+    if problems and key != "data.path" and recipe.data.sources:
+        columns = ", ".join(map(str, row)) if isinstance(row, dict) else "a list of objects"
+        fix = f"data.columns holds for the training rows too: rename this file's ({columns})"
+        return [UserError(problem.what, problem.where, fix) for problem in problems]
+    return problems
 
 
-def _column_problems(
-    recipe: Recipe, file_key: str, source: Source, rows: list[tuple[str, Any]]
-) -> list[UserError]:
-    for where, row in rows:
-        problems = check_columns(row, where, source)
-        if problems and file_key != "data.path" and recipe.data.sources:
-            columns = ", ".join(map(str, row)) if isinstance(row, dict) else "a list of objects"
-            fix = f"data.columns holds for the training rows too: rename this file's ({columns})"
-            return [UserError(problem.what, problem.where, fix) for problem in problems]
-        if problems:  # the first bad row says it; the next ones would repeat it
-            return problems
+def check_mask(recipe: Recipe, job: Job, world_size: int) -> Problems:
+    """The file of a saved mask; a score has no use for one."""
+    path, where = recipe.mask.load, recipe.where("mask.load")
+    if path is None:
+        return []
+    if job == "score":
+        what = "mask.load leaves nothing to score: it is a finished mask"
+        return [UserError(what, where, "mask.load=null")]
+    try:
+        mask_file(path, where)
+    except UserError as error:
+        return [error]
     return []
+
+
+def check_tasks(recipe: Recipe, job: Job, world_size: int) -> Problems:
+    """The files that tasks are read from, and where metrics go."""
+    if job == "score":
+        return []
+    section = recipe.eval
+    named = [
+        ("eval.include_path", section.include_path, "task folder", os.path.isdir),
+        ("eval.data_dir", section.data_dir, "data folder", os.path.isdir),
+        ("eval.forgetting_text", section.forgetting_text, "text file", os.path.isfile),
+    ]
+    missing = [
+        UserError(f"no {what} {path}", recipe.where(key), _right_path(path, key))
+        for key, path, what, is_there in named
+        if path is not None and not is_there(path)
+    ]
+    return missing + (monitor_problems(recipe) if job == "train" else [])
+
+
+def check_deepspeed(recipe: Recipe, job: Job, world_size: int) -> Problems:
+    """The DeepSpeed configuration, and whether the ranks can share the batch."""
+    return read_ds_config(recipe)[1] + (batch_problems(recipe, world_size) if job == "train" else [])
+
+
+CHECKS: dict[str, Callable[[Recipe, Job, int], Problems]] = {
+    "model": check_model,
+    "data": check_data,
+    "mask": check_mask,
+    "tasks": check_tasks,
+    "DeepSpeed and batch": check_deepspeed,
+}

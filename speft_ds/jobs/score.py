@@ -10,7 +10,6 @@ from pathlib import Path
 from speft_ds import peak_memory
 from speft_ds.comm import collectives
 from speft_ds.comm.collectives import log_rank0
-from speft_ds.config.load_recipe import without_training
 from speft_ds.config.mask_config import MASK_FILE
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import machine_facts, versions
@@ -36,10 +35,9 @@ def run(recipe: Recipe) -> None:
     collectives.run_on_rank0(lambda: check_output_dir(recipe))
     timings = Timings()
     with timings.stage("data"):
-        resolved = without_training(recipe, collectives.world_size())
-        data = load_data(resolved, needs_calibration=True)
+        data = load_data(recipe, needs_calibration=True)
     with timings.stage("model"):
-        context = load_context(resolved, data)
+        context = load_context(recipe, data, trains=False)
     check_shapes(recipe.mask, context.shapes)
     mask = choose_mask(context, timings)
     with timings.stage("check"):

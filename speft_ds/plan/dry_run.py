@@ -40,7 +40,7 @@ class Pass:
         collects: what the backward of a target feeds: `entries` (the sparse gradient), `gradient` (the dense
             one, to score by) or `squares` (one dense gradient a row).
         packing: several rows may share a row of the batch.
-        walks_all_layers: see `schema.Recipe`.
+        walks_all_layers: see `config.recipe.Recipe`.
         density: fraction of a target's entries that are trained.
         backend: the sparse gradient's.
         device: `cuda` or `cpu`, where it is going to run.

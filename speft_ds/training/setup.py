@@ -167,8 +167,7 @@ def read_file(recipe: Recipe, data: RunData, path: str, key: str) -> TokenizedDa
         data: whose classes count: a file without one of them must not number the others anew.
         key: of the recipe, that names the file.
     """
-    changes = {"path": path, "mixture": None, "select": "all", "select_rows": None, "labels": data.classes}
-    section = recipe.data.model_copy(update=changes)
+    section = recipe.data.of_file(path, data.classes)
     return read_rows(recipe, section, data.tokenizer, lambda number: recipe.where(key))
 
 
@@ -196,15 +195,18 @@ def read_rows(
     return corpus
 
 
-def load_context(recipe: Recipe, data: RunData, loaded: Mask | None = None) -> TrainContext:
+def load_context(
+    recipe: Recipe, data: RunData, loaded: Mask | None = None, trains: bool = True
+) -> TrainContext:
     """Load the weights, sharded, and build the engine.
 
     Args:
         loaded: the mask to train, which says what the targets are; None to choose by the recipe.
+        trains: False for a job that takes no steps: the recipe's batch does not matter then.
     Raises:
         UserError: the model cannot be loaded, or does not fit the recipe.
     """
-    train, ds_config = recipe.train, load_ds_config(recipe, collectives.world_size())
+    train, ds_config = recipe.train, load_ds_config(recipe, collectives.world_size(), trains)
     model, heads = _load_model(recipe, data, ds_config)
     targets = find_masked(model, loaded, recipe) if loaded else _find_targets(model, recipe)
     refuse_tied(model, targets)

@@ -10,7 +10,7 @@ from distributed.checkpoint_checks import contents
 from distributed.optimizer_checks import own_storage
 from distributed.reference import make_recipe, read_entries
 from distributed.test_checkpoints import same
-from speft_ds.config.load_recipe import DS_CONFIGS_DIR
+from speft_ds.config.deepspeed_config import DS_CONFIGS_DIR
 
 PERIODIC = {"schedule": "periodic", "update_every": 4}
 SFT_AG = {"schedule": "drop_grow", "growth": "sft_ag", "update_every": 5, "growth_steps": 3}

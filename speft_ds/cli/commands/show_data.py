@@ -17,7 +17,7 @@ from speft_ds.data.packing import first_fit
 from speft_ds.data.sampler import Sampler
 from speft_ds.data.tokenize import load_tokenizer
 from speft_ds.errors import UserError
-from speft_ds.jobs.preflight import settle_hub
+from speft_ds.jobs.preflight import resolve_offline
 
 NUM_BINS = 12
 WIDEST_BAR = 40
@@ -33,7 +33,7 @@ def show_data(recipe: Recipe, output: Path | None) -> None:
         UserError: the recipe names no rows, or they cannot be used.
     """
     console = Console()
-    if note := settle_hub(recipe):
+    if note := resolve_offline(recipe):
         print(note)
     corpus = prepare(
         DatasetSpec.from_recipe(recipe), lambda: load_tokenizer(recipe.model.name_or_path), print

@@ -1,41 +1,42 @@
-"""A recipe with where each of its values comes from, as `speft show` prints it. Imports no torch."""
+"""`speft show`: a recipe with every default filled in, and where each value comes from."""
 
+import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 import yaml
 
+from speft_ds.cli.options import Overrides, RecipeName
+from speft_ds.config.load_recipe import load_recipe, resolved_yaml
 from speft_ds.config.recipe import FIELDS, SECTIONS, Recipe
 
 COMMENT_COLUMN = 60  # comments start here at the latest, but for values that are longer
 
 
-class _OneLine(yaml.SafeDumper):
-    """YAML that stays on one line: text with line breaks is quoted, with \\n for them."""
+def show(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    plain: Annotated[bool, typer.Option("--plain", help="without the comments")] = False,
+) -> None:
+    """Print a recipe with every default filled in, and where each value comes from.
 
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _one_line_text(dumper: _OneLine, text: str) -> yaml.Node:
-    has_breaks = text.splitlines() not in ([], [text])
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if has_breaks else None)
-
-
-_OneLine.add_representer(str, _one_line_text)
+    The output is YAML that loads again.
+    """
+    loaded = load_recipe(recipe, overrides or [])
+    typer.echo(resolved_yaml(loaded) if plain else annotated_yaml(loaded), nl=False)
 
 
 def in_line(value: Any) -> str:
     """A plain value as YAML on one line."""
-    written = yaml.dump([value], Dumper=_OneLine, default_flow_style=True, width=10**9, allow_unicode=True)
-    return written.strip()[1:-1]
+    written = yaml.safe_dump([value], default_flow_style=True, width=10**9, allow_unicode=True)[1:-2]
+    return written if len(written.splitlines()) <= 1 else json.dumps(value)  # a text with line breaks
 
 
 def annotated_yaml(recipe: Recipe) -> str:
     """The recipe with every default filled in, as YAML that loads again, and where each value comes from."""
     lines = list(_lines(recipe, recipe.model_dump(mode="json", exclude={"name"})))
-    widths = [len(text) for text, origin in lines if origin and len(text) <= COMMENT_COLUMN]
-    width = max(widths, default=0)
+    width = max((len(text) for text, origin in lines if origin and len(text) <= COMMENT_COLUMN), default=0)
     return "".join(f"{text:<{width}}  # {origin}\n" if origin else f"{text}\n" for text, origin in lines)
 
 
@@ -60,9 +61,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _origin(recipe: Recipe, key: str, value: Any) -> str:
     where = recipe.where(key)
-    if where.startswith("command line:"):
-        return "command line"
-    if where != f"{key} (default)":
-        return where.removesuffix(f" ({key})")
+    if recipe.is_given(key):
+        return "command line" if where.startswith("command line:") else where.removesuffix(f" ({key})")
     set_aside = value is None and FIELDS[key].default is not None
     return "not used: another key takes its place" if set_aside else "default"

@@ -1,223 +1,168 @@
 """`speft validate`: all that can be known of a recipe before GPUs are taken, check by check.
 
-Each check says what it found, or what is wrong and how to mend it. What needs torch comes last, and only
-where nothing is missing.
+The checks of `jobs.preflight` come first, then what a launched job finds out later. What needs torch comes
+last, and only where nothing is missing.
 """
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
 
 from speft_ds import hub
-from speft_ds.cli.commands.show_data import print_sample
 from speft_ds.cli.start_ranks import count_gpus
-from speft_ds.config.data_config import Source
-from speft_ds.config.deepspeed_config import batch_problems, read_ds_config
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.config.recipe import FIELDS, Recipe
 from speft_ds.data.dataset_cache import classes_of
-from speft_ds.data.formats import Classes, EmptyRow, Example, make_example
+from speft_ds.data.formats import EmptyRow, make_example
 from speft_ds.data.readers import iterate_rows
 from speft_ds.data.tokenize import Encoder, load_tokenizer
 from speft_ds.errors import RecipeError, UserError
-from speft_ds.jobs.preflight import model_problems, other_problems, rows_problems, settle_hub
+from speft_ds.jobs.preflight import CHECKS, resolve_offline
 from speft_ds.training.run_dir import check_output_dir
 
 NUM_ROWS = 3
-MARKS = {"ok": "[green]✓[/green]", "problem": "[red]✗[/red]", "note": "[yellow]![/yellow]", "skipped": "-"}
+OK, NOTE, PROBLEM, SKIPPED = "[green]✓[/green]", "[yellow]![/yellow]", "[red]✗[/red]", "-"
 EXIT_PROBLEM = 2
+Found = tuple[str, str]  # a mark, and what was found
 
 
-@dataclass
-class Outcome:
-    """What a check came to: `ok`, a `note` that stops nothing, a `problem`, or `skipped`."""
-
-    what: str
-    status: str = "ok"
-    problems: list[UserError] = field(default_factory=list)
-    samples: list[list[tuple[str, bool]]] = field(default_factory=list)
+def keys_found(recipe: Recipe, num_ranks: int) -> Found:
+    num_set = sum(recipe.is_given(key) for key in FIELDS)
+    return OK, f"{num_set} keys set, {len(FIELDS) - num_set} by default (speft show lists them)"
 
 
-class Validation:
-    """The checks of one recipe, in order.
+def input_found(title: str, recipe: Recipe, num_ranks: int) -> Found:
+    """A check of the launched jobs: what it passed."""
+    if problems := CHECKS[title](recipe, "train", num_ranks):
+        raise RecipeError(problems)
+    train, name = recipe.train, recipe.model.name_or_path
+    folder = hub.model_folder(name)
+    if title == "model" and (folder is None or hub.missing_weights(folder)):
+        return NOTE, f"{name}: not in the hub's cache, will be fetched from {hub.endpoint()}"
+    accumulated = train.global_batch // (train.micro_batch * num_ranks)
+    batch = f"{train.global_batch} = {train.micro_batch} x {num_ranks} ranks x {accumulated} accumulated"
+    passed = {
+        "model": name,
+        "data": ", ".join(source.path for source in recipe.data.sources),
+        "mask": recipe.mask.load or f"scored by {recipe.mask.salience}",
+        "tasks": ", ".join(recipe.eval.tasks) or "none",
+        "DeepSpeed and batch": f"{recipe.deepspeed.config}, merged without conflict; global batch {batch}",
+    }
+    return OK, passed[title]
 
-    Args:
-        recipe: loaded.
-        num_ranks: that it is to run on.
-        num_gpus: of this machine.
-    """
 
-    def __init__(self, recipe: Recipe, num_ranks: int, num_gpus: int):
-        self.recipe, self.num_ranks, self.num_gpus = recipe, num_ranks, num_gpus
-        self.has_model = self.has_rows = False
-        self.num_entries: int | None = None
-        self.checks: list[tuple[str, Callable[[], Outcome]]] = [
-            ("recipe", self.check_recipe),
-            ("model", self.check_model),
-            ("data", self.check_data),
-            ("mask, tasks, run folder", self.check_other_files),
-            ("DeepSpeed and batch", self.check_deepspeed),
-            ("GPUs", self.check_gpus),
-            ("rows as the model sees them", self.check_rows),
-            ("targets", self.check_targets),
-            ("disk", self.check_disk),
-        ]
+def run_folder_found(recipe: Recipe, num_ranks: int) -> Found:
+    check_output_dir(recipe)
+    return OK, recipe.output_dir
 
-    def check_recipe(self) -> Outcome:
-        num_set = sum(key in self.recipe._sources for key in FIELDS)
-        return Outcome(f"{num_set} keys set, {len(FIELDS) - num_set} by default (speft show lists them)")
 
-    def check_model(self) -> Outcome:
-        name = self.recipe.model.name_or_path
-        if problems := model_problems(self.recipe):
-            return Outcome(name, "problem", problems)
-        folder = hub.model_folder(name)
-        if folder is None or hub.missing_weights(folder):
-            return Outcome(f"{name}: not in the hub's cache, will be fetched from {hub.endpoint()}", "note")
-        self.has_model = True
-        weights = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in hub.WEIGHT_SUFFIXES)
-        return Outcome(f"{name}: config and {weights / 2**30:.2f} GiB of weights")
+def gpus_found(recipe: Recipe, num_ranks: int) -> Found:
+    if num_gpus := count_gpus():
+        return OK, f"{num_gpus} on this machine"
+    return NOTE, "none on this machine: here it would run on CPU ranks (gloo)"
 
-    def check_data(self) -> Outcome:
-        problems = rows_problems(self.recipe, needs_training_rows=True)
-        names = ", ".join(source.path for source in self.recipe.data.sources) or "none"
-        self.has_rows = not problems
-        return Outcome(names, "problem" if problems else "ok", problems)
 
-    def check_other_files(self) -> Outcome:
-        problems = other_problems(self.recipe)
-        try:
-            check_output_dir(self.recipe)
-        except UserError as error:
-            problems.append(error)
-        what = f"results go to {self.recipe.output_dir}"
-        return Outcome(what, "problem" if problems else "ok", problems)
-
-    def check_deepspeed(self) -> Outcome:
-        train, ranks = self.recipe.train, self.num_ranks
-        problems = read_ds_config(self.recipe)[1] + batch_problems(self.recipe, ranks)
-        what = f"{self.recipe.deepspeed.config}, merged without conflict"
-        if problems:
-            return Outcome(self.recipe.deepspeed.config, "problem", problems)
-        accumulation = train.global_batch // (train.micro_batch * ranks)
-        batch = f"{train.global_batch} = {train.micro_batch} x {ranks} ranks x {accumulation} accumulated"
-        return Outcome(f"{what}; global batch {batch}")
-
-    def check_gpus(self) -> Outcome:
-        if self.num_gpus:
-            return Outcome(f"{self.num_gpus} on this machine")
-        return Outcome("none on this machine: here it would run on CPU ranks (gloo)", "note")
-
-    def check_rows(self) -> Outcome:
-        if not (self.has_model and self.has_rows):
-            return Outcome("needs the model and the data", "skipped")
-        recipe = self.recipe
-        tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
-        encoder = Encoder(tokenizer, recipe.data.max_length, recipe.data.long_rows)
-        classes, rows = classes_of(recipe.data), []
-        for source in recipe.data.sources:
-            encoded = encoder.encode(self._first_examples(source, classes))
-            rows += [row for row, _ in encoded if row is not None]
-        if not rows:
-            return Outcome("the first rows are all left out: speft data tells why", "note")
-        lengths = ", ".join(str(len(row.ids)) for row in rows)
-        samples = [row.as_text(tokenizer) for row in rows]
-        return Outcome(f"the first ones, of {lengths} tokens; [[learnt]]", samples=samples)
-
-    def _first_examples(self, source: Source, classes: Classes | None) -> list[tuple[str, Example]]:
-        examples, recipe = [], self.recipe
+def rows_found(recipe: Recipe, num_ranks: int) -> Found:
+    """The first rows of each source as the model sees them."""
+    tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
+    encoder = Encoder(tokenizer, recipe.data.max_length, recipe.data.long_rows)
+    classes, classify = classes_of(recipe.data), recipe.model.task == "sequence_classification"
+    examples = []
+    for source in recipe.data.sources:
         for where, row in islice(iterate_rows(source), NUM_ROWS):
             try:
-                classify = recipe.model.task == "sequence_classification"
                 examples.append((where, make_example(row, where, source, classes, classify)))
             except EmptyRow:
                 if recipe.data.empty_rows == "refuse":
                     raise
-        return examples
+    rows = [row for row, _ in encoder.encode(examples) if row is not None]
+    if not rows:
+        return NOTE, "the first rows are all left out: speft data tells why"
+    lines = ["the first ones; [[trained on]]"]
+    for number, row in enumerate(rows, 1):
+        text = "".join(f"[[{part}]]" if is_label else part for part, is_label in row.as_text(tokenizer))
+        lines.append(f"row {number}, {len(row.ids)} tokens: {text}")
+    return OK, "\n     ".join(lines)
 
-    def check_targets(self) -> Outcome:
-        if not self.has_model:
-            return Outcome("needs the model", "skipped")
-        from speft_ds.plan.geometry import read_geometry
-        from speft_ds.training.checks import check_shapes  # late: they import torch
 
-        geometry = read_geometry(self.recipe)
-        check_shapes(self.recipe, geometry.targets)
-        self.num_entries = geometry.num_entries + geometry.num_head
-        share = geometry.num_entries / geometry.num_target_elements
-        return Outcome(
-            f"{len(geometry.targets)} linears, {geometry.num_target_elements:,} weights; "
-            f"{geometry.num_entries:,} of them trained ({share:.3%})"
-        )
+def targets_found(recipe: Recipe, num_ranks: int) -> Found:
+    """What is trained, and whether the disk has room for it."""
+    from speft_ds.plan.geometry import read_geometry
+    from speft_ds.training.checks import check_shapes  # late: they import torch
 
-    def check_disk(self) -> Outcome:
-        folder = Path(self.recipe.output_dir).absolute()
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        free = shutil.disk_usage(existing).free
-        what = f"{free / 2**30:.1f} GiB free at {existing}"
-        if not os.access(existing, os.W_OK):
-            fix = "choose another output_dir"
-            return Outcome(what, "problem", [UserError(f"{existing} is not writable", str(existing), fix)])
-        if self.num_entries is None:
-            return Outcome(f"{what}; what is needed is known with the model", "note")
-        num_checkpoints = self.recipe.train.keep_last + 1  # and the one that is being written
-        needed = (8 + 16 * num_checkpoints) * self.num_entries
-        what += f"; adapter and {num_checkpoints} checkpoints take {needed / 2**30:.2f} GiB"
-        if needed <= free:
-            return Outcome(what)
-        return Outcome(
-            what, "problem", [UserError("the disk is too full", str(existing), "free space there")]
-        )
+    geometry = read_geometry(recipe)
+    check_shapes(recipe, geometry.targets)
+    share = geometry.num_entries / geometry.num_target_elements
+    num_checkpoints = recipe.train.keep_last + 1  # and the one that is being written
+    needed = (8 + 16 * num_checkpoints) * (geometry.num_entries + geometry.num_head)
+    folder = Path(recipe.output_dir).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    sizes = f"{needed / 2**30:.2f} GiB of {free / 2**30:.1f} free"
+    disk = f"adapter and {num_checkpoints} checkpoints take {sizes}"
+    if needed > free:
+        raise UserError(f"the disk is too full: {disk}", str(existing), "free space there")
+    return OK, (
+        f"{len(geometry.targets)} linears, {geometry.num_target_elements:,} weights; "
+        f"{geometry.num_entries:,} of them trained ({share:.3%}); {disk}"
+    )
+
+
+FOUND: dict[str, Callable[[Recipe, int], Found]] = {
+    "recipe": keys_found,
+    **{title: partial(input_found, title) for title in CHECKS},
+    "run folder": run_folder_found,
+    "GPUs": gpus_found,
+    "rows as the model sees them": rows_found,
+    "targets and disk": targets_found,
+}
+NEEDED = {"rows as the model sees them": ("model", "data"), "targets and disk": ("model", "mask")}
 
 
 def validate(name_or_path: str, overrides: list[str], num_ranks: int | None = None) -> int:
-    """Run and print every check; returns the exit code, 2 where something has to be mended."""
+    """Run and print every check; returns the exit code, 2 where something has to be fixed."""
     console = Console(highlight=False, soft_wrap=True)
     try:
         recipe = load_recipe(name_or_path, overrides)
     except RecipeError as error:
-        _print(console, "1", "recipe", Outcome(name_or_path, "problem", error.problems))
-        return _verdict(console, len(error.problems), "the other checks need a recipe that loads")
-    if note := settle_hub(recipe):
+        _print(console, "1. recipe", PROBLEM, name_or_path, error.problems)
+        return _verdict(console, len(error.problems), "")
+    if note := resolve_offline(recipe):
         console.print(note, markup=False)
-    num_gpus = count_gpus()
-    ranks = num_ranks or num_gpus or 2
-    validation, num_problems = Validation(recipe, ranks, num_gpus), 0
-    for number, (title, check) in enumerate(validation.checks, 1):
+    marks, num_problems = {}, 0
+    num_ranks = num_ranks or count_gpus() or 2
+    for number, (title, find) in enumerate(FOUND.items(), 1):
+        problems, needed = [], NEEDED.get(title, ())
         try:
-            outcome = check()
-        except RecipeError as error:
-            outcome = Outcome("", "problem", error.problems)
+            is_skipped = any(marks[other] != OK for other in needed)
+            skipped = (SKIPPED, f"needs the {' and the '.join(needed)}")
+            marks[title], found = skipped if is_skipped else find(recipe, num_ranks)
         except UserError as error:
-            outcome = Outcome("", "problem", [error])
-        _print(console, str(number), title, outcome)
-        num_problems += len(outcome.problems)
+            marks[title], found = PROBLEM, ""
+            problems = error.problems if isinstance(error, RecipeError) else [error]
+        _print(console, f"{number}. {title}", marks[title], found, problems)
+        num_problems += len(problems)
     command = shlex.join(["deepspeed", "launch/train.py", "--recipe", name_or_path, *overrides])
     return _verdict(console, num_problems, f"start it: {command}")
 
 
-def _print(console: Console, number: str, title: str, outcome: Outcome) -> None:
-    console.print(f"{MARKS[outcome.status]} {number}. {title}:", end=" ")
-    console.print(outcome.what, markup=False)
-    for sample, pieces in enumerate(outcome.samples, 1):
-        print_sample(console, f"     row {sample}", pieces)
-    for problem in outcome.problems:
-        for line in str(problem).splitlines():
-            console.print(f"     {line}", markup=False)
+def _print(console: Console, title: str, mark: str, found: str, problems: list[UserError]) -> None:
+    console.print(f"{mark} {title}:", end=" ")
+    console.print(found, markup=False)
+    for line in "\n".join(map(str, problems)).splitlines():
+        console.print(f"     {line}", markup=False)
 
 
 def _verdict(console: Console, num_problems: int, otherwise: str) -> int:
     if num_problems:
-        plural = "" if num_problems == 1 else "s"
-        console.print(f"[red]{num_problems} problem{plural} to mend[/red]")
+        console.print(f"[red]{num_problems} problem{'' if num_problems == 1 else 's'} to fix[/red]")
         return EXIT_PROBLEM
     console.print("[green]ready[/green]; ", end="")
     console.print(otherwise, markup=False)

@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 import yaml
 
-from speft_ds.config.deepspeed_config import shared_micro_batch
 from speft_ds.config.load_recipe import load_recipe
-from speft_ds.config.recipe import FIELDS, Recipe
+from speft_ds.config.recipe import FIELDS, Recipe, resolve
 from speft_ds.env import rank
 from speft_ds.errors import UserError
 from speft_ds.training.checkpoint.folder import (
@@ -104,10 +103,8 @@ def recipe_to_resume(resume: Resume, overrides: Sequence[str]) -> Recipe:
         fix = "--recipe RECIPE --resume, or --resume runs/NAME"
         raise UserError("--resume alone does not say which run", "command line", fix)
     folder = run_folder_of(resume.path)
-    recipe = load_recipe(
-        str(folder / RECIPE), [as_override("output_dir", str(folder)), *overrides, *resume.allowed]
-    )
-    return recipe.model_copy(update={"name": folder.name})
+    own = as_override("output_dir", str(folder))
+    return load_recipe(str(folder / RECIPE), [own, *overrides, *resume.allowed], name=folder.name)
 
 
 def find_start(recipe: Recipe, resume: Resume) -> Start:
@@ -259,8 +256,8 @@ def _leaf(nested: dict[str, Any], key: str) -> Any:
 
 def fit_micro_batch(recipe: Recipe, world_size: int) -> Recipe:
     """The recipe with a micro-batch that another number of ranks can share; what is learnt stays the same."""
-    train, micro_batch = recipe.train, shared_micro_batch(recipe, world_size)
-    if micro_batch == train.micro_batch:
-        return recipe
-    _note(f"note: for {world_size} rank(s) train.micro_batch={micro_batch} (it was {train.micro_batch})")
-    return recipe.model_copy(update={"train": train.model_copy(update={"micro_batch": micro_batch})})
+    fitting = resolve(recipe, job="train", world_size=world_size, is_resumed=True)
+    before, now = recipe.train.micro_batch, fitting.train.micro_batch
+    if now != before:
+        _note(f"note: for {world_size} rank(s) train.micro_batch={now} (it was {before})")
+    return fitting

@@ -1,46 +1,16 @@
-"""The `speft` command: its schema command, what commands hand over, and how they fail."""
+"""The `speft` command: what commands hand over, and how they fail."""
 
-import json
 import sys
 import types
 from pathlib import Path
 
 import pytest
 
-from speft_ds.cli import main as cli
+from speft_ds.cli.commands import list_recipes
 from speft_ds.config.load_recipe import load_recipe
-from speft_ds.config.recipe import Recipe
 from unit.commands import run, speft
 
 pytestmark = pytest.mark.usefixtures("own_folder")
-
-
-# schema
-
-
-def test_schema_prints_one_line_a_key_into_a_pipe():
-    done = speft("schema")
-    assert done.returncode == 0
-    assert "mask.density (number > 0 and <= 1, or null; default 0.005): the fraction" in done.stdout
-    assert "data.columns.prompt (text; default prompt): " in done.stdout
-    assert "data.mixture[].path (path; required): " in done.stdout
-    assert speft("schema", "mask").stdout.startswith("mask.salience (gradient | magnitude | ")
-
-
-def test_schema_explains_a_key():
-    explained = speft("schema", "mask.schedule").stdout
-    assert "choices  static  (the default)\n" in explained
-    assert "grad_topk  (takes mask.topk_fraction)\n" in explained
-    assert "mask.schedule=drop_grow needs mask.granularity=element: it drops" in explained
-    explained = speft("schema", "mask.drop_rate").stdout
-    assert "number > 0 and < 1" in explained and "only with mask.schedule=drop_grow" in explained
-
-
-def test_json_schema_is_for_files():
-    schema = json.loads(speft("schema", "--json").stdout)
-    assert "name" not in schema["properties"] and "extends" in schema["properties"]
-    assert set(Recipe.model_fields) - {"name"} < set(schema["properties"])
-    assert "required" not in schema and schema["additionalProperties"] is False
 
 
 # The commands of other modules
@@ -127,7 +97,7 @@ def test_the_shell_completes_commands_recipes_and_options(words, at, expected):
         (["cp", "quickstrat", "mine.yaml"], "did you mean quickstart?"),
         (["schema", "mask.desnity"], "did you mean mask.density?"),
         (["schema", "density"], "did you mean mask.density?"),
-        (["schema", "mask.zz"], "speft schema mask lists what there is"),
+        (["schema", "mask.zz"], "mask.salience"),
         (["schema", "chat_template"], "data.chat_template"),
         (["plan", "quickstrat", "--world", "2"], "did you mean quickstart?"),
         (["data", "quickstrat"], "did you mean quickstart?"),
@@ -153,6 +123,6 @@ def test_ctrl_c_ends_quietly(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "print_list", interrupted)
+    monkeypatch.setattr(list_recipes, "list_recipes", interrupted)
     assert run(monkeypatch, "ls") == 130
     assert capsys.readouterr() == ("", "")

@@ -1,64 +1,66 @@
 """`speft validate`: what is found, what is said of it, and the exit code."""
 
+import pytest
 import tiny
 
 from speft_ds.cli.commands.validate import validate
 from unit.written import load
 
+ROW = '{"prompt": "say a", "response": "b"}\n'
 
-def ready(tmp_path, monkeypatch, rows='{"prompt": "say a", "response": "b"}\n'):
-    monkeypatch.chdir(tmp_path)
+
+@pytest.fixture
+def checked(tmp_path, own_folder, capsys):
+    """`checked(*overrides, code=0)`: what is said of a recipe whose model and rows are there."""
     tiny.make_model(tmp_path / "model")
-    (tmp_path / "rows.jsonl").write_text(rows * 4)
+    (tmp_path / "rows.jsonl").write_text(ROW * 4)
     load(tmp_path)
-    return ["model.name_or_path=./model", "data.max_length=64"]
+
+    def run(*overrides, code=0):
+        words = ["model.name_or_path=./model", "data.max_length=64", *overrides]
+        assert validate("mine.yaml", words, num_ranks=2) == code
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_a_recipe_that_is_ready(tmp_path, monkeypatch, capsys):
-    overrides = [*ready(tmp_path, monkeypatch), "mask.targets=[q_proj]"]
-    assert validate("mine.yaml", overrides) == 0
-    shown = capsys.readouterr().out
+def test_a_recipe_that_is_ready(checked):
+    shown = checked("mask.targets=[q_proj]")
     assert "<s>say a</s><s>[[b</s>]]" in shown
-    assert "2 linears, 2,800 weights" in shown and "14 of them trained" in shown
+    assert "2 linears, 2,800 weights; 14 of them trained" in shown
+    assert "16 = 4 x 2 ranks x 2 accumulated" in shown
     # What to type next can be pasted: brackets are no markup, and the shell's signs are quoted.
     assert "launch/train.py --recipe mine.yaml model.name_or_path=./model" in shown
     assert "'mask.targets=[q_proj]'" in shown
-    assert [line[2:4] for line in shown.splitlines() if line[3:5] == ". "] == [f"{n}." for n in range(1, 10)]
+    numbers = [line[2:].partition(".")[0] for line in shown.splitlines() if line[0] in "✓!"]
+    assert numbers == [str(number) for number in range(1, len(numbers) + 1)] and len(numbers) >= 9
 
 
-def test_everything_that_is_missing_is_said_at_once(tmp_path, monkeypatch, capsys):
-    overrides = ready(tmp_path, monkeypatch)
-    more = ["data.path=none.jsonl", "deepspeed.config=zero3_cup", "mask.load=none", "train.micro_batch=16"]
-    assert validate("mine.yaml", [*overrides, *more], num_ranks=2) == 2
-    shown = capsys.readouterr().out
-    for part in ("no data file none.jsonl", "zero3_cpu", "no mask file none", "16 x 2 ranks"):
-        assert part in shown
-    assert " problems to mend" in shown and "7. rows as the model sees them: needs the model and" in shown
+def test_everything_that_is_missing_is_said_at_once(checked):
+    words = ["data.path=none.jsonl", "deepspeed.config=zero3_cup", "mask.load=none", "train.micro_batch=16"]
+    shown = checked(*words, code=2)
+    assert all(f"command line: {word}" in shown for word in words[:3]) and "(train.global_batch)" not in shown
+    assert shown.count("fix: ") == 4 and shown.count("\n- ") == 2  # rows, targets
 
 
-def test_a_recipe_that_does_not_load(tmp_path, monkeypatch, capsys):
-    overrides = ready(tmp_path, monkeypatch)
-    assert validate("mine.yaml", [*overrides, "optimizer.lr=fast", "train.stps=1"]) == 2
-    shown = capsys.readouterr().out
-    assert "optimizer.lr is 'fast'" in shown and "did you mean train.steps?" in shown
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optimizer.lr=fast", "train.stps=1"], "train.steps"),  # does not load
+        (["mask.layer_gate=sampled", "mask.gate_layers=9"], "mask.gate_layers"),
+        (["output_dir=model"], "output_dir=model-2"),
+    ],
+)
+def test_a_recipe_that_is_not_ready(checked, words, said):
+    assert said in checked(*words, code=2)
 
 
-def test_first_rows_that_are_all_left_out(tmp_path, monkeypatch, capsys):
-    overrides = ready(tmp_path, monkeypatch, rows='{"prompt": "a", "response": ""}\n')
-    assert validate("mine.yaml", [*overrides, "data.empty_rows=drop"]) == 0
-    assert "the first rows are all left out" in capsys.readouterr().out
-    assert validate("mine.yaml", overrides) == 2
-    assert "rows.jsonl:1" in capsys.readouterr().out
+def test_first_rows_that_are_all_left_out(checked, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(ROW.replace('"b"', '""'))
+    assert "speft data" in checked("data.empty_rows=drop")
+    assert "rows.jsonl:1" in checked(code=2)
 
 
-def test_a_damaged_tokenizer(tmp_path, monkeypatch, capsys):
-    overrides = ready(tmp_path, monkeypatch)
+def test_a_damaged_tokenizer(checked, tmp_path):
     (tmp_path / "model" / "tokenizer.json").write_text('{"a": 1}')
-    assert validate("mine.yaml", overrides) == 2
-    assert "cannot load the tokenizer" in capsys.readouterr().out
-
-
-def test_more_gate_layers_than_there_are(tmp_path, monkeypatch, capsys):
-    overrides = ready(tmp_path, monkeypatch)
-    assert validate("mine.yaml", [*overrides, "mask.layer_gate=sampled", "mask.gate_layers=9"]) == 2
-    assert "a gate that opens 9 of 2 layers shuts nothing" in capsys.readouterr().out
+    assert "tokenizer" in checked(code=2)

@@ -96,7 +96,7 @@ def test_inherited_problems_are_reported_with_the_parents_file_and_line(tmp_path
     }
 
 
-def test_a_child_may_mend_its_parents_value(tmp_path):
+def test_a_child_may_fix_its_parents_value(tmp_path):
     write(tmp_path, base=BASE + "seed: wrong\n", child="extends: ./base.yaml\nseed: 1\n")
     assert load_recipe("child.yaml").seed == 1
 
@@ -111,56 +111,34 @@ def test_a_later_one_of_two_keys_that_exclude_each_other_sets_the_first_aside(tm
     assert (mask.density, mask.num_trainable) == (None, 7)
     write(tmp_path, child="extends: ./base.yaml\ntrain: {steps: 9, epochs: 1}\n")
     (problem,) = problems_of("child.yaml")
-    assert "train.epochs and train.steps are both given" in problem.what
+    assert problem.where == "child.yaml:2 (train.steps)"
     (problem,) = problems_of("base.yaml", "train.steps=1", "train.epochs=1")
-    assert problem.where == "command line: train.epochs=1"
+    assert problem.where == "command line: train.steps=1"
 
 
 def test_a_cycle_is_refused_with_its_files_in_order(tmp_path):
-    write(tmp_path, a="extends: ./b.yaml\n", b="seed: 1\n\nextends: c.yaml\n", c="extends: ../x/../a.yaml\n")
-    write(tmp_path, c=f"extends: {tmp_path}/a.yaml\n", itself="extends: ./itself.yaml\n")
+    write(
+        tmp_path, a="extends: ./b.yaml\n", b="seed: 1\n\nextends: c.yaml\n", c=f"extends: {tmp_path}/a.yaml\n"
+    )
     (problem,) = problems_of("a.yaml")
-    assert problem.what.endswith("a.yaml extends itself, by way of a.yaml > b.yaml > c.yaml")
-    assert problem.where == "c.yaml:1 (extends)" and problem.fix == "remove one extends"
-    (problem,) = problems_of("itself.yaml")
-    assert problem.what == "./itself.yaml extends itself, by way of itself.yaml"
-    assert problem.where == "itself.yaml:1 (extends)"
-
-
-def test_a_parent_that_is_not_there(tmp_path):
-    write(tmp_path, by_name="seed: 1\nextends: quickstrat\n", by_path="seed: 1\nextends: ./nowhere.yaml\n")
-    (problem,) = problems_of("by_name.yaml")
-    assert problem.what == "there is no recipe 'quickstrat'" and problem.fix == "did you mean quickstart?"
-    assert problem.where == "by_name.yaml:2 (extends)"
-    (problem,) = problems_of("by_path.yaml")
-    assert problem.what == "no recipe file ./nowhere.yaml" and problem.where == "by_path.yaml:2 (extends)"
-    assert "a path starts at the folder of the recipe that extends it" in problem.fix
+    assert (
+        "a.yaml > b.yaml > c.yaml" in problem.what and problem.where == "c.yaml:1 (extends)" and problem.fix
+    )
 
 
 @pytest.mark.parametrize(
-    "value", ["[quickstart]", "\n  - quickstart\n  - ./other.yaml", "{name: quickstart}", "", "null"]
+    "value", ["quickstrat", "./nowhere.yaml", "[quickstart]", "{name: quickstart}", "", "null"]
 )
-def test_extends_names_one_recipe(tmp_path, value):
+def test_extends_names_one_recipe_that_is_there(tmp_path, value):
     write(tmp_path, child=f"seed: 1\nextends: {value}\n")
     (problem,) = problems_of("child.yaml")
-    assert problem.what == "extends names one recipe" and problem.where == "child.yaml:2 (extends)"
-    assert problem.fix == "once, like extends: quickstart, or extends: ./other.yaml"
+    assert problem.where == "child.yaml:2 (extends)" and problem.fix
 
 
 def test_extends_twice(tmp_path):
     write(tmp_path, child="extends: quickstart\nextends: llama2_7b_alpaca\n")
     (problem,) = problems_of("child.yaml")
-    assert problem.what == "extends names one recipe" and problem.where == "child.yaml:2 (extends)"
-
-
-def test_extends_stands_at_the_top_of_a_file_only(tmp_path):
-    write(tmp_path, child="extends: quickstart\nmask:\n  extends: quickstart\n")
-    (problem,) = problems_of("child.yaml")
-    assert problem.what == "unknown key mask.extends" and problem.where == "child.yaml:3 (mask.extends)"
-    (problem,) = problems_of("quickstart", "extends=llama2_7b_alpaca")
-    assert problem.what == "extends belongs in the recipe's file"
-    assert problem.where == "command line: extends=llama2_7b_alpaca"
-    assert problem.fix == "write it into a file: speft cp RECIPE mine.yaml, then extends: llama2_7b_alpaca"
+    assert problem.where == "child.yaml:2 (extends)" and "child.yaml:1 (extends)" in problem.fix
 
 
 def test_a_parent_that_is_no_recipe(tmp_path):
@@ -168,6 +146,6 @@ def test_a_parent_that_is_no_recipe(tmp_path):
         tmp_path, base="seed: [\n", empty="", child="extends: ./base.yaml\n", other="extends: ./empty.yaml\n"
     )
     (problem,) = problems_of("child.yaml")
-    assert "not readable as YAML" in problem.what and problem.where.startswith("base.yaml:")
+    assert problem.where.startswith("base.yaml:")
     (problem,) = problems_of("other.yaml")
-    assert problem.what == "the recipe is empty" and problem.where == "empty.yaml"
+    assert problem.where == "empty.yaml"

@@ -9,10 +9,9 @@ import pytest
 from speft_ds.config.load_recipe import RECIPES_DIR, list_recipes, load_recipe
 from speft_ds.data.dataset_cache import DatasetSpec
 from speft_ds.data.formats import Classes, make_example
-from speft_ds.data.readers import iterate_rows
-from speft_ds.errors import RecipeError
-from speft_ds.hub import is_hub_id
+from speft_ds.data.readers import is_hub_dataset, iterate_rows
 from speft_ds.jobs.preflight import check_inputs
+from unit.written import problems_of
 
 RECIPES = list_recipes()
 # data set -> a row as it stands there, and the prompt that its recipe makes of it
@@ -59,7 +58,7 @@ def ranks_of(name):
 
 
 def data_set(recipe):
-    return recipe.data.path if is_hub_id(recipe.data.path) else Path(recipe.data.path).name
+    return recipe.data.path if is_hub_dataset(recipe.data.path) else Path(recipe.data.path).name
 
 
 @pytest.fixture
@@ -130,38 +129,22 @@ def test_the_warm_up_is_a_tenth_of_the_steps_or_less(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_offline_a_recipe_names_what_is_missing_and_how_to_get_it(name):
     recipe = load_recipe(name)
-    model, path = recipe.model.name_or_path, recipe.data.path
-    with pytest.raises(RecipeError) as caught:
-        check_inputs(recipe, ranks_of(name))
-    problems = {problem.what: problem for problem in caught.value.problems}
-    prepare = "run `speft quickstart --prepare-only`, which makes it"
-    expected = {}
-    if is_hub_id(model):
-        what = f"the model {model} is not in the hub's cache, and cannot be fetched: offline by choice"
-        expected[what] = ["model.name_or_path", f"hf download {model} (a gated", "to a local folder"]
-    else:
-        expected[f"no model folder {model}"] = ["model.name_or_path", prepare]
-    if is_hub_id(path):
-        what = f"the data set {path} is not in the hub's cache, and cannot be fetched: offline by choice"
-        expected[what] = [
-            "data.path",
-            f"hf download --repo-type dataset {path};",
-            "to a local file or folder",
-        ]
-    else:
-        expected[f"no data file {path}"] = ["data.path", prepare]
-    if recipe.eval.include_path:
-        expected[f"no task folder {recipe.eval.include_path}"] = ["eval.include_path", prepare]
-    assert len(problems) == len(expected)
-    for what, (key, *fixes) in expected.items():
-        (problem,) = (problem for text, problem in problems.items() if text.startswith(what))
-        assert re.search(rf"{RECIPES_DIR}/\w+\.yaml:\d+ \({key}\)$", problem.where)
-        assert all(fix in problem.fix for fix in fixes)
+    named = {"model.name_or_path": recipe.model.name_or_path, "data.path": recipe.data.path}
+    named |= {"eval.include_path": recipe.eval.include_path} if recipe.eval.include_path else {}
+    problems = {
+        re.search(r"\((.*)\)$", problem.where)[1]: problem for problem in problems_of(recipe, ranks_of(name))
+    }
+    assert problems.keys() == named.keys()
+    for key, path in named.items():
+        assert re.match(rf"{RECIPES_DIR}/\w+\.yaml:\d+ ", problems[key].where) and path in problems[key].what
+        kind = "--repo-type dataset " if key == "data.path" else ""
+        way = f"hf download {kind}{path}" if is_hub_dataset(path) else "speft quickstart --prepare-only"
+        assert way in problems[key].fix
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_with_local_files_a_recipe_is_ready_for_its_ranks(local, name):
-    check_inputs(local(name), ranks_of(name))
+    check_inputs(local(name), "train", ranks_of(name))
 
 
 def test_the_ranks_of_the_big_ones():
@@ -170,12 +153,9 @@ def test_the_ranks_of_the_big_ones():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_rows_of_other_columns_and_ranks_that_cannot_share_the_batch_are_refused(local, name):
-    recipe = local(name, {"other": "a"})
-    with pytest.raises(RecipeError) as caught:
-        check_inputs(recipe, 7)
-    *columns, batch = (problem.what for problem in caught.value.problems)
-    assert columns and all("has no column" in what for what in columns)
-    assert re.search(r"is not divisible by train.micro_batch=\d+ x 7 ranks", batch)
+    *columns, batch = problems_of(local(name, {"other": "a"}), 7)
+    assert columns and all(problem.where == "rows.jsonl:1" for problem in columns)
+    assert "(train.global_batch)" in batch.where or "train.global_batch (default)" in batch.where
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -9,7 +9,6 @@ import pytest
 
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.config.recipe import FIELDS
-from speft_ds.config.train_config import TrainConfig
 from speft_ds.errors import UserError
 from speft_ds.training.checkpoint.resume import NEEDS_FLAG, SAFE_TO_CHANGE, check_unchanged, fit_micro_batch
 from unit.written import load
@@ -186,22 +185,6 @@ def test_a_key_that_this_version_does_not_have_does_not_matter(tmp_path):
 
 
 # The micro-batch of another number of ranks
-
-
-def test_the_micro_batch_fits_any_number_of_ranks_that_share_the_batch(tmp_path):
-    """The largest part of the old one of which every rank takes a whole number; else it stays."""
-    recipe = load(tmp_path)
-    for batch in range(1, 25):
-        for micro in [m for m in range(1, batch + 1) if batch % m == 0]:
-            train = TrainConfig(global_batch=batch, micro_batch=micro)
-            given = recipe.model_copy(update={"train": train})
-            for world_size in range(1, 13):
-                fitted = fit_micro_batch(given, world_size)
-                fits = [m for m in range(1, micro + 1) if micro % m == 0 and batch % (m * world_size) == 0]
-                expected = max(fits, default=micro)
-                assert fitted == given.model_copy(
-                    update={"train": train.model_copy(update={"micro_batch": expected})}
-                )
 
 
 def test_another_micro_batch_is_noted_and_is_no_change_of_the_recipe(tmp_path, capsys):

@@ -1,0 +1,195 @@
+"""The rules between keys: what goes with what, and what has no effect."""
+
+from typing import get_args
+
+import pytest
+
+from speft_ds.config.load_recipe import load_recipe, resolved_yaml
+from speft_ds.config.mask_config import NEEDS_DATA, MaskConfig
+from speft_ds.config.optimizer_config import OptimizerConfig
+from speft_ds.config.recipe import FIELDS
+from speft_ds.config.train_config import TrainConfig
+from unit.written import load, refused, words_to_type
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+def test_every_key_has_a_description():
+    assert [key for key, field in FIELDS.items() if not field.description] == []
+
+
+def test_num_trainable_switches_the_default_density_off(tmp_path):
+    mask = load(tmp_path, "", "mask.num_trainable=100").mask
+    assert (mask.density, mask.num_trainable) == (None, 100)
+    mask = load(tmp_path, "mask: {density: 0.1}", "mask.num_trainable=100", "mask.density=null").mask
+    assert (mask.density, mask.num_trainable) == (None, 100)
+    assert MaskConfig(num_trainable=5).density is None
+
+
+def test_steps_switch_the_default_epochs_off(tmp_path):
+    assert (load(tmp_path).train.steps, load(tmp_path).train.epochs) == (None, 1.0)
+    assert load(tmp_path, "", "train.steps=9").train.epochs is None
+    assert TrainConfig(steps=5).epochs is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_scored", "needs_calibration"),
+    [
+        ([], True, True),
+        (["mask.salience=lift"], True, False),
+        (["mask.load=m"], False, False),
+        (["mask.load=m", "mask.schedule=drop_grow"], False, False),
+        (["mask.load=m", "mask.schedule=periodic"], True, True),
+        (["mask.load=m", "mask.schedule=periodic", "mask.salience=random"], True, False),
+    ],
+)
+def test_when_a_mask_is_scored_and_on_rows(tmp_path, overrides, is_scored, needs_calibration):
+    mask = load(tmp_path, "", *overrides).mask
+    assert (mask.is_scored, mask.needs_calibration) == (is_scored, needs_calibration)
+
+
+def test_metrics_that_need_data_are_metrics():
+    data_free = {"magnitude", "low_magnitude", "synflow", "random", "lift"}
+    assert set(get_args(FIELDS["mask.salience"].annotation)) == NEEDS_DATA | data_free
+    assert not NEEDS_DATA & data_free
+
+
+NO_EFFECT = {  # -> the key and a value that would give it one
+    "mask.block_size=8": "mask.granularity=block",
+    "mask.lift_rank=8": "mask.salience=lift",
+    "mask.update_every=8": "mask.schedule=periodic",
+    "mask.drop_rate=0.3": "mask.schedule=drop_grow",
+    "mask.drop_anneal=cosine": "mask.schedule=drop_grow",
+    "mask.growth=sft_ma": "mask.schedule=drop_grow",
+    "mask.growth_steps=8": "mask.schedule=drop_grow",
+    "mask.topk_fraction=0.1": "mask.schedule=grad_topk",
+    "mask.gate_every=8": "mask.layer_gate=sampled",
+    "mask.gate_layers=8": "mask.layer_gate=sampled",
+    "optimizer.momentum=0.9": "optimizer.name=sgd",
+    "data.labels=[a,b]": "data.format=classification",
+    "data.template_no_input=x": "data.format=alpaca",
+    "data.select_rows=3": "data.select=longest",
+    "data.scorer=small": "data.select=ifd",
+}
+
+
+@pytest.mark.parametrize("override", NO_EFFECT)
+def test_a_key_without_effect_is_refused(tmp_path, override):
+    key, used_with = override.partition("=")[0], NO_EFFECT[override]
+    default = FIELDS[key].default
+    written = "null" if default is None else default
+    needed = {"data.template_no_input=x": ["data.template=x"], "data.scorer=small": ["data.select_rows=3"]}
+    (problem,) = refused(tmp_path, "", override).problems
+    assert problem.where == f"command line: {override}"
+    assert set(words_to_type(problem.fix)) == {used_with, f"{key}={written}"}
+    load(tmp_path, "", override, f"{key}={written}")  # both fixes, as typed
+    load(tmp_path, "", override, used_with, *needed.get(override, []))
+
+
+COMBINATIONS = [  # the last word is to blame
+    ["mask.granularity=row", "mask.budget=per_row"],
+    ["mask.granularity=block", "mask.schedule=drop_grow"],
+    ["mask.schedule=drop_grow", "mask.layer_gate=half"],
+    ["mask.schedule=drop_grow", "mask.layer_gate=sampled"],
+    ["mask.budget=per_row", "mask.schedule=drop_grow"],
+    ["mask.schedule=drop_grow", "mask.update_every=6", "mask.growth_steps=7"],
+    ["mask.salience=grasp"],
+    ["train.steps=9", "mask.schedule=periodic", "mask.update_every=9"],
+    ["mask.schedule=periodic", "train.steps=1", "mask.update_every=1"],
+    ["train.steps=20", "mask.schedule=drop_grow", "mask.growth_steps=6", "mask.update_every=20"],
+    ["optimizer.name=sgd", "optimizer.betas=[0.8,0.9]"],
+    ["optimizer.name=sgd", "optimizer.eps=1e-6"],
+    ["optimizer.name=lion", "optimizer.eps=1e-6"],
+    ["optimizer.name=lion", "optimizer.momentum=0.9"],
+    ["optimizer.clip_norm=null", "optimizer.clip=per_layer"],
+]
+
+
+@pytest.mark.parametrize("overrides", COMBINATIONS, ids=" ".join)
+def test_combinations_that_are_refused(tmp_path, overrides):
+    (problem,) = refused(tmp_path, "", *overrides).problems
+    assert problem.where == f"command line: {overrides[-1]}"
+    ways = words_to_type(problem.fix)
+    assert ways
+    for way in ways:
+        load(tmp_path, "", *overrides, way)  # each fix does, as typed
+
+
+def test_a_default_that_does_not_fit_is_refused_too(tmp_path):
+    for text, way in (
+        ("mask: {schedule: drop_grow, update_every: 3}", "mask.growth_steps=3"),
+        ("mask: {schedule: periodic}\ntrain: {steps: 60}", "mask.update_every=12"),
+    ):
+        (problem,) = refused(tmp_path, text).problems
+        assert way in words_to_type(problem.fix)
+        load(tmp_path, text, way)
+
+
+def test_a_key_without_effect_is_accepted_where_the_choice_is_given_too(tmp_path):
+    """One line of a recipe changed: its other lines may stay."""
+    text = "mask: {schedule: drop_grow, update_every: 20, growth: sft_ma}"
+    assert load(tmp_path, text, "mask.schedule=static").mask.update_every == 20
+    load(tmp_path, text, "mask.growth_steps=8")
+    # Not an optimizer's: what is left would be another optimizer's.
+    text = "optimizer: {betas: [0.8, 0.9]}"
+    assert load(tmp_path, text, "optimizer.name=lion").optimizer.betas == [0.8, 0.9]
+    (problem,) = refused(tmp_path, text, "optimizer.name=sgd").problems
+    assert problem.where == "mine.yaml:5 (optimizer.betas)"
+
+
+def test_a_loaded_mask_is_not_scored_by_grasp(tmp_path):
+    load(tmp_path, "", "mask.salience=grasp", "mask.load=mask.safetensors")
+    refused(tmp_path, "", "mask.salience=grasp", "mask.load=mask.safetensors", "mask.schedule=periodic")
+
+
+def test_lion_has_betas_of_its_own(tmp_path):
+    assert load(tmp_path, "optimizer: {name: lion}").optimizer.betas == [0.9, 0.99]
+    assert load(tmp_path, "optimizer: {name: lion, betas: [0.95, 0.98]}").optimizer.betas == [0.95, 0.98]
+    assert OptimizerConfig(name="lion").betas == [0.9, 0.99] and OptimizerConfig().betas == [0.9, 0.999]
+
+
+@pytest.mark.parametrize("name", get_args(FIELDS["optimizer.name"].annotation))
+def test_the_resolved_recipe_of_a_run_loads_again(tmp_path, name):
+    """It gives every key a value, those without effect, too."""
+    recipe = load(tmp_path, "", f"optimizer.name={name}")
+    (tmp_path / "again.yaml").write_text(resolved_yaml(recipe))
+    assert load_recipe("./again.yaml").optimizer == recipe.optimizer
+
+
+# Mixtures
+
+
+@pytest.mark.parametrize(
+    ("source", "key"),
+    [
+        ("{path: a, format: alpaca, template_no_input: x}", "template_no_input"),
+        ("{path: a, format: messages, template: x}", "template"),
+        ("{path: a, format: messages, chat_template: false}", "chat_template"),
+    ],
+)
+def test_a_source_of_a_mixture_that_contradicts_itself(tmp_path, source, key):
+    mixture = f"data.mixture=[{{path: b}}, {source}]"
+    (problem,) = refused(tmp_path, "", "data.path=null", mixture).problems
+    assert "data.mixture[1]" in problem.what and problem.where == f"command line: {mixture}" and problem.fix
+    text = f"mixture:\n  - path: b\n  - path: a\n    {source[10:-1].replace(', ', chr(10) + '    ')}\n"
+    (tmp_path / "other.yaml").write_text("model: {name_or_path: m}\ndata:\n  " + text.replace("\n", "\n  "))
+    with pytest.raises(Exception, match=rf"other\.yaml:\d \(data\.mixture\[1\]\.{key}\)"):
+        load_recipe("other.yaml")
+
+
+def test_a_source_s_own_template_stands_alone(tmp_path):
+    shared = ["data.format=alpaca", "data.template='{instruction}: {input}'"]
+    shared += ["data.template_no_input='{instruction}'"]
+    mixture = "data.mixture=[{path: a}, {path: b, template: 'Do {instruction}'}]"
+    one, other = load(tmp_path, "", "data.path=null", mixture, *shared).data.sources
+    assert (one.template, one.template_no_input) == ("{instruction}: {input}", "{instruction}")
+    assert (other.template, other.template_no_input) == ("Do {instruction}", None)
+
+
+def test_all_rows_of_another_file(tmp_path):
+    text = "  mixture: [{path: a, weight: 1}, {path: b, weight: 2}]\n  select: random\n  select_rows: 3"
+    data = load(tmp_path, text.replace("mixture", "subset: s\n  mixture"), "data.path=null").data
+    other = data.of_file("c.jsonl")
+    assert [source.path for source in other.sources] == ["c.jsonl"] and other.weights is None
+    assert (other.select, other.select_rows, other.subset) == ("all", None, "s")
+    assert data.of_file("c", ["x", "y"]).labels == ["x", "y"]

@@ -8,6 +8,7 @@ ZeRO-3 demands.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Hashable
 from itertools import groupby
@@ -18,14 +19,17 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from speft_ds.comm import collectives, watchdog
-from speft_ds.evaluation.progress import Progress
+from speft_ds.comm.collectives import log_rank0
 from speft_ds.evaluation.prompt_formats import PromptFormat
 from speft_ds.evaluation.response_cache import ResponseCache
 
 MAX_LOGITS = 2**28  # per batch (1 GiB in fp32): lm-eval keeps the logits of all positions
+LOG_EVERY_S = 30.0  # the progress, where there is no terminal to show a bar on
+LOG_LINE = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, about {remaining} left"
 
 
 class EngineLM(HFLM):
@@ -160,8 +164,9 @@ def shard_batches(compute: Callable[[list], list], batches: list[list], needs_fi
         needs_fillers: a rank without a batch computes one all the same, since its forwards gather weights.
     """
     rank, world_size = collectives.rank(), collectives.world_size()
-    own, done, total = [], 0, sum(map(len, batches))
-    with Progress("scoring", total) as progress:
+    own, done, total, start = [], 0, sum(map(len, batches)), time.monotonic()
+    logged = start
+    with tqdm(total=total, desc="scoring", leave=False, disable=None if rank == 0 else True) as bar:
         for first in range(0, len(batches), world_size):
             watchdog.heartbeat(f"evaluation, batch {first + 1} of {len(batches)}")
             collectives.raise_if_stop_requested()
@@ -172,8 +177,13 @@ def shard_batches(compute: Callable[[list], list], batches: list[list], needs_fi
                 responses = compute([request for _, request in batch])
             if has_batch:
                 own += [(position, each) for (position, _), each in zip(batch, responses, strict=True)]
-            done += sum(map(len, batches[first : first + world_size]))
-            progress.update(done)
+            size = sum(map(len, batches[first : first + world_size]))
+            done, now = done + size, time.monotonic()
+            bar.update(size)
+            if bar.disable and now - logged > LOG_EVERY_S:
+                logged = now
+                line = {"prefix": "scoring", "unit": "", "bar_format": LOG_LINE}
+                log_rank0(tqdm.format_meter(done, total, now - start, **line))
     all_responses = dict(pair for part in collectives.all_gather_objects(own) for pair in part)
     assert sorted(all_responses) == list(range(total))
     return [all_responses[position] for position in range(total)]

@@ -28,12 +28,10 @@ class Scored:
 
     Attributes:
         file: the contents of `eval/<label>.json`.
-        samples: task -> its documents, with prompts and responses, as lm-eval logs them.
-        results: lm-eval's own.
+        results: lm-eval's own; of these `samples`: task -> its documents, with prompts and responses.
     """
 
     file: Evaluation
-    samples: dict[str, list[dict]] = field(default_factory=dict)
     results: dict = field(default_factory=dict)
 
 
@@ -88,7 +86,8 @@ def keep_scores(folder: Path, scored: Scored, section: EvalConfig) -> None:
 
     documents = folder / scored.file.label
     shutil.rmtree(documents, ignore_errors=True)
-    for task, rows in scored.samples.items() if section.samples else ():
+    samples = scored.results.get("samples", {}) if section.samples else {}
+    for task, rows in samples.items():
         with replacing(documents / f"{task}.jsonl") as temporary:
             lines = (json.dumps(row, default=handle_non_serializable, ensure_ascii=False) for row in rows)
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

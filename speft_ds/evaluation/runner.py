@@ -89,7 +89,7 @@ class EvalRunner:
         cache = ResponseCache({**of, **run_by}) if is_base else None
         prompt_format = self.formats[job.format]
         lm = EngineLM(model, self.tokenizer, section.batch_size, is_sharded, prompt_format, cache)
-        results, notes = self._results(lm, job) if job.tasks else (None, [])
+        results, notes = self._results(lm, job) if job.tasks else ({}, [])
         perplexity = text_perplexity(lm, section) if job.has_text else None
         if collectives.rank() != 0:
             return None
@@ -122,7 +122,7 @@ class EvalRunner:
             cached=cache is not None and cache.has_everything,
             notes=notes,
         )
-        return Scored(file, results["samples"], results) if results else Scored(file)
+        return Scored(file, results)
 
     def _results(self, lm: EngineLM, job: EvalJob) -> tuple[dict, list[str]]:
         """lm-eval's results, with the prompts as the model got them; and notes on the tasks."""

@@ -1,7 +1,6 @@
 """`speft submit`: the script that it writes, what it refuses before the queue, and what it says."""
 
 import json
-import re
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ from speft_ds.cli.commands import submit as module
 from speft_ds.cli.commands.submit import Resources, Run, submit
 from speft_ds.config.load_recipe import ROOT, load_recipe, resolved_yaml
 from speft_ds.errors import RecipeError, UserError
-from unit.commands import run, speft
+from unit.commands import run
 from unit.written import write_inputs
 
 TWO_NODES = Resources(nodes=2, ranks_per_node=1)
@@ -163,15 +162,3 @@ def test_options_of_the_command_line(monkeypatch):
 def test_it_imports_no_torch():
     code = "import sys, speft_ds.cli.commands.submit; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
-def readme_lines():
-    text = (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
-    blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ")
-    return [line.partition("  #")[0] for line in blocks.splitlines() if line.startswith("speft submit")]
-
-
-@pytest.mark.parametrize("line", readme_lines())
-def test_commands_of_the_readme(line):
-    done = speft(*line.split()[1:], "--dry-run")
-    assert done.returncode == 0 and done.stdout.startswith("#!"), done.stderr

@@ -7,19 +7,10 @@ from speft_ds.evaluation.prompt_formats import PromptFormat, prompt_formats
 PROMPT = "Question: What is 1:2?\nAnswer: half\n\nQuestion: Why: so?\nFinal Answer:"
 
 
-@pytest.mark.parametrize(
-    ("format", "prompt", "rewritten"),
-    [
-        (
-            PromptFormat(str.upper, " -", "\n"),
-            PROMPT,
-            "QUESTION - What is 1:2?\nANSWER - half\n\nQUESTION - Why: so?\nFINAL ANSWER -",
-        ),
-        (PromptFormat(str, ":", "\n\n"), "Text: a\nb\nLabel:", "Text: a\nb\n\nLabel:"),
-    ],
-)
-def test_descriptors_are_rewritten_and_nothing_else(format, prompt, rewritten):
-    assert format.rewrite(prompt) == rewritten
+def test_descriptors_are_rewritten_and_nothing_else():
+    rewritten = PromptFormat(str.upper, " -", "\n").rewrite(PROMPT)
+    assert rewritten == "QUESTION - What is 1:2?\nANSWER - half\n\nQUESTION - Why: so?\nFINAL ANSWER -"
+    assert PromptFormat(str, ":", "\n\n").rewrite("Text: a\nb\nLabel:") == "Text: a\nb\n\nLabel:"
 
 
 @pytest.mark.parametrize("prompt", ["", "say cat please", "see http://a: b\n- x: y", "{'Key': 1}"])

@@ -101,7 +101,7 @@ def scored(tmp_path):
     for job in jobs_of(recipe.eval, "before"):
         facts = {"model": "base", "asked": asked(job, OF, recipe), "scores": []}
         file = Evaluation(label=job.label, kind=job.kind, **facts)
-        keep_scores(tmp_path, Scored(file, {"quiz": [{"doc_id": 0}]}), recipe.eval)
+        keep_scores(tmp_path, Scored(file, {"samples": {"quiz": [{"doc_id": 0}]}}), recipe.eval)
 
     def left(of=OF, **section):
         recipe = recipe_with(**section)
@@ -143,6 +143,6 @@ def test_a_damaged_file_is_made_again(scored, text):
 
 def test_documents_of_an_earlier_evaluation_do_not_stay(scored):
     file = Evaluation(label="before", model="tuned", kind="main", scores=[])
-    keep_scores(scored.folder, Scored(file, {"other": []}), recipe_with().eval)
+    keep_scores(scored.folder, Scored(file, {"samples": {"other": []}}), recipe_with().eval)
     assert [path.name for path in (scored.folder / "before").iterdir()] == ["other.jsonl"]
     assert json.loads((scored.folder / "before.json").read_text()) == file.model_dump()

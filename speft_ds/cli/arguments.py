@@ -85,7 +85,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=NEWEST,
         metavar="PATH",
-        help="go on with the run in the run folder, from its newest complete checkpoint; or from the "
+        help="continue the run in the run folder from its newest complete checkpoint, or from the "
         f"checkpoint or run folder of this path; `{IF_ANY}`: only if there is a run, else start one",
     )
     parser.add_argument(

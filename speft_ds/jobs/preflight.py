@@ -123,7 +123,8 @@ def _source_problems(recipe: Recipe, key: str, source: Source, where: str) -> Pr
     if is_hub_dataset(source.path):
         if hub.has_dataset(source.path) or hub.is_reachable():
             return []
-        what = f"the data set {source.path} is not in the hub's cache, and cannot be fetched: {hub.why_unreachable()}"
+        why = hub.why_unreachable()
+        what = f"the data set {source.path} is not in the hub's cache, and cannot be fetched: {why}"
         return [UserError(what, where, hub.dataset_hint(source.path))]
     if path.is_dir():
         if not any(kind_of(file) for file in path.rglob("*")):

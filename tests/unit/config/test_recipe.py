@@ -112,7 +112,7 @@ def test_paths_of_a_recipe_are_expanded(tmp_path, monkeypatch):
     assert recipe.eval.include_path.startswith("/fast/speft_ds/")
 
 
-@pytest.mark.parametrize("module", ["entry", "cli.main"])  # they import all that is checked before a run
+@pytest.mark.parametrize("module", ["cli.launch", "cli.main"])  # they import all that is checked before a run
 def test_import_is_light(module):
     code = (
         f"import sys, speft_ds.{module}; "

@@ -16,8 +16,8 @@ HALF = {"layer_gate": "half", "gate_every": 4}
 def opened(gate: dict, period: int, seed: int = 5, names=NAMES) -> frozenset[str]:
     """What is open in a period, whatever was drawn before."""
     layer_gate = LayerSampler(MaskConfig(**gate), seed, names)
-    layer_gate.draw(period * gate["gate_every"])
-    return frozenset(name for name in names if layer_gate.is_open(name))
+    layer_gate.resample(period * gate["gate_every"])
+    return frozenset(name for name in names if layer_gate.is_active(name))
 
 
 def layers_of(names) -> set[int]:
@@ -67,14 +67,14 @@ def test_without_a_gate_all_is_open():
 def test_a_draw_lasts_a_period_and_depends_on_seed_and_period_alone(gate):
     by_step = []
     layer_gate = LayerSampler(MaskConfig(**gate), 5, NAMES)
-    assert layer_gate.open == opened(gate, 0)  # drawn before the first step
+    assert layer_gate.active == opened(gate, 0)  # drawn before the first step
     for step in range(40):
-        layer_gate.draw(step)
-        by_step.append(layer_gate.open)
+        layer_gate.resample(step)
+        by_step.append(layer_gate.active)
     assert by_step == [opened(gate, step // 4) for step in range(40)]
     assert len(set(by_step)) >= 6  # of ten periods; a draw of one in 35 may come twice
-    layer_gate.draw(0)
-    assert layer_gate.open == by_step[0]
+    layer_gate.resample(0)
+    assert layer_gate.active == by_step[0]
     other = [opened(gate, step // 4, seed=6) for step in range(40)]
     assert sum(a != b for a, b in zip(by_step, other, strict=True)) >= 32
 

@@ -145,7 +145,7 @@ def test_a_named_checkpoint_that_does_not_count_is_refused(tmp_path):
     path = unmark(folder_of(folder, 20))
     error = refusal(recipe, path)
     assert error.what.startswith(f"cannot resume from {path}: its save did not come to its end")
-    assert error.fix == f"take the newest whole one: --resume {folder.absolute()}"
+    assert error.fix == f"take the newest complete one: --resume {folder.absolute()}"
 
 
 def test_a_named_checkpoint_that_is_not_there_is_said_to_be_missing(tmp_path):

@@ -223,15 +223,13 @@ def test_of_a_finished_run_nothing_is_loaded():
 
 def test_a_run_that_somebody_writes_to_is_not_resumed(tmp_path):
     folder = make_run(10)
-    hold = "import sys, time; from pathlib import Path; from speft_ds import run_folder as r"
+    hold = "import sys, time; from pathlib import Path; from speft_ds.training import run_dir as r"
     script = f"{hold}; lock = r.Lock(Path('{folder}')); print(1, flush=True); time.sleep(60)"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         with contextlib.closing(holder.stdout):
-            patched = (
-                "from speft_ds import run_folder as r, entry; r.LOCK_WAIT_S = 0.2; entry.start('train', '')"
-            )
+            patched = "from speft_ds.training import run_dir as r; from speft_ds.cli import launch; r.LOCK_WAIT_S = 0.2; launch.start('train', '')"
             command = [sys.executable, "-c", patched, "--resume", str(folder)]
             ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
             holder.kill()

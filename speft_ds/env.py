@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import random
 import re
 import socket
 import subprocess
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from speft_ds import __version__
 
-PORTS = range(10_000, 30_000)  # a SLURM step takes one; below those that the system hands out
+PORTS = range(10_000, 30_000)  # for a run to take one; below those that the system hands out
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "lm_eval", "tokenizers")
 CPU_INFO = Path("/proc/cpuinfo")
 CACHE = "~/.cache/speft_ds"
@@ -58,10 +60,13 @@ def rank_env(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
+    """A port of this machine that nobody listens on now, and that the system does not hand out meanwhile."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+            with contextlib.suppress(OSError):
+                probe.bind(("", port))
+                return port
+    raise OSError(f"all ports from {PORTS[0]} to {PORTS[-1]} are taken")
 
 
 def _of_srun() -> dict[str, str]:

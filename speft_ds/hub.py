@@ -1,4 +1,7 @@
-"""What of the model hub is at hand: cached here, or reachable. Imports no torch; asks the network once."""
+"""The model hub: what of it is cached here, and whether it can be reached.
+
+Imports no torch; asks the network once.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import urlparse
 
-SECONDS = 1.5  # to wait for the hub to answer
+TIMEOUT_S = 1.5  # for the hub to answer
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
-GAVE_UP = "YES"  # our way to write HF_HUB_OFFLINE=1, which tells ranks and sub-processes who chose it
+BY_US = "YES"  # how we write HF_HUB_OFFLINE=1: it tells ranks and sub-processes who chose it
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
@@ -32,21 +35,21 @@ def is_offline_by_choice() -> bool:
 
 def go_offline() -> None:
     """Have the hub's libraries use their cache alone; to be called before any of them is imported."""
-    os.environ["HF_HUB_OFFLINE"] = GAVE_UP
+    os.environ["HF_HUB_OFFLINE"] = BY_US
 
 
 def is_reachable() -> bool:
-    """Whether a connection to the hub opens within SECONDS; False at once where the user says offline."""
+    """Whether a connection to the hub opens within TIMEOUT_S; False at once where the user says offline."""
     return not is_offline_by_choice() and _opens(endpoint())
 
 
 @lru_cache
 def _opens(address: str) -> bool:
-    """Whether a connection to an address opens in time; looking up a name knows no time limit by itself."""
+    """Whether a connection to an address opens in time; looking up a name has no time limit of its own."""
     answers: list[str | None] = []
     attempt = Thread(target=lambda: answers.append(connection_error(address)), daemon=True)
     attempt.start()
-    attempt.join(SECONDS)
+    attempt.join(TIMEOUT_S)
     return answers == [None]
 
 
@@ -58,7 +61,7 @@ def connection_error(url: str) -> str | None:
     target = urlparse(proxy if "//" in proxy else f"//{proxy}") if proxy else direct
     try:
         port = target.port or (443 if target.scheme == "https" else 80)
-        socket.create_connection((target.hostname, port), timeout=SECONDS).close()
+        socket.create_connection((target.hostname, port), timeout=TIMEOUT_S).close()
     except (OSError, ValueError) as error:
         return f"{error} (proxy {target.hostname})" if proxy else str(error)
     return None
@@ -78,7 +81,7 @@ def _hub_cache() -> Path:
 
 
 def model_folder(name_or_path: str) -> Path | None:
-    """A local model folder, or where the hub's cache has the model's config; None: not at hand."""
+    """A local model folder, or where the hub's cache has the model's config; None: neither."""
     if os.path.isdir(name_or_path):
         return Path(name_or_path)
     repo = _hub_cache() / f"models--{name_or_path.replace('/', '--')}"
@@ -112,7 +115,7 @@ def has_dataset(name: str) -> bool:
 
 def why_unreachable() -> str:
     """Why nothing can be fetched."""
-    by_choice = is_offline_by_choice() and os.environ.get("HF_HUB_OFFLINE") != GAVE_UP
+    by_choice = is_offline_by_choice() and os.environ.get("HF_HUB_OFFLINE") != BY_US
     return "offline by choice (HF_HUB_OFFLINE)" if by_choice else f"no answer from {endpoint()}"
 
 

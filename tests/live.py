@@ -31,7 +31,8 @@ PRELOAD = [
 ]
 
 
-def _server():
+def server():
+    """Where processes are forked from."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context
@@ -80,7 +81,7 @@ class LiveRun:
         for rank in range(num_ranks):
             environment = shared | rank_env(rank, num_ranks, port)
             body = (job, list(arguments), environment, log, (hooks or {}).get(rank))
-            self.processes.append(_server().Process(target=_rank, args=body, daemon=True))
+            self.processes.append(server().Process(target=_rank, args=body, daemon=True))
         for process in self.processes:
             process.start()
 

@@ -41,7 +41,7 @@ def read_rows(path: Path) -> list:
             tokenizer(text, add_special_tokens=False)["input_ids"]
             for text in (f"<s>{row['prompt']}</s><s>", f"{row['response']}</s>")
         )
-        rows.append(Row(prompt + response, [(len(prompt), len(prompt) + len(response))]))
+        rows.append(Row(prompt + response, [False] * len(prompt) + [True] * len(response)))
     return rows
 
 

@@ -1,6 +1,6 @@
 """Adapters on a live, plain `transformers` model: applied, switched and removed, bit for bit.
 
-The model keeps its base values at each adapter's indices, so that nothing is ever undone by arithmetic.
+The model keeps the base's values that the active adapter replaces, so nothing is ever undone by arithmetic.
 """
 
 from __future__ import annotations
@@ -13,36 +13,29 @@ from torch import Tensor, nn
 
 from speft_ds.adapter.format import Adapter
 from speft_ds.errors import UserError
+from speft_ds.io import same_bits
 
-STATE = "speft_adapters"  # the model's attribute with its `Adapters`
-
-
-@dataclass
-class Values:
-    """What an adapter changes in a weight: [n] flat indices (int64), and the values without and with it."""
-
-    name: str
-    index: Tensor
-    base: Tensor
-    tuned: Tensor
+STATE = "speft_adapters"  # the model's attribute that holds its `AppliedAdapters`
 
 
 @dataclass
-class Adapters:
+class AppliedAdapters:
     """The adapters of a model, of which one or none is in its weights.
 
     Attributes:
         fingerprint, dtype: of the base, checked before anything was applied.
-        values: adapter name -> what it changes; `config`: adapter name -> entries of the model's config.
-        config_before: those entries as they were before the active adapter.
+        values: adapter name -> weight name -> [n] flat indices (int64), and the [n] values it sets there.
+        config: adapter name -> entries of the model's configuration that it sets.
+        base_values, base_config: what the active adapter replaced.
     """
 
     fingerprint: str
     dtype: str
-    values: dict[str, list[Values]] = field(default_factory=dict)
+    values: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     config: dict[str, dict] = field(default_factory=dict)
-    config_before: dict = field(default_factory=dict)
     active: str | None = None
+    base_values: dict[str, Tensor] = field(default_factory=dict)
+    base_config: dict = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -61,7 +54,7 @@ def apply_adapter(model: nn.Module, folder: str | Path, name: str = "default") -
             nothing is changed.
     """
     adapter = Adapter.open(folder)
-    state = getattr(model, STATE, None)
+    facts, state = adapter.facts, getattr(model, STATE, None)
     if state is not None and name in state.values:
         fix = f"remove_adapter(model, {name!r}), or apply it by another name"
         raise UserError(f"an adapter named {name!r} is already applied", str(folder), fix)
@@ -69,15 +62,19 @@ def apply_adapter(model: nn.Module, folder: str | Path, name: str = "default") -
     check_weights(adapter, {key: tuple(weight.shape) for key, weight in weights.items()})
     if state is None:
         check_base(model, adapter)
-        state = Adapters(adapter.facts["fingerprint"], adapter.facts["dtype"])
-    elif (state.fingerprint, state.dtype) != (adapter.facts["fingerprint"], adapter.facts["dtype"]):
+        state = AppliedAdapters(facts["fingerprint"], facts["dtype"])
+    elif (state.fingerprint, state.dtype) != (facts["fingerprint"], facts["dtype"]):
         raise another_base(adapter)
-    read = [(key, *adapter.entries(key)) for key in adapter.names]
+    entries = {key: adapter.entries(key) for key in adapter.names}
     heads = {key: adapter.head(key) for key in adapter.heads}
     _activate(model, state, None)
-    values = [_with_delta(key, weights[key], index, delta) for key, index, delta in read]
-    values += [_with_values(key, weights[key], value) for key, value in heads.items()]
-    state.values[name], state.config[name] = values, classifier_config(adapter.facts)
+    values = {}
+    for key, (index, delta) in entries.items():
+        index = index.to(weights[key].device)
+        values[key] = index, with_delta(weights[key].data.view(-1)[index], delta)
+    for key, head in heads.items():
+        values[key] = torch.arange(head.numel(), device=weights[key].device), head.view(-1).to(weights[key])
+    state.values[name], state.config[name] = values, classifier_config(facts)
     setattr(model, STATE, state)
     _activate(model, state, name)
     return model
@@ -91,10 +88,7 @@ def switch_adapter(model: nn.Module, name: str | None) -> None:
         UserError: there is no such adapter, or the weights of the active one have been changed since;
             nothing is changed.
     """
-    state = getattr(model, STATE, None)
-    if name is not None and (state is None or name not in state.values):
-        there = ", ".join(state.values) if state is not None else "none"
-        raise UserError(f"the model has no adapter {name!r}", fix=f"its adapters: {there}")
+    state = _state_with(model, name)
     if state is not None:
         _activate(model, state, name)
 
@@ -105,17 +99,25 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> None:
     Raises:
         UserError: see `switch_adapter`.
     """
-    state = getattr(model, STATE, None)
-    if name is None or (state is not None and name == state.active):
-        switch_adapter(model, None)
-    if name is not None and (state is None or name not in state.values):
-        raise UserError(f"the model has no adapter {name!r}")
+    state = _state_with(model, name)
     if state is None:
         return
-    for forgotten in [name] if name is not None else list(state.values):
+    if name in (None, state.active):
+        switch_adapter(model, None)
+    for forgotten in list(state.values) if name is None else [name]:
         del state.values[forgotten], state.config[forgotten]
     if not state.values:  # whatever becomes of the model from here on, its fingerprint is taken anew
         delattr(model, STATE)
+
+
+def _state_with(model: nn.Module, name: str | None) -> AppliedAdapters | None:
+    """The model's state. Raises UserError where it has no adapter of this name, if one is given."""
+    state = getattr(model, STATE, None)
+    names = list(state.values) if state is not None else []
+    if name is not None and name not in names:
+        fix = f"its adapters: {', '.join(names) or 'none'}"
+        raise UserError(f"the model has no adapter {name!r}", "the model", fix)
+    return state
 
 
 def check_weights(adapter: Adapter, shape: dict[str, tuple[int, ...]]) -> None:
@@ -125,47 +127,37 @@ def check_weights(adapter: Adapter, shape: dict[str, tuple[int, ...]]) -> None:
         shape: of every weight of the model, by name.
     """
     for name in adapter.heads:
-        if shape.get(name) != adapter.head_shape(name):
-            raise UserError(
-                f"the adapter is a classifier's, with a head {name} of shape {adapter.head_shape(name)}",
-                where=str(adapter.folder),
-                fix="load the base by AutoModelForSequenceClassification, "
-                f"num_labels={adapter.head_shape(name)[0]}",
-            )
-    for name in adapter.names:
-        if shape.get(name) != adapter.shape[name]:
+        expected = adapter.head_shape(name)
+        if shape.get(name) != expected:
+            what = f"the adapter is a classifier's, with a head {name} of shape {expected}"
+            fix = f"load the base by AutoModelForSequenceClassification, num_labels={expected[0]}"
+            raise UserError(what, str(adapter.folder), fix)
+    for name, expected in adapter.shape.items():
+        if shape.get(name) != expected:
             has = f"of shape {shape[name]}" if name in shape else "not there"
-            what = (
-                f"the adapter is for another model: {name} is {has}, it changes one of {adapter.shape[name]}"
-            )
-            raise UserError(what, where=str(adapter.folder))
+            what = f"the adapter is for another model: {name} is {has}, it changes one of {expected}"
+            raise UserError(what, str(adapter.folder), f"load {adapter.facts['base']}")
 
 
 def check_base(model: nn.Module, adapter: Adapter) -> None:
     """Refuse a model that is not the base the adapter was trained on."""
     from speft_ds.model.fingerprint import fingerprint
 
-    facts, where = adapter.facts, str(adapter.folder)
+    dtype = adapter.facts["dtype"]
     if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):  # no DeepSpeed needed here
-        fix = "load it without DeepSpeed"
-        raise UserError("the model is sharded by ZeRO-3", where="apply_adapter", fix=fix)
+        raise UserError("the model is sharded by ZeRO-3", "apply_adapter", "load it without DeepSpeed")
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
-    if dtypes != {facts["dtype"]}:
-        raise UserError(
-            f"the adapter was trained on {facts['dtype']} weights, the model has {', '.join(sorted(dtypes))}",
-            where=where,
-            fix=f"load the base with dtype=torch.{facts['dtype']}",
-        )
-    if fingerprint(model) != facts["fingerprint"]:
+    if dtypes != {dtype}:
+        what = f"the adapter was trained on {dtype} weights, the model has {', '.join(sorted(dtypes))}"
+        raise UserError(what, str(adapter.folder), f"load the base with dtype=torch.{dtype}")
+    if fingerprint(model) != adapter.facts["fingerprint"]:
         raise another_base(adapter)
 
 
 def another_base(adapter: Adapter) -> UserError:
-    return UserError(
-        "the adapter was trained on another base: the weights of this model have another fingerprint",
-        where=str(adapter.folder),
-        fix=f"load {adapter.facts['base']} unchanged (an adapter that is already applied changes it, too)",
-    )
+    what = "the adapter was trained on another base: the weights of this model have another fingerprint"
+    fix = f"load {adapter.facts['base']} unchanged (an adapter that is already applied changes it, too)"
+    return UserError(what, str(adapter.folder), fix)
 
 
 def with_delta(base: Tensor, delta: Tensor, alpha: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
@@ -190,70 +182,46 @@ def classifier_config(facts: dict) -> dict:
     }
 
 
-def _with_delta(name: str, weight: nn.Parameter, index: Tensor, delta: Tensor) -> Values:
-    index = index.to(weight.device)
-    base = weight.data.view(-1).index_select(0, index)
-    return Values(name, index, base, with_delta(base, delta))
-
-
-def _with_values(name: str, weight: nn.Parameter, value: Tensor) -> Values:
-    index = torch.arange(weight.numel(), device=weight.device)
-    return Values(name, index, weight.data.reshape(-1).clone(), value.reshape(-1).to(weight))
-
-
-def _activate(model: nn.Module, state: Adapters, name: str | None) -> None:
-    """Write the base's values back, then those of the adapter `name`."""
-    if name == state.active:
-        return
-    weights = dict(model.named_parameters())
-    if state.active is not None:
-        for values in state.values[state.active]:
-            _check_unchanged(values, weights, state.active)
-        for values in state.values[state.active]:
-            weights[values.name].data.view(-1).index_copy_(0, values.index, values.base)
-        _set(model, state.config_before)
-        state.config_before, state.active = {}, None
-    if name is not None:
-        for values in state.values[name]:
-            _move(values, weights[values.name])
-            weights[values.name].data.view(-1).index_copy_(0, values.index, values.tuned)
-        state.config_before, state.active = _set(model, state.config[name]), name
-
-
-def _check_unchanged(values: Values, weights: dict[str, nn.Parameter], name: str) -> None:
-    """Refuse to write over what somebody else has written."""
-    from speft_ds.model.fingerprint import INTEGER_VIEW
-
-    weight = weights.get(values.name)
-    if weight is not None and weight.dtype == values.tuned.dtype:
-        _move(values, weight)
-        now = weight.data.view(-1).index_select(0, values.index)
-        as_bits = INTEGER_VIEW[now.dtype]
-        if torch.equal(now.view(as_bits), values.tuned.view(as_bits)):
-            return
-    raise UserError(
-        f"{values.name} has changed since the adapter {name!r} was applied, which cannot be undone exactly",
-        where="the model",
-        fix="load the base again",
-    )
-
-
-def _move(values: Values, weight: nn.Parameter) -> None:
-    """Follow a model that was moved to another device."""
-    for part in ("index", "base", "tuned"):
-        setattr(values, part, getattr(values, part).to(weight.device))
-
-
-def set_config(model: nn.Module, facts: dict) -> None:
-    """Name a classifier's classes in the model's configuration; nothing for other adapters."""
-    _set(model, classifier_config(facts))
-
-
-def _set(model: nn.Module, entries: dict) -> dict:
-    """Set entries of the configuration; returns what they were before."""
+def set_config(model: nn.Module, entries: dict) -> dict:
+    """Set entries of a model's configuration; returns what they were before."""
     before = {}
     for key, value in entries.items():
         config = model.config.get_text_config() if key == "pad_token_id" else model.config
         before[key] = getattr(config, key)
         setattr(config, key, value)
     return before
+
+
+def _activate(model: nn.Module, state: AppliedAdapters, name: str | None) -> None:
+    """Write the base's values back, then those of the adapter `name`."""
+    if name == state.active:
+        return
+    weights = dict(model.named_parameters())
+    if state.active is not None:
+        active = state.values[state.active]
+        for key, (index, values) in active.items():
+            if key not in weights or not _has_values(weights[key], index, values):
+                what = f"{key} has changed since the adapter {state.active!r} was applied"
+                raise UserError(f"{what}, which cannot be undone exactly", "the model", "load the base again")
+        for key, (index, _) in active.items():
+            _write_at(weights[key], index, state.base_values.pop(key))
+        set_config(model, state.base_config)
+        state.active = None
+    if name is not None:
+        for key, (index, values) in state.values[name].items():
+            state.base_values[key] = _values_at(weights[key], index)
+            _write_at(weights[key], index, values)
+        state.base_config, state.active = set_config(model, state.config[name]), name
+
+
+# Indices and values stay where they were made; those of a model that has moved follow it as they are used.
+def _values_at(weight: nn.Parameter, index: Tensor) -> Tensor:
+    return weight.data.view(-1).index_select(0, index.to(weight.device))
+
+
+def _has_values(weight: nn.Parameter, index: Tensor, values: Tensor) -> bool:
+    return same_bits(_values_at(weight, index), values.to(weight.device))
+
+
+def _write_at(weight: nn.Parameter, index: Tensor, values: Tensor) -> None:
+    weight.data.view(-1).index_copy_(0, index.to(weight.device), values.to(weight.device))

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment
 
-from speft_ds.adapter.format import CARD, TENSORS, Adapter
-from speft_ds.hub import is_hub_id
+from speft_ds.adapter.format import CARD, Adapter
 from speft_ds.io import flush_to_disk, replacing
 
-PIPELINES = {"causal_lm": "text-generation", "sequence_classification": "text-classification"}
-AUTO_CLASSES = {
-    "causal_lm": "AutoModelForCausalLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
+REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+TASKS = {  # by name: the hub's pipeline, and the class that loads the base
+    "causal_lm": ("text-generation", "AutoModelForCausalLM"),
+    "sequence_classification": ("text-classification", "AutoModelForSequenceClassification"),
 }
 # Keys of the recipe that the card shows: (section, key, what it is).
 SHOWN = (
@@ -36,13 +38,12 @@ def write_card(folder: str | Path, scores: Sequence[dict[str, Any]]) -> None:
         folder: the adapter's.
         scores: see `card_text`.
     Raises:
-        UserError: there is no whole adapter.
+        UserError: there is no complete adapter.
         OSError: it cannot be written.
     """
     adapter = Adapter.open(folder)
-    text = card_text(adapter.facts, scores, (adapter.folder / TENSORS).stat().st_size)
     with replacing(adapter.folder / CARD) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(card_text(adapter.facts, scores, adapter.num_bytes), encoding="utf-8")
         flush_to_disk(temporary)
 
 
@@ -54,51 +55,47 @@ def card_text(facts: dict, scores: Sequence[dict[str, Any]], num_bytes: int | No
         scores: rows of the table: `task`, `metric`, `before`, `after` and `stderr`, each None where unknown.
         num_bytes: of adapter.safetensors.
     """
-    base = _base_name(facts["base"])
-    name = _of_recipe(facts, "name")
-    title = f"{name}: sparse fine-tuning of {base}" if name else f"Sparse fine-tuning of {base}"
-    parts = [
-        f"---\n{_metadata(facts)}---\n\n# {title}",
-        "An adapter of sparse fine-tuning: some of the base's own weights, changed. Made with speft_ds.",
-        _table(("what", "value"), _what(facts, num_bytes)),
-        *_scores(scores),
-        _usage(facts, base),
-    ]
-    return "\n\n".join(parts) + "\n"
+    environment = Environment(trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["cell"] = _cell
+    template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    base, name = _public_name(facts["base"]), _of_recipe(facts, "name")
+    return environment.from_string(template).render(
+        facts=facts,
+        scores=scores,
+        metadata=_metadata(facts),
+        title=f"{name}: sparse fine-tuning of {base}" if name else f"Sparse fine-tuning of {base}",
+        rows=_rows(facts, base, num_bytes),
+        auto_class=TASKS.get(facts.get("task"), TASKS["causal_lm"])[1],
+        base_as_code=json.dumps(base),
+    )
 
 
 def _metadata(facts: dict) -> str:
     """The card's YAML, but for the licence, which is the user's to choose."""
     metadata: dict[str, Any] = {"library_name": "speft_ds"}
-    if is_hub_id(facts["base"]):
+    if is_repo_id(facts["base"]):
         metadata |= {"base_model": facts["base"], "base_model_relation": "adapter"}
-    if pipeline := PIPELINES.get(facts.get("task")):
-        metadata["pipeline_tag"] = pipeline
+    if facts.get("task") in TASKS:
+        metadata["pipeline_tag"] = TASKS[facts["task"]][0]
     metadata["tags"] = ["sparse-fine-tuning", "speft", "adapter"]
-    if datasets := [path for path in _data_paths(facts) if is_hub_id(path)]:
+    if datasets := [path for path in _data_paths(facts) if is_repo_id(path)]:
         metadata["datasets"] = datasets
-    return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) + "# license: yours to choose\n"
+    return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
 
 
-def _what(facts: dict, num_bytes: int | None) -> list[tuple[str, str]]:
-    """What was trained, from what, and how large it is: rows of a table."""
-    rows = [("base", f"{_base_name(facts['base'])}, in {facts['dtype']}"), ("changed weights", _count(facts))]
-    rows += [("classes", ", ".join(map(str, facts["classes"])))] if facts.get("classes") else []
+def _rows(facts: dict, base: str, num_bytes: int | None) -> list[tuple[str, Any]]:
+    """What was trained, from what, and how large it is."""
+    count, targets = facts["num_entries"], (facts.get("mask") or {}).get("num_target_elements")
+    share = f" of {targets:,} ({count / targets:.3%})" if isinstance(targets, int) and targets else ""
+    rows = [("base", f"{base}, in {facts['dtype']}"), ("changed weights", f"{count:,}{share}")]
+    rows += [("classes", ", ".join(facts["classes"]))] if facts.get("classes") else []
     if num_bytes is not None:
-        size = f"{num_bytes / 2**20:.2f} MiB, {num_bytes / max(facts['num_entries'], 1):.2f} bytes an entry"
-        rows.append(("size", size))
+        rows.append(("size", f"{num_bytes / 2**20:.2f} MiB, {num_bytes / max(count, 1):.2f} bytes an entry"))
     if paths := _data_paths(facts):
-        rows.append(("data", ", ".join(path if is_hub_id(path) else Path(path).name for path in paths)))
-    for section, key, what in SHOWN:
-        if (value := _of_recipe(facts, section, key)) is not None:
-            rows.append((what, str(value)))
+        rows.append(("data", ", ".join(path if is_repo_id(path) else Path(path).name for path in paths)))
+    shown = [(what, _of_recipe(facts, section, key)) for section, key, what in SHOWN]
+    rows += [(what, str(value)) for what, value in shown if value is not None]
     return rows + [("made by", _step(step)) for step in _list(facts.get("history"))]
-
-
-def _count(facts: dict) -> str:
-    among = (facts.get("mask") or {}).get("num_target_elements")
-    of_all = f" of {among:,} ({facts['num_entries'] / among:.3%})" if isinstance(among, int) and among else ""
-    return f"{facts['num_entries']:,}{of_all}"
 
 
 def _step(step: object) -> str:
@@ -107,51 +104,23 @@ def _step(step: object) -> str:
         return str(step)
     options = " ".join(f"{key}={value}" for key, value in step.items() if key not in ("command", "of"))
     sources = [str(source.get("folder")) for source in _list(step.get("of")) if isinstance(source, dict)]
-    made_of = f" of {', '.join(sources)}" if sources else ""
-    return f"{step.get('command')} {options}{made_of}"
-
-
-def _scores(scores: Sequence[dict[str, Any]]) -> list[str]:
-    if not scores:
-        return []
-    heads = ("task", "metric", "before", "after", "standard error")
-    rows = [
-        [_cell(row.get(key)) for key in ("task", "metric", "before", "after", "stderr")] for row in scores
-    ]
-    return ["## Scores", _table(heads, rows)]
+    return f"{step.get('command')} {options}" + (f" of {', '.join(sources)}" if sources else "")
 
 
 def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    """A value in a table of markdown."""
+    text = "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|")
 
 
-def _usage(facts: dict, base: str) -> str:
-    """How to load it, merge it and hand it to other tools."""
-    auto = AUTO_CLASSES.get(facts.get("task"), "AutoModelForCausalLM")
-    labels = f", num_labels={len(facts['classes'])}" if facts.get("classes") else ""
-    return f"""## Use
-
-```python
-import torch, speft_ds
-from transformers import {auto}
-
-model = {auto}.from_pretrained({json.dumps(base)}, dtype=torch.{facts["dtype"]}{labels})
-speft_ds.apply_adapter(model, "ADAPTER")  # this folder
-```
-
-Only the very base that it was made for is accepted. As an ordinary checkpoint, or for PEFT:
-
-```bash
-speft merge ADAPTER merged
-speft export ADAPTER for_peft --format peft
-```"""
+def is_repo_id(name: str) -> bool:
+    """Whether it is the name of a repository, and no folder or file here."""
+    return REPO_ID.fullmatch(name) is not None and not os.path.exists(name)
 
 
-def _base_name(base: str) -> str:
+def _public_name(base: str) -> str:
     """A hub name as it is; of a local folder its last part, which says nothing of the machine."""
-    return base if is_hub_id(base) else Path(base).name or base
+    return base if is_repo_id(base) else Path(base).name or base
 
 
 def _data_paths(facts: dict) -> list[str]:
@@ -171,8 +140,3 @@ def _of_recipe(facts: dict, *keys: str) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -9,16 +9,8 @@ from pathlib import Path
 
 import torch
 
-from speft_ds.adapter.derive import (
-    Entries,
-    check_output,
-    check_same_base,
-    history,
-    no_entries,
-    open_adapter,
-    write_derived,
-)
-from speft_ds.adapter.format import Adapter
+from speft_ds.adapter.derive import check_output, check_same_base, history, open_adapter, write_derived
+from speft_ds.adapter.format import Adapter, Entries
 from speft_ds.errors import UserError
 
 # Facts that a composed adapter takes over; the recipes are those of its sources alone.
@@ -41,25 +33,6 @@ class Collisions:
     num_shared: int = 0
     num_opposite: int = 0
 
-    def add(self, other: Collisions) -> None:
-        self.num_entries += other.num_entries
-        self.num_shared += other.num_shared
-        self.num_opposite += other.num_opposite
-
-
-def add_entries(parts: Sequence[Entries], weights: Sequence[float]) -> tuple[Entries, Collisions]:
-    """The weighted sum of entries of one weight, in fp32 and in the order of the parts."""
-    if not parts:
-        return no_entries(), Collisions()
-    index, position = torch.cat([index for index, _ in parts]).unique(return_inverse=True)
-    weighted = torch.cat([delta * weight for (_, delta), weight in zip(parts, weights, strict=True)])
-    delta = torch.zeros(index.numel()).index_add_(0, position, weighted)
-    rises, falls = torch.zeros(2, index.numel(), dtype=torch.bool)
-    rises[position[weighted > 0]] = True
-    falls[position[weighted < 0]] = True
-    num_shared = int((torch.bincount(position) > 1).sum())
-    return (index, delta), Collisions(index.numel(), num_shared, int((rises & falls).sum()))
-
 
 def compose(
     sources: Sequence[str | Path], output: str | Path, weights: Sequence[float] | None = None
@@ -78,21 +51,31 @@ def compose(
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     _check(adapters, weights)
     check_output(output)
-    met = Collisions()
-
-    def entries(name: str) -> Entries:
-        having = [number for number, adapter in enumerate(adapters) if name in adapter.shape]
-        parts = [adapters[number].entries(name) for number in having]
-        total, own = add_entries(parts, [weights[number] for number in having])
-        met.add(own)
-        return total
-
+    collisions = Collisions()
     heads = {name: adapter.head(name) for adapter in adapters for name in adapter.heads}
-    write_derived(output, _facts(adapters, weights, met), entries, heads)
-    return met
+    write_derived(
+        output,
+        _facts(adapters, weights),
+        lambda name: _weighted_sum([adapter.entries(name) for adapter in adapters], weights, collisions),
+        heads,
+    )
+    return collisions
 
 
-def _facts(adapters: list[Adapter], weights: list[float], met: Collisions) -> dict:
+def _weighted_sum(parts: Sequence[Entries], weights: Sequence[float], collisions: Collisions) -> Entries:
+    """The entries of one weight, summed in fp32 and in the order of the parts; counts where they meet."""
+    index, position = torch.cat([index for index, _ in parts]).unique(return_inverse=True)
+    weighted = torch.cat([delta * weight for (_, delta), weight in zip(parts, weights, strict=True)])
+    rises, falls = torch.zeros(2, index.numel(), dtype=torch.bool)
+    rises[position[weighted > 0]] = True
+    falls[position[weighted < 0]] = True
+    collisions.num_entries += index.numel()
+    collisions.num_shared += int((torch.bincount(position) > 1).sum())
+    collisions.num_opposite += int((rises & falls).sum())
+    return index, torch.zeros(index.numel()).index_add_(0, position, weighted)
+
+
+def _facts(adapters: list[Adapter], weights: list[float]) -> dict:
     facts = {key: adapters[0].facts[key] for key in KEPT if key in adapters[0].facts}
     for adapter in adapters:
         if adapter.heads:
@@ -112,9 +95,8 @@ def _check(adapters: list[Adapter], weights: list[float]) -> None:
     if not all(map(math.isfinite, weights)):
         raise UserError(f"the weights are {weights}", "--weights", "finite numbers")
     check_same_base(adapters)
-    if len(with_head := [str(adapter.folder) for adapter in adapters if adapter.heads]) > 1:
-        raise UserError(
-            "more than one adapter has a classifier's head: heads cannot be added",
-            where=" and ".join(with_head),
-            fix="compose one classifier with adapters of language models",
-        )
+    with_head = [str(adapter.folder) for adapter in adapters if adapter.heads]
+    if len(with_head) > 1:
+        what = "more than one adapter has a classifier's head: heads cannot be added"
+        fix = "compose one classifier with adapters of language models"
+        raise UserError(what, " and ".join(with_head), fix)

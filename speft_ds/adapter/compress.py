@@ -3,28 +3,133 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from speft_ds.adapter.derive import Entries, check_output, history, no_entries, open_adapter, write_derived
-from speft_ds.adapter.format import TENSORS, Adapter
-from speft_ds.adapter.largest import Largest
+from speft_ds.adapter.derive import check_output, history, open_adapter, write_derived
+from speft_ds.adapter.format import Adapter, Entries
 from speft_ds.data.sampler import hash_seed
 from speft_ds.errors import UserError
 
 METHODS = ("dare", "ternary", "topk")
 UNIFORM_BITS = 53
+LOW_BITS = 16  # of a magnitude's 32: each pass of `Largest` counts half of them
+CHUNK = 2**20  # values handled at once, to bound the temporaries
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Entries, and bytes of adapter.safetensors, before and after."""
+class Largest:
+    """The k largest magnitudes of a stream of tensors, exactly, holding one tensor at a time.
 
-    entries: tuple[int, int]
-    bytes: tuple[int, int]
+    Two passes find the k-th largest magnitude, by histograms of the upper and the lower halves of its bits,
+    which grow with the magnitude; a third, by `take`, takes the values. All passes must see the same tensors
+    in the same order: of equal magnitudes, the first are taken.
+
+    Args:
+        stream: starts a pass: [n] finite fp32 values at a time.
+        k: how many to take, at least 1; all, where the stream has fewer.
+    """
+
+    def __init__(self, stream: Callable[[], Iterable[Tensor]], k: int):
+        high, above = _digit(_histogram(stream(), lambda bits: bits >> LOW_BITS), k)
+        low_digits = _histogram(stream(), lambda bits: bits[bits >> LOW_BITS == high] & (2**LOW_BITS - 1))
+        low, higher = _digit(low_digits, k - above)
+        self._threshold = high << LOW_BITS | low  # the bits of the k-th largest magnitude
+        self._num_ties = k - above - higher  # how many values of just this magnitude are still to be taken
+
+    def take(self, values: Tensor) -> Tensor:
+        """Sorted int64 positions of those of the next [n] values that are taken."""
+        bits = values.abs().view(torch.int32)
+        positions = (bits >= self._threshold).nonzero()[:, 0]
+        is_tie = bits[positions] == self._threshold
+        taken = ~is_tie | (is_tie.cumsum(0) <= self._num_ties)
+        self._num_ties -= int((is_tie & taken).sum())
+        return positions[taken]
+
+
+def _histogram(tensors: Iterable[Tensor], digit: Callable[[Tensor], Tensor]) -> Tensor:
+    """[2^LOW_BITS] int64: how many values of all tensors have each digit."""
+    counts = torch.zeros(2**LOW_BITS, dtype=torch.int64)
+    for values in tensors:
+        for chunk in values.split(CHUNK):
+            counts += digit(chunk.abs().view(torch.int32)).bincount(minlength=len(counts))
+    return counts
+
+
+def _digit(histogram: Tensor, k: int) -> tuple[int, int]:
+    """The digit of the k-th value from above (the lowest, of fewer), and how many values lie above it."""
+    at_least = histogram.flip(0).cumsum(0).flip(0)
+    digit = max(int((at_least >= k).sum()) - 1, 0)
+    return digit, int(at_least[digit] - histogram[digit])
+
+
+def compress(
+    source: str | Path,
+    output: str | Path,
+    method: str | None = None,
+    keep: float = 1.0,
+    seed: int = 0,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """Write a smaller adapter. A classifier's head is kept as it is.
+
+    Args:
+        source: an adapter, or the folder of a run; output: the new adapter's folder.
+        method: `dare` (see `drop_and_rescale`); `topk`, the largest deltas; `ternary`: of the largest deltas
+            the signs, times one number for all, `scale` standard deviations of all deltas (ComPEFT, Yadav
+            et al. 2023), without deltas of 0; None: all entries as they are.
+        keep: fraction of the entries to keep, in (0, 1]; with `dare`, of each the probability.
+        seed: of `dare`.
+        dtype: of the deltas on disk, fp32 or bf16; None: as they are.
+    Returns:
+        The new adapter.
+    Raises:
+        UserError: an option out of range, or an adapter that cannot be read or written.
+    """
+    _check(method, keep, scale)
+    adapter = open_adapter(source)
+    check_output(output)
+    dtype = dtype or adapter.delta_dtype
+    compressed = _compressor(adapter, method, keep, seed, scale)
+    options = {"dare": {"seed": seed}, "ternary": {"scale": scale}}.get(method, {})
+    step = {"command": "compress"} | ({"method": method, "keep": keep, **options} if method else {})
+    step["dtype"] = str(dtype).removeprefix("torch.")
+    facts = {**adapter.facts, "history": history([adapter], step)}
+    heads = {name: adapter.head(name) for name in adapter.heads}
+    return write_derived(output, facts, compressed, heads, dtype)
+
+
+def _compressor(
+    adapter: Adapter, method: str | None, keep: float, seed: int, scale: float
+) -> Callable[[str], Entries]:
+    """Weight name -> what becomes of its entries; to be called in the adapter's order."""
+    if method is None:
+        return adapter.entries
+    if method == "dare":
+        return lambda name: drop_and_rescale(adapter.entries(name), name, keep, seed)
+    num_kept = max(1, round(keep * adapter.num_entries))
+    largest = Largest(lambda: (adapter.entries(name)[1] for name in adapter.names), num_kept)
+
+    def topk(name: str) -> Entries:
+        index, delta = adapter.entries(name)
+        positions = largest.take(delta)
+        return index[positions], delta[positions]
+
+    if method == "topk":
+        return topk
+    size = scale * _standard_deviation(adapter)
+    if size == 0.0:
+        what, fix = "all deltas are equal: they have no standard deviation", "--method topk"
+        raise UserError(what, str(adapter.folder), fix)
+
+    def ternary(name: str) -> Entries:
+        index, delta = topk(name)
+        return index[delta != 0], delta[delta != 0].sign() * size
+
+    return ternary
 
 
 def drop_and_rescale(entries: Entries, name: str, keep: float, seed: int) -> Entries:
@@ -40,96 +145,13 @@ def drop_and_rescale(entries: Entries, name: str, keep: float, seed: int) -> Ent
     return index[kept], delta[kept] / keep
 
 
-def largest_entries(entries: Entries, largest: Largest) -> Entries:
-    """The entries of a weight that are among the largest of the adapter; weights in the adapter's order."""
-    index, delta = entries
-    positions = largest.take(delta)
-    return index[positions], delta[positions]
-
-
-def signs(entries: Entries, size: float) -> Entries:
-    """ComPEFT's ternary deltas: `size` with the sign of each delta; entries whose delta is 0 are dropped."""
-    index, delta = entries
-    chosen = delta != 0
-    return index[chosen], delta[chosen].sign() * size
-
-
-def standard_deviation(adapter: Adapter) -> float:
+def _standard_deviation(adapter: Adapter) -> float:
     """Of all deltas of an adapter, about their mean."""
-    count = total = squares = 0.0
+    total = squares = 0.0
     for name in adapter.names:
         delta = adapter.entries(name)[1].double()
-        count, total = count + delta.numel(), total + float(delta.sum())
-        squares += float(delta.square().sum())
-    return math.sqrt(max(squares / count - (total / count) ** 2, 0.0))
-
-
-def compress(
-    source: str | Path,
-    output: str | Path,
-    method: str | None = None,
-    keep: float = 1.0,
-    seed: int = 0,
-    scale: float = 1.0,
-    dtype: torch.dtype | None = None,
-) -> Sizes:
-    """Write a smaller adapter. A classifier's head is kept as it is.
-
-    Args:
-        source: an adapter, or the folder of a run; output: the new adapter's folder.
-        method: `dare` (see `drop_and_rescale`); `topk`, the largest deltas; `ternary`: of the largest deltas
-            the signs, times one number for all, `scale` standard deviations of all deltas (ComPEFT, Yadav
-            et al. 2023); None: all entries as they are.
-        keep: fraction of the entries to keep, in (0, 1]; with `dare`, of each the probability.
-        seed: of `dare`.
-        dtype: of the deltas on disk, fp32 or bf16; None: as they are.
-    Raises:
-        UserError: an option out of range, or an adapter that cannot be read or written.
-    """
-    _check(method, keep, scale)
-    adapter = open_adapter(source)
-    check_output(output)
-    dtype = dtype or adapter.delta_dtype()
-    smaller = _compressor(adapter, method, keep, seed, scale)
-    step = _options(method, keep, seed, scale) | {"dtype": str(dtype).removeprefix("torch.")}
-    facts = {**adapter.facts, "history": history([adapter], step)}
-    heads = {name: adapter.head(name) for name in adapter.heads}
-
-    def entries(name: str) -> Entries:
-        return smaller(name, adapter.entries(name)) if name in adapter.shape else no_entries()
-
-    write_derived(output, facts, entries, heads, dtype)
-    after = Adapter.open(output)
-    return Sizes((adapter.num_entries, after.num_entries), (num_bytes(adapter), num_bytes(after)))
-
-
-def _options(method: str | None, keep: float, seed: int, scale: float) -> dict:
-    """What of the options a method uses, for the adapter's history."""
-    extra = {"dare": {"seed": seed}, "ternary": {"scale": scale}}.get(method, {})
-    return {"command": "compress"} | ({"method": method, "keep": keep, **extra} if method else {})
-
-
-def _compressor(
-    adapter: Adapter, method: str | None, keep: float, seed: int, scale: float
-) -> Callable[[str, Entries], Entries]:
-    """What becomes of the entries of each weight, weights in the adapter's order."""
-    if method is None:
-        return lambda name, entries: entries
-    if method == "dare":
-        return lambda name, entries: drop_and_rescale(entries, name, keep, seed)
-    wanted = max(1, round(keep * adapter.num_entries))
-    largest = Largest.find(lambda: (adapter.entries(name)[1] for name in adapter.names), wanted)
-    if method == "topk":
-        return lambda name, entries: largest_entries(entries, largest)
-    size = scale * standard_deviation(adapter)
-    if size == 0.0:
-        raise UserError("all deltas are equal: they have no standard deviation", where=str(adapter.folder))
-    return lambda name, entries: signs(largest_entries(entries, largest), size)
-
-
-def num_bytes(adapter: Adapter) -> int:
-    """Of adapter.safetensors."""
-    return (adapter.folder / TENSORS).stat().st_size
+        total, squares = total + float(delta.sum()), squares + float(delta.square().sum())
+    return math.sqrt(max(squares / adapter.num_entries - (total / adapter.num_entries) ** 2, 0.0))
 
 
 def _check(method: str | None, keep: float, scale: float) -> None:

@@ -1,4 +1,4 @@
-"""What all commands that make an adapter out of others share: finding, checking and writing adapters."""
+"""What all commands share that make an adapter out of others: finding, checking and writing adapters."""
 
 from __future__ import annotations
 
@@ -8,28 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speft_ds.adapter.format import FACTS, Adapter, write_adapter
+from speft_ds.adapter.card import write_card
+from speft_ds.adapter.format import FACTS, Adapter, Entries, write_adapter
 from speft_ds.errors import UserError
-
-Entries = tuple[Tensor, Tensor]  # of a weight: [n] int64 flat indices, strictly increasing; [n] fp32 deltas
-
-
-def adapter_folder(path: str | Path) -> Path:
-    """The adapter at `path`: its folder, or the folder of its run.
-
-    Raises:
-        UserError: there is none.
-    """
-    for folder in (Path(path), Path(path) / "adapter"):
-        if (folder / FACTS).is_file():
-            return folder
-    fix = "give an adapter's folder, or the folder of a run that has finished"
-    raise UserError("there is no adapter", where=str(path), fix=fix)
 
 
 def open_adapter(path: str | Path) -> Adapter:
-    """The adapter of a folder or of a run, opened. Raises UserError."""
-    return Adapter.open(adapter_folder(path))
+    """The adapter in a folder, or in the folder of its run. Raises UserError."""
+    for folder in (Path(path), Path(path) / "adapter"):
+        if (folder / FACTS).is_file():
+            return Adapter.open(folder)
+    fix = "give an adapter's folder, or the folder of a run that has finished"
+    raise UserError("there is no adapter", where=str(path), fix=fix)
 
 
 def check_output(output: str | Path) -> Path:
@@ -42,15 +32,15 @@ def check_output(output: str | Path) -> Path:
 
 def check_same_base(adapters: Sequence[Adapter]) -> None:
     """Refuse adapters whose deltas belong to different weights. Raises UserError."""
-    first = adapters[0]
+    first, fix = adapters[0], "take adapters of one base"
     for other in adapters[1:]:
         where = f"{first.folder} and {other.folder}"
         if other.facts["fingerprint"] != first.facts["fingerprint"]:
-            raise UserError(_difference(first.facts, other.facts), where, "take adapters of one base")
+            raise UserError(_difference(first.facts, other.facts), where, fix)
         for name in first.shape.keys() & other.shape.keys():
             if first.shape[name] != other.shape[name]:
                 what = f"{name} is {first.shape[name]} in one adapter and {other.shape[name]} in the other"
-                raise UserError(what, where, "take adapters of one base")
+                raise UserError(what, where, fix)
 
 
 def _difference(a: dict, b: dict) -> str:
@@ -67,20 +57,20 @@ def write_derived(
     entries: Callable[[str], Entries],
     heads: dict[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
-) -> None:
+) -> Adapter:
     """Write an adapter whose entries are computed a weight at a time, and its card.
 
     Args:
         output: a folder that is new or empty.
         facts: of adapter.json, with `shapes` of all targets; what they say of the mask is counted here.
-        entries: weight name -> entries; called once a weight, in the order of `shapes`.
-        heads: weights that are kept whole.
+        entries: weight name -> entries; called once per weight, in the order of `shapes`.
+        heads: weight name -> values, all of which are stored.
         dtype: of the deltas, fp32 or bf16.
+    Returns:
+        The new adapter.
     Raises:
         UserError: no entry is left, a delta is not finite, or the folder cannot be written.
     """
-    from speft_ds.adapter.card import write_card
-
     output, per_layer = check_output(output), {}
     facts = {**facts, "mask": {}}
 
@@ -90,8 +80,8 @@ def write_derived(
             per_layer[name] = index.numel()
             yield name, index, delta
         if not any(per_layer.values()):
-            raise UserError("no entry is left", where=str(output))
-        facts["mask"].update(mask_facts(per_layer, facts["shapes"]))  # write_adapter writes facts last
+            raise UserError("no entry is left", str(output), "keep more, or take other adapters")
+        facts["mask"].update(_mask_facts(per_layer, facts["shapes"]))  # write_adapter writes facts last
 
     if output.is_dir():
         output.rmdir()
@@ -99,10 +89,12 @@ def write_derived(
         write_adapter(output, counted(), facts, heads, dtype)
         write_card(output, [])
     except OSError as error:
-        raise UserError(f"cannot write the adapter: {error}", where=str(output)) from error
+        fix = "free space, or choose another folder"
+        raise UserError(f"cannot write the adapter: {error}", str(output), fix) from error
+    return Adapter.open(output)
 
 
-def mask_facts(per_layer: dict[str, int], shapes: dict[str, Sequence[int]]) -> dict:
+def _mask_facts(per_layer: dict[str, int], shapes: dict[str, Sequence[int]]) -> dict:
     """What adapter.json says of the entries: their number, by weight, and their share of the targets."""
     num_trainable = sum(per_layer.values())
     num_target_elements = sum(rows * columns for rows, columns in shapes.values())
@@ -112,10 +104,6 @@ def mask_facts(per_layer: dict[str, int], shapes: dict[str, Sequence[int]]) -> d
         "density": num_trainable / num_target_elements,
         "per_layer": per_layer,
     }
-
-
-def no_entries() -> Entries:
-    return torch.empty(0, dtype=torch.int64), torch.empty(0)
 
 
 def history(adapters: Sequence[Adapter], made_by: dict) -> list[dict]:

@@ -1,7 +1,7 @@
 """The adapter on disk, read and written; byte for byte in docs/adapter_format.md.
 
-adapter.safetensors    per weight: `<name>.gaps` uint8, its indices coded; `<name>.delta` fp32 or bf16;
-                       of a classifier's head, which the base has not, `<name>.value` whole
+adapter.safetensors    per weight: `<name>.gaps` uint8, its coded indices; `<name>.delta` fp32 or bf16;
+                       of a classifier's head, which the base lacks: `<name>.value`, all of its values
 adapter.json           format version, base fingerprint and dtype, shapes, mask facts, recipe
 
 trained weight = pretrained weight, with (base + delta).to(dtype) at the indices
@@ -9,39 +9,69 @@ trained weight = pretrained weight, with (base + delta).to(dtype) at the indices
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from speft_ds.adapter.gaps import decode_gaps, encode_gaps
 from speft_ds.errors import UserError
-from speft_ds.io import flush_to_disk, sha256_of, write_json, write_safetensors
+from speft_ds.io import flush_to_disk, write_json, write_safetensors
 
 FORMAT_VERSION = 2
 TENSORS, FACTS, CARD = "adapter.safetensors", "adapter.json", "README.md"
 MAX_FACTS_BYTES = 2**26
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
-# Facts by key: what they are, and whether every adapter has them.
-KINDS = {
-    "tensors_sha256": (str, True),
-    "base": (str, True),
-    "dtype": (str, True),
-    "fingerprint": (str, True),
-    "shapes": (dict, True),
-    "num_entries": (int, True),
-    "fingerprint_bfloat16": (str, False),
-    "task": (str, False),
-    "mask": (dict, False),
-    "recipe": (dict, False),
-    "classes": (list, False),
-    "pad_token_id": (int, False),
-}
+# Of each kind of tensor: the dtypes, by safetensors' names, and the number of dimensions.
+TENSOR_KINDS = {"gaps": (("U8",), 1), "delta": (("F32", "BF16"), 1), "value": (tuple(FLOATS), 2)}
+MAX_GAP_BYTES = 9  # 63 bits, what an int64 holds
+
+Entries = tuple[Tensor, Tensor]  # of a weight: [n] int64 flat indices, strictly increasing; [n] fp32 deltas
+NO_ENTRIES: Entries = (torch.empty(0, dtype=torch.int64), torch.empty(0))
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it is not printable")
+    return text
+
+
+def _indexable(shape: list[int]) -> list[int]:
+    if math.prod(shape) >= 2**63:
+        raise ValueError("its flat indices do not fit into int64")
+    return shape
+
+
+Text = Annotated[str, AfterValidator(_printable)]
+Shape = Annotated[list[PositiveInt], Field(min_length=2, max_length=2), AfterValidator(_indexable)]
+
+
+class AdapterFacts(BaseModel):
+    """What readers rely on in adapter.json. Other keys are kept and ignored."""
+
+    model_config = ConfigDict(strict=True)
+
+    tensors_sha256: Text
+    base: Text
+    dtype: Literal["float32", "bfloat16", "float16"]
+    fingerprint: Text
+    shapes: dict[Text, Shape]
+    num_entries: int
+    fingerprint_bfloat16: Text | None = None
+    task: Text | None = None
+    mask: dict | None = None
+    recipe: dict | None = None
+    classes: list[str] | None = None
+    pad_token_id: int | None = None
 
 
 class Adapter:
@@ -49,26 +79,22 @@ class Adapter:
 
     Attributes:
         facts: the contents of adapter.json.
-        names: weights that have entries, in model order; `heads`: weights that are kept whole.
+        names: weights that have entries, in model order; `heads`: weights whose values are all stored.
         shape: weight name -> (out, in), of every weight that has entries.
         num_entries: of all weights; a head's values are not counted.
     """
 
     def __init__(self, folder: Path, facts: dict, file: safe_open):
         self.folder, self.facts, self._file = folder, facts, file
-        self._stored = stored = list(file.keys())
-        self.heads = sorted(key.removesuffix(".value") for key in stored if key.endswith(".value"))
-        with_entries = {key.removesuffix(".delta") for key in stored if key.endswith(".delta")}
-        self.names = [name for name in facts["shapes"] if name in with_entries]
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+        self._header = {key: (part.get_dtype(), part.get_shape()) for key, part in slices.items()}
+        self.heads = sorted(key.removesuffix(".value") for key in self._header if key.endswith(".value"))
+        self.names = [name for name in facts["shapes"] if f"{name}.delta" in self._header]
         self.shape = {name: tuple(facts["shapes"][name]) for name in self.names}
-        expected = {f"{name}.{part}" for name in self.names for part in ("gaps", "delta")}
-        expected |= {f"{name}.value" for name in self.heads}
-        if odd := sorted(expected ^ set(stored)):
-            raise damaged(folder, f"{odd[0]!r} is missing, or of no weight with a shape")
-        self._check_headers()
+        self._check_header()
         self.num_entries = sum(map(self.count, self.names))
         if self.num_entries != facts["num_entries"]:
-            raise damaged(folder, f"{self.num_entries} entries, {FACTS} says {facts['num_entries']}")
+            raise _unreadable(folder, f"{self.num_entries} entries, {FACTS} says {facts['num_entries']}")
 
     @classmethod
     def open(cls, folder: str | Path) -> Adapter:
@@ -81,79 +107,82 @@ class Adapter:
         facts = _read_facts(folder)
         path = folder / TENSORS
         try:
-            if not path.is_file():  # nor a pipe, which would keep us waiting
+            if not path.is_file():  # a pipe would keep us waiting
                 raise OSError(f"{path} is not a file")
-            file = safe_open(path, framework="pt")
-            digest = sha256_of(path)
+            file, sha256 = safe_open(path, framework="pt"), _sha256(path)
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"not a readable adapter: {error}", where=str(folder)) from error
-        if digest != facts["tensors_sha256"]:
-            raise damaged(folder, "its hash is not the recorded one")
+            raise _unreadable(folder, error) from error
+        if sha256 != facts["tensors_sha256"]:
+            raise _unreadable(folder, "its hash is not the recorded one")
         return cls(folder, facts, file)
 
-    def count(self, name: str) -> int:
-        """Entries of a weight."""
-        return self._header(f"{name}.delta")[1][0]
-
-    def entries(self, name: str) -> tuple[Tensor, Tensor]:
-        """The entries of a weight, on the CPU.
-
-        Returns:
-            [n] int64 flat indices into the whole weight, strictly increasing; [n] fp32 deltas, finite.
-        Raises:
-            UserError: they are damaged.
-        """
-        rows, columns = self.shape[name]
-        delta = self._finite(f"{name}.delta").to(torch.float32)
-        try:
-            index = decode_gaps(self._file.get_tensor(f"{name}.gaps"), len(delta), rows * columns)
-        except ValueError as error:
-            raise damaged(self.folder, f"{name}: {error}") from error
-        return index, delta
-
-    def head(self, name: str) -> Tensor:
-        """The whole weight [out, in] of a head, in the dtype of the run."""
-        return self._finite(f"{name}.value")
-
-    def head_shape(self, name: str) -> tuple[int, int]:
-        return tuple(self._header(f"{name}.value")[1])
+    @property
+    def num_bytes(self) -> int:
+        """Size of adapter.safetensors."""
+        return (self.folder / TENSORS).stat().st_size
 
     @property
     def num_classes(self) -> int | None:
         """Of a classifier's adapter; None for a language model's."""
         return self.head_shape(self.heads[0])[0] if self.heads else None
 
+    @property
     def delta_dtype(self) -> torch.dtype:
-        """What deltas are stored in: fp32, or bf16 in a compressed adapter."""
-        dtypes = {self._header(f"{name}.delta")[0] for name in self.names}
+        """The dtype that deltas are stored in: fp32, or bf16 in a compressed adapter."""
+        dtypes = {self._header[f"{name}.delta"][0] for name in self.names}
         return torch.bfloat16 if dtypes == {"BF16"} else torch.float32
 
-    def _header(self, key: str) -> tuple[str, list[int]]:
-        tensor = self._file.get_slice(key)
-        return tensor.get_dtype(), tensor.get_shape()
+    def count(self, name: str) -> int:
+        """Number of entries of a weight."""
+        return self._header[f"{name}.delta"][1][0] if name in self.shape else 0
 
-    def _check_headers(self) -> None:
-        """Refuse dtypes and shapes that are not the format's, before any byte of a tensor is read."""
-        allowed = {"gaps": (("U8",), 1), "delta": (("F32", "BF16"), 1), "value": (FLOATS, 2)}
-        for key in self._stored:
-            dtype, shape = self._header(key)
-            dtypes, num_dimensions = allowed[key.rpartition(".")[2]]
-            if dtype not in dtypes or len(shape) != num_dimensions or 0 in shape:
-                raise damaged(self.folder, f"{key!r} is {dtype} of shape {shape}")
-        if classes := self.facts.get("classes"):
-            for name in self.heads:
-                if self.head_shape(name)[0] != len(classes):
-                    raise damaged(self.folder, f"{name!r} is not of {len(classes)} classes")
+    def entries(self, name: str) -> Entries:
+        """The entries of a weight, on the CPU; a weight that is not changed has none.
+
+        Raises:
+            UserError: they are damaged.
+        """
+        if name not in self.shape:
+            return NO_ENTRIES
+        delta = self._finite(f"{name}.delta").to(torch.float32)
+        gaps = self._file.get_tensor(f"{name}.gaps")
+        try:
+            return decode_gaps(gaps, len(delta), math.prod(self.shape[name])), delta
+        except ValueError as error:
+            raise _unreadable(self.folder, f"{name}: {error}") from error
+
+    def head(self, name: str) -> Tensor:
+        """[out, in] values of a head, in the dtype of the run."""
+        return self._finite(f"{name}.value")
+
+    def head_shape(self, name: str) -> tuple[int, int]:
+        return tuple(self._header[f"{name}.value"][1])
+
+    def _check_header(self) -> None:
+        """Refuse keys, dtypes and shapes that are not the format's, before any byte of a tensor is read."""
+        expected = [f"{name}.{kind}" for name in self.names for kind in ("gaps", "delta")]
+        expected += [f"{name}.value" for name in self.heads]
+        if odd := sorted(set(expected) ^ self._header.keys()):
+            raise _unreadable(self.folder, f"{odd[0]!r} is missing, or of no weight with a shape")
+        for key, (dtype, shape) in self._header.items():
+            dtypes, num_dimensions = TENSOR_KINDS[key.rpartition(".")[2]]
+            is_right = dtype in dtypes and len(shape) == num_dimensions and 0 not in shape
+            if not is_right or not key.isprintable():
+                raise _unreadable(self.folder, f"{key!r} is {dtype} of shape {shape}")
+        classes = self.facts.get("classes")
+        for name in self.heads:
+            if classes and self.head_shape(name)[0] != len(classes):
+                raise _unreadable(self.folder, f"{name!r} is not of {len(classes)} classes")
 
     def _finite(self, key: str) -> Tensor:
-        tensor = self._file.get_tensor(key).clone()  # apart from the file, which may change
+        tensor = self._file.get_tensor(key).clone()  # a copy, because the file may change
         if not torch.isfinite(tensor).all():
-            raise damaged(self.folder, f"{key} is not finite")
+            raise _unreadable(self.folder, f"{key} is not finite")
         return tensor
 
 
 def tensors_sha256(folder: Path | None) -> str | None:
-    """The hash that an adapter folder has recorded; None: there is no folder, or it does not say."""
+    """The hash that an adapter folder has recorded; None where there is no folder or no hash."""
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8")) if folder else {}
         return facts.get("tensors_sha256")
@@ -161,47 +190,31 @@ def tensors_sha256(folder: Path | None) -> str | None:
         return None
 
 
-def damaged(folder: Path, what: str) -> UserError:
-    return UserError(f"the adapter is damaged: {what}", where=str(folder / TENSORS))
+def _unreadable(folder: Path, what: object) -> UserError:
+    fix = f"copy it again from its source, both {TENSORS} and {FACTS}"
+    return UserError(f"not a readable adapter: {what}", str(folder), fix)
 
 
 def _read_facts(folder: Path) -> dict:
-    """The contents of adapter.json, as far as every reader relies on them.
-
-    Raises:
-        UserError: missing, of another version, or a fact is of another kind than it should be.
-    """
+    """The contents of adapter.json, checked. Raises UserError."""
     path = folder / FACTS
     try:
         if not path.is_file() or path.stat().st_size > MAX_FACTS_BYTES:
             raise OSError(f"{path} is not a file, or larger than {MAX_FACTS_BYTES} bytes")
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"not a readable adapter: {error}", where=str(folder)) from error
+        raise _unreadable(folder, error) from error
     version = facts.get("format_version") if isinstance(facts, dict) else None
     if version != FORMAT_VERSION or type(version) is not int:
         what = f"adapter format {version!r:.40}, this version reads {FORMAT_VERSION}"
-        raise UserError(what, where=str(folder))
-    for key, (kind, is_needed) in KINDS.items():
-        fact = facts.get(key)
-        is_right = type(fact) is kind and (kind is not str or fact.isprintable())
-        if not is_right and (is_needed or fact is not None):
-            raise UserError(f"the adapter is damaged: no {kind.__name__} {key}", where=str(path))
-    for name, sizes in facts["shapes"].items():
-        if not name.isprintable() or not _is_shape(sizes):
-            raise UserError(f"the adapter is damaged: {name!r} has no shape [out, in]", where=str(path))
-    if facts["dtype"] not in DTYPES or not all(type(name) is str for name in facts.get("classes") or []):
-        raise UserError(
-            "the adapter is damaged: its dtype is unknown, or its classes have no names", str(path)
-        )
+        raise UserError(what, str(folder), "write the adapter again with this version of speft_ds")
+    try:
+        AdapterFacts.model_validate(facts)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise _unreadable(folder, f"{FACTS}: {key!r:.100}: {first['msg']}") from error
     return facts
-
-
-def _is_shape(sizes: object) -> bool:
-    """Whether it is [out, in] with flat indices that int64 can hold."""
-    if not isinstance(sizes, list) or len(sizes) != 2:
-        return False
-    return all(type(size) is int and size > 0 for size in sizes) and sizes[0] * sizes[1] < 2**63
 
 
 def write_adapter(
@@ -219,10 +232,10 @@ def write_adapter(
             entries is left out.
         facts: with `base`, `dtype`, `fingerprint`, and the `shapes` of every weight that has entries;
             `num_entries` is counted here.
-        heads: weight name -> [out, in], kept whole.
+        heads: weight name -> [out, in] values, all of which are stored.
         dtype: of the deltas, fp32 or bf16.
     Raises:
-        UserError: it could not be read again: a delta is not finite, indices do not fit; or the folder holds
+        UserError: it could not be read again (a delta is not finite, indices do not fit), or the folder holds
             something else than an adapter.
         OSError: it cannot be written.
     """
@@ -231,42 +244,98 @@ def write_adapter(
     for name, index, delta in entries:
         if index.numel() == 0:
             continue
+        delta = delta.detach().to("cpu", dtype).contiguous()
         try:
-            tensors[f"{name}.gaps"] = encode_gaps(index)
+            if not torch.isfinite(delta).all():
+                raise ValueError("a delta is not finite")
+            tensors[f"{name}.gaps"], tensors[f"{name}.delta"] = encode_gaps(index), delta
         except ValueError as error:
-            raise UserError(f"{name}: {error}", where=str(folder)) from error
-        tensors[f"{name}.delta"] = delta.detach().to("cpu", dtype).contiguous()
+            fix = "train with a lower learning rate, or compose with smaller weights"
+            raise UserError(f"{name}: {error}", str(folder), fix) from error
         num_entries += index.numel()
     temporary = folder.with_name(folder.name + ".tmp")
-    _remove(temporary)  # of a run that was killed
+    _remove_adapter(temporary)  # of a run that was killed
     temporary.mkdir(parents=True)
     try:
         write_safetensors(temporary / TENSORS, tensors)
-        digest = sha256_of(temporary / TENSORS)
-        own = {"format_version": FORMAT_VERSION, "tensors_sha256": digest, "num_entries": num_entries}
+        sha256 = _sha256(temporary / TENSORS)
+        own = {"format_version": FORMAT_VERSION, "tensors_sha256": sha256, "num_entries": num_entries}
         write_json(temporary / FACTS, {**own, **facts, **own})
         flush_to_disk(temporary)
-        _read_all(temporary)
-        _remove(folder)  # of a run that was killed when it was almost done
+        written = Adapter.open(temporary)  # makes every check of a later reader, as do these
+        for name in written.names:
+            written.entries(name)
+        for name in written.heads:
+            written.head(name)
+        _remove_adapter(folder)  # of a run that was killed when it was almost done
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _read_all(folder: Path) -> None:
-    """Every check that a later reader makes."""
-    adapter = Adapter.open(folder)
-    for name in adapter.names:
-        adapter.entries(name)
-    for name in adapter.heads:
-        adapter.head(name)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder, if it is an adapter's."""
+def _remove_adapter(folder: Path) -> None:
+    """Remove a folder if it is an adapter's."""
     if not folder.exists():
         return
     ours = (TENSORS, FACTS, CARD)
     if not folder.is_dir() or any(not path.name.startswith(ours) for path in folder.iterdir()):
         raise UserError("there is something else than an adapter", str(folder), "choose another folder")
     shutil.rmtree(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def encode_gaps(index: Tensor) -> Tensor:
+    """Code sorted indices as the gaps between them, each as an LEB128 varint.
+
+    A gap is the step from the previous index (the first from -1), so it is at least 1. A byte holds seven
+    bits, the low ones first; its high bit says that another byte follows.
+
+    Args:
+        index: [n] flat indices, int64 or int32; returned are [m] uint8.
+    Raises:
+        ValueError: they are negative or not strictly increasing.
+    """
+    gaps = np.diff(index.to("cpu", torch.int64).numpy(), prepend=np.int64(-1))
+    if gaps.size and int(gaps.min()) < 1:
+        raise ValueError("indices out of range or unsorted")
+    length = np.ones(gaps.size, np.int64)
+    for number in range(1, MAX_GAP_BYTES):
+        length += gaps >= 1 << 7 * number
+    start = np.cumsum(length) - length
+    coded = np.empty(int(length.sum()), np.uint8)
+    for number in range(int(length.max(initial=0))):
+        chosen = length > number
+        more = np.where(length[chosen] > number + 1, 0x80, 0)
+        coded[start[chosen] + number] = (gaps[chosen] >> 7 * number & 0x7F) | more
+    return torch.from_numpy(coded)
+
+
+def decode_gaps(coded: Tensor, count: int, numel: int) -> Tensor:
+    """[m] uint8 -> [count] int64 flat indices, strictly increasing, each in [0, numel).
+
+    Raises:
+        ValueError: the bytes are not `count` varints in their shortest form, or the indices do not fit.
+    """
+    data = coded.numpy()
+    last = np.flatnonzero(data < 0x80)  # where each varint ends
+    if last.size != count or (data.size and data[-1] >= 0x80):
+        raise ValueError(f"the gaps are {last.size} complete varints, not {count}")
+    start = np.concatenate([np.zeros(1, np.int64), last + 1])[:count]
+    length = last - start + 1
+    if int(length.max(initial=0)) > MAX_GAP_BYTES:
+        raise ValueError(f"a gap has more than {MAX_GAP_BYTES} bytes")
+    if (data[last] == 0).any():
+        raise ValueError("a gap is 0, or longer than it need be")
+    gaps = np.zeros(count, np.int64)
+    for number in range(int(length.max(initial=0))):
+        chosen = length > number
+        gaps[chosen] |= (data[start[chosen] + number] & 0x7F).astype(np.int64) << 7 * number
+    # Gaps up to `numel` cannot leap over the negative numbers: a sum that overflows does not increase.
+    index = np.cumsum(gaps) - 1
+    if count and (int(gaps.max()) > numel or int(index[-1]) >= numel or not (np.diff(index) > 0).all()):
+        raise ValueError("indices out of range or unsorted")
+    return torch.from_numpy(index)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from speft_ds.adapter.checkpoint import Checkpoint, Fingerprint
-from speft_ds.adapter.derive import Entries, check_output, write_derived
-from speft_ds.adapter.format import Adapter
-from speft_ds.adapter.largest import Largest
+from speft_ds.adapter.compress import CHUNK, Largest
+from speft_ds.adapter.derive import check_output, write_derived
+from speft_ds.adapter.format import Entries
+from speft_ds.adapter.pretrained import Fingerprint, PretrainedCheckpoint
 from speft_ds.errors import UserError
-
-CHUNK = 2**20
-Read = Callable[[str], Tensor]  # weight name -> its values, one weight in memory at a time
 
 
 @dataclass
@@ -39,19 +36,20 @@ class Grafted:
     lost: dict[str, tuple[int, float] | None] = field(default_factory=dict)
 
 
-class Pair:
+class TunedPair:
     """A base and the model that was tuned from it, compared a weight at a time.
 
     Attributes:
         dtype: the one that the base is loaded in, and the adapter is for: bfloat16 where the base says so,
             else float32.
         targets: names of the weights that an adapter may change, in model order, as in training.
+        base_weight: weight name -> its values, as a run would load them.
     """
 
     def __init__(self, base: str, tuned: str, patterns: list[str] | None):
         from speft_ds.model.targets import find_targets, tied_targets  # late, because it imports DeepSpeed
 
-        self.base, self.tuned = Checkpoint(base), Checkpoint(tuned)
+        self.base, self.tuned = PretrainedCheckpoint(base), PretrainedCheckpoint(tuned)
         config = self.base.config
         is_short = "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
         self.dtype = torch.bfloat16 if is_short else torch.float32
@@ -65,32 +63,23 @@ class Pair:
         if odd:
             what = f"the models are of different architectures: {odd[0]}"
             raise UserError(what, f"{base} and {tuned}", "give a model and the one it was tuned from")
-        self.base_weight = reader(self.base, self.dtype)  # as a run would load it
-        self.tuned_weight = reader(self.tuned, torch.float32)
+        for model in (self.base, self.tuned):
+            if model.problem:
+                print(f"note: {model.name} is loaded completely: {model.problem}")
+        self.base_weight = self.base.reader(self.dtype)
+        self._tuned_weight = self.tuned.reader(torch.float32)
 
     def difference(self, name: str) -> Tensor:
         """[elements] fp32: tuned - base. Raises UserError where it is not finite."""
-        apart = (self.tuned_weight(name) - self.base_weight(name).float()).view(-1)
-        if not torch.isfinite(apart).all():
-            raise UserError(f"{name} is not finite", f"{self.base.name} and {self.tuned.name}")
-        return apart
+        difference = (self._tuned_weight(name) - self.base_weight(name).float()).view(-1)
+        if not torch.isfinite(difference).all():
+            where = f"{self.base.name} and {self.tuned.name}"
+            raise UserError(f"{name} is not finite", where, "give models whose weights are numbers")
+        return difference
 
     def differences(self) -> Iterator[Tensor]:
         """Of every target, in model order."""
         return map(self.difference, self.targets)
-
-
-def reader(checkpoint: Checkpoint, dtype: torch.dtype) -> Read:
-    """Reads weights by name; where a checkpoint's files do not allow that, the whole model is loaded."""
-    if checkpoint.problem is not None:
-        print(f"note: {checkpoint.name} is loaded whole: {checkpoint.problem}")
-        weights = dict(checkpoint.load(dtype).named_parameters())
-        return lambda name: weights[name].detach()
-    place: dict[str, tuple[str, str]] = {}
-    for file in checkpoint.files:
-        for key in checkpoint.keys(file):
-            place.setdefault(checkpoint.weight.get(key, ""), (file, key))
-    return lambda name: checkpoint.read(*place[name]).to(dtype)
 
 
 def graft(
@@ -110,33 +99,36 @@ def graft(
         base, tuned: local folders, or names on the hub that the cache has.
         output: the new adapter's folder.
         density: fraction of the targeted weights to take, in (0, 1]; or `num_entries`: how many.
-        patterns: which linears are targets, see `model.targets.find_targets`; None: all of the layers.
+        patterns: which linears are targets, see `targets.find_targets`; None: all of the layers.
     Raises:
         UserError: a model that cannot be read, two architectures, no difference, or not just one of
             `density` and `num_entries`.
     """
-    _check(density, num_entries)
+    if (density is None) == (num_entries is None):
+        raise UserError("give either --density or --num-entries", "graft", "--density 0.005")
+    if density is not None and not 0.0 < density <= 1.0:
+        raise UserError(f"--density is {density}", "--density", "a fraction > 0 and <= 1")
     check_output(output)
-    pair = Pair(base, tuned, patterns)
-    facts, report = survey(pair)
+    pair = TunedPair(base, tuned, patterns)
+    facts, report = _survey(pair)
     if report.num_differing == 0:
-        raise UserError("no targeted weight differs: there is nothing to graft", f"{base} and {tuned}")
+        what, fix = "no targeted weight differs: there is nothing to graft", "give a model that was tuned"
+        raise UserError(what, f"{base} and {tuned}", fix)
     wanted = num_entries or max(1, round(density * report.num_target_elements))
-    largest = Largest.find(pair.differences, min(wanted, report.num_differing))
+    largest = Largest(pair.differences, min(wanted, report.num_differing))
 
     def entries(name: str) -> Entries:
-        apart = pair.difference(name)
-        index = largest.take(apart)
-        report.squares_taken += _squares(apart[index])
-        return index, apart[index]
+        difference = pair.difference(name)
+        index = largest.take(difference)
+        report.squares_taken += _squares(difference[index])
+        return index, difference[index]
 
     facts["history"] = [{"command": "graft", "tuned": Path(tuned).name, "num_entries": wanted}]
-    write_derived(output, facts, entries)
-    report.num_entries = Adapter.open(output).num_entries
+    report.num_entries = write_derived(output, facts, entries).num_entries
     return report
 
 
-def survey(pair: Pair) -> tuple[dict, Grafted]:
+def _survey(pair: TunedPair) -> tuple[dict, Grafted]:
     """The facts of the adapter to be, with the fingerprints of the base, and what differs."""
     shape, report = pair.base.shape, Grafted()
     exact, rounded = Fingerprint(shape, pair.dtype), Fingerprint(shape, torch.bfloat16)
@@ -144,14 +136,17 @@ def survey(pair: Pair) -> tuple[dict, Grafted]:
         weight = pair.base_weight(name)
         exact.add(name, weight)
         rounded.add(name, weight.bfloat16())
-        apart = pair.difference(name) if pair.tuned.shape[name] == shape[name] else None
-        num_differing = 0 if apart is None else int(apart.count_nonzero())
+        if pair.tuned.shape[name] != shape[name]:
+            report.lost[name] = None
+            continue
+        difference = pair.difference(name)
+        num_differing, squares = int(difference.count_nonzero()), _squares(difference)
         if name in pair.targets:
             report.num_differing += num_differing
             report.num_target_elements += weight.numel()
-            report.squares += _squares(apart)
-        elif apart is None or num_differing:
-            report.lost[name] = None if apart is None else (num_differing, math.sqrt(_squares(apart)))
+            report.squares += squares
+        elif num_differing:
+            report.lost[name] = num_differing, math.sqrt(squares)
     facts = {
         "task": "causal_lm",
         "base": pair.base.name,
@@ -161,13 +156,6 @@ def survey(pair: Pair) -> tuple[dict, Grafted]:
         "shapes": {name: list(shape[name]) for name in pair.targets},
     }
     return facts, report
-
-
-def _check(density: float | None, num_entries: int | None) -> None:
-    if (density is None) == (num_entries is None):
-        raise UserError("give either --density or --num-entries", "graft", "--density 0.005")
-    if density is not None and not 0.0 < density <= 1.0:
-        raise UserError(f"--density is {density}", "--density", "a fraction > 0 and <= 1")
 
 
 def _squares(values: Tensor) -> float:

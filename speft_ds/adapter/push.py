@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from speft_ds import hub
+from speft_ds.adapter.card import REPO_ID, is_repo_id
 from speft_ds.adapter.derive import open_adapter
 from speft_ds.adapter.format import CARD, FACTS, TENSORS, Adapter
 from speft_ds.errors import UserError
@@ -23,14 +24,14 @@ def files_to_push(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def notes(adapter: Adapter) -> list[str]:
     """What the owner of an adapter should know before others see it."""
-    said = []
+    found = []
     if not (adapter.folder / CARD).is_file():
-        said.append(f"note: it has no {CARD}: nobody will know what it is")
-    if not hub.is_hub_id(adapter.facts["base"]):
-        said.append(f"note: others will not find its base, which is {adapter.facts['base']}")
+        found.append(f"note: it has no {CARD}: nobody will know what it is")
+    if not is_repo_id(adapter.facts["base"]):
+        found.append(f"note: others will not find its base, which is {adapter.facts['base']}")
     if adapter.facts.get("recipe"):
-        said.append("note: adapter.json has the run's recipe in it, with its paths")
-    return said
+        found.append("note: adapter.json has the run's recipe in it, with its paths")
+    return found
 
 
 def push(source: str | Path, repo_id: str, private: bool = False) -> str:
@@ -45,9 +46,9 @@ def push(source: str | Path, repo_id: str, private: bool = False) -> str:
     Returns:
         The repository's address.
     Raises:
-        UserError: no whole adapter, no token, no network, or the hub refuses.
+        UserError: no complete adapter, no token, no network, or the hub refuses.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HTTPError  # its HTTP library's: of what the hub says, too
 
     folder = open_adapter(source).folder
@@ -55,32 +56,19 @@ def push(source: str | Path, repo_id: str, private: bool = False) -> str:
     if odd := {TENSORS, FACTS} & {path.name for path in left_out}:
         what = f"{min(odd)} is a link: only files that lie in the folder are uploaded"
         raise UserError(what, str(folder), f"cp -rL {folder} FOLDER, and push that")
-    api = HfApi(endpoint=hub.endpoint(), token=_check_access(repo_id))
-    try:
-        address = api.create_repo(repo_id, private=private or None, exist_ok=True)
-        files = [CommitOperationAdd(path.name, path) for path in files]
-        api.create_commit(repo_id, files, commit_message="Upload an adapter of speft_ds")
-    except (HTTPError, OSError, ValueError) as error:
-        fix = f"check the name, and that your token may write to {repo_id}: hf auth whoami"
-        raise UserError(f"the hub did not take it: {error}", hub.endpoint(), fix) from error
-    return str(address)
-
-
-def _check_access(repo_id: str) -> str:
-    """The token to upload with. Raises UserError where there is none, no network, or no such name."""
-    from huggingface_hub import get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(repo_id)
-        if "/" not in repo_id:
-            raise HFValidationError("it has no owner")
-    except HFValidationError as error:
-        raise UserError(f"{repo_id} names no repository: {error}", "REPO_ID", "owner/name") from error
-    token = get_token()
-    if token is None:
+    if not REPO_ID.fullmatch(repo_id):
+        raise UserError(f"{repo_id} names no repository", "REPO_ID", "owner/name")
+    if (token := get_token()) is None:
         raise UserError("there is no token to upload with", "model hub", "hf auth login, or set HF_TOKEN")
     if not hub.is_reachable():
         fix = "connect this machine, or copy the folder to one that is; --dry-run needs no network"
         raise UserError(f"nothing can be uploaded: {hub.why_unreachable()}", hub.endpoint(), fix)
-    return token
+    api = HfApi(endpoint=hub.endpoint(), token=token)
+    try:
+        address = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        operations = [CommitOperationAdd(path.name, path) for path in files]
+        api.create_commit(repo_id, operations, commit_message="Upload an adapter of speft_ds")
+    except (HTTPError, OSError, ValueError) as error:
+        fix = f"check the name, and that your token may write to {repo_id}: hf auth whoami"
+        raise UserError(f"the hub did not take it: {error}", hub.endpoint(), fix) from error
+    return str(address)

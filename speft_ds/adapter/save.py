@@ -1,4 +1,4 @@
-"""Writing what a run learnt, from every rank's shards."""
+"""Writing what a run learned from every rank's shards."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def save_adapter(folder: Path, state: SparseState, facts: dict) -> None:
     by_rank = collectives.all_gather_padded(delta, layout.lengths)
     heads = state.gather_heads()
     facts = {**facts, "shapes": state.mask.shape, "mask": state.mask.facts()}
-    collectives.run_on_rank0(lambda: write_adapter(folder, entries_of(index, layout, by_rank), facts, heads))
+    collectives.run_on_rank0(lambda: write_adapter(folder, join_shards(index, layout, by_rank), facts, heads))
 
 
-def entries_of(
+def join_shards(
     index: dict[str, Tensor], layout: Layout, by_rank: list[Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Global indices and every rank's flat deltas -> (weight, index, delta), a weight at a time."""

@@ -102,11 +102,7 @@ def doctor() -> None:
 
     Each problem comes with its fix; exits with 1 if there is one.
     """
-    from speft_ds.tools.doctor import (  # late: the other commands do not need it
-        examine,
-        exit_code,
-        print_report,
-    )
+    from speft_ds.tools.doctor import examine, exit_code, print_report
 
     checks = examine()
     print_report(checks)
@@ -223,9 +219,13 @@ def report(
     Scores with errors and baselines, curves, the mask, time, memory and sizes, and how to do it again.
     Runs that differ in their seed alone are combined.
     """
-    from speft_ds.commands.report import report as write  # late, because it draws
+    from speft_ds.report.compare import without_duplicates, write_comparison  # late, because it draws
+    from speft_ds.report.page import write_report
 
-    write(folders, output)
+    folders = without_duplicates(folders)
+    several = len(folders) > 1
+    for path in write_comparison(folders, output) if several else write_report(folders[0], output):
+        print(path)
 
 
 app.add_typer(adapters.app)

@@ -13,6 +13,7 @@ from types import FrameType
 from speft_ds.cli.launch import checked_recipe
 from speft_ds.config.load_recipe import ROOT, load_recipe
 from speft_ds.config.recipe import Job
+from speft_ds.env import free_port
 from speft_ds.errors import UserError
 from speft_ds.training.run_dir import check_output_dir
 
@@ -39,7 +40,8 @@ def launch(job: Job, recipe: str, overrides: list[str], ranks: int | None) -> in
     # With GPUs and no --ranks, the launcher itself takes every GPU that it may see.
     num_gpus_flag = [] if num_gpus and ranks is None else ["--num_gpus", str(world_size)]
     script = [str(ROOT / "launch" / f"{job}.py"), "--recipe", recipe, *overrides]
-    command = [find_deepspeed(), *num_gpus_flag, *script]
+    # The launcher's own port is always the same: a second run on the machine would find it taken.
+    command = [find_deepspeed(), *num_gpus_flag, "--master_port", str(free_port()), *script]
     print(f"$ {shlex.join(command)}", flush=True)
     return run_to_end(command, _environment(num_gpus))
 

@@ -5,6 +5,7 @@ Collectives are never called inside `if rank == 0`; each function here must be e
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -30,6 +31,8 @@ def init(timeout_minutes: float = 30.0) -> None:
 
     Args:
         timeout_minutes: after which a collective that some rank does not enter fails on the others.
+    Raises:
+        UserError: on rank 0, where another program listens on the port of the group.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -42,16 +45,28 @@ def init(timeout_minutes: float = 30.0) -> None:
     if not dist.is_initialized():
         if device().type == "cpu":
             deepspeed_shm.wait_for_build(deepspeed_shm.extensions_folder() / deepspeed_shm.NAME)
-        deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
+        try:
+            deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            what = f"port {os.environ['MASTER_PORT']} is taken, maybe by another run on this machine"
+            fix = f"deepspeed --master_port {env.free_port()} ...; with srun: export MASTER_PORT=..."
+            raise UserError(what, "the launcher", fix) from error
         unlink_shared_buffers()
 
 
 def start_watchdog(timeout_minutes: float, advice: Callable[[], str]) -> None:
     """Have the failure of any rank end all of them; see `watchdog.Watchdog`."""
-    dog = watchdog.Watchdog(rank(), world_size(), timeout_minutes * 60, advice)
-    port = broadcast_object(dog.port if dog.server else None)
-    dog.connect(os.environ["MASTER_ADDR"], port)
-    watchdog.hold(dog)
+    # A connection of its own: the run's other client may wait in it for long.
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+    store = dist.PrefixStore(f"watchdog {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    processes = all_gather_objects(watchdog.own_process())
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_beside_agent = has_agent and processes[rank()][0] == processes[0][0]
+    timeout_s = timeout_minutes * 60
+    watchdog.current = watchdog.Watchdog(store, rank(), processes, timeout_s, advice, is_beside_agent)
 
 
 def unlink_shared_buffers() -> None:
@@ -86,22 +101,37 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def _counted(collective: Callable) -> Callable:
+    """Count the ranks' entries: the others wait for the rank that has entered the fewest collectives."""
+
+    @functools.wraps(collective)
+    def entered(*args, **kwargs):
+        watchdog.heartbeat(counts=True)
+        return collective(*args, **kwargs)
+
+    return entered
+
+
+@_counted
 def barrier() -> None:
     dist.barrier()
 
 
+@_counted
 def all_reduce(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place."""
     dist.all_reduce(tensor)
     return tensor
 
 
+@_counted
 def all_reduce_max(tensor: Tensor) -> Tensor:
     """Maximum over ranks, in place."""
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
 
 
+@_counted
 def broadcast_object(value: object) -> object:
     """Rank 0's value on every rank."""
     box = [value]
@@ -109,6 +139,7 @@ def broadcast_object(value: object) -> object:
     return box[0]
 
 
+@_counted
 def all_gather_objects(value: object) -> list:
     """Every rank's picklable value, by rank."""
     values = [None] * world_size()
@@ -116,6 +147,7 @@ def all_gather_objects(value: object) -> list:
     return values
 
 
+@_counted
 def all_gather_padded(local: Tensor, lengths: list[int]) -> list[Tensor]:
     """Concatenate-able pieces of unequal length from all ranks, by rank.
 
@@ -133,6 +165,7 @@ def all_gather_padded(local: Tensor, lengths: list[int]) -> list[Tensor]:
     return [piece[:length] for piece, length in zip(gathered.view(-1, longest), lengths, strict=True)]
 
 
+@_counted
 def start_reduce_scatter(pieces: Tensor) -> Callable[[], Tensor]:
     """Start to sum [world_size, n] pieces over ranks, beside other work; the pieces must stay as they are.
 
@@ -148,13 +181,14 @@ def start_reduce_scatter(pieces: Tensor) -> Callable[[], Tensor]:
     own = torch.empty_like(pieces[0])
     work = _reduce_scatter(own, pieces.reshape(-1), group=_side_group, async_op=True)
 
-    def wait_for_ranks() -> Tensor:  # the watchdog knows it by this name
+    def wait() -> Tensor:
         work.wait()
         return own
 
-    return wait_for_ranks
+    return wait
 
 
+@_counted
 def all_to_all(pieces: Tensor) -> Tensor:
     """Row r of [world_size, n] goes to rank r; returns [world_size, n], row s from rank s.
 
@@ -168,6 +202,7 @@ def all_to_all(pieces: Tensor) -> Tensor:
     return received
 
 
+@_counted
 def gather(piece: Tensor, owner: int) -> Tensor | None:
     """[world_size, n] pieces of all ranks, on the owner alone; None elsewhere."""
     pieces = piece.new_empty(world_size(), piece.numel()) if rank() == owner else None
@@ -175,6 +210,7 @@ def gather(piece: Tensor, owner: int) -> Tensor | None:
     return pieces
 
 
+@_counted
 def scatter(pieces: Tensor | None, owner: int, length: int) -> Tensor:
     """This rank's [length] row of the owner's [world_size, length] fp32 pieces; None on the other ranks."""
     own = torch.empty(length, dtype=torch.float32, device=device())

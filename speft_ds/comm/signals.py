@@ -8,6 +8,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
@@ -16,8 +17,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from speft_ds import env
 from speft_ds.config.section import split_interval
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 EXIT_STOPPED = 85  # asked to stop; what was reached is saved, and --resume goes on
 EXIT_CTRL_C = 130  # a second Ctrl-C: left at once
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LAUNCHERS = {"deepspeed", "torchrun", "deepspeed.launcher.launch", "torch.distributed.run"}
 POLL_S = 1.0  # between two looks at the launcher
 
 _reasons: list[str] = []
@@ -90,29 +93,16 @@ def _listen(reader: int, chain: list[int]) -> None:
 
 def launchers() -> list[int]:
     """Process ids of the launchers above this process, nearest first: `deepspeed`, its helper, `torchrun`."""
-    found, pid = [], os.getppid()
-    while pid > 1 and _is_launcher(pid):
-        found.append(pid)
-        pid = _parent(pid)
+    found = []
+    with contextlib.suppress(psutil.Error):  # one ends just now
+        for process in psutil.Process().parents():
+            python, *words = process.cmdline() or [""]
+            if not re.fullmatch(r"python[\d.]*", os.path.basename(python)):
+                break
+            if not LAUNCHERS & {os.path.basename(word) for word in words[:4]}:
+                break
+            found.append(process.pid)
     return found
-
-
-def _is_launcher(pid: int) -> bool:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return False
-    is_python = re.match(r"python[\d.]*$", os.path.basename(words[0])) is not None
-    named = {"deepspeed", "torchrun", "deepspeed.launcher.launch", "torch.distributed.run"}
-    return is_python and any(os.path.basename(word) in named for word in words[1:5])
-
-
-def _parent(pid: int) -> int:
-    try:
-        # After the name in parentheses, which may hold anything: state, parent.
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
 
 
 class StepFlags:

@@ -1,8 +1,8 @@
-"""One rank's failure ends all ranks, with the first cause told once.
+"""The end of all ranks at the failure of one, with the root cause told once.
 
 Without it, the other ranks wait in a collective for a rank that has died, or raise errors of their own that
-hide the first one. Every rank holds a connection to rank 0, which the system closes however a process ends.
-A thread of each rank listens; rank 0 decides which failure was the first, and tells all.
+hide the first one. A thread of every rank reports to the run's TCPStore what it sees: a process of its node
+died; its own main thread raised an error, or makes no progress. Rank 0 picks the root cause, and all leave.
 
 Imports no torch.
 """
@@ -13,269 +13,230 @@ import contextlib
 import faulthandler
 import json
 import os
-import selectors
-import socket
+import select
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-GRACE_S = 1.5  # from the first report to the decision: a death and the errors that it causes come together
-SILENCE_S = 10.0  # after which a rank that says nothing while all others wait counts as hanging
-TOLD_S = 2.0  # for the rank at fault to say what happened, before the others' exit ends the job
-DEADLOCK_S = 20.0  # past the timeout: this process holds its interpreter and cannot even report
-CONNECT_S = 60.0
+from speft_ds.comm.root_cause import SETTLE_S, SILENCE_S, Failure, Kind, Pulse, RootCause, died, no_answer
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+PULSE_S = 0.5
+TOLD_S = 2.0  # to tell the root cause in, before the exit of other ranks ends the job
+FAREWELL_S = 10.0  # for rank 0, which serves the store, to outlive those who read there how the run ended
+DEADLOCK_S = 20.0  # past the timeout: a main thread that never lets go of the interpreter
 EXIT_FAILURE = 1
-
-
-@dataclass(order=True)
-class Failure:
-    """What a rank reports. Sorted by how likely it is the cause of the others."""
-
-    kind: int  # DIED, RAISED, HANGS or WAITS
-    order: int  # of its arrival
-    rank: int
-    text: str = field(compare=False)
-
-
-DIED, RAISED, HANGS, WAITS = range(4)
-# Where a rank waits for the others: for weights that are on their way, and for a sum beside a backward.
-COLLECTIVES = ("torch/distributed", "deepspeed/comm", "deepspeed/runtime/zero/part", "wait_for_ranks")
+PULSE, FAILURES, END = "pulse of rank {}", "failures", "end"  # keys
 
 
 class Watchdog:
     """This rank's end of it.
 
     Args:
-        rank, world_size: of this process.
-        timeout_s: without a `heartbeat` for so long, this rank is in failure.
+        store: a client of the run's store, for this object alone.
+        processes: `own_process()` of every rank.
+        timeout_s: without a heartbeat for so long, this rank is stuck.
         advice: how to go on after a failure.
+        outlives_store: the store is the launcher's, whose end is a request to stop: see `signals`.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout_s: float, advice: Callable[[], str]):
-        self.rank, self.world_size, self.timeout_s, self.advice = rank, world_size, timeout_s, advice
-        self.server = _open_server(world_size) if rank == 0 else None
-        self.peers: dict[socket.socket, int] = {}  # on rank 0: connection -> rank
-        self.to_rank_0: socket.socket | None = None
-        self.failures: list[Failure] = []
-        self.first_at: float | None = None  # when rank 0 heard of the first
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        processes: list[tuple[str, int]],
+        timeout_s: float,
+        advice: Callable[[], str],
+        outlives_store: bool = False,
+    ):
+        self.store, self.rank, self.world_size = store, rank, len(processes)
+        self.timeout_s, self.advice, self.outlives_store = timeout_s, advice, outlives_store
+        self.number, self.is_done, self.heartbeats, self.where = 0, False, 0, "start"  # see Pulse
+        # Seconds without those in which the job was suspended, and nobody could show a pulse.
+        self.now_s = self.heartbeat_s = 0.0
         self.root_cause: Failure | None = None
-        self.decided = threading.Event()
-        self.reporter = 0  # the rank that tells; 1 where rank 0 is dead or gives no answer
-        self.closing = self.failing = False  # this rank is done; or its main thread is in `fail`
-        self.lock = threading.Lock()
-        self.main_thread = threading.main_thread().ident
+        self.of_all = RootCause([node for node, _ in processes], timeout_s)  # used by rank 0
+        self.reported: set[int] = set()  # ranks whose failure this one has reported
+        self.is_failing, self.ended = False, threading.Event()
+        self.processes: dict[int, int] = {}  # file descriptor of another process of this node -> rank
+        for other, (node, pid) in enumerate(processes):
+            if node == processes[rank][0] and other != rank:
+                with contextlib.suppress(OSError):  # it is dead by now, or the kernel is too old
+                    self.processes[os.pidfd_open(pid)] = other
+        self._show_pulse()
+        self._postpone_exit()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self.thread.start()
+        threading.Thread(target=self._watch_store, name="watchdog of the store", daemon=True).start()
 
-    @property
-    def port(self) -> int:
-        """Of rank 0's end, for the other ranks."""
-        return self.server.getsockname()[1]
-
-    def connect(self, host: str, port: int) -> None:
-        """Join; every rank calls this once, after rank 0 has told its port."""
-        if self.rank == 0:
-            self.server.settimeout(CONNECT_S)
-            while len(self.peers) < self.world_size - 1:
-                peer, _ = self.server.accept()
-                _keep_alive(peer)
-                peer.settimeout(CONNECT_S)
-                with contextlib.suppress(ValueError, KeyError, OSError):  # a stranger at the door
-                    self.peers[peer] = json.loads(_read_line(peer))["rank"]
-                    peer.settimeout(None)
-        else:
-            self.to_rank_0 = socket.create_connection((host, port), timeout=CONNECT_S)
-            self.to_rank_0.settimeout(None)
-            _keep_alive(self.to_rank_0)
-            self._send(self.to_rank_0, {"rank": self.rank})
-        self.heartbeat("start")
-        # The system closes a connection with its last holder: a forked helper must not outlive this rank's.
-        os.register_at_fork(after_in_child=self._let_go)
-        threading.Thread(target=self._listen, name="watchdog", daemon=True).start()
-
-    def _let_go(self) -> None:
-        for end in [*self.peers, self.to_rank_0, self.server]:
-            if end is not None:
-                end.close()
-
-    def heartbeat(self, where: str) -> None:
-        """This rank makes progress; `where` it is, for the message if this was the last time."""
-        self.where, self.last_heartbeat = where, time.monotonic()
-        # In C, and without the interpreter: the last resort against a collective that never lets go of it.
-        faulthandler.dump_traceback_later(self.timeout_s + DEADLOCK_S, exit=True)
+    def heartbeat(self, where: str | None, counts: bool) -> None:
+        self.heartbeat_s, self.where = self.now_s, where or self.where
+        self.heartbeats += counts
 
     def close(self) -> None:
-        """The run is done on this rank: that its connection ends is no failure."""
-        self.closing = True
-        if self.server is not None:
-            self.server.close()
-        faulthandler.cancel_dump_traceback_later()
-        for peer in [*self.peers, *([self.to_rank_0] if self.to_rank_0 else [])]:
-            self._send(peer, {"closed": True})
+        self.is_done = True
+        self.thread.join(FAREWELL_S)
+        self.ended.set()
 
     def fail(self, text: str) -> None:
-        """Report an error of this rank, and print it if it is the first cause; returns when all is told."""
-        self.failing = True
-        self._report(RAISED, text)
-        self.decided.wait(GRACE_S + 2 * SILENCE_S)
-        if self.root_cause is None or self.root_cause.rank == self.rank:
+        self.is_failing = True
+        with contextlib.suppress(RuntimeError):  # the store is gone, as the thread will see
+            self._report(Kind.RAISED, self.rank, text)
+        if not self.ended.wait(SILENCE_S + SETTLE_S + FAREWELL_S) or self.root_cause is None:
             print(text, file=sys.stderr, flush=True)
+
+    def _watch(self) -> None:
+        looked_at, has_ended = time.monotonic(), False
+        while not has_ended:
+            time.sleep(PULSE_S)
+            now = time.monotonic()
+            self.now_s += min(now - looked_at, 4 * PULSE_S)
+            looked_at = now
+            try:
+                has_ended = self._exchange()
+            except RuntimeError:
+                return self._lose_store(Kind.DIED)
+            if self.root_cause is not None:
+                return self._end(self.root_cause)
+        self.ended.set()
+
+    def _exchange(self) -> bool:
+        """Report what is wrong here, then show a pulse, then look how the run goes; whether it has ended."""
+        dead, is_done = self._dead(), self.is_done
+        if 0 in dead and not is_done:
+            self.root_cause = Failure(Kind.DIED, 0, died(0))
+            return True
+        for rank in dead:
+            self._report(Kind.DIED, rank, died(rank))
+        if self.now_s - self.heartbeat_s > self.timeout_s:
+            self._report(Kind.STUCK, self.rank, "")
+        self._show_pulse()
+        if self.rank == 0:
+            return self._lead(is_done)
+        if not is_done and self.store.check([END]):
+            end = json.loads(self.store.get(END))
+            self.is_done, self.root_cause = True, Failure(*end) if end else None
+        return is_done
+
+    def _lead(self, is_done: bool) -> bool:
+        """On rank 0: pick a root cause, or say that the run is done; whether all others know how it ended."""
+        lines = self.store.get(FAILURES).splitlines() if self.store.check([FAILURES]) else []
+        values = self.store.multi_get([PULSE.format(rank) for rank in range(self.world_size)])
+        pulses = [Pulse(*json.loads(value)) for value in values]
+        if self.root_cause is None and not is_done:
+            failures = [Failure(*json.loads(line)) for line in lines]
+            self.root_cause = self.of_all.pick(failures, pulses, self.now_s)
+        if self.root_cause is not None or is_done:
+            self.store.set(END, json.dumps(self.root_cause))
+        others = set(range(1, self.world_size)) - self.of_all.lost
+        return is_done and all(pulses[rank].is_done for rank in others)
+
+    def _end(self, cause: Failure) -> None:
+        """Leave, once one rank has told the root cause."""
+        self.root_cause = cause
+        # Rank 0 has picked it, unless it is lost itself, and its store with it.
+        is_rank_0_lost = cause.is_loss and cause.rank == 0
+        if self.rank == (int(is_rank_0_lost) if cause.is_loss else cause.rank):
+            self._tell(cause)
         else:
             time.sleep(TOLD_S)
+        self.is_done, deadline = True, time.monotonic() + FAREWELL_S
+        with contextlib.suppress(RuntimeError):
+            while not is_rank_0_lost and not self._exchange() and time.monotonic() < deadline:
+                time.sleep(PULSE_S / 5)
+        self.ended.set()
+        if not self.is_failing:  # else the main thread leaves, with its own exit code
+            os._exit(EXIT_FAILURE)
 
-    def _report(self, kind: int, text: str) -> None:
-        if self.rank == 0:
-            self._hear(kind, 0, text)
-        else:
-            self._send(self.to_rank_0, {"kind": kind, "text": text})
-
-    def _hear(self, kind: int, rank: int, text: str) -> None:
-        with self.lock:
-            self.first_at = self.first_at or time.monotonic()
-            self.failures.append(Failure(kind, len(self.failures), rank, text))
-
-    def _listen(self) -> None:
-        ends = selectors.DefaultSelector()
-        for peer in [*self.peers, *([self.to_rank_0] if self.to_rank_0 else [])]:
-            ends.register(peer, selectors.EVENT_READ)
-        reported_at = None
-        while self.root_cause is None and not self.closing:
-            for key, _ in ends.select(timeout=0.25):
-                if not self._receive(key.fileobj):
-                    ends.unregister(key.fileobj)
-            now = time.monotonic()
-            if reported_at is None and now - self.last_heartbeat > self.timeout_s:
-                reported_at = now
-                self._report(*self._stuck())
-            if self.first_at is not None and now - self.first_at > GRACE_S:
-                self._decide(is_last_call=now - self.first_at > SILENCE_S)
-            if self.rank != 0 and reported_at is not None and now - reported_at > GRACE_S + 2 * SILENCE_S:
-                self._give_up_rank_0(HANGS, f"rank 0 gives no answer\n{self._stuck()[1]}")
-        if self.root_cause is not None:
-            self._end()
-
-    def _receive(self, peer: socket.socket) -> bool:
-        """Read a line from the other end; False where there will be none any more."""
-        try:
-            line = _read_line(peer)
-        except OSError:
-            line = ""
-        message = json.loads(line) if line else None
-        if message is not None and "closed" in message:
-            return False
-        if self.rank == 0:
-            rank = self.peers[peer]
-            if message is None and not self.closing:
-                self._hear(DIED, rank, f"rank {rank} died")
-            elif message is not None:
-                self._hear(message["kind"], rank, message["text"])
-        elif message is not None:
-            self.root_cause = Failure(message["kind"], 0, message["rank"], message["text"])
-        elif not self.closing:
-            self._give_up_rank_0(DIED, "rank 0 died")
-        return message is not None
-
-    def _decide(self, is_last_call: bool) -> None:
-        """On rank 0: the first cause, told to all; not yet, where all who spoke only wait for others."""
-        with self.lock:
-            first = min(self.failures)
-            silent = set(range(self.world_size)) - {failure.rank for failure in self.failures}
-        if first.kind == WAITS and silent:
-            if not is_last_call:
-                return
-            ranks = ", ".join(map(str, sorted(silent)))
-            first = Failure(HANGS, 0, min(silent), f"rank {ranks} gives no answer\n{first.text}")
-        for peer in self.peers:
-            self._send(peer, {"kind": first.kind, "rank": first.rank, "text": first.text})
-        self.root_cause = first
-
-    def _give_up_rank_0(self, kind: int, text: str) -> None:
-        self.root_cause, self.reporter = Failure(kind, 0, 0, text), 1
-
-    def _stuck(self) -> tuple[int, str]:
-        """What this rank does instead of making progress."""
-        stack = traceback.format_stack(sys._current_frames()[self.main_thread])
-        waits = any(name in "".join(stack[-4:]) for name in COLLECTIVES)
-        text = (
-            f"rank {self.rank} made no progress for {self.timeout_s / 60:g} minutes "
-            f"(train.timeout_minutes), after: {self.where}; it stands at\n{''.join(stack[-4:])}"
-        )
-        return (WAITS if waits else HANGS), text.rstrip()
-
-    def _end(self) -> None:
-        """Leave, after the rank at fault has had its say."""
-        root_cause = self.root_cause
-        self.decided.set()
-        try:
-            if root_cause.kind != RAISED and self.rank == self.reporter:
-                died = (
-                    "; killed, or out of memory: see the log of its node" if root_cause.kind == DIED else ""
-                )
-                print(f"{root_cause.text}{died}", file=sys.stderr, flush=True)
+    def _tell(self, cause: Failure) -> None:
+        text = cause.text
+        if cause.kind == Kind.STUCK:
+            stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
+            text += f"; rank {self.rank} stands at\n{''.join(stack[-4:]).rstrip()}"
+        print(text, file=sys.stderr, flush=True)
+        if cause.kind != Kind.RAISED:
+            with contextlib.suppress(Exception):  # it looks into folders
                 print(self.advice(), file=sys.stderr, flush=True)
-        finally:  # whatever becomes of the advice, which looks into folders
-            if not self.failing:  # else the main thread leaves, with its own exit code
-                time.sleep(TOLD_S)
-                os._exit(EXIT_FAILURE)
 
-    @staticmethod
-    def _send(peer: socket.socket, message: dict) -> None:
-        with contextlib.suppress(OSError):  # an end that is gone is heard of by reading
-            peer.sendall(json.dumps(message).encode() + b"\n")
+    def _watch_store(self) -> None:
+        """Notice a store that gives no answer: its client would wait for ever."""
+        number, waited_s = -1, 0.0
+        while not self.ended.wait(PULSE_S):
+            self._postpone_exit()
+            waited_s = waited_s + PULSE_S if self.number == number else 0.0
+            number = self.number
+            if waited_s > 4 * PULSE_S and 0 in self._dead():  # a process that it forked holds its connections
+                self._lose_store(Kind.DIED)
+            elif waited_s > SILENCE_S:
+                self._lose_store(Kind.SILENT)
+        faulthandler.cancel_dump_traceback_later()
 
+    def _lose_store(self, kind: Kind) -> None:
+        """Rank 0 is gone, or else the launcher."""
+        if not self.is_done and not self.outlives_store:
+            self._end(Failure(kind, 0, died(0) if kind == Kind.DIED else no_answer([0])))
+        self.ended.set()
 
-def _open_server(backlog: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
-    return socket.create_server(("", 0), backlog=backlog)
+    def _postpone_exit(self) -> None:
+        """In C, without the interpreter: the last resort where no thread of ours can run."""
+        faulthandler.dump_traceback_later(self.timeout_s + DEADLOCK_S, exit=True)
 
+    def _dead(self) -> set[int]:
+        """The ranks of this node whose processes have ended."""
+        poll = select.poll()
+        for process in self.processes:
+            poll.register(process, select.POLLIN)
+        return {self.processes[process] for process, _ in poll.poll(0)}
 
-def _read_line(peer: socket.socket) -> str:
-    """A line from a connection; empty where it is closed. Lines are read one byte a time: there are few."""
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        piece = peer.recv(1)
-        if not piece:
-            return ""
-        line += piece
-    return line.decode()
+    def _show_pulse(self) -> None:
+        self.number += 1
+        pulse = Pulse(self.number, self.is_done, self.heartbeats, self.where)
+        self.store.set(PULSE.format(self.rank), json.dumps(pulse))
 
-
-def _keep_alive(peer: socket.socket) -> None:
-    """Have the system look for a machine that is gone: after 10 s of silence, every 5 s, 4 times."""
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, option):
-            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
-_current: Watchdog | None = None
-
-
-def hold(watchdog: Watchdog) -> None:
-    """Make this the watchdog of the process."""
-    global _current
-    _current = watchdog
+    def _report(self, kind: Kind, rank: int, text: str) -> None:
+        if rank not in self.reported:
+            self.reported.add(rank)
+            self.store.append(FAILURES, json.dumps(Failure(kind, rank, text)) + "\n")
 
 
-def heartbeat(where: str) -> None:
-    """This rank makes progress; without a watchdog nobody listens."""
-    if _current is not None:
-        _current.heartbeat(where)
+def own_process() -> tuple[str, int]:
+    """(node, process id) of this process. Processes of one node see each other's ids."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}", os.getpid()
+
+
+current: Watchdog | None = None  # that of this process
+
+
+def heartbeat(where: str | None = None, counts: bool = False) -> None:
+    """This rank makes progress; without a watchdog nobody notices.
+
+    Args:
+        where: for the message if this was the last time; None: where it was.
+        counts: all ranks make this call, equally often: who made it less often is waited for.
+    """
+    if current is not None:
+        current.heartbeat(where, counts)
 
 
 def close() -> None:
-    """The run is done on this rank."""
-    global _current
-    if _current is not None:
-        _current.close()
-    _current = None
+    """The run is done: that processes end is no failure any more. Rank 0 waits for the others."""
+    if current is not None:
+        current.close()
 
 
 def fail(text: str) -> bool:
-    """Tell of an error of this rank if it is the first cause on any rank; False without a watchdog."""
-    if _current is None:
-        return False
-    _current.fail(text)
-    return True
+    """Report an error of this rank, which prints it if it is the root cause; returns when all is told.
+
+    Returns:
+        False without a watchdog: nothing is printed then.
+    """
+    if current is not None:
+        current.fail(text)
+    return current is not None

@@ -1,4 +1,4 @@
-"""Batches of rows, and their loss."""
+"""Batches: how a global batch is split, and rows become tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IGNORED = -100
 
 
 def split_global_batch(rows: list[Row], micro_batch: int, rank: int, world_size: int) -> list[list[Row]]:
-    """This rank's micro-batches of a global batch, one a accumulation step.
+    """This rank's micro-batches of a global batch, one per accumulation step.
 
     Rows are dealt by length, so that the rows of one micro-batch, and the ranks' micro-batches that run
     side by side, are about equally long.
@@ -25,7 +25,7 @@ def split_global_batch(rows: list[Row], micro_batch: int, rank: int, world_size:
 
 
 def collate(rows: list[Row], pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Right-padded [rows, longest] int64 `input_ids`, and `labels` (IGNORED where nothing is learnt).
+    """Right-padded [rows, longest] int64 `input_ids`, and `labels` (IGNORED where the loss is not).
 
     Where rows are packed, also `position_ids`, which restart at each of them: from these the model's
     attention tells the rows apart. For sequence classification `labels` is [rows], the classes.
@@ -33,24 +33,18 @@ def collate(rows: list[Row], pad_id: int, device: torch.device) -> dict[str, Ten
     No attention mask: under causal attention no real token sees the padding behind it.
     """
     longest = max(len(row.ids) for row in rows)
-    batch = {"input_ids": torch.full((len(rows), longest), pad_id)}
+    input_ids = torch.full((len(rows), longest), pad_id)
+    labels = torch.full((len(rows), longest), IGNORED)
     for number, row in enumerate(rows):
-        batch["input_ids"][number, : len(row.ids)] = torch.tensor(row.ids)
+        ids, loss_mask = torch.tensor(row.ids), torch.tensor(row.loss_mask, dtype=torch.bool)
+        input_ids[number, : len(ids)] = ids
+        labels[number, : len(ids)] = ids.where(loss_mask, IGNORED)
     if rows[0].label is not None:
-        batch["labels"] = torch.tensor([row.label for row in rows])
-    else:
-        batch["labels"] = _token_labels(rows, batch["input_ids"])
+        labels = torch.tensor([row.label for row in rows])
+    batch = {"input_ids": input_ids, "labels": labels}
     if any(len(row.starts) > 1 for row in rows):
         batch["position_ids"] = torch.stack([_positions(row, longest) for row in rows])
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def _token_labels(rows: list[Row], input_ids: Tensor) -> Tensor:
-    labels = torch.full_like(input_ids, IGNORED)
-    for number, row in enumerate(rows):
-        for start, stop in row.spans:
-            labels[number, start:stop] = input_ids[number, start:stop]
-    return labels
 
 
 def _positions(row: Row, length: int) -> Tensor:

@@ -1,12 +1,16 @@
-"""Tokenised rows on disk: one safetensors file, read row by row. Imports no torch to read."""
+"""Tokenised rows: one sequence in memory, and a file of all of them that is read row by row.
+
+Imports no torch to read.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -17,56 +21,56 @@ from speft_ds.errors import UserError
 
 @dataclass(frozen=True)
 class Row:
-    """What the model sees as one sequence: a row, or several packed ones.
+    """One sequence as the model sees it: a row, or several packed ones.
 
     Attributes:
         ids: token ids.
-        spans: [start, stop) of the tokens that are learnt, ascending; the first token of a row never is.
+        loss_mask: of each token, whether the loss is on it: a label token. A row's first token never is one.
         starts: where each of the packed rows begins.
-        label: the class, for sequence classification; then there are no spans.
+        label: the class, for sequence classification; then there are no label tokens.
     """
 
     ids: list[int]
-    spans: list[tuple[int, int]]
+    loss_mask: list[bool]
     starts: list[int] = field(default_factory=lambda: [0])
     label: int | None = None
 
     @property
     def num_labels(self) -> int:
-        """What the loss is a sum over: learnt tokens, or one label."""
-        return sum(stop - start for start, stop in self.spans) if self.label is None else 1
+        """What the loss is a sum over: label tokens, or one class."""
+        return sum(self.loss_mask) if self.label is None else 1
 
     def as_text(self, tokenizer) -> list[tuple[str, bool]]:
-        """The tokens as text again, cut where learning starts and stops, with whether a piece is learnt."""
-        edges = sorted({0, len(self.ids), *(edge for span in self.spans for edge in span)})
-        learnt = {start for start, _ in self.spans}
-        pieces = [
-            (tokenizer.decode(self.ids[start:stop]), start in learnt) for start, stop in pairwise(edges)
-        ]
+        """The row as pieces of text, each with whether the loss is on it."""
+        pieces, start = [], 0
+        for is_label, tokens in groupby(self.loss_mask):
+            stop = start + len(list(tokens))
+            pieces.append((tokenizer.decode(self.ids[start:stop]), bool(is_label)))
+            start = stop
         return pieces if self.label is None else [*pieces, (f"class {self.label}", True)]
 
 
 def pack(rows: list[Row]) -> Row:
     """The rows as one sequence, one after the other."""
-    ids, spans, starts = [], [], []
+    ids, loss_mask, starts = [], [], []
     for row in rows:
-        spans += [(start + len(ids), stop + len(ids)) for start, stop in row.spans]
         starts.append(len(ids))
         ids += row.ids
-    return Row(ids, spans, starts)
+        loss_mask += row.loss_mask
+    return Row(ids, loss_mask, starts)
 
 
 class TokenizedDataset(Sequence[Row]):
-    """Sequences to train on: rows or, with packing, packs of rows.
+    """The sequences of a run: rows or, with packing, packs of rows.
 
     Args:
-        path: a file that `prepare` wrote.
+        path: a file that `write_dataset` wrote.
 
     Attributes:
-        lengths, num_label_tokens: [rows] tokens of each row, and how many of them are learnt.
-        sizes: sequences of each source, and `row_sizes`: rows; those of a source follow each other.
-        facts: what was done to the rows: `sources` (a dict of counts each), `classes` (names, or None),
-            `samples` (pieces of text, each with whether it is learnt), `sha256` of all rows and packs.
+        lengths, num_label_tokens: [rows] tokens of each row, and how many of them are label tokens.
+        sizes, row_sizes: sequences and rows of each source; those of a source follow each other.
+        facts: what was done to the rows: `sources` (a dict of counts for each), `classes` (names, or None),
+            `samples` (see `Row.as_text`), `sha256` of all rows and packs.
     Raises:
         UserError: the file is damaged.
     """
@@ -76,16 +80,14 @@ class TokenizedDataset(Sequence[Row]):
         try:
             file = safe_open(path, framework="np")
             self.facts = json.loads(file.metadata()["facts"])
-            self._ids, self._spans = file.get_slice("ids"), file.get_tensor("spans")
-            edges = {name: file.get_tensor(name) for name in ("row_edges", "span_edges", "pack_edges")}
-            self._classes, self._packs = file.get_tensor("labels"), file.get_tensor("packs")
+            self._ids, self._loss_mask = file.get_slice("ids"), file.get_slice("loss_mask")
+            self._row_edges, self._pack_edges = file.get_tensor("row_edges"), file.get_tensor("pack_edges")
+            self._labels, self._packs = file.get_tensor("labels"), file.get_tensor("packs")
+            self.num_label_tokens = file.get_tensor("num_label_tokens")
             self.sizes, self.row_sizes = map(tuple, file.get_tensor("sizes").tolist())
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"not readable: {error}", str(path), f"rm {path}") from error
-        self._row_edges, self._span_edges, self._pack_edges = edges.values()
         self.lengths = np.diff(self._row_edges)
-        learnt = np.concatenate([[0], np.cumsum(self._spans[:, 1] - self._spans[:, 0])])
-        self.num_label_tokens = np.diff(learnt[self._span_edges])
 
     @property
     def num_rows(self) -> int:
@@ -102,23 +104,20 @@ class TokenizedDataset(Sequence[Row]):
         if not 0 <= number < len(self):
             raise IndexError(number)
         if not self.is_packed:
-            return self.row(number)
+            return self._row(number)
         first, last = self._pack_edges[number : number + 2]
-        return pack([self.row(row) for row in self._packs[first:last]])
+        return pack([self._row(row) for row in self._packs[first:last]])
 
-    def row(self, number: int) -> Row:
-        """One row by itself, packed or not."""
-        if not 0 <= number < self.num_rows:
-            raise IndexError(number)
+    def _row(self, number: int) -> Row:
         start, stop = self._row_edges[number : number + 2]
-        first, last = self._span_edges[number : number + 2]
-        label = int(self._classes[number]) if len(self._classes) else None
-        spans = [tuple(span) for span in self._spans[first:last].tolist()]
-        return Row(self._ids[start:stop].tolist(), spans, label=label)
+        label = int(self._labels[number]) if len(self._labels) else None
+        return Row(self._ids[start:stop].tolist(), self._loss_mask[start:stop].tolist(), label=label)
 
-    def rows(self) -> Sequence[Row]:
-        """All rows by themselves, for calibration."""
-        return _Rows(self)
+    def rows(self) -> TokenizedDataset:
+        """The same rows without packing, for calibration."""
+        unpacked = copy.copy(self)
+        unpacked.sizes, unpacked._pack_edges = self.row_sizes, self._pack_edges[:1]
+        return unpacked
 
     def sequence_lengths(self) -> np.ndarray:
         """[len(self)] tokens of each sequence."""
@@ -127,31 +126,12 @@ class TokenizedDataset(Sequence[Row]):
         return np.add.reduceat(self.lengths[self._packs], self._pack_edges[:-1])
 
 
-@dataclass(frozen=True)
-class _Rows(Sequence[Row]):
-    corpus: TokenizedDataset
-
-    def __len__(self) -> int:
-        return self.corpus.num_rows
-
-    def __getitem__(self, number: int) -> Row:
-        return self.corpus.row(number)
-
-
-def is_readable(path: Path) -> bool:
-    """Whether there is a corpus that can be read; a damaged one is made anew."""
-    try:
-        return path.is_file() and bool(TokenizedDataset(path))
-    except UserError:
-        return False
-
-
 def write_dataset(path: Path, by_source: list[list[Row]], packs: list[list[list[int]]], facts: dict) -> None:
-    """Write a corpus whole or not at all.
+    """Write the file of a `TokenizedDataset`, completely or not at all.
 
     Args:
         by_source: the rows of each source.
-        packs: row numbers within each source, a list a pack; empty where rows are not packed.
+        packs: for each source its packs, each the numbers of its rows within the source; empty: not packed.
         facts: see `TokenizedDataset`.
     Raises:
         OSError: it cannot be written.
@@ -161,20 +141,16 @@ def write_dataset(path: Path, by_source: list[list[Row]], packs: list[list[list[
     from speft_ds.io import write_safetensors
 
     rows = [row for rows in by_source for row in rows]
-    firsts = np.cumsum([0, *(len(rows) for rows in by_source)])
-    all_packs = [
-        [first + n for n in numbers]
-        for first, source in zip(firsts, packs, strict=False)
-        for numbers in source
-    ]
+    firsts = np.cumsum([0, *map(len, by_source)])
+    all_packs = [np.add(first, pack) for first, some in zip(firsts, packs, strict=False) for pack in some]
     arrays = {
-        "ids": _flat((row.ids for row in rows), np.int32),
-        "row_edges": _edges(len(row.ids) for row in rows),
-        "spans": _flat((span for row in rows for span in row.spans), np.int32).reshape(-1, 2),
-        "span_edges": _edges(len(row.spans) for row in rows),
+        "ids": _concatenate((row.ids for row in rows), np.int32),
+        "loss_mask": _concatenate((row.loss_mask for row in rows), np.bool_),
+        "num_label_tokens": np.array([np.count_nonzero(row.loss_mask) for row in rows], np.int64),
+        "row_edges": np.cumsum([0, *(len(row.ids) for row in rows)], dtype=np.int64),
         "labels": np.array([row.label for row in rows if row.label is not None], np.int32),
-        "packs": _flat(all_packs, np.int64),
-        "pack_edges": _edges(map(len, all_packs)),
+        "packs": _concatenate(all_packs, np.int64),
+        "pack_edges": np.cumsum([0, *map(len, all_packs)], dtype=np.int64),
         "sizes": np.array([[len(source) for source in by] for by in (packs or by_source, by_source)]),
     }
     digest = hashlib.sha256()
@@ -184,10 +160,5 @@ def write_dataset(path: Path, by_source: list[list[Row]], packs: list[list[list[
     write_safetensors(path, tensors, {"facts": json.dumps({**facts, "sha256": digest.hexdigest()})})
 
 
-def _flat(lists, dtype) -> np.ndarray:
-    arrays = [np.asarray(values, dtype) for values in lists]
-    return np.concatenate(arrays) if arrays else np.empty(0, dtype)
-
-
-def _edges(lengths) -> np.ndarray:
-    return np.cumsum([0, *lengths], dtype=np.int64)
+def _concatenate(parts: Iterable[Sequence], dtype: type) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype), *(np.asarray(part, dtype) for part in parts)])

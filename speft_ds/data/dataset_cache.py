@@ -1,7 +1,7 @@
-"""Tokenised rows, made once and kept on disk: the key they are kept under, finding them, making them.
+"""Tokenised rows kept on disk: the key that they are kept under, finding them, making them.
 
-One file per dataset, `~/.cache/speft_ds/rows/<key>.safetensors`, keyed by the contents of the data, the
-tokenizer and all that shapes the rows. Imports no torch, so that a second start costs next to nothing.
+There is one file per dataset, `~/.cache/speft_ds/rows/<key>.safetensors`, keyed by the contents of the data,
+the tokenizer and all that shapes the rows. Imports no torch, so that a second start costs next to nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +22,35 @@ from tqdm import tqdm
 from speft_ds import hub
 from speft_ds.config.data_config import DataConfig, Source
 from speft_ds.config.recipe import Recipe
-from speft_ds.data.dataset import TokenizedDataset, is_readable, write_dataset
+from speft_ds.data.dataset import Row, TokenizedDataset, write_dataset
 from speft_ds.data.formats import Classes, EmptyRow, Example, find_classes, make_example
 from speft_ds.data.packing import first_fit
-from speft_ds.data.readers import Located, is_hub_dataset, iterate_rows, load_builder
-from speft_ds.data.select import COUNTED, EMPTY, Table, select_rows
-from speft_ds.data.tokenize import Encoder
+from speft_ds.data.readers import Located, hash_file, hash_files, is_hub_dataset, iterate_rows, load_builder
+from speft_ds.data.select import select_rows
+from speft_ds.data.tokenize import CUT_PROMPT, CUT_RESPONSE, NO_LABELS, TOO_LONG, Encoder
 from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
 
-FORMAT_VERSION = "1"  # of the file, and of what tokenising does: another version is another key
+FORMAT_VERSION = "2"  # of the file, and of what tokenising does: another version is another key
 # All that a tokenizer, or a small model that scores rows, is loaded from.
 MODEL_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 WEIGHT_FILES = (".safetensors", ".bin")
+BATCH = 1000  # rows tokenised in one call, on all cores
+NUM_SAMPLES = 3  # rows kept as text, to be shown
+EMPTY, NOT_SELECTED = "empty, left out", "not selected"
+COUNTED = ("rows", EMPTY, NO_LABELS, CUT_PROMPT, CUT_RESPONSE, TOO_LONG, NOT_SELECTED)
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Which corpus is wanted.
+    """All that decides what is in a dataset.
 
     Attributes:
-        data: the data section, its sources those to read.
+        data: the data section; its sources are read.
         model: whose tokenizer; a local folder or a hub id.
         classify: for sequence classification.
         seed: of the recipe, for `data.select=random`.
-        where: source -> what an error says of where it is named.
+        where: number of a source -> what an error says of where it is named.
     """
 
     data: DataConfig
@@ -65,53 +69,41 @@ class DatasetSpec:
         return cls(recipe.data, recipe.model.name_or_path, classify, recipe.seed, recipe.where_rows)
 
     def key(self) -> str:
-        """Hash of everything that the corpus depends on. Raises UserError for data that is not there."""
-        data = self.data.model_dump(mode="json", exclude={"path", "mixture"})
-        options = [source.model_dump(mode="json", exclude={"path", "weight"}) for source in self.data.sources]
-        seed = self.seed if self.data.select == "random" else None
+        """Hash of everything that the dataset depends on. Raises UserError for data that is not there."""
+        data = self.data
         parts = [
             FORMAT_VERSION,
             *(version(name) for name in ("transformers", "tokenizers")),
-            data,
-            options,
+            data.model_dump(mode="json", exclude={"path", "mixture"}),
+            [source.model_dump(mode="json", exclude={"path", "weight"}) for source in data.sources],
             self.classify,
-            seed,
-            hash_model(self.model, MODEL_FILES),
-            hash_model(self.data.scorer, MODEL_FILES + WEIGHT_FILES),
-            self.data.scorer and scorer_dtype(),
-            [hash_source(source) for source in self.data.sources],
+            self.seed if data.select == "random" else None,
+            _hash_model(self.model, MODEL_FILES),
+            _hash_model(data.scorer, MODEL_FILES + WEIGHT_FILES),
+            data.scorer and _scorer_dtype(),
+            [_hash_source(source) for source in data.sources],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def path(self) -> Path:
-        """Where the corpus is kept. Raises UserError for data that is not there."""
+        """Where the dataset is kept. Raises UserError for data that is not there."""
         return cache_folder("rows") / f"{self.key()}.safetensors"
 
 
-def hash_model(model: str | None, suffixes: tuple[str, ...]) -> list[str] | str | None:
-    """What identifies a model, as far as files of these kinds go: a hash of each."""
+def _hash_model(model: str | None, suffixes: tuple[str, ...]) -> list[str] | str | None:
+    """What identifies a model, as far as files of these kinds go."""
     folder = hub.model_folder(model) if model else None
-    if folder is None:
-        return model
-    files = sorted(file for file in folder.iterdir() if file.suffix in suffixes and file.is_file())
-    return [f"{file.name} {hash_file(file)}" for file in files]
+    return model if folder is None else hash_files(folder, suffixes)
 
 
-def scorer_dtype() -> str:
-    """Scores depend on it, and it on the machine."""
+def _scorer_dtype() -> str:
+    """Scores depend on it, and it depends on the machine."""
     from speft_ds.data.ifd import choose_dtype
 
     return str(choose_dtype())
 
 
-def fetch_scorer(scorer: str) -> None:
-    """Have the hub's cache hold the model that scores rows. Raises UserError."""
-    from speft_ds.data.ifd import find_folder
-
-    find_folder(scorer)
-
-
-def hash_source(source: Source) -> str:
+def _hash_source(source: Source) -> str:
     """What identifies the rows of a source: the bytes of its files, or the version on the hub."""
     if is_hub_dataset(source.path):
         return str(load_builder(source).cache_dir)
@@ -123,32 +115,27 @@ def hash_source(source: Source) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def hash_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}", str(path)) from error
-
-
-BATCH = 1000  # rows tokenised in one call, on all cores
-NUM_SAMPLES = 3  # rows kept as text, to be shown
-
-
 def find_cached(spec: DatasetSpec) -> TokenizedDataset | None:
-    """The corpus of a request, if it was made before. Raises UserError for data that is not there."""
-    path = spec.path()
-    return TokenizedDataset(path) if is_readable(path) else None
+    """The dataset, if it was made before. Raises UserError for data that is not there."""
+    return _open(spec.path())
+
+
+def _open(path: Path) -> TokenizedDataset | None:
+    """A dataset of the cache; None where there is none or it is damaged: then it is made again."""
+    try:
+        return TokenizedDataset(path) if path.is_file() else None
+    except UserError:
+        return None
 
 
 def prepare(
-    spec: DatasetSpec, load_tokenizer: Callable[[], Any], say: Callable[[str], None] = print
+    spec: DatasetSpec, load_tokenizer: Callable[[], Any], log: Callable[[str], None] = print
 ) -> TokenizedDataset:
-    """The corpus of a request: from the cache, or made now. Safe when several jobs want it at once.
+    """The dataset, from the cache or made now. Safe when several jobs want it at once.
 
     Args:
         load_tokenizer: called only where the rows are made now.
-        say: shows a line on what is being done.
+        log: takes a line on what is being done.
     Raises:
         UserError: the data is not there, a row cannot be used, no row is left, or the cache is not writable.
     """
@@ -157,16 +144,18 @@ def prepare(
     if hub.model_folder(spec.model) is None:
         load_tokenizer()  # fetches it: the key goes by its files
     if spec.data.scorer and hub.model_folder(spec.data.scorer) is None:
-        fetch_scorer(spec.data.scorer)
+        from speft_ds.data.ifd import find_folder
+
+        find_folder(spec.data.scorer)  # the same
     path = spec.path()
-    if is_readable(path):  # in a folder that may be shared, and not writable
-        return TokenizedDataset(path)
+    if cached := _open(path):  # in a folder that may be shared, and not writable
+        return cached
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The rename at the end of writing makes it safe; the lock saves the others from doing the same work.
         with FileLock(path.with_suffix(".lock")):
-            if not is_readable(path):
-                say(f"tokenising {', '.join(source.path for source in spec.data.sources)}")
+            if not _open(path):
+                log(f"tokenising {', '.join(source.path for source in spec.data.sources)}")
                 make_dataset(spec, load_tokenizer(), path)
     except OSError as error:
         fix = "free space, or set SPEFT_DS_CACHE to a folder on another disk"
@@ -174,30 +163,35 @@ def prepare(
     return TokenizedDataset(path)
 
 
+@dataclass
+class _SourceRows:
+    """The rows of one source, and what became of those that it had."""
+
+    rows: list[Row]
+    texts: list[tuple[str, str]]  # (prompt, response), where the selection scores them
+    counts: dict[str, int]
+
+
 def make_dataset(spec: DatasetSpec, tokenizer: Any, path: Path) -> None:
-    """Read, tokenise, select and pack the rows of a request, and write them to `path`."""
-    data = spec.data
-    classes = classes_of(data)
+    """Read, tokenise, select and pack the rows, and write them to `path`."""
+    data, classes = spec.data, classes_of(spec.data)
     encoder = Encoder(tokenizer, data.max_length, data.long_rows)
-    keeps_text = data.select == "ifd"
-    tables = [_read_source(number, spec, encoder, classes, keeps_text) for number in range(len(data.sources))]
-    select_rows(tables, data, spec.seed)
-    for number, table in enumerate(tables):
-        if not table.rows:
-            what = f"of {table.counts['rows']} rows none is left: {_counts(table.counts)}"
+    sources = [_tokenize_source(spec, number, encoder, classes) for number in range(len(data.sources))]
+    if data.select != "all":
+        _select(sources, spec)
+    for number, source in enumerate(sources):
+        if not source.rows:
+            left_out = [f"{n} {what}" for what, n in source.counts.items() if what != "rows" and n]
+            what = f"of {source.counts['rows']} rows none is left: {', '.join(left_out)}"
             fix = "data.max_length, data.long_rows, data.empty_rows and data.select_rows leave rows out"
             raise UserError(what, spec.where(number), fix)
-    packs = [first_fit([len(row.ids) for row in t.rows], data.max_length) for t in tables if data.packing]
+    packs = [first_fit([len(row.ids) for row in s.rows], data.max_length) for s in sources if data.packing]
     facts = {
-        "sources": [table.counts for table in tables],
+        "sources": [source.counts for source in sources],
         "classes": classes.names if classes else None,
-        "samples": [row.as_text(tokenizer) for row in tables[0].rows[:NUM_SAMPLES]],
+        "samples": [row.as_text(tokenizer) for row in sources[0].rows[:NUM_SAMPLES]],
     }
-    write_dataset(path, [table.rows for table in tables], packs, facts)
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{number} {what}" for what, number in counts.items() if what != "rows" and number)
+    write_dataset(path, [source.rows for source in sources], packs, facts)
 
 
 def classes_of(data: DataConfig) -> Classes | None:
@@ -207,39 +201,31 @@ def classes_of(data: DataConfig) -> Classes | None:
         return None
     if data.labels is not None:
         return Classes.named(data.labels)
-    column = sources[0].columns.label
-    return find_classes((row for source in sources for row in _labels(source, column)), column)
+    return find_classes((*row, source.columns.label) for source in sources for row in iterate_rows(source))
 
 
-def _labels(source: Source, column: str) -> Located:
-    """The rows of a source, their label in this column whatever the source calls it."""
-    own = source.columns.label
-    for where, row in iterate_rows(source):
-        yield where, {column: row[own]} if isinstance(row, dict) and own in row else {}
-
-
-def _read_source(
-    number: int, spec: DatasetSpec, encoder: Encoder, classes: Classes | None, keeps_text: bool
-) -> Table:
-    source = spec.data.sources[number]
-    table = Table([], dict.fromkeys(COUNTED, 0), [])
+def _tokenize_source(
+    spec: DatasetSpec, number: int, encoder: Encoder, classes: Classes | None
+) -> _SourceRows:
+    source, done = spec.data.sources[number], _SourceRows([], [], dict.fromkeys(COUNTED, 0))
     rows = tqdm(iterate_rows(source), desc=source.path, unit=" rows", disable=not sys.stderr.isatty())
-    examples = _examples(rows, source, spec, classes, table.counts)
+    examples = _make_examples(rows, source, spec, classes, done.counts)
     while batch := list(islice(examples, BATCH)):
         for (_, example), (row, change) in zip(batch, encoder.encode(batch), strict=True):
             if change:
-                table.counts[change] += 1
+                done.counts[change] += 1
             if row is not None:
                 # A list of Python integers would take nine times the memory.
-                table.rows.append(replace(row, ids=np.asarray(row.ids, np.int32)))
-                if keeps_text:
-                    table.texts.append(_prompt_and_response(example))
-    if not table.counts["rows"]:
+                ids, loss_mask = np.asarray(row.ids, np.int32), np.asarray(row.loss_mask)
+                done.rows.append(replace(row, ids=ids, loss_mask=loss_mask))
+                if spec.data.select == "ifd":
+                    done.texts.append(_prompt_and_response(example))
+    if not done.counts["rows"]:
         raise UserError(f"{source.path} has no rows", spec.where(number), "write at least one row into it")
-    return table
+    return done
 
 
-def _examples(
+def _make_examples(
     rows: Located, source: Source, spec: DatasetSpec, classes: Classes | None, counts: dict[str, int]
 ) -> Iterator[tuple[str, Example]]:
     for where, row in rows:
@@ -255,3 +241,14 @@ def _examples(
 def _prompt_and_response(example: Example) -> tuple[str, str]:
     *before, last = example.turns
     return "".join(turn["content"] + "\n" for turn in before), last["content"]
+
+
+def _select(sources: list[_SourceRows], spec: DatasetSpec) -> None:
+    """Keep the rows that `data.select` takes of all sources together."""
+    rows = [row for source in sources for row in source.rows]
+    texts = [text for source in sources for text in source.texts]
+    chosen, numbers = select_rows(rows, texts, spec.data, spec.seed), count()
+    for source in sources:
+        kept = [row for row in source.rows if next(numbers) in chosen]
+        source.counts[NOT_SELECTED] = len(source.rows) - len(kept)
+        source.rows = kept

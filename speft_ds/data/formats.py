@@ -1,4 +1,4 @@
-"""From a row of a data set to a conversation, by the format that the recipe names. Imports no torch."""
+"""Formats: from a row of a data set to a conversation, as the recipe says. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any
 from speft_ds.config.data_config import Source, template_fields
 from speft_ds.errors import UserError, closest
 
-Rows = Iterable[tuple[str, Any]]  # where a row stands, and the row
-# format -> the columns whose text is the response; the template says what the prompt needs
-RESPONSES = {"alpaca": "output", "prompt_completion": "response", "classification": "label"}
-WHOLE = {"messages": "messages", "text": "text"}  # formats that have no template -> their one column
+# format -> the column of the response, or of all that the loss is on
+OUTPUT = {
+    "prompt_completion": "response",
+    "alpaca": "output",
+    "classification": "label",
+    "messages": "messages",
+    "text": "text",
+}
 # The prompts of Stanford Alpaca with a line end behind, as its data set's own `text` column has them.
 _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -27,11 +31,12 @@ _ALPACA = (
 # format -> its template, and the one for rows without an input. Inside a chat template the model knows
 # by the turns who speaks, so the headings are left out.
 PLAIN = {
-    "alpaca": (_ALPACA_WITH_INPUT, _ALPACA),
     "prompt_completion": ("{prompt}", None),
+    "alpaca": (_ALPACA_WITH_INPUT, _ALPACA),
     "classification": ("{text}", None),
 }
 CHAT = {**PLAIN, "alpaca": ("{instruction}\n\n{input}", "{instruction}")}
+_COMPLETE = "complete or delete the row, or drop all such rows: data.empty_rows=drop"
 
 
 @dataclass(frozen=True)
@@ -74,32 +79,25 @@ class Classes:
 
 
 class EmptyRow(UserError):
-    """A row with nothing to learn or nothing to learn it from."""
-
-
-def templates_of(source: Source) -> tuple[str, str | None]:
-    """The template of a source, and the one for rows whose input is empty (None: the same)."""
-    if source.template is not None:
-        return source.template, source.template_no_input
-    return (CHAT if source.chat_template else PLAIN)[source.format]
+    """A row without a prompt or without a response."""
 
 
 def columns_of(source: Source) -> dict[str, str]:
     """The columns that every row needs -> the recipe key that names each."""
-    if source.format in WHOLE:
-        roles = [WHOLE[source.format]]
-    else:
-        templates = _templates_used(source)
+    roles = [OUTPUT[source.format]]
+    if source.format in PLAIN:
+        templates = _templates(source)
         fields = [name for template in templates for name in template_fields(template)]
-        roles = [*fields, *(["input"] if len(templates) > 1 else []), RESPONSES[source.format]]
+        roles = [*fields, *(["input"] if len(templates) > 1 else []), *roles]
     known = type(source.columns).model_fields
-    columns = {role: _column(source, role) for role in roles}
-    named = {role: f"data.columns.{role}" if role in known else "data.template" for role in columns}
-    return {column: named[role] for role, column in columns.items()}
+    return {_column(source, r): f"data.columns.{r}" if r in known else "data.template" for r in roles}
 
 
-def _templates_used(source: Source) -> list[str]:
-    template, without_input = templates_of(source)
+def _templates(source: Source) -> list[str]:
+    """The template of a source; where its rows may have an input, that for rows with one is before it."""
+    template, without_input = (CHAT if source.chat_template else PLAIN)[source.format]
+    if source.template is not None:
+        template, without_input = source.template, source.template_no_input
     if without_input is None:
         return [template]
     return [without_input] if source.columns.input is None else [template, without_input]
@@ -119,10 +117,10 @@ def check_columns(row: Any, where: str, source: Source) -> list[UserError]:
 
 
 def _no_column(column: str, key: str, where: str, columns: list[str]) -> UserError:
-    guess = closest(column, columns)
     if key == "data.template":
         what = f"the row has no column {column!r}, a field of data.template"
         return UserError(what, where, f"use its columns as fields: {', '.join(columns)}")
+    guess = closest(column, columns)
     fix = f"did you mean {key}={guess[0]}?" if guess else f"type {key}=COLUMN, one of: {', '.join(columns)}"
     if key == "data.columns.input":
         fix += "; or give every row the key; data.columns.input=null where no row has an input"
@@ -141,15 +139,15 @@ def make_example(row: Any, where: str, source: Source, classes: Classes | None, 
     """
     if problems := check_columns(row, where, source):
         raise problems[0]
+    column = _column(source, OUTPUT[source.format])
     if source.format == "messages":
-        return Example(_messages(row[source.columns.messages], where), is_chat=True)
+        return Example(_messages(row[column], where), is_chat=True)
     if source.format == "text":
-        return Example([_turn("assistant", _text(row, source.columns.text, where))], is_chat=False)
+        return Example([_turn("assistant", _text(row, column, where))], is_chat=False)
     prompt = _turn("user", _prompt(row, where, source))
     if source.format != "classification":
-        response = _text(row, getattr(source.columns, RESPONSES[source.format]), where)
-        return Example([prompt, _turn("assistant", response)], source.chat_template)
-    label = _label(row[source.columns.label], where, classes)
+        return Example([prompt, _turn("assistant", _text(row, column, where))], source.chat_template)
+    label = _class(row[column], where, classes)
     if classify:
         return Example([prompt], source.chat_template, label)
     return Example([prompt, _turn("assistant", classes.names[label])], source.chat_template)
@@ -160,7 +158,7 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 
 def _prompt(row: dict, where: str, source: Source) -> str:
-    *with_input, template = _templates_used(source)
+    *with_input, template = _templates(source)
     if with_input and not _is_blank(row[source.columns.input]):
         template = with_input[0]
     values = {}
@@ -169,10 +167,7 @@ def _prompt(row: dict, where: str, source: Source) -> str:
         values[name] = "" if _is_blank(row[column]) else _as_text(row[column], column, where)
     if values and not any(values.values()):
         raise EmptyRow(f"the prompt is empty: {', '.join(values)}", where, _COMPLETE)
-    return fill(template, values)
-
-
-_COMPLETE = "complete or delete the row, or drop all such rows: data.empty_rows=drop"
+    return template.format_map(values)  # braces of a value stay as they are
 
 
 def _text(row: dict, column: str, where: str) -> str:
@@ -224,44 +219,45 @@ def _messages(value: Any, where: str) -> list[dict[str, str]]:
     return turns
 
 
-def _label(value: Any, where: str, classes: Classes) -> int:
+def _class(value: Any, where: str, classes: Classes) -> int:
     if _is_blank(value):
         raise EmptyRow("the row has no label", where, _COMPLETE)
-    if isinstance(value, str | int) and not isinstance(value, bool) and value in classes.numbers:
+    if _may_be_label(value) and value in classes.numbers:
         return classes.numbers[value]
-    fix = (
-        f"data.labels names the classes in order; a row holds a name or a number: {', '.join(classes.names)}"
-    )
+    names = ", ".join(classes.names)
+    fix = f"data.labels names the classes in order; a row holds a name or a number: {names}"
     raise UserError(f"the label {value!r} is not one of data.labels", where, fix)
 
 
-def find_classes(rows: Rows, column: str) -> Classes:
+def _may_be_label(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+def find_classes(rows: Iterable[tuple[str, Any, str]]) -> Classes:
     """The distinct labels of the rows, sorted (numbers by value), as classes; empty ones are left out.
 
+    Args:
+        rows: where each stands, the row, and the column of its label.
     Raises:
         UserError: a label that is no class, labels of two kinds, or fewer than two labels.
     """
     found: set[str | int] = set()
-    for where, row in rows:
-        value = row[column] if isinstance(row, dict) and column in row else []
-        if _is_blank(value):
+    for where, row, column in rows:
+        has_column = isinstance(row, dict) and column in row
+        if has_column and _is_blank(row[column]):
             continue  # refused or left out when its row is read
-        if not isinstance(value, str | int) or isinstance(value, bool):
-            has = "no such column" if value == [] else repr(value)
+        if not has_column or not _may_be_label(row[column]):
+            has = repr(row[column]) if has_column else "no such column"
             fix = f"data.columns.label names a column of texts or whole numbers; the row has {has}"
             raise UserError(f"the row has no label in {column!r}", where, fix)
-        found.add(value)
+        found.add(row[column])
+    where = "data.columns.label"
     if len({type(value) for value in found}) > 1:
-        raise UserError("labels are numbers in some rows, texts in others", column, "name them: data.labels")
+        raise UserError("labels are numbers in some rows, texts in others", where, "name them: data.labels")
     if len(found) < 2:
-        fix = "classification needs two or more; data.columns.label names their column"
-        raise UserError(f"the rows have {len(found)} different label(s)", column, fix)
+        fix = f"classification needs two or more; {where} names their column"
+        raise UserError(f"the rows have {len(found)} different label(s)", where, fix)
     values = sorted(found)
     if all(str(value).isdecimal() for value in values):  # the numbers of a .csv file are texts
         values.sort(key=int)
     return Classes([str(value) for value in values], {value: i for i, value in enumerate(values)})
-
-
-def fill(template: str, values: dict[str, str]) -> str:
-    """The template with its fields replaced; a field's own braces stay as they are."""
-    return template.format_map(values)

@@ -16,16 +16,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from speft_ds.comm import watchdog
-from speft_ds.data.collate import collate, num_logits
+from speft_ds.data.collate import IGNORED, collate, num_logits
 from speft_ds.data.dataset import Row
+from speft_ds.data.readers import hash_files
 from speft_ds.data.tokenize import load_tokenizer
 from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
 from speft_ds.io import write_json
 
-VERSION = 1  # of the scores: to be raised whenever the same rows and scorer would get others
+VERSION = 2  # of the scores: to be raised whenever the same rows and scorer would get others
 MAX_TOKENS = 1024  # of prompt and response together, or the scorer's context where that is shorter
 # Padded tokens of a batch (one row at least). They bound the logits, which are a vocabulary wide.
 BATCH_TOKENS = {"cuda": 8192, "cpu": 1024}
@@ -38,14 +40,14 @@ def ifd_scores(pairs: Sequence[tuple[str, str]], scorer: str | Path) -> list[flo
     """IFD of each row: perplexity of the response after its prompt / perplexity of the response alone.
 
     Below 1 the prompt helps; the higher, the less. Kept in the cache folder: the same rows and scorer are
-    not scored twice. Runs on the current GPU or, where there is none, the CPU; enter it on one rank alone.
+    not scored twice. Runs on the current GPU or, where there is none, the CPU; call it on one rank alone.
 
     Args:
         pairs: (prompt, response) texts, scored as one text: a separator between them is part of the prompt.
             Where the two have too many tokens (`cut`), the response loses its end, the prompt its middle.
         scorer: local folder or hub name of a small causal language model.
     Returns:
-        One ratio >= 0 a row, in the rows' order.
+        One ratio >= 0 per row, in the rows' order.
     Raises:
         UserError: the scorer cannot be loaded, has neither BOS nor EOS, or has no finite loss on a row; a
             response has no tokens.
@@ -54,20 +56,23 @@ def ifd_scores(pairs: Sequence[tuple[str, str]], scorer: str | Path) -> list[flo
         return []
     folder = find_folder(scorer)
     # The dtype is part of the key: what a run trains on must not depend on which machine scored first.
-    # fp32 on the CPU: only some CPUs multiply bf16 any faster, and so all of them get the same scores.
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", choose_dtype()
-    key = _hash_json([VERSION, MAX_TOKENS, str(dtype), _hash_files(folder, scorer), [*map(list, pairs)]])
+    dtype = choose_dtype()
+    files = hash_files(folder, SCORER_FILES)
+    key = _hash_json([VERSION, MAX_TOKENS, str(dtype), files, [*map(list, pairs)]])
     path = cache_folder("ifd") / f"{key}.json"
     scores = _read_cache(path, len(pairs))
     if scores is None:
-        model, tokenizer = _load(folder, scorer, torch.device(device), dtype)
+        model, tokenizer = _load(folder, scorer, dtype)
         scores = _score(pairs, model, tokenizer)
         _write_cache(path, scores)
     return scores
 
 
 def choose_dtype() -> torch.dtype:
-    """What the scorer computes in on this machine."""
+    """What the scorer computes in on this machine.
+
+    fp32 on the CPU: only some CPUs multiply bf16 any faster, and so all of them get the same scores.
+    """
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
@@ -93,8 +98,6 @@ def cut(prompt: list[int], response: list[int], room: int) -> tuple[list[int], l
 
 
 def _score(pairs: Sequence[tuple[str, str]], model: nn.Module, tokenizer) -> list[float]:
-    from tqdm import tqdm
-
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
     prompted, alone = _tokenize(pairs, tokenizer, min(context, MAX_TOKENS))
     with tqdm(total=2 * len(pairs), desc="IFD", unit="text", disable=None) as bar:  # on a terminal only
@@ -108,7 +111,7 @@ def _score(pairs: Sequence[tuple[str, str]], model: nn.Module, tokenizer) -> lis
 def _tokenize(pairs: Sequence[tuple[str, str]], tokenizer, max_tokens: int) -> tuple[list[Row], list[Row]]:
     """Rows with and without the prompt: the same response ids, after the same first token.
 
-    The first token is there in both, whether or not the tokenizer is wont to add one: the response's first
+    The first token is there in both, whether or not the tokenizer usually adds one: the response's first
     token needs one before it, and the two should differ by the prompt alone.
     """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -124,17 +127,13 @@ def _tokenize(pairs: Sequence[tuple[str, str]], tokenizer, max_tokens: int) -> t
             raise UserError(f"row {number}: the response has no tokens", WHERE, "complete or delete the row")
         prompt = prompt[1:] if prompt[:1] == [first] else prompt  # never two
         prompt, response = cut(prompt, response, max_tokens - 1)
-        prompted.append(_row([first, *prompt], response))
-        alone.append(_row([first], response))
+        for rows, before in ((prompted, [first, *prompt]), (alone, [first])):
+            rows.append(Row(before + response, [False] * len(before) + [True] * len(response)))
     return prompted, alone
 
 
-def _row(before: list[int], response: list[int]) -> Row:
-    return Row(before + response, [(len(before), len(before) + len(response))])
-
-
 @torch.inference_mode()
-def _mean_losses(model: nn.Module, rows: list[Row], bar) -> list[float]:
+def _mean_losses(model: nn.Module, rows: list[Row], bar: tqdm) -> list[float]:
     """Mean cross-entropy of each row's response tokens, in nats."""
     can_keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
     losses = [math.nan] * len(rows)
@@ -143,9 +142,9 @@ def _mean_losses(model: nn.Module, rows: list[Row], bar) -> list[float]:
         batch = collate([rows[number] for number in numbers], 0, model.device)
         options = {"logits_to_keep": num_logits(batch["labels"])} if can_keep_logits else {}
         logits = model(input_ids=batch["input_ids"], use_cache=False, **options).logits
-        num_left_out = batch["input_ids"].shape[1] - logits.shape[1]
-        summaries = [_mean_loss(logits[i], rows[number], num_left_out) for i, number in enumerate(numbers)]
-        for number, loss in zip(numbers, torch.stack(summaries).tolist(), strict=True):
+        labels = batch["labels"][:, -logits.shape[1] :]
+        means = torch.stack([_mean_loss(*row) for row in zip(logits, labels, strict=True)]).tolist()
+        for number, loss in zip(numbers, means, strict=True):
             if not math.isfinite(loss):
                 fix = "shorten or delete the row, or choose another scorer"
                 raise UserError(f"row {number + 1}: the scorer's loss on it is {loss}", WHERE, fix)
@@ -154,13 +153,11 @@ def _mean_losses(model: nn.Module, rows: list[Row], bar) -> list[float]:
     return losses
 
 
-def _mean_loss(logits: Tensor, row: Row, num_left_out: int) -> Tensor:
-    """Of one row of a batch: [positions from `num_left_out` on, vocabulary] logits."""
-    ((start, stop),) = row.spans
-    labels = torch.tensor(row.ids[start:stop], device=logits.device)
-    predicting = logits[start - 1 - num_left_out : stop - 1 - num_left_out]  # the token before a label
+def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of [tokens, vocabulary] logits at the [tokens] labels of a row."""
+    predicted = labels[1:] != IGNORED  # by the token before
     # In fp32 row by row: a whole batch of that would take several times the memory of the bf16 logits.
-    return nn.functional.cross_entropy(predicting.float(), labels)
+    return nn.functional.cross_entropy(logits[:-1][predicted].float(), labels[1:][predicted])
 
 
 def _batches(rows: list[Row], num_tokens: int) -> Iterator[list[int]]:
@@ -175,9 +172,8 @@ def _batches(rows: list[Row], num_tokens: int) -> Iterator[list[int]]:
 
 def find_folder(scorer: str | Path) -> Path:
     """The folder that holds the scorer's files; a model on the hub is downloaded first."""
-    folder = Path(scorer)
-    if folder.is_dir():
-        return folder
+    if Path(scorer).is_dir():
+        return Path(scorer)
     from huggingface_hub import snapshot_download
 
     options = {"ignore_patterns": ["*/*"]}  # other formats of the same weights
@@ -191,8 +187,8 @@ def find_folder(scorer: str | Path) -> Path:
     return folder
 
 
-def _load(folder: Path, scorer: str | Path, device: torch.device, dtype: torch.dtype):
-    """The model in evaluation mode, and its tokenizer."""
+def _load(folder: Path, scorer: str | Path, dtype: torch.dtype):
+    """The model in evaluation mode, on the current GPU if there is one, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -203,26 +199,12 @@ def _load(folder: Path, scorer: str | Path, device: torch.device, dtype: torch.d
         raise _cannot_load(scorer, f"{type(error).__name__}: {error}") from error
     if info["missing_keys"]:
         raise _cannot_load(scorer, f"the checkpoint lacks {sorted(map(str, info['missing_keys']))[:5]}")
-    return model.to(device).eval(), tokenizer
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def _cannot_load(scorer: str | Path, problem: object) -> UserError:
     fix = "a folder with config.json, weights and tokenizer, or the name of a small causal model on the hub"
     return UserError(f"cannot load the scorer {scorer}: {problem}", WHERE, fix)
-
-
-def _hash_files(folder: Path, scorer: str | Path) -> list[tuple[str, int, str]]:
-    """Name, bytes and SHA-256 of each file that the scorer is loaded from."""
-    hashes = []
-    try:
-        paths = [path for path in folder.iterdir() if path.suffix in SCORER_FILES and not path.is_dir()]
-        for path in sorted(paths):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            hashes.append((path.name, path.stat().st_size, digest))
-    except OSError as error:
-        raise _cannot_load(scorer, error) from error
-    return hashes
 
 
 def _hash_json(value: object) -> str:
@@ -240,7 +222,7 @@ def _read_cache(path: Path, num_rows: int) -> list[float] | None:
 
 
 def _write_cache(path: Path, scores: list[float]) -> None:
-    """Jobs that race write the same scores, each by a rename of its own: a reader sees a whole file or none.
+    """Jobs that race write the same scores, each by a rename of its own: a reader sees all of a file or none.
 
     No lock: some network file systems have none, or hang in it.
     """

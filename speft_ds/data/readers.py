@@ -1,4 +1,4 @@
-"""Training rows as they stand in a file, a folder or on the hub. Imports no torch.
+"""Readers: training rows as they stand in a file, in a folder or on the hub. Imports no torch.
 
 Files are read by the standard library and pyarrow, so that an error names the line; folders and hub ids,
 with their subsets and splits, by `datasets`.
@@ -17,6 +17,7 @@ from typing import Any
 from speft_ds import hub
 from speft_ds.config.data_config import Source
 from speft_ds.errors import UserError, did_you_mean
+from speft_ds.io import sha256_of
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -43,14 +44,18 @@ def iterate_rows(source: Source) -> Located:
         UserError: no such data, a row that cannot be read, or a data set without this subset or split.
     """
     if os.path.isdir(source.path):
-        return _iterate_folder(source)
-    if is_hub_dataset(source.path):
-        return _iterate_dataset(source)
-    return iterate_file(Path(source.path))
+        files = folder_files(source)
+        # By our own readers where they can: `datasets` reads CSV by pandas, to which "018" is the number 18.
+        if all(kind_of(file) for file in files):
+            return (located for file in files for located in iterate_file(file))
+    elif not is_hub_dataset(source.path):
+        return iterate_file(Path(source.path))
+    rows = _ask_datasets(source, "load_dataset", split=source.split)
+    return ((f"{source.path} ({source.split}), row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def iterate_file(path: Path) -> Located:
-    """The rows of a file: .jsonl (an object a line), .json (a list), .csv (with a header), .parquet.
+    """The rows of a file: .jsonl (one object per line), .json (a list), .csv (with a header), .parquet.
 
     Each may be compressed (.gz, .zst); parquet compresses itself.
     """
@@ -144,16 +149,8 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-        fix = ".jsonl holds one JSON object a line, .json one list of objects"
+        fix = ".jsonl holds one JSON object per line, .json one list of objects"
         raise UserError(f"not JSON: {error}", where, fix) from None
-
-
-def _iterate_folder(source: Source) -> Located:
-    """By our own readers where they can: `datasets` reads CSV by pandas, to which "018" is the number 18."""
-    files = folder_files(source)
-    if not all(kind_of(file) for file in files):
-        return _iterate_dataset(source)
-    return (located for file in files for located in iterate_file(file))
 
 
 def folder_files(source: Source) -> list[Path]:
@@ -165,16 +162,6 @@ def folder_files(source: Source) -> list[Path]:
     return [Path(file) for file in splits[source.split]]
 
 
-def _iterate_dataset(source: Source) -> Located:
-    for number, row in enumerate(load_dataset(source), 1):
-        yield f"{source.path} ({source.split}), row {number}", row
-
-
-def load_dataset(source: Source):
-    """One split of a data set in a folder or on the hub, as `datasets` loads it."""
-    return _ask_datasets(source, "load_dataset", split=source.split)
-
-
 def load_builder(source: Source):
     """What `datasets` knows of a data set in a folder or on the hub without its rows."""
     return _ask_datasets(source, "load_dataset_builder")
@@ -183,17 +170,16 @@ def load_builder(source: Source):
 def _ask_datasets(source: Source, function: str, **options):
     """Raises UserError: it is not there, the hub cannot be reached, or it has no such subset or split."""
     if is_hub_dataset(source.path) and not hub.has_dataset(source.path) and not hub.is_reachable():
-        what = f"the data set {source.path} is not at hand, and cannot be fetched: {hub.why_unreachable()}"
+        what = f"the data set {source.path} is not cached, and cannot be fetched: {hub.why_unreachable()}"
         raise UserError(what, source.path, hub.dataset_hint(source.path))
     import datasets  # late: it takes a second
     import pyarrow
 
-    # As an absolute path: what looks like a hub id would be looked for there first.
-    is_folder = os.path.isdir(source.path)
-    path, revision = (os.path.abspath(source.path), None) if is_folder else (source.path, source.revision)
-    subset, way = source.subset, hub.dataset_hint(source.path)
-    if is_folder:
-        way = "its files must be readable and complete, and have the same columns"
+    path, subset, revision, fix = source.path, source.subset, source.revision, hub.dataset_hint(source.path)
+    if os.path.isdir(path):
+        # As an absolute path: what looks like a hub id would be looked for there first.
+        path, revision = os.path.abspath(path), None
+        fix = "its files must be readable and complete, and have the same columns"
         # A subset is what the folder's README.md says it is or, where there is none, a folder in it.
         if subset and os.path.isdir(f"{path}/{subset}") and not os.path.isfile(f"{path}/README.md"):
             path, subset = f"{path}/{subset}", None
@@ -202,13 +188,27 @@ def _ask_datasets(source: Source, function: str, **options):
     try:
         return getattr(datasets, function)(path, subset, revision=revision, **options)
     except RuntimeError as error:  # a data set that is a program
-        fix = "set data.path to its files of rows, or to a copy of it as parquet"
-        raise UserError(f"cannot load the data set {source.path}: {error}", source.path, fix) from error
+        problem, fix = error, "set data.path to its files of rows, or to a copy of it as parquet"
     except (OSError, datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException) as error:
-        what = f"cannot load the data set {source.path}: {error.__cause__ or error}"
-        raise UserError(what, source.path, way) from error
+        problem = error.__cause__ or error
     except (ValueError, KeyError) as error:  # no such subset or split: the message lists those there are
+        problem = error
         fix = "data.subset and data.split name one part of it, data.revision a version on the hub"
-        raise UserError(f"cannot load the data set {source.path}: {error}", source.path, fix) from error
     finally:
         datasets.utils.logging.set_verbosity(verbosity)
+    raise UserError(f"cannot load the data set {source.path}: {problem}", source.path, fix) from problem
+
+
+def hash_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Name and SHA-256 of each file of these kinds in a folder."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in suffixes and file.is_file())
+    return [f"{file.name} {hash_file(file)}" for file in files]
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file. Raises UserError where it cannot be read."""
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        fix = "name a file that is there and that you may read"
+        raise UserError(f"cannot read {path}: {error.strerror}", str(path), fix) from error

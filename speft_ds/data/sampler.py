@@ -1,4 +1,4 @@
-"""Which rows a step trains on.
+"""Sampling: which rows a step trains on.
 
 A function of seed, epoch and position alone: the same at any world size and any split into micro-batches,
 and it can start anywhere.
@@ -34,7 +34,7 @@ def epoch_shares(sizes: Sequence[int], weights: Sequence[float] | None) -> list[
     Args:
         sizes: rows of each source.
         weights: relative shares of an epoch; None: every row of every source once. With weights an epoch is
-            as long as the source lasts that is the scarcest for its weight: that one is seen whole.
+            as long as the source lasts that is the scarcest for its weight: that one is seen completely.
     """
     if weights is None:
         return list(sizes)
@@ -72,9 +72,9 @@ class Sampler:
 
     def ids(self, first: int, count: int) -> list[int]:
         """The row numbers at positions [first, first + count): epochs follow each other without a gap."""
-        length, ids = len(self), []
+        ids: list[int] = []
         while len(ids) < count:
-            epoch, start = divmod(first + len(ids), length)
+            epoch, start = divmod(first + len(ids), len(self))
             ids += self.epoch(epoch)[start : start + count - len(ids)]
         return ids
 
@@ -90,21 +90,21 @@ class Sampler:
 
 
 @lru_cache(maxsize=4)
-def _epoch(order: Sampler, epoch: int) -> list[int]:
+def _epoch(sampler: Sampler, epoch: int) -> list[int]:
     rows, start = [], 0
-    for source, (size, share) in enumerate(zip(order.sizes, order.shares, strict=True)):
-        rows += [start + row for row in _part(order, source, size, share, epoch)]
+    for source, (size, share) in enumerate(zip(sampler.sizes, sampler.shares, strict=True)):
+        rows += [start + row for row in _rows_of_source(sampler, source, size, share, epoch)]
         start += size
-    return [rows[position] for position in permutation(len(rows), order.seed, order.purpose, epoch)]
+    return [rows[position] for position in permutation(len(rows), sampler.seed, sampler.purpose, epoch)]
 
 
-def _part(order: Sampler, source: int, size: int, share: int, epoch: int) -> list[int]:
+def _rows_of_source(sampler: Sampler, source: int, size: int, share: int, epoch: int) -> list[int]:
     """The rows of one source in an epoch: `share` of them, from where the epoch before stopped."""
     if share == size:
         return list(range(size))
-    rows = []
+    rows: list[int] = []
     while len(rows) < share:
         lap, start = divmod(epoch * share + len(rows), size)
-        shuffled = permutation(size, order.seed, f"{order.purpose} of source {source}", lap)
+        shuffled = permutation(size, sampler.seed, f"{sampler.purpose} of source {source}", lap)
         rows += shuffled[start : start + share - len(rows)]
     return rows

@@ -16,7 +16,7 @@ from speft_ds.config.eval_config import EvalConfig
 from speft_ds.config.recipe import Recipe
 from speft_ds.evaluation.eval_jobs import EvalJob, Phase
 from speft_ds.evaluation.prompt_formats import prompt_formats
-from speft_ds.evaluation.scores import Evaluation, Score
+from speft_ds.evaluation.scores import Score, ScoreFile
 from speft_ds.io import replacing, write_json
 
 OLD = "old"  # folder of scores that no longer hold
@@ -31,7 +31,7 @@ class Scored:
         results: lm-eval's own; of these `samples`: task -> its documents, with prompts and responses.
     """
 
-    file: Evaluation
+    file: ScoreFile
     results: dict = field(default_factory=dict)
 
 

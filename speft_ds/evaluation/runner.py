@@ -27,7 +27,7 @@ from speft_ds.evaluation.perplexity import text_perplexity
 from speft_ds.evaluation.prompt_formats import prompt_formats
 from speft_ds.evaluation.response_cache import ResponseCache
 from speft_ds.evaluation.results import Scored, asked, check_scores, scores_of
-from speft_ds.evaluation.scores import Evaluation, Settings
+from speft_ds.evaluation.scores import ScoreFile, Settings
 from speft_ds.evaluation.tasks import find_tasks, local_data
 
 
@@ -99,7 +99,7 @@ class EvalRunner:
         notes += more_notes
         for note in notes:
             log_rank0(f"note: {note}")
-        file = Evaluation(
+        file = ScoreFile(
             label=job.label,
             kind=job.kind,
             model="base" if is_base else "tuned",

@@ -15,9 +15,9 @@ from speft_ds.config.recipe import Recipe
 from speft_ds.env import machine_facts, versions
 from speft_ds.io import write_json
 from speft_ds.model.fingerprint import fingerprint
-from speft_ds.plots import mask_heat_map
+from speft_ds.report.plots import mask_heat_map, save_picture
+from speft_ds.report.tables import print_mask_table
 from speft_ds.sparse.mask import save_mask
-from speft_ds.tables import print_mask_table
 from speft_ds.training.checks import check_shapes
 from speft_ds.training.metrics import Timings
 from speft_ds.training.run_dir import check_output_dir, start_folder
@@ -57,7 +57,8 @@ def run(recipe: Recipe) -> None:
     def write() -> None:
         start_folder(recipe)
         save_mask(folder / MASK_FILE, mask, facts)
-        mask_heat_map(folder / "mask.png", mask, f"{recipe.name}: density by {recipe.mask.salience}")
+        title = f"{recipe.name}: density by {recipe.mask.salience}"
+        save_picture(folder / "mask.png", mask_heat_map(mask, title))
         memory = {"peak_memory_gib": peak_memory.peak_gib()}
         write_json(folder / "score.json", {**facts, "mask": mask.facts(), "timings_s": timings, **memory})
         print_mask_table(mask)

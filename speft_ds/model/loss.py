@@ -1,4 +1,4 @@
-"""What is learnt: the next token, or the class of a row. Forward and loss of a batch."""
+"""Objectives: the next token, or the class of a row. Forward and loss of a batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from speft_ds.errors import UserError
 
 
 class NextToken:
-    """Predict the learnt tokens of a row.
+    """Predict the label tokens of a row.
 
     Args:
         model: the causal language model; sharded, it is in its engine.
@@ -35,7 +35,7 @@ class NextToken:
 
         Args:
             module: the engine, or its module.
-            batch: as `collate.collate` makes it.
+            batch: as `collate` makes it.
             temperature: the logits are divided by it.
         """
         # Logits over the prompts would be thrown away, and cost a fifth of a small model's step.
@@ -54,11 +54,13 @@ def tells_rows_apart(model: nn.Module) -> bool:
     """
     was_training = model.training
     model.eval()
-    ids = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]], device=model.device)  # they differ in the first row
-    positions = torch.tensor([[0, 1, 0, 1]] * 2, device=model.device)
-    one, other = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 2:]
+    positions = torch.tensor([[0, 1, 0, 1]], device=model.device)
+    logits = []
+    for first in (0, 1):  # one by one: two rows of a batch may be rounded differently
+        ids = torch.tensor([[first, 1, 1, 1]], device=model.device)
+        logits.append(model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 2:])
     model.train(was_training)
-    return torch.equal(one, other)
+    return torch.equal(*logits)
 
 
 class RowClass:
@@ -74,7 +76,7 @@ class RowClass:
 
 
 def summed_loss(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Sum of the token cross-entropies (fp32) of [rows, tokens, vocabulary] logits at the labelled tokens.
+    """Sum of the token cross-entropies (fp32) of [rows, tokens, vocabulary] logits at the label tokens.
 
     Args:
         temperature: the logits are divided by it.

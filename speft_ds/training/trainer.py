@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from speft_ds import account, peak_memory
-from speft_ds.adapter import save_adapter
 from speft_ds.adapter.format import tensors_sha256
+from speft_ds.adapter.save import save_adapter
 from speft_ds.comm import collectives, signals, watchdog
 from speft_ds.comm.collectives import log_rank0
 from speft_ds.comm.signals import StepFlags
@@ -243,7 +243,7 @@ class Trainer:
         sums = torch.zeros(2 + len(StepFlags.KINDS), dtype=torch.float64, device=collectives.device())
         own = split_global_batch(rows, train.micro_batch, rank, world_size)
         for number, micro_batch in enumerate(own):
-            watchdog.heartbeat(f"step {step + 1}, micro-batch {number + 1} of {len(own)}")
+            watchdog.heartbeat(f"step {step + 1}, micro-batch {number + 1} of {len(own)}", counts=True)
             batch = collate(micro_batch, self.context.data.pad_id, collectives.device())
             loss, num_correct = self.context.objective(self.engine, batch)
             loss = loss / num_labels

@@ -15,7 +15,7 @@ from distributed.reference import (
     train_like_reference,
     whole_weights,
 )
-from speft_ds.adapter import apply_adapter
+from speft_ds.adapter.apply import apply_adapter
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate

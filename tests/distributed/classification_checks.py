@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from distributed.reference import make_trainer, whole_weights
-from speft_ds.adapter import apply_adapter
+from speft_ds.adapter.apply import apply_adapter
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 

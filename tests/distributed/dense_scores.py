@@ -82,7 +82,7 @@ class Llama:
         """[labels] cross-entropies of one row; the logits are divided by the temperature."""
         ids = torch.tensor(row.ids)
         logits = self.logits(self.weights["model.embed_tokens.weight"][ids], self.weights) / temperature
-        ((first, _),) = row.spans  # up to the end
+        first = row.loss_mask.index(True)  # up to the end
         return cross_entropy(logits[first - 1 : -1], ids[first:], reduction="none")
 
     def gradient(self, rows: list[Row], temperature: float = 1.0, create_graph: bool = False) -> Weights:

@@ -6,11 +6,14 @@ import math
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+sockets: list[socket.socket] = []  # open for the life of the process
 
 
 def _before_step(number: int, action: Callable) -> None:
@@ -134,6 +137,10 @@ def slow_load() -> None:
         return load(*arguments)
 
     trainer.load_context = slow
+
+
+def port_is_taken() -> None:
+    sockets.append(socket.create_server(("", int(os.environ["MASTER_PORT"]))))
 
 
 def stale_build_lock() -> None:

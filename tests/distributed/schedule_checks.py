@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distributed.reference import make_trainer, plain_model, read_entries, whole_weights
 from distributed.schedule_reference import count, entries, sha256
-from speft_ds.adapter import apply_adapter
+from speft_ds.adapter.apply import apply_adapter
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.sparse.mask import Mask, save_mask

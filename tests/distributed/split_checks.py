@@ -45,8 +45,7 @@ def dense_step(recipe: Recipe) -> dict:
     num_labels, total = sum(row.num_labels for row in rows), 0.0
     for row in rows:
         for start, stop in zip(row.starts, [*row.starts[1:], len(row.ids)], strict=True):
-            spans = [(a - start, b - start) for a, b in row.spans if start <= a < stop]
-            single = type(row)(row.ids[start:stop], spans)
+            single = type(row)(row.ids[start:stop], row.loss_mask[start:stop])
             batch = collate([single], trainer.context.data.pad_id, torch.device("cpu"))
             loss = reference_loss(model, batch) * single.num_labels / num_labels
             loss.backward()

@@ -8,7 +8,7 @@ from distributed import classification_checks as checks
 from distributed.checkpoint_checks import contents
 from distributed.reference import make_recipe
 from distributed.test_checkpoints import same
-from speft_ds.adapter import apply_adapter
+from speft_ds.adapter.apply import apply_adapter
 from speft_ds.errors import UserError
 
 DATA = {"format": "classification", "columns": {"text": "sentence"}, "labels": ["bad", "good"]}

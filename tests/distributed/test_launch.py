@@ -22,7 +22,7 @@ from speft_ds.sparse.mask import read_mask, save_mask
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CURVES = ("grad_norm", "loss", "lr", "peak_memory_gib", "time", "tokens_per_s")
-PICTURES = sorted([*(f"{name}.svg" for name in CURVES), "mask.png"])
+PICTURES = sorted(f"{name}.svg" for name in (*CURVES, "mask"))
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
 
 
@@ -98,7 +98,7 @@ def test_a_run_leaves_what_the_readme_says(recipe, tiny, tmp_path):
     for moment in ("before", "after"):
         scores = json.loads((run / "eval" / f"{moment}.json").read_text())["scores"]
         assert sorted(row["task"] for row in scores) == ["tiny_choice", "tiny_generate"]
-    assert "trained entries" in finished.stdout and "tiny_choice acc after" in finished.stdout
+    assert "trained entries" in finished.stdout and "tiny_choice acc" in finished.stdout
     assert str(run / "adapter") in finished.stdout
     assert finished.stdout.count("step ") >= 4
     # The recipe in the run folder is a recipe: the same run again, elsewhere, on one rank.

@@ -1,6 +1,7 @@
 """Who a process is among the ranks, by the environments that launchers make."""
 
 import os
+import socket
 from unittest import mock
 
 import pytest
@@ -50,6 +51,14 @@ def test_a_process_that_nobody_launched_is_a_group_of_one():
     assert others == ["0", "1", "0", "1", "127.0.0.1"] and int(port) > 1023
     with mock.patch.dict(os.environ, clear=True):
         assert (env.rank(), env.world_size()) == (0, 1)
+
+
+def test_a_free_port_is_free_and_none_that_the_system_hands_out():
+    ports = [env.free_port() for _ in range(3)]
+    assert len(set(ports)) > 1 and set(ports) <= set(env.PORTS)
+    only = mock.patch.object(env, "PORTS", ports[:1])
+    with socket.create_server(("", ports[0])), only, pytest.raises(OSError, match="taken"):
+        env.free_port()
 
 
 def test_what_deepspeed_says_is_left_alone():

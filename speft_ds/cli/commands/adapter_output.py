@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from speft_ds.adapter.compress import Sizes, num_bytes
 from speft_ds.adapter.derive import open_adapter
-from speft_ds.adapter.diff import Difference, diff, diff_heads, total
-from speft_ds.adapter.export_peft import Exported
+from speft_ds.adapter.diff import AdapterDifference, diff, diff_heads, total
+from speft_ds.adapter.export import Exported
 from speft_ds.adapter.format import Adapter
 from speft_ds.adapter.graft import Grafted
-from speft_ds.adapter.inspection import Inspection, counts, inspect
+from speft_ds.adapter.inspect import Inspection, inspect, mask_counts
 from speft_ds.errors import UserError
-from speft_ds.tables import (
+from speft_ds.model.targets import place
+from speft_ds.report.tables import (
     OTHER,
     density_table,
     jaccard_text,
-    place,
     print_mask_table,
     print_table,
     short_modules,
 )
+from speft_ds.sparse.mask import Mask
 
 NUM_WEIGHTS = 10  # of the weights that differ, how many are listed
 
@@ -40,152 +42,134 @@ def print_inspection(source: Path, against: Path | None, output: Path | None) ->
         UserError: an adapter that cannot be read, another base, or a picture that cannot be written.
     """
     adapter = open_adapter(source)
-    seen, mask = inspect(adapter), counts(adapter)
+    found, mask, facts = inspect(adapter), mask_counts(adapter), adapter.facts
     print_mask_table(mask)
-    print_table(norm_table(adapter, seen))
-    print_table(changes_table(seen))
-    for line in [*adapter_lines(adapter), f"norm of all deltas {seen.norm:.4g}, largest {seen.largest:.4g}"]:
-        print(line)
+    print_table(_norm_table(mask, found))
+    rows = ((c.weight, str(c.row), str(c.column), f"{c.delta:+.6g}") for c in found.largest)
+    print_table(_table("largest changes", ("weight", "row", "column", "delta"), rows))
+    print(f"base {facts['base']} in {facts['dtype']}, fingerprint {facts['fingerprint'][:12]}")
+    print(f"size {_size_text(adapter)}")
+    if adapter.heads:
+        print("heads:", ", ".join(f"{name} {adapter.head_shape(name)}" for name in adapter.heads))
+    largest = abs(found.largest[0].delta) if found.largest else 0.0
+    print(f"norm of all deltas {found.norm:.4g}, largest {largest:.4g}")
     if against is not None:
-        other = open_adapter(against)
-        print("\n".join(overlap_lines(total(list(diff(adapter, other).values())), against)))
+        overlap = total(diff(adapter, open_adapter(against)).values())
+        print(
+            f"overlap with {against}: {overlap.common:,} entries in both, {overlap.only_a:,} only here, "
+            f"{overlap.only_b:,} only there, Jaccard index {jaccard_text(overlap.jaccard)}"
+        )
+        print(_agreement(overlap))
     if output is not None:
-        _draw(output, adapter, mask)
+        from speft_ds.report.plots import mask_heat_map, save_picture  # late: it takes a second
 
-
-def _draw(output: Path, adapter: Adapter, mask) -> None:
-    from speft_ds.plots import mask_heat_map  # late: it takes a second
-
-    try:
-        mask_heat_map(output, mask, f"{adapter.folder}: {mask.num_trainable:,} entries ({mask.density:.3%})")
-    except OSError as error:
-        raise UserError(f"cannot write: {error}", where=str(output), fix="choose another file") from error
-    print(f"  {output}")
-
-
-def adapter_lines(adapter: Adapter) -> list[str]:
-    """The base, the size and the heads of an adapter."""
-    facts, size = adapter.facts, num_bytes(adapter)
-    heads = [f"{name} {adapter.head_shape(name)}" for name in adapter.heads]
-    return [
-        f"base {facts['base']} in {facts['dtype']}, fingerprint {facts['fingerprint'][:12]}",
-        f"size {size_text(size, adapter.num_entries)}",
-        *([f"kept whole: {', '.join(heads)}"] if heads else []),
-    ]
-
-
-def size_text(num_bytes: int, num_entries: int) -> str:
-    return f"{num_bytes:,} bytes, {num_bytes / max(num_entries, 1):.2f} an entry"
-
-
-def norm_table(adapter: Adapter, seen: Inspection) -> Table:
-    """The Euclidean norm of the deltas by layer (rows) and module (columns)."""
-    layers, modules, _ = density_table(counts(adapter))
-    squares: dict[tuple[str, str], float] = {}
-    for name, weight in seen.weights.items():
-        layer, module = place(name)
-        where = (OTHER if layer is None else str(layer), module)
-        squares[where] = squares.get(where, 0.0) + weight.squares
-    table = Table(title="norm of the deltas", box=SIMPLE_HEAD, collapse_padding=True)
-    for heading in ("layer", *short_modules(modules), "total"):
-        table.add_column(Text(heading), justify="right")
-    for layer in layers:
-        row = [squares.get((layer, module)) for module in modules]
-        row.append(sum(value for value in row if value is not None))
-        table.add_row(layer, *("-" if value is None else f"{math.sqrt(value):.3g}" for value in row))
-    return table
-
-
-def changes_table(seen: Inspection) -> Table:
-    """The largest changes of single weights."""
-    table = Table(title="largest changes", box=SIMPLE_HEAD)
-    table.add_column("weight")
-    for heading in ("row", "column", "delta"):
-        table.add_column(heading, justify="right")
-    for change in seen.changes:
-        table.add_row(Text(change.weight), str(change.row), str(change.column), f"{change.delta:+.6g}")
-    return table
-
-
-def overlap_lines(all_of_it: Difference, against: Path) -> list[str]:
-    cosine = all_of_it.cosine
-    return [
-        f"overlap with {against}: {all_of_it.common:,} entries in both, "
-        f"{all_of_it.only_a:,} only here, {all_of_it.only_b:,} only there, "
-        f"Jaccard index {jaccard_text(all_of_it.jaccard)}",
-        f"of those in both: {all_of_it.equal:,} equal, {all_of_it.opposite:,} with opposite signs; "
-        f"cosine of the deltas {'undefined' if cosine is None else f'{cosine:.4f}'}",
-    ]
+        title = f"{adapter.folder}: {mask.num_trainable:,} entries ({mask.density:.3%})"
+        try:
+            save_picture(output, mask_heat_map(mask, title))
+        except OSError as error:
+            raise UserError(f"cannot write: {error}", str(output), "choose another file") from error
+        print(f"  {output}")
 
 
 def print_diff(a: Path, b: Path | None) -> None:
-    """Print what sets two adapters apart, or an adapter and its base. Raises UserError."""
+    """Print how two adapters differ, or an adapter and its base. Raises UserError."""
     one, other = open_adapter(a), None if b is None else open_adapter(b)
     by_weight = diff(one, other)
-    all_of_it = total(list(by_weight.values()))
-    print_table(diff_table(by_weight, all_of_it))
-    for name, said in diff_heads(one, other).items():
-        print(f"{name}: {said}")
-    is_same = not (all_of_it.only_a or all_of_it.only_b or all_of_it.differing)
-    if other is not None:
-        print("the entries are the same" if is_same else overlap_lines(all_of_it, b)[1])
-
-
-def diff_table(by_weight: dict[str, Difference], all_of_it: Difference) -> Table:
-    """Counts and norms of the weights that differ most, and of all weights together."""
-    table = Table(title="A - B", box=SIMPLE_HEAD, show_footer=True)
+    together = total(by_weight.values())
+    most = sorted(by_weight, key=lambda name: -by_weight[name].squares_difference)[:NUM_WEIGHTS]
     headings = ("only in A", "only in B", "equal", "differing", "norm of A", "norm of B", "norm of A - B")
-    table.add_column("weight", footer=f"all {len(by_weight)}")
-    for heading, value in zip(headings, _cells(all_of_it), strict=True):
-        table.add_column(heading, footer=value, justify="right")
-    apart = sorted(by_weight, key=lambda name: -by_weight[name].squares_apart)
-    for name in apart[:NUM_WEIGHTS]:
-        table.add_row(Text(name), *_cells(by_weight[name]))
-    if len(apart) > NUM_WEIGHTS:
-        table.caption = f"the {NUM_WEIGHTS} weights that differ most, of {len(apart)}"
-    return table
+    table = _table(
+        "A - B",
+        ("weight", *headings),
+        ((name, *_counts_and_norms(by_weight[name])) for name in most),
+        (f"all {len(by_weight)}", *_counts_and_norms(together)),
+    )
+    if len(by_weight) > NUM_WEIGHTS:
+        table.caption = f"the {NUM_WEIGHTS} weights that differ most, of {len(by_weight)}"
+    print_table(table)
+    for name, difference in diff_heads(one, other).items():
+        print(f"{name}: {difference}")
+    if other is not None:
+        is_same = not (together.only_a or together.only_b or together.differing)
+        print("the entries are the same" if is_same else _agreement(together))
 
 
-def _cells(of: Difference) -> list[str]:
-    numbers = [f"{count:,}" for count in (of.only_a, of.only_b, of.equal, of.differing)]
-    return numbers + [f"{math.sqrt(s):.4g}" for s in (of.squares_a, of.squares_b, of.squares_apart)]
+def print_sizes(source: Path, compressed: Adapter, output: Path) -> None:
+    """Print the entries and bytes of an adapter before and after it was compressed."""
+    before = open_adapter(source)
+    share = compressed.num_bytes / before.num_bytes
+    print(f"before: {before.num_entries:,} entries, {_size_text(before)}")
+    print(f"after: {compressed.num_entries:,} entries, {_size_text(compressed)} ({share:.1%} of the size)")
+    print(f"  {output}")
 
 
-def compress_lines(sizes: Sizes) -> list[str]:
-    """Entries and bytes, before and after."""
-    before, after = (size_text(*pair) for pair in zip(sizes.bytes, sizes.entries, strict=True))
-    return [
-        f"before: {sizes.entries[0]:,} entries, {before}",
-        f"after: {sizes.entries[1]:,} entries, {after} ({sizes.bytes[1] / sizes.bytes[0]:.1%} of the size)",
-    ]
-
-
-def graft_lines(grafted: Grafted) -> list[str]:
-    """What was taken out of the tuned model, and what of it an adapter does not hold."""
+def print_graft(grafted: Grafted, output: Path) -> None:
+    """Print what was taken out of the tuned model, and what of it an adapter does not hold."""
     share = grafted.squares_taken / grafted.squares
-    lines = [
+    print(
         f"{grafted.num_entries:,} entries of {grafted.num_differing:,} that differ in "
-        f"{grafted.num_target_elements:,} targeted weights",
-        f"they are {share:.1%} of the squared difference there",
-    ]
+        f"{grafted.num_target_elements:,} targeted weights"
+    )
+    print(f"they are {share:.1%} of the squared difference there")
     # The most first: another shape, then by the norm.
     order = sorted(grafted.lost.items(), key=lambda lost: -math.inf if lost[1] is None else -lost[1][1])
     for name, lost in order[:NUM_WEIGHTS]:
         how = "has another shape" if lost is None else f"{lost[0]:,} elements differ, norm {lost[1]:.4g}"
-        lines.append(f"lost: {name}: {how}")
+        print(f"lost: {name}: {how}")
     if len(order) > NUM_WEIGHTS:
-        lines.append(f"lost: {len(order) - NUM_WEIGHTS} weights more, each by less")
-    return lines
+        print(f"lost: {len(order) - NUM_WEIGHTS} weights more, each by less")
+    print(f"  {output}")
 
 
-def export_lines(exported: Exported) -> list[str]:
-    """What was written for PEFT, and where its sums fall short of the trained weights."""
-    lines = [
-        f"{exported.num_entries:,} entries, {exported.num_padding:,} more that change nothing, "
-        f"{exported.num_bytes:,} bytes"
-    ]
+def print_export(exported: Exported, output: Path) -> None:
+    """Print what was written for PEFT, and where its sums fall short of the trained weights."""
+    counts = f"{exported.num_entries:,} entries, {exported.num_padding:,} more that change nothing"
+    print(f"{counts}, {exported.num_bytes:,} bytes")
     if exported.num_rounded is None:
-        lines.append("note: the base is not at hand: PEFT's sums may round entries otherwise")
+        print("note: the base is not cached: PEFT's sums may round entries otherwise")
     elif exported.num_rounded:
-        lines.append(f"note: PEFT's sums round {exported.num_rounded:,} entries otherwise than training did")
-    return lines
+        print(f"note: PEFT's sums round {exported.num_rounded:,} entries otherwise than training did")
+    print(f"  {output}")
+
+
+def _norm_table(mask: Mask, found: Inspection) -> Table:
+    """The Euclidean norm of the deltas by layer (rows) and module (columns)."""
+    layers, modules, _ = density_table(mask)
+    squares = Counter()
+    for name, value in found.squares.items():
+        layer, module = place(name)
+        squares[OTHER if layer is None else str(layer), module] += value
+    rows = []
+    for layer in layers:
+        row = [squares.get((layer, module)) for module in modules]
+        row.append(sum(value for value in row if value is not None))
+        rows.append([layer, *("-" if value is None else f"{math.sqrt(value):.3g}" for value in row)])
+    return _table("norm of the deltas", ("layer", *short_modules(modules), "total"), rows)
+
+
+def _table(
+    title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], footer: Sequence[str] | None = None
+) -> Table:
+    """A table of numbers with names in its first column."""
+    table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, show_footer=footer is not None)
+    for number, heading in enumerate(headings):
+        justify = "right" if number else "left"
+        table.add_column(Text(heading), footer=footer[number] if footer else "", justify=justify)
+    for name, *values in rows:
+        table.add_row(Text(name), *values)
+    return table
+
+
+def _counts_and_norms(of: AdapterDifference) -> list[str]:
+    counts = [f"{count:,}" for count in (of.only_a, of.only_b, of.equal, of.differing)]
+    return counts + [f"{math.sqrt(s):.4g}" for s in (of.squares_a, of.squares_b, of.squares_difference)]
+
+
+def _agreement(of: AdapterDifference) -> str:
+    cosine = "undefined" if of.cosine is None else f"{of.cosine:.4f}"
+    signs = f"{of.equal:,} equal, {of.opposite:,} with opposite signs"
+    return f"of those in both: {signs}; cosine of the deltas {cosine}"
+
+
+def _size_text(adapter: Adapter) -> str:
+    return f"{adapter.num_bytes:,} bytes, {adapter.num_bytes / max(adapter.num_entries, 1):.2f} an entry"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +16,25 @@ from speft_ds.adapter.format import TENSORS as ADAPTER_FILE
 from speft_ds.adapter.format import Adapter
 from speft_ds.config.mask_config import MASK_FILE
 from speft_ds.errors import UserError
-from speft_ds.plots import jaccard_picture
+from speft_ds.report.plots import jaccard_picture, save_picture
+from speft_ds.report.tables import jaccard_text, percent, print_table, unique_tails
 from speft_ds.sparse.mask import Mask, jaccard, read_mask
-from speft_ds.tables import jaccard_text, percent, print_table, unique_tails
-
-FINGERPRINT = "fingerprint_bfloat16"  # one for all dtypes that the base may have been loaded in
 
 
 @dataclass(frozen=True)
 class MaskSource:
-    """A file with a mask: a mask file or an adapter.
+    """A mask file or an adapter.
 
     Attributes:
         mask: of an adapter, with the weights that have entries alone.
         num_target_elements: what the density is a fraction of; None where unknown.
-        fingerprint: of the base; None where unknown.
+        fingerprint: of the base, one for all dtypes that it may have been loaded in; None where unknown.
     """
 
     path: Path
     mask: Mask
     num_target_elements: int | None
     fingerprint: str | None
-
-    @property
-    def weights(self) -> set[str]:
-        """Targets, as far as they are known: an adapter has only those with entries."""
-        return set(self.mask.shape)
 
 
 def compare(paths: list[Path], output: Path | None) -> None:
@@ -54,20 +48,20 @@ def compare(paths: list[Path], output: Path | None) -> None:
             cannot be written.
     """
     if len(paths) < 2:
-        raise UserError("one mask cannot be compared", fix="speft compare-masks A B ...")
-    files = [read_source(path) for path in paths]
-    for position, one in enumerate(files):
-        for other in files[:position]:
-            check_same_model(other, one)
-    matrix = [[jaccard(a.mask, b.mask) for b in files] for a in files]
+        fix = f"name another: speft compare-masks {' '.join(map(str, paths))} runs/other/mask.safetensors"
+        raise UserError("one mask has nothing to be compared with", "command line", fix)
+    sources = [read_source(path) for path in paths]
+    for one, other in combinations(sources, 2):
+        check_same_model(one, other)
+    matrix = [[jaccard(a.mask, b.mask) for b in sources] for a in sources]
     names = short_names(paths)
-    print_table(matrix_table(files, names, matrix))
-    if len({file.fingerprint for file in files} - {None}) > 1:
+    print_table(_matrix_table(sources, names, matrix))
+    if len({source.fingerprint for source in sources} - {None}) > 1:
         print("note: these masks were made for bases with different weights (their fingerprints differ)")
     if output is None:
         return
     try:
-        jaccard_picture(output, names, matrix)
+        save_picture(output, jaccard_picture(names, matrix))
     except OSError as error:
         raise UserError(f"cannot write: {error}", where=str(output), fix="choose another file") from error
     print(f"  {output}")
@@ -84,19 +78,14 @@ def read_source(path: Path) -> MaskSource:
     if found is None:
         fix = f"give a {MASK_FILE}, a folder with one, an adapter or a run folder"
         raise UserError("there is no mask and no adapter", where=str(path), fix=fix)
-    return _from_adapter(found) if found.name == ADAPTER_FILE else _from_mask(found)
-
-
-def _from_mask(path: Path) -> MaskSource:
-    mask, facts = read_mask(path)
-    return MaskSource(path, mask, mask.num_target_elements, _known(facts, FINGERPRINT, str))
-
-
-def _from_adapter(path: Path) -> MaskSource:
-    adapter = Adapter.open(path.parent)
-    mask = Mask({name: adapter.entries(name)[0] for name in adapter.names}, adapter.shape)
-    num_target_elements = _known(adapter.facts.get("mask") or {}, "num_target_elements", int)
-    return MaskSource(path, mask, num_target_elements, _known(adapter.facts, FINGERPRINT, str))
+    if found.name == ADAPTER_FILE:
+        adapter = Adapter.open(found.parent)
+        mask, facts = Mask({n: adapter.entries(n)[0] for n in adapter.names}, adapter.shape), adapter.facts
+        num_elements = _known(facts.get("mask") or {}, "num_target_elements", int)
+    else:
+        mask, facts = read_mask(found)
+        num_elements = mask.num_target_elements
+    return MaskSource(found, mask, num_elements, _known(facts, "fingerprint_bfloat16", str))
 
 
 def _known(facts: dict, key: str, kind: type) -> Any:
@@ -111,13 +100,13 @@ def check_same_model(a: MaskSource, b: MaskSource) -> None:
         UserError: no weight in common, or another shape of one.
     """
     where, fix = f"{a.path} and {b.path}", "compare masks of one model"
-    common = a.weights & b.weights
+    shapes_a, shapes_b = a.mask.shape, b.mask.shape
+    common = sorted(shapes_a.keys() & shapes_b.keys())
     if not common:
         raise UserError("these masks have no weight in common", where, fix)
-    for name in sorted(common):
-        shapes = a.mask.shape[name], b.mask.shape[name]
-        if shapes[0] != shapes[1]:
-            what = f"these masks are of different models: {name} is {shapes[0]} and {shapes[1]}"
+    for name in common:
+        if shapes_a[name] != shapes_b[name]:
+            what = f"these masks are of different models: {name} is {shapes_a[name]} and {shapes_b[name]}"
             raise UserError(what, where, fix)
 
 
@@ -138,15 +127,15 @@ def _without_usual_names(parts: tuple[str, ...]) -> tuple[str, ...]:
     return parts
 
 
-def matrix_table(files: list[MaskSource], names: list[str], matrix: list[list[float]]) -> Table:
+def _matrix_table(sources: list[MaskSource], names: list[str], matrix: list[list[float]]) -> Table:
     """The Jaccard matrix with numbered columns, and what is known of each mask."""
     table = Table(title="Jaccard index: entries in both masks / entries in either", box=SIMPLE_HEAD)
     table.add_column("", justify="right")
     table.add_column("mask")
-    for heading in ("entries", "density", *map(str, range(1, len(files) + 1))):
+    for heading in ("entries", "density", *map(str, range(1, len(sources) + 1))):
         table.add_column(heading, justify="right")
-    for number, (file, name, row) in enumerate(zip(files, names, matrix, strict=True), 1):
-        entries, elements = file.mask.num_trainable, file.num_target_elements
+    for number, (source, name, row) in enumerate(zip(sources, names, matrix, strict=True), 1):
+        entries, elements = source.mask.num_trainable, source.num_target_elements
         density = percent(entries, elements) if elements else "unknown"
         table.add_row(str(number), Text(name), f"{entries:,}", density, *map(jaccard_text, row))
     return table

@@ -48,6 +48,7 @@ def launched(tmp_path, monkeypatch):
     module.prepare = prepare
     monkeypatch.setitem(sys.modules, "speft_ds.tools.quickstart", module)
     monkeypatch.setattr(start_ranks, "find_deepspeed", lambda: "deepspeed")
+    monkeypatch.setattr(start_ranks, "free_port", lambda: 4711)
     return start
 
 
@@ -58,7 +59,7 @@ def use(folder, file="run.json"):
 
 
 def script(job, recipe):
-    return [str(ROOT / "launch" / f"{job}.py"), "--recipe", recipe]
+    return ["--master_port", "4711", str(ROOT / "launch" / f"{job}.py"), "--recipe", recipe]
 
 
 TRAIN, SCORE = [*script("train", "quickstart"), "output_dir=runs/quickstart"], script("score", "mine.yaml")

@@ -1,7 +1,4 @@
-"""A rank of test_watchdog.py: joins, does what its arguments say, and ends as a launched script does.
-
-Arguments: folder, rank, number of ranks, seconds without progress, what to do, settings as NAME=seconds.
-"""
+"""A rank of test_watchdog.py: does what it is told, and ends as a launched script does."""
 
 import ctypes
 import multiprocessing
@@ -10,94 +7,108 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from speft_ds.comm import watchdog
+from torch.distributed import TCPStore
 
-FOLDER, RANK, WORLD_SIZE = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-# Waits for other ranks, as far as its traceback says.
-COLLECTIVE = compile("def all_reduce():\n    time.sleep(60)\n", "/lib/torch/distributed/fake.py", "exec")
-exec(COLLECTIVE)
+from speft_ds.comm import root_cause, watchdog
 
 
-def work(seconds=60.0):
-    """Make progress."""
-    end = time.monotonic() + float(seconds)
-    while time.monotonic() < end:
-        watchdog.heartbeat("step 7")
-        time.sleep(0.02)
+class Rank:
+    """One of `world_size`; what it may be told to do are its methods."""
+
+    def __init__(self, folder: Path, rank: int, world_size: int):
+        self.folder, self.rank, self.world_size = folder, rank, world_size
+
+    def meet(self, name: str) -> None:
+        """Wait for the other ranks, making progress."""
+        (self.folder / f"{name}_{self.rank}").touch()
+        while len(list(self.folder.glob(f"{name}_*"))) < self.world_size:
+            watchdog.heartbeat()
+            time.sleep(0.01)
+
+    def work(self, seconds="600"):
+        end = time.monotonic() + float(seconds)
+        while time.monotonic() < end:
+            watchdog.heartbeat("step 7", counts=True)
+            time.sleep(0.02)
+
+    def hang(self, steps="0"):
+        """Make no progress any more, after some."""
+        for step in range(int(steps)):
+            watchdog.heartbeat(f"step {step + 1}", counts=True)
+        if steps != "0":
+            self.meet("hanging")
+        time.sleep(600)
+
+    def hold_the_interpreter(self):
+        ctypes.PyDLL(None).sleep(600)
+
+    def fork_and_work(self):
+        multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True).start()
+        (self.folder / "forked").touch()
+        self.work()
+
+    def fail(self, text):
+        """End as after an exception."""
+        watchdog.fail(text)
+        os._exit(2)
+
+    def fail_at_a_death(self, text):
+        """Have the death of another rank raise an error here."""
+        while not (self.folder / "dying").exists():
+            watchdog.heartbeat()
+            time.sleep(0.005)
+        self.fail(text)
+
+    def close(self, seconds="0", lingers="0"):
+        """Come to the end of the run after some work, and to that of the process some time later."""
+        self.work(seconds)
+        watchdog.close()
+        time.sleep(float(lingers))
+        sys.exit(0)
+
+    def work_then_fail(self, seconds, text):
+        self.work(seconds)
+        self.fail(text)
 
 
-def wait(seconds=0.3):
-    """Wait for the other ranks, after some progress."""
-    work(seconds)
-    all_reduce()  # noqa: F821
-
-
-def hang(seconds=0.0):
-    work(seconds)
-    time.sleep(60)
-
-
-def hold_the_interpreter():
-    ctypes.PyDLL(None).sleep(60)
-
-
-def fork_and_work():
-    multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,)).start()
-    (FOLDER / "forked").touch()
-    work()
-
-
-def fail(text):
-    """End as after an exception."""
-    watchdog.fail(text)
-    os._exit(2)
-
-
-def fail_at_the_others_death(text):
-    """Let the death of another rank raise an error here."""
-    while not (FOLDER / "dead").exists():
+def run(folder: Path, rank: int, job: str, nodes: str, timeout_s: float, has_agent: bool, settings: dict):
+    """Body of the process; `job`: a method of Rank and its arguments, `name:one:two`."""
+    file = os.open(folder / f"log_{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    for name, seconds in settings.items():
+        for module in (watchdog, root_cause):
+            if hasattr(module, name):
+                setattr(module, name, seconds)
+    own = Rank(folder, rank, len(nodes))
+    if rank == 0 and not has_agent:
+        serve(folder)
+    while not (folder / "port").exists():
         time.sleep(0.005)
-    fail(text)
+    store = TCPStore("127.0.0.1", int((folder / "port").read_text()), wait_for_workers=False)
+    _, pid = watchdog.own_process()
+    store.set(f"process/{rank}", str(pid))
+    processes = [(node, int(store.get(f"process/{other}"))) for other, node in enumerate(nodes)]
+    watchdog.current = watchdog.Watchdog(
+        store, rank, processes, timeout_s, lambda: "go on with: --resume", outlives_store=has_agent
+    )
+    own.meet("ready")
+    name, *arguments = job.split(":")
+    getattr(own, name)(*arguments)
 
 
-def close(seconds=0.0):
-    """Come to the end of the run after some work."""
-    work(seconds)
-    watchdog.close()
-    sys.exit(0)
+def serve(folder: Path) -> TCPStore:
+    """Serve the store of a run, for the life of the process."""
+    servers.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    (folder / "written").write_text(str(servers[0].port))
+    (folder / "written").rename(folder / "port")
+    return servers[0]
 
 
-def close_and_linger(seconds):
-    watchdog.close()
-    time.sleep(float(seconds))
-    sys.exit(0)
+def agent(folder: Path) -> None:
+    """Body of torchrun's agent, as far as it matters here."""
+    serve(folder)
+    time.sleep(600)
 
 
-def close_then_fail(text):
-    """Fail after rank 0 has come to its end."""
-    work(0.5)
-    fail(text)
-
-
-def joined():
-    """Join the others, by a port that rank 0 leaves in a file."""
-    dog = watchdog.Watchdog(RANK, WORLD_SIZE, float(sys.argv[4]), lambda: "go on with: --resume")
-    file = FOLDER / "port"
-    if RANK == 0:
-        (FOLDER / "written").write_text(str(dog.port))
-        (FOLDER / "written").rename(file)
-    while not file.exists():
-        time.sleep(0.005)
-    dog.connect("127.0.0.1", int(file.read_text()))
-    watchdog.hold(dog)
-    (FOLDER / f"ready_{RANK}").touch()
-
-
-if __name__ == "__main__":
-    for setting in sys.argv[6:]:
-        name, _, value = setting.partition("=")
-        setattr(watchdog, name, float(value))
-    joined()
-    job, *argument = sys.argv[5].split(":")
-    globals()[job](*argument)
+servers: list[TCPStore] = []

@@ -18,7 +18,7 @@ from speft_ds.evaluation.results import (
     scores_of,
     still_to_score,
 )
-from speft_ds.evaluation.scores import Evaluation
+from speft_ds.evaluation.scores import ScoreFile
 from speft_ds.evaluation.tasks import find_tasks
 
 
@@ -51,7 +51,7 @@ def test_a_score_per_metric_with_its_error_and_documents(results):
     assert (choice.group, choice.is_group, choice.role) == ("tiny_group", False, "task")
     assert (group.group, group.is_group, group.num_documents) == (None, True, 20)
     assert scores["tiny_generate", "exact_match"].role == "forgetting"
-    main = Evaluation(label="before", model="base", kind="main", scores=scores_of(results)).main_scores()
+    main = ScoreFile(label="before", model="base", kind="main", scores=scores_of(results)).main_scores()
     assert [score.task for score in main] == ["tiny_generate", "tiny_group"]
 
 
@@ -100,7 +100,7 @@ def scored(tmp_path):
     recipe = recipe_with(**ALL)
     for job in jobs_of(recipe.eval, "before"):
         facts = {"model": "base", "asked": asked(job, OF, recipe), "scores": []}
-        file = Evaluation(label=job.label, kind=job.kind, **facts)
+        file = ScoreFile(label=job.label, kind=job.kind, **facts)
         keep_scores(tmp_path, Scored(file, {"samples": {"quiz": [{"doc_id": 0}]}}), recipe.eval)
 
     def left(of=OF, **section):
@@ -142,7 +142,7 @@ def test_a_damaged_file_is_made_again(scored, text):
 
 
 def test_documents_of_an_earlier_evaluation_do_not_stay(scored):
-    file = Evaluation(label="before", model="tuned", kind="main", scores=[])
+    file = ScoreFile(label="before", model="tuned", kind="main", scores=[])
     keep_scores(scored.folder, Scored(file, {"samples": {"other": []}}), recipe_with().eval)
     assert [path.name for path in (scored.folder / "before").iterdir()] == ["other.jsonl"]
     assert json.loads((scored.folder / "before.json").read_text()) == file.model_dump()

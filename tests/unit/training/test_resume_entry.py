@@ -229,7 +229,10 @@ def test_a_run_that_somebody_writes_to_is_not_resumed(tmp_path):
     with subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         with contextlib.closing(holder.stdout):
-            patched = "from speft_ds.training import run_dir as r; from speft_ds.cli import launch; r.LOCK_WAIT_S = 0.2; launch.start('train', '')"
+            patched = (
+                "from speft_ds.cli import launch; from speft_ds.training import run_dir as r; "
+                "r.LOCK_WAIT_S = 0.2; launch.start('train', '')"
+            )
             command = [sys.executable, "-c", patched, "--resume", str(folder)]
             ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
             holder.kill()

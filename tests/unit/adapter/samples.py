@@ -1,0 +1,115 @@
+"""Small adapters, of checkpoints and of dense matrices, and what they make of weights, computed densely."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from speft_ds.adapter.format import Adapter, write_adapter
+from speft_ds.errors import UserError
+from speft_ds.model.fingerprint import fingerprint
+from speft_ds.model.targets import find_targets
+
+SHAPES = {
+    "model.layers.0.self_attn.q_proj.weight": [24, 16],
+    "model.layers.0.mlp.up_proj.weight": [31, 16],
+    "model.layers.1.self_attn.q_proj.weight": [24, 16],
+    "model.layers.1.mlp.up_proj.weight": [31, 16],
+}
+Q, UP, Q1, UP1 = SHAPES
+FACTS = {
+    "base": "owner/name",
+    "dtype": "float32",
+    "fingerprint": "f" * 64,
+    "fingerprint_bfloat16": "b" * 64,
+    "task": "causal_lm",
+    "recipe": {"name": "mine", "data": {"path": "rows.jsonl"}, "optimizer": {"lr": 0.001}},
+}
+
+
+def refused(action, where="", what=""):
+    """Check that an action is a user's error, which says where and what to do."""
+    with pytest.raises(UserError) as caught:
+        action()
+    error = caught.value
+    assert str(where) in (error.where or "") and what in error.what and error.fix, str(error)
+
+
+def assert_same(found, expected):
+    """Check that two dicts have the same tensors, dtypes included."""
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert found[name].dtype == weight.dtype and torch.equal(found[name], weight), name
+
+
+# Of matrices
+
+
+def matrices(seed, density=0.1, shapes=SHAPES):
+    """Random deltas by weight, 0 where there is no entry; a weight may have none."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, shape in shapes.items():
+        values = torch.randn(shape, generator=generator)
+        made[name] = values * (torch.rand(shape, generator=generator) < density)
+    return made
+
+
+def write(folder, dense, heads=None, stored=torch.float32, **facts):
+    """An adapter of the elements that are not 0; `stored`: the dtype of its deltas on disk."""
+    shapes = {name: list(values.shape) for name, values in dense.items()}
+    flat = {name: values.reshape(-1) for name, values in dense.items()}
+    entries = ((n, (v != 0).nonzero()[:, 0], v[v != 0]) for n, v in flat.items())
+    write_adapter(folder, entries, FACTS | {"shapes": shapes} | facts, heads, stored)
+    return folder
+
+
+def read(folder):
+    """Matrices of the deltas of an adapter, 0 where there is no entry."""
+    adapter = Adapter.open(folder)
+    made = {name: torch.zeros(*shape) for name, shape in adapter.facts["shapes"].items()}
+    for name in adapter.names:
+        index, delta = adapter.entries(name)
+        made[name].view(-1)[index] = delta
+    return made
+
+
+def flat(dense):
+    """All elements of all matrices, weight by weight."""
+    return torch.cat([values.reshape(-1) for values in dense.values()])
+
+
+# Of checkpoints
+
+
+def load(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def values(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def make_adapter(folder, of, dtype=torch.float32, seed=0, scale=0.05, model=None, heads=None, **changes):
+    """An adapter for the checkpoint `of`, with about 2% of each weight's entries, of some weights 20%."""
+    model = load(of, dtype) if model is None else model
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: linear.weight for name, linear in find_targets(model, None).items()}
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    facts = {"base": str(of), "dtype": name_of_dtype, "fingerprint": fingerprint(model), "task": "causal_lm"}
+    facts["shapes"] = {name: list(weight.shape) for name, weight in weights.items()}
+    entries = []
+    for number, (name, weight) in enumerate(weights.items()):
+        chosen = torch.rand(weight.numel(), generator=generator) < (0.2 if number % 5 == 0 else 0.02)
+        index = chosen.nonzero().view(-1)
+        entries.append((name, index, torch.randn(len(index), generator=generator) * scale))
+    write_adapter(folder, entries, {**facts, **changes}, heads)
+    return folder
+
+
+def trained(folder, weights, alpha=1.0, dtype=None):
+    """Name -> weight with the adapter, by dense fp32 sums of complete matrices; of weights by name."""
+    deltas, result = read(folder), {}
+    for name, weight in weights.items():
+        total = weight.detach().float() + alpha * deltas.get(name, torch.zeros(weight.shape))
+        result[name] = total.to(dtype or weight.dtype)
+    return result

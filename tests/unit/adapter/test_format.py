@@ -1,0 +1,166 @@
+"""The files: what is written is read, in the bytes of the documentation, and in no more than promised."""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speft_ds.adapter.format import Adapter, decode_gaps, encode_gaps, write_adapter
+from speft_ds.model.fingerprint import fingerprint
+from unit.adapter.samples import load, refused
+
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "adapter_format.md"
+Q, UP = "layers.0.q.weight", "layers.0.up.weight"
+SHAPES = {UP: [4096, 1024], Q: [8, 8], "layers.0.o.weight": [8, 8]}
+FACTS = {"base": "b", "dtype": "float32", "fingerprint": "f" * 64, "shapes": SHAPES}
+ONE = [(Q, torch.tensor([3]), torch.ones(1))]
+
+
+def random_entries(density, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(0)
+    for name, (rows, columns) in shapes.items():
+        index = (torch.rand(rows * columns, generator=generator) < density).nonzero().view(-1)
+        yield name, index, torch.randn(len(index), generator=generator)
+
+
+def decode(folder):
+    """Weight -> (indices, deltas), and heads: a reader written after docs/adapter_format.md alone."""
+    facts = json.loads((folder / "adapter.json").read_bytes())
+    assert facts["format_version"] == 2
+    content = (folder / "adapter.safetensors").read_bytes()
+    (size,) = struct.unpack_from("<Q", content)
+    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+
+    def tensor(key):
+        start, end = header[key]["data_offsets"]
+        raw, dtype = data[start:end], header[key]["dtype"]
+        if dtype == "BF16":
+            values = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+        else:
+            values = np.frombuffer(raw, {"F32": "<f4", "F16": "<f2", "U8": "u1"}[dtype])
+        return values.reshape(header[key]["shape"])
+
+    entries, heads = {}, {key[:-6]: tensor(key) for key in header if key.endswith(".value")}
+    for key in header:
+        if key.endswith(".gaps"):
+            indices, index, gap, shift = [], -1, 0, 0
+            for byte in tensor(key).tolist():
+                gap |= (byte & 127) << shift
+                shift += 7
+                if byte < 128:
+                    index, gap, shift = index + gap, 0, 0
+                    indices.append(index)
+            entries[key[:-5]] = indices, tensor(f"{key[:-5]}.delta")
+    return entries, heads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reader_written_after_the_documentation_reads_it(tmp_path, dtype):
+    written = {name: (index, delta.to(dtype)) for name, index, delta in random_entries(0.02)}
+    head = torch.randn(3, 5).bfloat16()
+    entries = ((name, index, delta) for name, (index, delta) in written.items())
+    write_adapter(tmp_path / "a", entries, FACTS, {"score.weight": head}, dtype)
+    found, heads = decode(tmp_path / "a")
+    assert found.keys() == written.keys()
+    for name, (index, delta) in written.items():
+        assert found[name][0] == index.tolist()
+        assert np.array_equal(found[name][1], delta.float().numpy())
+    assert np.array_equal(heads["score.weight"], head.float().numpy())
+
+
+def test_the_bytes_of_the_documentation():
+    index = [0, 5, 127, 300, 16_684, 2_113_836]
+    coded = " ".join(f"{byte:02x}" for byte in encode_gaps(torch.tensor(index)).tolist())
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert f"`{', '.join(map(str, index))}`" in text and f"`{coded}`" in text
+
+
+def mix(x):
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ x >> np.uint64(shift)) * np.uint64(factor)
+    return x ^ x >> np.uint64(31)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fingerprint_of_the_documentation(tiny, dtype):
+    model, lines = load(tiny["tied"], dtype), ""
+    width = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
+    for name, parameter in model.named_parameters():
+        bits = parameter.detach().view(-1).view(width).numpy().astype(np.int64).view(np.uint64)
+        position = np.arange(len(bits), dtype=np.uint64)
+        mixed = mix(bits * np.uint64(0x9E3779B97F4A7C15) + position * np.uint64(0x2545F4914F6CDD1D))
+        lines += f"{name} {tuple(parameter.shape)} {dtype} {int(mixed.sum()):016x}\n"
+    assert fingerprint(model) == hashlib.sha256(lines.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 7), (torch.bfloat16, 5)])
+@pytest.mark.parametrize("density", [0.0001, 0.005, 0.3])
+def test_bytes_per_entry(tmp_path, dtype, most, density):
+    """At mean gaps below 16,384; the names in the header weigh nothing in an adapter of real size."""
+    shapes = {UP: [4096, 2048]}
+    write_adapter(tmp_path / "a", random_entries(density, shapes), {**FACTS, "shapes": shapes}, None, dtype)
+    adapter = Adapter.open(tmp_path / "a")
+    assert (most - 3) * adapter.num_entries < adapter.num_bytes <= most * adapter.num_entries
+
+
+def test_what_is_written_is_read_a_weight_at_a_time(tmp_path):
+    written = {name: (index, delta) for name, index, delta in random_entries(0.1)}
+    facts = {**FACTS, "num_entries": -5, "tensors_sha256": "old", "mask": {"density": 0.1}, "notes": "ä"}
+    # In the order of the shapes, whatever the order of writing; a weight without entries is left out.
+    nothing = torch.tensor([])
+    entries = [(Q, *written[Q]), (UP, *written[UP]), ("layers.0.o.weight", nothing, nothing)]
+    write_adapter(tmp_path / "a", entries, facts)
+    adapter = Adapter.open(tmp_path / "a")
+    assert adapter.names == [UP, Q] and adapter.heads == [] and adapter.shape[UP] == (4096, 1024)
+    assert adapter.num_entries == len(written[UP][0]) + len(written[Q][0])
+    assert adapter.facts["notes"] == "ä" and adapter.facts["mask"] == {"density": 0.1}
+    for name in SHAPES:
+        index, delta = adapter.entries(name)
+        assert (index.dtype, delta.dtype, adapter.count(name)) == (torch.int64, torch.float32, len(index))
+        if name in adapter.names:
+            assert torch.equal(index, written[name][0]) and torch.equal(delta, written[name][1])
+        else:
+            assert len(index) == len(delta) == 0
+
+
+def test_what_could_not_be_read_is_not_written(tmp_path):
+    odd = [([-1, 5, 6], 1.0), ([0, 5, 64], 1.0), ([5, 0, 7], 1.0), ([5, 5, 7], 1.0), ([0, 5], 1.0)]
+    odd += [([0, 5, 63], float("nan")), ([0, 5, 63], float("inf"))]
+    for index, delta in odd:
+        entries = [(Q, torch.tensor(index), torch.tensor([1.0, delta, 1.0]))]
+        refused(lambda entries=entries: write_adapter(tmp_path / "a", entries, FACTS), tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_only_an_adapter_is_replaced(tmp_path):
+    write_adapter(tmp_path / "a", ONE, FACTS)
+    (tmp_path / "a" / "README.md").touch()
+    write_adapter(tmp_path / "a", [(Q, torch.tensor([4]), torch.ones(1))], FACTS)
+    assert Adapter.open(tmp_path / "a").entries(Q)[0].tolist() == [4]
+    (tmp_path / "a" / "thesis.tex").touch()
+    refused(lambda: write_adapter(tmp_path / "a", ONE, FACTS), tmp_path / "a")
+    assert (tmp_path / "a" / "thesis.tex").exists() and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sets(st.integers(0, 2**62) | st.integers(0, 300), max_size=40))
+def test_gaps_of_any_indices(positions):
+    index = torch.tensor(sorted(positions), dtype=torch.int64)
+    assert torch.equal(decode_gaps(encode_gaps(index), len(index), 2**62 + 1), index)
+
+
+def test_bytes_that_are_no_gaps():
+    without_end, too_long = ["80", "0181"], ["8100"]  # 1, in two bytes
+    too_large = ["ff" * 8 + "7f", "ff" * 9 + "01", "80" * 30 + "01"]  # 2^63 - 1, 2^64 - 1
+    bad = {0: ["01"], 1: ["", "00", "65", *without_end, *too_long, *too_large]}  # 0x65: index 100 of 100
+    bad |= {2: ["0181", "0500", "3c3c"], 4: ["64" + ("ff" * 8 + "7f") * 3]}  # the last one overflows twice
+    for count, codes in bad.items():
+        for code in codes:
+            with pytest.raises(ValueError):
+                decode_gaps(torch.tensor(list(bytes.fromhex(code)), dtype=torch.uint8), count, 100)

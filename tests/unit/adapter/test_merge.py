@@ -1,0 +1,184 @@
+"""Merging, against dense sums of complete matrices: the files, what transformers loads, what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from speft_ds import apply_adapter
+from speft_ds.adapter import merge as module
+from speft_ds.adapter.format import Adapter
+from speft_ds.adapter.merge import merge, parse_size
+from unit.adapter.samples import assert_same, load, make_adapter, refused, trained, values
+
+
+def tensors(folder):
+    paths = sorted(folder.glob("*.safetensors"))
+    return {key: value for path in paths for key, value in load_file(path).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpoint", ["untied", "tied"])
+def test_a_merged_checkpoint_is_the_trained_model(tiny, tmp_path, checkpoint, dtype):
+    base, merged = tiny[checkpoint], tmp_path / "merged"
+    adapter = make_adapter(tmp_path / "a", base, dtype)
+    done = merge(None, adapter, merged)
+    stored = tensors(base)
+    assert_same(tensors(merged), trained(adapter, {k: v.to(dtype) for k, v in stored.items()}))
+    assert done.num_bytes == sum(value.numel() * dtype.itemsize for value in stored.values())
+    assert done.num_changed == Adapter.open(adapter).num_entries and done.note is None
+    # In transformers, without a word about the dtype: what apply_adapter makes of the base, and its logits.
+    model, live = AutoModelForCausalLM.from_pretrained(merged), load(base, dtype)
+    apply_adapter(live, adapter)
+    assert_same(values(model), values(live))
+    ids = torch.arange(40).view(2, 20)
+    assert torch.equal(model(ids).logits, live(ids).logits)
+    tokens = [AutoTokenizer.from_pretrained(folder)("a b").input_ids for folder in (base, merged)]
+    assert tokens[0] == tokens[1]
+    assert {path.name for path in merged.iterdir()} == {path.name for path in base.iterdir()}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "merged"]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.5])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_interpolated_in_another_dtype(tiny, tmp_path, alpha, dtype):
+    """The base as the run saw it, in bfloat16, and fp32 sums, each rounded once."""
+    adapter = make_adapter(tmp_path / "a", tiny["untied"], torch.bfloat16)
+    merge(tiny["untied"], adapter, tmp_path / "merged", alpha, dtype)
+    seen = {key: value.bfloat16() for key, value in tensors(tiny["untied"]).items()}
+    assert_same(tensors(tmp_path / "merged"), trained(adapter, seen, alpha, getattr(torch, dtype)))
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["dtype"] == dtype and "torch_dtype" not in config
+
+
+def test_files_are_split_as_the_bases_or_as_asked_for(tiny, tmp_path):
+    load(tiny["untied"]).save_pretrained(tmp_path / "base", max_shard_size="50KB")
+    names = {path.name for path in (tmp_path / "base").glob("*.safetensors")}
+    assert len(names) > 2
+    adapter = make_adapter(tmp_path / "a", tmp_path / "base")
+    merge(None, adapter, tmp_path / "same")
+    assert {path.name for path in (tmp_path / "same").glob("*.safetensors")} == names
+    merge(None, adapter, tmp_path / "one", max_shard_size="1GB")
+    assert [path.name for path in (tmp_path / "one").glob("*.safetensors*")] == ["model.safetensors"]
+    merge(tiny["untied"], adapter, tmp_path / "many", max_shard_size=20_000)
+    assert all(path.stat().st_size < 41_000 for path in (tmp_path / "many").glob("*.safetensors"))
+    expected = trained(adapter, tensors(tiny["untied"]))
+    for name in ("same", "one", "many"):
+        assert_same(tensors(tmp_path / name), expected)
+        assert_same(values(load(tmp_path / name)), expected)
+
+
+def test_a_checkpoint_of_the_decoder_alone(tiny, tmp_path):
+    """Its keys have no `model.` in front."""
+    LlamaModel.from_pretrained(tiny["tied"]).save_pretrained(tmp_path / "base")
+    assert "norm.weight" in tensors(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "a", tmp_path / "base")
+    assert merge(None, adapter, tmp_path / "merged").note is None
+    assert tensors(tmp_path / "merged").keys() == tensors(tmp_path / "base").keys()
+    assert_same(values(load(tmp_path / "merged")), trained(adapter, values(load(tmp_path / "base"))))
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+@pytest.mark.parametrize("kind", ["pytorch_model.bin", "converted keys"])
+def test_other_checkpoints_are_merged_in_memory(tiny, tmp_path, kind, dtype):
+    base = tmp_path / "base"
+    if kind == "converted keys":  # experts are apart in the files, and stacked in the model
+        sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = MixtralConfig(vocab_size=32, num_key_value_heads=1, num_local_experts=2, **sizes)
+        MixtralForCausalLM(config).save_pretrained(base)
+    else:
+        shutil.copytree(tiny["untied"], base)
+        torch.save(load_file(base / "model.safetensors"), base / kind)
+        (base / "model.safetensors").unlink()
+    adapter = make_adapter(tmp_path / "a", base)
+    assert merge(None, adapter, tmp_path / "merged", 0.5, dtype).note
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = trained(adapter, values(load(base)), 0.5, getattr(torch, dtype or "float32"))
+    assert_same(values(model), expected)
+    refuse(tmp_path, None, make_adapter(tmp_path / "b", base, fingerprint="0" * 64), where=tmp_path / "b")
+
+
+def test_a_classifier_is_merged_with_its_head(tiny, tmp_path):
+    torch.manual_seed(0)
+    kind, classes = AutoModelForSequenceClassification, ["no", "maybe", "yes"]
+    plain, head = kind.from_pretrained(tiny["untied"], num_labels=3), torch.randn(3, 35)
+    facts = {"classes": classes, "pad_token_id": 7, "heads": {"score.weight": head}}
+    adapter = make_adapter(tmp_path / "a", tiny["untied"], model=plain, **facts)
+    merge(None, adapter, tmp_path / "merged", dtype="bfloat16")
+    merged = kind.from_pretrained(tmp_path / "merged")
+    assert "lm_head.weight" not in tensors(tmp_path / "merged")
+    expected = trained(adapter, values(plain), dtype=torch.bfloat16)
+    assert_same(values(merged), {**expected, "score.weight": head.bfloat16()})
+    assert merged.config.id2label == dict(enumerate(classes)) and merged.config.num_labels == 3
+    assert merged.config.architectures == ["LlamaForSequenceClassification"]
+    assert (merged.config.pad_token_id, merged.config.label2id["yes"]) == (7, 2)
+
+
+def refuse(tmp_path, base, adapter, output="refused", where="", what="", **options):
+    """Check that a merge is refused, and leaves nothing behind."""
+    before = sorted(tmp_path.rglob("*"))
+    refused(lambda: merge(base, adapter, tmp_path / output, **options), where, what)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_cannot_be_merged_is_refused(tiny, tmp_path, monkeypatch):
+    adapter, other = make_adapter(tmp_path / "a", tiny["untied"]), tmp_path / "other"
+    shutil.copytree(tiny["untied"], other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"][3] += 1e-7
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    refuse(tmp_path, other, adapter, where=adapter)
+    narrow = {name: [1, 2**20] for name in Adapter.open(adapter).names}
+    refuse(tmp_path, None, make_adapter(tmp_path / "b", tiny["untied"], shapes=narrow), where=tmp_path / "b")
+    refuse(tmp_path, None, adapter, "other", where="OUTPUT")
+    refuse(tmp_path, "nobody/nothing", adapter, where="--base", what="nobody/nothing")
+    refuse(tmp_path, None, adapter, dtype="int8", where="--dtype")
+    refuse(tmp_path, None, adapter, alpha=float("nan"), where="--alpha")
+    for size in ("large", "-5GB", "infGB"):
+        refuse(tmp_path, None, adapter, max_shard_size=size, where="--max-shard-size", what=size)
+    large = make_adapter(tmp_path / "c", tiny["untied"], scale=1e6)
+    refuse(tmp_path, None, large, dtype="float16", where="--dtype")
+    (other / "config.json").write_text("{}")
+    refuse(tmp_path, other, adapter, where=other)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000))
+    refuse(tmp_path, None, adapter, where="refused.tmp")
+
+
+def test_a_file_name_in_the_index_that_leads_elsewhere_is_refused(tiny, tmp_path):
+    load(tiny["untied"]).save_pretrained(tmp_path / "base", max_shard_size="50KB")
+    adapter, index = make_adapter(tmp_path / "a", tmp_path / "base"), tmp_path / "base" / module.INDEX
+    shard = min((tmp_path / "base").glob("*.safetensors"))
+    shard.rename(tmp_path / shard.name)
+    index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
+    refuse(tmp_path, None, adapter, where=tmp_path / "base", what=f"../{shard.name}")
+
+
+def test_what_reads_back_differently_does_not_count(tiny, tmp_path, monkeypatch):
+    adapter, write = make_adapter(tmp_path / "a", tiny["untied"]), module.write_tensors
+    size = (tiny["untied"] / "model.safetensors").stat().st_size
+    for position in (20_000, size // 2, size - 1):
+
+        def damaged(path, headers, tensors, position=position):
+            write(path, headers, tensors)
+            content = bytearray(path.read_bytes())
+            content[position] ^= 1
+            path.write_bytes(content)
+
+        monkeypatch.setattr(module, "write_tensors", damaged)
+        refuse(tmp_path, None, adapter, what="model.safetensors")
+
+
+def test_sizes():
+    sizes = {None: None, 7: 7, "7": 7, "5GB": 5 * 10**9, "1.5 mb": 1_500_000}
+    assert {size: parse_size(size) for size in sizes} == sizes

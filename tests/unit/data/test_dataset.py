@@ -1,0 +1,156 @@
+"""What is in a dataset: rows, packs, classes, and what became of the rows that were read."""
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speft_ds.config.data_config import Columns, DataConfig, Source
+from speft_ds.data.dataset import Row, pack
+from speft_ds.data.packing import first_fit
+from unit.data.made import make, pairs, refusal, shown, without_chat, write
+
+
+def test_rows_are_those_tokenised_by_hand(path, model):
+    dataset = make(DataConfig(path=str(path)), model)
+    rows = tiny.read_rows(path)
+    assert list(dataset) == rows and len(dataset) == dataset.num_rows == 30
+    assert list(dataset.rows()) == rows and [dataset[n] for n in (17, 3)] == [rows[n] for n in (17, 3)]
+    assert dataset.lengths.tolist() == dataset.sequence_lengths().tolist() == [len(row.ids) for row in rows]
+    assert dataset.num_label_tokens.tolist() == [row.num_labels for row in rows]
+    assert dataset.sizes == dataset.row_sizes == (30,) and not dataset.is_packed
+    for number in (30, -1):
+        with pytest.raises(IndexError):
+            dataset[number]
+    samples = dataset.facts["samples"]
+    assert samples[1] == [["<s>say bear please </s><s>", False], ["bear 1</s>", True]] and len(samples) == 3
+
+
+def test_ids_are_read_row_by_row_from_the_file(path, model):
+    dataset = make(DataConfig(path=str(path)), model)
+    held = [value for value in vars(dataset).values() if isinstance(value, np.ndarray)]
+    assert sum(array.size for array in held) < sum(dataset.lengths)
+    row = dataset[3]
+    assert isinstance(row, Row) and {type(token) for token in row.ids} == {int}
+    assert {type(is_label) for is_label in row.loss_mask} == {bool}
+
+
+def test_packs_hold_every_row_once(path, model):
+    dataset = make(DataConfig(path=str(path), packing=True, max_length=64), model)
+    rows = tiny.read_rows(path)
+    packs = naive_first_fit([len(row.ids) for row in rows], 64)
+    assert dataset.is_packed and len(dataset) == len(packs) < 30 and dataset.num_rows == 30
+    assert dataset.sizes == (len(packs),) and dataset.row_sizes == (30,)
+    assert list(dataset) == [pack([rows[n] for n in numbers]) for numbers in packs]
+    assert dataset.sequence_lengths().tolist() == [len(packed.ids) for packed in dataset]
+    assert list(dataset.rows()) == rows and dataset.rows().sizes == (30,)  # each by itself, for calibration
+
+
+def test_a_pack_is_its_rows_one_after_the_other():
+    rows = [Row([5, 6, 7], [0, 1, 1]), Row([8], [0]), Row([9, 10, 11, 12], [0, 1, 0, 1])]
+    packed = pack(rows)
+    assert packed == Row([5, 6, 7, 8, 9, 10, 11, 12], [0, 1, 1, 0, 0, 1, 0, 1], [0, 3, 4])
+    assert packed.num_labels == sum(row.num_labels for row in rows) == 4
+    assert pack(rows[:1]) == rows[0]
+
+
+def naive_first_fit(lengths, capacity):
+    packs = []
+    for number, length in enumerate(lengths):
+        for numbers in packs:
+            if sum(lengths[n] for n in numbers) + length <= capacity:
+                break
+        else:
+            packs.append(numbers := [])
+        numbers.append(number)
+    return packs
+
+
+@given(st.integers(1, 12).flatmap(lambda n: st.tuples(st.lists(st.integers(1, n), max_size=60), st.just(n))))
+def test_each_row_goes_into_the_first_pack_with_room(case):
+    lengths, capacity = case
+    assert first_fit(lengths, capacity) == naive_first_fit(lengths, capacity)
+
+
+def test_packs_of_many_rows_are_nearly_full():
+    lengths = np.minimum(1024, 1 + np.random.default_rng(0).exponential(200, 50_000).astype(int)).tolist()
+    packs = first_fit(lengths, 1024)
+    assert sum(lengths) / (1024 * len(packs)) > 0.97 and packs == first_fit(lengths, 1024)
+    with pytest.raises(ValueError, match="item 1 of length 9"):
+        first_fit([1, 9], 8)
+
+
+def test_a_mixture_keeps_its_sources_apart(tmp_path, path, model):
+    rows = [{"q": "a", "a": "b"}, {"q": "c", "a": "d"}, {"q": "e", "a": " "}]
+    other = write(tmp_path / "other.jsonl", rows)
+    columns = Columns(prompt="q", response="a")
+    mixture = [Source(path=str(path)), Source(path=str(other), columns=columns, chat_template=False)]
+    dataset = make(DataConfig(mixture=mixture, empty_rows="drop"), model)
+    assert dataset.sizes == dataset.row_sizes == (30, 2)
+    assert list(dataset)[:30] == tiny.read_rows(path) and shown(dataset)[30:] == ["a|b</s>", "c|d</s>"]
+    assert [counts["rows"] for counts in dataset.facts["sources"]] == [30, 3]
+    assert [counts["empty, left out"] for counts in dataset.facts["sources"]] == [0, 1]
+    packed = make(DataConfig(mixture=mixture, empty_rows="drop", packing=True, max_length=64), model)
+    assert packed.row_sizes == (30, 2) and packed.sizes[1] == 1 and sum(packed.sizes) == len(packed)
+    assert packed[len(packed) - 1].starts == [0, 3]  # no pack has rows of two sources
+
+
+def test_rows_to_classify(tmp_path, model):
+    rows = [{"text": t, "label": label} for t, label in zip("abc", "yny", strict=True)]
+    data = without_chat(write(tmp_path / "rows.jsonl", rows), format="classification")
+    dataset = make(data, model, classify=True)
+    assert [row.label for row in dataset] == [1, 0, 1] and dataset.facts["classes"] == ["n", "y"]
+    assert not any(any(row.loss_mask) for row in dataset) and dataset[0].num_labels == 1
+    assert shown(make(data, model)) == ["a|y</s>", "b|n</s>", "c|y</s>"]  # for a language model
+    named = make(data.model_copy(update={"labels": ["y", "n"]}), model, classify=True)
+    assert [row.label for row in named] == [0, 1, 0]
+
+
+def test_classes_are_found_over_all_sources_whatever_their_columns(tmp_path, model):
+    one = write(tmp_path / "one.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": None}])
+    two = write(tmp_path / "two.jsonl", [{"text": "c", "kind": "w", "label": 5}])
+    mixture = [Source(path=str(one)), Source(path=str(two), columns=Columns(label="kind"))]
+    data = DataConfig(mixture=mixture, format="classification", empty_rows="drop")
+    dataset = make(data, model, classify=True)
+    assert dataset.facts["classes"] == ["w", "x"] and [row.label for row in dataset] == [1, 0]
+    with refusal(f"{one}:2", "data.empty_rows=drop"):
+        make(data.model_copy(update={"empty_rows": "refuse"}), model, classify=True)
+
+
+def test_what_became_of_the_rows_is_counted(tmp_path, model):
+    rows = [*pairs("yes", "", "y" * 100), {"prompt": "p" * 100, "response": "no"}]
+    data = without_chat(write(tmp_path / "rows.jsonl", rows), empty_rows="drop", max_length=40)
+    for long_rows, counted, expected in (
+        ("drop", {"too long, left out": 2}, ["p|yes</s>"]),
+        ("truncate_prompt", {"truncated prompt": 1, "too long, left out": 1}, None),
+        ("truncate_response", {"truncated response": 1, "too long, left out": 1}, None),
+    ):
+        dataset = make(data.model_copy(update={"long_rows": long_rows}), model)
+        (counts,) = dataset.facts["sources"]
+        assert {what: n for what, n in counts.items() if n} == {"rows": 4, "empty, left out": 1, **counted}
+        assert expected is None or shown(dataset) == expected
+    assert shown(dataset) == ["p|yes</s>", "p|" + "y" * 39]
+    dataset = make(
+        without_chat(write(tmp_path / "rows.jsonl", [{"text": "</s>"}, {"text": "ab"}]), format="text"), model
+    )
+    assert shown(dataset) == ["a|b</s>"] and dataset.facts["sources"][0]["nothing to learn, left out"] == 1
+
+
+def test_no_row_left(tmp_path, model):
+    path = write(tmp_path / "rows.jsonl", pairs("", "y" * 100))
+    data = without_chat(path, empty_rows="drop", max_length=40)
+    with refusal("mine.yaml:0", "data.max_length", "data.empty_rows", what="2 rows"):
+        make(data, model, where=lambda number: f"mine.yaml:{number}")
+    with refusal("data.path"):
+        make(without_chat(write(tmp_path / "none.jsonl", [])), model)
+    with refusal(f"{path}:1", "data.empty_rows=drop"):
+        make(without_chat(path), model)
+
+
+def test_more_rows_than_are_tokenised_at_once(tmp_path, model, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", pairs(*(f"row {n}" for n in range(25))))
+    at_once = make(without_chat(path), model)
+    monkeypatch.setattr("speft_ds.data.dataset_cache.BATCH", 4)
+    parts = make(without_chat(path, max_length=100), model)
+    assert parts.path != at_once.path and list(parts) == list(at_once) and len(parts) == 25

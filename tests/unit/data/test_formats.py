@@ -1,0 +1,256 @@
+"""From a row of a data set to a conversation: by its format, and what is wrong with a row."""
+
+import pytest
+
+from speft_ds.config.data_config import COLUMNS, Columns, DataConfig, template_fields
+from speft_ds.data.formats import Classes, EmptyRow, check_columns, columns_of, find_classes, make_example
+from speft_ds.errors import UserError
+from unit.data.made import refusal
+
+NAN = float("nan")
+EMPTY = [None, "", " \n\t", NAN]
+NO_YES = Classes.named(["no", "yes"])
+
+
+def source(**data):
+    if "columns" in data:
+        data["columns"] = Columns(**data["columns"])
+    return DataConfig(path="x.jsonl", **data).sources[0]
+
+
+def example(row, classes=None, classify=False, **data):
+    return make_example(row, "rows.jsonl:7", source(**data), classes, classify)
+
+
+def turns(*args, **options):
+    return [(turn["role"], turn["content"]) for turn in example(*args, **options).turns]
+
+
+def prompt(*args, **options):
+    return turns(*args, **options)[0][1]
+
+
+def refused(row, kind=UserError, **options):
+    with pytest.raises(kind) as caught:
+        example(row, **options)
+    assert caught.value.where == "rows.jsonl:7" and type(caught.value) is kind and caught.value.fix
+    return caught.value
+
+
+# Prompt, response and template
+
+
+def test_prompt_and_response():
+    row = {"prompt": " a ", "response": "b\n", "other": 1}
+    assert turns(row) == [("user", " a "), ("assistant", "b\n")]
+    assert example(row).is_chat and not example(row, chat_template=False).is_chat
+    named = {"question": "a", "answer": "b"}
+    assert turns(named, columns={"prompt": "question", "response": "answer"})[0] == ("user", "a")
+    assert turns({"prompt": 0, "response": 0.5}) == [("user", "0"), ("assistant", "0.5")]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{x}} {question} / {context} ({n})", "{x} a {b} / {question} (3)"),  # braces of a value stay
+        ("{schema}{json}{copy}", "sjc"),  # names of pydantic's own
+        ("{prompt}", "q"),  # renamed below
+        ("{none} [{question}]", " [a {b}]"),  # of several fields some may be empty
+        ("Tell me a story.", "Tell me a story."),
+    ],
+)
+def test_a_template_names_columns(template, expected):
+    row = {"question": "a {b}", "context": "{question}", "response": "d", "n": 3, "none": NAN}
+    row |= {"schema": "s", "json": "j", "copy": "c", "q": "q"}
+    assert prompt(row, template=template, columns={"prompt": "q"}) == expected
+
+
+def test_the_fields_of_a_template_are_named_once_and_in_order():
+    assert template_fields("Q: {question}\nA: {answer} {question}") == ["question", "answer"]
+    assert template_fields("no field, {{braces}} and a {{") == template_fields("") == []
+    assert template_fields("{class} {ergebnis_\u00e4}") == ["class", "ergebnis_\u00e4"]
+
+
+BRACES = ["a { b", "a } b", "{question"]
+FIELDS = ["{}", "{0}", "{two words}", "{row.column}", "{row[0]}", "{price:.2f}", "{name!r}", '{"json": 1}']
+
+
+@pytest.mark.parametrize("template", BRACES + FIELDS)
+def test_a_template_that_is_no_text_with_names_is_refused(template):
+    with refusal(None, "{{"):
+        template_fields(template)
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+def test_an_empty_prompt_or_response_is_an_empty_row(empty):
+    template = "{question} {context}"
+    for row, data in (
+        ({"prompt": "a", "response": empty}, {}),
+        ({"prompt": empty, "response": "b"}, {}),
+        ({"question": empty, "context": empty, "response": "b"}, {"template": template}),
+        ({"text": empty}, {"format": "text"}),
+        ({"text": "a", "label": empty}, {"format": "classification", "classes": NO_YES}),
+        ({"messages": [says("user", "a")]}, {"format": "messages"}),
+        ({"messages": []}, {"format": "messages"}),
+        ({"messages": [says("user", "a"), says("assistant", " ")]}, {"format": "messages"}),
+    ):
+        assert "data.empty_rows=drop" in refused(row, EmptyRow, **data).fix
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, True, "ab\ud83d"])
+def test_what_is_no_text_or_no_row_is_refused(value):
+    refused({"prompt": "a", "response": value})
+    refused({"prompt": value, "response": "a"})
+    refused(value if value != {"a": 1} else None)
+
+
+# Columns
+
+
+def test_a_missing_column_is_named_with_the_closest():
+    (error,) = check_columns({"promt": "a", "response": "b"}, "here", source())
+    assert "data.columns.prompt=promt" in error.fix and error.where == "here"
+    errors = check_columns({"x": "a", "y": "b"}, "here", source())
+    keys = ["data.columns.prompt", "data.columns.response"]
+    for key, error in zip(keys, errors, strict=True):
+        assert key in error.what and key in error.fix and "x, y" in error.fix
+    assert refused({"x": 1}).what == errors[0].what
+    (error,) = check_columns({"ask": "a", "response": "b"}, "here", source(template="{question}"))
+    assert "data.template" in error.what and "ask, response" in error.fix
+
+
+@pytest.mark.parametrize(("format", "needed"), COLUMNS.items())
+def test_every_format_needs_its_columns(format, needed):
+    columns = columns_of(source(format=format))
+    assert columns == {name: f"data.columns.{name}" for name in needed}
+    assert len(check_columns({}, "here", source(format=format))) == len(needed)
+
+
+# Alpaca
+
+
+def alpaca(row, **data):
+    return prompt({"output": "b", **row}, format="alpaca", **data)
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+def test_alpaca_rows_with_and_without_an_input(empty):
+    rows = [{"instruction": "do", "input": text} for text in ("this", empty)]
+    assert [alpaca(row) for row in rows] == ["do\n\nthis", "do"]
+    with_input, without = (alpaca(row, chat_template=False) for row in rows)
+    paired, respond = "paired with an input that provides further context.", "### Response:\n"
+    write = "Write a response that appropriately completes the request.\n\n### Instruction:\ndo\n\n"
+    task = "Below is an instruction that describes a task"
+    assert with_input == f"{task}, {paired} {write}### Input:\nthis\n\n{respond}"
+    assert without == f"{task}. {write}{respond}"
+    own = {"template": "{instruction}: {input}", "template_no_input": "{instruction}!"}
+    assert [alpaca(row, **own) for row in rows] == ["do: this", "do!"]
+    assert alpaca({"instruction": "", "input": "this"}) == "\n\nthis"
+    refused({"instruction": "", "input": empty, "output": "b"}, EmptyRow, format="alpaca")
+
+
+def test_alpaca_data_without_an_input_column():
+    row, columns = {"instruction": "do"}, {"input": None}
+    own = {"template": "{instruction}: {input}", "columns": columns}
+    assert alpaca(row, columns=columns) == "do"
+    assert alpaca(row, **own, template_no_input="{instruction}!") == "do!"
+    for data in ({}, own):
+        error = refused({"output": "b", **row}, format="alpaca", **data)
+        assert "'input'" in error.what and "data.columns.input=null" in error.fix
+
+
+def test_the_input_column_decides_whichever_fields_a_template_has():
+    own = {"template": "{instruction} {context}", "template_no_input": "{instruction}!"}
+    row = {"instruction": "do", "context": "c"}
+    assert [alpaca({**row, "input": text}, **own) for text in ("x", "")] == ["do c", "do!"]
+    refused({"output": "b", **row}, format="alpaca", **own)
+
+
+# Messages and text
+
+
+def says(role, content):
+    return {"role": role, "content": content}
+
+
+def test_a_conversation_ends_with_what_the_assistant_says_last_and_text_is_the_assistants():
+    talk = [says("system", "s"), says("user", "a"), says("assistant", "b"), says("user", "c")]
+    expected = [("system", "s"), ("user", "a"), ("assistant", "b")]
+    assert turns({"messages": talk}, format="messages") == expected
+    assert turns({"chat": tuple(talk)}, format="messages", columns={"messages": "chat"}) == expected
+    assert turns({"messages": [{**turn, "name": "x"} for turn in talk]}, format="messages") == expected
+    assert turns({"text": "a"}, format="text") == [("assistant", "a")]
+    assert not example({"text": "a"}, format="text").is_chat
+
+
+BAD_TURNS = [[1], ["user: a"], [{"from": "human", "value": "a"}], [says(1, "a")]]
+
+
+@pytest.mark.parametrize("messages", ["text", None, says("user", "a"), *BAD_TURNS])
+def test_bad_messages_are_refused(messages):
+    refused({"messages": messages}, format="messages")
+
+
+@pytest.mark.parametrize("content", [None, ["a"], "\udc00"])  # the last is half a character
+def test_bad_contents_of_messages_are_refused(content):
+    refused({"messages": [says("user", "a"), says("assistant", content)]}, format="messages")
+
+
+# Classification
+
+
+@pytest.mark.parametrize(("label", "number"), [("no", 0), ("yes", 1), (0, 0), (1, 1), ("1", 1), ("0", 0)])
+def test_a_label_is_a_name_or_a_number(label, number):
+    row = {"text": "a", "label": label}
+    shown = example(row, NO_YES, True, format="classification")
+    assert shown.label == number and shown.turns == [says("user", "a")]
+    shown = example(row, NO_YES, False, format="classification", template="{text}?")
+    assert shown.label is None
+    assert shown.turns == [says("user", "a?"), says("assistant", ["no", "yes"][number])]
+
+
+@pytest.mark.parametrize("label", ["maybe", 2, -1, "2", True, 1.0, ["yes"], "Yes"])
+def test_a_label_that_is_none_of_the_classes_is_refused(label):
+    error = refused({"text": "a", "label": label}, classes=NO_YES, format="classification")
+    assert "data.labels" in error.fix and "no, yes" in error.fix
+
+
+def test_where_classes_are_named_by_numbers_a_number_is_a_name():
+    stars, data = Classes.named(["1", "2", "3"]), {"format": "classification"}
+    for label, number in ((1, 0), ("1", 0), (3, 2), ("3", 2)):
+        assert example({"text": "a", "label": label}, stars, True, **data).label == number
+    refused({"text": "a", "label": 0}, classes=stars, **data)
+
+
+def rows(*labels):
+    return [(f"rows:{n}", {"label": label}, "label") for n, label in enumerate(labels, 1)]
+
+
+LABELS = [
+    (["b", "a", "b"], ["a", "b"]),
+    ([3, 1, 2, 1], ["1", "2", "3"]),
+    ([10, 9, -1], ["-1", "9", "10"]),
+    (["10", "9", "1"], ["1", "9", "10"]),
+    (["b", None, "", NAN, "a"], ["a", "b"]),
+]
+
+
+@pytest.mark.parametrize(("labels", "names"), LABELS)
+def test_classes_are_found_in_the_rows(labels, names):
+    classes = find_classes(iter(rows(*labels)))
+    assert classes.names == names
+    for label in labels:
+        if label and label == label:
+            assert names[classes.numbers[label]] == str(label)
+
+
+@pytest.mark.parametrize("labels", [("a", 1), ("a", "a"), (None,)])
+def test_labels_that_make_no_two_classes_are_refused(labels):
+    with refusal("data.columns.label", "data."):
+        find_classes(rows(*labels))
+
+
+@pytest.mark.parametrize("row", [{"label": 0.5}, {"label": True}, {"label": ["b"]}, {"x": 1}, [1], "a"])
+def test_a_row_without_a_label_is_refused(row):
+    with refusal("rows:3", "data.columns.label"):
+        find_classes([*rows("a", "b"), ("rows:3", row, "label")])

@@ -1,0 +1,210 @@
+"""Rows in five styles of tokenizers, against texts by hand and what transformers gives at inference."""
+
+import copy
+
+import pytest
+import sentencepiece
+import tiny
+
+from speft_ds.data.tokenize import Encoder, load_tokenizer
+from speft_ds.training.setup import choose_pad_id
+from unit.data.made import chat, encode, plain, refusal, responses
+from unit.data.tokenizers_small import STYLES, sentencepiece_model, write_llama2_alone
+
+PROMPT, RESPONSE = "what is the answer?", "the quick brown fox, 42 times"
+TURNS = [
+    ("system", "please say yes"),
+    ("user", "what is the question?"),
+    ("assistant", "the lazy dog"),
+    ("user", "is it red or blue?"),
+    ("assistant", "green, hello world"),
+]
+TEXTS = [PROMPT, RESPONSE, "two  spaces\n\tand lines\n", "\u4e16\u754c \U0001f98a \xe9 12345", "x", ""]
+
+
+def text_of(tokenizer, ids):
+    """The ids as text, without the space that SentencePiece puts before every text."""
+    bos = tokenizer.bos_token if ids[:1] == [tokenizer.bos_token_id] else ""
+    return bos + tokenizer.decode(ids[1:] if bos else ids)
+
+
+def check(style, tokenizer, row, pieces, num_bos=1):
+    """The row is these pieces of text, each with whether the loss is on it; the last ends with the EOS."""
+    assert text_of(tokenizer, row.ids) == "".join(text for text, _ in pieces)
+    ends, text = [], ""
+    for piece, is_label in pieces:
+        if is_label:  # as text up to where the loss starts and stops: some decoders drop a first space
+            ends += [(text, text + piece)]
+        text += piece
+    assert [tuple(text_of(tokenizer, row.ids[:edge]) for edge in run) for run in responses(row)] == ends
+    assert row.ids[-1] == tokenizer.eos_token_id and row.loss_mask[-1] and not row.loss_mask[0]
+    assert row.num_labels == sum(row.loss_mask) > 0 and len(row.loss_mask) == len(row.ids)
+    check_bos(style, tokenizer, row, num_bos)
+
+
+def check_bos(style, tokenizer, row, count=1):
+    if style.bos is not None:
+        assert row.ids[0] == tokenizer.bos_token_id and row.ids.count(tokenizer.bos_token_id) == count
+
+
+def at_inference(tokenizer, turns):
+    """Ids of the prompt before an answer, as a user of transformers gets them."""
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+# In the tokenizer's chat template
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, f"{PROMPT}\n\nred\ngreen"])
+def test_a_prompt_and_its_response_in_the_chat_template(style, tokenizer, prompt):
+    turns = [("user", prompt), ("assistant", RESPONSE)]
+    row, _ = encode(tokenizer, chat(turns))
+    check(style, tokenizer, row, style.pieces(turns))
+    inference = at_inference(tokenizer, turns[:1])
+    assert row.ids[: len(inference)] == inference and responses(row) == [(len(inference), len(row.ids))]
+
+
+def test_the_loss_is_on_every_turn_of_the_assistant_and_on_no_other(style, tokenizer):
+    turns = TURNS if style.has_system else TURNS[1:]
+    row, _ = encode(tokenizer, chat(turns))
+    num_bos = 2 if style.name == "llama2" else 1  # which has one per question
+    check(style, tokenizer, row, style.pieces(turns), num_bos)
+    for (start, _), end in zip(responses(row), (len(turns) - 3, len(turns) - 1), strict=True):
+        assert row.ids[:start] == at_inference(tokenizer, turns[:end])
+
+
+def test_what_a_chat_template_cannot_write_is_named(tokenizers, monkeypatch):
+    with refusal("here", "data.chat_template=false"):
+        encode(tokenizers["gemma"], chat(TURNS))  # it refuses a system prompt
+    later = "{% for m in messages %}{{ m.content }}{% endfor %}{% if not add_generation_prompt %}!{% endif %}"
+    for template, where in ((later, "here"), (None, "data.chat_template")):
+        monkeypatch.setattr(tokenizers["qwen2"], "chat_template", template)
+        with refusal(where, "data.chat_template=false"):
+            encode(tokenizers["qwen2"], chat(TURNS))
+
+
+def test_a_template_without_a_bos_gets_the_one_that_the_tokenizer_writes(tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["llama3"])
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "")
+    row, _ = encode(tokenizer, chat(TURNS))
+    check(STYLES["llama3"], tokenizer, row, STYLES["llama3"].pieces(TURNS))
+    asked = [{"role": role, "content": text} for role, text in TURNS[:2]]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    assert row.ids[: responses(row)[0][0]] == tokenizer(prompt)["input_ids"]
+
+
+# Plain text
+
+
+def test_of_a_text_all_tokens_are_labels_but_the_first(style, tokenizer):
+    row, _ = encode(tokenizer, chat([("assistant", RESPONSE)], is_chat=False))
+    assert row.ids == [*tokenizer(RESPONSE)["input_ids"], tokenizer.eos_token_id]
+    assert responses(row) == [(1, len(row.ids))]
+    check_bos(style, tokenizer, row)
+
+
+def test_the_first_token_is_no_label_even_without_a_prompt(tokenizers):
+    tokenizer = tokenizers["qwen2"]
+    row, _ = encode(tokenizer, plain("", "yes"))
+    assert row.ids == [*tokenizer("yes")["input_ids"], tokenizer.eos_token_id]
+    assert responses(row) == [(1, len(row.ids))]
+
+
+def test_a_bos_and_an_eos_that_stand_in_the_text_are_not_doubled(style, tokenizer):
+    row, _ = encode(tokenizer, plain(f"{style.bos or ''}{PROMPT}\n", f"{RESPONSE}{style.eos}\n"))
+    check_bos(style, tokenizer, row)
+    assert row.ids.count(tokenizer.eos_token_id) == 1
+    assert text_of(tokenizer, row.ids) == f"{style.bos or ''}{PROMPT}\n{RESPONSE}{style.eos}"
+    row, _ = encode(tokenizer, plain(f"{PROMPT}\n", f"yes{style.eos} no"))  # behind the EOS is a text
+    assert tokenizer.decode(row.ids).endswith(f"yes{style.eos} no{style.eos}")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response"),
+    [
+        (f"{PROMPT}\n", RESPONSE),
+        ("answer: ", "the fox"),  # " the" is one token
+        ("what is th", "e answer"),
+        ("question\n", "\nanswer"),
+        ("question\n", " the fox"),
+        ("12", "34"),
+        ("hello \U0001f98a", "\U0001f98a world"),
+        ("hello", "\u0301 is an accent"),
+        ("\u4e16\x00\t\U0001f98a", "\u4e16\x00\t\U0001f98a"),  # no tokenizer has seen it
+    ],
+)
+def test_the_ids_of_a_prompt_are_those_that_it_has_alone(style, tokenizer, prompt, response):
+    row, _ = encode(tokenizer, plain(prompt, response))
+    inference = tokenizer(prompt)["input_ids"]  # here the tokenizer itself writes the BOS
+    assert row.ids[: len(inference)] == inference and responses(row) == [(len(inference), len(row.ids))]
+    assert text_of(tokenizer, row.ids) == f"{style.bos or ''}{prompt}{response}{style.eos}"
+    assert max(row.ids) < len(tokenizer) and row.num_labels == len(row.ids) - len(inference)
+    check_bos(style, tokenizer, row)
+
+
+def test_many_rows_at_once_are_as_each_alone(tokenizer):
+    examples = [("here", plain(f"{PROMPT} {n} ", f"{n} the {RESPONSE}")) for n in range(20)]
+    examples += [("here", chat(TURNS[1:])), ("here", chat(TURNS[1:3]))]
+    together = Encoder(tokenizer, 1000, "drop").encode(examples)
+    assert together == [encode(tokenizer, example) for _, example in examples]
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_a_row_to_classify_ends_with_the_eos_and_has_no_label_tokens(style, tokenizer, is_chat):
+    row, _ = encode(tokenizer, chat([("user", PROMPT)], is_chat, label=1))
+    assert (row.label, any(row.loss_mask), row.num_labels) == (1, False, 1)
+    assert row.ids[-1] == tokenizer.eos_token_id and row.ids[-2] != tokenizer.eos_token_id
+    check_bos(style, tokenizer, row)
+    if not is_chat:
+        assert row.ids == [*tokenizer(PROMPT)["input_ids"], tokenizer.eos_token_id]
+
+
+# Tokenizers as they are loaded
+
+
+def test_llama2_encodes_as_sentencepiece_alone_and_from_the_hub(tmp_path, tokenizers):
+    reference = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    alone = load_tokenizer(str(write_llama2_alone(tmp_path / "alone")))
+    for text in TEXTS:
+        ids = [1, *reference.encode(text)]
+        assert alone(text)["input_ids"] == tokenizers["llama2"](text)["input_ids"] == ids
+        assert alone.decode(ids, skip_special_tokens=True) == text
+    row, _ = encode(alone, plain(f"{PROMPT}\n", RESPONSE))
+    prompt = [1, *reference.encode(f"{PROMPT}\n")]
+    assert row.ids == [1, *reference.encode(f"{PROMPT}\n{RESPONSE}"), 2]
+    assert row.ids[: len(prompt)] == prompt and responses(row) == [(len(prompt), len(row.ids))]
+
+
+def test_any_other_tokenizer_is_loaded_as_transformers_does(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "model")
+    loaded = load_tokenizer(str(tmp_path / "model"))
+    assert loaded(RESPONSE) == tokenizer(RESPONSE) and loaded.chat_template == tokenizer.chat_template
+
+
+def test_a_tokenizer_gets_a_bos_if_it_writes_one(style, tokenizer):
+    # SmolLM2 has one, which it never writes.
+    assert Encoder(tokenizer, 10, "drop").adds_bos == (style.bos is not None)
+
+
+def test_a_tokenizer_without_an_eos_is_refused():
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.eos_token = None
+    with refusal("model.name_or_path", "eos_token"):
+        Encoder(tokenizer, 10, "drop")
+
+
+# Padding
+
+
+@pytest.mark.parametrize("classifies", [False, True])
+def test_what_is_padded_with_is_in_the_vocabulary_and_no_eos_of_a_class(tokenizers, tokenizer, classifies):
+    pad = choose_pad_id(tokenizer, classifies)
+    assert 0 <= pad < len(tokenizer)
+    assert not classifies or pad != tokenizer.eos_token_id
+    added = copy.deepcopy(
+        tokenizers["llama2"]
+    )  # a padding behind the vocabulary, as many a fine-tuned one has
+    num_embeddings = len(added)
+    added.add_special_tokens({"pad_token": "[PAD]"})
+    assert choose_pad_id(added, classifies) < num_embeddings

@@ -98,5 +98,5 @@ def _with_free_label(folder: Path, job: EvalJob, of: dict, recipe: Recipe) -> Ev
 def _keep(folder: Path, scored: Scored, recipe: EvalConfig) -> None:
     keep_scores(folder, scored, recipe)
     for score in scored.file.main_scores("task") + scored.file.main_scores("forgetting"):
-        log_rank0(f"{score.name}: {score.text}, {score.num_documents} documents")
+        log_rank0(f"{score.name}: {score}, {score.num_documents} documents")
     log_rank0(str(folder / f"{scored.file.label}.json"))

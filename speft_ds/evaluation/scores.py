@@ -1,4 +1,4 @@
-"""The scores of a run, RUN/eval/*.json, and how two of them differ. The one module that reads these files."""
+"""The scores of a run, RUN/eval/*.json, and how two of them differ. The one module that knows these files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ class _Part(BaseModel):
 
 
 class Settings(_Part):
-    """How a model was scored: these, and whatever else the file says."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+    """How a model was scored."""
 
     num_fewshot: int | None = None
+    limit: int | float | None = None
+    chat_template: bool | None = None
+    seed: int | None = None
     format: int = 0
     format_text: str | None = None
+    mode: str | None = None
+    world_size: int | None = None
+    batch_size: int | None = None
+    lm_eval: str | None = None
 
 
 class Score(_Part):
@@ -81,24 +86,35 @@ class Score(_Part):
 
 
 class Perplexity(_Part):
+    """Of the forgetting text; `window`: tokens that a token is predicted from, at most."""
+
     text: str
+    num_bytes: int | None = None
     num_tokens: int
     window: int | None = None
     token_perplexity: float
     byte_perplexity: float
+    bits_per_byte: float | None = None
 
 
 class ScoreFile(_Part):
-    """One model, scored once on all tasks: a file of eval/."""
+    """One model, scored once on all tasks: a file of eval/.
+
+    Attributes:
+        asked: what the scores depend on; see `results.asked`.
+        cached: whether every response came from the cache.
+    """
 
     label: str
-    model: Literal["base", "tuned"]
     kind: Literal["main", "fewshot", "format", "extra"]
+    model: Literal["base", "tuned"]
+    asked: dict[str, Any] = {}
     settings: Settings = Settings()
     scores: list[Score]
     perplexity: Perplexity | None = None
     seconds: float | None = None
     cached: bool = False
+    notes: list[str] = []
 
     def score(self, key: tuple[str, str, str]) -> Score | None:
         return next((score for score in self.scores if score.key == key), None)

@@ -10,10 +10,10 @@ from speft_ds.adapter.card import write_card
 from speft_ds.comm import collectives, watchdog
 from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.recipe import Recipe
-from speft_ds.model.dtype import agree_on_dtype
 from speft_ds.env import versions
 from speft_ds.errors import UserError
 from speft_ds.evaluation.scores import card_scores
+from speft_ds.model.dtype import agree_on_dtype
 from speft_ds.report.page import write_report
 from speft_ds.report.summary import print_summary
 from speft_ds.training.checkpoint.folder import Checkpoint, clean, latest_valid, list_checkpoints, verify

@@ -7,7 +7,7 @@ import time
 import pytest
 from limits import HANG_S
 
-from speft_ds import shm_op
+from speft_ds.comm import deepspeed_shm as shm_op
 from speft_ds.comm.deepspeed_shm import lock_age_s, wait_for_build
 
 

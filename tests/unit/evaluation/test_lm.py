@@ -17,14 +17,12 @@ def test_every_request_is_in_one_batch(requests, batch_size, max_tokens):
         max_tokens=max_tokens,
     )
     assert sorted(position for batch in batches for position, _ in batch) == list(range(len(requests)))
-    for batch in batches:
-        forwards = {request for _, request in batch}
-        assert len(forwards) <= batch_size
-        assert len(forwards) == 1 or len(forwards) * max(length for length, _ in forwards) <= max_tokens
-    place = {request: number for number, batch in enumerate(batches) for _, request in batch}
-    assert all(place[request] == number for number, batch in enumerate(batches) for _, request in batch)
-    longest = [max(request[0] for _, request in batch) for batch in batches]
+    forwards = [{request for _, request in batch} for batch in batches]
+    assert sum(map(len, forwards)) == len(set(requests))  # equal requests are in one batch
+    longest = [max(length for length, _ in each) for each in forwards]
     assert longest == sorted(longest, reverse=True)
+    for each, length in zip(forwards, longest, strict=True):
+        assert len(each) <= batch_size and (len(each) == 1 or len(each) * length <= max_tokens)
 
 
 def test_without_more_said_every_request_is_a_forward():

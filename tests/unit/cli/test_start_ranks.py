@@ -40,8 +40,7 @@ def launched(tmp_path, monkeypatch):
         (tasks.parent / "train.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
 
     def start(*arguments, name="quickstart", gpus=0, code=0):
-        monkeypatch.setattr(start_ranks, "free_port", lambda: 4711)
-    monkeypatch.setattr(start_ranks, "count_gpus", lambda: gpus)
+        monkeypatch.setattr(start_ranks, "count_gpus", lambda: gpus)
         monkeypatch.setattr(start_ranks, "run_to_end", lambda *call: calls.append(call) or code)
         left = run(monkeypatch, name, *arguments)
         return (*(calls[-1] if calls else (None, None)), left)

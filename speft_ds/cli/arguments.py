@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import os
 import sys
 import time
+from typing import IO
 
 from speft_ds.config.recipe import Job
 from speft_ds.env import rank
 from speft_ds.training.checkpoint.resume import IF_ANY, NEWEST
 
-MUST: dict[Job, str] = {
-    "train": "--recipe RECIPE",
-    "score": "--recipe RECIPE",
-    "evaluate": "--run RUN | --model PATH --tasks A,B",
-}
 RANK_0_S = 3  # that the other ranks wait, so that rank 0 has said what is wrong when they exit
 MORE_HELP = """\
 where to look things up:
@@ -28,41 +22,51 @@ where to look things up:
 exit codes:
   0    done
   1    it failed inside: the traceback says where
-  2    something that you can mend: the message says what, where, and what to type
+  2    something that you can fix: the message says what, where, and what to type
   85   training was stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, with a checkpoint: --resume goes on
   130  Ctrl-C a second time: left at once
 """
 
 
-def parse_arguments(job: Job, manual: str) -> argparse.Namespace:
-    """The command line of this rank; `manual` is what --help says of the job.
+class _Parser(argparse.ArgumentParser):
+    """Every rank has the same command line, so only rank 0 prints help and usage errors."""
 
-    Every rank has the same, so only rank 0 prints help and usage errors.
-    """
-    parser = argparse.ArgumentParser(
-        usage=f"deepspeed [launcher options] launch/%(prog)s {MUST[job]} [KEY=VALUE ...]",
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+        if rank() == 0:
+            super()._print_message(message, file)
+
+    def exit(self, status: int = 0, message: str | None = None) -> None:
+        if status and rank() != 0:
+            time.sleep(RANK_0_S)
+        super().exit(status, message)
+
+
+def parse_arguments(job: Job, manual: str) -> argparse.Namespace:
+    """The command line of this rank; `manual` is what --help says of the job."""
+    usage, add_arguments = JOBS[job]
+    parser = _Parser(
+        usage=f"deepspeed [launcher options] launch/%(prog)s {usage} [KEY=VALUE ...]",
         description=manual,
         epilog=MORE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    {"train": _add_train, "score": _add_recipe, "evaluate": _add_run}[job](parser)
+    add_arguments(parser)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to change")
-    if rank() == 0:
-        return _settled(parser, parser.parse_intermixed_args(_words()))
-    unseen = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
-            return _settled(parser, parser.parse_intermixed_args(_words()))
-    except SystemExit as ended:
-        if ended.code:
-            time.sleep(RANK_0_S)
-        raise
+    arguments = parser.parse_intermixed_args(_words())
+    if job == "evaluate" and arguments.adapter and arguments.model is None:
+        parser.error("--adapter goes with --model; a run has its own")
+    if job == "train" and arguments.resume is None:
+        if arguments.recipe is None:
+            parser.error("the following arguments are required: --recipe")
+        if arguments.resume_with:
+            parser.error("--resume-with goes with --resume")
+    return arguments
 
 
 def _words() -> list[str]:
-    """The words of the command line; a KEY=VALUE behind `--resume` is not its path."""
+    """The words of the command line; a KEY=VALUE after `--resume` is not its path."""
     words = sys.argv[1:]
     for number, word in enumerate(words[1:], 1):
         if words[number - 1] == "--resume" and "=" in word and not os.path.exists(word):
@@ -70,33 +74,19 @@ def _words() -> list[str]:
     return words
 
 
-def _settled(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
-    """The arguments, refused where they do not go together."""
-    if getattr(arguments, "adapter", None) and arguments.model is None:
-        parser.error("--adapter goes with --model; a run has its own")
-    if "resume" not in arguments:
-        return arguments
-    resume = arguments.resume
-    if arguments.recipe is None and resume is None:
-        parser.error("the following arguments are required: --recipe")
-    if arguments.resume_with and resume is None:
-        parser.error("--resume-with goes with --resume")
-    return arguments
-
-
 def _add_recipe(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--recipe", required=required, help="a name (`speft ls`) or the path of a YAML file")
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    _add_recipe(parser, required=False)  # `--resume runs/NAME` says it, too
+    _add_recipe(parser, required=False)  # `--resume runs/NAME` names one, too
     parser.add_argument(
         "--resume",
         nargs="?",
         const=NEWEST,
         metavar="PATH",
-        help="continue the run in the run folder from its newest complete checkpoint; or from the checkpoint "
-        f"or run folder of this path; `{IF_ANY}`: only if there is a run, else start one",
+        help="continue the run in the run folder from its newest complete checkpoint, or from the "
+        f"checkpoint or run folder of this path; `{IF_ANY}`: only if there is a run, else start one",
     )
     parser.add_argument(
         "--resume-with",
@@ -107,11 +97,24 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", metavar="RUN", help="the folder of a finished run: its base and its adapter")
     what.add_argument("--model", metavar="PATH", help="a model folder or hub id, with --adapter or as it is")
     parser.add_argument("--adapter", metavar="PATH", help="an adapter of that model")
-    parser.add_argument("--tasks", metavar="A,B", help="lm-eval tasks; default: those of the run's recipe")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples in each prompt")
-    parser.add_argument("--limit", type=int, metavar="N", help="documents a task")
+    for option, key, metavar, about in (
+        ("--tasks", "eval.tasks=[{}]", "A,B", "lm-eval tasks; default: those of the run's recipe"),
+        ("--num-fewshot", "eval.num_fewshot={}", "N", "examples in each prompt"),
+        ("--limit", "eval.limit={}", "N", "documents per task"),
+    ):
+        parser.add_argument(
+            option, dest="asked", action="append", default=[], type=key.format, metavar=metavar, help=about
+        )
+
+
+# What each job needs, for its usage; and what adds its arguments.
+JOBS = {
+    "train": ("--recipe RECIPE", _add_train),
+    "score": ("--recipe RECIPE", _add_recipe),
+    "evaluate": ("--run RUN | --model PATH --tasks A,B", _add_evaluate),
+}

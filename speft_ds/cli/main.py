@@ -71,7 +71,7 @@ def plan(
 
     Each number comes with its arithmetic. Needs the model's configuration, not its weights, and no GPU.
     """
-    from speft_ds.plan.plan import make_plan, print_plan  # late: it may import torch
+    from speft_ds.tools.plan.make_plan import make_plan, print_plan  # late: it may import torch
 
     print_plan(
         make_plan(load_recipe(recipe, overrides or []), world, gpu_gib=gpu_gib, num_rows=rows, device=device)
@@ -219,9 +219,13 @@ def report(
     Scores with errors and baselines, curves, the mask, time, memory and sizes, and how to do it again.
     Runs that differ in their seed alone are combined.
     """
-    from speft_ds.commands.report import report as write  # late, because it draws
+    from speft_ds.report.compare import without_duplicates, write_comparison  # late, because it draws
+    from speft_ds.report.page import write_report
 
-    write(folders, output)
+    folders = without_duplicates(folders)
+    several = len(folders) > 1
+    for path in write_comparison(folders, output) if several else write_report(folders[0], output):
+        print(path)
 
 
 app.add_typer(adapters.app)

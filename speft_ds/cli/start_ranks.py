@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from speft_ds.cli.arguments import Job
 from speft_ds.cli.launch import checked_recipe
 from speft_ds.config.load_recipe import ROOT, load_recipe
+from speft_ds.config.recipe import Job
 from speft_ds.env import free_port
 from speft_ds.errors import UserError
 from speft_ds.training.run_dir import check_output_dir
@@ -22,7 +22,7 @@ STOP_S = 35  # that a stopped launcher gives its ranks, and a little more
 
 
 def default_ranks() -> int:
-    """One rank a GPU, or two on a machine without GPUs."""
+    """One rank per GPU, or two on a machine without GPUs."""
     return count_gpus() or DEFAULT_CPU_RANKS
 
 
@@ -30,7 +30,7 @@ def launch(job: Job, recipe: str, overrides: list[str], ranks: int | None) -> in
     """Check a recipe, run the job on its ranks, and return the launcher's exit code.
 
     Args:
-        ranks: how many; None: one a GPU, or two on the CPU.
+        ranks: how many; None: one per GPU, or two on the CPU.
     Raises:
         UserError: the recipe or its files are wrong; nothing is started then.
     """
@@ -43,7 +43,7 @@ def launch(job: Job, recipe: str, overrides: list[str], ranks: int | None) -> in
     # The launcher's own port is always the same: a second run on the machine would find it taken.
     command = [find_deepspeed(), *num_gpus_flag, "--master_port", str(free_port()), *script]
     print(f"$ {shlex.join(command)}", flush=True)
-    return run_to_end(command, _environment(num_gpus, world_size))
+    return run_to_end(command, _environment(num_gpus))
 
 
 def fit_overrides(name: str, overrides: list[str], world_size: int) -> list[str]:
@@ -91,13 +91,12 @@ def find_deepspeed() -> str:
     return found
 
 
-def _environment(num_gpus: int, world_size: int) -> dict[str, str]:
+def _environment(num_gpus: int) -> dict[str, str]:
     env = dict(os.environ)
     # DeepSpeed compiles a small op on its first start and looks for ninja on the PATH.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     if not num_gpus:
         env["DS_ACCELERATOR"] = "cpu"
-        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
     return env
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from speft_ds.config.data_config import Source, template_fields
 from speft_ds.errors import UserError, closest
 
-# format -> the column of the response, or of all that is learnt
+# format -> the column of the response, or of all that the loss is on
 OUTPUT = {
     "prompt_completion": "response",
     "alpaca": "output",

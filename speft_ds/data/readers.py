@@ -55,7 +55,7 @@ def iterate_rows(source: Source) -> Located:
 
 
 def iterate_file(path: Path) -> Located:
-    """The rows of a file: .jsonl (an object a line), .json (a list), .csv (with a header), .parquet.
+    """The rows of a file: .jsonl (one object per line), .json (a list), .csv (with a header), .parquet.
 
     Each may be compressed (.gz, .zst); parquet compresses itself.
     """
@@ -149,7 +149,7 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-        fix = ".jsonl holds one JSON object a line, .json one list of objects"
+        fix = ".jsonl holds one JSON object per line, .json one list of objects"
         raise UserError(f"not JSON: {error}", where, fix) from None
 
 

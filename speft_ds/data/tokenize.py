@@ -34,23 +34,19 @@ def load_tokenizer(name_or_path: str, where: str = "model.name_or_path") -> obje
         UserError: transformers cannot load it, or would read a SentencePiece tokenizer.model, which stands
             alone, otherwise than SentencePiece.
     """
+    from transformers import AutoTokenizer  # late: it takes seconds
+
     try:
-        return _load_tokenizer(name_or_path)
+        folder = hub.model_folder(name_or_path)
+        names = {path.name for path in folder.iterdir()} if folder else set()
+        if "tokenizer.model" in names and not names & {"tokenizer.json", "tokenizer_config.json"}:
+            return _load_sentencepiece(folder)
+        return AutoTokenizer.from_pretrained(name_or_path)
     except UserError:
         raise
     except Exception as error:  # of a damaged file the libraries raise anything: KeyError, RuntimeError
         fix = "the model's folder needs its tokenizer's files, as the hub has them"
         raise UserError(f"cannot load the tokenizer: {error}", where, fix) from error
-
-
-def _load_tokenizer(name_or_path: str) -> object:
-    from transformers import AutoTokenizer  # late: it takes seconds
-
-    folder = hub.model_folder(name_or_path)
-    names = {path.name for path in folder.iterdir()} if folder else set()
-    if "tokenizer.model" in names and not names & {"tokenizer.json", "tokenizer_config.json"}:
-        return _load_sentencepiece(folder)
-    return AutoTokenizer.from_pretrained(name_or_path)
 
 
 def _load_sentencepiece(folder: Path) -> object:

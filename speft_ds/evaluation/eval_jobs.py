@@ -1,8 +1,8 @@
-"""Which scorings a recipe asks for: the tasks, the baselines beside them, what may have been forgotten."""
+"""The evaluation jobs of a recipe: its tasks, the baselines beside them, and what may have been forgotten."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from speft_ds.config.eval_config import EvalConfig
@@ -12,16 +12,16 @@ Phase = Literal["before", "after"]
 
 @dataclass(frozen=True)
 class EvalJob:
-    """One scoring of some tasks.
+    """Some tasks to score in one way.
 
     Attributes:
-        label: names its file.
-        kind: `main`; `fewshot`: the base with k examples in the prompt; `format`: the same prompts, written
-            another way; `extra`: asked for on a command line.
-        num_fewshot: None: each task's own.
-        limit: documents a task; None: all.
+        label: the name of its score file.
+        kind: `main`; `fewshot`: the base with k examples in the prompt; `format`: the same prompts in another
+            format; `extra`: asked for on the command line.
+        num_fewshot: examples in each prompt; None: each task's own number.
+        limit: documents per task; None: all.
         format: number of the prompt format; 0: the tasks' own.
-        has_text: whether the perplexity of the forgetting text is measured.
+        has_text: whether the perplexity of the forgetting text is measured, too.
     """
 
     label: str
@@ -33,19 +33,34 @@ class EvalJob:
     has_text: bool = False
 
 
-def jobs_of(recipe: EvalConfig, phase: Phase) -> list[EvalJob]:
-    """What is scored before or after training, the recipe's tasks first; nothing where it says so."""
-    if not getattr(recipe, phase):
+def jobs_of(section: EvalConfig, phase: Phase) -> list[EvalJob]:
+    """The jobs before or after training, the recipe's tasks first; none where the recipe skips the phase."""
+    if not getattr(section, phase):
         return []
-    tasks, shots, limit = tuple(recipe.tasks), recipe.num_fewshot, recipe.limit
-    kept = tuple(task for task in recipe.forgetting_tasks if task not in tasks)
+    tasks, shots, limit = tuple(section.tasks), section.num_fewshot, section.limit
+    forgetting = tuple(task for task in section.forgetting_tasks if task not in tasks)
+    has_text = section.forgetting_text is not None
     jobs = []
-    if tasks or kept or recipe.forgetting_text:
-        has_text = recipe.forgetting_text is not None
-        jobs.append(EvalJob(phase, "main", tasks + kept, shots, limit, has_text=has_text))
-    if not tasks:
-        return jobs
-    if phase == "before":
-        jobs += [EvalJob(f"before-{k}shot", "fewshot", tasks, k, limit) for k in recipe.manual_fewshot]
-    numbers = range(1, recipe.format_spread)
-    return jobs + [EvalJob(f"{phase}-format-{i}", "format", tasks, shots, limit, i) for i in numbers]
+    if tasks or forgetting or has_text:
+        jobs.append(EvalJob(phase, "main", tasks + forgetting, shots, limit, has_text=has_text))
+    if tasks and phase == "before":
+        limits = (limit, section.manual_fewshot_limit)
+        fewer = min((each for each in limits if each is not None), default=None)
+        jobs += [EvalJob(f"before-{k}shot", "fewshot", tasks, k, fewer) for k in section.manual_fewshot]
+    if tasks:
+        jobs += _other_formats(EvalJob(phase, "format", tasks, shots, limit), section.format_spread)
+    return jobs
+
+
+def extra_jobs(section: EvalConfig, model: str) -> list[EvalJob]:
+    """The recipe's tasks in every prompt format, apart from a run; labels begin with `model`, like base."""
+    shots = "" if section.num_fewshot is None else f"-{section.num_fewshot}shot"
+    limit = f"-limit{section.limit}" if section.limit else ""
+    label = f"{model}-{'+'.join(section.tasks)[:150]}{shots}{limit}".replace("/", "_")
+    job = EvalJob(label, "extra", tuple(section.tasks), section.num_fewshot, section.limit)
+    return [job, *_other_formats(job, section.format_spread)]
+
+
+def _other_formats(job: EvalJob, format_spread: int) -> list[EvalJob]:
+    numbers = range(1, format_spread)
+    return [replace(job, label=f"{job.label}-format-{i}", format=i) for i in numbers]

@@ -1,4 +1,4 @@
-"""How well the model still predicts general text: a number that forgetting raises."""
+"""Perplexity of general text: a number that forgetting raises."""
 
 from __future__ import annotations
 
@@ -11,59 +11,55 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from speft_ds.config.eval_config import EvalConfig
 from speft_ds.errors import UserError
 from speft_ds.evaluation.lm import EngineLM
+from speft_ds.evaluation.scores import Perplexity
 
 WINDOW = 1024  # tokens that a token is predicted from, at most: the same for models of any context length
 
 
-def text_perplexity(lm: EngineLM, recipe: EvalConfig) -> dict:
-    """Perplexity of `eval.forgetting_text`, the same on every rank.
+def text_perplexity(lm: EngineLM, section: EvalConfig) -> Perplexity:
+    """The perplexity of `eval.forgetting_text`, the same on every rank.
 
     The text is cut into disjoint windows of 1,024 tokens; a window's first token is predicted from the one
-    before it, as by lm-eval's rolling log-likelihood.
+    before it, as in lm-eval's rolling log-likelihood.
 
-    Returns:
-        `text`, `num_bytes`, `num_tokens`, `window`, `token_perplexity`, `byte_perplexity`, `bits_per_byte`.
     Raises:
         UserError: there is no text in the file.
     """
-    text = read_text(Path(recipe.forgetting_text), recipe.forgetting_bytes)
-    tokens = lm.tok_encode(text)
-    windows = get_rolling_token_windows(tokens, lm.prefix_token_id, min(WINDOW, lm.max_length), 1)
-    requests = [(None, *make_disjoint_window(window)) for window in windows]
+    text = read_text(Path(section.forgetting_text), section.forgetting_bytes)
+    tokens, num_bytes = lm.tok_encode(text), len(text.encode())
+    rolling = get_rolling_token_windows(tokens, lm.prefix_token_id, min(WINDOW, lm.max_length), 1)
+    windows = [make_disjoint_window(window) for window in rolling]
 
     def compute() -> list[float]:
-        return [answer[0] for answer in lm._loglikelihood_tokens(requests)]
+        requests = [(None, *window) for window in windows]
+        return [log_likelihood for log_likelihood, _ in lm._loglikelihood_tokens(requests)]
 
-    sums = lm.answers.get("windows", [request[1:] for request in requests], compute) if lm.answers else None
-    nll = -math.fsum(compute() if sums is None else sums)
-    num_bytes = len(text.encode())
-    return {
-        "text": recipe.forgetting_text,
-        "num_bytes": num_bytes,
-        "num_tokens": len(tokens),
-        "window": WINDOW,
-        "token_perplexity": math.exp(nll / len(tokens)),
-        "byte_perplexity": math.exp(nll / num_bytes),
-        "bits_per_byte": nll / num_bytes / math.log(2),
-    }
+    nll = -math.fsum(lm.cached("windows", windows, compute))
+    return Perplexity(
+        text=section.forgetting_text,
+        num_bytes=num_bytes,
+        num_tokens=len(tokens),
+        window=WINDOW,
+        token_perplexity=math.exp(nll / len(tokens)),
+        byte_perplexity=math.exp(nll / num_bytes),
+        bits_per_byte=nll / num_bytes / math.log(2),
+    )
 
 
 def read_text(path: Path, num_bytes: int) -> str:
-    """The beginning of a text file; of a .jsonl file, of its rows' `text`, one a paragraph.
+    """The beginning of a text file, or of the `text` of a .jsonl file's rows, one per line.
 
     Raises:
-        UserError: it cannot be read, or has no text.
+        UserError: the file cannot be read, or has no text.
     """
     try:
         with path.open(encoding="utf-8") as file:
             if path.suffix == ".jsonl":
-                pieces, size = [], 0
-                for line in file:
-                    pieces.append(json.loads(line)["text"])
-                    size += len(pieces[-1].encode()) + 1
-                    if size >= num_bytes:
-                        break
-                text = "\n".join(pieces)
+                rows, size = [], 0
+                while size < num_bytes and (line := file.readline()):
+                    rows.append(json.loads(line)["text"])
+                    size += len(rows[-1].encode()) + 1
+                text = "\n".join(rows)
             else:
                 text = file.read(num_bytes)
     except (OSError, ValueError, KeyError, TypeError) as error:

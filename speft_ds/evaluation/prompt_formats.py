@@ -1,4 +1,4 @@
-"""Equivalent formats of one prompt, by which scores of one model differ.
+"""Equivalent formats of a prompt: how much a model's scores depend on wording alone.
 
 Sclar et al., Quantifying Language Models' Sensitivity to Spurious Features in Prompt Design (FormatSpread),
 2024: descriptors ("Question: ") in another case, with another separator, fields on lines of their own.
@@ -20,10 +20,10 @@ SEED = 0
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """One way to write the fields of a prompt.
+    """How the fields of a prompt are written.
 
     Attributes:
-        case: applied to descriptors; separator: in the place of their colon; line_break: before them.
+        case: of descriptors; separator: in place of their colon; line_break: before them.
     """
 
     case: Callable[[str], str]
@@ -31,36 +31,35 @@ class PromptFormat:
     line_break: str
 
     def rewrite_request(self, arguments: tuple) -> tuple:
-        """A request of lm-eval in this format: its prompt, and what ends an answer, in both forms."""
+        """An lm-eval request in this format: its prompt, and the strings that end an answer in both forms."""
         prompt, *more = arguments
         if more and isinstance(more[0], dict) and "until" in more[0]:
             until = more[0]["until"]
             until = [until] if isinstance(until, str) else list(until)
-            written = [self.rewrite(text) for text in until]
-            more[0] = {**more[0], "until": list(dict.fromkeys([*until, *written]))}
+            both = dict.fromkeys([*until, *map(self.rewrite, until)])
+            more[0] = {**more[0], "until": list(both)}
         return self.rewrite(prompt), *more
 
     def rewrite(self, prompt: str) -> str:
-        """The prompt in this format; one without descriptors at the start of a line stays as it is."""
-        written = DESCRIPTOR.sub(lambda found: self.case(found[1]) + self.separator, prompt)
-        if self.line_break == "\n":
-            return written
-        starts = [found.start() for found in DESCRIPTOR.finditer(prompt)]
-        if not starts:
+        """The prompt in this format; unchanged where no line starts with a descriptor."""
+        rewritten = DESCRIPTOR.sub(self._descriptor, prompt)
+        names = sorted(
+            {self._descriptor(found) for found in DESCRIPTOR.finditer(prompt)}, key=len, reverse=True
+        )
+        if not names:
             return prompt
-        return re.sub(rf"\n(?={self._any_descriptor(prompt)})", self.line_break, written)
+        return re.sub(rf"\n(?={'|'.join(map(re.escape, names))})", self.line_break, rewritten)
 
-    def _any_descriptor(self, prompt: str) -> str:
-        names = {self.case(found[1]) + self.separator for found in DESCRIPTOR.finditer(prompt)}
-        return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    def _descriptor(self, found: re.Match[str]) -> str:
+        return self.case(found[1]) + self.separator
 
     def __str__(self) -> str:
         return repr(self.line_break + self.case("Question") + self.separator)[1:-1]
 
 
 def prompt_formats(count: int) -> list[PromptFormat | None]:
-    """The first `count` formats of an order that is the same for every run; the task's own (None) first."""
-    ways = [PromptFormat(c, s, b) for c in CASES for s in SEPARATORS for b in BREAKS]
-    ways.remove(PromptFormat(str, ":", "\n"))
-    random.Random(SEED).shuffle(ways)
-    return [None, *ways[: count - 1]]
+    """The first `count` formats in an order that is the same for every run; first the task's own (None)."""
+    formats = [PromptFormat(c, s, b) for c in CASES for s in SEPARATORS for b in BREAKS]
+    formats.remove(PromptFormat(str, ":", "\n"))
+    random.Random(SEED).shuffle(formats)
+    return [None, *formats[: count - 1]]

@@ -1,4 +1,4 @@
-"""Results of an evaluation: lm-eval's as rows, the files `eval/<label>.json`, and which of them still hold.
+"""Results of evaluation jobs: lm-eval's as scores, the files `eval/<label>.json`, which of them still hold.
 
 Imports neither torch nor lm-eval.
 """
@@ -16,39 +16,32 @@ from speft_ds.config.eval_config import EvalConfig
 from speft_ds.config.recipe import Recipe
 from speft_ds.evaluation.eval_jobs import EvalJob, Phase
 from speft_ds.evaluation.prompt_formats import prompt_formats
-from speft_ds.evaluation.scores import Evaluation, Score
+from speft_ds.evaluation.scores import Score, ScoreFile
 from speft_ds.io import replacing, write_json
 
-OLD = "old"  # folder of scores that do not hold any more
+OLD = "old"  # folder of scores that no longer hold
 
 
 @dataclass
 class Scored:
-    """What a job came to; on rank 0.
+    """The results of a job, on rank 0.
 
     Attributes:
-        document: the contents of `eval/<label>.json`.
-        samples: task -> its documents, with prompts and answers, as lm-eval logs them.
-        results: lm-eval's own.
+        file: the contents of `eval/<label>.json`.
+        results: lm-eval's own; of these `samples`: task -> its documents, with prompts and responses.
     """
 
-    document: dict
-    samples: dict[str, list[dict]] = field(default_factory=dict)
+    file: ScoreFile
     results: dict = field(default_factory=dict)
 
 
 def asked(job: EvalJob, of: dict, recipe: Recipe) -> dict[str, Any]:
-    """What the scores of a job depend on, beside how the model is run.
-
-    Args:
-        of: what identifies the weights.
-    """
+    """What the scores of a job depend on, apart from how the model is run; `of` identifies the weights."""
     section = recipe.eval
-    lost = [task for task in section.forgetting_tasks if task in job.tasks]
     return {
         "of": of,
         "tasks": list(job.tasks),
-        "forgetting_tasks": lost,
+        "forgetting_tasks": [task for task in section.forgetting_tasks if task in job.tasks],
         "num_fewshot": job.num_fewshot,
         "limit": job.limit,
         "chat_template": section.chat_template,
@@ -59,7 +52,7 @@ def asked(job: EvalJob, of: dict, recipe: Recipe) -> dict[str, Any]:
 
 
 def has_scored(folder: Path, job: EvalJob, of: dict, recipe: Recipe) -> bool:
-    """Whether `folder` has the scores of a job, of these weights and made as it asks."""
+    """Whether `folder` has the scores of this job, of these weights."""
     try:
         document = json.loads((folder / f"{job.label}.json").read_text(encoding="utf-8"))
         return document["asked"] == asked(job, of, recipe)
@@ -70,9 +63,10 @@ def has_scored(folder: Path, job: EvalJob, of: dict, recipe: Recipe) -> bool:
 def still_to_score(
     folder: Path, phase: Phase, wanted: Sequence[EvalJob], of: dict, recipe: Recipe
 ) -> list[EvalJob]:
-    """The jobs of a phase that `folder` has no scores of; its other files of that phase are set aside.
+    """The jobs of a phase that `folder` has no scores of.
 
-    Nothing that stays is of other weights, other settings, or of a job that is not asked for any more.
+    All other score files of the phase move to `old`: they are of other weights, of other settings, or of a
+    job that the recipe no longer asks for.
     """
     done = [job for job in wanted if has_scored(folder, job, of, recipe)]
     labels = {job.label for job in done}
@@ -80,104 +74,98 @@ def still_to_score(
         if path.stem not in labels:
             (folder / OLD).mkdir(exist_ok=True)
             shutil.rmtree(folder / OLD / path.stem, ignore_errors=True)
-            if (folder / path.stem).is_dir():
-                (folder / path.stem).rename(folder / OLD / path.stem)
-            path.replace(folder / OLD / path.name)
+            for each in (path.with_suffix(""), path):
+                if each.exists():
+                    each.replace(folder / OLD / each.name)
     return [job for job in wanted if job not in done]
 
 
-def keep_scores(folder: Path, scored: Scored, recipe: EvalConfig) -> None:
-    """Write `<folder>/<label>.json` and, first, each task's documents, `<folder>/<label>/<task>.jsonl`."""
+def keep_scores(folder: Path, scored: Scored, section: EvalConfig) -> None:
+    """Write each task's documents, `<folder>/<label>/<task>.jsonl`, and then `<folder>/<label>.json`."""
     from lm_eval.utils import handle_non_serializable  # late: it takes its time
 
-    label = scored.document["label"]
-    shutil.rmtree(folder / label, ignore_errors=True)
-    for task, rows in scored.samples.items() if recipe.samples else ():
-        with replacing(folder / label / f"{task}.jsonl") as temporary:
+    documents = folder / scored.file.label
+    shutil.rmtree(documents, ignore_errors=True)
+    samples = scored.results.get("samples", {}) if section.samples else {}
+    for task, rows in samples.items():
+        with replacing(documents / f"{task}.jsonl") as temporary:
             lines = (json.dumps(row, default=handle_non_serializable, ensure_ascii=False) for row in rows)
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    write_json(folder / f"{label}.json", scored.document)
+    write_json(folder / f"{scored.file.label}.json", scored.file.model_dump())
 
 
-def score_rows(results: dict, forgetting: Collection[str] = ()) -> list[dict]:
-    """A row a task (or group), metric and filter of lm-eval's results.
+def scores_of(results: dict, forgetting: Collection[str] = ()) -> list[Score]:
+    """lm-eval's results: a score per task (or group), metric and filter.
 
     Args:
-        forgetting: tasks that are not trained on, scored to see what is lost.
+        forgetting: tasks and groups that are not trained on, scored to see what is lost.
     """
-    # Of a group that has no score of its own, the parts stand for themselves.
-    named = {child: group for group, own in results["group_subtasks"].items() for child in own}
-    parent_of = {child: group for child, group in named.items() if _metrics(results, group)}
-    groups = set(parent_of.values())
-    rows = []
-    for task in results["results"]:
-        roots = {task, named.get(task), named.get(named.get(task))}
+    children = results["group_subtasks"]
+    parent_of = {child: group for group, tasks in children.items() for child in tasks}
+    scores = []
+    for task, values in results["results"].items():
+        group = parent_of.get(task)
+        is_forgetting = not {task, group, parent_of.get(group)}.isdisjoint(forgetting)
+        higher_is_better = results["higher_is_better"].get(task, {})
         for number, (key, value) in enumerate(_metrics(results, task).items()):
             metric, filter_name = key.split(",")
-            error = results["results"][task].get(f"{metric}_stderr,{filter_name}")
-            higher = results.get("higher_is_better", {}).get(task, {}).get(metric)
-            rows.append(
-                {
-                    "task": task,
-                    "metric": metric,
-                    "filter": filter_name,
-                    "value": float(value),
-                    "stderr": float(error) if isinstance(error, float | int) else None,
-                    "num_documents": _num_documents(results, task),
-                    "num_fewshot": results.get("n-shot", {}).get(task),
-                    "version": results.get("versions", {}).get(task),
-                    "higher_is_better": higher is not False,
-                    "is_main": number == 0,
-                    "is_group": task in groups,
-                    "group": parent_of.get(task),
-                    "role": "forgetting" if roots & set(forgetting) else "task",
-                }
+            stderr = values.get(f"{metric}_stderr,{filter_name}")
+            scores.append(
+                Score(
+                    task=task,
+                    metric=metric,
+                    filter=filter_name,
+                    value=float(value),
+                    stderr=float(stderr) if isinstance(stderr, float | int) else None,
+                    num_documents=_num_documents(results, task),
+                    num_fewshot=results["n-shot"].get(task),
+                    version=results["versions"].get(task),
+                    higher_is_better=higher_is_better.get(metric) is not False,
+                    is_main=number == 0,
+                    role="forgetting" if is_forgetting else "task",
+                    is_group=bool(children.get(task)),
+                    # The parts of a group that has no score of its own stand for themselves.
+                    group=group if _metrics(results, group) else None,
+                )
             )
-    return rows
+    return scores
 
 
-def _metrics(results: dict, task: str) -> dict[str, float]:
+def _metrics(results: dict, task: str | None) -> dict[str, float]:
     """`metric,filter` -> value."""
-    values = results["results"].get(task, {})
-    named = {key: value for key, value in values.items() if "," in key and "_stderr," not in key}
+    values = results["results"].get(task, {}).items()
+    named = {key: value for key, value in values if "," in key and "_stderr," not in key}
     return {key: value for key, value in named.items() if isinstance(value, float | int)}
 
 
 def _num_documents(results: dict, task: str) -> int | None:
-    own = results["group_subtasks"].get(task)
-    counts = results.get("n-samples", {})
-    if own:
-        return sum(_num_documents(results, child) or 0 for child in own)
-    return counts.get(task, {}).get("effective")
+    if children := results["group_subtasks"].get(task):
+        return sum(_num_documents(results, child) or 0 for child in children)
+    return results["n-samples"].get(task, {}).get("effective")
 
 
-def check_rows(
-    rows: list[dict], job: EvalJob, num_rewritten: Mapping[str, int]
-) -> tuple[list[dict], list[str]]:
-    """The rows that are what the job asked for, and what to say of the others.
+def check_scores(
+    scores: list[Score], job: EvalJob, num_rewritten: Mapping[str, int]
+) -> tuple[list[Score], list[str]]:
+    """The scores that the job asked for, and notes on those that lm-eval made otherwise.
 
     Args:
         num_rewritten: task -> prompts that the job's format changed.
     """
-    notes, tasks = [], {row["task"]: row for row in rows}
-    # lm-eval keeps a number that a task's own file sets to 0.
+    # lm-eval keeps to a number of examples that a task's own file sets to 0.
     fixed = {
-        task: row["num_fewshot"]
-        for task, row in tasks.items()
-        if job.num_fewshot is not None and row["num_fewshot"] not in (None, job.num_fewshot)
+        score.task: score.num_fewshot
+        for score in scores
+        if job.num_fewshot is not None and score.num_fewshot not in (None, job.num_fewshot)
     }
-    for task, number in fixed.items():
-        notes.append(f"{task}: scored with {number} examples, not {job.num_fewshot}: its file says so")
+    notes = [
+        f"{task}: scored with {number} examples, not {job.num_fewshot}: its file says so"
+        for task, number in fixed.items()
+    ]
     left_out = set(fixed) if job.kind == "fewshot" else set()
     if job.format:
-        grown = {row["group"] for row in rows if num_rewritten.get(row["task"])}
-        same = {task for task in tasks if not num_rewritten.get(task) and task not in grown}
-        notes += [f"{task}: left out, no `Field:` in its prompts to write otherwise" for task in sorted(same)]
-        left_out |= same
-    return [row for row in rows if row["task"] not in left_out], notes
-
-
-def main_scores(document: dict) -> list[Score]:
-    """The main score of each task, or of a group of tasks in place of its parts."""
-    file = Evaluation.model_validate(document)
-    return file.main_scores("task") + file.main_scores("forgetting")
+        changed = {name for s in scores if num_rewritten.get(s.task) for name in (s.task, s.group)}
+        unchanged = {score.task for score in scores} - changed
+        notes += [f"{task}: left out, no `Field:` in its prompts to rewrite" for task in sorted(unchanged)]
+        left_out |= unchanged
+    return [score for score in scores if score.task not in left_out], notes

@@ -1,4 +1,4 @@
-"""Scoring a model on a recipe's tasks, the same whatever the number of ranks."""
+"""Evaluation of a model on a recipe's tasks, with the same scores for any number of ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,144 +26,125 @@ from speft_ds.evaluation.lm import EngineLM
 from speft_ds.evaluation.perplexity import text_perplexity
 from speft_ds.evaluation.prompt_formats import prompt_formats
 from speft_ds.evaluation.response_cache import ResponseCache
-from speft_ds.evaluation.results import Scored, asked, check_rows, main_scores, score_rows
+from speft_ds.evaluation.results import Scored, asked, check_scores, scores_of
+from speft_ds.evaluation.scores import ScoreFile, Settings
 from speft_ds.evaluation.tasks import find_tasks, local_data
 
 
 class EvalRunner:
-    """The tasks of a recipe, found.
+    """The tasks of a recipe, ready to be scored.
 
     Args:
-        recipe: the whole recipe.
-        tokenizer: the base's.
+        recipe: the complete recipe.
+        tokenizer: the base's; may be set later.
     Raises:
         UserError: lm-eval does not know a task.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None):
-        self.recipe, self.tokenizer, section = recipe, tokenizer, recipe.eval
-        names = [*section.tasks, *section.forgetting_tasks]
-        self.manager = find_tasks(names, section.include_path) if names else None
-        self.formats = prompt_formats(section.format_spread)
+        self.recipe, self.section, self.tokenizer = recipe, recipe.eval, tokenizer
+        names = [*self.section.tasks, *self.section.forgetting_tasks]
+        self.manager = find_tasks(names, self.section.include_path) if names else None
+        self.formats = prompt_formats(self.section.format_spread)
 
     def run(self, module: nn.Module, jobs: list[EvalJob], of: dict) -> Iterator[Scored | None]:
-        """Score jobs one after the other; as `score`, of the engine's module.
+        """Run jobs one after the other; every rank enters this together.
 
-        Each is yielded when it is done, so that what was scored is kept if a later one is stopped.
-        """
-        with model_to_score(module, self.recipe.eval.mode) as (model, is_sharded):
-            for job in jobs:
-                what = ", ".join(job.tasks) or "the forgetting text"
-                log_rank0(
-                    f"scoring {job.label}: {what}, {'sharded' if is_sharded else 'a copy on every rank'}"
-                )
-                with _random_states_kept():
-                    scored = self.score(model, is_sharded, job, of)
-                yield scored
-
-    def slice_scores(self, module: nn.Module) -> dict[str, float]:
-        """Task and metric -> score on the first `eval.slice` documents a task, on every rank."""
-        section = self.recipe.eval
-        slice = EvalJob("slice", "main", tuple(section.tasks), section.num_fewshot, section.slice)
-        (scored,) = self.run(module, [slice], {})
-        scores = None
-        if scored is not None:
-            scores = {f"{score.task} {score.metric}": score.value for score in main_scores(scored.document)}
-        return collectives.broadcast_object(scores)
-
-    def score(self, model: nn.Module, is_sharded: bool, job: EvalJob, of: dict) -> Scored | None:
-        """One job; every rank enters this together.
+        Each result is yielded at once, so that it is kept if a later job is stopped.
 
         Args:
-            model: in eval mode, sharded or a plain copy on every rank.
-            of: what identifies the weights (`setup.scored_model_facts`); answers of a base are cached.
-        Returns:
-            On rank 0; None on the others.
+            module: the engine's.
+            of: what identifies the weights, by `scored_model_facts`; the responses of a base are cached.
+        Yields:
+            the results on rank 0, None on the others.
         Raises:
             UserError: a task's data cannot be read.
         """
-        start = time.perf_counter()
+        with model_to_score(module, self.section.mode) as (model, is_sharded):
+            for job in jobs:
+                what = ", ".join(job.tasks) or "the forgetting text"
+                how = "sharded" if is_sharded else "a copy on every rank"
+                log_rank0(f"scoring {job.label}: {what}, {how}")
+                with _random_states_kept(), _quiet_lm_eval():
+                    scored = self._score(model, is_sharded, job, of)
+                yield scored
+
+    def slice_scores(self, module: nn.Module) -> dict[str, float]:
+        """Task and metric -> score on the first `eval.slice` documents of each task, on every rank."""
+        section = self.section
+        job = EvalJob("slice", "main", tuple(section.tasks), section.num_fewshot, section.slice)
+        (scored,) = self.run(module, [job], {})
+        scores = scored and {f"{s.task} {s.metric}": s.value for s in scored.file.main_scores()}
+        return collectives.broadcast_object(scores)
+
+    def _score(self, model: nn.Module, is_sharded: bool, job: EvalJob, of: dict) -> Scored | None:
+        start, section = time.perf_counter(), self.section
         is_base = "adapter" in of and of["adapter"] is None
-        answers = ResponseCache({**of, **self._settings_of_answers(is_sharded)}) if is_base else None
-        lm = EngineLM(
-            model,
-            self.tokenizer,
-            self.recipe.eval.batch_size,
-            is_sharded,
-            self.formats[job.format],
-            answers,
-        )
-        results, notes = self._ask(lm, job) if job.tasks else (None, [])
-        perplexity = text_perplexity(lm, self.recipe.eval) if job.has_text else None
+        run_by = {
+            "batch_size": section.batch_size,
+            "device": torch.cuda.get_device_name() if collectives.device().type == "cuda" else "cpu",
+            "is_sharded": is_sharded,
+            "versions": versions(),
+        }
+        cache = ResponseCache({**of, **run_by}) if is_base else None
+        prompt_format = self.formats[job.format]
+        lm = EngineLM(model, self.tokenizer, section.batch_size, is_sharded, prompt_format, cache)
+        results, notes = self._results(lm, job) if job.tasks else ({}, [])
+        perplexity = text_perplexity(lm, section) if job.has_text else None
         if collectives.rank() != 0:
             return None
-        section = self.recipe.eval
-        lost = [task for task in section.forgetting_tasks if task not in section.tasks]
-        rows = score_rows(results, lost) if results else []
-        rows, more = check_rows(rows, job, lm.num_rewritten)
-        for note in (notes := [*notes, *more]):
+        forgetting = [task for task in section.forgetting_tasks if task not in section.tasks]
+        scores = scores_of(results, forgetting) if results else []
+        scores, more_notes = check_scores(scores, job, lm.num_rewritten)
+        notes += more_notes
+        for note in notes:
             log_rank0(f"note: {note}")
-        document = {
-            "label": job.label,
-            "kind": job.kind,
-            "model": "base" if is_base else "tuned",
-            "asked": asked(job, of, self.recipe),
-            "settings": self._settings(job, is_sharded),
-            "scores": rows,
-            "perplexity": perplexity,
-            "seconds": time.perf_counter() - start,
-            "cached": bool(answers and answers.all_found),
-            "notes": notes,
-        }
-        return Scored(document, self._samples(results, job) if results else {}, results or {})
+        file = ScoreFile(
+            label=job.label,
+            kind=job.kind,
+            model="base" if is_base else "tuned",
+            asked=asked(job, of, self.recipe),
+            settings=Settings(
+                num_fewshot=job.num_fewshot,
+                limit=job.limit,
+                chat_template=section.chat_template,
+                seed=DEFAULT_OTHER_SEED,
+                format=job.format,
+                format_text=str(prompt_format) if prompt_format else None,
+                mode="sharded" if is_sharded else "gathered",
+                world_size=collectives.world_size(),
+                batch_size=section.batch_size,
+                lm_eval=version("lm_eval"),
+            ),
+            scores=scores,
+            perplexity=perplexity,
+            seconds=time.perf_counter() - start,
+            cached=cache is not None and cache.has_everything,
+            notes=notes,
+        )
+        return Scored(file, results)
 
-    def _samples(self, results: dict, job: EvalJob) -> dict[str, list[dict]]:
-        """lm-eval's documents, with the prompts as the model got them."""
-        if (way := self.formats[job.format]) is not None:
-            for row in (row for rows in results["samples"].values() for row in rows):
-                row["arguments"] = [way.rewrite_request(arguments) for arguments in row["arguments"]]
-        return results["samples"]
-
-    def _ask(self, lm: EngineLM, job: EvalJob) -> tuple[dict | None, list[str]]:
-        # lm-eval seeds all generators, with its own defaults, so that stock lm-eval makes the same prompts.
-        with local_data(self.recipe.eval.data_dir) as notes, _quiet():
+    def _results(self, lm: EngineLM, job: EvalJob) -> tuple[dict, list[str]]:
+        """lm-eval's results, with the prompts as the model got them; and notes on the tasks."""
+        # lm-eval seeds all generators with its own defaults, so that the prompts are those of stock lm-eval.
+        with local_data(self.section.data_dir) as notes:
             results = simple_evaluate(
                 model=lm,
                 tasks=list(job.tasks),
                 num_fewshot=job.num_fewshot,
                 limit=job.limit,
-                apply_chat_template=self.recipe.eval.chat_template,
+                apply_chat_template=self.section.chat_template,
                 task_manager=self.manager,
             )
+        if lm.prompt_format is not None:
+            for row in (row for rows in results["samples"].values() for row in rows):
+                row["arguments"] = [lm.prompt_format.rewrite_request(each) for each in row["arguments"]]
         return results, sorted(set(notes))
-
-    def _settings(self, job: EvalJob, is_sharded: bool) -> dict[str, Any]:
-        section = self.recipe.eval
-        return {
-            "num_fewshot": job.num_fewshot,
-            "limit": job.limit,
-            "chat_template": section.chat_template,
-            "seed": DEFAULT_OTHER_SEED,
-            "format": job.format,
-            "format_text": str(self.formats[job.format]) if job.format else None,
-            "mode": "sharded" if is_sharded else "gathered",
-            "world_size": collectives.world_size(),
-            "batch_size": section.batch_size,
-            "lm_eval": version("lm_eval"),
-        }
-
-    def _settings_of_answers(self, is_sharded: bool) -> dict[str, Any]:
-        return {
-            "batch_size": self.recipe.eval.batch_size,
-            "device": torch.cuda.get_device_name() if collectives.device().type == "cuda" else "cpu",
-            "is_sharded": is_sharded,
-            "versions": versions(),
-        }
 
 
 @contextmanager
 def _random_states_kept() -> Iterator[None]:
-    """Training draws on as if nothing had been scored in between."""
+    """Training continues with the random numbers that it would draw without an evaluation."""
     python, numpy_state, device = random.getstate(), np.random.get_state(), collectives.device()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -175,8 +155,8 @@ def _random_states_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval warns of every task whose few-shot setting it follows."""
+def _quiet_lm_eval() -> Iterator[None]:
+    """Without lm-eval's warnings of a ready-made model, and of tasks with few-shot settings of their own."""
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The scores of a run: RUN/eval/*.json, and how two of them differ. The one module that reads these files."""
+"""The scores of a run, RUN/eval/*.json, and how two of them differ. The one module that knows these files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 FOLDER = "eval"
-CLEAR = 2.0  # standard errors from which on a difference is called one
+CLEAR = 2.0  # standard errors from which on a difference counts as one
 
 
 class _Part(BaseModel):
@@ -19,7 +19,7 @@ class _Part(BaseModel):
 
 
 class Settings(_Part):
-    """How a model was scored, as far as the file says."""
+    """How a model was scored."""
 
     num_fewshot: int | None = None
     limit: int | float | None = None
@@ -72,34 +72,49 @@ class Score(_Part):
         return self.higher_is_better and 0.0 <= self.value <= 1.0
 
     @property
-    def short_text(self) -> str:
+    def sign(self) -> int:
+        """1 where higher is better, else -1."""
+        return 1 if self.higher_is_better else -1
+
+    def __str__(self) -> str:
+        return in_text(self.value, self.stderr, self.is_share)
+
+    @property
+    def short(self) -> str:
         """Without its error."""
         return in_text(self.value, None, self.is_share)
 
-    @property
-    def text(self) -> str:
-        return in_text(self.value, self.stderr, self.is_share)
-
 
 class Perplexity(_Part):
+    """Of the forgetting text; `window`: tokens that a token is predicted from, at most."""
+
     text: str
+    num_bytes: int | None = None
     num_tokens: int
     window: int | None = None
     token_perplexity: float
     byte_perplexity: float
+    bits_per_byte: float | None = None
 
 
-class Evaluation(_Part):
-    """One model, scored once on all tasks."""
+class ScoreFile(_Part):
+    """One model, scored once on all tasks: a file of eval/.
+
+    Attributes:
+        asked: what the scores depend on; see `results.asked`.
+        cached: whether every response came from the cache.
+    """
 
     label: str
-    model: Literal["base", "tuned"]
     kind: Literal["main", "fewshot", "format", "extra"]
+    model: Literal["base", "tuned"]
+    asked: dict[str, Any] = {}
     settings: Settings = Settings()
     scores: list[Score]
     perplexity: Perplexity | None = None
     seconds: float | None = None
     cached: bool = False
+    notes: list[str] = []
 
     def score(self, key: tuple[str, str, str]) -> Score | None:
         return next((score for score in self.scores if score.key == key), None)
@@ -110,10 +125,8 @@ class Evaluation(_Part):
 
     @property
     def num_fewshot(self) -> int | None:
-        """Examples in the prompt; None: not one number for all tasks."""
-        numbers = {score.num_fewshot for score in self.scores} - {None}
-        if not numbers:
-            return self.settings.num_fewshot
+        """Examples in the prompt; None: not the same number for all tasks."""
+        numbers = {score.num_fewshot for score in self.scores} - {None} or {self.settings.num_fewshot}
         return numbers.pop() if len(numbers) == 1 else None
 
     @property
@@ -123,30 +136,46 @@ class Evaluation(_Part):
 
 
 @dataclass(frozen=True)
-class Change:
-    """A score before and after.
-
-    Attributes:
-        stderr: of the difference, as if both were of other documents; None where one is not known.
-    """
+class ScoreChange:
+    """A score before and after."""
 
     before: Score
     after: Score
+
+    @property
+    def is_share(self) -> bool:
+        return self.before.is_share and self.after.is_share
 
     @property
     def difference(self) -> float:
         return self.after.value - self.before.value
 
     @property
+    def gain(self) -> float:
+        """The difference, positive where it is better."""
+        return self.after.sign * self.difference
+
+    @property
     def stderr(self) -> float | None:
-        return difference_stderr(self.before.stderr, self.after.stderr)
+        """Of the difference, as if the documents were different ones; None where one error is unknown."""
+        errors = (self.before.stderr, self.after.stderr)
+        return math.hypot(*errors) if all(map(_is_known, errors)) else None
 
     @property
     def num_errors(self) -> float | None:
-        """The difference in standard errors; positive is better. None where there is nothing to divide by."""
-        if not self.stderr or not math.isfinite(self.difference):
-            return None
-        return (self.difference if self.after.higher_is_better else -self.difference) / self.stderr
+        """The gain in standard errors; None where there is nothing to divide by."""
+        return self.gain / self.stderr if self.stderr and math.isfinite(self.gain) else None
+
+    @property
+    def verdict(self) -> Literal["better", "worse", "no clear change"]:
+        """What can be said of it; without a standard error, any difference counts."""
+        if self.num_errors is None:
+            is_clear = self.gain != 0 and math.isfinite(self.gain)
+        else:
+            is_clear = abs(self.num_errors) >= CLEAR
+        if not is_clear:
+            return "no clear change"
+        return "better" if self.gain > 0 else "worse"
 
     def errors_text(self, unit: str = "standard errors") -> str:
         """How far apart they are: `2.4 standard errors`."""
@@ -155,117 +184,141 @@ class Change:
         return f"{abs(self.num_errors):.{1 if abs(self.num_errors) < 10 else 0}f} {unit}"
 
     @property
-    def verdict(self) -> Literal["better", "worse", "no clear change"]:
-        """What can be said of it; without a standard error, any difference counts."""
-        if self.num_errors is not None:
-            clear, gain = abs(self.num_errors) >= CLEAR, self.num_errors
-        else:
-            gain = self.difference if self.after.higher_is_better else -self.difference
-            clear = gain != 0 and math.isfinite(gain)
-        if not clear:
-            return "no clear change"
-        return "better" if gain > 0 else "worse"
+    def verdict_text(self) -> str:
+        """`better, 4.2 s.e.`."""
+        return f"{self.verdict}, {self.errors_text('s.e.')}"
+
+    def __str__(self) -> str:
+        return in_text(self.difference, self.stderr, self.is_share, signed=True)
 
     @property
-    def is_share(self) -> bool:
-        return self.before.is_share and self.after.is_share
-
-    @property
-    def short_text(self) -> str:
+    def short(self) -> str:
         """Without its error."""
         return in_text(self.difference, None, self.is_share, signed=True)
 
-    @property
-    def text(self) -> str:
-        return in_text(self.difference, self.stderr, self.is_share, signed=True)
 
-
-def difference_stderr(*errors: float | None) -> float | None:
-    """The standard error of a difference of independent values; None where one is not known."""
-    if any(error is None or not math.isfinite(error) for error in errors):
-        return None
-    return math.sqrt(sum(error**2 for error in errors))
+def _is_known(error: float | None) -> bool:
+    return error is not None and math.isfinite(error)
 
 
 def in_text(value: float, stderr: float | None, is_share: bool, signed: bool = False) -> str:
-    """`45.2% ± 1.1`: a share in percent, anything else with the digits that its error leaves."""
+    """`45.2% ± 1.1`: a share in percent, anything else with four digits, its error with two."""
     sign = "+" if signed else ""
-    if is_share:
-        error = f" ± {100 * stderr:.1f}" if stderr is not None and math.isfinite(stderr) else ""
-        unit = " points" if signed else "%"
-        return f"{100 * value:{sign}.1f}{unit}{error}"
-    error = f" ± {stderr:.2g}" if stderr is not None and math.isfinite(stderr) else ""
-    return f"{value:{sign}.4g}{error}"
-
-
-def changes(before: Evaluation | None, after: Evaluation | None, role: str = "task") -> list[Change]:
-    """The main scores that both have."""
-    if before is None or after is None:
-        return []
-    pairs = [(before.score(score.key), score) for score in after.main_scores(role)]
-    return [Change(old, new) for old, new in pairs if old is not None]
+    number = f"{100 * value:{sign}.1f}{' points' if signed else '%'}" if is_share else f"{value:{sign}.4g}"
+    if not _is_known(stderr):
+        return number
+    return f"{number} ± {100 * stderr:.1f}" if is_share else f"{number} ± {stderr:.2g}"
 
 
 @dataclass(frozen=True)
 class Evaluations:
-    """All of a run.
+    """All evaluations of a run.
 
     Attributes:
-        problems: of files that are left out, in words.
+        problems: one sentence per file that is left out.
     """
 
-    all: list[Evaluation]
+    all: list[ScoreFile]
     problems: list[str]
 
-    def of(self, kind: str, model: str | None = None) -> list[Evaluation]:
+    def of(self, kind: str, model: str | None = None) -> list[ScoreFile]:
         return [found for found in self.all if found.kind == kind and model in (None, found.model)]
 
     @property
-    def before(self) -> Evaluation | None:
+    def before(self) -> ScoreFile | None:
         return next(iter(self.of("main", "base")), None)
 
     @property
-    def after(self) -> Evaluation | None:
+    def after(self) -> ScoreFile | None:
         return next(iter(self.of("main", "tuned")), None)
 
-    def by_prompt(self) -> dict[str, Evaluation]:
-        """How many examples are in the prompt -> the base with them, fewest first."""
+    @property
+    def perplexities(self) -> tuple[Perplexity | None, Perplexity | None]:
+        """Before and after."""
+        return tuple(each.perplexity if each else None for each in (self.before, self.after))
+
+    @property
+    def last(self) -> ScoreFile | None:
+        return self.after or self.before
+
+    def both(self, score: Score) -> tuple[Score | None, Score | None]:
+        """A score before and after; None where it was not made."""
+        return tuple(each.score(score.key) if each else None for each in (self.before, self.after))
+
+    def changes(self, role: str = "task") -> list[ScoreChange]:
+        """The main scores that were made both before and after."""
+        pairs = [self.both(score) for score in self.main_scores(role)]
+        return [ScoreChange(old, new) for old, new in pairs if old and new]
+
+    def main_scores(self, role: str = "task") -> list[Score]:
+        """Of the last evaluation."""
+        return self.last.main_scores(role) if self.last else []
+
+    def by_prompt(self) -> dict[str, ScoreFile]:
+        """Examples in the prompt, and documents where these are fewer -> the base with them, fewest first."""
         found = [*self.of("main", "base"), *self.of("fewshot", "base")]
         found.sort(key=lambda each: -1 if each.num_fewshot is None else each.num_fewshot)
-        return {each.prompt: each for each in found}
+        limit = self.before.settings.limit if self.before else None
+        named = {}
+        for each in found:
+            own = each.settings.limit
+            named[each.prompt if own in (None, limit) else f"{each.prompt} on {own} documents"] = each
+        return named
 
-    def by_format(self, model: str) -> dict[int, Evaluation]:
-        """Number of the prompt's format -> the model under it; 0 is the task's own."""
+    def best_prompts(self) -> list[tuple[str, ScoreChange]]:
+        """(prompt, base with it -> tuned) for the best of several prompts by hand, per task."""
+        best = []
+        for score in self.after.main_scores() if self.after else []:
+            bases = {prompt: base.score(score.key) for prompt, base in self.by_prompt().items()}
+            bases = {prompt: base for prompt, base in bases.items() if base is not None}
+            if len(bases) > 1:
+                prompt = max(bases, key=lambda prompt: score.sign * bases[prompt].value)
+                best.append((prompt, ScoreChange(bases[prompt], score)))
+        return best
+
+    def by_format(self, model: str) -> dict[int, ScoreFile]:
+        """Number of the prompt's format -> the model with it; 0 is the task's own."""
         others = self.of("format", model)
         own = self.of("main", model) if others else []
         return {found.settings.format: found for found in [*own, *others]}
 
 
 def read_evaluations(run: Path) -> Evaluations:
-    """Read all scores of a run folder; what cannot be read is said in `problems`."""
+    """Read all scores of a run folder; what cannot be read becomes one of the `problems`."""
     found, problems = [], []
     for path in sorted((run / FOLDER).glob("*.json")):
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(document, dict) and "results" in document and "scores" not in document:
-                problems.append(f"{FOLDER}/{path.name} was scored by an older version: score the run again")
-                continue
-            found.append(Evaluation.model_validate(document))
+            found.append(ScoreFile.model_validate(parse_json(path.read_text(encoding="utf-8"))))
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
+            place = ".".join(map(str, first["loc"])) or "the file"
             problems.append(f"{FOLDER}/{path.name} is not understood: {place}: {first['msg']}")
         except (OSError, ValueError) as error:
             problems.append(f"{FOLDER}/{path.name} cannot be read: {error}")
     return Evaluations(found, problems)
 
 
+def parse_json(text: str) -> Any:
+    """A JSON document.
+
+    Raises:
+        ValueError: it is not one, or a string in it is not Unicode: pictures and terminals fail on it.
+    """
+    try:
+        document = json.loads(text)
+        json.dumps(document, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return document
+
+
 def card_scores(folder: Path) -> list[dict]:
     """Rows for the card of a run's adapter: the main scores, before and after."""
     found = read_evaluations(folder)
-    before, after, rows = found.before, found.after, []
-    for score in after.main_scores() if after else []:
-        old = before.score(score.key) if before else None
-        row = {"task": score.task, "metric": score.metric, "after": score.value, "stderr": score.stderr}
-        rows.append({**row, "before": old.value if old else None})
+    rows = []
+    for score in found.after.main_scores() if found.after else []:
+        old, new = found.both(score)
+        before = old.value if old else None
+        row = {"task": new.task, "metric": new.metric, "before": before, "after": new.value}
+        rows.append({**row, "stderr": new.stderr})
     return rows

@@ -13,14 +13,14 @@ from speft_ds.data.dataset import TokenizedDataset
 
 
 class ValidationLoss:
-    """The mean loss per label token (per row for a classifier) of some rows.
+    """The mean loss per label token (per row for a classifier) on some rows.
 
     The rows are cut into batches that do not depend on the number of ranks.
 
     Args:
         rows: tokenised, the same on every rank.
         batch_size: rows per forward.
-        pad_id: see `collate.collate`.
+        pad_id: see `collate`.
     """
 
     def __init__(self, rows: TokenizedDataset, batch_size: int, pad_id: int):
@@ -28,28 +28,27 @@ class ValidationLoss:
 
     @torch.no_grad()
     def measure(self, module: nn.Module, loss: Callable[[nn.Module, dict[str, Tensor]], Tensor]) -> float:
-        """The loss of the weights as they are now, the same on every rank and any number of them.
+        """The loss with the current weights: the same on every rank, and for any number of ranks.
 
-        Each rank runs as many forwards as the others, as ZeRO-3 demands.
+        Every rank runs the same number of forwards, as ZeRO-3 demands.
 
         Args:
             loss: (module, batch) -> summed loss.
         """
         rank, world_size, device = collectives.rank(), collectives.world_size(), collectives.device()
-        by_length = sorted(self.rows, key=lambda row: -len(row.ids))
-        size = self.batch_size
-        batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+        rows, size = sorted(self.rows, key=lambda row: -len(row.ids)), self.batch_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         sums = torch.zeros(len(batches), dtype=torch.float64, device=device)
         was_training = module.training
         module.eval()
         for first in range(0, len(batches), world_size):
             watchdog.heartbeat(f"validation batch {first + 1} of {len(batches)}")
             number = first + rank
-            rows = batches[number] if number < len(batches) else batches[0][:1]
-            value = loss(module, collate(rows, self.pad_id, device))
+            batch = batches[number] if number < len(batches) else batches[0][:1]
+            value = loss(module, collate(batch, self.pad_id, device))
             if number < len(batches):
                 sums[number] = value
         module.train(was_training)
-        # Summed in one order whatever the number of ranks.
+        # On the CPU: summed in the same order for any number of ranks.
         total = collectives.all_reduce(sums).cpu().sum().item()
-        return total / sum(row.num_labels for row in by_length)
+        return total / sum(row.num_labels for row in rows)

@@ -16,9 +16,10 @@ from speft_ds.config.eval_config import EvalConfig
 from speft_ds.config.mask_config import mask_file
 from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
-from speft_ds.evaluation.eval_jobs import EvalJob
-from speft_ds.evaluation.results import Scored, has_scored, keep_scores, main_scores
+from speft_ds.evaluation.eval_jobs import EvalJob, extra_jobs
+from speft_ds.evaluation.results import Scored, has_scored, keep_scores
 from speft_ds.evaluation.runner import EvalRunner
+from speft_ds.model.dtype import agree_on_dtype
 from speft_ds.sparse.mask import read_mask
 from speft_ds.training.checks import check_chat_template
 from speft_ds.training.setup import TrainContext, load_context, load_data, scored_model_facts
@@ -51,20 +52,6 @@ def apply_to_shards(context: TrainContext, folder: Path) -> None:
         shard[where] = with_delta(shard[where], delta[first:last])
 
 
-def rounds_to_score(recipe: EvalConfig, model: str) -> list[EvalJob]:
-    """The tasks, in all prompt formats that the recipe asks for; `model` (base, tuned) begins their names."""
-    shots = "" if recipe.num_fewshot is None else f"-{recipe.num_fewshot}shot"
-    limit = f"-limit{recipe.limit}" if recipe.limit else ""
-    label = f"{model}-{'+'.join(recipe.tasks)[:150]}{shots}{limit}".replace("/", "_")
-    first = EvalJob(label, "extra", tuple(recipe.tasks), recipe.num_fewshot, recipe.limit)
-    numbers = range(1, recipe.format_spread)
-    more = [
-        EvalJob(f"{label}-format-{i}", "extra", first.tasks, first.num_fewshot, first.limit, i)
-        for i in numbers
-    ]
-    return [first, *more]
-
-
 def run(recipe: Recipe, adapter: Path | None) -> None:
     """The job, on every rank.
 
@@ -76,6 +63,7 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     """
     collectives.init(recipe.train.timeout_minutes + 1)
     collectives.start_watchdog(recipe.train.timeout_minutes, lambda: "start it again")
+    recipe = agree_on_dtype(recipe)
     data = load_data(recipe)
     check_chat_template(recipe.eval, data.tokenizer)
     evaluation = EvalRunner(recipe, data.tokenizer)
@@ -84,7 +72,7 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     if adapter is not None:
         apply_to_shards(context, adapter)
     folder = Path(recipe.output_dir) / "eval"
-    jobs = rounds_to_score(recipe.eval, _name_of(adapter))
+    jobs = extra_jobs(recipe.eval, _name_of(adapter))
     of = scored_model_facts(context, tensors_sha256(adapter))
     jobs = collectives.broadcast_object([_with_free_label(folder, job, of, recipe) for job in jobs])
     for scored in evaluation.run(context.engine.module, jobs, of):
@@ -111,6 +99,6 @@ def _with_free_label(folder: Path, job: EvalJob, of: dict, recipe: Recipe) -> Ev
 
 def _keep(folder: Path, scored: Scored, recipe: EvalConfig) -> None:
     keep_scores(folder, scored, recipe)
-    for score in main_scores(scored.document):
-        log_rank0(f"{score.name}: {score.text}, {score.num_documents} documents")
-    log_rank0(str(folder / f"{scored.document['label']}.json"))
+    for score in scored.file.main_scores("task") + scored.file.main_scores("forgetting"):
+        log_rank0(f"{score.name}: {score}, {score.num_documents} documents")
+    log_rank0(str(folder / f"{scored.file.label}.json"))

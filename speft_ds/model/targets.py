@@ -79,3 +79,18 @@ def tied_targets(model: nn.Module, targets: dict[str, nn.Linear]) -> list[str]:
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     return [name for name, linear in targets.items() if owners[id(linear.weight)] > 1]
+
+
+def place(name: str) -> tuple[int | None, str]:
+    """(layer, module) of a weight.
+
+    `model.layers.3.mlp.experts.7.up_proj.weight` -> (3, `mlp.experts.*.up_proj`). The layer is the first
+    number in the name, None where there is none; later ones become `*`, so that the experts of a layer
+    share one place.
+    """
+    parts = name.removesuffix(".weight").split(".")
+    numbers = [position for position, part in enumerate(parts) if part.isdecimal()]
+    if not numbers:
+        return None, ".".join(parts)
+    module = parts[numbers[0] + 1 :] or parts
+    return int(parts[numbers[0]]), ".".join("*" if part.isdecimal() else part for part in module)

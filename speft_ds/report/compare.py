@@ -1,32 +1,109 @@
-"""Several runs side by side: what differs in their recipes, and what that did."""
+"""Several runs side by side, those that differ only in their seed as one: what differs, and its effect."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
+from typing import Any
 
 from speft_ds.errors import UserError
 from speft_ds.evaluation.scores import CLEAR, Score, in_text
-from speft_ds.report.build import write_document
-from speft_ds.report.document import Block, Document, Notes, Picture, Section, Table, Text
-from speft_ds.report.facts_sections import in_bytes
-from speft_ds.report.pictures import Line, curves, running_mean
-from speft_ds.report.run import NUM_WARMUP, Run, is_run, read_run
-from speft_ds.report.score_sections import NONE, how_scored
-from speft_ds.report.seeds import Group, Mean, differing_keys, grouped, mean_of, without_doubles
-from speft_ds.report.training_sections import mean_size
-from speft_ds.report.verdict import duration
+from speft_ds.report.page import Rows, mean_size
+from speft_ds.report.plots import Curve, curves, running_mean
+from speft_ds.report.render import Picture, write_pages
+from speft_ds.report.run import NUM_WARMUP, RunFolder, is_number, is_run, read_run
+from speft_ds.report.tables import duration, in_bytes, unique_tails
+from speft_ds.report.verdict import how_scored
 
-LONGEST_NAME = 100
-MOST_TASKS = 5  # that the verdict speaks of
+NOT_OF_A_GROUP = ("seed", "output_dir", "name")  # keys of the recipe
+MACHINE = ("machine.device", "machine.cpu", "machine.gpu")
+SCORED_ALIKE = {"num_fewshot", "limit", "chat_template", "lm_eval"}  # else scores are not comparable
+MAX_NAME = 100
+MAX_TASKS = 5  # that the verdict names
 CURVES = {
-    "validation_loss": "validation loss (nats a label token)",
+    "loss": "loss, mean of the last 4% of the steps",
+    "validation_loss": "validation loss (nats per label token)",
     "grad_norm": "gradient norm",
     "tokens_per_s": "tokens/s",
     "peak_memory_gib": "GiB on rank 0",
 }
+Key = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one recipe on one base, with several seeds or one.
+
+    Attributes:
+        label: the name of its first run, and how many there are.
+        recipe: by dotted key, without the keys in which runs of a group may differ.
+    """
+
+    label: str
+    runs: Sequence[RunFolder]
+    recipe: dict[str, Any]
+
+    def values(self, value: Callable[[RunFolder], float | None]) -> list[float]:
+        """A number of each run that has it."""
+        return [found for run in self.runs if is_number(found := value(run))]
+
+    def mean_score(self, key: Key, moment: str = "after") -> MeanScore | None:
+        """The mean of a score `before` or `after`; None where no run has it."""
+        files = [getattr(run.evaluations, moment) for run in self.runs]
+        return mean_score([score for file in files if file and (score := file.score(key))])
+
+
+@dataclass(frozen=True)
+class MeanScore:
+    """A score over the runs of a group.
+
+    Attributes:
+        deviation: sample standard deviation over seeds; None of a single run.
+        stderr: lm-eval's, over documents: the mean of the runs'; None where it is not known.
+    """
+
+    value: float
+    deviation: float | None
+    stderr: float | None
+    num_runs: int
+    is_share: bool
+
+    @property
+    def error(self) -> float | None:
+        """For comparing: documents and seeds together, √(stderr² + deviation²/n); None: not known."""
+        if self.stderr is None and self.deviation is None:
+            return None
+        return math.hypot(self.stderr or 0.0, (self.deviation or 0.0) / math.sqrt(self.num_runs))
+
+    def __str__(self) -> str:
+        text = in_text(self.value, self.stderr, self.is_share)
+        if self.deviation is None:
+            return text
+        deviation = f"{100 * self.deviation:.1f}" if self.is_share else f"{self.deviation:.2g}"
+        return f"{text}, sd {deviation} (n={self.num_runs})"
+
+
+def mean_score(scores: Sequence[Score]) -> MeanScore | None:
+    """The mean of one score over runs; None where there is none."""
+    if not scores:
+        return None
+    values, errors = [score.value for score in scores], [score.stderr for score in scores]
+    return MeanScore(
+        value=mean(values),
+        deviation=stdev(values) if len(values) > 1 else None,
+        stderr=mean(errors) if all(map(is_number, errors)) else None,
+        num_runs=len(scores),
+        is_share=all(score.is_share for score in scores),
+    )
+
+
+def without_duplicates(folders: Sequence[Path]) -> list[Path]:
+    """Each folder once, in order."""
+    return list({os.path.realpath(folder): folder for folder in reversed(folders)}.values())[::-1]
 
 
 def write_comparison(folders: Sequence[Path], output: Path | None = None) -> list[Path]:
@@ -37,188 +114,179 @@ def write_comparison(folders: Sequence[Path], output: Path | None = None) -> lis
     Returns:
         The files: report.html and report.md.
     Raises:
-        UserError: a folder is no run folder, or the report cannot be written.
+        UserError: a folder is not a run folder, or the report cannot be written.
     """
-    folders = without_doubles(folders)
     runs = [read_run(folder) for folder in folders]
     folder = output or Path("runs") / default_name(folders)
     if is_run(folder):
         fix = "name another folder: --output runs/report-mine"
         raise UserError(f"{folder} is a run: a report of several would hide its own", "--output", fix)
-    return write_document(comparison_of(runs), folder)
+    return write_pages(folder, "comparison.j2", **context_of(grouped(runs)))
 
 
 def default_name(folders: Sequence[Path]) -> str:
     names = [folder.absolute().name for folder in folders]
     full = f"report-{'-vs-'.join(names)}"
-    short = f"report-{names[0][:LONGEST_NAME]}-vs-{len(names) - 1}-others"
-    return full if len(full) <= LONGEST_NAME else short
+    short = f"report-{names[0][:MAX_NAME]}-vs-{len(names) - 1}-others"
+    return full if len(full) <= MAX_NAME else short
 
 
-def comparison_of(runs: Sequence[Run]) -> Document:
-    groups = grouped(runs)
-    blocks: list[Block] = [Text(verdict_of(groups))]
+def grouped(runs: Sequence[RunFolder]) -> list[Group]:
+    """Runs by recipe, but for the seed, and by base; in the order in which they were named."""
+    names = ["/".join(tail) for tail in unique_tails([run.folder.absolute().parts for run in runs])]
+    groups: dict[str, list[tuple[str, RunFolder]]] = {}
+    for name, run in zip(names, runs, strict=True):
+        recipe = sorted(flat(run.recipe).items()) or name
+        groups.setdefault(repr((recipe, run.fact("base.fingerprint"))), []).append((name, run))
+    found = []
+    for members in groups.values():
+        name, first = members[0]
+        seeds = {seed for _, run in members if is_number(seed := run.setting("seed"))}
+        what = "seeds" if len(seeds) == len(members) else "runs"
+        label = f"{name} ({len(members)} {what})" if len(members) > 1 else name
+        found.append(Group(label, [run for _, run in members], flat(first.recipe)))
+    return found
+
+
+def flat(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested recipe by dotted key, without the keys in which runs of one group may differ."""
+    leaves: dict[str, Any] = {}
+    for name, value in recipe.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            leaves |= flat(value, f"{key}.")
+        elif key not in NOT_OF_A_GROUP:
+            leaves[key] = value
+    return leaves
+
+
+def context_of(groups: Sequence[Group]) -> dict[str, Any]:
+    """What the templates show."""
+    runs = [run for group in groups for run in group.runs]
+    scored = [file for run in runs if (file := run.evaluations.after)]
+    # Of all main scores after training, groups of tasks first.
+    tasks = {score.key: score for file in reversed(scored) for score in file.main_scores()}
     notes = [f"{run.folder}: {problem}" for run in runs for problem in run.problems]
     notes += [f"{run.folder}: the run is not finished" for run in runs if not run.is_finished]
-    notes += _unlike(runs)
-    blocks += [Notes(notes)] * bool(notes)
-    in_groups = f" in {len(groups)} groups" if len(groups) < len(runs) else ""
-    title = f"{len(runs)} runs{in_groups} compared"
-    sections = [scores_section(groups), recipe_section(groups), cost_section(groups), curves_section(groups)]
-    return Document(title, blocks, [*sections, runs_section(groups)])
+    keys = dict.fromkeys(key for group in groups for key in group.recipe)
+    settings = {key: [_setting(group, key) for group in groups] for key in keys}
+    return {
+        "title": f"{len(runs)} runs{f' in {len(groups)} groups' if len(groups) < len(runs) else ''} compared",
+        "verdict": [verdict_of(groups, list(tasks.values())[:MAX_TASKS])],
+        "notes": notes + _unlike(runs),
+        "figures": [],
+        "pictures": _curves(groups),
+        "labels": [group.label for group in groups],
+        "scores": [(score.name, *(_from_to(g, key) for g in groups)) for key, score in tasks.items()],
+        "how_scored": how_scored(scored[:1]) if scored else "",
+        "has_seeds": len(groups) < len(runs),
+        "differing": [(key, *values) for key, values in settings.items() if len(set(values)) > 1],
+        "costs": _costs(groups),
+        "runs": [
+            (g.label, r.folder, str(r.setting("seed")), r.num_ranks or None) for g in groups for r in g.runs
+        ],
+        "num_warmup": NUM_WARMUP,
+    }
 
 
-def _unlike(runs: Sequence[Run]) -> list[str]:
-    """Why numbers of these runs may not be comparable."""
-    notes = []
-    settings = set()
-    for evaluation in [run.evaluations.after for run in runs if run.evaluations.after]:
-        found = evaluation.settings
-        settings.add((found.num_fewshot, found.limit, found.chat_template, found.lm_eval))
-    if len(settings) > 1:
-        notes.append("the runs were scored in different ways: their scores are not comparable as they are")
-    if len({run.fact("base.fingerprint", str) for run in runs} - {None}) > 1:
-        notes.append("the runs have different bases (their fingerprints differ)")
-    keys = ("machine.device", "machine.cpu", "machine.gpu", "world_size")
-    if len({repr([run.fact(key) for key in keys]) for run in runs}) > 1:
-        notes.append("the runs were made on different machines or numbers of ranks: compare no times")
-    return notes
+def _setting(group: Group, key: str) -> str:
+    value = group.recipe.get(key, "-")
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def main_keys(groups: Sequence[Group]) -> dict[tuple[str, str, str], Score]:
-    """Key -> a score with it, of all main scores after training; groups of tasks first."""
-    found = [run.evaluations.after for group in groups for run in group.runs if run.evaluations.after]
-    return {score.key: score for evaluation in reversed(found) for score in evaluation.main_scores()}
+def _from_to(group: Group, key: Key) -> str | None:
+    before, after = group.mean_score(key, "before"), group.mean_score(key)
+    first = f"{in_text(before.value, None, before.is_share)} → " if before else ""
+    return f"{first}{after}" if after else None
 
 
-def verdict_of(groups: Sequence[Group]) -> str:
-    """Which is best on what, and whether that is clear."""
-    sentences = [_best(groups, score) for score in list(main_keys(groups).values())[:MOST_TASKS]]
-    validation = [(mean(values), group) for group in groups if (values := group.values(_best_held_out))]
-    if len(validation) > 1:
-        lowest, group = min(validation, key=lambda pair: pair[0])
-        sentences.append(f"The lowest validation loss has {group.label} ({lowest:.4g}).")
+def verdict_of(groups: Sequence[Group], tasks: Sequence[Score]) -> str:
+    """Which is best at what, and whether that is clear."""
+    sentences = [_best(groups, score) for score in tasks]
+    losses = [(mean(values), group.label) for group in groups if (values := group.values(_best_held_out))]
+    if len(losses) > 1:
+        lowest, label = min(losses)
+        sentences.append(f"The lowest validation loss is that of {label} ({lowest:.4g}).")
     return " ".join(sentences) or "No run was scored after training, so there is no best one."
 
 
 def _best(groups: Sequence[Group], score: Score) -> str:
-    means = [(found, g.label) for g in groups if (found := mean_of(g.scores(score.key))) is not None]
-    sign = 1 if score.higher_is_better else -1
-    means.sort(key=lambda pair: -sign * pair[0].value)
+    means = [(found, group.label) for group in groups if (found := group.mean_score(score.key))]
+    means.sort(key=lambda pair: -score.sign * pair[0].value)
     (best, label), *others = means
     if not others:
-        return f"On {score.name}, {label} reaches {best.text}; no other was scored on it."
+        return f"On {score.name}, {label} reaches {best}; no other was scored on it."
     second, other = others[0]
-    errors = _num_errors(best, second)
-    apart = "no standard error is known" if errors is None else f"{errors:.1f} standard errors apart"
-    if errors is not None and errors < CLEAR:
-        apart += ", so that is no clear order"
-    return f"On {score.name}, {label} is first with {best.text}, then {other} with {second.text}: {apart}."
+    if best.error is None or second.error is None or not (error := math.hypot(best.error, second.error)):
+        apart = "no standard error is known"
+    else:
+        errors = abs(best.value - second.value) / error
+        unclear = ", so that is no clear order" if errors < CLEAR else ""
+        apart = f"{errors:.1f} standard errors apart{unclear}"
+    return f"On {score.name}, {label} is first with {best}, then {other} with {second}: {apart}."
 
 
-def _num_errors(a: Mean, b: Mean) -> float | None:
-    if a.error is None or b.error is None or not (error := math.hypot(a.error, b.error)):
-        return None
-    return abs(a.value - b.value) / error
+def _unlike(runs: Sequence[RunFolder]) -> list[str]:
+    """Why numbers of these runs may not be comparable."""
+    scored = [run.evaluations.after for run in runs if run.evaluations.after]
+    settings = {file.settings.model_dump_json(include=SCORED_ALIKE) for file in scored}
+    bases = {run.fact("base.fingerprint", "") for run in runs} - {""}
+    machines = {repr([run.num_ranks, *map(run.fact, MACHINE)]) for run in runs}
+    reasons = {
+        "the runs were scored in different ways: their scores are not comparable as they are": settings,
+        "the runs have different bases (their fingerprints differ)": bases,
+        "the runs were made on different machines or numbers of ranks: compare no times": machines,
+    }
+    return [reason for reason, found in reasons.items() if len(found) > 1]
 
 
-def scores_section(groups: Sequence[Group]) -> Section:
-    """Before and after of every group, a row each."""
-    keys = main_keys(groups)
-    if not keys:
-        return Section("Scores", [Text("No run was scored after training.")])
-    rows = [(group.label, *(_from_to(group, key) for key in keys)) for group in groups]
-    evaluations = [run.evaluations.after for group in groups for run in group.runs if run.evaluations.after]
-    how = how_scored(evaluations[:1])
-    if any(len(group.runs) > 1 for group in groups):
-        how += (
-            " Where n runs differ in their seed alone, this is their mean; sd is the standard deviation over "
-            "them, beside lm-eval's error over documents. To compare, both count: √(stderr² + sd²/n)."
-        )
-    headings = ["run", *(f"{score.name}, before → after" for score in keys.values())]
-    return Section("Scores", [Table(headings, rows), Text(how, is_small=True)])
-
-
-def _from_to(group: Group, key: tuple[str, str, str]) -> str:
-    before, after = (mean_of(group.scores(key, moment)) for moment in ("before", "after"))
-    first = f"{in_text(before.value, None, before.is_share)} → " if before else ""
-    return f"{first}{after.text}" if after else NONE
-
-
-def recipe_section(groups: Sequence[Group]) -> Section:
-    keys = differing_keys(groups)
-    if not keys:
-        return Section("What differs", [Text("Nothing in the recipes but seed and output_dir.")])
-    rows = [(group.label, *(_value(group.recipe.get(key, NONE)) for key in keys)) for group in groups]
-    return Section("What differs", [Table(["run", *keys], rows)])
-
-
-def _value(value: object) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def cost_section(groups: Sequence[Group]) -> Section:
-    """Loss, time, memory and size."""
-    columns: dict[str, tuple[Callable[[Run], float | None], Callable[[float], str]]] = {
-        "training loss": (_last_loss, lambda value: f"{value:.4g}"),
-        "lowest validation loss": (_best_held_out, lambda value: f"{value:.4g}"),
-        "steps": (lambda run: run.num_done, lambda value: f"{value:,.0f}"),
+def _costs(groups: Sequence[Group]) -> Rows:
+    """Loss, time, memory and size: a row per quantity, a column per group."""
+    rows: dict[str, tuple[Callable[[RunFolder], float | None], Callable[[float], str]]] = {
+        "training loss": (_last_loss, "{:.4g}".format),
+        "lowest validation loss": (_best_held_out, "{:.4g}".format),
+        "steps": (lambda run: run.num_done, "{:,.0f}".format),
         "time in steps": (lambda run: run.step_seconds, duration),
-        "tokens/s": (lambda run: run.tokens_per_s, lambda value: f"{value:,.0f}"),
-        "peak memory": (lambda run: run.peak_memory_gib, lambda value: f"{value:.2f} GiB"),
-        "trained entries": (lambda run: run.fact("mask.num_trainable", int), lambda value: f"{value:,.0f}"),
+        "tokens/s": (lambda run: run.tokens_per_s, "{:,.0f}".format),
+        "peak memory": (lambda run: max(run.series("peak_memory_gib")[1], default=None), "{:.2f} GiB".format),
+        "trained entries": (lambda run: run.fact("mask.num_trainable"), "{:,.0f}".format),
         "adapter": (lambda run: run.adapter_bytes, in_bytes),
     }
-    rows = []
-    for group in groups:
-        values = [(group.values(value), text) for value, text in columns.values()]
-        rows.append((group.label, *(_mean_text(found, text) for found, text in values)))
-    how = (
-        "How: the training loss is the mean of the last 4% of the steps; tokens/s leave out the first "
-        f"{NUM_WARMUP} steps; memory is of rank 0. Of several seeds: the mean, and lowest to highest."
-    )
-    return Section("Loss, time, memory, size", [Table(["run", *columns], rows), Text(how, is_small=True)])
+    return [
+        (what, *(_mean_text(group.values(value), text) for group in groups))
+        for what, (value, text) in rows.items()
+    ]
 
 
-def _mean_text(values: Sequence[float], text: Callable[[float], str]) -> str:
+def _mean_text(values: Sequence[float], text: Callable[[float], str]) -> str | None:
+    """The mean, and lowest to highest where they differ."""
     if not values:
-        return NONE
-    middle = text(mean(values))
+        return None
     low, high = text(min(values)), text(max(values))
-    return middle if low == high else f"{middle} ({low} to {high})"
+    return text(mean(values)) + (f" ({low} to {high})" if low != high else "")
 
 
-def _last_loss(run: Run) -> float | None:
+def _last_loss(run: RunFolder) -> float | None:
     losses = run.series("loss")[1]
     return running_mean(losses, mean_size(len(losses)))[-1] if losses else None
 
 
-def _best_held_out(run: Run) -> float | None:
+def _best_held_out(run: RunFolder) -> float | None:
     return min(run.series("validation_loss")[1], default=None)
 
 
-def curves_section(groups: Sequence[Group]) -> Section:
-    """One picture a quantity, a colour a group, a line a run."""
-    pictures: list[Block] = []
-    for key, what in {"loss": "loss, mean of the last 4% of the steps", **CURVES}.items():
+def _curves(groups: Sequence[Group]) -> dict[str, Picture]:
+    """One picture per quantity, a colour per group, a line per run."""
+    pictures = {}
+    for key, what in CURVES.items():
         lines = []
         for colour, group in enumerate(groups):
             for number, run in enumerate(group.runs):
                 steps, values = run.series(key)
-                if values:
-                    drawn = running_mean(values, mean_size(len(values))) if key == "loss" else values
-                    lines.append(Line("" if number else group.label, steps, drawn, colour))
+                if key == "loss":
+                    values = running_mean(values, mean_size(len(values)))
+                lines += [Curve("" if number else group.label, steps, values, colour)] if values else []
         if lines:
             labels = ", ".join(line.label for line in lines if line.label)
-            pictures.append(Picture(f"{key}.svg", curves(lines, what), f"{what} over steps: {labels}"))
-    return Section("Training", pictures or [Text("No run has made a step.")])
-
-
-def runs_section(groups: Sequence[Group]) -> Section:
-    """What stands for each label."""
-    rows = [
-        (group.label, str(run.folder), str(run.setting("seed")), str(run.fact("world_size")))
-        for group in groups
-        for run in group.runs
-    ]
-    return Section("The runs", [Table(("label", "folder", "seed", "ranks"), rows)])
+            pictures[f"{key}.svg"] = Picture(curves(lines, what), f"{what} over steps: {labels}")
+    return pictures

@@ -1,135 +1,241 @@
-"""A report as one HTML page that needs nothing else: no script, no font, no picture from elsewhere."""
+"""The report of one run: a pure function of its folder."""
 
 from __future__ import annotations
 
-from base64 import b64encode
-from functools import singledispatch
-from html import escape
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-from speft_ds.report.document import (
-    Block,
-    Code,
-    Document,
-    Figures,
-    Folded,
-    Notes,
-    Picture,
-    Section,
-    Table,
-    Text,
-)
+import yaml
 
-STYLE = Path(__file__).with_name("page.css")
-KINDS = {".svg": "image/svg+xml", ".png": "image/png"}
-DOTS = 150 / 96  # of a PNG a pixel of the page
-VERDICTS = {"better": "better", "worse": "worse"}  # cells that are coloured
-# The page loads nothing, whatever slipped into it.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+from speft_ds.config.mask_config import MASK_FILE
+from speft_ds.errors import UserError
+from speft_ds.evaluation.scores import CLEAR, Evaluations, Score, ScoreChange, in_text
+from speft_ds.report.plots import HALF, Curve, bars, curves, mask_heat_map, running_mean
+from speft_ds.report.render import Picture, write_pages
+from speft_ds.report.run import ADAPTER, NUM_WARMUP, RunFolder, is_number, numbers, read_run, size_of
+from speft_ds.report.summary import key_figures
+from speft_ds.report.tables import in_bytes
+from speft_ds.report.verdict import how_scored, verdict_of
+from speft_ds.training.run_dir import RECIPE
+
+Rows = list[tuple[Any, ...]]  # of tables; a dash stands for None
+
+# Key of metrics.jsonl -> (axis, meaning) of a small picture.
+SMALL = {
+    "grad_norm": ("gradient norm", "the global norm of the sparse gradient before clipping"),
+    "lr": ("learning rate", "the learning rate of each step"),
+    "tokens_per_s": ("tokens/s", "tokens of the global batch over the seconds of the step, over all ranks"),
+    "peak_memory_gib": ("GiB on rank 0", "the highest memory of rank 0 so far, since training began"),
+    "accuracy": ("accuracy", "the share of the global batch that the classifier got right"),
+}
+STAGES = {
+    "tasks": "finding the tasks",
+    "data": "reading and tokenizing rows",
+    "model": "loading the model",
+    "eval_before": "scoring before training",
+    "salience": "scoring the weights",
+    "selection": "selecting the mask",
+    "resume": "loading the checkpoint",
+    "training": "training",
+    "validation": "validation loss (within training)",
+    "slices": "scoring slices (within training)",
+    "checkpoints": "writing checkpoints (within training)",
+    "save": "writing the adapter",
+    "eval_after": "scoring after training",
+    "other": "all else",
+}
+WITHIN = ("validation", "slices", "checkpoints")
 
 
-def to_html(document: Document) -> str:
-    """The page; whatever a file said is text in it."""
-    links = [f'<a href="#{_anchor(section)}">{escape(section.title)}</a>' for section in document.sections]
-    body = [
-        f"<header><h1>{escape(document.title)}</h1></header>",
-        *map(block_html, document.blocks),
-        f"<nav>{' '.join(links)}</nav>",
-        *map(_section_html, document.sections),
-    ]
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            '<link rel="icon" href="data:,">',
-            f"<title>{escape(document.title)}</title>",
-            f"<style>\n{STYLE.read_text(encoding='utf-8')}</style></head>",
-            "<body><main>",
-            *body,
-            "</main></body></html>",
-            "",
-        ]
+def write_report(folder: Path, output: Path | None = None) -> list[Path]:
+    """Write the report of a run, as markdown and as a page, from its folder alone; the same every time.
+
+    Args:
+        output: where it goes; None: into the run folder.
+    Returns:
+        The files: report.html and report.md.
+    Raises:
+        UserError: the folder is not a run folder, or the report cannot be written.
+    """
+    return write_pages(output or folder, "run.j2", **context_of(read_run(folder)))
+
+
+def context_of(run: RunFolder) -> dict[str, Any]:
+    """What the templates show."""
+    heat_map, no_heat_map = _heat_map(run)
+    spreads, formats = _formats(run.evaluations)
+    changes = [numbers(change) for change in run.fact("mask.changes", [])]
+    keys = list(changes[-1]) if changes else []
+    return {
+        "title": f"Run {run.name}",
+        "verdict": verdict_of(run),
+        "notes": run.problems,
+        "figures": key_figures(run, max_scores=2)[:6],
+        "pictures": {**_curves(run), **heat_map, **_stages(run)},
+        "small_curves": [(f"{key}.svg", *SMALL[key]) for key in SMALL if run.series(key)[0]],
+        "no_heat_map": no_heat_map,
+        "run": run,
+        "found": run.evaluations,
+        "before_after": lambda scores: _before_after(run.evaluations, scores),
+        "how_scored": how_scored,
+        "clear": f"{CLEAR:g}",
+        **_prompting(run.evaluations),
+        "perplexities": _perplexities(run.evaluations),
+        "spreads": spreads,
+        "formats": formats,
+        "mean_size": mean_size(len(run.series("loss")[1])),
+        "change_keys": keys,
+        "mask_changes": [[change.get(key) for key in keys] for change in changes],
+        "num_warmup": NUM_WARMUP,
+        "checkpoints": [(c.path.name, in_bytes(size_of(c.path))) for c in run.checkpoints],
+        "starts": [(start["step"], start.get("world_size")) for start in run.starts],
+        "commands": _commands(run),
+        "recipe": yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True) if run.recipe else "",
+    }
+
+
+def _before_after(found: Evaluations, scores: Iterable[Score]) -> Rows:
+    rows = []
+    for score in scores:
+        old, new = found.both(score)
+        change = ScoreChange(old, new) if old and new else None
+        name = score.name + ("" if score.higher_is_better else " (lower is better)")
+        rows.append((name, score.num_documents, old, new, change, change and change.verdict_text))
+    return rows
+
+
+def _prompting(found: Evaluations) -> dict[str, Any]:
+    """The base with examples in its prompt, beside the tuned model."""
+    prompts = {f"base, {prompt}": base for prompt, base in found.by_prompt().items()}
+    if found.after:
+        prompts[f"tuned, {found.after.prompt}"] = found.after
+    names = {score.key: score.name for each in prompts.values() for score in each.main_scores()}
+    return {
+        "prompts": list(prompts.items()),
+        "prompted": [(name, *(each.score(key) for each in prompts.values())) for key, name in names.items()],
+        "best_prompts": [
+            (change.after.name, f"{prompt}, {change.before}", change, change.verdict_text)
+            for prompt, change in found.best_prompts()
+        ],
+    }
+
+
+def _perplexities(found: Evaluations) -> Rows:
+    rows = []
+    for key in ("token_perplexity", "byte_perplexity"):
+        old, new = (getattr(each, key) if each else None for each in found.perplexities)
+        change = f"{new / old - 1:+.1%}" if old and new else None
+        rows.append((f"{key.replace('_', ' ')} (lower is better)", old, new, change))
+    return rows if any(found.perplexities) else []
+
+
+def _formats(found: Evaluations) -> tuple[Rows, Rows]:
+    """How far each score depends on the wording of the prompt, and the scores with each wording."""
+    spreads, formats = [], []
+    for model in ("base", "tuned"):
+        by_format = found.by_format(model)
+        for number, each in by_format.items():
+            what = each.settings.format_text or (None if number else "the task's own")
+            formats += [(number, what, f"{s.name}, {model}", s) for s in each.main_scores()]
+        for main in list(by_format.values())[-1].main_scores() if len(by_format) > 1 else []:
+            scores = [score for each in by_format.values() if (score := each.score(main.key))]
+            values, is_share = [score.value for score in scores], all(score.is_share for score in scores)
+            texts = [in_text(of(values), None, is_share) for of in (min, median, max)]
+            spread = in_text(max(values) - min(values), None, is_share, signed=True).removeprefix("+")
+            spreads.append((f"{main.name}, {model}", len(scores), *texts, spread))
+    return spreads, sorted(formats, key=lambda row: row[0])
+
+
+def mean_size(num_steps: int) -> int:
+    """The number of steps that the bold line of a loss averages over: 4% of them."""
+    return max(1, num_steps // 25)
+
+
+def _commands(run: RunFolder) -> str:
+    folder, on_cpu = run.folder.as_posix(), run.fact("machine.device") == "cpu"
+    start = f"{'DS_ACCELERATOR=cpu ' * on_cpu}deepspeed --num_gpus {run.num_ranks or 1}"
+    recipe, again = shlex.quote(f"{folder}/{RECIPE}"), shlex.quote(f"output_dir={folder}-again")
+    return (
+        f"{start} launch/train.py --recipe {recipe} {again}\n"
+        f"{start} launch/evaluate.py --run {shlex.quote(folder)}\n"
+        f"speft report {shlex.quote(folder)}"
     )
 
 
-def _anchor(section: Section) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in section.title.lower())
+# Pictures, by the name of their file
 
 
-def _section_html(section: Section) -> str:
-    inner = "\n".join(map(block_html, section.blocks))
-    return f'<section id="{_anchor(section)}"><h2>{escape(section.title)}</h2>\n{inner}\n</section>'
+def _curves(run: RunFolder) -> dict[str, Picture]:
+    """Loss, validation loss and the rest over steps."""
+    restarts = [start["step"] for start in run.starts[1:]]
+    pictures = {}
+    steps, losses = run.series("loss")
+    if losses:
+        mean = running_mean(losses, mean_size(len(losses)))
+        lines = [Curve("loss", steps, losses, is_faint=True), Curve("loss", steps, mean)]
+        if run.series("validation_loss")[0]:
+            lines.append(Curve("validation loss", *run.series("validation_loss"), 1))
+        alt = f"loss over steps, from {losses[0]:.4g} to {losses[-1]:.4g}"
+        pictures["loss.svg"] = Picture(curves(lines, "loss (nats per label token)", restarts), alt)
+    for key, (axis, meaning) in SMALL.items():
+        if run.series(key)[0]:
+            drawn = curves([Curve("", *run.series(key))], axis, restarts, HALF)
+            pictures[f"{key}.svg"] = Picture(drawn, f"{axis} over steps: {meaning}", is_small=True)
+    if lines := _scores_while_training(run):
+        alt = f"scores over steps: {', '.join(line.label for line in lines)}"
+        pictures["scores.svg"] = Picture(curves(lines, "score"), alt)
+    return pictures
 
 
-@singledispatch
-def block_html(block: Block) -> str:
-    """The HTML of one block."""
-    raise TypeError(f"no block of a report: {block!r}")
+def _scores_while_training(run: RunFolder) -> list[Curve]:
+    """Scores of small slices of the tasks, where metrics.jsonl has them."""
+    scored = [line for line in run.lines if isinstance(line.get("scores"), dict)]
+    names = list(dict.fromkeys(name for line in scored for name in line["scores"]))
+    lines = []
+    for number, name in enumerate(names[:8]):
+        found = [(ln["step"], ln["scores"][name]) for ln in scored if is_number(ln["scores"].get(name))]
+        if found:
+            lines.append(Curve(name, *zip(*found, strict=True), number))
+    return lines
 
 
-@block_html.register
-def _(block: Text) -> str:
-    return f"<p{' class=small' if block.is_small else ''}>{escape(block.text)}</p>"
+def _stages(run: RunFolder) -> dict[str, Picture]:
+    """Seconds by stage, the longest first."""
+    timings = numbers(run.fact("timings_s"))
+    if total := timings.pop("total", 0.0):
+        known = sum(seconds for stage, seconds in timings.items() if stage not in WITHIN)
+        timings["other"] = max(total - known, 0.0)
+    shown = {STAGES.get(stage, stage): s for stage, s in timings.items() if s >= 0.001 * total}
+    if not shown:
+        return {}
+    shown = dict(sorted(shown.items(), key=lambda pair: -pair[1]))
+    alt = "seconds by stage: " + ", ".join(f"{name} {_seconds(value)}" for name, value in shown.items())
+    return {"time.svg": Picture(bars(list(shown), list(shown.values()), "seconds", _seconds), alt)}
 
 
-@block_html.register
-def _(block: Notes) -> str:
-    items = "".join(f"<li>{escape(line)}</li>" for line in block.lines)
-    return f'<ul class="notes">{items}</ul>'
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 100 else f"{value:,.0f} s"
 
 
-@block_html.register
-def _(block: Figures) -> str:
-    tiles = [
-        f"<div><dt>{escape(what)}</dt><dd>{escape(number)}</dd><dd class=small>{escape(how)}</dd></div>"
-        for what, number, how in block.figures
-    ]
-    return f'<dl class="figures">{"".join(tiles)}</dl>'
+def _heat_map(run: RunFolder) -> tuple[dict[str, Picture], str]:
+    """Where the entries of the adapter lie, or those of a mask that was only selected; or why not."""
+    from speft_ds.adapter.format import Adapter  # late: they import torch
+    from speft_ds.adapter.inspect import mask_counts
+    from speft_ds.sparse.mask import read_mask
 
-
-@block_html.register
-def _(block: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in block.headings)
-    rows = []
-    for row in block.rows:
-        name = f'<th scope="row">{escape(row[0])}</th>'
-        cells = [f"<td{_verdict(cell)}>{_cell(cell)}</td>" for cell in row[1:]]
-        rows.append(f"<tr>{name}{''.join(cells)}</tr>")
-    body = "\n".join(rows)
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    # Wide tables scroll by themselves; the keyboard reaches them.
-    return f'<div class="wide" tabindex="0">{table}</div>'
-
-
-def _cell(text: str) -> str:
-    """A value stays on one line with its error."""
-    return escape(text).replace(" ± ", "&nbsp;±&nbsp;")
-
-
-def _verdict(cell: str) -> str:
-    kind = VERDICTS.get(cell.partition(",")[0])
-    return f' class="{kind}"' if kind else ""
-
-
-@block_html.register
-def _(block: Picture) -> str:
-    kind = KINDS[Path(block.file).suffix]
-    data = b64encode(block.content).decode()
-    look = f'class="{"half" if block.is_small else "full"}"'
-    if kind == "image/png":  # in its own size: its first chunk begins with the width in pixels
-        look = f'width="{int.from_bytes(block.content[16:20]) / DOTS:.0f}"'
-    return f'<img {look} src="data:{kind};base64,{data}" alt="{escape(block.alt)}">'
-
-
-@block_html.register
-def _(block: Code) -> str:
-    return f'<pre tabindex="0"><code>{escape(block.text.rstrip())}</code></pre>'
-
-
-@block_html.register
-def _(block: Folded) -> str:
-    inner = "\n".join(map(block_html, block.blocks))
-    return f"<details><summary>{escape(block.title)}</summary>\n{inner}\n</details>"
+    try:
+        if (run.folder / ADAPTER).is_dir():
+            mask, what = mask_counts(Adapter.open(run.folder / ADAPTER)), "entries that the adapter holds"
+        elif (run.folder / MASK_FILE).is_file():
+            mask, what = read_mask(run.folder / MASK_FILE)[0], "entries of the selected mask"
+        else:
+            return {}, "the folder has no adapter and no mask"
+    except UserError as error:
+        return {}, error.what
+    if not mask.shape:
+        return {}, "the adapter holds no entry"
+    content = mask_heat_map(mask, f"{run.name}: {what}", "svg")
+    return {"mask.svg": Picture(content, f"{what}, by layer and module")}, ""

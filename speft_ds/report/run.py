@@ -1,11 +1,10 @@
-"""What a run folder says, read so that a missing or damaged file is a sentence and not a crash."""
+"""What a run folder says. A missing or damaged file is a sentence and not a crash."""
 
 from __future__ import annotations
 
-import json
-import math
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,23 +12,24 @@ from typing import Any
 import yaml
 
 from speft_ds.errors import UserError
-from speft_ds.evaluation.scores import Evaluations, read_evaluations
+from speft_ds.evaluation.scores import Evaluations, parse_json, read_evaluations
 from speft_ds.training.checkpoint.folder import Checkpoint, list_checkpoints
 from speft_ds.training.run_dir import FACTS, METRICS, RECIPE
 
 NUM_WARMUP = 3  # steps that throughput leaves out
 ADAPTER = "adapter"
-Number = (int, float)
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """A run folder, read.
 
     Attributes:
-        recipe: recipe.yaml, nested; facts: run.json; lines: metrics.jsonl, one dict a step.
+        recipe: recipe.yaml, nested.
+        facts: run.json.
+        lines: metrics.jsonl, one dict per step.
         adapter: adapter.json.
-        problems: what is missing or damaged, in words.
+        problems: one sentence for everything missing or damaged.
     """
 
     folder: Path
@@ -39,42 +39,48 @@ class Run:
     adapter: dict[str, Any]
     evaluations: Evaluations
     checkpoints: list[Checkpoint]
-    problems: list[str] = field(default_factory=list)
+    problems: list[str]
 
     @property
     def name(self) -> str:
-        return self.folder.absolute().name
+        return self.folder.absolute().name.encode(errors="replace").decode()
 
-    def fact(self, key: str, kind: type | tuple = object) -> Any:
-        """A value of run.json by its dotted key; None where there is none of this type."""
-        return look_up(self.facts, key, kind)
+    def fact(self, key: str, default: Any = None) -> Any:
+        """A value of run.json by its dotted key; see `look_up`."""
+        return look_up(self.facts, key, default)
 
-    def setting(self, key: str, kind: type | tuple = object) -> Any:
-        """A value of the recipe by its dotted key; None where there is none of this type."""
-        return look_up(self.recipe, key, kind)
+    def setting(self, key: str, default: Any = None) -> Any:
+        """A value of the recipe by its dotted key; see `look_up`."""
+        return look_up(self.recipe, key, default)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps, and the finite values of a key of metrics.jsonl at them."""
-        pairs = [(line["step"], line[key]) for line in self.lines if is_number(line.get(key))]
-        return [step for step, _ in pairs], [float(value) for _, value in pairs]
+        """The steps at which metrics.jsonl has a finite value of a key, and these values."""
+        pairs = [(line["step"], float(line[key])) for line in self.lines if is_number(line.get(key))]
+        return [step for step, _ in pairs], [value for _, value in pairs]
 
     @property
     def is_finished(self) -> bool:
-        # Before runs could be resumed, run.json was written at their end alone.
-        return self.facts.get("finished", "timings_s" in self.facts) is True
+        return self.facts.get("finished") is True
 
     @property
     def num_done(self) -> int:
         return self.lines[-1]["step"] if self.lines else 0
 
     @property
-    def num_steps(self) -> int | None:
-        return self.fact("num_steps", int) or self.setting("train.steps", int)
+    def num_steps(self) -> int:
+        """Of the complete run; 0: not known."""
+        return self.fact("num_steps", 0) or self.setting("train.steps", 0)
 
     @property
     def starts(self) -> list[dict[str, Any]]:
-        """Where its processes began: `step` and `world_size` each."""
-        return [start for start in self.fact("starts", list) or [] if is_number(look_up(start, "step"))]
+        """Where its processes began: `step` and `world_size` of each."""
+        return [start for start in self.fact("starts", []) if is_number(look_up(start, "step"))]
+
+    @property
+    def num_ranks(self) -> int:
+        """Of the last start; 0: not known."""
+        last = self.starts[-1] if self.starts else {}
+        return self.fact("world_size", 0) or look_up(last, "world_size", 0)
 
     @property
     def nonfinite_steps(self) -> list[int]:
@@ -84,7 +90,7 @@ class Run:
 
     @cached_property
     def step_seconds(self) -> float:
-        """Of all steps, whatever process made them."""
+        """Of all steps, over all starts."""
         return sum(self.series("step_ms")[1]) / 1000
 
     @property
@@ -96,17 +102,15 @@ class Run:
         return sum(line["num_tokens"] for line in lines) / seconds if seconds else None
 
     @property
-    def peak_memory_gib(self) -> float | None:
-        return max(self.series("peak_memory_gib")[1], default=None)
-
-    @property
-    def account(self) -> dict[str, dict[str, int]]:
-        """`memory` and `sent` of the rank that held most while training: kind -> bytes; empty if unknown."""
-        accounts = [
-            {what: _numbers(look_up(each, what, dict) or {}) for what in ("memory", "sent")}
-            for each in self.fact("accounts", list) or []
+    def resources(self) -> tuple[float, dict[str, float], dict[str, float]]:
+        """Peak bytes, memory breakdown and comm volume (kind -> bytes) of the rank with the highest peak."""
+        keys = ("memory_breakdown", "comm_volume")
+        ranks = [
+            (numbers(each).get("peak_bytes", 0), *(numbers(look_up(each, key)) for key in keys))
+            for each in self.fact("resources", [])
+            if isinstance(each, dict)
         ]
-        return max(accounts, key=lambda each: sum(each["memory"].values()), default={})
+        return max(ranks, key=lambda each: each[0], default=(0, {}, {}))
 
     @cached_property
     def adapter_bytes(self) -> int:
@@ -114,18 +118,23 @@ class Run:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, Number) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite number; no integer beyond the floats is."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def _numbers(values: dict) -> dict:
-    return {key: value for key, value in values.items() if is_number(value)}
-
-
-def look_up(nested: Any, key: str, kind: type | tuple = object) -> Any:
-    """The value of a dotted key; None where it is missing or of another type."""
+def look_up(nested: Any, key: str, default: Any = None) -> Any:
+    """The value of a dotted key; the default where there is none of the default's type (None: of any)."""
     for part in key.split("."):
         nested = nested.get(part) if isinstance(nested, dict) else None
-    return nested if isinstance(nested, kind) else None
+    if default is None:
+        return nested
+    is_such = is_number(nested) if is_number(default) else isinstance(nested, type(default))
+    return nested if is_such else default
+
+
+def numbers(mapping: Any) -> dict[str, float]:
+    """The finite numbers in a mapping; empty where it is none."""
+    return {k: v for k, v in mapping.items() if is_number(v)} if isinstance(mapping, dict) else {}
 
 
 def size_of(folder: Path) -> int:
@@ -137,11 +146,11 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (RECIPE, FACTS, METRICS))
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunFolder:
     """Read a run folder.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not a run folder.
     """
     if not is_run(folder):
         what = f"{folder} is not a run folder: it has no {RECIPE}, no {FACTS} and no {METRICS}"
@@ -153,24 +162,24 @@ def read_run(folder: Path) -> Run:
     adapter = _read_document(folder / ADAPTER / "adapter.json", problems) if has_adapter else {}
     lines = list(_read_lines(folder / METRICS, problems))
     evaluations = read_evaluations(folder)
-    problems += evaluations.problems
     checkpoints = list_checkpoints(folder)
+    problems += evaluations.problems
     problems += [
         f"{c.path.relative_to(folder)} does not count: {c.problem}" for c in checkpoints if c.problem
     ]
-    return Run(folder, recipe, facts, lines, adapter, evaluations, checkpoints, problems)
+    return RunFolder(folder, recipe, facts, lines, adapter, evaluations, checkpoints, problems)
 
 
 def _read_document(path: Path, problems: list[str]) -> dict[str, Any]:
     """A JSON or YAML file with a mapping in it; empty, and a problem, where it is not that."""
     try:
         text = path.read_text(encoding="utf-8")
-        document = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        document = yaml.safe_load(text) if path.suffix == ".yaml" else parse_json(text)
         if not isinstance(document, dict):
             raise ValueError("it is not a mapping")
     except FileNotFoundError:
         problems.append(f"there is no {path.name}")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"{path.name} cannot be read: {' '.join(str(error).split())}")
     else:
         return document
@@ -187,10 +196,10 @@ def _read_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
     last = 0
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError:
             values = None
-        if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        if not isinstance(look_up(values, "step"), int) or not is_number(values["step"]):
             problems.append(f"line {number} of {path.name} is damaged, and left out")
             continue
         if values["step"] != last + 1:

@@ -1,4 +1,4 @@
-"""The table at the end of a run."""
+"""The numbers that matter most of a run, and the table of them at its end."""
 
 from __future__ import annotations
 
@@ -6,84 +6,84 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from speft_ds.evaluation.scores import Change
-from speft_ds.report.facts_sections import in_bytes
-from speft_ds.report.run import Run, look_up, read_run
-from speft_ds.report.score_sections import verdict
+from speft_ds.evaluation.scores import ScoreChange
+from speft_ds.report.run import RunFolder, look_up, numbers, read_run
+from speft_ds.report.tables import duration, in_bytes, plain
 
-
-def summary(folder: Path) -> list[tuple[str, str]]:
-    """(what, value) lines of a run, read from its files alone; what is not there is left out.
-
-    Raises:
-        UserError: the folder is no run folder.
-    """
-    run = read_run(folder)
-    return [*score_lines(run), *_mask_lines(run), *_cost_lines(run)]
-
-
-def score_lines(run: Run) -> list[tuple[str, str]]:
-    """The main scores before and after, and what became of them."""
-    before, after = run.evaluations.before, run.evaluations.after
-    lines = []
-    for main in (after or before).main_scores() if after or before else []:
-        old, new = before and before.score(main.key), after and after.score(main.key)
-        lines += [(f"{main.name} before", old.text)] if old else []
-        change = Change(old, new) if old and new else None
-        became = f"  ({change.short_text}: {verdict(change)})" if change else ""
-        lines += [(f"{main.name} after", f"{new.text}{became}")] if new else []
-    return lines + [("note", problem) for problem in run.evaluations.problems]
-
-
-def _mask_lines(run: Run) -> list[tuple[str, str]]:
-    trained, targets = run.fact("mask.num_trainable", int), run.fact("mask.num_target_elements", int)
-    lines = []
-    if trained is not None and targets:
-        lines += [("trained entries", f"{trained:,} of {targets:,}"), ("density", f"{trained / targets:.4%}")]
-    if head := run.fact("head", int):
-        lines.append(("head, trained whole", f"{head:,} weights"))
-    if changes := run.fact("mask.changes", list):
-        last = look_up(changes[-1], "overlap_with_first", float)
-        overlap = f"; overlap of the last mask with the first {last:.1%}" if last is not None else ""
-        lines.append(("mask changes", f"{len(changes)}{overlap}"))
-    return lines
-
-
-def _cost_lines(run: Run) -> list[tuple[str, str]]:
-    lines = []
-    if run.adapter_bytes:
-        lines.append(("adapter size", f"{run.adapter_bytes / 2**20:.2f} MiB"))
-    total, training = run.fact("timings_s.total", float), run.fact("timings_s.training", float)
-    if total is not None and training is not None:
-        lines.append(("seconds", f"{total:.0f} ({training:.0f} of them training)"))
-    if memory := run.account.get("memory"):
-        largest = sorted(memory, key=memory.get, reverse=True)[:3]
-        parts = ", ".join(f"{kind} {in_bytes(memory[kind])}" for kind in largest)
-        lines.append(("memory of a rank", f"{in_bytes(sum(memory.values()))} ({parts}, ...)"))
-    if sent := run.account.get("sent"):
-        parts = ", ".join(f"{kind} {in_bytes(size)}" for kind, size in sent.items())
-        lines.append(("sent a step", parts))
-    if tokens := run.tokens_per_s:
-        lines.append(("tokens/s", f"{tokens:.0f} on {run.fact('world_size')} rank(s)"))
-    return lines
+FILES = {
+    "report.html": "all of this and more, for a browser",
+    "adapter/": "the trained entries; apply them with speft_ds.apply_adapter(model, path)",
+    "eval/": "scores before and after",
+    "metrics.jsonl": "one line per step",
+    "run.json": "versions, mask, base, timings",
+    "recipe.yaml": "the recipe with every default filled in",
+}
 
 
 def print_summary(folder: Path) -> None:
-    """The table at the end of a run, and where everything lies."""
-    table = Table(title=Text(str(folder)), show_header=False)
-    for what, value in summary(folder):
-        table.add_row(Text(what), Text(value))
+    """Print the table at the end of a run, and where everything lies.
+
+    Raises:
+        UserError: the folder is not a run folder.
+    """
+    run = read_run(folder)
+    table = Table(title=plain(str(folder)), show_header=False)
+    for row in [*key_figures(run), *(("note", problem, "") for problem in run.evaluations.problems)]:
+        table.add_row(*map(plain, row))
     console = Console()
     console.print(table)
-    for name, what in (
-        ("report.html", "all of this and more, for a browser"),
-        ("adapter/", "what was learnt; apply it with speft_ds.apply_adapter(model, path)"),
-        ("eval/", "scores before and after"),
-        ("metrics.jsonl", "one line a step"),
-        ("run.json", "versions, mask, base, timings"),
-        ("recipe.yaml", "the recipe with every default filled in"),
-    ):
+    for name, what in FILES.items():
         if (folder / name).exists():
             console.print(f"  {folder / name}  {what}", highlight=False, soft_wrap=True, markup=False)
+
+
+def key_figures(run: RunFolder, max_scores: int | None = None) -> list[tuple[str, str, str]]:
+    """(what, number, how it came about), the most important first; what is not known is left out."""
+    rows = []
+    for score in run.evaluations.main_scores()[:max_scores]:
+        old, new = run.evaluations.both(score)
+        if old and new:
+            change = ScoreChange(old, new)
+            how = f"before {old.short}: {change}, {change.verdict_text}"
+            rows.append((score.name, new.short, how))
+        else:
+            rows.append((score.name, str(score), "after training" if new else "before training"))
+    for key, what in (("validation_loss", "validation loss"), ("loss", "training loss")):
+        steps, values = run.series(key)
+        if values:
+            rows.append((what, f"{values[-1]:.4g}", f"at step {steps[-1]:,}; at first {values[0]:.4g}"))
+    if run.step_seconds:
+        speed = f"{run.tokens_per_s:,.0f} tokens/s" if run.tokens_per_s else "in steps"
+        ranks = f", {run.num_ranks} rank(s)" if run.num_ranks else ""
+        rows.append(("training time", duration(run.step_seconds), speed + ranks))
+    return [*rows, *_sizes(run)]
+
+
+def _sizes(run: RunFolder) -> list[tuple[str, str, str]]:
+    trained, targets = run.fact("mask.num_trainable", 0), run.fact("mask.num_target_elements", 0)
+    rows = []
+    if run.adapter_bytes:
+        entries = numbers(run.adapter).get("num_entries") or trained
+        each = f"{entries:,} entries, {run.adapter_bytes / entries:.2f} bytes each" if entries else ""
+        rows.append(("adapter", in_bytes(run.adapter_bytes), each))
+    if trained and targets:
+        rows.append(("trained entries", f"{trained:,}", f"of {targets:,} ({trained / targets:.4%})"))
+    if head := run.fact("head", 0):
+        rows.append(("fully trained head", f"{head:,}", "weights"))
+    if changes := run.fact("mask.changes", []):
+        last = look_up(changes[-1], "overlap_with_first", 0.0)
+        rows.append(
+            ("mask changes", f"{len(changes)}", f"overlap of the last mask with the first {last:.1%}")
+        )
+    if total := numbers(run.fact("timings_s", {})).get("total"):
+        rows.append(("total time", duration(total), "of the last start"))
+    peak, memory, sent = run.resources
+    for what, total, kinds in (
+        ("peak memory per rank", peak, memory),
+        ("sent per rank per step", sum(sent.values()), sent),
+    ):
+        largest = sorted(kinds, key=kinds.get, reverse=True)[:3]
+        named = ", ".join(f"{kind} {in_bytes(kinds[kind])}" for kind in largest)
+        rows += [(what, in_bytes(total), named)] if kinds else []
+    return rows

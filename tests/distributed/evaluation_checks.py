@@ -23,12 +23,12 @@ def scores_and_answers(results: dict) -> dict:
 
 
 def check_evaluation(recipe: Recipe) -> list[dict] | None:
-    """lm-eval on the live engine: each round of `before`, with its documents; on rank 0."""
+    """lm-eval on the live engine: each job of `before`, with its documents; on rank 0."""
     trainer = make_trainer(recipe)
     scored = list(trainer.evaluation.run(trainer.engine.module, jobs_of(recipe.eval, "before"), {}))
     if collectives.rank() != 0:
         return None
-    return [{**scores_and_answers(each.results), "document": each.document} for each in scored]
+    return [{**scores_and_answers(each.results), "document": each.file.model_dump()} for each in scored]
 
 
 def check_stock_evaluation(recipe: Recipe, num_fewshot: int | None = None) -> dict | None:

@@ -190,3 +190,17 @@ def asked_while_scoring() -> None:
         return score(self, module)
 
     EvalRunner.slice_scores = asked
+
+
+def multiplies_bfloat16() -> None:
+    _answer_for_the_hardware(True)
+
+
+def emulates_bfloat16() -> None:
+    _answer_for_the_hardware(False)
+
+
+def _answer_for_the_hardware(multiplies: bool) -> None:
+    from speft_ds.model import dtype
+
+    dtype.multiplies_bfloat16 = lambda device: multiplies

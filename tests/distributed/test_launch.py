@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from limits import HANG_S
 from live import LiveRun, finishes, is_refused
 from tiny import make_model, recipe_values
 from transformers import AutoModelForCausalLM
@@ -22,7 +23,7 @@ from speft_ds.sparse.mask import read_mask, save_mask
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CURVES = ("grad_norm", "loss", "lr", "peak_memory_gib", "time", "tokens_per_s")
-PICTURES = sorted([*(f"{name}.svg" for name in CURVES), "mask.png"])
+PICTURES = sorted(f"{name}.svg" for name in (*CURVES, "mask"))
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
 
 
@@ -35,7 +36,7 @@ def launch(
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     command = [LAUNCHER, "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
     command += [str(ROOT / "launch" / f"{job}.py"), "--recipe", str(recipe), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=env, check=False)
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_a_run_leaves_what_the_readme_says(recipe, tiny, tmp_path):
     for moment in ("before", "after"):
         scores = json.loads((run / "eval" / f"{moment}.json").read_text())["scores"]
         assert sorted(row["task"] for row in scores) == ["tiny_choice", "tiny_generate"]
-    assert "trained entries" in finished.stdout and "tiny_choice acc after" in finished.stdout
+    assert "trained entries" in finished.stdout and "tiny_choice acc" in finished.stdout
     assert str(run / "adapter") in finished.stdout
     assert finished.stdout.count("step ") >= 4
     # The recipe in the run folder is a recipe: the same run again, elsewhere, on one rank.

@@ -18,16 +18,16 @@ from speft_ds.adapter.format import Adapter
 from speft_ds.adapter.graft import Grafted
 from speft_ds.adapter.inspect import Inspection, inspect, mask_counts
 from speft_ds.errors import UserError
-from speft_ds.sparse.mask import Mask
-from speft_ds.tables import (
+from speft_ds.model.targets import place
+from speft_ds.report.tables import (
     OTHER,
     density_table,
     jaccard_text,
-    place,
     print_mask_table,
     print_table,
     short_modules,
 )
+from speft_ds.sparse.mask import Mask
 
 NUM_WEIGHTS = 10  # of the weights that differ, how many are listed
 
@@ -61,11 +61,11 @@ def print_inspection(source: Path, against: Path | None, output: Path | None) ->
         )
         print(_agreement(overlap))
     if output is not None:
-        from speft_ds.plots import mask_heat_map  # late: it takes a second
+        from speft_ds.report.plots import mask_heat_map, save_picture  # late: it takes a second
 
         title = f"{adapter.folder}: {mask.num_trainable:,} entries ({mask.density:.3%})"
         try:
-            mask_heat_map(output, mask, title)
+            save_picture(output, mask_heat_map(mask, title))
         except OSError as error:
             raise UserError(f"cannot write: {error}", str(output), "choose another file") from error
         print(f"  {output}")

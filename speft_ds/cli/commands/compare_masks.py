@@ -16,9 +16,9 @@ from speft_ds.adapter.format import TENSORS as ADAPTER_FILE
 from speft_ds.adapter.format import Adapter
 from speft_ds.config.mask_config import MASK_FILE
 from speft_ds.errors import UserError
-from speft_ds.plots import jaccard_picture
+from speft_ds.report.plots import jaccard_picture, save_picture
+from speft_ds.report.tables import jaccard_text, percent, print_table, unique_tails
 from speft_ds.sparse.mask import Mask, jaccard, read_mask
-from speft_ds.tables import jaccard_text, percent, print_table, unique_tails
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def compare(paths: list[Path], output: Path | None) -> None:
     if output is None:
         return
     try:
-        jaccard_picture(output, names, matrix)
+        save_picture(output, jaccard_picture(names, matrix))
     except OSError as error:
         raise UserError(f"cannot write: {error}", where=str(output), fix="choose another file") from error
     print(f"  {output}")

@@ -42,12 +42,12 @@ def show_data(recipe: Recipe, output: Path | None) -> None:
     console.print(_lengths_table(dataset.lengths))
     for line in summary(recipe, dataset):
         console.print(line, highlight=False, markup=False)
-    from speft_ds.plots import length_histogram  # late: it takes a second
+    from speft_ds.report.plots import length_histogram, save_picture  # late: it takes a second
 
     path = output or Path("runs") / f"{recipe.name}-data.png"
     try:
-        max_length = recipe.data.max_length
-        length_histogram(path, dataset.lengths, dataset.num_label_tokens, max_length, recipe.name)
+        counts = (dataset.lengths, dataset.num_label_tokens, recipe.data.max_length)
+        save_picture(path, length_histogram(*counts, recipe.name))
     except OSError as error:
         fix = "name another: --output FILE.png"
         raise UserError(f"cannot write the picture: {error}", str(path), fix) from error

@@ -1,4 +1,4 @@
-"""`speft submit`: a run as a SLURM job, and its evaluation behind it. Imports no torch."""
+"""`speft submit`: a run as a SLURM job, and its evaluation as a second one. Imports no torch."""
 
 import contextlib
 import os
@@ -17,7 +17,6 @@ from speft_ds.config.recipe import Recipe
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.training.checkpoint.resume import IF_ANY, Resume, Start, find_start, fit_micro_batch
 
-SCRIPTS = ROOT / "launch" / "slurm"
 TRAIN, EVALUATE = "submit.sbatch", "slurm-evaluate.sbatch"  # in the run folder: names that a run leaves alone
 
 
@@ -32,8 +31,7 @@ class Resources:
 
     def lines(self) -> list[str]:
         gpus = [] if self.gpus_per_node is None else [f"--gpus-per-node={self.gpus_per_node}"]
-        tasks = f"--ntasks-per-node={self.ranks_per_node}"
-        return [f"--nodes={self.nodes}", tasks, *gpus, *self.options]
+        return [f"--nodes={self.nodes}", f"--ntasks-per-node={self.ranks_per_node}", *gpus, *self.options]
 
     @property
     def world_size(self) -> int:
@@ -42,30 +40,32 @@ class Resources:
 
 @dataclass(frozen=True)
 class Run:
-    """What a job trains: as on the command line of launch/train.py."""
+    """What a job trains: the arguments of launch/train.py."""
 
     recipe: str
     overrides: tuple[str, ...] = ()
     resume_with: tuple[str, ...] = ()
 
     def words(self) -> list[str]:
-        consent = [word for text in self.resume_with for word in ("--resume-with", text)]
-        return [self.recipe, *self.overrides, *consent]
+        changes = [word for text in self.resume_with for word in ("--resume-with", text)]
+        return [self.recipe, *self.overrides, *changes]
 
 
 def submit(run: Run, resources: Resources, evaluate: bool, dry_run: bool) -> None:
     """Write the job script of a run into its folder, submit it, and say how to watch it.
 
     Args:
-        evaluate: submit a second job, which scores the run when the first has ended well.
-        dry_run: print the scripts; nothing is written or submitted, and the files that the run needs are not
-            looked for.
+        evaluate: submit a second job, which scores the run once the first has succeeded.
+        dry_run: print the scripts; nothing is written or submitted, and the files of the run are not checked.
     Raises:
         UserError: recipe, options or cluster are not right; it says what is submitted all the same.
     """
-    _check_options(resources.options)
+    for option in resources.options:
+        if not option.startswith("-") or "\n" in option:
+            fix = 'like --sbatch "--constraint=a100", once per option'
+            raise UserError(f"{option!r} is not an option of sbatch", "command line (--sbatch)", fix)
     recipe = load_recipe(run.recipe, [*run.overrides, *run.resume_with])
-    with contextlib.redirect_stdout(sys.stderr):  # its note, for the script may go through a pipe
+    with contextlib.redirect_stdout(sys.stderr):  # its note, since the script may go into a pipe
         recipe = fit_micro_batch(recipe, resources.world_size)
     if problems := batch_problems(recipe, resources.world_size):
         raise RecipeError(problems, f"recipe {recipe.name}")
@@ -79,24 +79,24 @@ def submit(run: Run, resources: Resources, evaluate: bool, dry_run: bool) -> Non
     if dry_run:
         print("\n".join(scripts.values()), end="")
         return
-    start = _check_start(recipe, run, resources)
+    start = _checked_start(recipe, run, resources)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in scripts.items():
         (folder / name).write_text(text, encoding="utf-8")
     job = _sbatch(folder / TRAIN)
-    size = f"{resources.nodes} x {resources.ranks_per_node} ranks"
-    print(f"job {job}: {recipe.name} on {size}{_where_from(start)}")
+    resumed = f", going on from {start.checkpoint.path}" if start.checkpoint else ""
+    print(f"job {job}: {recipe.name} on {resources.nodes} x {resources.ranks_per_node} ranks{resumed}")
     print(f"  script    {folder / TRAIN}")
     print(f"  log       tail -F {shlex.quote(str(folder / f'slurm-{job}.out'))}")
     print(f"  watch     squeue --job={job}")
     print(f"  stop      scancel {job}   (it writes a checkpoint; the same `speft submit` goes on from there)")
     if evaluate:
         note = f"job {job}, which trains, is submitted all the same"
-        behind = _sbatch(folder / EVALUATE, f"--dependency=afterok:{job}", note=note)
-        print(f"  evaluate  job {behind}, behind it")
+        second = _sbatch(folder / EVALUATE, f"--dependency=afterok:{job}", note=note)
+        print(f"  evaluate  job {second}, after it")
 
 
-def _check_start(recipe: Recipe, run: Run, resources: Resources) -> Start:
+def _checked_start(recipe: Recipe, run: Run, resources: Resources) -> Start:
     """What the job would find out after its time in the queue. Raises UserError."""
     if shutil.which("sbatch") is None:
         fix = "submit on a login node of the cluster; to see the script: speft submit ... --dry-run"
@@ -109,50 +109,38 @@ def _check_start(recipe: Recipe, run: Run, resources: Resources) -> Start:
     return start
 
 
-def _where_from(start: Start) -> str:
-    return f", going on from {start.checkpoint.path}" if start.checkpoint else ""
-
-
-def _check_options(options: tuple[str, ...]) -> None:
-    for option in options:
-        if not option.startswith("-") or "\n" in option:
-            fix = 'like --sbatch "--constraint=a100", once an option'
-            raise UserError(f"{option!r} is not an option of sbatch", "command line (--sbatch)", fix)
-
-
 def job_script(job: str, kind: str, folder: Path, arguments: list[str], resources: Resources) -> str:
     """A batch script: this machine's paths and the resources, around launch/slurm/<kind>.sbatch.
 
     Args:
         job: the name in the queue.
         kind: train or eval.
-        folder: of the run, where the log goes.
+        folder: the run folder, where the log goes.
         arguments: of that script.
     """
-    script = SCRIPTS / f"{kind}.sbatch"
+    script = ROOT / "launch" / "slurm" / f"{kind}.sbatch"
     own = re.findall(r"^#SBATCH (--(?!job-name).*)", script.read_text(encoding="utf-8"), re.MULTILINE)
     log = str(folder / "slurm-%j.out").replace("%", "%%").replace("%%j", "%j")
     named = [f"--job-name={job}", f"--output={log}", f"--chdir={Path.cwd()}"]
-    accelerator = os.environ.get("DS_ACCELERATOR")
-    variables = {"SPEFT_ROOT": ROOT, "SPEFT_PYTHON": sys.executable}
-    variables |= {"DS_ACCELERATOR": accelerator} if accelerator else {}
+    variables = {"SPEFT_ROOT": str(ROOT), "SPEFT_PYTHON": sys.executable}
+    if accelerator := os.environ.get("DS_ACCELERATOR"):
+        variables["DS_ACCELERATOR"] = accelerator
     lines = [
         "#!/usr/bin/env bash",
         "# Written by `speft submit`; sbatch takes it again.",
-        *(f"#SBATCH {shlex.quote(option)}" for option in named),
-        *(f"#SBATCH {option}" for option in [*own, *resources.lines()]),
-        *(f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()),
+        *(f"#SBATCH {option}" for option in [*map(shlex.quote, named), *own, *resources.lines()]),
+        *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         f"exec bash {shlex.join([str(script), *arguments])}",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _sbatch(script: Path, *options: str, note: str = "nothing is submitted") -> str:
-    """Submit a script; the job's number. Raises UserError, with the note of what becomes of the rest."""
+    """Submit a script; returns the job's number. Raises UserError, whose note says what was submitted."""
     command = ["sbatch", "--parsable", *options, str(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = done.stderr.strip().removeprefix("sbatch: error: ")
+        reason = done.stderr.strip().removeprefix("sbatch: error: ")
         fix = "change the options; `sinfo` shows the partitions, nodes and time limits"
-        raise UserError(f"sbatch refused the job: {said}; {note}", str(script), fix)
+        raise UserError(f"sbatch refused the job: {reason}; {note}", str(script), fix)
     return done.stdout.strip().partition(";")[0]

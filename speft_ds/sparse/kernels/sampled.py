@@ -18,7 +18,7 @@ def transpose_fp32(x: Tensor) -> Tensor:
     return transpose(x).float()
 
 
-def split_tokens(x: Tensor, in_features: int) -> tuple[Tensor, ...]:
+def split_for_cache(x: Tensor, in_features: int) -> tuple[Tensor, ...]:
     """[..., features], input or gradient of a layer -> views [tokens of one product, features]."""
     flat = x.reshape(-1, x.shape[-1])
     num_tokens = flat.shape[0]
@@ -26,7 +26,9 @@ def split_tokens(x: Tensor, in_features: int) -> tuple[Tensor, ...]:
     return flat.chunk(num_parts)
 
 
-shared_transpose = SharedTranspose(lambda x: [transpose_fp32(part) for part in split_tokens(x, x.shape[-1])])
+shared_transpose = SharedTranspose(
+    lambda x: [transpose_fp32(part) for part in split_for_cache(x, x.shape[-1])]
+)
 
 
 class SampledGradient:
@@ -55,7 +57,7 @@ class SampledGradient:
 
     def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
         total = None
-        for x_t, part in zip(shared_transpose(x), split_tokens(grad_y, x.shape[-1]), strict=True):
+        for x_t, part in zip(shared_transpose(x), split_for_cache(grad_y, x.shape[-1]), strict=True):
             product = torch.sparse.sampled_addmm(self.pattern, transpose_fp32(part), x_t.t(), beta=0.0)
             total = product.values() if total is None else total.add_(product.values())
         return total

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from speft_ds.comm import collectives
-from speft_ds.tables import place
+from speft_ds.model.targets import place
 
 
 def clip_factor(norm: float, clip_norm: float | None) -> float:

@@ -7,7 +7,7 @@ import torch
 
 from speft_ds.adapter.format import Adapter
 from speft_ds.adapter.inspect import inspect, mask_counts
-from speft_ds.tables import density_table
+from speft_ds.report.tables import density_table
 from unit.adapter.samples import SHAPES, UP1, Q, flat, matrices, write
 
 

@@ -38,10 +38,10 @@ mixtures = st.lists(st.tuples(st.integers(1, 30), st.floats(0.1, 10)), min_size=
 def test_it_can_start_anywhere(sources, weighted, first, count):
     sizes, weights = zip(*sources, strict=True)
     sampler = Sampler(sizes, weights if weighted else None, 7)
-    whole = sampler.ids(0, first + count)
-    assert sampler.ids(first, count) == whole[first:]
-    assert whole == Sampler(sizes, weights if weighted else None, 7).ids(0, first + count)
-    assert all(0 <= number < sum(sizes) for number in whole)
+    complete = sampler.ids(0, first + count)
+    assert sampler.ids(first, count) == complete[first:]
+    assert complete == Sampler(sizes, weights if weighted else None, 7).ids(0, first + count)
+    assert all(0 <= number < sum(sizes) for number in complete)
 
 
 def test_without_weights_an_epoch_has_every_row_of_every_source_once():
@@ -74,9 +74,9 @@ def test_weights_are_shares_of_an_epoch_and_the_scarcest_source_is_seen_whole(si
         ids = sampler.ids(epoch * len(sampler), len(sampler))
         seen = [sum(start <= i < stop for i in ids) for start, stop in pairwise(edges)]
         assert seen == shares
-        whole = [n for n in range(len(sizes)) if shares[n] == sizes[n]]
-        assert whole
-        for n in whole:
+        complete = [n for n in range(len(sizes)) if shares[n] == sizes[n]]
+        assert complete
+        for n in complete:
             assert {i for i in ids if edges[n] <= i < edges[n + 1]} == set(range(edges[n], edges[n + 1]))
 
 

@@ -38,7 +38,7 @@ def test_backend_equals_the_dense_gradient(name, dtype, shape, density):
 def test_long_sequences_and_wide_inputs_are_multiplied_in_parts(dtype, shape, columns, num_parts):
     _, backend = make_backend("sampled", index := entries(0.1, (37, columns)), (37, columns))
     x, grad_y = torch.randn(*shape, columns).to(dtype), torch.randn(*shape, 37).to(dtype)
-    assert len(sampled.split_tokens(grad_y, columns)) == num_parts
+    assert len(sampled.split_for_cache(grad_y, columns)) == num_parts
     expected = (grad_y.double().flatten(0, 1).t() @ x.double().flatten(0, 1)).view(-1)[index.long()]
     assert torch.allclose(backend(x, grad_y).double(), expected, atol=1e-3)
 

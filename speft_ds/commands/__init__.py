@@ -1,1 +1,0 @@
-"""What the `speft` command does, one module a command."""

@@ -1,0 +1,233 @@
+"""All pictures. Each function returns the content of one file: SVG for reports, PNG for files of their own.
+
+matplotlib is imported by `_draw` alone, so that nothing else pays for it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from speft_ds.io import flush_to_disk, replacing
+from speft_ds.report.tables import density_table, jaccard_text, short_modules
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from numpy import ndarray as Array
+
+    from speft_ds.sparse.mask import Mask
+
+INK = "#010203"  # SVG is drawn with this and shown in the reader's text colour, light or dark
+SCHEMES = "svg{color:#1f2328}@media screen and (prefers-color-scheme:dark){svg{color:#e3e5e8}}"
+INK_KEYS = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+COLOURS = ("#2f7fd0", "#e0752d", "#3a9d5d", "#b657b0", "#c9a227", "#d1495b", "#4fb3bf", "#8d7b68")
+STYLE = {
+    "text.parse_math": False,  # names may have a $ in them
+    "svg.hashsalt": "speft_ds",  # random ids otherwise: the same drawing has the same bytes
+    "path.simplify_threshold": 0.5,  # pixels: a curve of 25,000 steps has some 2,400 points
+    "font.size": 9,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.15,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+WIDE, HALF = (7.2, 3.2), (4.8, 2.6)  # inches
+LARGEST = 40.0  # inches
+MAX_VALUES = 48  # rows or columns up to which every cell of a heat map shows its value
+MAX_TICKS = 50
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values at steps; a faint line is thin and not in the legend, nor is one without a label."""
+
+    label: str
+    steps: Sequence[int]
+    values: Sequence[float]
+    colour: int = 0
+    is_faint: bool = False
+
+
+def curves(
+    lines: Sequence[Curve], what: str, restarts: Sequence[int] = (), size: tuple[float, float] = WIDE
+) -> bytes:
+    """Lines over steps, as SVG.
+
+    Args:
+        what: the quantity and its unit.
+        restarts: steps after which the run was started again: a vertical line each.
+    """
+
+    def draw(axes: Axes) -> None:
+        for line in lines:
+            style = {"linewidth": 0.8, "alpha": 0.35} if line.is_faint else {"linewidth": 1.7}
+            if len(line.steps) <= 40 and not line.is_faint:
+                style |= {"marker": "o", "markersize": 3}
+            label = "_" if line.is_faint or not line.label else line.label
+            colour = COLOURS[line.colour % len(COLOURS)]
+            axes.plot(line.steps, line.values, color=colour, label=label, **style)
+        for step in restarts:
+            axes.axvline(step, color=INK, linewidth=0.8, linestyle=":", alpha=0.6)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+        axes.set(xlabel="step", ylabel=what)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.margins(x=0.01)
+
+    return _draw(*size, draw)
+
+
+def bars(names: Sequence[str], values: Sequence[float], what: str, text: Callable[[float], str]) -> bytes:
+    """Horizontal bars, the first on top, each with its value, as SVG."""
+
+    def draw(axes: Axes) -> None:
+        drawn = axes.barh(range(len(names)), values, color=COLOURS[0], height=0.65)
+        axes.bar_label(drawn, [text(value) for value in values], padding=4, size=8)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.margins(x=0.16)
+        axes.set(xlabel=what)
+        axes.grid(False, axis="y")
+
+    return _draw(WIDE[0], 0.9 + 0.27 * len(names), draw)
+
+
+def mask_heat_map(mask: Mask, title: str, kind: Literal["png", "svg"] = "png") -> bytes:
+    """The density of a mask by decoder layer (rows) and module (columns); grey where there is none."""
+    layers, modules, cells = density_table(mask)
+    percent = [[math.nan if cell is None else 100 * cell[0] / cell[1] for cell in row] for row in cells]
+    highest = max(value for row in percent for value in row if not math.isnan(value))
+
+    def draw(axes: Axes) -> None:
+        _heat_map(axes, percent, highest or 1.0, _percent_text, "trained entries (%)")
+        axes.set_title(title, size=10, wrap=True)
+        axes.set(xlabel="module", ylabel="layer")
+        _label(axes.yaxis, layers)
+        _label(axes.xaxis, short_modules(modules))
+
+    row_height = 0.21 if len(layers) <= MAX_VALUES else 0.14
+    width, height = 2.6 + 0.65 * len(modules), 1.8 + row_height * len(layers)
+    return _draw(max(width, 4.0), max(height, 3.0), draw, kind)
+
+
+def jaccard_picture(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> bytes:
+    """The Jaccard indices of every mask (rows) with every mask (columns), as PNG.
+
+    Args:
+        names: one per mask.
+        matrix: [masks][masks] values in [0, 1].
+    """
+
+    def draw(axes: Axes) -> None:
+        _heat_map(axes, matrix, 1.0, jaccard_text, "Jaccard index")
+        axes.set_title("entries in both masks / entries in either", size=10)
+        _label(axes.yaxis, names)
+        _label(axes.xaxis, names)
+        axes.set_aspect("equal")
+
+    side = 2.5 + (0.6 if len(names) <= MAX_VALUES else 0.2) * len(names)
+    return _draw(side + 1.0, side, draw, "png")
+
+
+def length_histogram(lengths: Array, num_label_tokens: Array, max_length: int, title: str) -> bytes:
+    """How long rows are, and how many of their tokens are label tokens, as PNG.
+
+    Args:
+        lengths, num_label_tokens: [rows] tokens, and label tokens, of each row.
+    """
+
+    def draw(axes: Axes) -> None:
+        edges = [max_length * n / 40 for n in range(41)]
+        labels = ["tokens", "label tokens"]
+        axes.hist([lengths, num_label_tokens], bins=edges, label=labels, histtype="stepfilled", alpha=0.6)
+        axes.set_title(title, size=10)
+        axes.set(xlabel=f"tokens per row (data.max_length={max_length})", ylabel="rows")
+        axes.legend()
+
+    return _draw(6.4, 4.0, draw, "png")
+
+
+def save_picture(path: Path, content: bytes) -> None:
+    """Write a picture, or leave the file as it was.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+        flush_to_disk(temporary)
+
+
+def running_mean(values: Sequence[float], size: int) -> list[float]:
+    """The mean of the last `size` values, or of as many as there are, at each."""
+    means, total = [], 0.0
+    for number, value in enumerate(values):
+        total += value - (values[number - size] if number >= size else 0.0)
+        means.append(total / min(number + 1, size))
+    return means
+
+
+def _heat_map(
+    axes: Axes, values: Sequence[Sequence[float]], highest: float, text: Callable[[float], str], what: str
+) -> None:
+    """Cells coloured from 0 to `highest`, with their values where these are legible, and a colour bar."""
+    # Without interpolation: SVG holds one pixel per cell.
+    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0.0, vmax=highest, interpolation="none")
+    axes.set_facecolor("lightgrey")  # seen where a value is NaN
+    axes.grid(False)
+    axes.figure.colorbar(image, label=what, aspect=30)
+    if max(len(values), len(values[0])) > MAX_VALUES:
+        return
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            if not math.isnan(value):
+                colour = "black" if value > 0.6 * highest else "white"
+                axes.text(column, row, text(value), color=colour, ha="center", va="center", size=7)
+
+
+def _percent_text(value: float) -> str:
+    """Two significant digits: 0.050, 0.52, 5.2, 52."""
+    return f"{value:#.2g}".removesuffix(".") if 0.0 < value < 99.5 else f"{value:.0f}"
+
+
+def _label(axis: Axis, names: Sequence[str]) -> None:
+    """Name the rows or columns; every n-th of very many. Column names slant."""
+    ticks = range(0, len(names), -(-len(names) // MAX_TICKS))
+    axis.set_ticks(ticks, [names[tick] for tick in ticks], size=8)
+    if axis.axis_name == "x":
+        axis.set_tick_params(rotation=45)
+        for label in axis.get_ticklabels():
+            label.set(ha="right", rotation_mode="anchor")
+
+
+def _draw(
+    width: float, height: float, draw: Callable[[Axes], None], kind: Literal["png", "svg"] = "svg"
+) -> bytes:
+    """Draw on one pair of axes, sizes in inches; the same drawing has the same bytes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = STYLE | (dict.fromkeys(INK_KEYS, INK) if kind == "svg" else {})
+    with matplotlib.rc_context(style):
+        size = (min(width, LARGEST), min(height, LARGEST))
+        figure = Figure(size, dpi=150, layout="compressed", facecolor="none" if kind == "svg" else "white")
+        axes = figure.subplots()
+        axes.set_facecolor("none")
+        draw(axes)
+        file = io.BytesIO()
+        figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    if kind == "png":
+        return file.getvalue()
+    text = re.sub(
+        "<!--.*?-->", "", file.getvalue().decode(), flags=re.DOTALL
+    )  # of names, which may be any bytes
+    return (
+        text.replace(INK, "currentColor").replace("<defs>", f"<style>{SCHEMES}</style>\n<defs>", 1).encode()
+    )

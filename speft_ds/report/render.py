@@ -1,0 +1,114 @@
+"""Reports as one HTML page and as markdown, by templates. What a file says is text in both, never markup."""
+
+from __future__ import annotations
+
+import re
+from base64 import b64encode
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from speft_ds.errors import UserError
+from speft_ds.report.plots import save_picture
+from speft_ds.report.tables import duration, in_bytes
+
+PAGE, MARKDOWN = "report.html", "report.md"
+PICTURES = "report"  # the folder of the pictures, beside the report
+TEMPLATES = Path(__file__).with_name("templates")
+# An underscore inside a word marks nothing up: names of tasks stay legible.
+_MARKUP = re.compile(r"[\\`*\[\]<>|~$&#]|(?<!\w)_|_(?!\w)")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is drawn already, as SVG.
+
+    Attributes:
+        alt: what it shows, for readers who cannot see it.
+        is_small: two of them fit beside each other.
+    """
+
+    content: bytes
+    alt: str
+    is_small: bool = False
+
+    @property
+    def address(self) -> str:
+        """All of it, as an address."""
+        return f"data:image/svg+xml;base64,{b64encode(self.content).decode()}"
+
+
+def write_pages(folder: Path, content: str, pictures: dict[str, Picture], **facts: Any) -> list[Path]:
+    """Write pictures, page and markdown, each file complete or not at all.
+
+    Args:
+        content: the template of the sections.
+        pictures: by the name of their file.
+        facts: what else the templates show.
+    Returns:
+        The files: report.html and report.md.
+    Raises:
+        UserError: they cannot be written.
+    """
+    files = {folder / PICTURES / name: picture.content for name, picture in pictures.items()}
+    for name in (PAGE, MARKDOWN):
+        files[folder / name] = render(name, content, pictures=pictures, **facts).encode(errors="replace")
+    try:
+        for path, written in files.items():
+            save_picture(path, written)
+    except OSError as error:
+        fix = "free space, or name another folder: --output FOLDER"
+        raise UserError(f"the report cannot be written: {error}", str(folder), fix) from error
+    return [folder / PAGE, folder / MARKDOWN]
+
+
+def render(name: str, content: str, **facts: Any) -> str:
+    """A report.
+
+    Args:
+        name: report.html or report.md.
+        content: the template of its sections, with the macros of either.
+    """
+    template = _environment(name == MARKDOWN).get_template(name)
+    return template.render(content=content, titles=[], **facts)
+
+
+@cache
+def _environment(is_markdown: bool) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=True,
+        finalize=in_markdown if is_markdown else shown,
+        extensions=["jinja2.ext.do"],
+    )
+    environment.filters |= {
+        "one_line": lambda text: Markup(" ".join(text.split())),
+        "bytes": in_bytes,
+        "amounts": lambda sizes: [(what, in_bytes(size)) for what, size in sizes.items() if size],
+        "duration": duration,
+    }
+    return environment
+
+
+def shown(value: Any) -> Any:
+    """Numbers as people read them, and a dash for what is not known."""
+    if value is None:
+        return "-"
+    if type(value) is int:
+        return f"{value:,}"
+    return f"{value:.4g}" if type(value) is float else value
+
+
+def in_markdown(value: Any) -> Markup:
+    """A value on one line, as markdown shows it unchanged."""
+    if isinstance(value, Markup):
+        return value
+    text = " ".join(str(shown(value)).split())
+    return Markup(_MARKUP.sub(lambda found: "\\" + found[0], text))

@@ -1,0 +1,161 @@
+"""The geometry of a model, from its configuration alone: weights by name, targets, entries to train."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from speft_ds import hub
+from speft_ds.config.mask_config import mask_file
+from speft_ds.config.model_config import HEAD
+from speft_ds.config.recipe import Recipe
+from speft_ds.errors import UserError
+
+GEOMETRIES_DIR = Path(__file__).resolve().parent / "geometries"
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """A model without its weights. Two geometries are equal if they are one: runs are cached by geometry.
+
+    Attributes:
+        config: of `transformers`; source: where it came from, in words.
+        task, dtype: as in a recipe's `model` section; `auto` is planned as bfloat16.
+        numel: elements of every weight, by name; tied ones once.
+        targets: (out, in) of the weights that the mask chooses from, by name.
+        num_entries: entries of the mask.
+        num_head: weights of a classification head, all trained; 0 without one.
+    """
+
+    config: object
+    source: str
+    task: str
+    dtype: str
+    numel: dict[str, int]
+    targets: dict[str, tuple[int, int]]
+    num_entries: int
+    num_head: int
+
+    @property
+    def num_weights(self) -> int:
+        return sum(self.numel.values())
+
+    @property
+    def num_target_elements(self) -> int:
+        return sum(self.numel[name] for name in self.targets)
+
+    @property
+    def density(self) -> float:
+        """Fraction of the targeted weights that is trained."""
+        return self.num_entries / self.num_target_elements
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """Names of the weights of which something is trained."""
+        return frozenset([*self.targets, *([HEAD] if self.num_head else [])])
+
+    @property
+    def largest_target(self) -> int:
+        """Elements of the largest targeted weight."""
+        return max(self.numel[name] for name in self.targets)
+
+
+def read_geometry(recipe: Recipe) -> Geometry:
+    """The geometry of a recipe's model.
+
+    Raises:
+        UserError: no configuration is cached; targets that the model does not have; too many or few entries.
+    """
+    import torch
+
+    # DeepSpeed's import says that there is no GPU, which a plan does not need.
+    logging.disable(logging.WARNING)
+    try:
+        from speft_ds.model.targets import find_targets, target_shapes
+        from speft_ds.selection.topk import num_trainable
+        from speft_ds.sparse.mask import read_mask
+    finally:
+        logging.disable(logging.NOTSET)
+    config, source = find_config(recipe)
+    task, dtype = recipe.model.task, recipe.model.dtype
+    dtype = "bfloat16" if dtype == "auto" else dtype
+    if task != "causal_lm":
+        config.num_labels = len(recipe.data.labels or ("one", "other"))
+        config.pad_token_id = config.pad_token_id or 0
+    with torch.device("meta"):
+        model = build_model(config, task, dtype)
+    numel = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if recipe.mask.load is None:
+        targets = target_shapes(find_targets(model, recipe.mask.targets, recipe.mask.layers))
+        num_entries = num_trainable(recipe.mask, targets)
+    else:
+        mask, _ = read_mask(mask_file(recipe.mask.load, recipe.where("mask.load")))
+        targets, num_entries = mask.shape, mask.num_trainable
+    num_head = 0 if task == "causal_lm" else numel.get(HEAD, 0)
+    return Geometry(config, source, task, dtype, numel, targets, num_entries, num_head)
+
+
+def find_config(recipe: Recipe) -> tuple[object, str]:
+    """The model's configuration and where it came from: its folder, the hub cache, or this package.
+
+    Never asks the network.
+
+    Raises:
+        UserError: it is in none of these, or cannot be read.
+    """
+    name, where = recipe.model.name_or_path, recipe.where("model.name_or_path")
+    file, source = config_file(name)
+    if file is None:
+        raise UserError(
+            f"no configuration of {name} is cached: a plan needs its config.json, and downloads nothing",
+            where,
+            f"name a folder that has one, or fetch it: hf download {name} config.json; "
+            f"built in are: {', '.join(list_geometries())}",
+        )
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8"))), source
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        what = f"cannot read the configuration: {error}"
+        raise UserError(what, f"{file} ({where})", "a model of another library, or a damaged file") from error
+
+
+def config_file(name: str) -> tuple[Path | None, str]:
+    """The config.json of a model, and where it is, in words; None where there is none."""
+    if os.path.isdir(name):
+        file = Path(name) / "config.json"
+        return (file if file.is_file() else None), str(file)
+    if cached := hub.model_folder(name):
+        return cached / "config.json", "the hub cache"
+    file = geometry_file(name)
+    return (file if file.is_file() else None), f"built in (geometries/{file.name})"
+
+
+def geometry_file(name: str) -> Path:
+    return GEOMETRIES_DIR / f"{name.replace('/', '--')}.json"
+
+
+def list_geometries() -> list[str]:
+    """The models whose configuration comes with this package."""
+    return sorted(path.stem.replace("--", "/") for path in GEOMETRIES_DIR.glob("*.json"))
+
+
+def build_model(config, task: str, dtype: str):
+    """A model of `transformers`, as `from_pretrained` would make it, on the device of the context.
+
+    Raises:
+        UserError: `transformers` has none for this task and configuration.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    auto = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
+    try:
+        return auto.from_config(config, dtype=getattr(torch, dtype))
+    except ValueError as error:
+        what = f"transformers has no {task.replace('_', ' ')} model for this configuration"
+        raise UserError(f"{what}: {error}", "model.name_or_path", "choose another model") from error

@@ -1,0 +1,112 @@
+"""Pictures: SVG in the reader's colours, complete PNGs, the same bytes every time."""
+
+import io
+import math
+import random
+import re
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from PIL import Image
+
+from speft_ds.report import plots
+from speft_ds.report.plots import Curve, curves, jaccard_picture, length_histogram, mask_heat_map
+from speft_ds.sparse.mask import Mask
+from unit.report.sample import decoder
+
+ODD = "a$b_{.0.$\\frac$ <b>--> \x07"  # neither a formula nor markup
+pytestmark = pytest.mark.filterwarnings("ignore:Glyph", "ignore:constrained_layout")
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100])
+def test_running_mean_against_a_plain_one(size):
+    draw = random.Random(0)
+    values = [draw.random() for _ in range(50)]
+    plain = [sum(values[max(0, n - size + 1) : n + 1]) / min(size, n + 1) for n in range(50)]
+    assert plots.running_mean(values, size) == pytest.approx(plain)
+
+
+LINES = [Curve(ODD, [1, 2, 3], [1.0, 0.5, 0.25]), Curve("", [1, 3], [2.0, 1.0], 1, is_faint=True)]
+DRAWINGS = {
+    "curves": lambda: curves(LINES, ODD, [2]),
+    "bars": lambda: plots.bars(["training", ODD], [20.0, 1.0], "seconds", lambda value: f"{value:.0f} s"),
+    "map": lambda: mask_heat_map(decoder(3, "lm_head.weight"), ODD, "svg"),
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_an_svg_is_the_same_every_time_takes_the_readers_colours_and_loads_nothing(name):
+    content = DRAWINGS[name]()
+    assert content == DRAWINGS[name]()
+    root, text = ElementTree.fromstring(content), content.decode()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert plots.INK not in text and "currentColor" in text and "prefers-color-scheme:dark" in text
+    links = [value for part in root.iter() for key, value in part.attrib.items() if key.endswith("href")]
+    assert links and all(link.startswith(("#", "data:image/png;base64,")) for link in links)
+    assert "@import" not in text and "<script" not in text
+
+
+def test_of_many_points_no_extreme_is_lost():
+    draw = random.Random(0)
+    values = [math.sin(n / 3000) + draw.random() for n in range(25_000)]
+    values[12_345], values[20_001] = 9.0, -9.0
+    few, many = [0.0, 9.0, -9.0, 0.0], values
+
+    def heights(values):
+        """Of the curve, which has the most points: the highest and the lowest."""
+        content = curves([Curve("", range(len(values)), values)], "loss").decode()
+        path = max(re.findall(r'd="([^"zQ]*)"', content), key=lambda path: path.count("\nL "))
+        points = [float(point.split()[-1]) for point in path.strip().splitlines()]
+        return [min(points), max(points)], len(points)
+
+    (expected, _), (found, num_points) = heights(few), heights(many)
+    assert found == pytest.approx(expected, abs=1.0) and num_points < 5_000
+
+
+@pytest.mark.parametrize("num_layers", [1, 30, 80])
+def test_the_size_of_a_heat_map_follows_the_model(num_layers):
+    with Image.open(io.BytesIO(mask_heat_map(decoder(num_layers, "lm_head.weight"), ""))) as image:
+        assert 500 < image.width < 2000 and 400 < image.height < 2500
+
+
+NAME = f"{ODD}.weight"
+WIDE = [f"block.0.module_{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(300)]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: mask_heat_map(Mask({NAME: torch.arange(0)}, {NAME: (3, 3)}), "costs $5 or $6_{"),
+        lambda: mask_heat_map(Mask({NAME: torch.arange(9)}, {NAME: (3, 3)}), "x" * 300),
+        lambda: mask_heat_map(Mask({n: torch.arange(2) for n in WIDE}, dict.fromkeys(WIDE, (3, 3))), ""),
+        lambda: jaccard_picture(["a", ODD], [[1.0, 0.5], [0.5, 1.0]]),
+        lambda: jaccard_picture([f"mask {n}" for n in range(60)], [[0.5] * 60] * 60),
+        lambda: length_histogram(torch.tensor([3, 5]).numpy(), torch.tensor([0, 5]).numpy(), 8, ODD),
+    ],
+)  # fmt: skip
+def test_odd_pictures_are_complete(draw):
+    with Image.open(io.BytesIO(draw())) as image:
+        image.load()
+        assert image.format == "PNG" and len(image.convert("L").getcolors()) > 2
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "jaccard.png"
+    plots.save_picture(path, b"old")
+
+    def full(_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(plots, "flush_to_disk", full)
+    with pytest.raises(OSError):
+        plots.save_picture(path, b"new")
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
+
+
+def test_matplotlib_is_imported_for_drawing_only():
+    code = "import sys, speft_ds.report.compare, speft_ds.cli.commands.compare_masks as _"
+    code += "; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from speft_ds.plan.dry_run import LiveBytes
+from speft_ds.tools.plan.activations import LiveBytes
 
 
 def storages(tensor: Tensor) -> Iterator:

@@ -25,9 +25,9 @@ from markdown import print_table  # noqa: E402
 
 from speft_ds.config.recipe import Recipe  # noqa: E402
 from speft_ds.io import write_json  # noqa: E402
-from speft_ds.plan.geometry import geometry_file  # noqa: E402
-from speft_ds.plan.memory import GIB, PROCESS, total  # noqa: E402
-from speft_ds.plan.plan import make_plan  # noqa: E402
+from speft_ds.tools.plan.geometry import geometry_file  # noqa: E402
+from speft_ds.tools.plan.make_plan import make_plan  # noqa: E402
+from speft_ds.tools.plan.memory_model import GIB, PROCESS, total  # noqa: E402
 
 MODEL = "meta-llama/Llama-2-13b-hf"
 PHASES = ("scoring", "training")

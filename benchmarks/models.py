@@ -9,7 +9,7 @@ from pathlib import Path
 
 from speft_ds.env import cache_folder
 from speft_ds.errors import UserError, did_you_mean
-from speft_ds.plan.geometry import config_file, list_geometries
+from speft_ds.tools.plan.geometry import config_file, list_geometries
 from speft_ds.tools.quickstart.smollm2 import NAME, is_ready
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"

@@ -24,6 +24,7 @@ from speft_ds.cli.launch import checked_recipe, use_all_cores  # noqa: E402
 
 if TYPE_CHECKING:
     from speft_ds.config.recipe import Recipe
+    from speft_ds.model.dtype import agree_on_dtype
     from speft_ds.training.setup import TrainContext
 
 FROZEN = "frozen forward and backward"
@@ -123,6 +124,7 @@ def main() -> None:
 
     recipe = checked_recipe("score", arguments.recipe, overrides, 1)
     collectives.init()
+    recipe = agree_on_dtype(recipe)
     context = load_context(recipe, load_data(recipe, needs_calibration=True), trains=False)
     result, how = measure(context, recipe, rounds)
 

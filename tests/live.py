@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from limits import HANG_S
+
 from speft_ds.env import free_port, rank_env
 from speft_ds.training.checkpoint.folder import list_checkpoints
 
@@ -88,12 +90,12 @@ class LiveRun:
     def text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def wait_for(self, text: str, limit: float = 120) -> None:
+    def wait_for(self, text: str) -> None:
         """Until the run has printed this."""
-        self.until(lambda: text in self.text(), limit, f"no {text!r}")
+        self.until(lambda: text in self.text(), f"no {text!r}")
 
-    def until(self, is_done: Callable[[], bool], limit: float, what: str) -> None:
-        deadline = time.monotonic() + limit
+    def until(self, is_done: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + HANG_S
         while not is_done():
             alive = any(process.is_alive() for process in self.processes)
             if not alive or time.monotonic() > deadline:
@@ -111,14 +113,14 @@ class LiveRun:
             process.kill()
         self.codes()
 
-    def codes(self, limit: float = 120) -> list[int]:
+    def codes(self) -> list[int]:
         """Exit codes by rank, once all have ended."""
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + HANG_S
         for process in self.processes:
             process.join(max(0.1, deadline - time.monotonic()))
             if process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
-                raise AssertionError(f"a rank did not end within {limit} s:\n{self.text()}")
+                raise AssertionError(f"a rank did not end:\n{self.text()}")
         return [process.exitcode for process in self.processes]
 
 

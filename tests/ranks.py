@@ -18,6 +18,8 @@ from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 
+from limits import HANG_S
+
 from speft_ds.env import free_port, rank_env
 
 
@@ -40,6 +42,9 @@ def serve(rank: int, world_size: int, port: int, pipe, stack_path: str) -> None:
         except BaseException as error:
             # Errors that tests look at travel as themselves, next to the text that people look at.
             pipe.send((False, (error, traceback.format_exc())))
+
+
+FAILED_S = 60  # for the other ranks to fail in, once one has; what they do then is short
 
 
 class RankFailure(AssertionError):
@@ -78,14 +83,13 @@ class Ranks:
             process.join()
         self.processes = []
 
-    def __call__(self, check: Callable, limit: float = 180, **arguments) -> list:
+    def __call__(self, check: Callable, **arguments) -> list:
         """Run `check(**arguments)` on every rank; its values by rank."""
         if not self.processes:
             self.start()
-            limit += 120  # importing, and compiling DeepSpeed's CPU collective once a machine
         for pipe in self.pipes:
             pipe.send((check, arguments))
-        answers = self._collect(limit)
+        answers = self._collect()
         if all(ok for ok, _ in answers):
             return [value for _, value in answers]
         self.stop()
@@ -93,17 +97,17 @@ class Ranks:
         text = "\n".join(f"rank {r}:\n{value[1]}" for r, (ok, value) in enumerate(answers) if not ok)
         raise RankFailure(text, errors)
 
-    def _collect(self, limit: float) -> list[tuple]:
+    def _collect(self) -> list[tuple]:
         """By rank: (True, value), or (False, (exception, text)); a rank that hangs says where it stands."""
         answers: dict[int, tuple] = {}
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + HANG_S
         while len(answers) < self.world_size and time.monotonic() < deadline:
             waiting = {self.pipes[rank]: rank for rank in range(self.world_size) if rank not in answers}
             for pipe in connection.wait(list(waiting), timeout=1):
                 answers[waiting[pipe]] = self._receive(waiting[pipe])
             if any(not ok for ok, _ in answers.values()):
-                # The other ranks now wait for this one in a collective: no use in waiting with them.
-                deadline = min(deadline, time.monotonic() + 5)
+                # The others fail, too, or wait for this one in a collective: no use in waiting with them.
+                deadline = min(deadline, time.monotonic() + FAILED_S)
         return [answers[rank] if rank in answers else self._hanging(rank) for rank in range(self.world_size)]
 
     def _receive(self, rank: int) -> tuple:

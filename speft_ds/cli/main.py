@@ -71,7 +71,7 @@ def plan(
 
     Each number comes with its arithmetic. Needs the model's configuration, not its weights, and no GPU.
     """
-    from speft_ds.plan.plan import make_plan, print_plan  # late: it may import torch
+    from speft_ds.tools.plan.make_plan import make_plan, print_plan  # late: it may import torch
 
     print_plan(
         make_plan(load_recipe(recipe, overrides or []), world, gpu_gib=gpu_gib, num_rows=rows, device=device)

@@ -33,6 +33,8 @@ class EvalConfig(ConfigSection):
     """keep every document's prompt and answer beside the scores"""
     manual_fewshot: list[Index] = Field([])
     """the untouched base with so many examples in its prompts, as baselines"""
+    manual_fewshot_limit: Count | None = None
+    """documents per task for these baselines, where eval.limit is not less; null: as many"""
     format_spread: Annotated[int, Field(ge=1, le=50)] = 1
     """equivalent prompt formats to score the tasks in, their own included (FormatSpread)"""
     forgetting_tasks: list[Text] = Field([])

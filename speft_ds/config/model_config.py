@@ -14,8 +14,8 @@ class ModelConfig(ConfigSection):
 
     name_or_path: FilePath
     """a local model folder, or a hub id like owner/name"""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """the dtype of the base weights"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "bfloat16"
+    """the dtype of the base; auto: bfloat16 where the hardware multiplies it, else float32"""
     task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
     """predict the next token, or a class of the row by a new, densely trained head"""
 

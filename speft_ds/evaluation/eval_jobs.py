@@ -44,7 +44,9 @@ def jobs_of(section: EvalConfig, phase: Phase) -> list[EvalJob]:
     if tasks or forgetting or has_text:
         jobs.append(EvalJob(phase, "main", tasks + forgetting, shots, limit, has_text=has_text))
     if tasks and phase == "before":
-        jobs += [EvalJob(f"before-{k}shot", "fewshot", tasks, k, limit) for k in section.manual_fewshot]
+        limits = (limit, section.manual_fewshot_limit)
+        fewer = min((each for each in limits if each is not None), default=None)
+        jobs += [EvalJob(f"before-{k}shot", "fewshot", tasks, k, fewer) for k in section.manual_fewshot]
     if tasks:
         jobs += _other_formats(EvalJob(phase, "format", tasks, shots, limit), section.format_spread)
     return jobs

@@ -255,10 +255,15 @@ class Evaluations:
         return self.last.main_scores(role) if self.last else []
 
     def by_prompt(self) -> dict[str, ScoreFile]:
-        """Number of examples in the prompt -> the base with them, fewest first."""
+        """Examples in the prompt, and documents where these are fewer -> the base with them, fewest first."""
         found = [*self.of("main", "base"), *self.of("fewshot", "base")]
         found.sort(key=lambda each: -1 if each.num_fewshot is None else each.num_fewshot)
-        return {each.prompt: each for each in found}
+        limit = self.before.settings.limit if self.before else None
+        named = {}
+        for each in found:
+            own = each.settings.limit
+            named[each.prompt if own in (None, limit) else f"{each.prompt} on {own} documents"] = each
+        return named
 
     def best_prompts(self) -> list[tuple[str, ScoreChange]]:
         """(prompt, base with it -> tuned) for the best of several prompts by hand, per task."""

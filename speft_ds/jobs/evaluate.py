@@ -19,6 +19,7 @@ from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import EvalJob, extra_jobs
 from speft_ds.evaluation.results import Scored, has_scored, keep_scores
 from speft_ds.evaluation.runner import EvalRunner
+from speft_ds.model.dtype import agree_on_dtype
 from speft_ds.sparse.mask import read_mask
 from speft_ds.training.checks import check_chat_template
 from speft_ds.training.setup import TrainContext, load_context, load_data, scored_model_facts
@@ -62,6 +63,7 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     """
     collectives.init(recipe.train.timeout_minutes + 1)
     collectives.start_watchdog(recipe.train.timeout_minutes, lambda: "start it again")
+    recipe = agree_on_dtype(recipe)
     data = load_data(recipe)
     check_chat_template(recipe.eval, data.tokenizer)
     evaluation = EvalRunner(recipe, data.tokenizer)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from speft_ds import peak_memory
 from speft_ds.comm import collectives
 from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.mask_config import MASK_FILE
@@ -19,6 +18,7 @@ from speft_ds.report.plots import mask_heat_map, save_picture
 from speft_ds.report.tables import print_mask_table
 from speft_ds.sparse.mask import save_mask
 from speft_ds.training.checks import check_shapes
+from speft_ds.training.memory import peak_gib
 from speft_ds.training.metrics import Timings
 from speft_ds.training.run_dir import check_output_dir, start_folder
 from speft_ds.training.setup import base_facts, choose_mask, load_context, load_data
@@ -30,6 +30,7 @@ def run(recipe: Recipe) -> None:
     Raises:
         UserError: anything that the user can fix; the same on every rank.
         RuntimeError: the weights are not what they were before.
+    recipe = agree_on_dtype(recipe)
     """
     collectives.init()
     collectives.run_on_rank0(lambda: check_output_dir(recipe))
@@ -59,7 +60,7 @@ def run(recipe: Recipe) -> None:
         save_mask(folder / MASK_FILE, mask, facts)
         title = f"{recipe.name}: density by {recipe.mask.salience}"
         save_picture(folder / "mask.png", mask_heat_map(mask, title))
-        memory = {"peak_memory_gib": peak_memory.peak_gib()}
+        memory = {"peak_memory_gib": peak_gib()}
         write_json(folder / "score.json", {**facts, "mask": mask.facts(), "timings_s": timings, **memory})
         print_mask_table(mask)
 

@@ -13,6 +13,7 @@ from speft_ds.config.recipe import Recipe
 from speft_ds.env import versions
 from speft_ds.errors import UserError
 from speft_ds.evaluation.scores import card_scores
+from speft_ds.model.dtype import agree_on_dtype
 from speft_ds.report.page import write_report
 from speft_ds.report.summary import print_summary
 from speft_ds.training.checkpoint.folder import Checkpoint, clean, latest_valid, list_checkpoints, verify
@@ -46,6 +47,7 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     folder = Path(recipe.output_dir)
     collectives.start_watchdog(recipe.train.timeout_minutes, lambda: resume_hint(folder))
     start = verified_start(collectives.broadcast_object(start or Start()))
+    recipe = agree_on_dtype(recipe, start.dtype)
     if start.state == "new":
         collectives.run_on_rank0(lambda: check_output_dir(recipe))
     trainer = Trainer(recipe, start)

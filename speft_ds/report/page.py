@@ -223,6 +223,7 @@ def _seconds(value: float) -> str:
 def _heat_map(run: RunFolder) -> tuple[dict[str, Picture], str]:
     """Where the entries of the adapter lie, or those of a mask that was only selected; or why not."""
     from speft_ds.adapter.format import Adapter  # late: they import torch
+    from speft_ds.adapter.inspect import mask_counts
     from speft_ds.sparse.mask import read_mask
 
     try:

@@ -102,11 +102,15 @@ class RunFolder:
         return sum(line["num_tokens"] for line in lines) / seconds if seconds else None
 
     @property
-    def account(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Memory, and what is sent per step, of the rank with the highest memory: kind -> bytes."""
-        keys, accounts = ("memory", "sent"), self.fact("accounts", [])
-        pairs = [tuple(numbers(look_up(each, key)) for key in keys) for each in accounts]
-        return max(pairs, key=lambda pair: sum(pair[0].values()), default=({}, {}))
+    def resources(self) -> tuple[float, dict[str, float], dict[str, float]]:
+        """Peak bytes, memory breakdown and comm volume (kind -> bytes) of the rank with the highest peak."""
+        keys = ("memory_breakdown", "comm_volume")
+        ranks = [
+            (numbers(each).get("peak_bytes", 0), *(numbers(look_up(each, key)) for key in keys))
+            for each in self.fact("resources", [])
+            if isinstance(each, dict)
+        ]
+        return max(ranks, key=lambda each: each[0], default=(0, {}, {}))
 
     @cached_property
     def adapter_bytes(self) -> int:

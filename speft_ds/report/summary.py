@@ -78,8 +78,12 @@ def _sizes(run: RunFolder) -> list[tuple[str, str, str]]:
         )
     if total := numbers(run.fact("timings_s", {})).get("total"):
         rows.append(("total time", duration(total), "of the last start"))
-    for what, kinds in zip(("memory per rank", "sent per rank per step"), run.account, strict=True):
+    peak, memory, sent = run.resources
+    for what, total, kinds in (
+        ("peak memory per rank", peak, memory),
+        ("sent per rank per step", sum(sent.values()), sent),
+    ):
         largest = sorted(kinds, key=kinds.get, reverse=True)[:3]
         named = ", ".join(f"{kind} {in_bytes(kinds[kind])}" for kind in largest)
-        rows += [(what, in_bytes(sum(kinds.values())), named)] if kinds else []
+        rows += [(what, in_bytes(total), named)] if kinds else []
     return rows

@@ -148,7 +148,7 @@ def synflow(scorer: Scorer) -> Scores:
 
     SynFlow, Tanaka et al., 2020. The net is linear in each weight: activations pass their input on, norms
     only scale by the factor that they have at this input. One token is enough, since attention averages
-    over equal tokens; for the same reason query and key weights score zero.
+    over equal tokens; for the same reason query and key weights score zero, exactly.
     """
     model, found = scorer.engine.module, {}
 

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from speft_ds.comm import collectives
 from speft_ds.errors import UserError
@@ -53,6 +54,9 @@ def _places(device: torch.device) -> Tensor:
 def linear_network(model: nn.Module) -> Iterator[Tensor]:
     """Activations pass their input on and norms only scale, inside the block.
 
+    Attention is computed step by step: the softmax over one token is exactly 1 and its gradient exactly 0,
+    so none flows to queries and keys. A fused kernel recomputes it in its backward, and rounds.
+
     Yields:
         [1, 1, hidden] ones in the model's dtype, which need a gradient: the input.
     Raises:
@@ -77,7 +81,8 @@ def linear_network(model: nn.Module) -> Iterator[Tensor]:
     width = model.get_input_embeddings().embedding_dim
     dtype = next(model.parameters()).dtype
     try:
-        yield torch.ones(1, 1, width, dtype=dtype, device=collectives.device(), requires_grad=True)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield torch.ones(1, 1, width, dtype=dtype, device=collectives.device(), requires_grad=True)
     finally:
         for module in changed:
             del module.forward  # the class's own shows again

@@ -81,7 +81,6 @@ class SparseGradient:
         backends: weight with entries -> name of its backend; `kernels`: -> the backend.
         hooks: weight -> what its linear calls in its backward; None where the mask has no entry of it.
         peak_buffer_bytes: bytes of buckets alive at once, at most.
-        bytes_sent: bytes that this rank sent to the others for the gradient that was last popped.
 
     Args:
         mask: what is trained, the same on every rank.
@@ -103,7 +102,7 @@ class SparseGradient:
         self.bucket_of = {name: bucket for bucket in self.buckets for name in bucket.names}
         # Uses of a weight in a backward: one, until the first backward has told.
         self.expected, self.is_profiling = dict.fromkeys(self.bucket_of, 1), options.overlap
-        self.peak_buffer_bytes = self.bytes_sent = self._bytes_sending = 0
+        self.peak_buffer_bytes = 0
         self._start_backward()
 
     def _make_buckets(self, size: int) -> list[Bucket]:
@@ -199,7 +198,6 @@ class SparseGradient:
         if len(self.in_flight) == IN_FLIGHT:
             self._receive()
         buffer, bucket.buffer, bucket.views = bucket.buffer, None, {}
-        self._bytes_sending += buffer.nbytes * (self.world_size - 1) // self.world_size
         self.in_flight.append((bucket, buffer, collectives.start_reduce_scatter(buffer)))
 
     def _receive(self) -> None:
@@ -232,7 +230,6 @@ class SparseGradient:
     def pop(self) -> Tensor:
         """The [num_local] fp32 gradient of this rank's entries, summed over ranks and backwards."""
         own, self.own = self.own, torch.zeros_like(self.own)
-        self.bytes_sent, self._bytes_sending = self._bytes_sending, 0
         return own
 
     def clear(self) -> None:

@@ -165,6 +165,8 @@ def check_torch() -> Iterator[Check]:
     """That torch imports and sees the driver's GPUs, and that each computes; bf16."""
     import torch
 
+    from speft_ds.model.dtype import multiplies_bfloat16
+
     with warnings.catch_warnings(record=True) as caught:  # why CUDA does not start is a warning
         warnings.simplefilter("always")
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -177,9 +179,11 @@ def check_torch() -> Iterator[Check]:
     what = "; ".join([f"torch sees {num_gpus} of {len(listed)}", *listed[:1], *why])
     fix = f"see nvidia-smi -q and dmesg; install a driver for {built_for}, or a torch for this driver"
     yield judge("GPUs", num_gpus >= len(listed) or choice, what, fix, "warning" if num_gpus else "problem")
-    flags = set(_text_of(Path("/proc/cpuinfo")).split())
-    is_fast = torch.cuda.is_bf16_supported(False) if num_gpus else flags & {"amx_bf16", "avx512_bf16"}
-    yield Check("bf16", "ok", "in hardware" if is_fast else "emulated: model.dtype=float32 is faster")
+    if multiplies_bfloat16("cuda" if num_gpus else "cpu"):
+        yield Check("bf16", "ok", "in hardware")
+    else:
+        fix = "set model.dtype=float32, or auto: bfloat16 takes many times as long"
+        yield Check("bf16", "warning", "not in hardware", fix)
     for i in range(num_gpus):  # one too new for this torch, or in another's exclusive use, raises
         torch.ones(8, device=f"cuda:{i}").sum().item()
         yield Check(f"GPU {i}", "ok", f"{torch.cuda.get_device_name(i)} computes")

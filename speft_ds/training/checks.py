@@ -13,10 +13,9 @@ from speft_ds.config.mask_config import MaskConfig as MaskSection
 from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
 from speft_ds.model.targets import layer_number
-from speft_ds.plan.plan import checkpoint_entry
 from speft_ds.selection.topk import min_trainable
 from speft_ds.sparse.mask import Mask
-from speft_ds.training.checkpoint.folder import CHECKPOINTS, Checkpoint
+from speft_ds.training.checkpoint.folder import CHECKPOINTS, Checkpoint, checkpoint_entry
 from speft_ds.training.setup import TrainContext
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from speft_ds import account, peak_memory
 from speft_ds.adapter.format import tensors_sha256
 from speft_ds.adapter.save import save_adapter
 from speft_ds.comm import collectives, signals, watchdog
@@ -30,6 +29,7 @@ from speft_ds.evaluation.validation_loss import ValidationLoss
 from speft_ds.sparse.gradient import SparseGradient
 from speft_ds.sparse.mask import Mask, read_mask
 from speft_ds.sparse.state import SparseState
+from speft_ds.training import memory
 from speft_ds.training.checkpoint.parts import Parts, Snapshot
 from speft_ds.training.checkpoint.resume import Start
 from speft_ds.training.checkpoint.writer import Writer
@@ -95,7 +95,6 @@ class Trainer:
         check_steps(recipe, self.num_steps)
         with self.timings.stage("model"):
             self.loaded, facts = read_mask(mask_file(recipe.mask.load)) if recipe.mask.load else (None, {})
-            self.process_bytes = peak_memory.held()
             self.context = load_context(recipe, data, self.loaded)
         check_shapes(recipe.mask, self.context.shapes)
         if self.loaded is not None:
@@ -106,7 +105,7 @@ class Trainer:
         self.num_skipped = self.num_nonfinite = 0  # steps: over the run, and in a row up to now
         self.best_loss = math.inf  # on the validation rows
         self.run_id = ""
-        self.accounts: list[dict] = []  # by rank, of the training: bytes held and sent
+        self.resources: list[dict] = []  # by rank, of the training: memory and communication volume
         self.writer = Writer(self.folder, train, self.checkpoint.step if self.checkpoint else 0)
         self.flags = StepFlags(lambda: self.writer.is_written, train.checkpoint_every)
         if self.checkpoint is not None:
@@ -210,7 +209,6 @@ class Trainer:
         loss or gradient is not finite changes nothing.
         """
         start = time.perf_counter()
-        self.engine.gathers.restart()
         size, optimizer = self.recipe.train.global_batch, self.engine.optimizer
         rows = [self.rows[row] for row in self.order.ids(step * size, size)]
         num_labels, num_tokens = sum(row.num_labels for row in rows), sum(len(row.ids) for row in rows)
@@ -289,19 +287,27 @@ class Trainer:
         self._restore_random_states()
         self.flags.restart()
         self.engine.train()
-        peak_memory.restart()
+        memory.reset_peak()
         with self.timings.stage("training"), closing(log):
             for step in range(self.first_step, self.num_steps):
-                values = {**self.train_step(step), "peak_memory_gib": peak_memory.peak_gib()}
+                values = {**self.train_step(step), "peak_memory_gib": memory.peak_gib()}
                 values |= self._measure(step + 1)
                 log.log(values)
                 self._keep(step + 1, log, values.get("validation_loss"))
             self.writer.finish()
-        own = account.memory(self.engine, self.state, self.schedule.optimizer, self.process_bytes)
-        self.accounts = collectives.all_gather_objects(
-            {"memory": own, "sent": account.sent(self.engine, self.state)}
-        )
+        self.resources = collectives.all_gather_objects(self._own_resources())
         self.timings["checkpoints"] = self.writer.seconds
+
+    def _own_resources(self) -> dict:
+        """Peak memory while this rank trained, the tensors that it keeps, and what it sends per step."""
+        train = self.recipe.train
+        num_micro_batches = train.global_batch // (train.micro_batch * collectives.world_size())
+        optimizer = self.schedule.optimizer
+        return {
+            "peak_bytes": memory.peak_bytes(),
+            "memory_breakdown": memory.memory_breakdown(self.engine, self.state, self.gradient, optimizer),
+            "comm_volume": memory.comm_volume(self.gradient, num_micro_batches),
+        }
 
     def _measure(self, done: int) -> dict:
         """Validation loss and scores on a slice of the tasks after `done` steps, if it is time."""
@@ -408,7 +414,7 @@ class Trainer:
             },
             "head": sum(rows * columns for rows, columns in self.state.heads.values()),
             "sparse_backends": sorted(set(self.gradient.backends.values())),
-            "accounts": self.accounts,
+            "resources": self.resources,
             "base": {"name_or_path": self.recipe.model.name_or_path, "fingerprint": self.context.fingerprint},
             "timings_s": self.timings,
         }

@@ -20,7 +20,6 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from speft_ds.comm import collectives
-from speft_ds.zero.gather_counter import GatherCounter
 from speft_ds.zero.shards import global_norm, repartition, shard_of
 
 
@@ -168,13 +167,7 @@ class SparseZeroOptimizer(ZeROOptimizer):
 
 
 class SparseEngine(DeepSpeedEngine):
-    """A `DeepSpeedEngine` over a frozen ZeRO-3 model that trains what is attached to it.
-
-    Attributes:
-        gathers: what ZeRO-3 gathers.
-    """
-
-    gathers: GatherCounter
+    """A `DeepSpeedEngine` over a frozen ZeRO-3 model that trains what is attached to it."""
 
     def _configure_zero_optimizer(self, optimizer):
         return SparseZeroOptimizer(super()._configure_zero_optimizer(None))
@@ -211,8 +204,6 @@ def build_engine(
         raise ValueError("the base must be frozen: call requires_grad_(False) on the model")
     config = DeepSpeedConfig(ds_config)
     engine = SparseEngine(args=None, model=model, config=ds_config, config_class=config)
-    itemsize = next(model.parameters()).element_size()
-    engine.gathers = GatherCounter(engine.optimizer.offload.get_param_coordinator(), itemsize)
     # Small weights stay gathered ("persistent") and would go stale when their shard changes.
     for linear in targets.values():
         linear.weight.ds_persist = False

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from limits import HANG_S
+
 sockets: list[socket.socket] = []  # open for the life of the process
 
 
@@ -40,7 +42,7 @@ def raises() -> None:
 
 
 def hangs() -> None:
-    _before_step(4, lambda trainer: time.sleep(1000))
+    _before_step(4, lambda trainer: time.sleep(2 * HANG_S))
 
 
 def dies_after_step_9() -> None:
@@ -98,49 +100,68 @@ def short_wait() -> None:
     run_dir.LOCK_WAIT_S = 1.0
 
 
-def slow_selection() -> None:
+def asked_in_step(number: int, signal_number: int) -> None:
+    """A signal to this rank in step `number` (from 1), which it has heard of before the step begins."""
+
+    def ask(trainer):
+        os.kill(os.getpid(), signal_number)
+        _until_asked()
+
+    _before_step(number, ask)
+
+
+def _until_asked() -> None:
+    from speft_ds.comm import signals
+
+    deadline = time.monotonic() + HANG_S
+    while signals.stop_reason() is None:
+        assert time.monotonic() < deadline, "nobody asked this rank to stop"
+        time.sleep(0.01)
+
+
+def asked_while_selecting() -> None:
+    """A new mask is chosen when this rank has been asked to stop."""
     from speft_ds.training import trainer
 
     choose_mask = trainer.choose_mask
 
-    def slow(context, timings, number=0):
+    def choose(context, timings, number=0):
         if number:
             print("choosing anew", flush=True)
-            time.sleep(1)
+            _until_asked()
         return choose_mask(context, timings, number)
 
-    trainer.choose_mask = slow
+    trainer.choose_mask = choose
 
 
-def slow_steps() -> None:
+def endless_steps() -> None:
     """From the first checkpoint on."""
     from speft_ds.training.checkpoint.folder import list_checkpoints
     from speft_ds.training.trainer import Trainer
 
     step = Trainer.train_step
 
-    def slow(self, number):
-        time.sleep(5 if list_checkpoints(self.folder) else 0)
+    def endless(self, number):
+        if any(checkpoint.problem is None for checkpoint in list_checkpoints(self.folder)):
+            print("an endless step", flush=True)
+            time.sleep(2 * HANG_S)
         return step(self, number)
 
-    Trainer.train_step = slow
+    Trainer.train_step = endless
 
 
-def slow_load() -> None:
+def asked_while_loading() -> None:
+    """The model is loaded when this rank has been asked to stop."""
     from speft_ds.training import trainer
 
     load = trainer.load_context
 
-    def slow(*arguments):
+    def asked(*arguments):
         print("loading", flush=True)
-        time.sleep(3)
+        _until_asked()
         return load(*arguments)
 
-    trainer.load_context = slow
-
-
-def port_is_taken() -> None:
-    sockets.append(socket.create_server(("", int(os.environ["MASTER_PORT"]))))
+    trainer.load_context = asked
 
 
 def stale_build_lock() -> None:
@@ -153,14 +174,29 @@ def stale_build_lock() -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(own)
 
 
-def slow_slices() -> None:
+def asked_while_scoring() -> None:
+    """A slice is scored when this rank has been asked to stop."""
     from speft_ds.evaluation.runner import EvalRunner
 
     score = EvalRunner.slice_scores
 
-    def slow(self, module):
+    def asked(self, module):
         print("scoring a slice", flush=True)
-        time.sleep(1)
+        _until_asked()
         return score(self, module)
 
-    EvalRunner.slice_scores = slow
+    EvalRunner.slice_scores = asked
+
+
+def multiplies_bfloat16() -> None:
+    _answer_for_the_hardware(True)
+
+
+def emulates_bfloat16() -> None:
+    _answer_for_the_hardware(False)
+
+
+def _answer_for_the_hardware(multiplies: bool) -> None:
+    from speft_ds.model import dtype
+
+    dtype.multiplies_bfloat16 = lambda device: multiplies

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import tiny as made
 import yaml
+from limits import HANG_S
 from live import LiveRun, metrics, whole_steps
 from tiny import recipe_values
 
 from distributed import rank_hooks
 
 STEPS = 12
+SILENT_MINUTES = 0.5  # of a rank that hangs; each stage of these runs takes less, on a busy machine, too
 
 
 @pytest.fixture
@@ -41,9 +43,9 @@ def start(values, tmp_path):
         run.kill()
 
 
-def ends(run, codes, limit=60):
-    """It ends within a minute; returns what it said after its last step, without the libraries' noise."""
-    assert run.codes(limit) == codes, run.text()
+def ends(run, codes):
+    """It ends by itself; returns what it said after its last step, without the libraries' noise."""
+    assert run.codes() == codes, run.text()
     lines = [line for line in run.text().splitlines() if not line.startswith(("[W", "[E", "step ", "["))]
     return "\n".join(lines)
 
@@ -71,18 +73,19 @@ def test_a_rank_that_is_killed(start, rank, num_ranks):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs(start, rank):
-    run = start("train.timeout_minutes=0.1", hooks={rank: rank_hooks.hangs})
+    run = start(f"train.timeout_minutes={SILENT_MINUTES}", hooks={rank: rank_hooks.hangs})
     said = ends(run, [1, 1])
-    assert f"rank {rank} made no progress for 0.1 minutes" in said and "time.sleep(1000)" in said, said
+    assert f"rank {rank} made no progress for {SILENT_MINUTES} minutes" in said, said
+    assert "time.sleep(2 * HANG_S)" in said, said
     assert said.count("made no progress") == 1 and "go on with: --resume" in said
 
 
 def test_a_rank_that_is_frozen(start):
     """As by a broken network: it cannot even say so."""
-    run = start("train.timeout_minutes=0.1", "train.steps=1000")
+    run = start(f"train.timeout_minutes={SILENT_MINUTES}", "train.steps=1000")
     run.wait_for("step     3/")
     run.signal(signal.SIGSTOP, 1)
-    run.processes[0].join(60)
+    run.processes[0].join(HANG_S)
     assert run.processes[0].exitcode == 1, run.text()
     assert "no answer from rank 1" in run.text(), run.text()
     run.signal(signal.SIGKILL, 1)
@@ -284,4 +287,4 @@ def test_a_port_that_another_run_has_taken(start):
 
 def test_the_lock_of_a_killed_build_does_not_hold_a_run_up(start, tmp_path):
     run = start("train.steps=1", hooks=dict.fromkeys((0, 1), rank_hooks.stale_build_lock))
-    assert run.codes(60) == [0, 0] and "60 min old: its build was killed" in run.text(), run.text()
+    assert run.codes() == [0, 0] and "60 min old: its build was killed" in run.text(), run.text()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from limits import HANG_S
 from live import LiveRun, finishes, is_refused
 from tiny import make_model, recipe_values
 from transformers import AutoModelForCausalLM
@@ -35,7 +36,7 @@ def launch(
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     command = [LAUNCHER, "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
     command += [str(ROOT / "launch" / f"{job}.py"), "--recipe", str(recipe), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=env, check=False)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from limits import HANG_S
 from transformers import AutoModelForCausalLM
 
 import speft_ds
@@ -26,7 +27,7 @@ SHORT = [
 def test_quickstart_trains_the_real_model(tmp_path):
     run = tmp_path / "run"
     command = [str(Path(sys.executable).with_name("speft")), "quickstart", f"output_dir={run}", *SHORT]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=2 * HANG_S, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 3 and losses[2] < losses[0]

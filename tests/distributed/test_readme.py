@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HANG_S
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHORT = [
@@ -70,7 +71,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
     env = {**os.environ, **offline, "PATH": f"{beside}:{os.environ['PATH']}"}
     env.pop("HF_HUB_CACHE", None)
     return subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, timeout=500, check=False
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=HANG_S, check=False
     )
 
 

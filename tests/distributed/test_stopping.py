@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from limits import HANG_S
 from live import LiveRun, metrics, whole_steps
 from tiny import recipe_values
 
@@ -52,12 +54,12 @@ def after_step(run, step):
 
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0), (signal.SIGINT, 0)])
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(start, tmp_path, number, rank):
-    run = start("train.steps=500")
+    run = start("train.steps=100_000")  # more than it can make before the signal
     after_step(run, 3)
     run.signal(number, rank)
     assert run.codes() == [85, 85], run.text()
     done = metrics(tmp_path / "run")[-1]["step"]
-    assert 3 <= done < 500 and whole_steps(tmp_path / "run") == [done]
+    assert 3 <= done < 100_000 and whole_steps(tmp_path / "run") == [done]
     assert run.text().count(f"stopped: received {number.name}") == 1
     assert f"go on with: --resume {tmp_path / 'run'}" in run.text() and "Traceback" not in run.text()
 
@@ -65,7 +67,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(start, tmp_path, numbe
 def test_a_signal_while_the_mask_is_chosen_anew(start, tmp_path):
     """What the steps before have learnt is in the checkpoint, too."""
     periodic = ["mask.schedule=periodic", "mask.update_every=3"]
-    run = start(*periodic, hooks=dict.fromkeys((0, 1), rank_hooks.slow_selection))
+    run = start(*periodic, hooks={1: rank_hooks.asked_while_selecting})
     run.wait_for("choosing anew")
     run.signal(signal.SIGTERM, 1)
     assert run.codes() == [85, 85], run.text()
@@ -77,14 +79,10 @@ def test_from_2_ranks_to_1_to_4(start, tmp_path):
     """Equal to the undisturbed run: the rows, the losses and the deltas, to the order of sums."""
     whole = start(f"output_dir={tmp_path / 'whole'}")
     assert whole.codes() == [0, 0], whole.text()
-    run = start()
-    after_step(run, 4)
-    run.signal(signal.SIGUSR1, 0)
-    assert run.codes() == [85, 85]
-    run = start("--resume", num_ranks=1)
-    after_step(run, 12)
-    run.signal(signal.SIGTERM, 0)
-    assert run.codes() == [85]
+    run = start(hooks={0: partial(rank_hooks.asked_in_step, 5, signal.SIGUSR1)})
+    assert run.codes() == [85, 85], run.text()
+    run = start("--resume", num_ranks=1, hooks={0: partial(rank_hooks.asked_in_step, 12, signal.SIGTERM)})
+    assert run.codes() == [85], run.text()
     first, second = whole_steps(tmp_path / "run")[::-1]
     run = start("--resume", num_ranks=4)
     assert run.codes() == [0] * 4, run.text()
@@ -100,31 +98,27 @@ def test_from_2_ranks_to_1_to_4(start, tmp_path):
 
 
 def test_a_micro_batch_that_does_not_fit_the_ranks_is_made_to(start, tmp_path):
-    run = start("train.micro_batch=8")
-    after_step(run, 2)
-    run.signal(signal.SIGTERM, 1)
-    assert run.codes() == [85, 85]
+    run = start("train.micro_batch=8", hooks={1: partial(rank_hooks.asked_in_step, 2, signal.SIGTERM)})
+    assert run.codes() == [85, 85], run.text()
     run = start("train.micro_batch=8", "--resume", num_ranks=4)
     assert run.codes() == [0] * 4 and "for 4 rank(s) train.micro_batch=4 (it was 8)" in run.text()
 
 
 def test_a_second_ctrl_c_leaves_at_once(start, tmp_path):
-    run = start("train.checkpoint_every=1", hooks=dict.fromkeys((0, 1), rank_hooks.slow_steps))
-    run.until(lambda: whole_steps(tmp_path / "run"), 120, "a checkpoint")
+    run = start("train.checkpoint_every=1", hooks=dict.fromkeys((0, 1), rank_hooks.endless_steps))
+    run.wait_for("an endless step")
     for rank in (0, 1):
         run.signal(signal.SIGINT, rank)
-    run.until(lambda: "received SIGINT" in run.text(), 10, "the first Ctrl-C")
-    before = time.monotonic()
+    run.wait_for("received SIGINT")
     for rank in (0, 1):
         run.signal(signal.SIGINT, rank)
     assert set(run.codes()) <= {130, 1} and 130 in run.codes()
-    assert time.monotonic() - before < 3  # the step itself takes 5
     assert whole_steps(tmp_path / "run")
 
 
 def test_stopped_before_its_first_step(start, tmp_path):
     """Nothing is lost, since there was nothing: `--resume` starts from the beginning, and says so."""
-    run = start("train.steps=3", hooks={0: rank_hooks.slow_load})
+    run = start("train.steps=3", hooks={0: rank_hooks.asked_while_loading})
     run.wait_for("loading")
     run.signal(signal.SIGTERM, 0)
     assert run.codes() == [85, 85], run.text()
@@ -138,9 +132,7 @@ def test_validation_loss_and_the_best_checkpoint(start, tiny, tmp_path):
     """The loss rises from some point on, by a rate that is far too high; the best checkpoint is kept."""
     common = ["train.keep_best=true", f"eval.validation={tiny['data']}", "eval.every=2", "train.keep_last=1"]
     common += ["train.checkpoint_every=5", "optimizer.lr=0.3"]
-    run = start(*common)
-    after_step(run, 9)
-    run.signal(signal.SIGTERM, 0)
+    run = start(*common, hooks={0: partial(rank_hooks.asked_in_step, 10, signal.SIGTERM)})
     assert run.codes() == [85, 85], run.text()
     run = start(*common, "--resume")
     assert run.codes() == [0, 0], run.text()
@@ -161,14 +153,14 @@ def test_the_launcher_is_stopped_and_the_run_resumed_at_once(recipe, tmp_path):
     first = tmp_path / "first.log"
     with first.open("w") as log:
         process = subprocess.Popen(
-            [*command, "--recipe", str(recipe), "train.steps=2000"], env=env, stdout=log, stderr=log
+            [*command, "--recipe", str(recipe), "train.steps=100_000"], env=env, stdout=log, stderr=log
         )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_S
     while "step     5/" not in first.read_text():
         assert process.poll() is None and time.monotonic() < deadline, first.read_text()
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(30) == -signal.SIGUSR1
+    assert process.wait(HANG_S) == -signal.SIGUSR1
     command[4] = str(free_port())
     resumed = subprocess.Popen(
         [*command, "--resume", str(tmp_path / "run")],
@@ -194,5 +186,5 @@ def test_the_launcher_is_stopped_and_the_run_resumed_at_once(recipe, tmp_path):
     for pid in ranks.stdout.split():  # the launchers and the ranks, as `pkill -USR1 -f` would
         os.kill(int(pid), signal.SIGUSR1)
     resumed.stdout.read()
-    resumed.wait(60)
+    resumed.wait(HANG_S)
     assert max(whole_steps(tmp_path / "run")) > number

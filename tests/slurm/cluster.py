@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from limits import HANG_S
+
 PACKAGES = "slurmctld slurmd slurm-client munge"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
 NODES = ("node1", "node2")
@@ -26,8 +28,6 @@ HOSTS, MARK = Path("/etc/hosts"), "# tests/slurm"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 CGROUPS = Path("/sys/fs/cgroup/freezer")
-START_S = 30
-WAIT_S = 240  # for what a job does; on a busy machine its imports alone may take a minute
 # A node of its own name whose processes end with its slurmd, where this machine allows that.
 NODE_OF_ITS_OWN = ["unshare", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]
 
@@ -56,8 +56,8 @@ PreemptMode=REQUEUE
 JobRequeue=1
 {requeue_exit}
 MinJobAge=3600
-KillWait=10
-SlurmdTimeout=10
+KillWait=60
+SlurmdTimeout=60
 ReturnToService=1
 SlurmdParameters=config_overrides
 MailProg=/bin/true
@@ -126,11 +126,11 @@ class Cluster:
     def _start_daemons(self) -> None:
         self._start_munge()
         self._daemon("slurmctld", "-D", "-c")
-        wait_for(lambda: "is UP" in self.run("scontrol", "ping", check=False), "slurmctld", START_S)
+        wait_for(lambda: "is UP" in self.run("scontrol", "ping", check=False), "slurmctld")
         for node in NODES:
             own = [*NODE_OF_ITS_OWN, "sh", "-c", f"hostname {node}; exec slurmd -D -N {node}"]
             self._daemon(*(own if _has_own_nodes() else ["slurmd", "-D", "-N", node]))
-        wait_for(self._is_idle, "the nodes", START_S)
+        wait_for(self._is_idle, "the nodes")
 
     def _write_conf(self, requeue_exit: str | None) -> None:
         host = socket.gethostname().partition(".")[0]
@@ -156,7 +156,7 @@ class Cluster:
         key.write_bytes(secrets.token_bytes(128))
         files = [f"--{name}-file={self.folder}/munge/{name}" for name in ("key", "pid", "seed", "log")]
         self._daemon("munged", "--foreground", "--force", f"--socket={self.folder}/munge/socket", *files)
-        wait_for((self.folder / "munge" / "socket").exists, "munged", START_S)
+        wait_for((self.folder / "munge" / "socket").exists, "munged")
 
     def _daemon(self, *command: str) -> None:
         """Start a program that ends when this process does."""
@@ -181,7 +181,7 @@ class Cluster:
         if len(self.daemons) > 1:  # there is a controller
             self.run("scancel", "--full", "--signal=KILL", "--user=root", check=False)
             self.run("scancel", "--user=root", check=False)
-            _wait(lambda: not self.run("squeue", "-h", check=False).strip(), 10)
+            _wait(lambda: not self.run("squeue", "-h", check=False).strip())
         for daemon in reversed(self.daemons):  # the nodes, the controller, munge
             daemon.kill()
             daemon.wait()
@@ -215,7 +215,7 @@ class Cluster:
 
     def wait_until(self, job: str, *states: str) -> dict[str, str]:
         """Wait for one of these states; what there is to know then."""
-        wait_for(lambda: self.state(job) in states, f"job {job} to be {' or '.join(states)}", WAIT_S)
+        wait_for(lambda: self.state(job) in states, f"job {job} to be {' or '.join(states)}")
         return self.job(job)
 
     def wait_for_end(self, job: str) -> tuple[str, str, int]:
@@ -230,7 +230,7 @@ class Cluster:
             assert self.state(job) not in ENDED, f"job {job} ended before {what}"
             return bool(condition())
 
-        wait_for(holds, what, WAIT_S)
+        wait_for(holds, what)
 
     def ranks(self, job: str) -> dict[int, int]:
         """The processes of a job's ranks on this machine: process id by rank."""
@@ -253,13 +253,13 @@ def _rank_in(process: Path, job: str) -> int | None:
     return int(env["SLURM_PROCID"]) if is_rank and env.get("SLURM_JOB_ID") == job else None
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float) -> None:
-    """Wait until a condition holds; AssertionError if that takes too long."""
-    assert _wait(condition, timeout_s), f"waited {timeout_s} s for {what}"
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    """Wait until a condition holds; AssertionError if it never does."""
+    assert _wait(condition), f"waited {HANG_S} s for {what}"
 
 
-def _wait(condition: Callable[[], object], timeout_s: float) -> bool:
-    deadline = time.monotonic() + timeout_s
+def _wait(condition: Callable[[], object]) -> bool:
+    deadline = time.monotonic() + HANG_S
     while not condition():
         if time.monotonic() > deadline:
             return False

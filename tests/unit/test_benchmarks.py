@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from limits import HANG_S
 from tiny import recipe_values
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -35,7 +36,7 @@ def run(script: str, *arguments: str) -> str:
         env={**os.environ, **own},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_S,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout

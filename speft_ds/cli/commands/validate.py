@@ -94,7 +94,7 @@ def rows_found(recipe: Recipe, num_ranks: int) -> Found:
 
 def targets_found(recipe: Recipe, num_ranks: int) -> Found:
     """What is trained, and whether the disk has room for it."""
-    from speft_ds.plan.geometry import read_geometry
+    from speft_ds.tools.plan.geometry import read_geometry
     from speft_ds.training.checks import check_shapes  # late: they import torch
 
     geometry = read_geometry(recipe)

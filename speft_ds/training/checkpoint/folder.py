@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speft_ds.config.optimizer_config import ADAMW
+from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
 from speft_ds.io import flush_to_disk, replacing, sha256_of, write_json
 
@@ -41,6 +43,17 @@ def folder_of(run: Path, step: int) -> Path:
 
 def part_name(rank: int) -> str:
     return f"part_{rank:05d}.safetensors"
+
+
+def checkpoint_entry(recipe: Recipe) -> int:
+    """Bytes per entry in a checkpoint: index and delta, and what the optimizer keeps of it."""
+    optimizer, mask = recipe.optimizer, recipe.mask
+    kept = {"sgd": 4 * (optimizer.momentum > 0), "lion": 4, "adamw": 8}.get(optimizer.name, 10)
+    if optimizer.name in ADAMW and mask.has_entry_steps:
+        kept += 4  # its number of steps
+    if "8bit" in optimizer.name and mask.schedule in ("periodic", "drop_grow"):
+        kept += 4  # its slot
+    return 8 + kept
 
 
 def temporary_of(folder: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,12 +80,14 @@ class Start:
         checkpoint: to go on from; None: from the beginning.
         source: the run folder that it is of.
         is_chosen: the user named this checkpoint: no other will do.
+        dtype: of the base in the run that is resumed, which `model.dtype: auto` keeps; None: of a new run.
     """
 
     state: Literal["new", "resumed", "finished"] = "new"
     checkpoint: Checkpoint | None = None
     source: Path | None = None
     is_chosen: bool = False
+    dtype: str | None = None
 
 
 def run_folder_of(path: Path) -> Path:
@@ -119,11 +121,14 @@ def find_start(recipe: Recipe, resume: Resume) -> Start:
     else:
         start = _newest(folder, resume)
     if start.checkpoint is not None:
-        check_unchanged(start.checkpoint.manifest["recipe"], recipe, resume.allowed, start.checkpoint.path)
+        recorded, where = start.checkpoint.manifest["recipe"], start.checkpoint.path
     elif start.source is not None:  # finished, or stopped before its first checkpoint
-        path = start.source / RECIPE
-        check_unchanged(yaml.safe_load(path.read_text(encoding="utf-8")), recipe, resume.allowed, path)
-    return start
+        where = start.source / RECIPE
+        recorded = yaml.safe_load(where.read_text(encoding="utf-8"))
+    else:
+        return start
+    check_unchanged(recorded, recipe, resume.allowed, where)
+    return replace(start, dtype=_recorded(recorded, "model.dtype"))
 
 
 def _named(path: Path, folder: Path) -> Start:
@@ -208,7 +213,7 @@ def check_unchanged(recorded: dict[str, Any], recipe: Recipe, allowed: Sequence[
     refused, free = [], []
     for key in sorted(FIELDS):
         before, after = _recorded(recorded, key), _leaf(now, key)
-        if before == after:
+        if before == after or (key, after) == ("model.dtype", "auto"):  # auto keeps what is recorded
             continue
         line = f"{key}: {json.dumps(before)} in the run, {json.dumps(after)} now"
         (free if key in SAFE_TO_CHANGE or (key in NEEDS_FLAG and key in consented) else refused).append(

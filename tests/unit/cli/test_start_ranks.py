@@ -9,6 +9,7 @@ import time
 import types
 
 import pytest
+from limits import HANG_S
 
 from speft_ds.cli import start_ranks
 from speft_ds.config.load_recipe import ROOT
@@ -185,7 +186,7 @@ def test_a_signal_ends_the_launcher_and_its_ranks_quietly(tmp_path, number, code
             sys.exit()
         signal.signal(signal.SIGTERM, save)
         pathlib.Path("started").touch()
-        time.sleep(600)
+        time.sleep(3600)
     """
     (tmp_path / "rank.py").write_text(textwrap.dedent(rank))
     script = f"""
@@ -196,10 +197,10 @@ def test_a_signal_ends_the_launcher_and_its_ranks_quietly(tmp_path, number, code
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + HANG_S
         while not (tmp_path / "started").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=HANG_S)
     assert (process.returncode, output) == (code, "")
     assert (tmp_path / "saved").exists()  # waited for

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from limits import HANG_S
 
 from speft_ds.comm.signals import EXIT_CTRL_C
 from speft_ds.config.load_recipe import ROOT
@@ -25,8 +26,8 @@ print(signals.stop_reason(), flush=True)
 while True:
     time.sleep(0.02)
 """
-# Two who never look: one sleeps, one computes where the interpreter does not come by for minutes.
-ASLEEP = RANK.partition("while")[0] + "time.sleep(600)"
+# Two who never look: one sleeps, one computes where the interpreter does not come by for an hour.
+ASLEEP = RANK.partition("while")[0] + "time.sleep(3600)"
 IN_C = RANK.partition("while")[0] + "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 # What starts the program of its other arguments, and waits; the first is for those who look at it.
 PARENT = """
@@ -102,7 +103,7 @@ def test_only_rank_0_tells():
 def test_other_signals_keep_their_meaning():
     with started(RANK) as rank:
         os.kill(rank.rank, signal.SIGHUP)
-        assert rank.process.wait(10) == -signal.SIGHUP
+        assert rank.process.wait(HANG_S) == -signal.SIGHUP
 
 
 @pytest.mark.parametrize("body", [ASLEEP, IN_C], ids=["asleep", "in C"])
@@ -111,10 +112,8 @@ def test_a_request_is_heard_while_the_main_thread_is_busy_and_a_second_ctrl_c_le
         os.kill(rank.rank, signal.SIGINT)
         assert rank.process.stderr.readline().startswith("received SIGINT: stopping")
         assert rank.process.poll() is None
-        start = time.monotonic()
         os.kill(rank.rank, signal.SIGINT)
-        assert rank.process.wait(10) == EXIT_CTRL_C == 130
-        assert time.monotonic() - start < 3  # "at once", on a busy machine
+        assert rank.process.wait(HANG_S) == EXIT_CTRL_C == 130
 
 
 def test_ctrl_c_after_another_request_is_no_second_one():
@@ -129,13 +128,15 @@ def test_ctrl_c_after_another_request_is_no_second_one():
 # Processes that a rank forks: lm-eval's bootstrap does, in a pool that it ends by SIGTERM
 
 FORKS = RANK.replace("while not", "{body}\nprint('done', flush=True)\nwhile not")
-TERMINATE = """
+TERMINATE = f"""
 import multiprocessing
-helper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+fork = multiprocessing.get_context("fork")
+runs = fork.Event()
+helper = fork.Process(target=lambda: [runs.set(), time.sleep(3600)])
 helper.start()
-time.sleep(0.2)
+runs.wait()
 helper.terminate()
-helper.join(5)
+helper.join({HANG_S})
 print(helper.exitcode, flush=True)
 helper.kill()
 """

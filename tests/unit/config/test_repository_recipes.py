@@ -86,8 +86,9 @@ def test_a_recipe_begins_with_what_it_is_for_and_what_it_needs(name):
     purpose, needs = comments_of(name)  # two lines, no more
     assert purpose.startswith("# ") and len(purpose) <= 100 and purpose.endswith(".")
     assert len(needs) <= 120 and needs.endswith(".") and ranks_of(name) >= 1
-    config = load_recipe(name).deepspeed.config
-    assert config == ("zero3_cpu" if "CPU ranks" in needs else "zero3_bf16")
+    recipe = load_recipe(name)
+    chosen = (recipe.deepspeed.config, recipe.model.dtype)
+    assert chosen == (("zero3_cpu", "auto") if "CPU ranks" in needs else ("zero3_bf16", "bfloat16"))
 
 
 def test_the_table_names_every_recipe_with_its_model_and_density():

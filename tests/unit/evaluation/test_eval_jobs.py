@@ -25,6 +25,13 @@ def test_every_baseline_before_and_what_can_change_after():
     assert [job.label for job in jobs_of(ALL, "after")] == ["after", "after-format-1", "after-format-2"]
 
 
+@pytest.mark.parametrize(("limit", "fewer", "scored"), [(9, 4, 4), (9, 20, 9), (None, 4, 4), (9, None, 9)])
+def test_baselines_are_scored_on_fewer_documents_never_on_more(limit, fewer, scored):
+    recipe = ALL.model_copy(update={"limit": limit, "manual_fewshot_limit": fewer})
+    limits = {round.kind: round.limit for round in jobs_of(recipe, "before")}
+    assert limits == {"main": limit, "fewshot": scored, "format": limit}
+
+
 def test_nothing_that_was_not_asked_for():
     assert jobs_of(EvalConfig(), "before") == jobs_of(EvalConfig(tasks=["a"], after=False), "after") == []
     (text,) = jobs_of(EvalConfig(forgetting_text="text.txt"), "after")

@@ -108,10 +108,11 @@ def facts(**changes):
             ],
         },
         "head": 0, "sparse_backends": ["dense", "sampled"],
-        "accounts": [
+        "resources": [
             {
-                "memory": {"process": 2**29, "base shard": 2**20 * (n + 1), "gradient": 0, "delta": 3000},
-                "sent": {"weights, forward": 5 * 2**20, "gradient": 2048},
+                "peak_bytes": 2**29 + 2**21 * n,
+                "memory_breakdown": {"base shard": 2**20 * (n + 1), "gradient": 0, "delta": 3000},
+                "comm_volume": {"gradient": 2048},
             }
             for n in range(2)
         ],

@@ -60,6 +60,16 @@ def test_files_are_told_apart_by_what_they_say(tmp_path):
     }  # fmt: skip
 
 
+def test_a_baseline_on_fewer_documents_says_how_many(tmp_path):
+    files = evaluations()
+    files["before-4shot"]["settings"]["limit"] = 32
+    prompts = ["0-shot", "1-shot", "4-shot on 32 documents", "16-shot"]
+    assert list(read(tmp_path, **files).by_prompt()) == prompts
+    for document in files.values():
+        document["settings"]["limit"] = 32
+    assert list(read(tmp_path, **files).by_prompt()) == ["0-shot", "1-shot", "4-shot", "16-shot"]
+
+
 def test_the_parts_of_a_group_are_not_named_and_own_numbers_of_examples_are_not_zero(tmp_path):
     mmlu = score("mmlu", 0.3, is_group=True, num_fewshot=5)
     for scores, prompt in (([mmlu], "5-shot"), ([mmlu, score("piqa", 0.6)], "own prompts")):

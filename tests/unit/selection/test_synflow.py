@@ -95,6 +95,22 @@ def test_the_output_is_linear_in_a_weight(model):
     assert abs(after - before - slope) < 1e-4 * abs(slope)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_flows_through_queries_and_keys(model, dtype):
+    """Exactly nothing, whatever the kernels round: a budget per layer takes the largest even of noise."""
+    with linear_network(model.to(dtype)) as all_ones:
+        model(inputs_embeds=all_ones, use_cache=False).logits.float().sum().backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters()}
+    if isinstance(model, GPT2LMHeadModel):  # one [in, 3 out] weight
+        parts = [g.chunk(3, -1) for name, g in gradients.items() if name.endswith("attn.c_attn.weight")]
+        without, values = [part for q, k, _ in parts for part in (q, k)], [v for _, _, v in parts]
+    else:
+        without = [g for name, g in gradients.items() if name.endswith(("q_proj.weight", "k_proj.weight"))]
+        values = [g for name, g in gradients.items() if name.endswith("v_proj.weight")]
+    assert len(without) == 4 and not any(g.any() for g in without)
+    assert len(values) == 2 and all(g.any() for g in values)
+
+
 def test_a_network_without_activation_modules_is_refused():
     with pytest.raises(UserError, match="outside of modules") as caught, linear_network(nn.Linear(2, 2)):
         pass

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from speft_ds.plan.dry_run import LiveBytes
 from speft_ds.sparse.optim import adamw_8bit
 from speft_ds.sparse.optim.adamw import AdamW
 from speft_ds.sparse.optim.adamw_8bit import AdamW8bit
 from speft_ds.sparse.optim.blockwise import BLOCK
 from speft_ds.sparse.optim.flat import OptimizerState
+from speft_ds.tools.plan.activations import LiveBytes
 from unit.spread import LENGTH, numbers
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

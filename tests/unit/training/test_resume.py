@@ -84,14 +84,14 @@ def test_an_older_one_is_taken_where_the_newest_is_not_whole(tmp_path, capsys):
 def test_of_a_finished_run_there_is_nothing_to_resume(tmp_path, steps):
     recipe = load(tmp_path)
     folder = make_run(recipe, *steps, finished=True)
-    assert find_start(recipe, Resume(NEWEST)) == Start("finished", source=folder)
+    assert find_start(recipe, Resume(NEWEST)) == Start("finished", source=folder, dtype="bfloat16")
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(tmp_path, capsys):
     recipe = load(tmp_path)
     folder = make_run(recipe)
     write_parts(folder, 10)
-    assert find_start(recipe, Resume(NEWEST)) == Start("resumed", None, folder)
+    assert find_start(recipe, Resume(NEWEST)) == Start("resumed", None, folder, dtype="bfloat16")
     note = "note: runs/mine was stopped before its first checkpoint: it starts from the beginning\n"
     assert capsys.readouterr().out == note
 

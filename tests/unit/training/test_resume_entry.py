@@ -224,7 +224,7 @@ def test_of_a_finished_run_nothing_is_loaded():
 def test_a_run_that_somebody_writes_to_is_not_resumed(tmp_path):
     folder = make_run(10)
     hold = "import sys, time; from pathlib import Path; from speft_ds.training import run_dir as r"
-    script = f"{hold}; lock = r.Lock(Path('{folder}')); print(1, flush=True); time.sleep(60)"
+    script = f"{hold}; lock = r.Lock(Path('{folder}')); print(1, flush=True); time.sleep(3600)"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()

@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+from limits import HANG_S
 
 from speft_ds.config.load_recipe import ROOT
 from speft_ds.errors import UserError
@@ -19,7 +20,7 @@ from pathlib import Path
 from speft_ds.training.run_dir import Lock
 lock = Lock(Path(sys.argv[1]))
 print("held", flush=True)
-time.sleep(100)
+time.sleep(3600)
 """
 
 
@@ -54,7 +55,7 @@ def test_a_killed_run_holds_nothing(tmp_path, holder, take):
 
 @pytest.mark.parametrize("take", [Lock, wait_for_lock])
 def test_a_run_that_is_just_ending_is_waited_for(tmp_path, holder, monkeypatch, capsys, take):
-    monkeypatch.setattr(run_dir, "LOCK_WAIT_S", 60.0)
+    monkeypatch.setattr(run_dir, "LOCK_WAIT_S", HANG_S)
     monkeypatch.setenv("RANK", "1")  # only rank 0 speaks
     threading.Timer(0.3, holder.kill).start()
     take(tmp_path / "run")

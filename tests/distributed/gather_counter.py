@@ -1,6 +1,6 @@
-"""What ZeRO-3 gathers in a step: elements by kind, and the most that are whole at a time; counted as it does.
+"""What ZeRO-3 gathers in a step: elements by kind, and the most that are gathered at a time.
 
-Part of the DeepSpeed seam, see `engine`.
+Patches DeepSpeed's private methods, which only tests may.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
-from speft_ds.plan.gathers import BACKWARD, FORWARD, RECOMPUTE
+from speft_ds.tools.plan.gathered_weights import BACKWARD, FORWARD, RECOMPUTE
 
 _GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
 _AVAILABLE = (
@@ -20,26 +20,27 @@ _AVAILABLE = (
 
 
 class GatherCounter:
-    """Counts what a coordinator of ZeRO-3 gathers from here on, of weights of `itemsize` bytes an element.
+    """Counts what an engine's coordinator gathers from here on.
 
     Attributes:
         elements: kind -> elements gathered since `restart`.
         sent: kind -> bytes of its own shards that this rank sent to the others for that.
-        most_whole: the most bytes of gathered weights at a time, those left out that stay whole.
+        most_gathered: the most elements gathered at a time, without those that always stay so.
     """
 
-    def __init__(self, coordinator, itemsize: int):
+    def __init__(self, engine):
         self.restart()
+        coordinator = engine.optimizer.offload.get_param_coordinator()
         gather, fetch = getattr(coordinator, _GATHER), coordinator.fetch_sub_module
 
         def counted_gather(weights, forward, quantize=False):
             weights = list(weights)
-            self._count_gather([w for w in weights if w.ds_status == ZeroParamStatus.NOT_AVAILABLE], forward)
+            self._count([w for w in weights if w.ds_status == ZeroParamStatus.NOT_AVAILABLE], forward)
             return gather(weights, forward, quantize)
 
         def counted_fetch(module, forward):
             fetch(module, forward)
-            self.most_whole = max(self.most_whole, getattr(coordinator, _AVAILABLE) * itemsize)
+            self.most_gathered = max(self.most_gathered, getattr(coordinator, _AVAILABLE))
 
         setattr(coordinator, _GATHER, counted_gather)
         coordinator.fetch_sub_module = counted_fetch
@@ -47,9 +48,9 @@ class GatherCounter:
     def restart(self) -> None:
         self.elements: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
-        self.most_whole = 0
+        self.most_gathered = 0
 
-    def _count_gather(self, weights: list[nn.Parameter], forward: bool) -> None:
+    def _count(self, weights: list[nn.Parameter], forward: bool) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
         kind = BACKWARD if not forward else RECOMPUTE if in_backward else FORWARD
         for weight in weights:

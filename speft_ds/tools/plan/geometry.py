@@ -1,4 +1,4 @@
-"""What a model is made of, from its configuration alone: weights by name, targets, entries to train."""
+"""The geometry of a model, from its configuration alone: weights by name, targets, entries to train."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from speft_ds.errors import UserError
 GEOMETRIES_DIR = Path(__file__).resolve().parent / "geometries"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Geometry:
-    """A model without its weights.
+    """A model without its weights. Two geometries are equal if they are one: runs are cached by geometry.
 
     Attributes:
-        config: of `transformers`.
-        source: where the configuration came from, in words.
+        config: of `transformers`; source: where it came from, in words.
+        task, dtype: as in a recipe's `model` section; `auto` is planned as bfloat16.
         numel: elements of every weight, by name; tied ones once.
         targets: (out, in) of the weights that the mask chooses from, by name.
-        num_entries: entries that the mask is asked for.
+        num_entries: entries of the mask.
         num_head: weights of a classification head, all trained; 0 without one.
     """
 
     config: object
     source: str
+    task: str
+    dtype: str
     numel: dict[str, int]
     targets: dict[str, tuple[int, int]]
     num_entries: int
@@ -44,6 +46,11 @@ class Geometry:
     @property
     def num_target_elements(self) -> int:
         return sum(self.numel[name] for name in self.targets)
+
+    @property
+    def density(self) -> float:
+        """Fraction of the targeted weights that is trained."""
+        return self.num_entries / self.num_target_elements
 
     @property
     def trained(self) -> frozenset[str]:
@@ -60,7 +67,7 @@ def read_geometry(recipe: Recipe) -> Geometry:
     """The geometry of a recipe's model.
 
     Raises:
-        UserError: no configuration at hand; targets that the model does not have; too many or few entries.
+        UserError: no configuration is cached; targets that the model does not have; too many or few entries.
     """
     import torch
 
@@ -69,43 +76,26 @@ def read_geometry(recipe: Recipe) -> Geometry:
     try:
         from speft_ds.model.targets import find_targets, target_shapes
         from speft_ds.selection.topk import num_trainable
+        from speft_ds.sparse.mask import read_mask
     finally:
         logging.disable(logging.NOTSET)
     config, source = find_config(recipe)
-    task = recipe.model.task
+    task, dtype = recipe.model.task, recipe.model.dtype
+    dtype = "bfloat16" if dtype == "auto" else dtype
     if task != "causal_lm":
         config.num_labels = len(recipe.data.labels or ("one", "other"))
         config.pad_token_id = config.pad_token_id or 0
     with torch.device("meta"):
-        model = build_model(config, task, recipe.model.dtype)
+        model = build_model(config, task, dtype)
     numel = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if recipe.mask.load is None:
         targets = target_shapes(find_targets(model, recipe.mask.targets, recipe.mask.layers))
         num_entries = num_trainable(recipe.mask, targets)
     else:
-        targets, num_entries = read_mask_size(recipe)
+        mask, _ = read_mask(mask_file(recipe.mask.load, recipe.where("mask.load")))
+        targets, num_entries = mask.shape, mask.num_trainable
     num_head = 0 if task == "causal_lm" else numel.get(HEAD, 0)
-    return Geometry(config, source, numel, targets, num_entries, num_head)
-
-
-def read_mask_size(recipe: Recipe) -> tuple[dict[str, tuple[int, int]], int]:
-    """(out, in) of the targets of the recipe's saved mask, by name, and its entries; reads the header only.
-
-    Raises:
-        UserError: there is no such mask.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    where = recipe.where("mask.load")
-    file = mask_file(recipe.mask.load, where)
-    try:
-        with safe_open(file, framework="numpy") as mask:
-            shapes = json.loads(mask.metadata()["shape"])
-            num_entries = sum(mask.get_slice(name).get_shape()[0] for name in mask.keys())  # noqa: SIM118
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-        fix = "write the mask with `speft score RECIPE`, or copy it again"
-        raise UserError(f"{file} is not a readable mask: {error}", where, fix) from error
-    return {name: (rows, columns) for name, (rows, columns) in shapes.items()}, num_entries
+    return Geometry(config, source, task, dtype, numel, targets, num_entries, num_head)
 
 
 def find_config(recipe: Recipe) -> tuple[object, str]:
@@ -119,21 +109,19 @@ def find_config(recipe: Recipe) -> tuple[object, str]:
     name, where = recipe.model.name_or_path, recipe.where("model.name_or_path")
     file, source = config_file(name)
     if file is None:
-        known = ", ".join(list_geometries())
         raise UserError(
-            f"no configuration of {name} is at hand: a plan needs its config.json, and downloads nothing",
+            f"no configuration of {name} is cached: a plan needs its config.json, and downloads nothing",
             where,
-            f"name a folder that has one, or fetch it: hf download {name} config.json; built in are: {known}",
+            f"name a folder that has one, or fetch it: hf download {name} config.json; "
+            f"built in are: {', '.join(list_geometries())}",
         )
     from transformers import AutoConfig
 
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        config = AutoConfig.for_model(**values)
+        return AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8"))), source
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = f"cannot read the configuration: {error}"
         raise UserError(what, f"{file} ({where})", "a model of another library, or a damaged file") from error
-    return config, source
 
 
 def config_file(name: str) -> tuple[Path | None, str]:
@@ -144,7 +132,7 @@ def config_file(name: str) -> tuple[Path | None, str]:
     if cached := hub.model_folder(name):
         return cached / "config.json", "the hub cache"
     file = geometry_file(name)
-    return (file if file.is_file() else None), "plan/geometries, which stands for the hub's config.json"
+    return (file if file.is_file() else None), f"built in (geometries/{file.name})"
 
 
 def geometry_file(name: str) -> Path:
@@ -157,7 +145,11 @@ def list_geometries() -> list[str]:
 
 
 def build_model(config, task: str, dtype: str):
-    """A model of `transformers`, as `from_pretrained` would make it, on the device of the context."""
+    """A model of `transformers`, as `from_pretrained` would make it, on the device of the context.
+
+    Raises:
+        UserError: `transformers` has none for this task and configuration.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -167,10 +159,3 @@ def build_model(config, task: str, dtype: str):
     except ValueError as error:
         what = f"transformers has no {task.replace('_', ' ')} model for this configuration"
         raise UserError(f"{what}: {error}", "model.name_or_path", "choose another model") from error
-
-
-def linears_of(model) -> dict:
-    """Every plain `nn.Linear`, by module name."""
-    import torch
-
-    return {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}

@@ -1,0 +1,230 @@
+"""Activation memory of one forward and backward, from a run of the model on fake tensors.
+
+Fake tensors have shapes and no data, so nothing is computed or allocated: the model's own code runs through
+its full depth, forty layers in two seconds. Every storage that an operation makes counts while it lives. What
+the kernels of the weight gradients need for a moment is added by formula.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from speft_ds.model.linear import AdaptedLinear, adapt
+from speft_ds.sparse.kernels import launch, sampled
+from speft_ds.sparse.kernels.dense import BLOCK_ELEMENTS
+from speft_ds.tools.plan.gathered_weights import BACKWARD, FORWARD, RECOMPUTE, ModuleUse
+from speft_ds.tools.plan.geometry import Geometry, build_model
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward.
+
+    Attributes:
+        rows, length: of the micro-batch; every row is as long as it may be.
+        checkpointing: as `train.activation_checkpointing`; packing: as `data.packing`.
+        collects: what the backward of a target computes: `entries` (the sparse gradient, by `backend`),
+            `gradient` (the dense one, to score by) or `squares` (one dense gradient per row).
+        walks_all_layers: see `schema.Recipe`.
+        device: `cuda` or `cpu`, where it is going to run; is_partitioned: on more than one rank.
+    """
+
+    rows: int
+    length: int
+    checkpointing: str
+    collects: str
+    packing: bool
+    walks_all_layers: bool
+    backend: str
+    device: str
+    is_partitioned: bool
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages made inside the block, as long as they live.
+
+    Attributes:
+        now: bytes alive.
+        peak: most bytes alive since it was last set.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: dict[int, object] = {}
+
+    def ignore(self, tensors: list[Tensor]) -> None:
+        """Do not count these, nor views of them."""
+        self.known |= {tensor.untyped_storage()._cdata: tensor for tensor in tensors}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known[key] = weakref.finalize(storage, self._forget, key, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.now -= size
+        del self.known[key]
+
+
+@lru_cache(maxsize=64)
+def run_pass(geometry: Geometry, one: Pass, fake: bool = True) -> list[ModuleUse]:
+    """One forward and backward of a model: every use of a module in order, with the activations beside it.
+
+    Args:
+        fake: False for real tensors, with all their memory, to check the count by.
+    """
+    with FakeTensorMode() if fake else nullcontext(), _packed(one.packing):
+        model = build_model(geometry.config, geometry.task, geometry.dtype).requires_grad_(False)
+        live = LiveBytes()
+        live.ignore([*model.parameters(), *model.buffers()])
+        _prepare(model, geometry, one, live)
+        uses = _record_uses(model, live)
+        if one.walks_all_layers:  # after the hooks, as the engine does it after DeepSpeed's
+            model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_(True))
+        ids = torch.zeros(one.rows, one.length, dtype=torch.int64)
+        with live:
+            (_loss(model, geometry.task, ids) / one.rows).backward()
+        uses[-1].peak = live.peak
+    return uses
+
+
+def _record_uses(model: nn.Module, live: LiveBytes) -> list[ModuleUse]:
+    """A list that fills while the model runs, at the places where ZeRO-3 gathers the weights of a module."""
+    uses: list[ModuleUse] = []
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def add(kind: str, module: nn.Module) -> None:
+        if uses:
+            uses[-1].peak = live.peak
+        live.peak = live.now
+        uses.append(ModuleUse(kind, tuple(names[id(p)] for p in module.parameters(recurse=False)), live.now))
+
+    def before_forward(module: nn.Module, _inputs) -> None:
+        add(FORWARD if torch._C._current_graph_task_id() == -1 else RECOMPUTE, module)
+
+    def after_forward(module: nn.Module, _inputs, output) -> None:
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if tensors and not hasattr(tensors[0], "made_by"):
+            tensors[0].made_by = made_by = []  # nested modules with one output, the outermost first
+            tensors[0].register_hook(lambda _: before_backward(made_by))
+        if tensors:
+            tensors[0].made_by.insert(0, module)
+
+    def before_backward(made_by: list[nn.Module]) -> None:
+        for module in made_by:
+            add(BACKWARD, module)
+
+    for module in model.modules():
+        module.register_forward_pre_hook(before_forward)
+        module.register_forward_hook(after_forward)
+    return uses
+
+
+@contextmanager
+def _packed(packing: bool) -> Iterator[None]:
+    """Say whether rows are packed: transformers reads it from positions, and fake ones have no values."""
+    from transformers import masking_utils
+
+    original = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = original if packing else lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
+
+
+def _prepare(model: nn.Module, geometry: Geometry, one: Pass, live: LiveBytes) -> None:
+    """Bring the model into the state in which the engine runs it."""
+    model.train(one.collects == "entries" or one.checkpointing != "none")
+    if one.checkpointing != "none":
+        with warnings.catch_warnings():  # of its new name, which older transformers do not have
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": one.checkpointing == "reentrant"})
+    for name, linear in model.named_modules():
+        if type(linear) is not nn.Linear:
+            continue
+        is_target = f"{name}.weight" in geometry.targets
+        adapt(linear, recomputes_input=one.checkpointing == "none" and is_target)
+        if is_target:
+            linear.weight_grad_hook = _sink(geometry.density, one, live)
+        else:
+            linear.__class__ = _Zero3Linear
+
+
+class _Zero3Linear(AdaptedLinear):
+    """DeepSpeed's own, which saves its input, needed or not (`zero3_linear_wrap`), if any gradient passes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight_grad_hook = (lambda x, grad_y: None) if x.requires_grad else None
+        return super().forward(x)
+
+
+def _sink(density: float, one: Pass, live: LiveBytes) -> Callable[[Tensor, Tensor], None]:
+    """Counts what the real sink of a target allocates while it runs."""
+
+    def count(x: Tensor, grad_y: Tensor) -> None:
+        rows, columns = grad_y.shape[-1], x.shape[-1]
+        if one.collects == "entries":
+            num_bytes = _kernel_bytes(x, grad_y, round(density * rows * columns), one)
+        else:
+            num_bytes = _dense_bytes(rows * columns, x.dtype.itemsize, one)
+        live.peak = max(live.peak, live.now + num_bytes)
+
+    return count
+
+
+def _kernel_bytes(x: Tensor, grad_y: Tensor, num_entries: int, one: Pass) -> int:
+    """What a sparse gradient allocates (kernels/): transposed or fp32 copies, sums, the values."""
+    rows, columns = grad_y.shape[-1], x.shape[-1]
+    tokens = x.numel() // columns
+    if one.backend == "sampled":  # the fp32 copy of x is complete; the pattern is copied with its sums
+        part = sampled.split_for_cache(grad_y, columns)[0].shape[0]
+        return 4 * (x.numel() + part * rows) + 8 * num_entries + 4 * num_entries * (part < tokens)
+    if one.backend == "element":
+        splits, _ = launch.split_tokens(tokens, columns, x.dtype.itemsize, num_entries)
+        return x.nbytes + 4 * (splits + 1) * num_entries
+    block = min(max(1, BLOCK_ELEMENTS // columns), rows)
+    copies = tokens * (block + columns) if one.device == "cpu" else 0
+    return 4 * (copies + num_entries + block * columns)
+
+
+def _dense_bytes(numel: int, itemsize: int, one: Pass) -> int:
+    """What scoring allocates (calibration.py): a dense gradient, and what other ranks send of theirs."""
+    on_cpu, squares = one.device == "cpu", one.collects == "squares"
+    dense = numel * (itemsize if on_cpu and not squares else 4)
+    of_a_row = numel * (itemsize + 4 if on_cpu and itemsize < 4 else 4) if squares else 0
+    return dense + max(of_a_row, dense * one.is_partitioned)
+
+
+def _loss(model: nn.Module, task: str, ids: Tensor) -> Tensor:
+    """The objective's loss where every token but a row's first is a label, or each row has a class."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    if task != "causal_lm":
+        return F.cross_entropy(logits.float(), ids[:, 0], reduction="sum")
+    # `batch.summed_loss` picks by a bool mask, whose count a fake tensor does not know: the same by numbers.
+    rows, length = ids.shape
+    picked = ids.new_zeros(rows * (length - 1))
+    scaled = logits[:, :-1][picked, picked].float() / 1.0
+    return F.cross_entropy(scaled, picked, reduction="sum")

@@ -1,0 +1,254 @@
+"""The plan of a run, from its recipe and the model's configuration: no weights, no GPU.
+
+Memory per rank by kind and phase, traffic, steps, files, whether it fits, and what to change if not. Every
+line shows its arithmetic. Imports no torch before the recipe is checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from speft_ds.config.deepspeed_config import load_ds_config
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.dataset_cache import DatasetSpec, find_cached
+from speft_ds.data.readers import iterate_rows
+from speft_ds.data.sampler import Sampler
+from speft_ds.errors import UserError
+from speft_ds.tools.plan.geometry import read_geometry
+from speft_ds.tools.plan.memory_model import GIB, Line, Setup, host, phases, total
+from speft_ds.tools.plan.suggestions import Suggestion, smallest_world_size, suggest
+from speft_ds.training.checkpoint.folder import checkpoint_entry
+
+MARGIN = 0.1  # of the GPU, left to the allocator: what it holds beyond what is asked for
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each rank will need, and the complete run.
+
+    Attributes:
+        setup: what is planned; gpu_gib: memory of each GPU, or of each rank on a CPU.
+        memory: phase -> memory per rank at its peak; host: what lies in host memory besides.
+        traffic: what a rank receives per optimizer step; files: what the run leaves on disk.
+        steps: the length of the run, as name -> (value or None if unknown, arithmetic).
+        notes: what the reader should know.
+        smallest_world_size: fewest ranks that fit with this recipe; None where no number does.
+        suggestions: what to change, best first; empty where it fits.
+    """
+
+    setup: Setup
+    gpu_gib: float
+    memory: dict[str, list[Line]]
+    host: list[Line]
+    traffic: list[Line]
+    steps: dict[str, tuple[int | None, str]]
+    files: list[Line]
+    notes: list[str]
+    smallest_world_size: int | None = None
+    suggestions: list[Suggestion] = field(default_factory=list)
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.memory, key=lambda phase: total(self.memory[phase]))
+
+    @property
+    def num_bytes(self) -> int:
+        """Peak per rank over all phases."""
+        return total(self.memory[self.peak_phase])
+
+    @property
+    def limit(self) -> int:
+        """What may be planned with, margin left out."""
+        return int(self.gpu_gib * (1 - MARGIN) * GIB)
+
+    @property
+    def fits(self) -> bool:
+        return self.num_bytes <= self.limit
+
+
+def make_plan(
+    recipe: Recipe,
+    world_size: int,
+    gpu_gib: float = 80.0,
+    num_rows: int | None = None,
+    device: str = "cuda",
+) -> Plan:
+    """The plan of a training run.
+
+    Args:
+        world_size: ranks, each with a GPU of `gpu_gib`.
+        num_rows: rows of the training data; None: those of the recipe's file, if it is on this machine.
+        device: `cpu` plans for ranks on a CPU, whose memory includes that of the process.
+    Raises:
+        UserError: no configuration of the model is cached, or it does not go with the recipe.
+        RecipeError: the batch cannot be shared among so many ranks, or the DeepSpeed configuration is wrong.
+    """
+    from speft_ds.model.dtype import multiplies_bfloat16, resolve_dtype  # late: it imports torch
+
+    is_auto = recipe.model.dtype == "auto"
+    recipe = resolve_dtype(recipe, device == "cuda" or multiplies_bfloat16("cpu"))
+    zero = load_ds_config(recipe, world_size)["zero_optimization"]
+    setup = Setup(recipe, read_geometry(recipe), zero, world_size, device)
+    plan = Plan(
+        setup,
+        gpu_gib,
+        memory=phases(setup),
+        host=host(setup) if device == "cuda" else [],
+        traffic=traffic(setup),
+        steps=steps(recipe, world_size, num_rows),
+        files=files(setup),
+        notes=notes(setup, is_auto),
+    )
+    smallest = smallest_world_size(setup, plan.limit)
+    suggestions = [] if plan.fits else suggest(setup, plan.num_bytes, plan.limit, smallest)
+    return replace(plan, smallest_world_size=smallest, suggestions=suggestions)
+
+
+def traffic(setup: Setup) -> list[Line]:
+    """What a rank receives per optimizer step."""
+    train, data, ranks, b = setup.recipe.train, setup.recipe.data, setup.world_size, setup.itemsize
+    if ranks == 1:
+        return [Line("weights and gradient", 0, "a single rank has all of them")]
+    rounds = train.global_batch // (train.micro_batch * ranks)
+
+    def line(kind: str, count: int, what: str, size: int) -> Line:
+        formula = f"{count:,} {what} x {size} B x {ranks - 1}/{ranks} x {rounds} micro-batches"
+        return Line(kind, count * size * (ranks - 1) // ranks * rounds, formula)
+
+    gathered = setup.pass_peak("entries", train.micro_batch, data.max_length).traffic
+    weights = [line(f"weights, {kind}", count, "weights", b) for kind, count in gathered.items() if count]
+    return [*weights, line("gradient", setup.num_trained, "entries", 4)]
+
+
+def steps(recipe: Recipe, world_size: int, num_rows: int | None) -> dict[str, tuple[int | None, str]]:
+    """Sequences per epoch, steps and tokens, with what they follow from; None where that is not known."""
+    train, length = recipe.train, recipe.data.max_length
+    order, why = (Sampler((num_rows,), None, 0), "--rows") if num_rows else find_order(recipe)
+    batch = f"{train.global_batch} sequences a step"
+    accumulation = train.global_batch // (train.micro_batch * world_size)
+    if train.steps is not None:
+        number, how = train.steps, "train.steps"
+    elif order is None:
+        number, how = None, "not known without the number of rows: --rows N, or train.steps=N"
+    else:
+        number = order.num_steps(train.global_batch, None, train.epochs)
+        how = f"{len(order):,} sequences x {train.epochs:g} epochs / {batch}"
+    per_step = train.global_batch * length
+    tokens = None if number is None else number * per_step
+    at_most = "" if number is None else f"at most: {number:,} "
+    return {
+        "sequences an epoch": (len(order) if order else None, why),
+        "accumulation": (accumulation, f"{batch} / ({train.micro_batch} x {world_size} ranks)"),
+        "tokens a step": (per_step, f"at most: {batch} x {length:,}"),
+        "steps": (number, how),
+        "tokens": (tokens, f"{at_most}steps x tokens a step"),
+    }
+
+
+def find_order(recipe: Recipe) -> tuple[Sampler | None, str]:
+    """The order of the rows that are on this machine, and how they were counted; None where they are not."""
+    data = recipe.data
+    paths = ", ".join(source.path for source in data.sources)
+    try:
+        if corpus := find_cached(DatasetSpec.from_recipe(recipe)):
+            kind = "packs" if corpus.is_packed else "rows"
+            return Sampler(corpus.sizes, data.weights, recipe.seed), f"tokenised before: {kind}"
+        sizes = [sum(1 for _ in iterate_rows(source)) for source in data.sources]
+    except UserError as error:
+        return None, f"{error.what}: --rows N"
+    weights, why = data.weights, f"rows as they are in {paths}"
+    if data.select != "all":
+        sizes, weights = [min(data.select_rows, sum(sizes))], None
+        why = f"data.select_rows of the rows in {paths}"
+    why += ", before packing: speft data tells exactly" if data.packing else ""
+    return Sampler(tuple(sizes), weights, recipe.seed), why
+
+
+def files(setup: Setup) -> list[Line]:
+    """What the run writes."""
+    k, each, recipe = setup.num_trained, checkpoint_entry(setup.recipe), setup.recipe
+    header = 2 * sum(len(name) + 70 for name in setup.geometry.targets)
+    formula = f"{k:,} entries x about 6 B (delta 4, coded index 1 to 3) + names"
+    if recipe.mask.schedule == "periodic":
+        formula += "; more with every change of the mask"
+    checkpoint = f"about {k:,} entries x {each} B ({recipe.optimizer.name})"
+    return [Line("adapter", 6 * k + header, formula), Line("a checkpoint", each * k, checkpoint)]
+
+
+def notes(setup: Setup, is_auto: bool) -> list[str]:
+    """What the numbers leave out or take for granted; `is_auto`: the dtype was left to the hardware."""
+    recipe = setup.recipe
+    found = ["every row is taken to be as long as data.max_length; entries to be spread evenly over ranks"]
+    if is_auto:
+        whose = "a GPU that multiplies bfloat16" if setup.device == "cuda" else "the CPU of this machine"
+        found.append(f"model.dtype=auto is planned as {recipe.model.dtype}, for {whose}")
+    if setup.geometry.num_head:
+        found.append(f"the classification head's {setup.geometry.num_head:,} weights are all trained")
+    if recipe.mask.schedule == "periodic":
+        found.append("entries that leave a periodic mask stay in memory, about 14 bytes each: not counted")
+    if recipe.eval.tasks:
+        found.append("evaluation is not counted: eval.batch_size is its own to choose")
+    if setup.device == "cpu":
+        found.append("glibc keeps freed memory, half as much again: MALLOC_MMAP_THRESHOLD_=65536 avoids it")
+    return found
+
+
+def gib(num_bytes: int) -> str:
+    """Bytes as people read them."""
+    return f"{num_bytes / 2**20:.2f} MiB" if num_bytes < 0.01 * GIB else f"{num_bytes / GIB:.2f} GiB"
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Print a plan, 80 columns wide."""
+    console = console or Console()
+    setup, recipe = plan.setup, plan.setup.recipe
+    console.print(
+        f"{recipe.name}: {recipe.model.name_or_path} on {setup.world_size} rank(s)", highlight=False
+    )
+    console.print(f"configuration: {setup.geometry.source}", highlight=False)
+    first, *others = plan.memory.values()
+    always = [line for line in first if all(line in lines for lines in others)]
+    _print_lines(console, "memory per rank, all the time", always, total(always))
+    for phase, lines in plan.memory.items():
+        mark = " (the peak)" if phase == plan.peak_phase else ""
+        own = [line for line in lines if line not in always]
+        _print_lines(console, f"memory per rank, {phase}{mark}: besides, and all together", own, total(lines))
+    if plan.host:
+        _print_lines(console, "host memory per rank, besides the process", plan.host)
+    _print_lines(console, "received per rank and step", plan.traffic, total(plan.traffic))
+    _print_lines(console, "on disk", plan.files)
+    rows = [(name, "?" if value is None else f"{value:,}", how) for name, (value, how) in plan.steps.items()]
+    _print_table(console, "length", rows)
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    place = "a GPU" if setup.device == "cuda" else "a rank"
+    kept = f"{plan.gpu_gib:g} GiB less {MARGIN:.0%} for the allocator = {gib(plan.limit)}"
+    console.print(f"{verdict}: {gib(plan.num_bytes)} at the peak, {plan.peak_phase}; {place} has {kept}")
+    console.print(f"smallest world size that fits: {plan.smallest_world_size or 'none, with this recipe'}")
+    if plan.suggestions:
+        rows = [
+            (gib(one.num_bytes), "fits" if one.num_bytes <= plan.limit else "", one.change)
+            for one in plan.suggestions
+        ]
+        _print_table(console, "what would help: the peak after each change", rows)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False)
+
+
+def _print_lines(console: Console, title: str, lines: list[Line], sum_: int | None = None) -> None:
+    rows = [(line.kind, gib(line.num_bytes), line.formula) for line in lines]
+    _print_table(console, title, rows + ([("total", gib(sum_), "")] if sum_ is not None else []))
+
+
+def _print_table(console: Console, title: str, rows: list[tuple[str, str, str]]) -> None:
+    table = Table(title=title, box=SIMPLE_HEAD, show_header=False, title_justify="left", padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, highlight=False)

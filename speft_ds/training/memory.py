@@ -1,0 +1,104 @@
+"""Peak memory and communication volume of a run, per rank: measured and counted, not estimated.
+
+Bytes of the process at its peak are what is allocated on a GPU, and what is resident on a CPU.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable
+from dataclasses import is_dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from speft_ds.comm import collectives
+from speft_ds.comm.collectives import log_rank0
+from speft_ds.sparse.gradient import SparseGradient
+from speft_ds.sparse.optim.flat import FlatOptimizer
+from speft_ds.sparse.state import SparseState
+from speft_ds.zero.engine import SparseEngine
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
+
+
+def reset_peak() -> None:
+    """From here on, `peak_bytes` forgets what was before; where that cannot be, a line says so."""
+    if collectives.device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        CLEAR_REFS.write_text("5", encoding="utf-8")
+    except OSError as error:
+        log_rank0(f"note: the peak of memory is that of the complete run, selection included: {error}")
+
+
+def peak_bytes() -> int:
+    """The most bytes held since `reset_peak`, or since the process began where that cannot be reset."""
+    if collectives.device().type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if STATUS.exists():
+        (line,) = [line for line in STATUS.read_text(encoding="utf-8").splitlines() if "VmHWM" in line]
+        return int(line.split()[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def peak_gib() -> float:
+    """The same in GiB, as users are told it."""
+    return peak_bytes() / 2**30
+
+
+def tensor_bytes(values: Iterable[object], exclude: Iterable[object] = ()) -> int:
+    """Bytes of all tensors that these objects hold, each storage once, without those that `exclude` holds."""
+    others = _storages(list(exclude))
+    return sum(size for key, size in _storages(list(values)).items() if key not in others)
+
+
+def _storages(value: object) -> dict[int, int]:
+    """Address -> bytes of the storages of tensors in lists, dicts and attributes of our own objects."""
+    if isinstance(value, Tensor):
+        parts = [value]
+        if value.layout == torch.sparse_csr:
+            parts = [value.crow_indices(), value.col_indices(), value.values()]
+        storages = [part.untyped_storage() for part in parts]
+        return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+    if is_dataclass(value) or type(value).__module__.startswith("speft_ds."):
+        value = getattr(value, "__dict__", {})
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return {key: size for item in items for key, size in _storages(item).items()}
+
+
+def memory_breakdown(
+    engine: SparseEngine, state: SparseState, gradient: SparseGradient, optimizer: FlatOptimizer
+) -> dict[str, int]:
+    """Bytes of the tensors that this rank keeps on its device through training, by kind, as `speft plan`
+    names them. Activations and gathered weights come and go: only the peak has them.
+    """
+    parameters = list(engine.module.parameters())
+    shards = [p.ds_tensor for p in parameters if p.ds_tensor.device.type == state.device.type]
+    persistent = [p for p in parameters if p.ds_persist and p.ds_zero_partition_world_size > 1]
+    mask = list(state.trained.index.values())
+    index = [index for index in state.index.values() if index.device.type == state.device.type]
+    return {
+        "base shard": sum(shard.nbytes for shard in shards),
+        "small weights, gathered": sum(p.ds_numel * p.element_size() for p in persistent),
+        "mask": tensor_bytes(mask),
+        "gradient": tensor_bytes([gradient.own]),
+        "gradient buckets": gradient.peak_buffer_bytes,
+        "gradient pattern": tensor_bytes(gradient.kernels.values(), exclude=mask),
+        "index": tensor_bytes(index, exclude=mask),
+        "base values": tensor_bytes([state.base]),
+        "delta": tensor_bytes([state.delta]),
+        "optimizer": tensor_bytes([optimizer.state[state.delta], vars(optimizer)], exclude=[state.delta]),
+    }
+
+
+def comm_volume(gradient: SparseGradient, num_micro_batches: int) -> dict[str, int]:
+    """Bytes that this rank sends per optimizer step, by kind: a reduce-scatter of each bucket after every
+    micro-batch, on a ring. ZeRO-3's own gathers are not counted; `speft plan` has them.
+    """
+    elements = sum(max(bucket.lengths) for bucket in gradient.buckets)  # for each of the other ranks
+    return {"gradient": 4 * elements * (gradient.world_size - 1) * num_micro_batches}

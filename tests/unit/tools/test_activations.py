@@ -1,0 +1,86 @@
+"""The fake-tensor run against a real one, and ZeRO-3's gathers by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from speft_ds.tools.plan.activations import LiveBytes, Pass, run_pass
+from speft_ds.tools.plan.gathered_weights import ModuleUse, pass_peak
+from speft_ds.tools.plan.geometry import read_geometry
+from speft_ds.tools.plan.memory_model import Setup
+
+
+def test_live_bytes_counts_storages_while_they_live():
+    with LiveBytes() as live:
+        one = torch.zeros(100)
+        view = one.view(10, 10)
+        assert live.now == 400
+        two = one + 1
+        del one
+        assert (live.now, live.peak) == (800, 800)
+        del view
+        assert (live.now, live.peak) == (400, 800)
+        del two
+        assert live.now == 0
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non_reentrant"])
+def test_a_fake_run_counts_what_a_real_run_holds(recipe, checkpointing):
+    """The same code on real tensors: the same uses of modules, and the storages that live, to the byte."""
+    walks = checkpointing == "reentrant"
+    one = Pass(3, 24, checkpointing, "entries", False, walks, "sampled", "cpu", True)
+    geometry = read_geometry(recipe())
+    uses = run_pass(geometry, one)
+    assert uses == run_pass(geometry, one, fake=False)
+    assert max(use.peak for use in uses) > 3 * 24 * 260 * 4  # the logits
+
+
+@pytest.fixture
+def peak(recipe):
+    """A function: uses of weights of 10 elements, such as `forward a`, and what differs from no prefetch and
+    no reuse on two GPUs -> (most gathered, gathered in forward, recompute, backward, bytes at the peak).
+    """
+
+    def run(order, checkpointing="none", persistent="", world_size=2, device="cuda", **zero) -> tuple:
+        uses = [ModuleUse(kind, (weight,), 0, 100) for kind, weight in (use.split() for use in order)]
+        zero = {"prefetch_bucket_size": 0, "max_reuse_distance": 0, **zero}
+        geometry = SimpleNamespace(
+            numel=dict.fromkeys("abc", 10), trained=set("abc") - set(persistent), dtype="float32"
+        )
+        made = recipe(train={"activation_checkpointing": checkpointing})
+        zero = {f"stage3_{key}": value for key, value in zero.items()}
+        got = pass_peak(uses, Setup(made, geometry, zero, world_size, device))
+        return got.most_gathered, *got.traffic.values(), got.activations + got.gathered
+
+    return run
+
+
+PLAIN = [*(f"forward {name}" for name in "abc"), *(f"backward {name}" for name in "cba")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (10, 30, 0, 30, 140)),
+        ({"max_reuse_distance": 1}, (10, 30, 0, 20, 140)),  # c is needed next
+        ({"max_reuse_distance": 1000}, (30, 30, 0, 0, 220)),
+        # The forward of c prefetches b for the backward, whose start prefetches a while c and b are there.
+        ({"prefetch_bucket_size": 10}, (30, 40, 0, 10, 220)),
+        ({"prefetch_bucket_size": 10, "device": "cpu"}, (30, 40, 0, 10, 260)),  # a is assembled in a buffer
+        ({"prefetch_bucket_size": 10, "max_live_parameters": 20}, (20, 40, 0, 10, 180)),  # a waits for c
+        ({"persistent": "ab"}, (10, 10, 0, 10, 140)),
+        ({"world_size": 1}, (0, 0, 0, 0, 100)),
+    ],
+)
+def test_gathers_of_three_modules_by_hand(peak, changes, expected):
+    assert peak(PLAIN, **changes) == expected
+
+
+def test_gathers_of_a_recomputed_layer_by_hand(peak):
+    forward, recompute = ["forward a", "forward b"], ["recompute a", "recompute b"]
+    # The layer's backward recomputes first, and keeps what that gathers.
+    assert peak([*forward, *recompute, "backward b", "backward a"], "reentrant") == (20, 20, 20, 0, 180)
+    # The backward of b recomputes, and what that gathers is released with b.
+    inside = [*forward, "backward b", *recompute, "backward a"]
+    assert peak(inside, "non_reentrant") == (20, 20, 10, 20, 180)

@@ -1,0 +1,209 @@
+"""A plan's arithmetic, by hand for a tiny model; what it says, and to whom."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from speft_ds.errors import RecipeError
+from speft_ds.tools.plan.make_plan import Plan, find_order, make_plan, print_plan
+from speft_ds.tools.plan.memory_model import GIB, PROCESS, Line, total
+
+# tiny.make_model: 35 wide, 53 in the MLP, 5 heads of 8 (1 key and value head), 2 layers, vocabulary 260.
+LAYER = [40 * 35, 8 * 35, 8 * 35, 35 * 40, 53 * 35, 53 * 35, 35 * 53]  # q, k, v, o, gate, up, down
+TARGETS = 2 * sum(LAYER)
+NORMS = 5 * 35
+EMBEDDINGS = 2 * 260 * 35
+
+
+def sizes(lines: list[Line]) -> dict[str, int]:
+    return {line.kind: line.num_bytes for line in lines}
+
+
+def shards(ranks: int) -> int:
+    """Elements of a rank's shards of the targets."""
+    return 2 * sum(-(-numel // ranks) for numel in LAYER)
+
+
+@pytest.fixture
+def planned(recipe):
+    """A function: phase, ranks, sections -> kind -> bytes per rank on a CPU."""
+
+    def plan(phase: str, ranks: int = 2, **sections) -> dict[str, int]:
+        return sizes(make_plan(recipe(**sections), ranks, device="cpu").memory[phase])
+
+    return plan
+
+
+def test_state_and_shards_by_hand(planned):
+    got, own = planned("training", 3), 101  # 301 / 3, rounded up
+    assert got["process"] == PROCESS["cpu"]
+    others = 5 * -(-35 // 3) + 2 * -(-260 * 35 // 3)
+    assert got["base shard"] == 4 * (shards(3) + others)
+    # All but the targets are below the threshold of 100,000 elements, and stay gathered.
+    assert got["small weights, gathered"] == 4 * (NORMS + EMBEDDINGS)
+    assert got["mask"] == 4 * 301
+    assert (got["gradient"], got["gradient buckets"]) == (4 * own, 4 * 301)
+    assert (got["index"], got["base values"], got["delta"]) == (4 * own, 4 * own, 4 * own)
+    assert got["Adam moments"] == 8 * own
+    rows = 2 * (40 + 8 + 8 + 35 + 53 + 53 + 35)
+    assert got["gradient pattern"] == 301 * 8 + 4 * (rows + 14)
+    assert "entry_steps" not in got
+
+
+def test_bfloat16_halves_the_base_and_its_values_only(planned):
+    wide, short = planned("training"), planned("training", model={"dtype": "bfloat16"})
+    halved = {"base shard", "small weights, gathered", "base values", "gathered weights"}
+    assert all(2 * short[kind] == wide[kind] for kind in halved)
+    assert all(short[kind] == wide[kind] for kind in wide.keys() - halved - {"activations"})
+
+
+def test_auto_is_planned_as_bfloat16_and_says_so(recipe):
+    short = recipe(model={"dtype": "bfloat16"})
+    auto = short.model_copy(update={"model": short.model.model_copy(update={"dtype": "auto"})})
+    plans = [make_plan(each, 2, device="cpu") for each in (short, auto)]
+    assert plans[0].memory == plans[1].memory
+    assert [any("model.dtype=auto" in note for note in plan.notes) for plan in plans] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("salience", "sets"), [("gradient", 1), ("snip", 2), ("magnitude", 1), ("synflow", 2), ("grasp", 4)]
+)
+def test_scores_by_hand(planned, salience, sets):
+    lines = planned("scoring", 3, mask={"salience": salience})
+    assert lines["scores"] == sets * 4 * shards(3)
+    assert ("activations" in lines) == (salience != "magnitude")
+
+
+def test_scores_on_the_host_leave_the_gpu(recipe):
+    plan = make_plan(recipe(mask={"score_device": "host"}), 3)
+    assert sizes(plan.memory["scoring"])["scores"] == 0
+    assert sizes(plan.host)["scores"] == 4 * shards(3)
+
+
+def test_schedules_add_what_they_keep(planned):
+    assert planned("training", train={"reduce_bucket": 50})["gradient buckets"] == 3 * 4 * 50
+    periodic = {"schedule": "periodic", "update_every": 2}
+    assert planned("scoring", mask=periodic)["Adam moments"] == 8 * 151
+    assert planned("training", mask=periodic)["entry_steps"] == 4 * 151
+    for growth, size in (("sft_ag", 8), ("sft_ma", 4)):
+        grow = {"schedule": "drop_grow", "growth": growth, "update_every": 5}
+        assert planned("training", mask=grow)["growth"] == size * shards(2)
+
+
+def test_a_single_rank_gathers_and_receives_nothing(recipe):
+    plan = make_plan(recipe(), 1, device="cpu")
+    kinds = {kind for lines in plan.memory.values() for kind in sizes(lines)}
+    assert not kinds & {"gathered weights", "small weights, gathered"}
+    assert total(plan.traffic) == 0
+
+
+def test_an_offloaded_base_is_in_host_memory(recipe, tmp_path):
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}, "stage3_param_persistence_threshold": 35}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    plan = make_plan(recipe(deepspeed={"config": str(tmp_path / "ds.json")}), 1)
+    lines = sizes(plan.memory["training"])
+    assert lines["base shard"] == 4 * NORMS and lines["index"] == 0
+    assert sizes(plan.host)["offloaded shard"] == 4 * (TARGETS + EMBEDDINGS)
+    assert lines["gathered weights"] > 0  # a copy on the GPU, even on one rank
+
+
+def test_traffic_by_hand(recipe):
+    # Everything is within the reuse distance: each weight is gathered once a micro-batch.
+    got = sizes(make_plan(recipe(), 3, device="cpu").traffic)
+    rounds = 12 // (2 * 3)
+    assert got == {"weights, forward": TARGETS * 4 * 2 // 3 * rounds, "gradient": 4 * 301 * 2 // 3 * rounds}
+
+
+def test_steps_tokens_and_files_by_hand(recipe, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join('{"prompt": "a"}\n\n' for _ in range(50)))
+    plan = make_plan(recipe(), 3, device="cpu")
+    assert {name: value for name, (value, _) in plan.steps.items()} == {
+        "sequences an epoch": 50,
+        "accumulation": 2,
+        "tokens a step": 12 * 16,
+        "steps": 13,  # 50 x 3 / 12, rounded up
+        "tokens": 13 * 12 * 16,
+    }
+    assert 6 * 301 < sizes(plan.files)["adapter"] < 6 * 301 + 14 * 300
+
+
+PERIODIC = {"schedule": "periodic", "update_every": 2}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "mask", "each"),
+    [
+        ("adamw", {}, 16),
+        ("sgd", {}, 8),
+        ("lion", {"schedule": "grad_topk"}, 12),
+        ("adamw_8bit", {}, 18),
+        ("adamw_8bit", PERIODIC, 26),
+    ],
+)
+def test_bytes_of_a_checkpoint_by_hand(recipe, optimizer, mask, each):
+    plan = make_plan(recipe(optimizer={"name": optimizer}, mask=mask), 3, device="cpu")
+    assert sizes(plan.files)["a checkpoint"] == each * 301
+
+
+def test_unknown_rows_say_how_to_tell(recipe):
+    steps = make_plan(recipe(), 3, device="cpu").steps
+    assert steps["steps"][0] is None and "--rows N" in steps["steps"][1]
+    assert make_plan(recipe(), 3, num_rows=24, device="cpu").steps["steps"][0] == 6
+    given = make_plan(recipe(train={"steps": 7, "epochs": None}), 3, device="cpu").steps
+    assert given["steps"] == (7, "train.steps") and given["tokens"][0] == 7 * 12 * 16
+
+
+def test_the_rows_of_a_plan_are_those_of_the_run(recipe, tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,response\n" + "a,b\n" * 30)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 50)
+    csv, jsonl = str(tmp_path / "rows.csv"), str(tmp_path / "rows.jsonl")
+    assert len(find_order(recipe(data={"path": csv}))[0]) == 30
+    assert len(find_order(recipe(data={"select": "random", "select_rows": 20}))[0]) == 20
+    mixture = [{"path": csv, "weight": 3.0}, {"path": jsonl, "weight": 1.0}]
+    order, _ = find_order(recipe(data={"path": None, "mixture": mixture}))
+    assert len(order) == 40  # the scarcer source once, and a third of that of the other
+    assert find_order(recipe(data={"path": str(tmp_path / "nowhere.jsonl")}))[0] is None
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(recipe):
+    with pytest.raises(RecipeError) as refused:
+        make_plan(recipe(), 5)
+    assert "train.global_batch" in refused.value.problems[0].where and refused.value.problems[0].fix
+
+
+def test_what_does_not_fit_says_what_would_help(recipe):
+    needs = {"data": {"max_length": 512}, "train": {"global_batch": 64, "micro_batch": 16}}
+    plan = make_plan(recipe(**needs), 1, gpu_gib=2.0)
+    assert plan.fits and not plan.suggestions and plan.smallest_world_size == 1
+    plan = make_plan(recipe(**needs), 1, gpu_gib=plan.num_bytes / GIB)  # all of it, without the margin
+    assert not plan.fits
+    by_change = {s.change: s.num_bytes for s in plan.suggestions}
+    *alone, together = by_change.values()
+    assert alone == sorted(alone) and together < alone[0] and len(alone) > 2
+    assert all(size < plan.num_bytes for size in by_change.values())
+    assert "train.activation_checkpointing=non_reentrant" in by_change
+    needs["train"]["micro_batch"], needs["mask"] = 1, {"calibration_batch": 1}
+    one_row = make_plan(recipe(**needs), 1).num_bytes
+    assert by_change["train.micro_batch=1 mask.calibration_batch=1"] == one_row
+
+
+def test_the_margin_is_kept_free():
+    memory = {"training": [Line("all", 72 * GIB, "")]}
+    nothing = {"setup": None, "host": [], "traffic": [], "steps": {}, "files": [], "notes": []}
+    assert Plan(gpu_gib=80.0, memory=memory, **nothing).fits
+    assert not Plan(gpu_gib=79.9, memory=memory, **nothing).fits
+
+
+def test_the_printed_plan_has_every_number_and_80_columns(recipe):
+    plan = make_plan(recipe(data={"max_length": 512}), 3, gpu_gib=1.0)
+    text = io.StringIO()
+    print_plan(plan, Console(file=text, width=80))
+    assert all(len(line) <= 80 for line in text.getvalue().splitlines())
+    words = " ".join(text.getvalue().split())
+    lines = [line for phase in plan.memory.values() for line in phase] + plan.host + plan.traffic + plan.files
+    assert all(f" {line.kind} " in words for line in lines)
+    assert all(suggestion.change.split()[0] in words for suggestion in plan.suggestions)
+    assert "DOES NOT FIT" in words and "301 entries / 3 ranks x 8 B" in words
+    assert plan.num_bytes == max(map(total, plan.memory.values())) and not plan.fits

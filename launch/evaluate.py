@@ -1,13 +1,12 @@
 """Score a finished run, or any model, with lm-eval on all ranks; train nothing.
 
-Leaves eval/<model>-<tasks>.json in the run folder (of a model: runs/evaluate-<model>), and every document
-beside it.
-Without --tasks, the tasks of the run's recipe.
+Writes eval/<model>-<tasks>.json into the run folder (of a model: runs/evaluate-<model>), and every document
+into a folder next to it. Without --tasks, it scores the tasks of the run's recipe.
 
 worked examples:
   eight GPUs
       deepspeed --num_gpus 8 launch/evaluate.py --run runs/llama2_13b_alpaca --tasks arc_easy,hellaswag
-  two ranks on the CPU, 100 documents a task, 4 examples in each prompt
+  two ranks on the CPU, 100 documents per task, 4 examples in each prompt
       export DS_ACCELERATOR=cpu
       deepspeed --num_gpus 2 launch/evaluate.py --run runs/quickstart --limit 100 --num-fewshot 4
   a base without any training; stock tasks whose data sets lie in a folder, without a network

@@ -2,7 +2,7 @@
 
 STOPPED=85  # the ranks' exit code when they were asked to stop: a checkpoint is written, and the job goes on later
 
-fail() {  # what is wrong, how to mend it
+fail() {  # what is wrong, how to fix it
   printf '%s\n    fix: %s\n' "$1" "$2" >&2
   exit 2
 }
@@ -41,7 +41,7 @@ log_to() {  # folder: what follows is written to a file in it
   echo "$(date '+%F %T') job $id on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}"
 }
 
-run_ranks() {  # script, arguments: run it as a task a rank, and end the job as it ends
+run_ranks() {  # script, arguments: run it as one task per rank, and end the job as it ends
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
   export MASTER_ADDR MASTER_PORT

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from functools import partial
 from typing import IO
 
 from speft_ds.config.recipe import Job
@@ -23,7 +24,7 @@ exit codes:
   0    done
   1    it failed inside: the traceback says where
   2    something that you can fix: the message says what, where, and what to type
-  85   training was stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, with a checkpoint: --resume goes on
+  85   training was stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, with a checkpoint: --resume continues
   130  Ctrl-C a second time: left at once
 """
 
@@ -93,7 +94,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a harmless change of the recipe to go on with; an error lists what would need it",
+        help="a harmless change of the recipe to continue with; an error lists what needs it",
     )
 
 
@@ -102,14 +103,12 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--run", metavar="RUN", help="the folder of a finished run: its base and its adapter")
     what.add_argument("--model", metavar="PATH", help="a model folder or hub id, with --adapter or as it is")
     parser.add_argument("--adapter", metavar="PATH", help="an adapter of that model")
-    for option, key, metavar, about in (
-        ("--tasks", "eval.tasks=[{}]", "A,B", "lm-eval tasks; default: those of the run's recipe"),
-        ("--num-fewshot", "eval.num_fewshot={}", "N", "examples in each prompt"),
-        ("--limit", "eval.limit={}", "N", "documents per task"),
-    ):
-        parser.add_argument(
-            option, dest="asked", action="append", default=[], type=key.format, metavar=metavar, help=about
-        )
+    asked = partial(parser.add_argument, dest="asked", action="append", default=[])  # as overrides
+    asked(
+        "--tasks", type="eval.tasks=[{}]".format, metavar="A,B", help="lm-eval tasks; default: the recipe's"
+    )
+    asked("--num-fewshot", type="eval.num_fewshot={}".format, metavar="N", help="examples in each prompt")
+    asked("--limit", type="eval.limit={}".format, metavar="N", help="documents per task")
 
 
 # What each job needs, for its usage; and what adds its arguments.

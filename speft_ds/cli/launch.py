@@ -59,13 +59,13 @@ def main(job: Job, arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return signals.EXIT_CTRL_C
     except Exception as error:
-        is_ours = not isinstance(error, UserError)
-        message = f"rank {rank()} failed:\n{traceback.format_exc()}" if is_ours else str(error)
-        if job == "train" and recipe is not None and (is_ours or error.can_go_on):
+        is_bug = not isinstance(error, UserError)
+        message = f"rank {rank()} failed:\n{traceback.format_exc()}" if is_bug else str(error)
+        if job == "train" and recipe is not None and (is_bug or error.can_go_on):
             folder = Path(recipe.output_dir)
             if resume.last_whole(folder) is not None:
                 message += f"\n{resume.resume_hint(folder)}"
-        return fail(message, 1 if is_ours else EXIT_USER_ERROR)
+        return fail(message, 1 if is_bug else EXIT_USER_ERROR)
 
 
 def fail(message: str, code: int) -> int:

@@ -1,4 +1,4 @@
-"""The evaluation jobs of a recipe: its tasks, the baselines beside them, and what may have been forgotten."""
+"""The evaluation jobs of a recipe: its tasks, their baselines, and what may have been forgotten."""
 
 from __future__ import annotations
 

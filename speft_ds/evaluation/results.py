@@ -152,7 +152,7 @@ def check_scores(
     Args:
         num_rewritten: task -> prompts that the job's format changed.
     """
-    # lm-eval keeps to a number of examples that a task's own file sets to 0.
+    # Where a task's own file sets the number of examples to 0, lm-eval keeps it.
     fixed = {
         score.task: score.num_fewshot
         for score in scores

@@ -124,8 +124,8 @@ class EvalRunner:
         )
         return Scored(file, results)
 
-    def _results(self, lm: EngineLM, job: EvalJob) -> tuple[dict, list[str]]:
-        """lm-eval's results, with the prompts as the model got them; and notes on the tasks."""
+    def _results(self, lm: EngineLM, job: EvalJob) -> tuple[dict | None, list[str]]:
+        """lm-eval's results (on rank 0), with the prompts as the model got them; and notes on the tasks."""
         # lm-eval seeds all generators with its own defaults, so that the prompts are those of stock lm-eval.
         with local_data(self.section.data_dir) as notes:
             results = simple_evaluate(
@@ -136,7 +136,7 @@ class EvalRunner:
                 apply_chat_template=self.section.chat_template,
                 task_manager=self.manager,
             )
-        if lm.prompt_format is not None:
+        if results is not None and lm.prompt_format is not None:
             for row in (row for rows in results["samples"].values() for row in rows):
                 row["arguments"] = [lm.prompt_format.rewrite_request(each) for each in row["arguments"]]
         return results, sorted(set(notes))

@@ -58,7 +58,7 @@ def submit(run: Run, resources: Resources, evaluate: bool, dry_run: bool) -> Non
         evaluate: submit a second job, which scores the run once the first has succeeded.
         dry_run: print the scripts; nothing is written or submitted, and the files of the run are not checked.
     Raises:
-        UserError: recipe, options or cluster are not right; it says what is submitted all the same.
+        UserError: recipe, options or cluster are not right; the message says what is submitted all the same.
     """
     for option in resources.options:
         if not option.startswith("-") or "\n" in option:
@@ -84,12 +84,14 @@ def submit(run: Run, resources: Resources, evaluate: bool, dry_run: bool) -> Non
     for name, text in scripts.items():
         (folder / name).write_text(text, encoding="utf-8")
     job = _sbatch(folder / TRAIN)
-    resumed = f", going on from {start.checkpoint.path}" if start.checkpoint else ""
+    resumed = f", continuing from {start.checkpoint.path}" if start.checkpoint else ""
     print(f"job {job}: {recipe.name} on {resources.nodes} x {resources.ranks_per_node} ranks{resumed}")
     print(f"  script    {folder / TRAIN}")
     print(f"  log       tail -F {shlex.quote(str(folder / f'slurm-{job}.out'))}")
     print(f"  watch     squeue --job={job}")
-    print(f"  stop      scancel {job}   (it writes a checkpoint; the same `speft submit` goes on from there)")
+    print(
+        f"  stop      scancel {job}   (it writes a checkpoint; the same `speft submit` continues from there)"
+    )
     if evaluate:
         note = f"job {job}, which trains, is submitted all the same"
         second = _sbatch(folder / EVALUATE, f"--dependency=afterok:{job}", note=note)

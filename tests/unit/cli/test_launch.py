@@ -41,7 +41,7 @@ def started(tmp_path):
 
 @pytest.mark.parametrize("job", ["train", "score"])
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "text"),
     [
         (["--recipe", "mine.yaml", "mask.desnity=1"], 2, "mask.density"),
         (["--local_rank=0", "--recipe", "mine.yaml", "model.name_or_path=./nowhere"], 2, "./nowhere"),
@@ -51,9 +51,9 @@ def started(tmp_path):
         ([], 2, "--recipe"),
     ],
 )
-def test_a_launched_script_checks_before_it_imports_torch(ready, started, job, arguments, code, said):
+def test_a_launched_script_checks_before_it_imports_torch(ready, started, job, arguments, code, text):
     done = started(job, *arguments)
-    assert (done.returncode, done.stdout) == (code, "") and said in done.stderr
+    assert (done.returncode, done.stdout) == (code, "") and text in done.stderr
     assert ("Traceback" in done.stderr) == (code == 1)
 
 
@@ -97,7 +97,7 @@ def test_options_of_an_evaluation_are_keys_of_its_recipe(with_job):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "text"),
     [
         (
             UserError("the loss is nan", "training", "optimizer.lr=0"),
@@ -108,12 +108,12 @@ def test_options_of_an_evaluation_are_keys_of_its_recipe(with_job):
         (KeyboardInterrupt(), 130, ""),
     ],
 )
-def test_how_an_error_of_the_job_is_shown(with_job, capsys, error, code, said):
+def test_how_an_error_of_the_job_is_shown(with_job, capsys, error, code, text):
     with_job("train", mock.Mock(side_effect=error), "--recipe", "mine.yaml")
     assert launch.main("train", parse_arguments("train", "")) == code
     shown = capsys.readouterr()
-    assert shown.err.startswith(said) and ("Traceback" in shown.err) == (code == 1)
-    assert shown.out == "" and bool(shown.err) == bool(said)
+    assert shown.err.startswith(text) and ("Traceback" in shown.err) == (code == 1)
+    assert shown.out == "" and bool(shown.err) == bool(text)
 
 
 # Help and usage errors
@@ -142,6 +142,6 @@ def test_help_and_usage_errors_are_printed_once_under_the_launcher(arguments, co
     command = [find_deepspeed(), "--num_gpus", "2", *arguments]
     env = os.environ | {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-    said = (done.stdout + done.stderr).splitlines()
-    assert done.returncode == code and sum(each.startswith("usage:") for each in said) == 1
-    assert sum(each == line or "required: " + line in each for each in said) == 1
+    text = (done.stdout + done.stderr).splitlines()
+    assert done.returncode == code and sum(each.startswith("usage:") for each in text) == 1
+    assert sum(each == line or "required: " + line in each for each in text) == 1

@@ -76,8 +76,8 @@ def test_a_folder_with_odd_characters(tmp_path, capsys):
 def test_a_dry_run_prints_the_script_alone(capsys):
     """All else goes to stderr: the script may go into a pipe."""
     submit(Run("mine.yaml", ("train.micro_batch=4",)), Resources(2, 4), evaluate=False, dry_run=True)
-    said = capsys.readouterr()
-    assert said.out.startswith("#!") and "train.micro_batch" in said.err
+    shown = capsys.readouterr()
+    assert shown.out.startswith("#!") and "train.micro_batch" in shown.err
 
 
 def test_a_job_and_its_evaluation_are_submitted(tmp_path, sbatch, capsys):
@@ -88,9 +88,9 @@ def test_a_job_and_its_evaluation_are_submitted(tmp_path, sbatch, capsys):
         ["--parsable", "--dependency=afterok:7", str(folder / "slurm-evaluate.sbatch")],
     ]
     assert (folder / "slurm-evaluate.sbatch").read_text().endswith(f"/launch/slurm/eval.sbatch {folder}\n")
-    said = capsys.readouterr().out
+    shown = capsys.readouterr().out
     for part in ("job 7: mine on 2 x 1 ranks\n", f"tail -F {folder}/slurm-7.out\n", "scancel 7", "job 8"):
-        assert part in said
+        assert part in shown
 
 
 REFUSED = {
@@ -106,9 +106,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_mistakes_cost_no_time_in_the_queue(name, sbatch, tmp_path, monkeypatch, capsys):
-    arguments, said = REFUSED[name]
+    arguments, shown = REFUSED[name]
     assert run(monkeypatch, "submit", "mine.yaml", *arguments) == 2
-    assert said in capsys.readouterr().err
+    assert shown in capsys.readouterr().err
     assert sbatch() == [] and not (tmp_path / "runs").exists()
 
 

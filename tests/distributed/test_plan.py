@@ -39,13 +39,17 @@ RULES = {
     "no prefetch": (0, 200_000, 0, 100),
     "reuse everything": (6_000, 10**9, 10**9, 100),
     "some persistent": (50_000, 10**9, 100_000, 5_000),
+    "up to a limit": (20_000, 100_000, 0, 100),
 }
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non_reentrant"])
 @pytest.mark.parametrize("name", RULES)
 def test_gathers_are_deepspeeds(ranks, tmp_path, name, checkpointing):
-    """Elements gathered in forward, recompute and backward, and the most at a time: all exact."""
+    """Elements gathered in forward, recompute and backward, and the most at a time: exact, or nearly so where
+    the limit of live weights cuts the prefetch short.
+    """
+    error = 0.05 if name == "up to a limit" else 0.0
     bucket, live, reuse, threshold = RULES[name]
     zero = {"stage": 3, "overlap_comm": False, "stage3_prefetch_bucket_size": bucket}
     zero |= {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": reuse}
@@ -61,8 +65,8 @@ def test_gathers_are_deepspeeds(ranks, tmp_path, name, checkpointing):
     )
     got = ranks(2)(plan_checks.check_run, recipe=recipe)[0]
     peak = make_plan(recipe, 2, device="cpu").setup.pass_peak("entries", 2, LENGTH)
-    assert peak.traffic == got["gathered"]
-    assert peak.most_gathered == got["most_gathered"]
+    assert peak.traffic == pytest.approx(got["gathered"], rel=error, abs=0)
+    assert peak.most_gathered == pytest.approx(got["most_gathered"], rel=error, abs=0)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -105,6 +109,7 @@ def test_a_run_counts_what_was_planned(ranks, tiny, tmp_path, world_size, change
         assert run["sent"] == pytest.approx(planned_sent, rel=0.01)
 
 
+@pytest.mark.timeout(1800)  # bfloat16 products are many times slower on some CPUs
 def test_the_planned_memory_is_what_a_deeper_run_takes(tmp_path, monkeypatch):
     """Measured at two depths, extrapolated to a third: within 10% of its plan, the process left out, too.
 
@@ -132,7 +137,7 @@ def test_the_planned_memory_is_what_a_deeper_run_takes(tmp_path, monkeypatch):
     for depth in (shallow, middle):
         fresh = Ranks(2)
         try:
-            by_rank = fresh(plan_checks.check_memory, recipe=recipe_of(depth))
+            by_rank = fresh(plan_checks.check_memory, limit=600, recipe=recipe_of(depth))
         finally:
             fresh.stop()
         measured[depth] = {phase: max(one[phase] for one in by_rank) for phase in by_rank[0]}

@@ -98,7 +98,7 @@ def targets_found(recipe: Recipe, num_ranks: int) -> Found:
     from speft_ds.training.checks import check_shapes  # late: they import torch
 
     geometry = read_geometry(recipe)
-    check_shapes(recipe, geometry.targets)
+    check_shapes(recipe.mask, geometry.targets)
     share = geometry.num_entries / geometry.num_target_elements
     num_checkpoints = recipe.train.keep_last + 1  # and the one that is being written
     needed = (8 + 16 * num_checkpoints) * (geometry.num_entries + geometry.num_head)

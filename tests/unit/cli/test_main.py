@@ -37,7 +37,7 @@ def called(monkeypatch):
 
 
 def test_compare_masks_hands_over_the_paths(monkeypatch, called):
-    calls = called("commands.compare_masks", compare=None)
+    calls = called("cli.commands.compare_masks", compare=None)
     assert run(monkeypatch, "compare-masks", "a", "b/mask.safetensors", "--output", "c.png") == 0
     assert run(monkeypatch, "compare-masks", "a", "b", "c") == 0
     assert calls[0] == ("compare", [Path("a"), Path("b/mask.safetensors")], Path("c.png"))
@@ -52,7 +52,7 @@ def test_validate_exits_as_the_checks_say(monkeypatch, called):
 
 
 def test_plan_hands_over_recipe_and_machine(monkeypatch, called):
-    calls = called("plan.plan", make_plan="the plan", print_plan=None)
+    calls = called("tools.plan.make_plan", make_plan="the plan", print_plan=None)
     arguments = ["plan", "quickstart", "--world", "8", "seed=1", "--gpu-gib", "40", "--rows", "9"]
     assert run(monkeypatch, *arguments) == 0
     assert run(monkeypatch, "plan", "quickstart", "--world", "2") == 0
@@ -66,13 +66,13 @@ def test_plan_hands_over_recipe_and_machine(monkeypatch, called):
 
 
 def test_doctor_exits_as_its_checks_say(monkeypatch, called):
-    calls = called("doctor", examine=["a check"], print_report=None, exit_code=1)
+    calls = called("tools.doctor", examine=["a check"], print_report=None, exit_code=1)
     assert run(monkeypatch, "doctor") == 1
     assert calls == [("examine",), ("print_report", ["a check"]), ("exit_code", ["a check"])]
 
 
 def test_data_hands_over_recipe_and_picture(monkeypatch, called):
-    calls = called("commands.show_data", show_data=None)
+    calls = called("cli.commands.show_data", show_data=None)
     assert run(monkeypatch, "data", "quickstart", "seed=1", "--output", "a.png") == 0
     assert calls == [("show_data", load_recipe("quickstart", ["seed=1"]), Path("a.png"))]
 

@@ -12,7 +12,7 @@ from speft_ds.config.load_recipe import load_recipe
 def test_rows_lengths_and_steps_are_shown(tiny, tmp_path, capsys, packing):
     values = made.recipe_values(tiny, data={"packing": packing})
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
-    show_data(load_recipe(tmp_path / "mine.yaml", []), tmp_path / "data.png")
+    show_data(load_recipe(str(tmp_path / "mine.yaml"), []), tmp_path / "data.png")
     out, rows = capsys.readouterr().out, made.read_rows(tiny["data"])
     tokens, labels = sum(len(row.ids) for row in rows), sum(row.num_labels for row in rows)
     assert f"48 rows, {tokens:,} tokens; {labels:,} of them label tokens" in out

@@ -50,13 +50,12 @@ def test_a_cache_that_cannot_be_written(tmp_path, path, model, monkeypatch):
 
 
 def test_a_full_disk_leaves_nothing_behind(path, model, monkeypatch, cache):
-    from speft_ds import io
 
     def save_file(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(io, "save_file", save_file)
+    monkeypatch.setattr("safetensors.torch.save_file", save_file)
     with refusal(cache / "rows", "SPEFT_DS_CACHE", what="No space left"):
         make(DataConfig(path=str(path)), model)
     assert [file.suffix for file in (cache / "rows").iterdir()] in ([], [".lock"])
@@ -85,7 +84,7 @@ import sys, time
 from pathlib import Path
 import tiny
 from speft_ds.data.dataset_cache import DatasetSpec, prepare
-from speft_ds.config.recipes_package import Data
+from speft_ds.config.data_config import DataConfig as Data
 path, model, folder, me = sys.argv[1:]
 tokenizer = tiny.make_tokenizer()
 (Path(folder) / me).touch()
@@ -114,7 +113,7 @@ def test_two_processes_that_want_one_dataset_make_it_once(tmp_path, path, model,
 CACHED = """
 import sys
 from speft_ds.data.dataset_cache import DatasetSpec, prepare
-from speft_ds.config.recipes_package import Data
+from speft_ds.config.data_config import DataConfig as Data
 dataset = prepare(DatasetSpec(Data(path=sys.argv[1]), sys.argv[2]), None)
 print(len(list(dataset)), sorted({"torch", "transformers", "datasets"} & set(sys.modules)))
 """

@@ -26,7 +26,7 @@ test-others:
 	$(VENV)/bin/python -m pytest tests/unit tests/slurm $(BESIDE)
 
 lint: $(VENV)/.installed
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/lint-imports
 
 # torch first, at its pinned version: resolved with the rest, a bare `torch` would bring another build.
 # DS_BUILD_OPS=0: DeepSpeed compiles the one small op it needs at its first start.

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from torch import Tensor
 from speft_ds import env
 from speft_ds.comm import deepspeed_shm, signals, watchdog
 from speft_ds.errors import UserError
+
+T = TypeVar("T")
 
 # torch 2.13 renames these two and warns at every call of the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -218,16 +221,18 @@ def scatter(pieces: Tensor | None, owner: int, length: int) -> Tensor:
     return own
 
 
-def run_on_rank0(action: Callable[[], None]) -> None:
+def run_on_rank0(action: Callable[[], T]) -> T | None:
     """Run a file operation on rank 0; its failure is every rank's failure.
 
+    Returns:
+        what the action returns, on rank 0; None on the others.
     Raises:
         UserError: on every rank, where rank 0 raised one or could not write (disk full, no permission).
     """
-    problem = None
+    problem = value = None
     if rank() == 0:
         try:
-            action()
+            value = action()
         except UserError as error:
             problem = error
         except OSError as error:
@@ -236,23 +241,25 @@ def run_on_rank0(action: Callable[[], None]) -> None:
     problem = broadcast_object(problem)
     if problem is not None:
         raise problem
+    return value
 
 
-def local_rank0_first(action: Callable[[], None]) -> None:
-    """Run an action on one rank a node before the others go on; its failure is every rank's failure.
+def local_rank0_first(action: Callable[[], T]) -> T:
+    """Run an action on one rank per node, then on the others; a failure is every rank's failure.
 
     Raises:
         UserError: on every rank, where an action raised one.
     """
-    problem = None
-    if os.environ["LOCAL_RANK"] == "0":
+    problem, is_first = None, os.environ["LOCAL_RANK"] == "0"
+    if is_first:
         try:
-            action()
+            value = action()
         except UserError as error:
             problem = error
     for other in all_gather_objects(problem):
         if other is not None:
             raise other
+    return value if is_first else action()
 
 
 def raise_if_stop_requested() -> None:

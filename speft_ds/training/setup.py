@@ -183,16 +183,14 @@ def read_rows(
         where: number of a source -> where it is named; None: in the data section.
     """
     where = where or recipe.where_rows
-    request = DatasetSpec(section, recipe.model.name_or_path, classifies(recipe), recipe.seed, where)
+    spec = DatasetSpec(section, recipe.model.name_or_path, classifies(recipe), recipe.seed, where)
     if section.select == "ifd":
         log_rank0("note: scoring rows takes long on a CPU; `speft data RECIPE` does it ahead of a run")
-    made: list[TokenizedDataset] = []
-    collectives.local_rank0_first(lambda: made.append(prepare(request, lambda: tokenizer, log_rank0)))
-    corpus = made[0] if made else prepare(request, lambda: tokenizer, log_rank0)
-    if not collectives.same_on_all_ranks(corpus.facts["sha256"]):
+    dataset = collectives.local_rank0_first(lambda: prepare(spec, lambda: tokenizer, log_rank0))
+    if not collectives.same_on_all_ranks(dataset.facts["sha256"]):
         fix = "have one copy of the data and of the tokenizer for all nodes, or the same everywhere"
         raise UserError("the ranks' nodes have different rows", where(0), fix)
-    return corpus
+    return dataset
 
 
 def load_context(

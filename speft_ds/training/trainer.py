@@ -76,7 +76,7 @@ class Trainer:
         self.schedule: Schedule | None = None
         self.evaluation = None
         if (recipe.eval.slice and recipe.eval.tasks) or any(
-            jobs_of(recipe.eval, moment) for moment in ("before", "after")
+            jobs_of(recipe.eval, phase) for phase in ("before", "after")
         ):
             from speft_ds.evaluation.runner import EvalRunner  # late: lm-eval takes its time
 
@@ -133,26 +133,23 @@ class Trainer:
         """The gradient of these entries."""
         return self.schedule.gradient
 
-    def evaluate(self, moment: Phase) -> None:
+    def evaluate(self, phase: Phase) -> None:
         """Score what the recipe says `before` or `after` training, as far as it was not done before.
 
-        Scores of this moment that are of other weights, or made otherwise, are set aside.
+        Scores of this phase that are of other weights, or made otherwise, are set aside.
         """
-        folder, wanted = self.folder / "eval", jobs_of(self.recipe.eval, moment)
+        folder, wanted = self.folder / "eval", jobs_of(self.recipe.eval, phase)
         if not wanted:
             return
-        adapter = self.folder / "adapter" if moment == "after" else None
+        adapter = self.folder / "adapter" if phase == "after" else None
         model = scored_model_facts(self.context, collectives.broadcast_object(tensors_sha256(adapter)))
-        left: list[EvalJob] = []  # as rank 0 sees the folder
-        collectives.run_on_rank0(
-            lambda: left.extend(still_to_score(folder, moment, wanted, model, self.recipe))
-        )
-        left = collectives.broadcast_object(left)
-        if left and moment == "before" and self.first_step > 0:
+        left = collectives.run_on_rank0(lambda: still_to_score(folder, phase, wanted, model, self.recipe))
+        left: list[EvalJob] = collectives.broadcast_object(left)  # as rank 0 sees the folder
+        if left and phase == "before" and self.first_step > 0:
             labels = ", ".join(job.label for job in left)
             log_rank0(f"note: {labels}: not scored the way the recipe asks; the weights are trained by now")
         elif left:
-            with self.timings.stage(f"eval_{moment}"):
+            with self.timings.stage(f"eval_{phase}"):
                 for scored in self.evaluation.run(self.engine.module, left, model):
                     collectives.run_on_rank0(partial(keep_scores, folder, scored, self.recipe.eval))
 
@@ -281,9 +278,8 @@ class Trainer:
             Stopped: a rank was asked to stop; all that was reached is in a checkpoint.
         """
         path = self.folder / "metrics.jsonl" if collectives.rank() == 0 else None
-        made: list[Monitor] = []  # on rank 0 alone, where any error is every rank's
-        collectives.run_on_rank0(lambda: made.append(Monitor(self.recipe, self.folder)))
-        log = MetricsLog(path, self.num_steps, self.first_step, *made)
+        monitor = collectives.run_on_rank0(lambda: Monitor(self.recipe, self.folder))
+        log = MetricsLog(path, self.num_steps, self.first_step, monitor)
         self._restore_random_states()
         self.flags.restart()
         self.engine.train()

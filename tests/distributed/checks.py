@@ -20,8 +20,9 @@ from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate
 from speft_ds.errors import UserError
-from speft_ds.jobs.train import Trainer, run
+from speft_ds.jobs.train import run
 from speft_ds.model.fingerprint import fingerprint
+from speft_ds.training.trainer import Trainer
 
 
 def check_dense_reference(recipe: Recipe) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speft_ds.sparse.kernels import launch
+from speft_ds.sparse.kernels import triton_launch
 from speft_ds.sparse.kernels.dense import matmul_fp32
 from speft_ds.sparse.kernels.element import ElementGradient
 from speft_ds.sparse.kernels.tiled import BlockGradient, ColumnGradient, RowGradient, make_tiled
@@ -11,7 +11,9 @@ from speft_ds.sparse.tiles import Tiles
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not launch.is_available(), reason="needs Triton and an NVIDIA GPU, 8.0 or later"),
+    pytest.mark.skipif(
+        not triton_launch.is_available(), reason="needs Triton and an NVIDIA GPU, 8.0 or later"
+    ),
 ]
 SHAPES = [(5120, 5120), (13824, 5120), (4096, 14336), (1024, 4096)]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from speft_ds.errors import UserError
-from speft_ds.sparse.kernels import launch
+from speft_ds.sparse.kernels import triton_launch
 from speft_ds.sparse.kernels.dense import DenseGradient
 from speft_ds.sparse.kernels.element import ElementGradient
 from speft_ds.sparse.kernels.sampled import SampledGradient
@@ -33,7 +33,7 @@ def available_backends(device: torch.device) -> list[str]:
     """Those that can compute the entries of any mask on this device."""
     if device.type == "cpu":
         return ["dense", "sampled"]
-    return ["dense", "element"] if launch.is_available() else ["dense"]
+    return ["dense", "element"] if triton_launch.is_available() else ["dense"]
 
 
 def make_backend(
@@ -58,7 +58,7 @@ def make_backend(
         return name, DenseGradient(index, shape)
     if name == "sampled" and on_cpu:
         return name, SampledGradient(index, shape)
-    if name == "element" and launch.is_available():
+    if name == "element" and triton_launch.is_available():
         return name, ElementGradient(index, shape)
     if name == "tiled" and (backend := _tiled(index, shape, tiles)):
         return name, backend
@@ -75,7 +75,7 @@ def _best(index: Tensor, shape: tuple[int, int], tiles: Tiles | None) -> tuple[s
     if index.device.type == "cpu":
         if index.numel() <= MAX_SAMPLED_DENSITY * shape[0] * shape[1]:
             return "sampled", SampledGradient(index, shape)
-    elif launch.is_available():
+    elif triton_launch.is_available():
         element = ElementGradient(index, shape)
         if element.pays:
             return "element", element
@@ -87,7 +87,7 @@ def _tiled(index: Tensor, shape: tuple[int, int], tiles: Tiles | None):
     if tiles is None or tiles.largest == 1 or not is_tiled(index, tiles):
         return None
     backend = make_tiled(index, shape, tiles)
-    return None if isinstance(backend, BlockGradient) and not launch.is_available() else backend
+    return None if isinstance(backend, BlockGradient) and not triton_launch.is_available() else backend
 
 
 def expected_backend(
@@ -95,7 +95,7 @@ def expected_backend(
 ) -> str:
     """What `make_backend` should come to for an even mask of this density, to plan with.
 
-    On a GPU by the break-even densities that `launch.BREAK_EVEN` comes to.
+    On a GPU by the break-even densities that `triton_launch.BREAK_EVEN` comes to.
     """
     if name != "auto":
         return name

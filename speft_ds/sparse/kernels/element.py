@@ -29,15 +29,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speft_ds.sparse.kernels import launch
-from speft_ds.sparse.kernels.launch import is_available
+from speft_ds.sparse.kernels import triton_launch
 from speft_ds.sparse.kernels.transpose import SharedTranspose
+from speft_ds.sparse.kernels.triton_launch import is_available
 
 __all__ = ["ElementGradient", "is_available", "shared_transpose"]
 
 GROUP_ROWS = (16, 32, 64)
 
-shared_transpose = SharedTranspose(launch.transpose)
+shared_transpose = SharedTranspose(triton_launch.transpose)
 
 
 @dataclass
@@ -117,10 +117,10 @@ class ElementGradient:
 
     def __init__(self, index: Tensor, shape: tuple[int, int]):
         self.shape, self.num_entries = shape, index.numel()
-        layouts = (Slots.of(index, shape[1], rows, launch.SLOTS) for rows in GROUP_ROWS)
+        layouts = (Slots.of(index, shape[1], rows, triton_launch.SLOTS) for rows in GROUP_ROWS)
         self.slots = min(layouts, key=lambda slots: slots.moved)
         # The transposed copy is read from memory and written, at half the cache's rate.
-        self.pays = launch.pays(self.slots.moved + 4 * shape[1], shape)
+        self.pays = triton_launch.pays(self.slots.moved + 4 * shape[1], shape)
 
     def __call__(self, x: Tensor, grad_y: Tensor, x_t: Tensor | None = None) -> Tensor:
         """Values of the entries.
@@ -128,7 +128,7 @@ class ElementGradient:
         Args:
             x: [..., in] activations, bf16, fp16 or fp32.
             grad_y: [..., out], in x's dtype.
-            x_t: `launch.transpose(x)` if it is there; else it is made, and kept for the next that has this x.
+            x_t: `triton_launch.transpose(x)` if it is there; else it is made, and kept for the next with this x.
         Returns:
             [k] fp32, in index order.
         """
@@ -140,15 +140,15 @@ class ElementGradient:
         x_t = shared_transpose(x) if x_t is None else x_t
         grad_y = grad_y.reshape(-1, self.shape[0]).contiguous()
         tokens, slots = grad_y.shape[0], self.slots
-        padded = -(-tokens // launch.TOKENS) * launch.TOKENS
+        padded = -(-tokens // triton_launch.TOKENS) * triton_launch.TOKENS
         assert x_t.is_contiguous() and x_t.shape == (self.shape[1], padded), x_t.shape
-        splits, length = launch.split_tokens(tokens, self.shape[1], x.dtype.itemsize, self.num_entries)
+        splits, length = triton_launch.split_tokens(tokens, self.shape[1], x.dtype.itemsize, self.num_entries)
         partial = torch.empty(splits, self.num_entries, dtype=torch.float32, device=x.device)
         # Segments vary fastest: what runs at a time shares one split's part of x.
         programs.slot_products[(slots.segment_group.numel(), splits)](
             x_t, grad_y, partial,
             slots.segment_first, slots.segment_group, slots.column, slots.first, slots.entry_row,
             tokens, padded, self.shape[0], self.num_entries, length,
-            ROWS=slots.rows, **launch.options(x.dtype),
+            ROWS=slots.rows, **triton_launch.options(x.dtype),
         )  # fmt: skip
-        return launch.sum_over_splits(partial, slots.order)
+        return triton_launch.sum_over_splits(partial, slots.order)

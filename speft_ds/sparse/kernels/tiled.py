@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from speft_ds.sparse.kernels import launch
+from speft_ds.sparse.kernels import triton_launch
 from speft_ds.sparse.kernels.dense import matmul_fp32
 from speft_ds.sparse.tiles import Tiles
 
@@ -99,8 +99,10 @@ class BlockGradient:
         # Powers of two that divide where blocks and rows of activations start: so wide may loads be.
         self.column_align = math.gcd(tiles.width, shape[1], 16)
         self.row_align = math.gcd(tiles.height, rows, 16)
-        moved = sum(min(slots - slot, launch.SLOTS) + self.rows for _, _, slot, slots, _, _ in segments)
-        self.pays = launch.pays(moved, shape)
+        moved = sum(
+            min(slots - slot, triton_launch.SLOTS) + self.rows for _, _, slot, slots, _, _ in segments
+        )
+        self.pays = triton_launch.pays(moved, shape)
 
     def _segments(self, tile: Tensor, rows: int) -> list[tuple[int, ...]]:
         """[blocks] sorted tile numbers, strips of up to `rows` rows -> the segments."""
@@ -114,7 +116,7 @@ class BlockGradient:
             stop = min((number + 1) * self.tiles.height, out_features)
             for row in range(number * self.tiles.height, stop, rows):
                 strip = min(rows, stop - row)
-                for slot in range(0, slots, launch.SLOTS):
+                for slot in range(0, slots, triton_launch.SLOTS):
                     segments.append((row, strip, slot, slots, block, entry))
                 entry += strip * slots
             block += count
@@ -137,12 +139,12 @@ class BlockGradient:
         out_features, in_features = self.shape
         x, grad_y = x.reshape(-1, in_features).contiguous(), grad_y.reshape(-1, out_features).contiguous()
         tokens = x.shape[0]
-        splits, length = launch.split_tokens(tokens, in_features, x.dtype.itemsize, self.num_entries)
+        splits, length = triton_launch.split_tokens(tokens, in_features, x.dtype.itemsize, self.num_entries)
         partial = torch.empty(splits, self.num_entries, dtype=torch.float32, device=x.device)
         programs.block_products[(self.segments.shape[0], splits)](
             x, grad_y, partial, self.segments, self.block_column,
             tokens, in_features, out_features, self.num_entries, length,
             WIDTH=self.tiles.width, COLUMN_ALIGN=self.column_align, ROW_ALIGN=self.row_align, ROWS=self.rows,
-            **launch.options(x.dtype),
+            **triton_launch.options(x.dtype),
         )  # fmt: skip
-        return launch.sum_over_splits(partial)
+        return triton_launch.sum_over_splits(partial)

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from speft_ds.sparse.kernels import element, launch, tiled
+from speft_ds.sparse.kernels import element, tiled, triton_launch
 from speft_ds.sparse.tiles import Tiles
 
 
@@ -51,7 +51,7 @@ def gradient(
         torch.from_numpy(x).to(dtype),
         torch.from_numpy(grad_y).to(dtype),
     )
-    launch.SLAB_BYTES, slab = slab_bytes or launch.SLAB_BYTES, launch.SLAB_BYTES
+    triton_launch.SLAB_BYTES, slab = slab_bytes or triton_launch.SLAB_BYTES, triton_launch.SLAB_BYTES
     element.GROUP_ROWS, group_rows = (rows,) if rows else element.GROUP_ROWS, element.GROUP_ROWS
     try:
         if block is None:
@@ -61,17 +61,17 @@ def gradient(
             backend = tiled.BlockGradient(index, shape, Tiles.of("block", block, shape))
             facts = {"rows": backend.rows, "segments": backend.segments.shape[0]}
         tokens = x.reshape(-1, shape[1]).shape[0]
-        facts["splits"], _ = launch.split_tokens(tokens, shape[1], dtype.itemsize, index.numel())
+        facts["splits"], _ = triton_launch.split_tokens(tokens, shape[1], dtype.itemsize, index.numel())
         values = backend(x, grad_y)
         assert values.dtype == torch.float32
         return values.numpy(), facts
     finally:
-        launch.SLAB_BYTES, element.GROUP_ROWS = slab, group_rows
+        triton_launch.SLAB_BYTES, element.GROUP_ROWS = slab, group_rows
 
 
 def transposed(x: np.ndarray, dtype: str) -> np.ndarray:
-    """`launch.transpose`, as fp32."""
-    return launch.transpose(torch.from_numpy(x).to(getattr(torch, dtype))).float().numpy()
+    """`triton_launch.transpose`, as fp32."""
+    return triton_launch.transpose(torch.from_numpy(x).to(getattr(torch, dtype))).float().numpy()
 
 
 def _untouched(*shape: int) -> torch.Tensor:
@@ -81,8 +81,8 @@ def _untouched(*shape: int) -> torch.Tensor:
 
 def far_apart() -> tuple[list[float], list[float]]:
     """Values and what they should be, where the activations' last elements are more than 2^31 away."""
-    tokens, features = launch.TOKENS + 3, 2**25 + 5
-    x_t = _untouched(features, 2 * launch.TOKENS)
+    tokens, features = triton_launch.TOKENS + 3, 2**25 + 5
+    x_t = _untouched(features, 2 * triton_launch.TOKENS)
     grad_y = _untouched(tokens, features)
     x_t[-1, :tokens], grad_y[-3:, -1] = 2.0, torch.tensor([1.0, 3.0, 5.0])
     x_t[0, :tokens], grad_y[-3:, 0] = 4.0, torch.tensor([7.0, 1.0, 1.0])
@@ -102,7 +102,7 @@ def compile_for(capability: int, dtype: str) -> dict[str, str]:
 
     assert not is_interpreted()
     target = GPUTarget("cuda", capability, 32)
-    options = launch.options(getattr(torch, dtype))
+    options = triton_launch.options(getattr(torch, dtype))
     constants = {name: options.pop(name) for name in ("SLOTS", "TOKENS")}
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
     activations = {name: f"*{short}" for name in ("x", "x_t", "grad_y")}
@@ -126,6 +126,8 @@ def compile_for(capability: int, dtype: str) -> dict[str, str]:
     block = partial(ptx, programs.block_products, ROW_ALIGN=16, **constants)
     for rows in (16, tiled.MOST_ROWS):
         compiled[f"block_products {rows}"] = block(ROWS=rows, WIDTH=rows, COLUMN_ALIGN=16)
-    compiled["transpose_tile"] = ptx(programs.transpose_tile, TOKENS=launch.TOKENS, FEATURES=launch.TOKENS)
-    compiled["sum_splits"] = ptx(programs.sum_splits, ORDERED=True, BLOCK=launch.SUM_BLOCK)
+    compiled["transpose_tile"] = ptx(
+        programs.transpose_tile, TOKENS=triton_launch.TOKENS, FEATURES=triton_launch.TOKENS
+    )
+    compiled["sum_splits"] = ptx(programs.sum_splits, ORDERED=True, BLOCK=triton_launch.SUM_BLOCK)
     return compiled

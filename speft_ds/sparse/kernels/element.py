@@ -128,7 +128,7 @@ class ElementGradient:
         Args:
             x: [..., in] activations, bf16, fp16 or fp32.
             grad_y: [..., out], in x's dtype.
-            x_t: `triton_launch.transpose(x)` if it is there; else it is made, and kept for the next with this x.
+            x_t: `triton_launch.transpose(x)` if it is there; else it is made, and kept for others of this x.
         Returns:
             [k] fp32, in index order.
         """

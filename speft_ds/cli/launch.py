@@ -63,7 +63,7 @@ def main(job: Job, arguments: argparse.Namespace) -> int:
         message = f"rank {rank()} failed:\n{traceback.format_exc()}" if is_bug else str(error)
         if job == "train" and recipe is not None and (is_bug or error.can_go_on):
             folder = Path(recipe.output_dir)
-            if resume.last_whole(folder) is not None:
+            if resume.last_complete(folder) is not None:
                 message += f"\n{resume.resume_hint(folder)}"
         return fail(message, 1 if is_bug else EXIT_USER_ERROR)
 

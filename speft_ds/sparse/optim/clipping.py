@@ -22,7 +22,7 @@ class Clip:
     """Bounds the norm of a gradient.
 
     Attributes:
-        mode: `global`: of the whole gradient; `per_layer`: of each decoder layer's, what is in no layer
+        mode: `global`: of all entries together; `per_layer`: of each decoder layer's, what is in no layer
             weight by weight; `per_component`: of each weight's.
         clip_norm: the largest norm; None: any.
     """

@@ -150,13 +150,13 @@ def _named(path: Path, folder: Path) -> Start:
         if has_files(folder):
             fix = f"output_dir= a new folder, or output_dir={source} to go on there"
             raise UserError(f"the run folder {folder} is not empty", "output_dir", fix)
-    elif newer := _whole_after(checkpoint, source):
+    elif newer := _complete_after(checkpoint, source):
         fix = f"output_dir= a new folder to branch off, or remove the newer ones: rm -r {newer[0].path} ..."
         raise UserError(f"{source} has newer checkpoints than {path.name}", "--resume", fix)
     return Start("resumed", checkpoint, source, is_chosen=not is_run)
 
 
-def _whole_after(checkpoint: Checkpoint, run: Path) -> list[Checkpoint]:
+def _complete_after(checkpoint: Checkpoint, run: Path) -> list[Checkpoint]:
     return [c for c in list_checkpoints(run) if c.step > checkpoint.step and c.problem is None]
 
 
@@ -187,13 +187,13 @@ def _note(text: str) -> None:
 
 def resume_hint(folder: Path) -> str:
     """What to type after a failure."""
-    last = last_whole(folder)
+    last = last_complete(folder)
     if last is None:
         return "there is no checkpoint yet: start again with --resume auto"
     return f"the last complete checkpoint is {last.path}; go on with: --resume {folder}"
 
 
-def last_whole(folder: Path) -> Checkpoint | None:
+def last_complete(folder: Path) -> Checkpoint | None:
     """The newest checkpoint of a run folder that counts."""
     found = list_checkpoints(folder)
     return next((checkpoint for checkpoint in found if checkpoint.problem is None), None)

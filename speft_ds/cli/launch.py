@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from speft_ds import env
-from speft_ds.cli.arguments import RANK_0_S, parse_arguments
+from speft_ds.cli.launch_arguments import RANK_0_S, parse_arguments
 from speft_ds.comm import signals, watchdog
 from speft_ds.config.load_recipe import load_recipe, recipe_of
 from speft_ds.config.recipe import Job, Recipe, resolve

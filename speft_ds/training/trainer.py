@@ -289,7 +289,7 @@ class Trainer:
                 values = {**self.train_step(step), "peak_memory_gib": memory.peak_gib()}
                 values |= self._measure(step + 1)
                 log.log(values)
-                self._keep(step + 1, log, values.get("validation_loss"))
+                self._checkpoint_if_due(step + 1, log, values.get("validation_loss"))
             self.writer.finish()
         self.resources = collectives.all_gather_objects(self._own_resources())
         self.timings["checkpoints"] = self.writer.seconds
@@ -320,7 +320,7 @@ class Trainer:
                 values["scores"] = self.evaluation.slice_scores(self.engine.module)
         return values
 
-    def _keep(self, done: int, log: MetricsLog, validation_loss: float | None) -> None:
+    def _checkpoint_if_due(self, done: int, log: MetricsLog, validation_loss: float | None) -> None:
         """Write a checkpoint after `done` steps if it is time, and stop if a rank was asked to."""
         flags, writer = self.flags, self.writer
         if flags.all_written:

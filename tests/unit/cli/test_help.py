@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from speft_ds.cli import arguments
+from speft_ds.cli import launch_arguments
 from speft_ds.cli import main as cli
 from speft_ds.config.load_recipe import ROOT, load_recipe
 from unit.commands import speft
@@ -48,7 +48,7 @@ READMES = [
     *(ROOT / "docs").glob("*.md"),
 ]
 PAGES = [shell_blocks(page.read_text()) for page in READMES]
-TEXTS = [*HELP_TEXTS, *SCRIPTS, *PAGES, arguments.MORE_HELP]
+TEXTS = [*HELP_TEXTS, *SCRIPTS, *PAGES, launch_arguments.MORE_HELP]
 EXAMPLES = [line for text in TEXTS for line in examples_of(text)]
 
 
@@ -60,7 +60,7 @@ def test_examples_parse(example, monkeypatch):
         start = next(i for i, word in enumerate(words) if word.startswith("launch/"))
         assert (ROOT / words[start]).is_file()
         monkeypatch.setattr(sys, "argv", words[start:])
-        given = arguments.parse_arguments(Path(words[start]).stem, "")
+        given = launch_arguments.parse_arguments(Path(words[start]).stem, "")
         if getattr(given, "recipe", None):
             load_recipe(given.recipe, given.overrides)
         return

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 from speft_ds.cli import launch
-from speft_ds.cli.arguments import parse_arguments
+from speft_ds.cli.launch_arguments import parse_arguments
 from speft_ds.cli.start_ranks import find_deepspeed
 from speft_ds.config.load_recipe import ROOT
 from speft_ds.errors import UserError

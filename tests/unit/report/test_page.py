@@ -79,11 +79,9 @@ def test_tables_have_the_numbers_of_the_files(written, finished):
         ],
         "all steps, over all starts": [f"{round(sum(seconds)) // 60} min {round(sum(seconds)) % 60} s"],
         "adapter": [f"{size / 1024:.2f} KiB"],
-        # Of the rank with the highest memory.
-        "process": ["512.00 MiB"],
+        # Of the rank with the highest peak.
         "base shard": ["2.00 MiB"],
         "peak": ["514.00 MiB"],
-        "weights, forward": ["5.00 MiB"],
         "gradient": ["2.00 KiB"],  # sent; no memory is of this kind
     }.items():
         assert page.row(name) == cells, name
@@ -128,7 +126,7 @@ def test_the_table_at_the_end_has_scores_and_sizes(finished, capsys, monkeypatch
     assert all([what, *cells] in rows for what, cells in figures.items())
     assert figures["arc_easy acc"][0] == "61.0%" and "+20.0 points ± 3.1" in figures["arc_easy acc"][1]
     assert figures["trained entries"][0] == "720" and "60.0%" in figures["mask changes"][1]
-    assert figures["memory per rank"][0] == "514.00 MiB" and figures["total time"][0] == "6 min 50 s"
+    assert figures["peak memory per rank"][0] == "514.00 MiB" and figures["total time"][0] == "6 min 50 s"
 
 
 # What is missing or damaged

@@ -198,7 +198,7 @@ def gpus(tmp_path, monkeypatch):
         monkeypatch.setattr(torch.version, "cuda", cuda)
         fakes = {"is_available": seen > 0, "device_count": seen, "is_bf16_supported": True}
         for name, value in {**fakes, "get_device_name": "H100"}.items():
-            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **options: value)
         ones = torch.ones
         if computes:
             monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))

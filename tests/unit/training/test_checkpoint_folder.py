@@ -66,7 +66,7 @@ WRONG = {
     "it is damaged: part_00002.safetensors is missing": lambda folder: (
         folder / "part_00002.safetensors"
     ).unlink(),
-    "it has format 2, this version reads 1": lambda folder: rewrite_manifest(folder, format_version=2),
+    "it has format 1, this version reads 2": lambda folder: rewrite_manifest(folder, format_version=1),
     "it is of step 9, not 10: the folder was renamed": lambda folder: rewrite_manifest(folder, step=9),
 }
 

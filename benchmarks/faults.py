@@ -136,7 +136,7 @@ class Trials:
 
     def resume(self, mask: str, output: Path, run: LiveRun, moment: str, who: str) -> dict:
         """Let a killed run end, resume it, and compare what comes out."""
-        codes = run.codes(60)
+        codes = run.codes()
         logged = len((output / "metrics.jsonl").read_text().splitlines()) if logs(output) else 0
         whole = whole_steps(output)
         again = self.run(mask, output, "--resume", "auto")

@@ -24,7 +24,6 @@ from speft_ds.cli.launch import checked_recipe, use_all_cores  # noqa: E402
 
 if TYPE_CHECKING:
     from speft_ds.config.recipe import Recipe
-    from speft_ds.model.dtype import agree_on_dtype
     from speft_ds.training.setup import TrainContext
 
 FROZEN = "frozen forward and backward"
@@ -120,6 +119,7 @@ def main() -> None:
 
     from speft_ds.comm import collectives
     from speft_ds.io import write_json
+    from speft_ds.model.dtype import agree_on_dtype
     from speft_ds.training.setup import load_context, load_data
 
     recipe = checked_recipe("score", arguments.recipe, overrides, 1)

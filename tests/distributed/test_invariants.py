@@ -140,7 +140,7 @@ REFUSED = {
     "rank of lift": ({"mask": {"salience": "lift", "lift_rank": 8}}, "of rank 8 leaves a weight with 8 rows"),
     "no entry": (
         {"mask": {"density": 1e-5}},
-        "density 1e-05 comes to 0 entries, too few to give a single unit",
+        "density 1e-05 comes to 0 entries, too few to give a single tile",
     ),
     "no entry of a layer": (
         {"mask": {"budget": "per_layer", "density": 1e-4}},

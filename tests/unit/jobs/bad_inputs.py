@@ -64,7 +64,6 @@ APPENDED = {
     "mask: {schedule: drop_grow, drop_rate: 1}": ("5 (mask.drop_rate)", ""),
     "mask: {schedule: drop_grow, drop_anneal: cos}": ("5 (mask.drop_anneal)", "cosine"),
     "mask: {schedule: drop_grow, growth_steps: 0}": ("5 (mask.growth_steps)", ""),
-    "grasp in any dtype": (GOOD + "mask:\n  salience: grasp\n", ["model.dtype=auto"]),
     "mask: {schedule: grad_topk, topk_fraction: 1.5}": ("5 (mask.topk_fraction)", ""),
     "mask: {layer_gate: half, gate_every: 0}": ("5 (mask.gate_every)", ""),
     "mask: {layer_gate: sampled, gate_layers: 0}": ("5 (mask.gate_layers)", ""),
@@ -138,6 +137,10 @@ COMPLETE = {
     MODEL + "  task: sequence_classification\ndata: {path: rows.jsonl}\n": (
         "(data.format)",
         "data.format=classification",
+    ),
+    MODEL + "  dtype: auto\ndata: {path: rows.jsonl}\nmask: {salience: grasp}\n": (
+        "5 (mask.salience)",
+        "model.dtype=float32",
     ),
     CLASSIFIER + "eval:\n  tasks: [arc_easy]\n": ("8 (eval.tasks)", "eval.tasks=[]"),
     CLASSIFIER + "  packing: true\n": ("7 (data.packing)", "data.packing=false"),

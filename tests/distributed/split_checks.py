@@ -15,7 +15,7 @@ def first_step(recipe: Recipe) -> dict:
     trainer = make_trainer(recipe)
     trainer.choose_mask()
     seen = []
-    trainer.engine.optimizer.on_gradient = lambda gradient: seen.append(gradient.clone())
+    trainer.engine.optimizer.trained.on_gradient = lambda gradient: seen.append(gradient.clone())
     logged = trainer.train_step(0)
     (gradient,), state = seen, trainer.state
     by_rank = collectives.all_gather_padded(gradient, state.layout.lengths)

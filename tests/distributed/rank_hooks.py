@@ -45,12 +45,14 @@ def hangs() -> None:
     _before_step(4, lambda trainer: time.sleep(2 * HANG_S))
 
 
-def dies_after_step_9() -> None:
-    def die(trainer):
-        trainer.writer.in_flight.thread.join() if trainer.writer.in_flight else None
-        os.kill(os.getpid(), signal.SIGKILL)
+def writes_step_8_at_once() -> None:
+    """This rank's part of the save of step 8 is on the disk before step 9, which then publishes it."""
+    _before_step(9, lambda trainer: trainer.writer.in_flight.thread.join())
 
-    _before_step(10, die)  # by then, the save of step 8 counts
+
+def dies_after_step_9() -> None:
+    writes_step_8_at_once()
+    _before_step(10, lambda trainer: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def nan_in_step_3() -> None:

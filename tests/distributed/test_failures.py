@@ -19,6 +19,8 @@ from distributed import rank_hooks
 STEPS = 12
 SILENT_MINUTES = 0.5  # of a rank that hangs; each stage of these runs takes less, on a busy machine, too
 
+DIES_AFTER_STEP_9 = {0: rank_hooks.dies_after_step_9, 1: rank_hooks.writes_step_8_at_once}
+
 
 @pytest.fixture
 def values(tiny, tmp_path):
@@ -201,7 +203,7 @@ def test_two_runs_in_one_folder(start, tmp_path):
 @pytest.fixture
 def stopped(start, tmp_path):
     """The folder of a run that stopped after 9 of its steps, with checkpoints of steps 6 and 8."""
-    run = start(hooks={0: rank_hooks.dies_after_step_9})
+    run = start(hooks=DIES_AFTER_STEP_9)
     run.codes()
     assert whole_steps(tmp_path / "run") == [8, 6], run.text()
     return tmp_path / "run"
@@ -253,7 +255,7 @@ def test_other_calibration_rows_are_refused_where_masks_are_chosen_anew(values, 
     rows = tmp_path / "calibration.jsonl"
     rows.write_bytes(tiny["data"].read_bytes())
     values["mask"] |= {"calibration_path": str(rows), "schedule": "periodic", "update_every": 5}
-    start(hooks={0: rank_hooks.dies_after_step_9}).codes()
+    start(hooks=DIES_AFTER_STEP_9).codes()
     lines = rows.read_text().splitlines(keepends=True)
     rows.write_text("".join(lines[1:] + lines[:1]))
     refuses(start("--resume"), "the calibration rows", "fix:")

@@ -76,6 +76,8 @@ class RootCause:
             return None
         self.lost = unheard | {failure.rank for failure in failures if failure.is_loss}
         cause = min(failures, key=lambda failure: failure.kind)  # of the same kind, the first
+        if cause.kind == Kind.RAISED and unheard and _has_lost_a_peer(cause.text):
+            return Failure(Kind.DIED, min(unheard), died(min(unheard)))
         if cause.kind != Kind.STUCK:
             return cause._replace(text=f"{cause.text}\n{no_answer(unheard)}") if unheard else cause
         if unheard:
@@ -92,6 +94,11 @@ class RootCause:
         silent = {rank for rank in running if now_s - self.grown_s[rank] > SILENCE_S}
         alive = {self.nodes[rank] for rank in running - silent}
         return {rank for rank in silent if self.nodes[rank] not in alive}
+
+
+def _has_lost_a_peer(error: str) -> bool:
+    """Whether a rank on another node ended its connections: gloo and NCCL notice before the node can tell."""
+    return any(f"connection {how} by peer" in error.lower() for how in ("closed", "reset"))
 
 
 def died(rank: int) -> str:

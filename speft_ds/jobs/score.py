@@ -13,6 +13,7 @@ from speft_ds.config.mask_config import MASK_FILE
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import machine_facts, versions
 from speft_ds.io import write_json
+from speft_ds.model.dtype import agree_on_dtype
 from speft_ds.model.fingerprint import fingerprint
 from speft_ds.report.plots import mask_heat_map, save_picture
 from speft_ds.report.tables import print_mask_table
@@ -30,9 +31,9 @@ def run(recipe: Recipe) -> None:
     Raises:
         UserError: anything that the user can fix; the same on every rank.
         RuntimeError: the weights are not what they were before.
-    recipe = agree_on_dtype(recipe)
     """
     collectives.init()
+    recipe = agree_on_dtype(recipe)
     collectives.run_on_rank0(lambda: check_output_dir(recipe))
     timings = Timings()
     with timings.stage("data"):

@@ -64,6 +64,17 @@ def test_a_rank_that_has_not_looked_around_is_waited_for(dies_late):
         assert ranks.root_cause.lost == {3}
 
 
+def test_a_rank_that_closed_its_connections_and_is_silent_has_died():
+    closed = Failure(Kind.RAISED, 0, "RuntimeError: [pair.cc:554] Connection closed by peer [::1]:2")
+    ranks = Ranks()
+    ranks.seen(closed, silent=[3])
+    assert ranks.seen(closed, silent=[3]) is None
+    assert ranks.seen(closed, after_s=SETTLE_S, silent=[3])[:2] == (
+        Kind.DIED,
+        3,
+    ) and ranks.root_cause.lost == {3}
+
+
 def test_the_end_of_a_rank_that_is_done_is_no_failure():
     ranks = Ranks()
     assert [ranks.seen(A_DEATH, done=[3], silent=[3]) for _ in range(3)] == [None] * 3

@@ -21,6 +21,7 @@ from speft_ds.training.run_dir import (
     read_facts,
     write_facts,
 )
+from speft_ds.training.run_facts import run_facts
 from speft_ds.training.start_run import open_folder, verified_start
 from speft_ds.training.trainer import Trainer
 
@@ -62,7 +63,7 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     trainer.timings["total"] = time.perf_counter() - began
 
     def finish() -> None:
-        facts = {**read_facts(folder), **trainer.facts(), "finished": True}
+        facts = {**read_facts(folder), **run_facts(trainer), "finished": True}
         write_facts(folder, {**facts, "tokens_per_s": tokens_per_second(folder / "metrics.jsonl")})
         write_card(folder / "adapter", card_scores(folder))
         write_report(folder)

@@ -15,13 +15,12 @@ from speft_ds.adapter.format import tensors_sha256
 from speft_ds.adapter.save import save_adapter
 from speft_ds.comm import collectives, signals, watchdog
 from speft_ds.comm.collectives import log_rank0
-from speft_ds.comm.signals import StepFlags
 from speft_ds.config.mask_config import mask_file
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate, split_global_batch
 from speft_ds.data.dataset import Row
 from speft_ds.data.sampler import Sampler
-from speft_ds.env import machine_facts, versions
+from speft_ds.env import versions
 from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import EvalJob, Phase, jobs_of
 from speft_ds.evaluation.results import keep_scores, still_to_score
@@ -32,6 +31,7 @@ from speft_ds.sparse.state import SparseState
 from speft_ds.training import memory
 from speft_ds.training.checkpoint.parts import Parts, Snapshot
 from speft_ds.training.checkpoint.resume import Start
+from speft_ds.training.checkpoint.step_flags import StepFlags
 from speft_ds.training.checkpoint.writer import Writer
 from speft_ds.training.checks import (
     check_chat_template,
@@ -385,32 +385,3 @@ class Trainer:
         }
         with self.timings.stage("save"):
             save_adapter(self.folder / "adapter", self.state, facts)
-
-    def facts(self) -> dict:
-        """The contents of run.json."""
-        train = self.recipe.train
-        return {
-            "versions": versions(),
-            "machine": {"device": str(collectives.device()), **machine_facts()},
-            "world_size": collectives.world_size(),
-            "global_batch": train.global_batch,
-            "micro_batch": train.micro_batch,
-            "num_steps": self.num_steps,
-            "mask": {
-                "salience": self.recipe.mask.salience,
-                "granularity": self.recipe.mask.granularity,
-                "budget": self.recipe.mask.budget,
-                "schedule": self.recipe.mask.schedule,
-                "layer_gate": self.recipe.mask.layer_gate,
-                "loaded_from": self.recipe.mask.load,
-                "calibration_samples": self.recipe.mask.calibration_samples,
-                **self.mask.facts(),
-                "entries_by_rank": self.state.layout.lengths,
-                "changes": self.schedule.changes,
-            },
-            "head": sum(rows * columns for rows, columns in self.state.heads.values()),
-            "sparse_backends": sorted(set(self.gradient.backends.values())),
-            "resources": self.resources,
-            "base": {"name_or_path": self.recipe.model.name_or_path, "fingerprint": self.context.fingerprint},
-            "timings_s": self.timings,
-        }

@@ -250,16 +250,18 @@ def local_rank0_first(action: Callable[[], T]) -> T:
     Raises:
         UserError: on every rank, where an action raised one.
     """
-    problem, is_first = None, os.environ["LOCAL_RANK"] == "0"
-    if is_first:
-        try:
-            value = action()
-        except UserError as error:
-            problem = error
-    for other in all_gather_objects(problem):
-        if other is not None:
-            raise other
-    return value if is_first else action()
+    is_first = os.environ["LOCAL_RANK"] == "0"
+    for is_turn in (is_first, not is_first):
+        problem = None
+        if is_turn:
+            try:
+                value = action()
+            except UserError as error:
+                problem = error
+        for other in all_gather_objects(problem):
+            if other is not None:
+                raise other
+    return value
 
 
 def raise_if_stop_requested() -> None:

@@ -1,13 +1,14 @@
 """`speft score`: score the weights, select a mask, write it and show it. Nothing is trained.
 
-Leaves `mask.safetensors` (see `mask.py`), `mask.png`, `score.json` and `recipe.yaml` in the run folder.
+Leaves `mask.safetensors` (see `sparse/mask.py`), `mask.png`, `score.json` and `recipe.yaml` in the run
+folder.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from speft_ds.comm import collectives
+from speft_ds.comm import collectives, watchdog
 from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.mask_config import MASK_FILE
 from speft_ds.config.recipe import Recipe
@@ -32,7 +33,8 @@ def run(recipe: Recipe) -> None:
         UserError: anything that the user can fix; the same on every rank.
         RuntimeError: the weights are not what they were before.
     """
-    collectives.init()
+    collectives.init(recipe.train.timeout_minutes + 1)
+    collectives.start_watchdog(recipe.train.timeout_minutes, lambda: "start it again")
     recipe = agree_on_dtype(recipe)
     collectives.run_on_rank0(lambda: check_output_dir(recipe))
     timings = Timings()
@@ -73,3 +75,4 @@ def run(recipe: Recipe) -> None:
     log_rank0(f"salience {timings['salience']:.2f} s, selection {timings['selection']:.2f} s")
     log_rank0(f"{folder / MASK_FILE}: train it with mask.load={folder / MASK_FILE}")
     collectives.barrier()
+    watchdog.close()

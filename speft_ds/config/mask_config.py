@@ -118,6 +118,13 @@ class MaskConfig(ConfigSection):
             raise broken_rule(message, fix)
         return value
 
+    def update_every_within(self, steps: int) -> int | None:
+        """An `update_every` that changes the mask in a run of so many steps; None where there is none."""
+        every = max(1, steps // 5)
+        if (self.schedule, self.growth) == ("drop_grow", "sft_ag"):
+            every = max(every, self.growth_steps)
+        return every if every < steps else None
+
     @property
     def is_scored(self) -> bool:
         """Whether the weights are scored: once for the first mask, or again and again."""

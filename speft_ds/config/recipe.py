@@ -89,8 +89,8 @@ class Recipe(ConfigSection):
         changes = mask is not None and mask.schedule in ("periodic", "drop_grow")
         if steps is not None and changes and mask.update_every >= steps:
             what = f"mask.update_every={mask.update_every}, train.steps={steps}: the mask would not change"
-            sooner = max(steps // 5, mask.growth_steps if mask.schedule == "drop_grow" else 1)
-            ways = [f"mask.update_every={sooner}"] if sooner < steps else []
+            sooner = mask.update_every_within(steps)
+            ways = [f"mask.update_every={sooner}"] if sooner else []
             ways.append(f"train.steps={mask.update_every + 1} or more")
             raise broken_rule(what, ", or ".join(ways), key="mask.update_every")
         return train
@@ -128,18 +128,19 @@ class Recipe(ConfigSection):
         return self.where("data.path" if self.data.mixture is None else f"data.mixture[{number}].path")
 
 
-def resolve(recipe: Recipe, *, job: Job, world_size: int, is_resumed: bool = False) -> Recipe:
-    """The recipe that a job runs with: what it leaves open is chosen here, and nowhere else.
+def resolve(recipe: Recipe, *, job: Job, world_size: int, fits_micro_batch: bool = False) -> Recipe:
+    """The recipe that a job runs with, as far as it can be known before its ranks meet.
 
-    A score's run folder is runs/<recipe>-score-<salience>, unless one was chosen. A resumed run takes a
-    micro-batch that this many ranks can share; what is learnt stays the same. The checks before a run
-    refuse what does not fit all the same.
+    A score's run folder is runs/<recipe>-score-<salience>, unless one was chosen. With `fits_micro_batch`
+    (`--resume`), training takes a micro-batch that this many ranks can share; what is learnt stays the
+    same. The checks before a run refuse what does not fit all the same. `model.dtype: auto` is left to the
+    ranks (`model/dtype.py`).
     """
     changes: dict[str, object] = {}
     if job == "score" and not recipe.is_given("output_dir"):
         changes["output_dir"] = f"runs/{recipe.name}-score-{recipe.mask.salience}"
     micro_batch = recipe.train.shared_micro_batch(world_size)
-    if job == "train" and is_resumed and micro_batch != recipe.train.micro_batch:
+    if job == "train" and fits_micro_batch and micro_batch != recipe.train.micro_batch:
         changes["train"] = recipe.train.model_copy(update={"micro_batch": micro_batch})
     return recipe.model_copy(update=changes) if changes else recipe
 

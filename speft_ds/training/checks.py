@@ -9,13 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from speft_ds.comm import collectives
 from speft_ds.config.eval_config import EvalConfig
-from speft_ds.config.mask_config import MaskConfig as MaskSection
+from speft_ds.config.mask_config import MaskConfig
 from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
 from speft_ds.model.targets import layer_number
 from speft_ds.selection.topk import min_trainable
 from speft_ds.sparse.mask import Mask
-from speft_ds.training.checkpoint.folder import CHECKPOINTS, Checkpoint, checkpoint_entry
+from speft_ds.training.checkpoint.folder import CHECKPOINTS, Checkpoint, checkpoint_entry, num_checkpoints
 from speft_ds.training.setup import TrainContext
 
 
@@ -36,7 +36,8 @@ def check_steps(recipe: Recipe, num_steps: int) -> None:
         what = (
             f"the mask would never change: it would after {mask.update_every} steps, the run has {num_steps}"
         )
-        fix = f"mask.update_every={max(1, num_steps // 5)}, or mask.schedule=static"
+        sooner = mask.update_every_within(num_steps)
+        fix = (f"mask.update_every={sooner}, or " if sooner else "") + "mask.schedule=static"
         raise UserError(what, "mask.update_every", fix)
 
 
@@ -90,7 +91,7 @@ def check_space(context: TrainContext, num_steps: int) -> None:
     train, folder = recipe.train, Path(recipe.output_dir)
     if train.checkpoint_every is None:
         return
-    number = train.keep_last + 1 + (num_steps // train.keep_every if train.keep_every else 0)
+    number = num_checkpoints(train, num_steps)
     num_trained = context.num_trainable + sum(head.weight.ds_numel for head in context.heads.values())
     needed = number * checkpoint_entry(recipe) * num_trained
 
@@ -104,7 +105,7 @@ def check_space(context: TrainContext, num_steps: int) -> None:
     collectives.run_on_rank0(check)
 
 
-def check_shapes(mask: MaskSection, shapes: dict[str, tuple[int, int]]) -> None:
+def check_shapes(mask: MaskConfig, shapes: dict[str, tuple[int, int]]) -> None:
     """Refuse a `mask` section that asks for more than its targets have.
 
     Args:

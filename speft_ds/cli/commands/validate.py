@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from speft_ds import hub
-from speft_ds.cli.start_ranks import count_gpus
+from speft_ds.cli.start_ranks import count_gpus, default_ranks
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.config.recipe import FIELDS, Recipe
 from speft_ds.data.dataset_cache import classes_of
@@ -25,6 +25,7 @@ from speft_ds.data.readers import iterate_rows
 from speft_ds.data.tokenize import Encoder, load_tokenizer
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.jobs.preflight import CHECKS, resolve_offline
+from speft_ds.training.checkpoint.folder import checkpoint_entry, num_checkpoints
 from speft_ds.training.run_dir import check_output_dir
 
 NUM_ROWS = 3
@@ -100,13 +101,14 @@ def targets_found(recipe: Recipe, num_ranks: int) -> Found:
     geometry = read_geometry(recipe)
     check_shapes(recipe.mask, geometry.targets)
     share = geometry.num_entries / geometry.num_target_elements
-    num_checkpoints = recipe.train.keep_last + 1  # and the one that is being written
-    needed = (8 + 16 * num_checkpoints) * (geometry.num_entries + geometry.num_head)
+    number = num_checkpoints(recipe.train, recipe.train.steps or 0)  # of epochs: without train.keep_every
+    num_bytes = 8 + number * checkpoint_entry(recipe)  # per entry; 8 of the adapter, at most
+    needed = num_bytes * (geometry.num_entries + geometry.num_head)
     folder = Path(recipe.output_dir).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     sizes = f"{needed / 2**30:.2f} GiB of {free / 2**30:.1f} free"
-    disk = f"adapter and {num_checkpoints} checkpoints take {sizes}"
+    disk = f"adapter and checkpoints (up to {number} at a time) take {sizes}"
     if needed > free:
         raise UserError(f"the disk is too full: {disk}", str(existing), "free space there")
     return OK, (
@@ -137,7 +139,7 @@ def validate(name_or_path: str, overrides: list[str], num_ranks: int | None = No
     if note := resolve_offline(recipe):
         console.print(note, markup=False)
     marks, num_problems = {}, 0
-    num_ranks = num_ranks or count_gpus() or 2
+    num_ranks = num_ranks or default_ranks()
     for number, (title, find) in enumerate(FOUND.items(), 1):
         problems, needed = [], NEEDED.get(title, ())
         try:

@@ -14,6 +14,7 @@ from typing import Any
 
 from speft_ds.config.optimizer_config import ADAMW
 from speft_ds.config.recipe import Recipe
+from speft_ds.config.train_config import TrainConfig
 from speft_ds.errors import UserError
 from speft_ds.io import flush_to_disk, replacing, sha256_of, write_json
 
@@ -54,6 +55,14 @@ def checkpoint_entry(recipe: Recipe) -> int:
     if "8bit" in optimizer.name and mask.schedule in ("periodic", "drop_grow"):
         kept += 4  # its slot
     return 8 + kept
+
+
+def num_checkpoints(train: TrainConfig, num_steps: int) -> int:
+    """The most checkpoints that are on the disk at a time, the one that is being written included."""
+    if train.checkpoint_every is None:
+        return 1  # at the end, or where the run is stopped
+    at_multiples = num_steps // train.keep_every if train.keep_every else 0
+    return train.keep_last + 1 + at_multiples + train.keep_best
 
 
 def temporary_of(folder: Path) -> Path:

@@ -261,7 +261,7 @@ def _leaf(nested: dict[str, Any], key: str) -> Any:
 
 def fit_micro_batch(recipe: Recipe, world_size: int) -> Recipe:
     """The recipe with a micro-batch that another number of ranks can share; what is learnt stays the same."""
-    fitting = resolve(recipe, job="train", world_size=world_size, is_resumed=True)
+    fitting = resolve(recipe, job="train", world_size=world_size, fits_micro_batch=True)
     before, now = recipe.train.micro_batch, fitting.train.micro_batch
     if now != before:
         _note(f"note: for {world_size} rank(s) train.micro_batch={now} (it was {before})")

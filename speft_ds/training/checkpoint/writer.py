@@ -87,23 +87,19 @@ class Writer:
         self.in_flight = None
         results = collectives.all_gather_objects(save.result)
         failed = {rank: result for rank, result in enumerate(results) if isinstance(result, Exception)}
-        for rank, error in failed.items():
+        if failed:
+            rank, error = next(iter(failed.items()))
             raise self._cannot_write(save.step, f"rank {rank}: {error}") from error
-        problem: list[str] = []
 
         def make() -> None:
             folder = folder_of(self.run, save.step)
             try:
                 publish(temporary_of(folder), folder, {**save.manifest, "parts": results})
             except OSError as error:
-                problem.append(str(error))
-            else:
-                self._prune(folder)
+                raise self._cannot_write(save.step, str(error)) from error
+            self._prune(folder)
 
-        if collectives.rank() == 0:
-            make()
-        if failure := collectives.broadcast_object(problem):
-            raise self._cannot_write(save.step, failure[0])
+        collectives.run_on_rank0(make)
         self.saved = save.step
         self.seconds += time.perf_counter() - start
 

@@ -31,7 +31,7 @@ def test_a_resumed_run_has_a_micro_batch_that_its_ranks_share(tmp_path):
         for micro in [m for m in range(1, batch + 1) if batch % m == 0]:
             given = recipe.model_copy(update={"train": TrainConfig(global_batch=batch, micro_batch=micro)})
             for world_size in range(1, 13):
-                resumed = resolve(given, job="train", world_size=world_size, is_resumed=True)
+                resumed = resolve(given, job="train", world_size=world_size, fits_micro_batch=True)
                 fits = [m for m in range(1, micro + 1) if micro % m == 0 and batch % (m * world_size) == 0]
                 train = given.train.model_copy(update={"micro_batch": max(fits, default=micro)})
                 assert resumed == given.model_copy(update={"train": train})

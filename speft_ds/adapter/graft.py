@@ -108,6 +108,8 @@ def graft(
         raise UserError("give either --density or --num-entries", "graft", "--density 0.005")
     if density is not None and not 0.0 < density <= 1.0:
         raise UserError(f"--density is {density}", "--density", "a fraction > 0 and <= 1")
+    if num_entries is not None and num_entries < 1:
+        raise UserError(f"--num-entries is {num_entries}", "--num-entries", "1 or more")
     check_output(output)
     pair = TunedPair(base, tuned, patterns)
     facts, report = _survey(pair)

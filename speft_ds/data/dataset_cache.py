@@ -34,7 +34,6 @@ from speft_ds.errors import UserError
 FORMAT_VERSION = "2"  # of the file, and of what tokenising does: another version is another key
 # All that a tokenizer, or a small model that scores rows, is loaded from.
 MODEL_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-WEIGHT_FILES = (".safetensors", ".bin")
 BATCH = 1000  # rows tokenised in one call, on all cores
 NUM_SAMPLES = 3  # rows kept as text, to be shown
 EMPTY, NOT_SELECTED = "empty, left out", "not selected"
@@ -79,8 +78,8 @@ class DatasetSpec:
             self.classify,
             self.seed if data.select == "random" else None,
             _hash_model(self.model, MODEL_FILES),
-            _hash_model(data.scorer, MODEL_FILES + WEIGHT_FILES),
-            data.scorer and _scorer_dtype(),
+            _hash_model(data.scorer, MODEL_FILES + hub.WEIGHT_SUFFIXES),
+            data.scorer and _how_scored(),
             [_hash_source(source) for source in data.sources],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -96,11 +95,11 @@ def _hash_model(model: str | None, suffixes: tuple[str, ...]) -> list[str] | str
     return model if folder is None else hash_files(folder, suffixes)
 
 
-def _scorer_dtype() -> str:
-    """Scores depend on it, and it depends on the machine."""
-    from speft_ds.data.ifd import choose_dtype
+def _how_scored() -> list[str | int]:
+    """What scores depend on besides the scorer; its dtype depends on the machine."""
+    from speft_ds.data.ifd import MAX_TOKENS, VERSION, choose_dtype
 
-    return str(choose_dtype())
+    return [str(choose_dtype()), VERSION, MAX_TOKENS]
 
 
 def _hash_source(source: Source) -> str:

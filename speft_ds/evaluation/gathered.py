@@ -60,11 +60,8 @@ def plain_copy(module: nn.Module) -> nn.Module:
     with torch.device("meta"):
         plain = type(module)(copy.deepcopy(module.config))
     plain.generation_config = copy.deepcopy(module.generation_config)
-    device, weights, buffers = (
-        collectives.device(),
-        dict(module.named_parameters()),
-        dict(module.named_buffers()),
-    )
+    device = collectives.device()
+    weights, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     for name, empty in plain.named_parameters():
         with deepspeed.zero.GatheredParameters([weights[name]]):
             values = weights[name].detach().to(device, copy=True)

@@ -70,7 +70,7 @@ def still_to_score(
     """
     done = [job for job in wanted if has_scored(folder, job, of, recipe)]
     labels = {job.label for job in done}
-    for path in sorted(folder.glob(f"{phase}*.json")):
+    for path in sorted([*folder.glob(f"{phase}.json"), *folder.glob(f"{phase}-*.json")]):
         if path.stem not in labels:
             (folder / OLD).mkdir(exist_ok=True)
             shutil.rmtree(folder / OLD / path.stem, ignore_errors=True)

@@ -103,7 +103,10 @@ def mean_score(scores: Sequence[Score]) -> MeanScore | None:
 
 def without_duplicates(folders: Sequence[Path]) -> list[Path]:
     """Each folder once, in order."""
-    return list({os.path.realpath(folder): folder for folder in reversed(folders)}.values())[::-1]
+    first: dict[str, Path] = {}
+    for folder in folders:
+        first.setdefault(os.path.realpath(folder), folder)
+    return list(first.values())
 
 
 def write_comparison(folders: Sequence[Path], output: Path | None = None) -> list[Path]:

@@ -225,9 +225,8 @@ def _draw(
         figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
     if kind == "png":
         return file.getvalue()
-    text = re.sub(
-        "<!--.*?-->", "", file.getvalue().decode(), flags=re.DOTALL
-    )  # of names, which may be any bytes
+    # Comments are of names, which may be any bytes.
+    text = re.sub("<!--.*?-->", "", file.getvalue().decode(), flags=re.DOTALL)
     return (
         text.replace(INK, "currentColor").replace("<defs>", f"<style>{SCHEMES}</style>\n<defs>", 1).encode()
     )

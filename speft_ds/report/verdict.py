@@ -64,9 +64,14 @@ def _forgetting(run: RunFolder) -> list[str]:
     if old and new:
         old, new = old.token_perplexity, new.token_perplexity
         change = f" ({new / old - 1:+.1%})" if old else ""
-        moved = "rose" if new > old else "fell"
-        sentences.append(f"The perplexity of general text {moved} from {old:.4g} to {new:.4g}{change}.")
+        sentences.append(f"The perplexity of general text {_moved(old, new)}{change}.")
     return sentences
+
+
+def _moved(old: float, new: float, when: str = "") -> str:
+    if new == old:
+        return f"stayed at {old:.4g}"
+    return f"{'rose' if new > old else 'fell'} from {old:.4g}{when} to {new:.4g}"
 
 
 def _losses(run: RunFolder) -> list[str]:
@@ -74,10 +79,9 @@ def _losses(run: RunFolder) -> list[str]:
     for key, what in (("validation_loss", "validation loss"), ("loss", "training loss")):
         steps, values = run.series(key)
         if len(values) > 1:
-            moved = "fell" if values[-1] < values[0] else "rose"
             lowest = steps[values.index(min(values))]
             sentences.append(
-                f"The {what} {moved} from {values[0]:.4g} (step {steps[0]:,}) to {values[-1]:.4g}; it was "
+                f"The {what} {_moved(values[0], values[-1], f' (step {steps[0]:,})')}; it was "
                 f"lowest at step {lowest:,} ({min(values):.4g})."
             )
     if skipped := run.nonfinite_steps:

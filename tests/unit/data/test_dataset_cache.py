@@ -190,6 +190,14 @@ def test_the_bytes_of_data_tokenizer_and_scorer_change_the_key(tmp_path, path, m
     assert key(data, model) in seen
 
 
+def test_the_version_of_the_scores_is_in_the_key_of_a_scored_selection_alone(path, model, monkeypatch):
+    plain = DataConfig(path=str(path))
+    scored = plain.model_copy(update={"select": "ifd", "select_rows": 1, "scorer": str(model)})
+    before = key(plain, model), key(scored, model)
+    monkeypatch.setattr("speft_ds.data.ifd.VERSION", 99)
+    assert key(plain, model) == before[0] and key(scored, model) != before[1]
+
+
 def test_the_files_of_a_folder_change_the_key(tmp_path, model):
     folder = tmp_path / ".cache" / "set"  # where data sets are often kept
     data, seen = DataConfig(path=str(folder)), set()

@@ -7,7 +7,7 @@ import pytest
 
 from speft_ds.errors import UserError
 from speft_ds.evaluation.scores import Score
-from speft_ds.report.compare import default_name, grouped, mean_score, write_comparison
+from speft_ds.report.compare import default_name, grouped, mean_score, without_duplicates, write_comparison
 from speft_ds.report.run import read_run
 from unit.commands import speft
 from unit.report.reading import page_of, rendered
@@ -37,6 +37,12 @@ def empty(tmp_path):
         return tmp_path / name
 
     return make_empty
+
+
+def test_each_folder_is_taken_once_in_the_order_of_its_first_mention(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert without_duplicates([a, b, a / "." / ".." / "a"]) == [a, b]
+    assert without_duplicates([b, a, a]) == [b, a]
 
 
 def labels(runs):

@@ -75,7 +75,7 @@ def main() -> None:
     shown = {
         "entries": f"{row['entries']:,} ({row['density']:.2%})",
         "MB": f"{row['bytes'] / 1e6:.2f}",
-        "bytes an entry": f"{row['bytes'] / row['entries']:.2f}",
+        "bytes per entry": f"{row['bytes'] / row['entries']:.2f}",
         "step ms": f"{row['step_ms']:.0f}",
         "waited ms": f"{row['waited_ms']:.1f}",
         "of a step": f"{row['waited_of_step']:.2%}",

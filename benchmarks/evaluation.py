@@ -1,4 +1,4 @@
-"""Scoring on two ranks against stock lm-eval: the same documents, the same answers, seconds a document.
+"""Scoring on two ranks against stock lm-eval: the same documents, the same answers, seconds per document.
 
     python benchmarks/evaluation.py --model PATH --data-dir HUB [--tasks A,B] [--limit 100] [--shots 0]
 
@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a model folder")
     parser.add_argument("--data-dir", required=True, help="local copies of data sets, by hub id")
     parser.add_argument("--tasks", default=TASKS)
-    parser.add_argument("--limit", type=int, default=100, help="documents a task; even")
+    parser.add_argument("--limit", type=int, default=100, help="documents per task; even")
     parser.add_argument("--shots", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16")
@@ -151,7 +151,7 @@ def main() -> None:
     for task, own in ours.items():
         num = len(own["documents"])
         same = sum(own["answers"][each] == theirs[task]["answers"][each] for each in own["answers"])
-        each = num // 2  # documents a rank
+        each = num // 2  # documents per rank
         rows.append(
             {
                 "task": task,
@@ -160,8 +160,8 @@ def main() -> None:
                 "each once": sorted(own["documents"]) == list(range(arguments.limit)),
                 "same": f"{same} of {len(own['answers'])}",
                 "score": own["score"],
-                "stock s/100 a rank": 100 * theirs[task]["seconds"] / each,
-                "ours s/100 a rank": 100 * own["seconds"] / each,
+                "stock s/100 per rank": 100 * theirs[task]["seconds"] / each,
+                "ours s/100 per rank": 100 * own["seconds"] / each,
                 "ratio": own["seconds"] / theirs[task]["seconds"],
             }
         )

@@ -176,7 +176,7 @@ def identical(output: Path, reference: Path) -> bool:
 
 
 def trials(folder: Path, kills: int, points: int, ranks: int, seed: int):
-    """Yields a row a trial."""
+    """Yields a row per trial."""
     draw, made = random.Random(seed), Trials(folder, ranks)
     for number in range(kills):
         mask = list(MASKS)[number % len(MASKS)]

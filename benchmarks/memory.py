@@ -155,7 +155,7 @@ def main() -> None:
     header = ["layers", "phase", "measured GiB", "planned GiB", "difference", "without the process"]
     print(
         f"\n{MODEL}'s width, bfloat16, {arguments.ranks} rank(s), {arguments.rows} rows of "
-        f"{arguments.tokens} tokens a micro-batch; *: extrapolated\n"
+        f"{arguments.tokens} tokens per micro-batch; *: extrapolated\n"
     )
     print_table(header, rows)
     facts = {"extrapolated": extrapolated, "planned": whole, "layers": arguments.deep}

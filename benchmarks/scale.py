@@ -145,7 +145,7 @@ def main() -> int:
                     with_extra({**row, "model": name, "is_base": size == arguments.base}) for row in measured
                 ]
     print(
-        f"\n{arguments.dtype}, {arguments.rows} x {arguments.length} tokens a rank and step, medians of "
+        f"\n{arguments.dtype}, {arguments.rows} x {arguments.length} tokens per rank and step, medians of "
         f"{arguments.rounds} rounds, {os.cpu_count()} cores; step: over the floor's\n"
     )
     print_table(COLUMNS, [shown(row) for row in rows])

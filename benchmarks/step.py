@@ -15,7 +15,7 @@ that raises, whose loss does not fall or is not that of one process has its erro
              tensors of the process and all that operations make; on a GPU by torch's allocator
     saved    bytes that the forward saves for the backward, each storage once, over the floor's; without
              weights, also gathered ones
-    sent     bytes of gradients that a rank sends a step, on a ring: a reduce-scatter of n bytes sends
+    sent     bytes of gradients that a rank sends per step, on a ring: a reduce-scatter of n bytes sends
              n (W-1) / W; and the same of weights, by all-gathers
 
 `--quick` takes a model of 27M random weights where none is named, and 3 rounds. On a GPU name a geometry,
@@ -114,7 +114,7 @@ def main() -> int:
     facts = {"model": name, "dtype": case.dtype, "tokens": case.rows * case.length, "rounds": rounds}
     rows = [{**row, **facts} for row in compare_with_one(rows, case.dtype)]
     print(
-        f"\n{name}, {case.dtype}, {case.rows} x {case.length} tokens a rank and step, density "
+        f"\n{name}, {case.dtype}, {case.rows} x {case.length} tokens per rank and step, density "
         f"{case.density:.3%}, medians of {rounds} rounds; step to saved over the floor's\n"
     )
     print_table(COLUMNS, [shown(row) for row in rows])

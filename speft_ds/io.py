@@ -103,7 +103,7 @@ def _verify_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[s
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two CPU tensors have one dtype, one shape and the same bytes (NaN equals itself)."""
+    """Whether two tensors on one device have one dtype, one shape and the same bytes (NaN equals itself)."""
     import torch
 
     if a.dtype != b.dtype or a.shape != b.shape:

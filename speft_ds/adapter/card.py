@@ -25,7 +25,7 @@ SHOWN = (
     ("mask", "salience", "weights chosen by"),
     ("mask", "schedule", "mask schedule"),
     ("optimizer", "lr", "learning rate"),
-    ("train", "global_batch", "rows a step"),
+    ("train", "global_batch", "rows per step"),
     ("train", "steps", "steps"),
     ("train", "epochs", "epochs"),
 )
@@ -90,7 +90,7 @@ def _rows(facts: dict, base: str, num_bytes: int | None) -> list[tuple[str, Any]
     rows = [("base", f"{base}, in {facts['dtype']}"), ("changed weights", f"{count:,}{share}")]
     rows += [("classes", ", ".join(facts["classes"]))] if facts.get("classes") else []
     if num_bytes is not None:
-        rows.append(("size", f"{num_bytes / 2**20:.2f} MiB, {num_bytes / max(count, 1):.2f} bytes an entry"))
+        rows.append(("size", f"{num_bytes / 2**20:.2f} MiB, {num_bytes / max(count, 1):.2f} bytes per entry"))
     if paths := _data_paths(facts):
         rows.append(("data", ", ".join(path if is_repo_id(path) else Path(path).name for path in paths)))
     shown = [(what, _of_recipe(facts, section, key)) for section, key, what in SHOWN]

@@ -136,10 +136,8 @@ def recipe_to_evaluate(arguments: argparse.Namespace) -> tuple[Recipe, Path | No
         recipe = load_recipe(str(folder / RECIPE), [as_override("output_dir", str(folder)), *overrides])
     else:
         adapter = Path(arguments.adapter) if arguments.adapter else None
-        own = [as_override("model.name_or_path", arguments.model)]
-        own.append(
-            "deepspeed.config=zero3_cpu"
-        )  # on GPUs, too: the others differ in the reduction of gradients
+        # zero3_cpu on GPUs, too: the others differ in the reduction of gradients.
+        own = [as_override("model.name_or_path", arguments.model), "deepspeed.config=zero3_cpu"]
         if adapter is not None:
             own.append(as_override("model.dtype", _dtype_of(adapter)))
         recipe = recipe_of(f"evaluate-{Path(arguments.model).name}", [*own, *overrides])

@@ -1,4 +1,4 @@
-"""The frozen base: loading under ZeRO-3, what is targeted, and a fingerprint of its weights."""
+"""The frozen base: loading it under ZeRO-3, and a classifier's head."""
 
 from __future__ import annotations
 

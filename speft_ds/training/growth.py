@@ -172,10 +172,10 @@ class AccumulatedGradient:
 
     def select(self, state: SparseState, group: Groups, wanted: list[int]) -> Chosen:
         local = self.gradient.local_index()
-        parts_ = self.total.abs().split([index.numel() for index in local.values()])
+        pieces = self.total.abs().split([index.numel() for index in local.values()])
         there = {name: index.numel() for name, index in self.gradient.mask.index.items()}
         wanted = at_most(wanted, group, there)
-        chosen = select_local(dict(zip(local, parts_, strict=True)), group, wanted)
+        chosen = select_local(dict(zip(local, pieces, strict=True)), group, wanted)
         return {name: index[chosen[name].to(index.device)] for name, index in local.items()}, wanted
 
 
@@ -200,8 +200,8 @@ class RowColumnMomentum:
 
     def _views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Weight -> views of its rows and its columns."""
-        parts_ = iter(flat.split([length for shape in self.shape.values() for length in shape]))
-        return {name: (next(parts_), next(parts_)) for name in self.shape}
+        pieces = iter(flat.split([length for shape in self.shape.values() for length in shape]))
+        return {name: (next(pieces), next(pieces)) for name in self.shape}
 
     def restart(self) -> None:
         """The statistics go on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from speft_ds.config.mask_config import MaskConfig
 from speft_ds.data.sampler import permutation
 from speft_ds.model.targets import layer_number
 
@@ -17,21 +18,21 @@ class LayerSampler:
         active: names of the active weights; None where nothing is sampled.
     """
 
-    def __init__(self, recipe, seed: int, names: list[str]):
-        self.recipe, self.seed, self.names = recipe, seed, names
+    def __init__(self, mask: MaskConfig, seed: int, names: list[str]):
+        self.mask, self.seed, self.names = mask, seed, names
         self.active: frozenset[str] | None = None
         self.resample(0)
 
     def resample(self, step: int) -> None:
         """Choose what is active at step `step` (from 0)."""
-        period = step // self.recipe.gate_every
-        if self.recipe.layer_gate == "half":
+        period = step // self.mask.gate_every
+        if self.mask.layer_gate == "half":
             order = permutation(len(self.names), self.seed, "layer_gate", period)
             self.active = frozenset(self.names[number] for number in order[: -(-len(order) // 2)])
-        elif self.recipe.layer_gate == "sampled":
+        elif self.mask.layer_gate == "sampled":
             layers = sorted({layer_number(name) for name in self.names} - {None})
             order = permutation(len(layers), self.seed, "layer_gate", period)
-            chosen = {layers[number] for number in order[: self.recipe.gate_layers]} | {None}
+            chosen = {layers[number] for number in order[: self.mask.gate_layers]} | {None}
             self.active = frozenset(name for name in self.names if layer_number(name) in chosen)
 
     def is_active(self, name: str) -> bool:

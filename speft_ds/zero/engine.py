@@ -194,7 +194,7 @@ def build_engine(
 
     Args:
         model: frozen, loaded under `zero.Init`.
-        ds_config: as `ds_config.load_ds_config` returns it.
+        ds_config: as `deepspeed_config.load_ds_config` returns it.
         targets: weight name -> linear, of all that is trained.
         walks_all_layers: have a backward go down to the embedding, not just to the lowest layer that is
             trained: where that is another one every step, or inputs must need a gradient (re-entrant

@@ -17,8 +17,8 @@ from speft_ds.comm import collectives
 
 # The autograd nodes of the hooks that ZeRO-3 puts around every module, and of those that stand in for them on
 # a single rank (`engine.alias_inputs`): they return their tensor unchanged.
-HOOK_GRAD_FNS = set(
-    {"PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBackward", "AliasBackward0"}
+HOOK_GRAD_FNS = frozenset(
+    ("PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBackward", "AliasBackward0")
 )
 
 

@@ -19,7 +19,8 @@ def run_piece(recipe: Recipe, stop: int, checkpoint: Path | None = None) -> dict
     """Train from a checkpoint, or from the beginning, to step `stop`, and write a checkpoint there.
 
     Returns:
-        `ids`: the rows of each step; `losses`; `changes` of the mask; `checkpoint`: its path; `ages_differ`.
+        `ids`: the rows of each step; `losses`; `changes` of the mask; `checkpoint`: its path;
+        `weights`: the path of the whole weights.
     """
     start = Start("resumed", inspect(checkpoint)) if checkpoint else None
     trainer = Trainer(recipe, start)

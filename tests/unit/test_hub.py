@@ -2,19 +2,7 @@
 
 import socket
 
-import pytest
-
 from speft_ds.hub import connection_error
-
-
-@pytest.fixture
-def ports():
-    """(a port that a socket listens on, one that is closed)"""
-    with socket.socket() as listening, socket.socket() as closed:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(8)
-        closed.bind(("127.0.0.1", 0))  # taken, but nobody listens
-        yield listening.getsockname()[1], closed.getsockname()[1]
 
 
 def test_a_proxy_is_what_has_to_answer(ports, monkeypatch):

@@ -28,7 +28,7 @@ def is_available() -> bool:
 
 
 def pays(moved: int, shape: tuple[int, int]) -> bool:
-    """Whether moving so many features a token from the L2 cache takes less time than the dense product."""
+    """Whether moving so many features per token from the L2 cache takes less time than the dense product."""
     return moved * BREAK_EVEN < shape[0] * shape[1]
 
 

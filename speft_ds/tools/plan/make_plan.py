@@ -129,7 +129,7 @@ def steps(recipe: Recipe, world_size: int, num_rows: int | None) -> dict[str, tu
     """Sequences per epoch, steps and tokens, with what they follow from; None where that is not known."""
     train, length = recipe.train, recipe.data.max_length
     order, why = (Sampler((num_rows,), None, 0), "--rows") if num_rows else find_order(recipe)
-    batch = f"{train.global_batch} sequences a step"
+    batch = f"{train.global_batch} sequences per step"
     accumulation = train.global_batch // (train.micro_batch * world_size)
     if train.steps is not None:
         number, how = train.steps, "train.steps"
@@ -142,11 +142,11 @@ def steps(recipe: Recipe, world_size: int, num_rows: int | None) -> dict[str, tu
     tokens = None if number is None else number * per_step
     at_most = "" if number is None else f"at most: {number:,} "
     return {
-        "sequences an epoch": (len(order) if order else None, why),
+        "sequences per epoch": (len(order) if order else None, why),
         "accumulation": (accumulation, f"{batch} / ({train.micro_batch} x {world_size} ranks)"),
-        "tokens a step": (per_step, f"at most: {batch} x {length:,}"),
+        "tokens per step": (per_step, f"at most: {batch} x {length:,}"),
         "steps": (number, how),
-        "tokens": (tokens, f"{at_most}steps x tokens a step"),
+        "tokens": (tokens, f"{at_most}steps x tokens per step"),
     }
 
 

@@ -55,7 +55,7 @@ def test_local_folders_are_named_without_their_path(base, tmp_path):
 def test_what_was_trained_how_large_it_is_and_its_scores():
     text = card_text(COMPLETE, SCORES, num_bytes=84)
     assert ["changed weights", "12 of 1,760 (0.682%)"] in rows(text)
-    assert ["size", "0.00 MiB, 7.00 bytes an entry"] in rows(text)
+    assert ["size", "0.00 MiB, 7.00 bytes per entry"] in rows(text)
     assert ["learning rate", "0.001"] in rows(text)
     assert ["arc_easy", "acc", "0.2500", "0.5124", "0.0103"] in rows(text)
     assert ["odd/task", "exact_match", "-", "1.0000", "-"] in rows(text)

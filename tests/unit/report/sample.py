@@ -67,7 +67,7 @@ def evaluations(gain=0.2):
 
 
 def metrics(seed=0, num_steps=NUM_STEPS):
-    """One line a step, with everything that a line may have."""
+    """One line per step, with everything that a line may have."""
     draw = random.Random(seed)
     lines = []
     for step in range(1, num_steps + 1):

@@ -7,7 +7,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -296,16 +295,6 @@ def test_a_wrong_sum_is_noticed(monkeypatch):
 
 
 # The machine
-
-
-@pytest.fixture
-def ports():
-    """(a port that a socket listens on, one that is closed)"""
-    with socket.socket() as listening, socket.socket() as closed:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(8)
-        closed.bind(("127.0.0.1", 0))  # taken, but nobody listens
-        yield listening.getsockname()[1], closed.getsockname()[1]
 
 
 def test_a_hub_that_is_reachable_or_not(ports, monkeypatch):

@@ -120,9 +120,9 @@ def test_steps_tokens_and_files_by_hand(recipe, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join('{"prompt": "a"}\n\n' for _ in range(50)))
     plan = make_plan(recipe(), 3, device="cpu")
     assert {name: value for name, (value, _) in plan.steps.items()} == {
-        "sequences an epoch": 50,
+        "sequences per epoch": 50,
         "accumulation": 2,
-        "tokens a step": 12 * 16,
+        "tokens per step": 12 * 16,
         "steps": 13,  # 50 x 3 / 12, rounded up
         "tokens": 13 * 12 * 16,
     }

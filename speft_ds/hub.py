@@ -19,13 +19,13 @@ TIMEOUT_S = 1.5  # for the hub to answer
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 BY_US = "YES"  # how we write HF_HUB_OFFLINE=1: it tells ranks and sub-processes who chose it
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form owner/name, and no file or folder here has it."""
-    return _HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
+    return HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
 
 
 def is_offline_by_choice() -> bool:

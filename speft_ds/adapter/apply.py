@@ -5,6 +5,7 @@ The model keeps the base's values that the active adapter replaces, so nothing i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from speft_ds.adapter.format import Adapter
 from speft_ds.errors import UserError
 from speft_ds.io import same_bits
+from speft_ds.model.fingerprint import fingerprint
+from speft_ds.zero.shards import is_sharded
 
 STATE = "speft_adapters"  # the model's attribute that holds its `AppliedAdapters`
 
@@ -61,19 +64,19 @@ def apply_adapter(model: nn.Module, folder: str | Path, name: str = "default") -
     weights = dict(model.named_parameters())
     check_weights(adapter, {key: tuple(weight.shape) for key, weight in weights.items()})
     if state is None:
-        check_base(model, adapter)
+        _check_base(model, adapter)
         state = AppliedAdapters(facts["fingerprint"], facts["dtype"])
     elif (state.fingerprint, state.dtype) != (facts["fingerprint"], facts["dtype"]):
         raise another_base(adapter)
     entries = {key: adapter.entries(key) for key in adapter.names}
-    heads = {key: adapter.head(key) for key in adapter.heads}
+    heads = {key: adapter.head(key).view(-1) for key in adapter.heads}
     _activate(model, state, None)
     values = {}
     for key, (index, delta) in entries.items():
         index = index.to(weights[key].device)
         values[key] = index, with_delta(weights[key].data.view(-1)[index], delta)
     for key, head in heads.items():
-        values[key] = torch.arange(head.numel(), device=weights[key].device), head.view(-1).to(weights[key])
+        values[key] = torch.arange(len(head), device=weights[key].device), head.to(weights[key])
     state.values[name], state.config[name] = values, classifier_config(facts)
     setattr(model, STATE, state)
     _activate(model, state, name)
@@ -88,8 +91,7 @@ def switch_adapter(model: nn.Module, name: str | None) -> None:
         UserError: there is no such adapter, or the weights of the active one have been changed since;
             nothing is changed.
     """
-    state = _state_with(model, name)
-    if state is not None:
+    if state := _state_with(model, name):
         _activate(model, state, name)
 
 
@@ -99,8 +101,7 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> None:
     Raises:
         UserError: see `switch_adapter`.
     """
-    state = _state_with(model, name)
-    if state is None:
+    if not (state := _state_with(model, name)):
         return
     if name in (None, state.active):
         switch_adapter(model, None)
@@ -113,19 +114,69 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> None:
 def _state_with(model: nn.Module, name: str | None) -> AppliedAdapters | None:
     """The model's state. Raises UserError where it has no adapter of this name, if one is given."""
     state = getattr(model, STATE, None)
-    names = list(state.values) if state is not None else []
+    names = state.values if state else ()
     if name is not None and name not in names:
         fix = f"its adapters: {', '.join(names) or 'none'}"
         raise UserError(f"the model has no adapter {name!r}", "the model", fix)
     return state
 
 
-def check_weights(adapter: Adapter, shape: dict[str, tuple[int, ...]]) -> None:
-    """Refuse a model without the adapter's weights, or with some of another shape.
+def _activate(model: nn.Module, state: AppliedAdapters, name: str | None) -> None:
+    """Write the base's values back, then those of the adapter `name`."""
+    if name == state.active:
+        return
+    weights = dict(model.named_parameters())
+    if state.active is not None:
+        active = state.values[state.active]
+        for key, (index, values) in active.items():
+            if key not in weights or not _has_values(weights[key], index, values):
+                what = f"{key} has changed since the adapter {state.active!r} was applied"
+                raise UserError(f"{what}, which cannot be undone exactly", "the model", "load the base again")
+        for key, (index, _) in active.items():
+            _replace(weights[key], index, state.base_values.pop(key))
+        set_config(model, state.base_config)
+        state.active = None
+    if name is not None:
+        for key, (index, values) in state.values[name].items():
+            state.base_values[key] = _replace(weights[key], index, values)
+        state.base_config, state.active = set_config(model, state.config[name]), name
 
-    Args:
-        shape: of every weight of the model, by name.
-    """
+
+# Indices and values stay where they were made; those of a model that has moved follow it as they are used.
+def _has_values(weight: nn.Parameter, index: Tensor, values: Tensor) -> bool:
+    return same_bits(weight.data.view(-1)[index.to(weight.device)], values.to(weight.device))
+
+
+def _replace(weight: nn.Parameter, index: Tensor, values: Tensor) -> Tensor:
+    """Write [n] values at flat indices; returns what they were before."""
+    flat, index = weight.data.view(-1), index.to(weight.device)
+    before = flat[index]
+    flat[index] = values.to(weight.device)
+    return before
+
+
+def _check_base(model: nn.Module, adapter: Adapter) -> None:
+    """Refuse a model that is not the base the adapter was trained on."""
+    dtype = adapter.facts["dtype"]
+    if any(map(is_sharded, model.parameters())):
+        raise UserError("the model is sharded by ZeRO-3", "apply_adapter", "load it without DeepSpeed")
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    if dtypes != {dtype}:
+        what = f"the adapter was trained on {dtype} weights, the model has {', '.join(sorted(dtypes))}"
+        raise UserError(what, str(adapter.folder), f"load the base with dtype=torch.{dtype}")
+    if fingerprint(model) != adapter.facts["fingerprint"]:
+        raise another_base(adapter)
+
+
+def another_base(adapter: Adapter) -> UserError:
+    """What to raise where a model has another fingerprint than the adapter's base."""
+    what = "the adapter was trained on another base: the weights of this model have another fingerprint"
+    fix = f"load {adapter.facts['base']} unchanged (an adapter that is already applied changes it, too)"
+    return UserError(what, str(adapter.folder), fix)
+
+
+def check_weights(adapter: Adapter, shape: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a model that lacks the adapter's weights; `shape`: of every weight of the model, by name."""
     for name in adapter.heads:
         expected = adapter.head_shape(name)
         if shape.get(name) != expected:
@@ -139,25 +190,22 @@ def check_weights(adapter: Adapter, shape: dict[str, tuple[int, ...]]) -> None:
             raise UserError(what, str(adapter.folder), f"load {adapter.facts['base']}")
 
 
-def check_base(model: nn.Module, adapter: Adapter) -> None:
-    """Refuse a model that is not the base the adapter was trained on."""
-    from speft_ds.model.fingerprint import fingerprint
-
-    dtype = adapter.facts["dtype"]
-    if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):  # no DeepSpeed needed here
-        raise UserError("the model is sharded by ZeRO-3", "apply_adapter", "load it without DeepSpeed")
-    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
-    if dtypes != {dtype}:
-        what = f"the adapter was trained on {dtype} weights, the model has {', '.join(sorted(dtypes))}"
-        raise UserError(what, str(adapter.folder), f"load the base with dtype=torch.{dtype}")
-    if fingerprint(model) != adapter.facts["fingerprint"]:
-        raise another_base(adapter)
-
-
-def another_base(adapter: Adapter) -> UserError:
-    what = "the adapter was trained on another base: the weights of this model have another fingerprint"
-    fix = f"load {adapter.facts['base']} unchanged (an adapter that is already applied changes it, too)"
-    return UserError(what, str(adapter.folder), fix)
+def check_same_base(adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters whose deltas belong to different weights. Raises UserError."""
+    first, fix = adapters[0], "take adapters of one base"
+    for other in adapters[1:]:
+        where = f"{first.folder} and {other.folder}"
+        a, b = first.facts, other.facts
+        if b["fingerprint"] != a["fingerprint"]:
+            what = f"are of different bases: {a['base']} and {b['base']} (their fingerprints differ)"
+            rounded = a.get("fingerprint_bfloat16")
+            if rounded and rounded == b.get("fingerprint_bfloat16") and a["dtype"] != b["dtype"]:
+                what = f"were trained in different dtypes of one base: {a['dtype']} and {b['dtype']}"
+            raise UserError(f"the adapters {what}", where, fix)
+        for name in first.shape.keys() & other.shape.keys():
+            if first.shape[name] != other.shape[name]:
+                what = f"{name} is {first.shape[name]} in one adapter and {other.shape[name]} in the other"
+                raise UserError(what, where, fix)
 
 
 def with_delta(base: Tensor, delta: Tensor, alpha: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
@@ -190,38 +238,3 @@ def set_config(model: nn.Module, entries: dict) -> dict:
         before[key] = getattr(config, key)
         setattr(config, key, value)
     return before
-
-
-def _activate(model: nn.Module, state: AppliedAdapters, name: str | None) -> None:
-    """Write the base's values back, then those of the adapter `name`."""
-    if name == state.active:
-        return
-    weights = dict(model.named_parameters())
-    if state.active is not None:
-        active = state.values[state.active]
-        for key, (index, values) in active.items():
-            if key not in weights or not _has_values(weights[key], index, values):
-                what = f"{key} has changed since the adapter {state.active!r} was applied"
-                raise UserError(f"{what}, which cannot be undone exactly", "the model", "load the base again")
-        for key, (index, _) in active.items():
-            _write_at(weights[key], index, state.base_values.pop(key))
-        set_config(model, state.base_config)
-        state.active = None
-    if name is not None:
-        for key, (index, values) in state.values[name].items():
-            state.base_values[key] = _values_at(weights[key], index)
-            _write_at(weights[key], index, values)
-        state.base_config, state.active = set_config(model, state.config[name]), name
-
-
-# Indices and values stay where they were made; those of a model that has moved follow it as they are used.
-def _values_at(weight: nn.Parameter, index: Tensor) -> Tensor:
-    return weight.data.view(-1).index_select(0, index.to(weight.device))
-
-
-def _has_values(weight: nn.Parameter, index: Tensor, values: Tensor) -> bool:
-    return same_bits(_values_at(weight, index), values.to(weight.device))
-
-
-def _write_at(weight: nn.Parameter, index: Tensor, values: Tensor) -> None:
-    weight.data.view(-1).index_copy_(0, index.to(weight.device), values.to(weight.device))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,9 @@ import yaml
 from jinja2 import Environment
 
 from speft_ds.adapter.format import CARD, Adapter
-from speft_ds.io import flush_to_disk, replacing
+from speft_ds.hub import is_hub_id
+from speft_ds.io import write_text
 
-REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 TASKS = {  # by name: the hub's pipeline, and the class that loads the base
     "causal_lm": ("text-generation", "AutoModelForCausalLM"),
     "sequence_classification": ("text-classification", "AutoModelForSequenceClassification"),
@@ -32,22 +30,17 @@ SHOWN = (
 
 
 def write_card(folder: str | Path, scores: Sequence[dict[str, Any]]) -> None:
-    """Write the card of an adapter beside it, atomically.
+    """Write the card of the adapter in a folder beside it, atomically; `scores` as in `card_text`.
 
-    Args:
-        folder: the adapter's.
-        scores: see `card_text`.
     Raises:
         UserError: there is no complete adapter.
         OSError: it cannot be written.
     """
     adapter = Adapter.open(folder)
-    with replacing(adapter.folder / CARD) as temporary:
-        temporary.write_text(card_text(adapter.facts, scores, adapter.num_bytes), encoding="utf-8")
-        flush_to_disk(temporary)
+    write_text(adapter.folder / CARD, card_text(adapter.facts, scores, adapter.num_bytes))
 
 
-def card_text(facts: dict, scores: Sequence[dict[str, Any]], num_bytes: int | None = None) -> str:
+def card_text(facts: dict, scores: Sequence[dict[str, Any]], num_bytes: int) -> str:
     """A model card in markdown.
 
     Args:
@@ -73,26 +66,26 @@ def card_text(facts: dict, scores: Sequence[dict[str, Any]], num_bytes: int | No
 def _metadata(facts: dict) -> str:
     """The card's YAML, but for the licence, which is the user's to choose."""
     metadata: dict[str, Any] = {"library_name": "speft_ds"}
-    if is_repo_id(facts["base"]):
+    if is_hub_id(facts["base"]):
         metadata |= {"base_model": facts["base"], "base_model_relation": "adapter"}
     if facts.get("task") in TASKS:
         metadata["pipeline_tag"] = TASKS[facts["task"]][0]
     metadata["tags"] = ["sparse-fine-tuning", "speft", "adapter"]
-    if datasets := [path for path in _data_paths(facts) if is_repo_id(path)]:
+    if datasets := [path for path in _data_paths(facts) if is_hub_id(path)]:
         metadata["datasets"] = datasets
     return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
 
 
-def _rows(facts: dict, base: str, num_bytes: int | None) -> list[tuple[str, Any]]:
+def _rows(facts: dict, base: str, num_bytes: int) -> list[tuple[str, Any]]:
     """What was trained, from what, and how large it is."""
     count, targets = facts["num_entries"], (facts.get("mask") or {}).get("num_target_elements")
     share = f" of {targets:,} ({count / targets:.3%})" if isinstance(targets, int) and targets else ""
     rows = [("base", f"{base}, in {facts['dtype']}"), ("changed weights", f"{count:,}{share}")]
-    rows += [("classes", ", ".join(facts["classes"]))] if facts.get("classes") else []
-    if num_bytes is not None:
-        rows.append(("size", f"{num_bytes / 2**20:.2f} MiB, {num_bytes / max(count, 1):.2f} bytes per entry"))
+    if facts.get("classes"):
+        rows.append(("classes", ", ".join(facts["classes"])))
+    rows.append(("size", f"{num_bytes / 2**20:.2f} MiB, {num_bytes / max(count, 1):.2f} bytes per entry"))
     if paths := _data_paths(facts):
-        rows.append(("data", ", ".join(path if is_repo_id(path) else Path(path).name for path in paths)))
+        rows.append(("data", ", ".join(path if is_hub_id(path) else Path(path).name for path in paths)))
     shown = [(what, _of_recipe(facts, section, key)) for section, key, what in SHOWN]
     rows += [(what, str(value)) for what, value in shown if value is not None]
     return rows + [("made by", _step(step)) for step in _list(facts.get("history"))]
@@ -113,14 +106,9 @@ def _cell(value: object) -> str:
     return text.replace("|", "\\|")
 
 
-def is_repo_id(name: str) -> bool:
-    """Whether it is the name of a repository, and no folder or file here."""
-    return REPO_ID.fullmatch(name) is not None and not os.path.exists(name)
-
-
 def _public_name(base: str) -> str:
     """A hub name as it is; of a local folder its last part, which says nothing of the machine."""
-    return base if is_repo_id(base) else Path(base).name or base
+    return base if is_hub_id(base) else Path(base).name or base
 
 
 def _data_paths(facts: dict) -> list[str]:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from speft_ds.adapter.derive import check_output, check_same_base, history, open_adapter, write_derived
-from speft_ds.adapter.format import Adapter, Entries
+from speft_ds.adapter.apply import check_same_base
+from speft_ds.adapter.format import Adapter, Entries, open_adapter
+from speft_ds.adapter.save import check_output, history, write_derived
 from speft_ds.errors import UserError
 
 # Facts that a composed adapter takes over; the recipes are those of its sources alone.
@@ -25,8 +26,7 @@ class Collisions:
     Attributes:
         num_entries: of the result.
         num_shared: entries that two or more of the adapters have.
-        num_opposite: of these, those that are to rise by one adapter and to fall by another (a negative
-            weight turns an adapter around).
+        num_opposite: of these, those that rise by one adapter and fall by another, after the weights.
     """
 
     num_entries: int = 0
@@ -51,14 +51,20 @@ def compose(
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     _check(adapters, weights)
     check_output(output)
+    facts = {key: adapters[0].facts[key] for key in KEPT if key in adapters[0].facts}
+    heads = {}
+    for adapter in adapters:
+        if adapter.heads:
+            facts |= {key: adapter.facts[key] for key in OF_A_HEAD if key in adapter.facts}
+            heads = {name: adapter.head(name) for name in adapter.heads}
+    facts["shapes"] = {name: shape for adapter in adapters for name, shape in adapter.facts["shapes"].items()}
+    facts["history"] = history(adapters, {"command": "compose", "weights": weights})
     collisions = Collisions()
-    heads = {name: adapter.head(name) for adapter in adapters for name in adapter.heads}
-    write_derived(
-        output,
-        _facts(adapters, weights),
-        lambda name: _weighted_sum([adapter.entries(name) for adapter in adapters], weights, collisions),
-        heads,
-    )
+
+    def weighted_sum(name: str) -> Entries:
+        return _weighted_sum([adapter.entries(name) for adapter in adapters], weights, collisions)
+
+    write_derived(output, facts, weighted_sum, heads)
     return collisions
 
 
@@ -73,16 +79,6 @@ def _weighted_sum(parts: Sequence[Entries], weights: Sequence[float], collisions
     collisions.num_shared += int((torch.bincount(position) > 1).sum())
     collisions.num_opposite += int((rises & falls).sum())
     return index, torch.zeros(index.numel()).index_add_(0, position, weighted)
-
-
-def _facts(adapters: list[Adapter], weights: list[float]) -> dict:
-    facts = {key: adapters[0].facts[key] for key in KEPT if key in adapters[0].facts}
-    for adapter in adapters:
-        if adapter.heads:
-            facts |= {key: adapter.facts[key] for key in OF_A_HEAD if key in adapter.facts}
-    facts["shapes"] = {name: shape for adapter in adapters for name, shape in adapter.facts["shapes"].items()}
-    facts["history"] = history(adapters, {"command": "compose", "weights": weights})
-    return facts
 
 
 def _check(adapters: list[Adapter], weights: list[float]) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speft_ds.adapter.derive import check_output, history, open_adapter, write_derived
-from speft_ds.adapter.format import Adapter, Entries
+from speft_ds.adapter.format import Adapter, Entries, open_adapter
+from speft_ds.adapter.save import check_output, history, write_derived
 from speft_ds.data.sampler import hash_seed
 from speft_ds.errors import UserError
+from speft_ds.model.fingerprint import mix64
 
 METHODS = ("dare", "ternary", "topk")
 UNIFORM_BITS = 53
@@ -84,8 +85,6 @@ def compress(
         keep: fraction of the entries to keep, in (0, 1]; with `dare`, of each the probability.
         seed: of `dare`.
         dtype: of the deltas on disk, fp32 or bf16; None: as they are.
-    Returns:
-        The new adapter.
     Raises:
         UserError: an option out of range, or an adapter that cannot be read or written.
     """
@@ -112,24 +111,20 @@ def _compressor(
         return lambda name: drop_and_rescale(adapter.entries(name), name, keep, seed)
     num_kept = max(1, round(keep * adapter.num_entries))
     largest = Largest(lambda: (adapter.entries(name)[1] for name in adapter.names), num_kept)
-
-    def topk(name: str) -> Entries:
-        index, delta = adapter.entries(name)
-        positions = largest.take(delta)
-        return index[positions], delta[positions]
-
-    if method == "topk":
-        return topk
-    size = scale * _standard_deviation(adapter)
-    if size == 0.0:
+    size = scale * _standard_deviation(adapter) if method == "ternary" else 0.0
+    if method == "ternary" and size == 0.0:
         what, fix = "all deltas are equal: they have no standard deviation", "--method topk"
         raise UserError(what, str(adapter.folder), fix)
 
-    def ternary(name: str) -> Entries:
-        index, delta = topk(name)
-        return index[delta != 0], delta[delta != 0].sign() * size
+    def take_largest(name: str) -> Entries:
+        index, delta = adapter.entries(name)
+        positions = largest.take(delta)
+        index, delta = index[positions], delta[positions]
+        if method == "ternary":
+            return index[delta != 0], delta[delta != 0].sign() * size
+        return index, delta
 
-    return ternary
+    return take_largest
 
 
 def drop_and_rescale(entries: Entries, name: str, keep: float, seed: int) -> Entries:
@@ -137,8 +132,6 @@ def drop_and_rescale(entries: Entries, name: str, keep: float, seed: int) -> Ent
 
     Whether an entry stays depends on the seed, the weight's name and the entry's index, and on nothing else.
     """
-    from speft_ds.model.fingerprint import mix64  # late, because it imports DeepSpeed
-
     index, delta = entries
     random = mix64(index + hash_seed(seed, "dare", name)) & (2**UNIFORM_BITS - 1)
     kept = random < round(keep * 2**UNIFORM_BITS)

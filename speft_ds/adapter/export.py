@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from speft_ds import hub
-from speft_ds.adapter.apply import another_base, check_weights, with_delta
-from speft_ds.adapter.derive import check_output, open_adapter
-from speft_ds.adapter.format import DTYPES, Adapter, Entries
+from speft_ds.adapter.apply import check_weights, with_delta
+from speft_ds.adapter.format import DTYPES, Adapter, Entries, open_adapter
 from speft_ds.adapter.pretrained import Fingerprint, PretrainedCheckpoint
+from speft_ds.adapter.save import check_output
 from speft_ds.errors import UserError
 from speft_ds.io import new_folder, write_json, write_safetensors
 from speft_ds.sparse.layout import INT32_ELEMENTS
@@ -34,12 +34,10 @@ NO_CHANGE = -0.0  # x + (-0.0) is x, also where x is -0.0
 
 @dataclass
 class Exported:
-    """What was written.
+    """What was written: the adapter's entries, and `num_padding` more so that the counts fit one sparsity.
 
-    Attributes:
-        num_entries: of the adapter; `num_padding`: added to them so that the counts fit one sparsity.
-        num_rounded: entries that PEFT's sums, in the dtype of the run, do not turn into the trained value;
-            None where the base was not cached.
+    `num_rounded` entries PEFT's sums, in the dtype of the run, do not turn into the trained value; it is None
+    where the base was not cached.
     """
 
     num_entries: int
@@ -133,7 +131,8 @@ def _summands(adapter: Adapter, base: str | Path | None) -> tuple[dict[str, Entr
     checkpoint = PretrainedCheckpoint(str(base or adapter.facts["base"]), adapter.num_classes)
     check_weights(adapter, checkpoint.shape)
     dtype = DTYPES[adapter.facts["dtype"]]
-    seen, read, summands, num_missed = Fingerprint(checkpoint.shape, dtype), checkpoint.reader(dtype), {}, 0
+    seen, read = Fingerprint(checkpoint.shape, dtype), checkpoint.reader(dtype)
+    summands, num_missed = {}, 0
     for name in seen.shape:
         weight = read(name)
         seen.add(name, weight)
@@ -143,8 +142,7 @@ def _summands(adapter: Adapter, base: str | Path | None) -> tuple[dict[str, Entr
             room = weight.numel()  # PEFT has no more, which a weight that is trained completely may need
             summands[name] = index[:room], values[:room]
             num_missed += missed + len(index[room:])
-    if seen.hexdigest() != adapter.facts["fingerprint"]:
-        raise another_base(adapter)
+    seen.check(adapter)
     return summands, num_missed
 
 

@@ -9,7 +9,6 @@ trained weight = pretrained weight, with (base + delta).to(dtype) at the indices
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -24,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from speft_ds.errors import UserError
-from speft_ds.io import flush_to_disk, write_json, write_safetensors
+from speft_ds.io import flush_to_disk, sha256_of, write_json, write_safetensors
 
 FORMAT_VERSION = 2
 TENSORS, FACTS, CARD = "adapter.safetensors", "adapter.json", "README.md"
@@ -79,9 +78,8 @@ class Adapter:
 
     Attributes:
         facts: the contents of adapter.json.
-        names: weights that have entries, in model order; `heads`: weights whose values are all stored.
-        shape: weight name -> (out, in), of every weight that has entries.
-        num_entries: of all weights; a head's values are not counted.
+        names: weights that have entries, in model order; `shape`: of these, (out, in) by name.
+        heads: weights whose values are all stored; `num_entries` does not count them.
     """
 
     def __init__(self, folder: Path, facts: dict, file: safe_open):
@@ -98,18 +96,14 @@ class Adapter:
 
     @classmethod
     def open(cls, folder: str | Path) -> Adapter:
-        """Read the header and the facts, and check the file's hash.
-
-        Raises:
-            UserError: a file is missing, damaged or of another format version.
-        """
+        """Read the header and the facts. Raises UserError: missing, damaged, or of another format version."""
         folder = Path(folder)
         facts = _read_facts(folder)
         path = folder / TENSORS
         try:
             if not path.is_file():  # a pipe would keep us waiting
                 raise OSError(f"{path} is not a file")
-            file, sha256 = safe_open(path, framework="pt"), _sha256(path)
+            file, sha256 = safe_open(path, framework="pt"), sha256_of(path)
         except (OSError, ValueError, SafetensorError) as error:
             raise _unreadable(folder, error) from error
         if sha256 != facts["tensors_sha256"]:
@@ -137,11 +131,7 @@ class Adapter:
         return self._header[f"{name}.delta"][1][0] if name in self.shape else 0
 
     def entries(self, name: str) -> Entries:
-        """The entries of a weight, on the CPU; a weight that is not changed has none.
-
-        Raises:
-            UserError: they are damaged.
-        """
+        """The entries of a weight, on the CPU; one that is unchanged has none. Raises UserError: damaged."""
         if name not in self.shape:
             return NO_ENTRIES
         delta = self._finite(f"{name}.delta").to(torch.float32)
@@ -190,13 +180,22 @@ def tensors_sha256(folder: Path | None) -> str | None:
         return None
 
 
+def open_adapter(path: str | Path) -> Adapter:
+    """The adapter in a folder, or in the folder of its run. Raises UserError."""
+    for folder in (Path(path), Path(path) / "adapter"):
+        if (folder / FACTS).is_file():
+            return Adapter.open(folder)
+    fix = "give an adapter's folder, or the folder of a run that has finished"
+    raise UserError("there is no adapter", where=str(path), fix=fix)
+
+
 def _unreadable(folder: Path, what: object) -> UserError:
     fix = f"copy it again from its source, both {TENSORS} and {FACTS}"
     return UserError(f"not a readable adapter: {what}", str(folder), fix)
 
 
 def _read_facts(folder: Path) -> dict:
-    """The contents of adapter.json, checked. Raises UserError."""
+    """The contents of adapter.json, checked."""
     path = folder / FACTS
     try:
         if not path.is_file() or path.stat().st_size > MAX_FACTS_BYTES:
@@ -230,8 +229,7 @@ def write_adapter(
         folder: replaced where it holds an adapter.
         entries: (weight name, [n] sorted flat indices, [n] deltas), taken one at a time; a weight without
             entries is left out.
-        facts: with `base`, `dtype`, `fingerprint`, and the `shapes` of every weight that has entries;
-            `num_entries` is counted here.
+        facts: with `base`, `dtype`, `fingerprint`, and the `shapes` of every weight that has entries.
         heads: weight name -> [out, in] values, all of which are stored.
         dtype: of the deltas, fp32 or bf16.
     Raises:
@@ -242,23 +240,15 @@ def write_adapter(
     tensors = {f"{name}.value": value.detach().cpu().contiguous() for name, value in (heads or {}).items()}
     num_entries = 0
     for name, index, delta in entries:
-        if index.numel() == 0:
-            continue
-        delta = delta.detach().to("cpu", dtype).contiguous()
-        try:
-            if not torch.isfinite(delta).all():
-                raise ValueError("a delta is not finite")
-            tensors[f"{name}.gaps"], tensors[f"{name}.delta"] = encode_gaps(index), delta
-        except ValueError as error:
-            fix = "train with a lower learning rate, or compose with smaller weights"
-            raise UserError(f"{name}: {error}", str(folder), fix) from error
-        num_entries += index.numel()
+        if index.numel():
+            tensors |= _encode(name, index, delta.detach().to("cpu", dtype).contiguous(), folder)
+            num_entries += index.numel()
     temporary = folder.with_name(folder.name + ".tmp")
     _remove_adapter(temporary)  # of a run that was killed
     temporary.mkdir(parents=True)
     try:
         write_safetensors(temporary / TENSORS, tensors)
-        sha256 = _sha256(temporary / TENSORS)
+        sha256 = sha256_of(temporary / TENSORS)
         own = {"format_version": FORMAT_VERSION, "tensors_sha256": sha256, "num_entries": num_entries}
         write_json(temporary / FACTS, {**own, **facts, **own})
         flush_to_disk(temporary)
@@ -273,6 +263,17 @@ def write_adapter(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _encode(name: str, index: Tensor, delta: Tensor, folder: Path) -> dict[str, Tensor]:
+    """The stored tensors of a weight's entries."""
+    try:
+        if not torch.isfinite(delta).all():
+            raise ValueError("a delta is not finite")
+        return {f"{name}.gaps": encode_gaps(index), f"{name}.delta": delta}
+    except ValueError as error:
+        fix = "train with a lower learning rate, or compose with smaller weights"
+        raise UserError(f"{name}: {error}", str(folder), fix) from error
+
+
 def _remove_adapter(folder: Path) -> None:
     """Remove a folder if it is an adapter's."""
     if not folder.exists():
@@ -281,11 +282,6 @@ def _remove_adapter(folder: Path) -> None:
     if not folder.is_dir() or any(not path.name.startswith(ours) for path in folder.iterdir()):
         raise UserError("there is something else than an adapter", str(folder), "choose another folder")
     shutil.rmtree(folder)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def encode_gaps(index: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,10 +10,11 @@ import torch
 from torch import Tensor
 
 from speft_ds.adapter.compress import CHUNK, Largest
-from speft_ds.adapter.derive import check_output, write_derived
 from speft_ds.adapter.format import Entries
 from speft_ds.adapter.pretrained import Fingerprint, PretrainedCheckpoint
+from speft_ds.adapter.save import check_output, write_derived
 from speft_ds.errors import UserError
+from speft_ds.model.targets import find_targets, tied_targets
 
 
 @dataclass
@@ -47,8 +47,6 @@ class TunedPair:
     """
 
     def __init__(self, base: str, tuned: str, patterns: list[str] | None):
-        from speft_ds.model.targets import find_targets, tied_targets  # late, because it imports DeepSpeed
-
         self.base, self.tuned = PretrainedCheckpoint(base), PretrainedCheckpoint(tuned)
         config = self.base.config
         is_short = "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
@@ -76,10 +74,6 @@ class TunedPair:
             where = f"{self.base.name} and {self.tuned.name}"
             raise UserError(f"{name} is not finite", where, "give models whose weights are numbers")
         return difference
-
-    def differences(self) -> Iterator[Tensor]:
-        """Of every target, in model order."""
-        return map(self.difference, self.targets)
 
 
 def graft(
@@ -117,7 +111,7 @@ def graft(
         what, fix = "no targeted weight differs: there is nothing to graft", "give a model that was tuned"
         raise UserError(what, f"{base} and {tuned}", fix)
     wanted = num_entries or max(1, round(density * report.num_target_elements))
-    largest = Largest(pair.differences, min(wanted, report.num_differing))
+    largest = Largest(lambda: map(pair.difference, pair.targets), min(wanted, report.num_differing))
 
     def entries(name: str) -> Entries:
         difference = pair.difference(name)
@@ -137,7 +131,7 @@ def _survey(pair: TunedPair) -> tuple[dict, Grafted]:
     for name in shape:
         weight = pair.base_weight(name)
         exact.add(name, weight)
-        rounded.add(name, weight.bfloat16())
+        rounded.add(name, weight)
         if pair.tuned.shape[name] != shape[name]:
             report.lost[name] = None
             continue

@@ -20,28 +20,25 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from speft_ds.adapter.apply import another_base, check_weights, classifier_config, set_config, with_delta
-from speft_ds.adapter.derive import check_output, open_adapter
-from speft_ds.adapter.format import DTYPES, FLOATS, Adapter
+from speft_ds.adapter.apply import check_weights, classifier_config, set_config, with_delta
+from speft_ds.adapter.format import DTYPES, FLOATS, Adapter, open_adapter
 from speft_ds.adapter.pretrained import INDEX, SINGLE, Fingerprint, Header, PretrainedCheckpoint
+from speft_ds.adapter.save import check_output
 from speft_ds.errors import UserError
 from speft_ds.io import flush_to_disk, new_folder, same_bits, write_json
 
 # Not part of the merged checkpoint: other copies of the base's weights, and its card.
 LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".md")
 LARGEST_OTHER = 2**28  # bytes of a tokenizer, a configuration and so on
-NAME_OF = {dtype: name for name, dtype in FLOATS.items()}  # safetensors' names
 
 Headers = dict[str, Header]  # by key, of the tensors of a file
 
 
 @dataclass
 class Merged:
-    """What was written.
+    """What was written: entries that changed, bytes of all tensors.
 
-    Attributes:
-        num_changed: entries; `num_bytes`: of the tensors.
-        note: why the complete model had to be loaded; None where its weights came one at a time.
+    `note` says why the complete model had to be loaded; it is None where its weights came one at a time.
     """
 
     num_changed: int
@@ -50,17 +47,12 @@ class Merged:
 
 
 class Merge:
-    """One merge: the base as the run saw it, with `alpha` times the deltas, in the dtype of the output.
-
-    Args:
-        alpha: 0 is the base, 1 the trained model.
-        dtype: of the merged weights.
-    """
+    """One merge: the base as the run saw it, with `alpha` times the deltas, in the dtype of the output."""
 
     def __init__(self, base: PretrainedCheckpoint, adapter: Adapter, alpha: float, dtype: torch.dtype):
         self.base, self.adapter, self.alpha, self.dtype = base, adapter, alpha, dtype
         self.run_dtype = DTYPES[adapter.facts["dtype"]]
-        self._fingerprint = Fingerprint(base.shape, self.run_dtype)
+        self.fingerprint = Fingerprint(base.shape, self.run_dtype)  # of the base, as far as it was merged
 
     def tensors(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The merged tensors by their keys in the files, one in memory at a time."""
@@ -76,18 +68,13 @@ class Merge:
         if name in self.adapter.heads:
             return self.adapter.head(name).to(self.dtype)
         seen = pretrained.to(self.run_dtype)
-        self._fingerprint.add(name, seen)
+        self.fingerprint.add(name, seen)
         merged = seen.to(self.dtype, copy=True)
         index, delta = self.adapter.entries(name)
         merged.view(-1)[index] = with_delta(seen.view(-1)[index], delta, self.alpha, self.dtype)
         if not torch.isfinite(merged).all() and torch.isfinite(seen).all():
             raise UserError(f"values of {name} are too large for {self.dtype}", "--dtype", "--dtype bfloat16")
         return merged
-
-    def check_base(self) -> None:
-        """Refuse another base than the adapter's, once every weight was merged. Raises UserError."""
-        if self._fingerprint.hexdigest() != self.adapter.facts["fingerprint"]:
-            raise another_base(self.adapter)
 
 
 def merge(
@@ -145,7 +132,7 @@ def _merge_by_weight(job: Merge, folder: Path, max_bytes: int | None) -> int:
     _check_space(folder, total)
     for file, headers in files.items():
         write_tensors(folder / file, headers, job.tensors(headers))
-    job.check_base()
+    job.fingerprint.check(job.adapter)
     for file, headers in files.items():
         with safe_open(folder / file, framework="pt") as written:
             for key, expected in job.tensors(headers):
@@ -164,7 +151,7 @@ def _merge_in_memory(job: Merge, folder: Path, max_bytes: int | None) -> int:
     model = job.base.load(job.run_dtype)
     for name, parameter in model.named_parameters():
         parameter.data = job.weight(name, parameter.data)
-    job.check_base()
+    job.fingerprint.check(job.adapter)
     set_config(model, classifier_config(job.adapter.facts))
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     _check_space(folder, total)
@@ -178,28 +165,25 @@ def _merge_in_memory(job: Merge, folder: Path, max_bytes: int | None) -> int:
 
 def _plan_files(job: Merge, max_bytes: int | None) -> dict[str, Headers]:
     """File -> headers of the tensors it is to have."""
-    base, known, name_of_dtype = job.base, set(job.base.model.state_dict()), NAME_OF[job.dtype]
+    base, known = job.base, job.base.model.state_dict().keys()
+    dtype = next(name for name, torch_dtype in FLOATS.items() if torch_dtype == job.dtype)
     files: dict[str, Headers] = {}
     for key, file in base.file_of.items():
         if key in base.weight:
-            files.setdefault(file, {})[key] = (name_of_dtype, base.shape[base.weight[key]])
+            files.setdefault(file, {})[key] = dtype, base.shape[base.weight[key]]
         # What only the language model has, as its head, is no part of a classifier.
         elif key in known or not job.adapter.heads:
             files.setdefault(file, {})[key] = base.header(key)
     for name in job.adapter.heads:
         if name not in base.weight:
-            next(reversed(files.values()))[name] = (name_of_dtype, job.adapter.head_shape(name))
+            next(reversed(files.values()))[name] = dtype, job.adapter.head_shape(name)
     if max_bytes is not None:
         headers = {key: header for headers in files.values() for key, header in headers.items()}
+        pattern = "model{suffix}.safetensors"
         split = split_state_dict_into_shards_factory(
-            headers,
-            get_storage_size=_num_bytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_bytes,
+            headers, get_storage_size=_num_bytes, filename_pattern=pattern, max_shard_size=max_bytes
         )
-        files = {
-            file: {key: headers[key] for key in keys} for file, keys in split.filename_to_tensors.items()
-        }
+        files = {file: {k: headers[k] for k in keys} for file, keys in split.filename_to_tensors.items()}
     # Larger items first, so that every tensor starts at a multiple of its items' size.
     return {
         file: dict(sorted(headers.items(), key=lambda item: -_item_bits(item[1][0])))

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from speft_ds import hub
-from speft_ds.adapter.format import FLOATS
+from speft_ds.adapter.apply import another_base
+from speft_ds.adapter.format import FLOATS, Adapter
 from speft_ds.config.model_config import HEAD
 from speft_ds.errors import UserError
+from speft_ds.model.fingerprint import element_hash
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Header = tuple[str, tuple[int, ...]]  # of a stored tensor: dtype, by safetensors' name, and shape
@@ -28,6 +30,7 @@ class PretrainedCheckpoint:
         name: as it was given; `folder`: where it is.
         config: the contents of config.json.
         model: the model class on the meta device: names and shapes, no values.
+        shape: of every weight, by name; tied ones once.
         file_of: key in the files -> name of its file; empty where the weights are not in safetensors files.
         weight: key in the files -> the name of the weight that it is loaded as; without keys of buffers and
             of parts that the class lacks.
@@ -42,26 +45,24 @@ class PretrainedCheckpoint:
         Raises:
             UserError: there is no such model, or it cannot be read.
         """
-        self.name, self.num_classes, folder = name, num_classes, hub.model_folder(name)
-        if folder is None:
+        self.name, self.folder = name, hub.model_folder(name)
+        if self.folder is None:
             raise UserError(f"the model {name} is not cached", "--base", hub.model_hint(name, "--base"))
-        self.folder = folder
+        self._auto_class, self._options = AutoModelForCausalLM, {}
+        if num_classes is not None:
+            self._auto_class, self._options = AutoModelForSequenceClassification, {"num_labels": num_classes}
         try:
-            self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            self.config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             self.model = self._on_meta()
-            if missing := hub.missing_weights(folder):
+            if missing := hub.missing_weights(self.folder):
                 raise ValueError(f"it lacks {', '.join(missing)}")
-            self._files = {file: safe_open(folder / file, framework="pt") for file in self._file_names()}
+            self._files = {file: safe_open(self.folder / file, framework="pt") for file in self._file_names()}
         except (OSError, ValueError, SafetensorError) as error:
-            raise _unreadable(folder, error) from error
+            raise _unreadable(self.folder, error) from error
+        self.shape = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
         self.file_of = {key: file for file, opened in self._files.items() for key in opened.keys()}  # noqa: SIM118
         self.weight: dict[str, str] = {}
         self.problem = self._find_weights()
-
-    @cached_property
-    def shape(self) -> dict[str, tuple[int, ...]]:
-        """Of every weight, by name; tied ones once."""
-        return {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
 
     def header(self, key: str) -> Header:
         stored = self._files[self.file_of[key]].get_slice(key)
@@ -88,32 +89,20 @@ class PretrainedCheckpoint:
         Raises:
             UserError: transformers cannot load it.
         """
-        auto_class, options = self._how_to_load()
+        folder, options = folder or self.folder, self._options
         if options:
-            options["ignore_mismatched_sizes"] = True  # of the head, which is the adapter's
-        folder = folder or self.folder
+            options = options | {"ignore_mismatched_sizes": True}  # of the head, which is the adapter's
         try:
-            return auto_class.from_pretrained(folder, dtype=dtype, **options)
+            return self._auto_class.from_pretrained(folder, dtype=dtype, **options)
         except (OSError, ValueError) as error:
             raise _unreadable(folder, error) from error
 
     def _on_meta(self) -> nn.Module:
-        import transformers
-
-        auto_class, options = self._how_to_load()
-        config = transformers.AutoConfig.from_pretrained(self.folder, **options)
+        config = AutoConfig.from_pretrained(self.folder, **self._options)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("it is quantised")
         with torch.device("meta"):
-            return auto_class.from_config(config)
-
-    def _how_to_load(self) -> tuple[type, dict[str, int]]:
-        """The class that loads the model, and its options."""
-        import transformers
-
-        if self.num_classes is None:
-            return transformers.AutoModelForCausalLM, {}
-        return transformers.AutoModelForSequenceClassification, {"num_labels": self.num_classes}
+            return self._auto_class.from_config(config)
 
     def _file_names(self) -> list[str]:
         if (self.folder / SINGLE).is_file():
@@ -130,11 +119,14 @@ class PretrainedCheckpoint:
         """Fill `weight`; returns the problem, if there is one."""
         if not self._files:
             return "its weights are not in safetensors files"
+        # A decoder's checkpoint omits this.
+        prefix = f"{self.model.base_model_prefix}."
         names: dict[int, list[str]] = {}  # of one weight, where it is tied
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
         for first, *others in names.values():
-            keys = [key for name in (first, *others) for key in self._keys_for(name) if key in self.file_of]
+            stored_as = dict.fromkeys(k for n in (first, *others) for k in (n, n.removeprefix(prefix)))
+            keys = [key for key in stored_as if key in self.file_of]
             if not keys and first != HEAD:
                 return f"its files have no {first}: its keys are converted as it loads"
             for key in keys:
@@ -143,11 +135,6 @@ class PretrainedCheckpoint:
                     return f"{key} is stored as {dtype} {shape}, the weight is {self.shape[first]}"
                 self.weight[key] = first
         return None
-
-    def _keys_for(self, name: str) -> list[str]:
-        """What a weight may be called in the files: a decoder's checkpoint omits the prefix."""
-        prefix = f"{self.model.base_model_prefix}."
-        return [name, name.removeprefix(prefix)] if name.startswith(prefix) else [name]
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
@@ -159,18 +146,19 @@ class Fingerprint:
     """`model.fingerprint.fingerprint` of weights that come one at a time, in any order."""
 
     def __init__(self, shape: dict[str, tuple[int, ...]], dtype: torch.dtype):
-        self.shape, self.dtype = {n: s for n, s in shape.items() if n != HEAD}, dtype
-        self.hashes: dict[str, int] = {}
+        self.shape, self.dtype = {name: sizes for name, sizes in shape.items() if name != HEAD}, dtype
+        self._hashes: dict[str, int] = {}
 
     def add(self, name: str, weight: Tensor) -> None:
-        """Count a weight, in the dtype of the run; the first of tied ones."""
-        from speft_ds.model.fingerprint import element_hash
-
-        if name in self.shape and name not in self.hashes:
-            self.hashes[name] = element_hash(weight, 0)
+        """Count a weight, cast to the dtype; the first of tied ones."""
+        if name in self.shape and name not in self._hashes:
+            self._hashes[name] = element_hash(weight.to(self.dtype), 0)
 
     def hexdigest(self) -> str:
-        digest = hashlib.sha256()
-        for name, shape in self.shape.items():
-            digest.update(f"{name} {shape} {self.dtype} {self.hashes[name]:016x}\n".encode())
-        return digest.hexdigest()
+        lines = [f"{n} {s} {self.dtype} {self._hashes[n]:016x}\n" for n, s in self.shape.items()]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def check(self, adapter: Adapter) -> None:
+        """Refuse another base than the adapter's, once every weight was added. Raises UserError."""
+        if self.hexdigest() != adapter.facts["fingerprint"]:
+            raise another_base(adapter)

@@ -5,17 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from speft_ds import hub
-from speft_ds.adapter.card import REPO_ID, is_repo_id
-from speft_ds.adapter.derive import open_adapter
-from speft_ds.adapter.format import CARD, FACTS, TENSORS, Adapter
+from speft_ds.adapter.format import CARD, FACTS, TENSORS, Adapter, open_adapter
 from speft_ds.errors import UserError
 
 
 def files_to_push(folder: Path) -> tuple[list[Path], list[Path]]:
     """The files of an adapter's folder that are uploaded, and what lies there and is not.
 
-    Uploaded are plain files right in the folder; links, which may lead elsewhere, hidden files and folders
-    are not.
+    Links, which may lead elsewhere, hidden files and folders stay.
     """
     inside = sorted(folder.iterdir())
     chosen = [p for p in inside if p.is_file() and not p.is_symlink() and not p.name.startswith(".")]
@@ -27,7 +24,7 @@ def notes(adapter: Adapter) -> list[str]:
     found = []
     if not (adapter.folder / CARD).is_file():
         found.append(f"note: it has no {CARD}: nobody will know what it is")
-    if not is_repo_id(adapter.facts["base"]):
+    if not hub.is_hub_id(adapter.facts["base"]):
         found.append(f"note: others will not find its base, which is {adapter.facts['base']}")
     if adapter.facts.get("recipe"):
         found.append("note: adapter.json has the run's recipe in it, with its paths")
@@ -40,8 +37,7 @@ def push(source: str | Path, repo_id: str, private: bool = False) -> str:
     The token is the one of `hf auth login` or of HF_TOKEN, the hub that of HF_ENDPOINT.
 
     Args:
-        source: an adapter, or the folder of a run.
-        repo_id: `owner/name`.
+        source: an adapter, or the folder of a run; repo_id: `owner/name`.
         private: whether nobody else sees a repository that is made.
     Returns:
         The repository's address.
@@ -56,7 +52,7 @@ def push(source: str | Path, repo_id: str, private: bool = False) -> str:
     if odd := {TENSORS, FACTS} & {path.name for path in left_out}:
         what = f"{min(odd)} is a link: only files that lie in the folder are uploaded"
         raise UserError(what, str(folder), f"cp -rL {folder} FOLDER, and push that")
-    if not REPO_ID.fullmatch(repo_id):
+    if not hub.HUB_ID.fullmatch(repo_id):
         raise UserError(f"{repo_id} names no repository", "REPO_ID", "owner/name")
     if (token := get_token()) is None:
         raise UserError("there is no token to upload with", "model hub", "hf auth login, or set HF_TOKEN")

@@ -1,15 +1,18 @@
-"""Writing what a run learned from every rank's shards."""
+"""Writing adapters: what a run learned, from every rank's shards; and what is derived from others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from speft_ds.adapter.format import write_adapter
+from speft_ds.adapter.card import write_card
+from speft_ds.adapter.format import Adapter, Entries, write_adapter
 from speft_ds.comm import collectives
+from speft_ds.errors import UserError
 from speft_ds.selection.topk import gather_indices
 from speft_ds.sparse.layout import Layout
 from speft_ds.sparse.state import SparseState
@@ -40,3 +43,65 @@ def join_shards(
     for name, positions in index.items():
         delta = [values[layout.places(name, rank)] for rank, values in enumerate(by_rank)]
         yield name, positions, torch.cat(delta)
+
+
+def write_derived(
+    output: str | Path,
+    facts: dict,
+    entries: Callable[[str], Entries],
+    heads: dict[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Adapter:
+    """Write an adapter whose entries are computed a weight at a time, and its card.
+
+    Args:
+        output: a folder that is new or empty.
+        facts: of adapter.json, with `shapes` of all targets; what they say of the mask is counted here.
+        entries: weight name -> entries; called once per weight, in the order of `shapes`.
+        heads: weight name -> values, all of which are stored.
+        dtype: of the deltas, fp32 or bf16.
+    Raises:
+        UserError: no entry is left, a delta is not finite, or the folder cannot be written.
+    """
+    output, per_layer = check_output(output), {}
+    facts = {**facts, "mask": {}}
+
+    def counted() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for name in facts["shapes"]:
+            index, delta = entries(name)
+            per_layer[name] = index.numel()
+            yield name, index, delta
+        if not (num_trainable := sum(per_layer.values())):
+            raise UserError("no entry is left", str(output), "keep more, or take other adapters")
+        num_target_elements = sum(map(math.prod, facts["shapes"].values()))
+        facts["mask"] |= {  # in time: write_adapter writes facts last
+            "num_trainable": num_trainable,
+            "num_target_elements": num_target_elements,
+            "density": num_trainable / num_target_elements,
+            "per_layer": per_layer,
+        }
+
+    if output.is_dir():
+        output.rmdir()
+    try:
+        write_adapter(output, counted(), facts, heads, dtype)
+        write_card(output, [])
+    except OSError as error:
+        fix = "free space, or choose another folder"
+        raise UserError(f"cannot write the adapter: {error}", str(output), fix) from error
+    return Adapter.open(output)
+
+
+def check_output(output: str | Path) -> Path:
+    """The folder to write to, absolute. Raises UserError where something is in it."""
+    output = Path(output).absolute()
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise UserError(f"{output} is there already", "OUTPUT", f"choose another, or: rm -r {output}")
+    return output
+
+
+def history(adapters: Sequence[Adapter], made_by: dict) -> list[dict]:
+    """How an adapter came to be: what its only source says of itself, and this step."""
+    before = adapters[0].facts.get("history") if len(adapters) == 1 else None
+    sources = [{"folder": a.folder.name, "tensors_sha256": a.facts["tensors_sha256"]} for a in adapters]
+    return [*(before if isinstance(before, list) else []), {**made_by, "of": sources}]

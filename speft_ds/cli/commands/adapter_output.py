@@ -6,17 +6,22 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from speft_ds.adapter.derive import open_adapter
-from speft_ds.adapter.diff import AdapterDifference, diff, diff_heads, total
-from speft_ds.adapter.export import Exported
-from speft_ds.adapter.format import Adapter
-from speft_ds.adapter.graft import Grafted
-from speft_ds.adapter.inspect import Inspection, inspect, mask_counts
+from speft_ds.adapter.format import Adapter, open_adapter
+from speft_ds.adapter.inspect import (
+    AdapterDifference,
+    Inspection,
+    diff,
+    diff_heads,
+    inspect,
+    mask_counts,
+    total,
+)
 from speft_ds.errors import UserError
 from speft_ds.model.targets import place
 from speft_ds.report.tables import (
@@ -29,15 +34,16 @@ from speft_ds.report.tables import (
 )
 from speft_ds.sparse.mask import Mask
 
+if TYPE_CHECKING:  # they import transformers
+    from speft_ds.adapter.export import Exported
+    from speft_ds.adapter.graft import Grafted
+
 NUM_WEIGHTS = 10  # of the weights that differ, how many are listed
 
 
 def print_inspection(source: Path, against: Path | None, output: Path | None) -> None:
-    """Print what an adapter is like, and draw where its entries lie.
+    """Print what an adapter is like, its overlap with another one, and draw where its entries lie.
 
-    Args:
-        against: another adapter, whose overlap is printed.
-        output: the PNG to write, if any.
     Raises:
         UserError: an adapter that cannot be read, another base, or a picture that cannot be written.
     """
@@ -78,12 +84,9 @@ def print_diff(a: Path, b: Path | None) -> None:
     together = total(by_weight.values())
     most = sorted(by_weight, key=lambda name: -by_weight[name].squares_difference)[:NUM_WEIGHTS]
     headings = ("only in A", "only in B", "equal", "differing", "norm of A", "norm of B", "norm of A - B")
-    table = _table(
-        "A - B",
-        ("weight", *headings),
-        ((name, *_counts_and_norms(by_weight[name])) for name in most),
-        (f"all {len(by_weight)}", *_counts_and_norms(together)),
-    )
+    rows = ((name, *_counts_and_norms(by_weight[name])) for name in most)
+    footer = (f"all {len(by_weight)}", *_counts_and_norms(together))
+    table = _table("A - B", ("weight", *headings), rows, footer)
     if len(by_weight) > NUM_WEIGHTS:
         table.caption = f"the {NUM_WEIGHTS} weights that differ most, of {len(by_weight)}"
     print_table(table)
@@ -105,12 +108,9 @@ def print_sizes(source: Path, compressed: Adapter, output: Path) -> None:
 
 def print_graft(grafted: Grafted, output: Path) -> None:
     """Print what was taken out of the tuned model, and what of it an adapter does not hold."""
-    share = grafted.squares_taken / grafted.squares
-    print(
-        f"{grafted.num_entries:,} entries of {grafted.num_differing:,} that differ in "
-        f"{grafted.num_target_elements:,} targeted weights"
-    )
-    print(f"they are {share:.1%} of the squared difference there")
+    of = f"{grafted.num_differing:,} that differ in {grafted.num_target_elements:,} targeted weights"
+    print(f"{grafted.num_entries:,} entries of {of}")
+    print(f"they are {grafted.squares_taken / grafted.squares:.1%} of the squared difference there")
     # The most first: another shape, then by the norm.
     order = sorted(grafted.lost.items(), key=lambda lost: -math.inf if lost[1] is None else -lost[1][1])
     for name, lost in order[:NUM_WEIGHTS]:

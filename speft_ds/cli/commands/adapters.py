@@ -10,13 +10,11 @@ from speft_ds.errors import UserError
 
 app = typer.Typer()
 
-AdapterPath = Annotated[
-    Path, typer.Argument(metavar="ADAPTER", help="an adapter's folder, or the folder of its run")
-]
+AdapterPath = Annotated[Path, typer.Argument(metavar="ADAPTER", help="its folder, or the folder of its run")]
 NewFolder = Annotated[Path, typer.Argument(metavar="OUTPUT", help="the new folder")]
 BaseModel = Annotated[
     str | None,
-    typer.Option(help="the pretrained model: a folder or a hub name; default: what the adapter says"),
+    typer.Option(help="the pretrained model, a folder or a hub name; default: the adapter's"),
 ]
 
 
@@ -30,9 +28,7 @@ def merge(
     adapter: AdapterPath,
     output: NewFolder,
     base: BaseModel = None,
-    alpha: Annotated[
-        float, typer.Option(help="how far to go from the base (0) to what was trained (1)")
-    ] = 1.0,
+    alpha: Annotated[float, typer.Option(help="how far to go from the base (0) to the trained (1)")] = 1.0,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="of the new checkpoint; default: the one of the run"),
@@ -92,9 +88,8 @@ def compose(
     from speft_ds.adapter.compose import compose
 
     met = compose(adapters, output, factors)
-    typer.echo(f"{met.num_entries:,} entries")
-    shared = f"{met.num_shared:,} entries in two or more"
-    typer.echo(f"collisions: {shared}, {met.num_opposite:,} with opposite signs\n  {output}")
+    shared = f"{met.num_shared:,} entries in two or more, {met.num_opposite:,} with opposite signs"
+    typer.echo(f"{met.num_entries:,} entries\ncollisions: {shared}\n  {output}")
 
 
 @command(
@@ -107,9 +102,7 @@ def compress(
     output: NewFolder,
     method: Annotated[
         Literal["dare", "ternary", "topk"] | None,
-        typer.Option(
-            help="dare: drop at random, rescale; topk: the largest; ternary: their signs, times one number"
-        ),
+        typer.Option(help="dare: drop at random, rescale; topk: the largest; ternary: their signs, scaled"),
     ] = None,
     keep: Annotated[float, typer.Option(help="fraction of the entries to keep")] = 1.0,
     seed: Annotated[int, typer.Option(help="of dare")] = 0,
@@ -131,9 +124,7 @@ def compress(
 @command("speft diff runs/a runs/b", "speft diff runs/a")
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="an adapter, or the folder of a run")],
-    b: Annotated[
-        Path | None, typer.Argument(metavar="B", help="another; default: the base, unchanged")
-    ] = None,
+    b: Annotated[Path | None, typer.Argument(metavar="B", help="another; default: the base")] = None,
 ) -> None:
     """Say how two adapters of one base differ: entries that only one has, deltas that differ, norms."""
     from speft_ds.cli.commands.adapter_output import print_diff
@@ -153,9 +144,7 @@ def graft(
     num_entries: Annotated[int | None, typer.Option(min=1, help="instead: how many of them")] = None,
     target: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="PATTERN", help="linears, as by mask.targets; repeatable; default: all of the layers"
-        ),
+        typer.Option(metavar="PATTERN", help="as in mask.targets; repeatable; default: all of the layers"),
     ] = None,
 ) -> None:
     """Make an adapter out of a fine-tuned model and its base: the largest differences of its weights.
@@ -172,8 +161,7 @@ def graft(
 def inspect(
     adapter: AdapterPath,
     against: Annotated[
-        Path | None,
-        typer.Option(metavar="ADAPTER", help="another one of the same base: how far they overlap"),
+        Path | None, typer.Option(metavar="ADAPTER", help="another one of its base: how far they overlap")
     ] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="a heat map of where entries lie; default: none")
@@ -193,7 +181,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the files, upload nothing")] = False,
 ) -> None:
     """Upload an adapter and its card to the model hub: the files of its folder, nothing else."""
-    from speft_ds.adapter.derive import open_adapter
+    from speft_ds.adapter.format import open_adapter
     from speft_ds.adapter.push import files_to_push, notes, push
 
     opened = open_adapter(adapter)

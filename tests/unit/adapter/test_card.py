@@ -30,7 +30,7 @@ def rows(text):
 
 def test_metadata_as_the_hub_reads_it():
     recipe = {"data": {"path": None, "mixture": [{"path": "a/b"}, {"path": "mine.jsonl"}, {"path": "c/d"}]}}
-    text = card_text(COMPLETE | {"recipe": recipe}, SCORES)
+    text = card_text(COMPLETE | {"recipe": recipe}, SCORES, 84)
     assert metadata(text) == {
         "library_name": "speft_ds",
         "base_model": "owner/name",
@@ -46,20 +46,20 @@ def test_metadata_as_the_hub_reads_it():
 def test_local_folders_are_named_without_their_path(base, tmp_path):
     (tmp_path / "runs" / "llama").mkdir(parents=True)
     recipe = {"data": {"path": "/home/me/secret/rows.jsonl"}}
-    text = card_text(COMPLETE | {"base": base, "recipe": recipe}, [])
+    text = card_text(COMPLETE | {"base": base, "recipe": recipe}, [], 84)
     assert not {"base_model", "datasets"} & metadata(text).keys()
     assert base not in text and "/home" not in text
     assert ["base", "llama, in float32"] in rows(text) and ["data", "rows.jsonl"] in rows(text)
 
 
 def test_what_was_trained_how_large_it_is_and_its_scores():
-    text = card_text(COMPLETE, SCORES, num_bytes=84)
+    text = card_text(COMPLETE, SCORES, 84)
     assert ["changed weights", "12 of 1,760 (0.682%)"] in rows(text)
     assert ["size", "0.00 MiB, 7.00 bytes per entry"] in rows(text)
     assert ["learning rate", "0.001"] in rows(text)
     assert ["arc_easy", "acc", "0.2500", "0.5124", "0.0103"] in rows(text)
     assert ["odd/task", "exact_match", "-", "1.0000", "-"] in rows(text)
-    assert len(rows(card_text(COMPLETE, [], num_bytes=84))) == len(rows(text)) - 4
+    assert len(rows(card_text(COMPLETE, [], 84))) == len(rows(text)) - 4
 
 
 def code_of(text):
@@ -68,7 +68,7 @@ def code_of(text):
 
 def test_a_classifier_says_how_it_is_loaded():
     facts = COMPLETE | {"task": "sequence_classification", "classes": ["good", "bad"], "pad_token_id": 0}
-    text = card_text(facts, [])
+    text = card_text(facts, [], 84)
     assert 'AutoModelForSequenceClassification.from_pretrained("owner/name", ' in code_of(text)
     assert "num_labels=2" in code_of(text) and ["classes", "good, bad"] in rows(text)
     assert metadata(text)["pipeline_tag"] == "text-classification"
@@ -91,7 +91,7 @@ def test_a_classifier_says_how_it_is_loaded():
     ],
 )
 def test_odd_facts_make_a_card_all_the_same(odd):
-    text = card_text(COMPLETE | odd, [])
+    text = card_text(COMPLETE | odd, [], 84)
     front = text.split("---\n")[1]
     assert yaml.safe_load(front)["library_name"] == "speft_ds" and "49" not in text
     compile(code_of(text), "card", "exec")

@@ -6,8 +6,8 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from speft_ds.adapter.diff import diff, diff_heads, total
 from speft_ds.adapter.format import Adapter
+from speft_ds.adapter.inspect import diff, diff_heads, total
 from unit.adapter.samples import SHAPES, UP, Q, flat, matrices, refused, write
 
 

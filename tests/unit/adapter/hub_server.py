@@ -24,21 +24,18 @@ class HubServer(ThreadingHTTPServer):
         self.address = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
-    def answer(self, path: str, body: bytes) -> dict:
+    def answer(self, path: str, lines: list[dict]) -> dict:
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
-            self.repositories[name] = asked.get("visibility") == "private" or bool(asked.get("private"))
+            name = f"{lines[0]['organization']}/{lines[0]['name']}"
+            self.repositories[name] = lines[0].get("visibility") == "private"
             return {"url": f"{self.address}/{name}", "id": name}
         if path.endswith("/preupload/main"):
-            names = [file["path"] for file in json.loads(body)["files"]]
+            names = [file["path"] for file in lines[0]["files"]]
             return {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]}
         if path.endswith("/commit/main"):
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            name = path.removeprefix("/api/models/").removesuffix("/commit/main")
-            return {"commitUrl": f"{self.address}/{name}/commit/1", "commitOid": "1" * 40}
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            self.files |= {file["path"]: base64.b64decode(file["content"]) for file in files}
+            return {"commitUrl": f"{self.address}/{min(self.repositories)}/commit/1", "commitOid": "1" * 40}
         return {"errors": [], "warnings": []}
 
 
@@ -46,10 +43,13 @@ class _Handler(BaseHTTPRequestHandler):
     server: HubServer
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        lines = self.rfile.read(int(self.headers["Content-Length"])).splitlines()
         status, document = 401, {"error": "Invalid username or password."}
         if self.headers["Authorization"] == f"Bearer {TOKEN}":
-            status, document = 200, self.server.answer(self.path.partition("?")[0], body)
+            status, document = (
+                200,
+                self.server.answer(self.path.partition("?")[0], list(map(json.loads, lines))),
+            )
         content = json.dumps(document).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

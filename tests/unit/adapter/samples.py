@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from speft_ds.adapter.format import Adapter, write_adapter
 from speft_ds.errors import UserError
@@ -89,21 +89,31 @@ def values(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+def facts_of(folder, model):
+    """What an adapter says of its base."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"base": str(folder), "dtype": dtype, "fingerprint": fingerprint(model)}
+
+
 def make_adapter(folder, of, dtype=torch.float32, seed=0, scale=0.05, model=None, heads=None, **changes):
-    """An adapter for the checkpoint `of`, with about 2% of each weight's entries, of some weights 20%."""
+    """An adapter for the checkpoint `of`, with about 2% of the entries, of one weight 20%."""
     model = load(of, dtype) if model is None else model
-    generator = torch.Generator().manual_seed(seed)
-    weights = {name: linear.weight for name, linear in find_targets(model, None).items()}
-    name_of_dtype = str(dtype).removeprefix("torch.")
-    facts = {"base": str(of), "dtype": name_of_dtype, "fingerprint": fingerprint(model), "task": "causal_lm"}
-    facts["shapes"] = {name: list(weight.shape) for name, weight in weights.items()}
-    entries = []
-    for number, (name, weight) in enumerate(weights.items()):
-        chosen = torch.rand(weight.numel(), generator=generator) < (0.2 if number % 5 == 0 else 0.02)
-        index = chosen.nonzero().view(-1)
-        entries.append((name, index, torch.randn(len(index), generator=generator) * scale))
-    write_adapter(folder, entries, {**facts, **changes}, heads)
-    return folder
+    shapes = {name: linear.weight.shape for name, linear in find_targets(model, None).items()}
+    dense = matrices(seed, 0.02, shapes)
+    dense[min(shapes)] = matrices(seed, 0.2, shapes)[min(shapes)]
+    dense = {name: deltas * scale for name, deltas in dense.items()}
+    return write(folder, dense, heads, **facts_of(of, model) | changes)
+
+
+def tune(of, folder, dtype=torch.float32, coarse=False):
+    """A checkpoint, of several files, that differs from `of` in every weight; `coarse`: by few values."""
+    model = load(of, dtype)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        step = torch.randn(parameter.shape, generator=generator) * 0.02
+        parameter.data += ((step * 100).round() / 128 if coarse else step).to(dtype)
+    model.save_pretrained(folder, max_shard_size="10KB")
+    return str(folder)
 
 
 def trained(folder, weights, alpha=1.0, dtype=None):
@@ -113,3 +123,21 @@ def trained(folder, weights, alpha=1.0, dtype=None):
         total = weight.detach().float() + alpha * deltas.get(name, torch.zeros(weight.shape))
         result[name] = total.to(dtype or weight.dtype)
     return result
+
+
+CLASSES = {"classes": ["no", "maybe", "yes"], "pad_token_id": 7}
+
+
+def classifier(of, dtype=torch.float32):
+    """A model with the classes of `CLASSES`, whose head is the same each time."""
+    torch.manual_seed(3)
+    kind = AutoModelForSequenceClassification
+    return kind.from_pretrained(of, num_labels=3, dtype=dtype).eval()
+
+
+def make_classifier(folder, of, dtype=torch.float32):
+    """An adapter of a classifier, and its head."""
+    model = classifier(of, dtype)
+    head = torch.randn(3, model.config.hidden_size).to(dtype)
+    heads = {"score.weight": head}
+    return make_adapter(folder, of, dtype, model=model, heads=heads, **CLASSES), head

@@ -2,29 +2,29 @@
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
 
-import speft_ds
 from speft_ds import apply_adapter, remove_adapter, switch_adapter
-from speft_ds.adapter.format import write_adapter
-from speft_ds.model.fingerprint import fingerprint
-from unit.adapter.samples import assert_same, load, make_adapter, refused, trained, values
+from unit.adapter.samples import (
+    UP1,
+    assert_same,
+    classifier,
+    load,
+    make_adapter,
+    make_classifier,
+    read,
+    refused,
+    trained,
+    values,
+    write,
+)
+from unit.saved import flip
 
-NAME, SHAPE = "model.layers.1.mlp.up_proj.weight", [53, 35]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture
 def adapter(tiny, tmp_path):
-    """adapter(...) -> the folder of one with three entries of one weight."""
-
-    def write(folder="adapter", name=NAME, shape=SHAPE, **changes):
-        facts = {"base": "tiny", "fingerprint": fingerprint(load(tiny["untied"])), "dtype": "float32"}
-        entries = [(name, torch.tensor([0, 5, 1854]), torch.tensor([0.5, -1.0, 2.0]))]
-        write_adapter(tmp_path / folder, entries, {**facts, "shapes": {name: shape}, **changes})
-        return tmp_path / folder
-
-    return write
+    return make_adapter(tmp_path / "adapter", tiny["untied"])
 
 
 def refused_on(model, action, *arguments, where="", what=""):
@@ -34,14 +34,6 @@ def refused_on(model, action, *arguments, where="", what=""):
     assert_same(values(model), before)
 
 
-def test_applied_weights_are_base_plus_delta(tiny, adapter):
-    model = load(tiny["untied"])
-    expected = values(model)
-    expected[NAME].view(-1)[[0, 5, 1854]] += torch.tensor([0.5, -1.0, 2.0])
-    assert apply_adapter(model, adapter()) is model
-    assert_same(values(model), expected)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_several_are_switched_and_removed_bit_for_bit(tiny, tmp_path, dtype):
     a = make_adapter(tmp_path / "a", tiny["tied"], dtype, seed=1)
@@ -49,8 +41,8 @@ def test_several_are_switched_and_removed_bit_for_bit(tiny, tmp_path, dtype):
     model = load(tiny["tied"], dtype)
     base = values(model)
     expected = {None: base, "a": trained(a, base), "b": trained(b, base)}
-    assert not torch.equal(expected["a"][NAME], expected["b"][NAME])
-    apply_adapter(model, a, "a")
+    assert not torch.equal(expected["a"][UP1], expected["b"][UP1])
+    assert apply_adapter(model, a, "a") is model
     assert_same(values(model), expected["a"])
     apply_adapter(model, b, "b")
     assert_same(values(model), expected["b"])
@@ -66,69 +58,59 @@ def test_several_are_switched_and_removed_bit_for_bit(tiny, tmp_path, dtype):
     assert_same(values(model), base)
 
 
-def test_what_does_not_belong_is_refused(tiny, adapter):
-    folder, model = adapter(), load(tiny["untied"])
+def test_what_does_not_belong_is_refused(tiny, tmp_path, adapter):
+    model = load(tiny["untied"])
     with torch.no_grad():  # one bit of one weight
         model.model.norm.weight[3] += 1e-7
-    refused_on(model, apply_adapter, folder, where=folder)
+    refused_on(model, apply_adapter, adapter, where=adapter)
     half = load(tiny["untied"], torch.bfloat16)
-    refused_on(half, apply_adapter, folder, where=folder, what="float32")
-    for name, shape in ((NAME, [35, 53]), ("model.layers.7.mlp.up_proj.weight", SHAPE)):
-        misfit = adapter("misfit", name=name, shape=shape)
-        refused_on(load(tiny["untied"]), apply_adapter, misfit, where=misfit, what=name)
-    model = apply_adapter(load(tiny["untied"]), folder)
-    refused_on(model, apply_adapter, folder, where=folder, what="'default'")  # a second time
-    second = adapter("second", fingerprint="0" * 64)
-    refused_on(model, apply_adapter, second, "second", where=second)
-
-
-def test_a_damaged_file_is_refused(tiny, adapter):
-    folder, model = adapter(), load(tiny["untied"])
-    path = folder / "adapter.safetensors"
-    content = path.read_bytes()
-    for damaged in (content[:-1] + bytes([content[-1] ^ 1]), content[:20]):
-        path.write_bytes(damaged)
-        refused_on(model, apply_adapter, folder, where=folder)
-    path.unlink()
-    refused_on(model, apply_adapter, folder, where=folder)
+    refused_on(half, apply_adapter, adapter, where=adapter, what="float32")
+    model = load(tiny["untied"])
+    for name, shape in ((UP1, [35, 53]), ("model.layers.7.mlp.up_proj.weight", [53, 35])):
+        misfit = write(tmp_path / "misfit", {name: torch.ones(shape)})
+        refused_on(model, apply_adapter, misfit, where=misfit, what=name)
+    apply_adapter(model, adapter)
+    refused_on(model, apply_adapter, adapter, where=adapter, what="'default'")  # a second time
+    other = make_adapter(tmp_path / "other", tiny["untied"], fingerprint="0" * 64)
+    refused_on(model, apply_adapter, other, "other", where=other)
+    flip(adapter / "adapter.safetensors", -1)
+    refused_on(model, apply_adapter, adapter, "damaged", where=adapter)
 
 
 def test_a_name_that_is_not_there_is_refused(tiny, adapter):
     model = load(tiny["untied"])
     remove_adapter(model)  # nothing to remove
     refused_on(model, switch_adapter, "a", what="'a'")
-    apply_adapter(model, adapter(), "b")
+    apply_adapter(model, adapter, "b")
     refused_on(model, switch_adapter, "a", what="'a'")
     refused_on(model, remove_adapter, "a", what="'a'")
 
 
 def test_weights_that_somebody_changed_are_left_alone(tiny, adapter):
-    model = apply_adapter(load(tiny["untied"]), adapter())
-    weight = model.get_parameter(NAME)
+    model = apply_adapter(load(tiny["untied"]), adapter)
+    weight, changed = model.get_parameter(UP1), read(adapter)[UP1].nonzero()[0].tolist()
+    before = weight.detach().clone()
     with torch.no_grad():
-        weight.view(-1)[5] += 1
-    refused_on(model, remove_adapter, what=NAME)
-    refused_on(model, switch_adapter, None, what=NAME)
+        weight[*changed] += 1
+    refused_on(model, remove_adapter, what=UP1)
+    refused_on(model, switch_adapter, None, what=UP1)
     with torch.no_grad():
-        weight.view(-1)[5] -= 1
-    refused_on(model.to(torch.bfloat16), remove_adapter, what=NAME)
+        weight.copy_(before)
+    refused_on(model.to(torch.bfloat16), remove_adapter)
 
 
 def test_a_model_without_adapters_is_looked_at_anew(tiny, adapter):
-    model, folder = load(tiny["untied"]), adapter()
-    remove_adapter(apply_adapter(model, folder))
+    model = load(tiny["untied"])
+    remove_adapter(apply_adapter(model, adapter))
     with torch.no_grad():
         model.model.norm.weight[3] += 1
-    refused_on(model, apply_adapter, folder, where=folder)
+    refused_on(model, apply_adapter, adapter, where=adapter)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_classifier_gets_its_head_and_gives_it_back(tiny, tmp_path, dtype):
-    torch.manual_seed(3)
-    kind, head = AutoModelForSequenceClassification, torch.randn(3, 35).to(dtype)
-    model = kind.from_pretrained(tiny["untied"], num_labels=3, dtype=dtype)
-    facts = {"classes": ["no", "maybe", "yes"], "pad_token_id": 7, "heads": {"score.weight": head}}
-    folder = make_adapter(tmp_path / "a", tiny["untied"], dtype, model=model, **facts)
+    folder, head = make_classifier(tmp_path / "a", tiny["untied"], dtype)
+    model = classifier(tiny["untied"], dtype)
     base, config = values(model), model.config.to_dict()
     apply_adapter(model, folder)
     assert_same(values(model), {**trained(folder, base), "score.weight": head})
@@ -137,11 +119,3 @@ def test_a_classifier_gets_its_head_and_gives_it_back(tiny, tmp_path, dtype):
     assert_same(values(model), base)
     assert model.config.to_dict() == config
     refused_on(load(tiny["untied"], dtype), apply_adapter, folder, where=folder, what="score.weight")
-
-
-def test_the_package_offers_them():
-    from speft_ds.adapter import apply
-
-    assert speft_ds.apply_adapter is apply.apply_adapter
-    with pytest.raises(AttributeError):
-        speft_ds.applied  # noqa: B018

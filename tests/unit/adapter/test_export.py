@@ -6,13 +6,22 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
 
 from speft_ds import apply_adapter
 from speft_ds.adapter.export import export_peft, find_sparsity, peft_count, summands_for
-from speft_ds.adapter.format import Adapter, write_adapter
-from speft_ds.model.fingerprint import fingerprint
-from unit.adapter.samples import assert_same, load, make_adapter, refused, values
+from speft_ds.adapter.format import Adapter
+from unit.adapter.samples import (
+    UP1,
+    assert_same,
+    classifier,
+    facts_of,
+    load,
+    make_adapter,
+    make_classifier,
+    refused,
+    values,
+    write,
+)
 
 needs_peft = pytest.mark.skipif(
     importlib.util.find_spec("peft") is None, reason='PEFT is not installed: pip install "speft_ds[peft]"'
@@ -46,17 +55,13 @@ def test_stock_peft_computes_the_trained_model(tiny, tmp_path, checkpoint, dtype
 def test_stock_peft_loads_a_classifier(tiny, tmp_path):
     from peft import PeftModel
 
-    def classifier():
-        torch.manual_seed(3)
-        kind = AutoModelForSequenceClassification
-        return kind.from_pretrained(tiny["untied"], num_labels=3, pad_token_id=7).eval()
-
-    facts = {"classes": ["no", "maybe", "yes"], "heads": {"score.weight": torch.randn(3, 35)}}
-    adapter = make_adapter(tmp_path / "a", tiny["untied"], model=classifier(), pad_token_id=7, **facts)
+    base, (adapter, _) = tiny["untied"], make_classifier(tmp_path / "a", tiny["untied"])
     export_peft(adapter, tmp_path / "peft")
     with torch.no_grad():
-        expected = apply_adapter(classifier(), adapter)(IDS).logits
-        assert torch.equal(PeftModel.from_pretrained(classifier(), tmp_path / "peft")(IDS).logits, expected)
+        expected = apply_adapter(classifier(base), adapter)(IDS).logits
+        model = PeftModel.from_pretrained(classifier(base), tmp_path / "peft")
+        model.config.pad_token_id = 7
+        assert torch.equal(model(IDS).logits, expected)
 
 
 def test_the_files(tiny, tmp_path):
@@ -111,13 +116,10 @@ def test_without_the_base_the_deltas_are_written(tiny, tmp_path):
 
 
 def test_a_weight_that_is_trained_completely(tiny, tmp_path):
-    model = load(tiny["untied"], torch.bfloat16)
-    name, weight = "model.layers.0.mlp.up_proj.weight", model.model.layers[0].mlp.up_proj.weight
-    facts = {"base": str(tiny["untied"]), "dtype": "bfloat16", "fingerprint": fingerprint(model)}
-    entries = [(name, torch.arange(weight.numel()), torch.randn(weight.numel()) * 0.05)]
-    write_adapter(tmp_path / "a", entries, {**facts, "shapes": {name: list(weight.shape)}})
-    done = export_peft(tmp_path / "a", tmp_path / "peft")
-    assert done.num_padding == 0 and 0 < done.num_rounded < 0.2 * weight.numel()
+    facts = facts_of(tiny["untied"], load(tiny["untied"], torch.bfloat16))
+    adapter = write(tmp_path / "a", {UP1: torch.randn(53, 35) * 0.05}, **facts)
+    done = export_peft(adapter, tmp_path / "peft")
+    assert done.num_padding == 0 and 0 < done.num_rounded < 0.2 * 53 * 35
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["sparsity"] == 0
 
 

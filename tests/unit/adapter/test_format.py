@@ -13,20 +13,16 @@ from hypothesis import strategies as st
 
 from speft_ds.adapter.format import Adapter, decode_gaps, encode_gaps, write_adapter
 from speft_ds.model.fingerprint import fingerprint
-from unit.adapter.samples import load, refused
+from unit.adapter.samples import FACTS, assert_same, load, matrices, read, refused, write
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "adapter_format.md"
 Q, UP = "layers.0.q.weight", "layers.0.up.weight"
 SHAPES = {UP: [4096, 1024], Q: [8, 8], "layers.0.o.weight": [8, 8]}
-FACTS = {"base": "b", "dtype": "float32", "fingerprint": "f" * 64, "shapes": SHAPES}
-ONE = [(Q, torch.tensor([3]), torch.ones(1))]
 
 
-def random_entries(density, shapes=SHAPES):
-    generator = torch.Generator().manual_seed(0)
-    for name, (rows, columns) in shapes.items():
-        index = (torch.rand(rows * columns, generator=generator) < density).nonzero().view(-1)
-        yield name, index, torch.randn(len(index), generator=generator)
+def write_one(folder, index, delta):
+    """An adapter with a few entries of one weight."""
+    write_adapter(folder, [(Q, torch.tensor(index), torch.tensor(delta))], FACTS | {"shapes": SHAPES})
 
 
 def decode(folder):
@@ -62,15 +58,13 @@ def decode(folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_reader_written_after_the_documentation_reads_it(tmp_path, dtype):
-    written = {name: (index, delta.to(dtype)) for name, index, delta in random_entries(0.02)}
-    head = torch.randn(3, 5).bfloat16()
-    entries = ((name, index, delta) for name, (index, delta) in written.items())
-    write_adapter(tmp_path / "a", entries, FACTS, {"score.weight": head}, dtype)
-    found, heads = decode(tmp_path / "a")
-    assert found.keys() == written.keys()
-    for name, (index, delta) in written.items():
-        assert found[name][0] == index.tolist()
-        assert np.array_equal(found[name][1], delta.float().numpy())
+    dense, head = matrices(0, 0.02, SHAPES), torch.randn(3, 5).bfloat16()
+    found, heads = decode(write(tmp_path / "a", dense, {"score.weight": head}, dtype))
+    written = {name: values.view(-1) for name, values in dense.items() if values.any()}
+    assert found.keys() == written.keys() and len(written) > 1
+    for name, values in written.items():
+        assert found[name][0] == values.nonzero()[:, 0].tolist()
+        assert np.array_equal(found[name][1], values[values != 0].to(dtype).float().numpy())
     assert np.array_equal(heads["score.weight"], head.float().numpy())
 
 
@@ -103,48 +97,41 @@ def test_the_fingerprint_of_the_documentation(tiny, dtype):
 @pytest.mark.parametrize("density", [0.0001, 0.005, 0.3])
 def test_bytes_per_entry(tmp_path, dtype, most, density):
     """At mean gaps below 16,384; the names in the header weigh nothing in an adapter of real size."""
-    shapes = {UP: [4096, 2048]}
-    write_adapter(tmp_path / "a", random_entries(density, shapes), {**FACTS, "shapes": shapes}, None, dtype)
-    adapter = Adapter.open(tmp_path / "a")
+    adapter = Adapter.open(write(tmp_path / "a", matrices(0, density, {UP: [4096, 2048]}), None, dtype))
     assert (most - 3) * adapter.num_entries < adapter.num_bytes <= most * adapter.num_entries
 
 
 def test_what_is_written_is_read_a_weight_at_a_time(tmp_path):
-    written = {name: (index, delta) for name, index, delta in random_entries(0.1)}
-    facts = {**FACTS, "num_entries": -5, "tensors_sha256": "old", "mask": {"density": 0.1}, "notes": "ä"}
-    # In the order of the shapes, whatever the order of writing; a weight without entries is left out.
-    nothing = torch.tensor([])
-    entries = [(Q, *written[Q]), (UP, *written[UP]), ("layers.0.o.weight", nothing, nothing)]
-    write_adapter(tmp_path / "a", entries, facts)
-    adapter = Adapter.open(tmp_path / "a")
+    dense = matrices(0, 0.1, SHAPES)
+    dense["layers.0.o.weight"].zero_()  # a weight without entries is left out
+    facts = {"num_entries": -5, "tensors_sha256": "old", "mask": {"density": 0.1}, "notes": "ä"}
+    # In the order of the shapes, whatever the order of writing.
+    adapter = Adapter.open(write(tmp_path / "a", dict(reversed(dense.items())), shapes=SHAPES, **facts))
     assert adapter.names == [UP, Q] and adapter.heads == [] and adapter.shape[UP] == (4096, 1024)
-    assert adapter.num_entries == len(written[UP][0]) + len(written[Q][0])
+    assert adapter.num_entries == sum(int(values.count_nonzero()) for values in dense.values())
     assert adapter.facts["notes"] == "ä" and adapter.facts["mask"] == {"density": 0.1}
+    assert_same(read(tmp_path / "a"), dense)
     for name in SHAPES:
         index, delta = adapter.entries(name)
-        assert (index.dtype, delta.dtype, adapter.count(name)) == (torch.int64, torch.float32, len(index))
-        if name in adapter.names:
-            assert torch.equal(index, written[name][0]) and torch.equal(delta, written[name][1])
-        else:
-            assert len(index) == len(delta) == 0
+        assert (index.dtype, delta.dtype) == (torch.int64, torch.float32)
+        assert adapter.count(name) == len(index) == len(delta)
 
 
 def test_what_could_not_be_read_is_not_written(tmp_path):
     odd = [([-1, 5, 6], 1.0), ([0, 5, 64], 1.0), ([5, 0, 7], 1.0), ([5, 5, 7], 1.0), ([0, 5], 1.0)]
     odd += [([0, 5, 63], float("nan")), ([0, 5, 63], float("inf"))]
     for index, delta in odd:
-        entries = [(Q, torch.tensor(index), torch.tensor([1.0, delta, 1.0]))]
-        refused(lambda entries=entries: write_adapter(tmp_path / "a", entries, FACTS), tmp_path)
+        refused(lambda i=index, d=delta: write_one(tmp_path / "a", i, [1.0, d, 1.0]), tmp_path)
         assert list(tmp_path.iterdir()) == []
 
 
 def test_only_an_adapter_is_replaced(tmp_path):
-    write_adapter(tmp_path / "a", ONE, FACTS)
+    write_one(tmp_path / "a", [3], [1.0])
     (tmp_path / "a" / "README.md").touch()
-    write_adapter(tmp_path / "a", [(Q, torch.tensor([4]), torch.ones(1))], FACTS)
+    write_one(tmp_path / "a", [4], [1.0])
     assert Adapter.open(tmp_path / "a").entries(Q)[0].tolist() == [4]
     (tmp_path / "a" / "thesis.tex").touch()
-    refused(lambda: write_adapter(tmp_path / "a", ONE, FACTS), tmp_path / "a")
+    refused(lambda: write_one(tmp_path / "a", [3], [1.0]), tmp_path / "a")
     assert (tmp_path / "a" / "thesis.tex").exists() and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 

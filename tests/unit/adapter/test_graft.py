@@ -4,41 +4,26 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import speft_ds
 from speft_ds.adapter.format import Adapter
 from speft_ds.adapter.graft import graft
 from speft_ds.model.fingerprint import fingerprint
 from speft_ds.model.targets import find_targets
-from unit.adapter.samples import assert_same, flat, read, refused, values
+from unit.adapter.samples import assert_same, flat, read, refused, tune, values
+
+load = AutoModelForCausalLM.from_pretrained
 
 
-def load(folder, dtype=None):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """models(dtype, tied) -> folders of a base and of a model tuned from it in every weight, made once."""
-    made = {}
+@pytest.fixture
+def models(tiny, tmp_path):
+    """models(dtype, tied) -> folders of a base and of a model tuned from it in every weight."""
 
     def make(dtype=torch.float32, tied=False, coarse=False):
-        if (dtype, tied, coarse) in made:
-            return made[dtype, tied, coarse]
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 40}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied}
-        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(dtype)
-        folder = tmp_path_factory.mktemp("models")
-        model.save_pretrained(folder / "base")
-        with torch.no_grad():
-            for parameter in model.parameters():
-                step = torch.randn(parameter.shape) * 0.02
-                parameter += ((step * 100).round() / 128 if coarse else step).to(dtype)
-        model.save_pretrained(folder / "tuned", max_shard_size="10KB")  # several files
-        made[dtype, tied, coarse] = (str(folder / "base"), str(folder / "tuned"))
-        return made[dtype, tied, coarse]
+        base = tmp_path / f"base{tied}"
+        load(tiny["tied" if tied else "untied"], dtype=dtype).save_pretrained(base)
+        return str(base), tune(base, tmp_path / f"tuned{tied}", dtype, coarse)
 
     return make
 
@@ -68,7 +53,7 @@ def test_it_is_an_adapter_of_the_base(models, tmp_path):
     graft(base, tuned, tmp_path / "graft", num_entries=500)
     facts, model = Adapter.open(tmp_path / "graft").facts, load(base)
     assert facts["fingerprint"] == fingerprint(model) and facts["dtype"] == "bfloat16"
-    assert facts["fingerprint_bfloat16"] == fingerprint(load(base, torch.float32), torch.bfloat16)
+    assert facts["fingerprint_bfloat16"] == fingerprint(load(base, dtype=torch.float32), torch.bfloat16)
     expected, after, deltas = values(model), values(load(tuned)), read(tmp_path / "graft")
     for name, delta in deltas.items():
         expected[name][delta != 0] = after[name][delta != 0]
@@ -128,7 +113,7 @@ def test_what_cannot_be_grafted_is_refused(models, tiny, tmp_path):
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
     model.save_pretrained(tmp_path / "inf")
     for one, other, where, what in (
-        (base, str(tiny["untied"]), str(tiny["untied"]), ""),  # of another architecture
+        (str(tiny["bias"]), tuned, tuned, ""),  # of another architecture
         (base, base, base, ""),  # nothing differs
         (str(tmp_path), tuned, str(tmp_path), ""),  # no model
         ("no/such-model", tuned, "", "no/such-model"),
@@ -141,7 +126,7 @@ def test_what_cannot_be_grafted_is_refused(models, tiny, tmp_path):
 def test_a_tuned_model_with_more_tokens(models, tmp_path):
     base, tuned = models()
     model = load(tuned)
-    model.resize_token_embeddings(44)
+    model.resize_token_embeddings(300)
     model.save_pretrained(tmp_path / "larger")
     report = graft(base, str(tmp_path / "larger"), tmp_path / "graft", 0.1)
     assert report.lost["model.embed_tokens.weight"] is None and report.num_entries

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import struct
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 
 from speft_ds.adapter.apply import check_weights
-from speft_ds.adapter.format import Adapter, write_adapter
+from speft_ds.adapter.format import Adapter
 from speft_ds.errors import UserError
+from unit.adapter.samples import write
 
 A, B, HEAD = "layers.0.q.weight", "layers.1.q.weight", "score.weight"
 SHAPES = {A: [64, 32], B: [16, 16]}
-FACTS = {"base": "b", "dtype": "float32", "fingerprint": "f" * 64, "shapes": SHAPES, "classes": ["x", "y"]}
 NEEDED = {"format_version", "tensors_sha256", "base", "dtype", "fingerprint", "shapes", "num_entries"}
 WRONG = [None, True, -1, 1.5, 10**30, float("nan"), "", "x\ny", "\ud800", [], [[]], {}, {"a": []}, [1, "x"]]
 NAMES = TENSORS, JSON = "adapter.safetensors", "adapter.json"
@@ -29,13 +28,13 @@ NAMES = TENSORS, JSON = "adapter.safetensors", "adapter.json"
 
 @pytest.fixture
 def folder(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    entries = [
-        (name, torch.randperm(rows * columns, generator=generator)[:40].sort().values, torch.randn(40))
-        for name, (rows, columns) in SHAPES.items()
-    ]
-    write_adapter(tmp_path / "good", entries, FACTS, {HEAD: torch.randn(2, 32)})
-    return tmp_path / "good"
+    """An adapter with 40 entries of each of two weights, and a head of two classes."""
+    generator, dense = torch.Generator().manual_seed(0), {}
+    for name, shape in SHAPES.items():
+        dense[name] = torch.zeros(shape)
+        index = torch.randperm(dense[name].numel(), generator=generator)[:40]
+        dense[name].view(-1)[index] = torch.randn(40, generator=generator)
+    return write(tmp_path / "good", dense, {HEAD: torch.randn(2, 32)}, classes=["x", "y"])
 
 
 def read(folder):
@@ -70,25 +69,22 @@ def num_refused(folder):
 # Damages: functions of a copy of the adapter's folder
 
 
-def edit_facts(copy, **changes):
-    facts = json.loads((copy / JSON).read_text())
-    (copy / JSON).write_text(json.dumps({**facts, **changes}))
-
-
 def facts_with(**changes):
-    return partial(edit_facts, **changes)
+    def damage(copy):
+        facts = json.loads((copy / JSON).read_text())
+        (copy / JSON).write_text(json.dumps({**facts, **changes}))
+
+    return damage
 
 
 def rewritten(file, change, rehash=False):
     """The bytes of a file changed; `rehash`: under their right hash."""
 
     def damage(copy):
-        content = bytearray((copy / file).read_bytes())
-        changed = change(content)  # in place, where it returns None
-        content = bytes(content if changed is None else changed)
+        content = change((copy / file).read_bytes())
         (copy / file).write_bytes(content)
         if rehash:
-            edit_facts(copy, tensors_sha256=hashlib.sha256(content).hexdigest())
+            facts_with(tensors_sha256=hashlib.sha256(content).hexdigest())(copy)
 
     return damage
 
@@ -97,7 +93,7 @@ def tensors_with(changes):
     """Other tensors under the right hash; None leaves one out."""
 
     def change(content):
-        tensors = {**load_tensors(bytes(content)), **changes}
+        tensors = {**load_tensors(content), **changes}
         return save({key: tensor for key, tensor in tensors.items() if tensor is not None})
 
     return rewritten(TENSORS, change, rehash=True)
@@ -105,7 +101,8 @@ def tensors_with(changes):
 
 def flip(chance, stop=None):
     def change(content):
-        content[chance.randrange(stop or len(content))] ^= 1 << chance.randrange(8)
+        position, bit = chance.randrange(stop or len(content)), 1 << chance.randrange(8)
+        return content[:position] + bytes([content[position] ^ bit]) + content[position + 1 :]
 
     return change
 

@@ -1,25 +1,29 @@
-"""The summary of an adapter against dense matrices."""
+"""The summary of an adapter, and the difference of two, against dense matrices."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from speft_ds.adapter.format import Adapter
-from speft_ds.adapter.inspect import inspect, mask_counts
+from speft_ds.adapter.inspect import diff, diff_heads, inspect, mask_counts, total
 from speft_ds.report.tables import density_table
-from unit.adapter.samples import SHAPES, UP1, Q, flat, matrices, write
+from unit.adapter.samples import SHAPES, UP, UP1, Q, flat, matrices, refused, write
 
 
 @pytest.fixture
 def adapter(tmp_path):
-    return lambda dense: Adapter.open(write(tmp_path / "adapter", dense))
+    def make(name, dense, *arguments, **facts):
+        return Adapter.open(write(tmp_path / name, dense, *arguments, **facts))
+
+    return make
 
 
 def test_norms_and_counts_of_every_weight(adapter):
     dense = matrices(0, 0.2)
     dense[UP1].zero_()
-    opened = adapter(dense)
+    opened = adapter("a", dense)
     found, mask = inspect(opened), mask_counts(opened)
     squares = {name: float(values.double().square().sum()) for name, values in dense.items() if name != UP1}
     assert found.squares == pytest.approx(squares) and list(found.squares) == list(squares)
@@ -38,11 +42,74 @@ def test_the_largest_changes(adapter, kind):
     elif kind == "one":
         dense = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
         dense[UP1][3, 5] = -2.0
-    found = inspect(adapter(dense), num_largest=7)
+    found = inspect(adapter("a", dense), num_largest=7)
     every = [
-        (name, row, column, float(values[row, column]))
+        (float(values[row, column]), name, row, column)
         for name, values in dense.items()
         for row, column in values.nonzero().tolist()
     ]
-    largest = sorted(every, key=lambda entry: -abs(entry[3]))[:7]
-    assert [(c.weight, c.row, c.column, c.delta) for c in found.largest] == largest
+    assert found.largest == sorted(every, key=lambda entry: -abs(entry[0]))[:7]
+
+
+def check(got, a, b):
+    """Compare a difference with the same counts and sums of two dense matrices."""
+    a, b = a.double(), b.double()
+    in_a, in_b = a != 0, b != 0
+    both = in_a & in_b
+    expected = {
+        "only_a": int((in_a & ~in_b).sum()),
+        "only_b": int((in_b & ~in_a).sum()),
+        "equal": int((both & (a == b)).sum()),
+        "differing": int((both & (a != b)).sum()),
+        "opposite": int((both & (a.sign() != b.sign())).sum()),
+        "squares_a": float((a**2).sum()),
+        "squares_b": float((b**2).sum()),
+        "squares_difference": float(((a - b) ** 2).sum()),
+        "product": float((a * b).sum()),
+    }
+    assert asdict(got) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def test_every_weight_and_all_together(adapter):
+    a, b = matrices(0, 0.3), matrices(1, 0.3)
+    b[Q] = torch.where(torch.arange(16) % 2 == 0, a[Q], b[Q])
+    b[UP].zero_()
+    found = diff(adapter("a", a), adapter("b", b))
+    assert list(found) == list(SHAPES)
+    for name, difference in found.items():
+        check(difference, a[name], b[name])
+    together, a, b = total(found.values()), flat(a), flat(b)
+    check(together, a, b)
+    assert all(asdict(together).values())  # there are entries of each kind
+    in_both, in_either = int(((a != 0) & (b != 0)).sum()), int(((a != 0) | (b != 0)).sum())
+    assert together.jaccard == in_both / in_either
+    assert together.cosine == pytest.approx(float(torch.cosine_similarity(a.double(), b.double(), dim=0)))
+
+
+def test_an_adapter_itself_and_nothing(adapter):
+    dense = matrices(0)
+    a = adapter("a", dense)
+    same = total(diff(a, a).values())
+    check(same, flat(dense), flat(dense))
+    assert same.jaccard == 1.0 and math.isclose(same.cosine, 1.0)
+    alone = total(diff(a, None).values())
+    check(alone, flat(dense), torch.zeros(flat(dense).shape))
+    assert alone.jaccard == 0.0 and alone.cosine is None
+
+
+def test_heads(adapter):
+    head = torch.arange(6.0).view(2, 3)
+    a = adapter("a", matrices(0), {"score.weight": head})
+    b = adapter("b", matrices(0), {"score.weight": head + 1})
+    wide = adapter("wide", matrices(0), {"score.weight": torch.ones(2, 4)})
+    plain = adapter("plain", matrices(0))
+    assert diff_heads(a, a) == {"score.weight": "equal"}
+    assert f"{math.sqrt(6):.4g}" in diff_heads(a, b)["score.weight"]
+    assert "(2, 4)" in diff_heads(a, wide)["score.weight"]
+    assert str(a.folder) in diff_heads(plain, a)["score.weight"]
+    assert diff_heads(plain, a) == diff_heads(a, None) and diff_heads(plain, None) == {}
+
+
+def test_adapters_of_two_bases_are_refused(adapter):
+    a, b = adapter("a", matrices(0)), adapter("b", matrices(0), fingerprint="0" * 64)
+    refused(lambda: diff(a, b), f"{a.folder} and {b.folder}")

@@ -19,7 +19,16 @@ from speft_ds import apply_adapter
 from speft_ds.adapter import merge as module
 from speft_ds.adapter.format import Adapter
 from speft_ds.adapter.merge import merge, parse_size
-from unit.adapter.samples import assert_same, load, make_adapter, refused, trained, values
+from unit.adapter.samples import (
+    assert_same,
+    classifier,
+    load,
+    make_adapter,
+    make_classifier,
+    refused,
+    trained,
+    values,
+)
 
 
 def tensors(folder):
@@ -109,17 +118,13 @@ def test_other_checkpoints_are_merged_in_memory(tiny, tmp_path, kind, dtype):
 
 
 def test_a_classifier_is_merged_with_its_head(tiny, tmp_path):
-    torch.manual_seed(0)
-    kind, classes = AutoModelForSequenceClassification, ["no", "maybe", "yes"]
-    plain, head = kind.from_pretrained(tiny["untied"], num_labels=3), torch.randn(3, 35)
-    facts = {"classes": classes, "pad_token_id": 7, "heads": {"score.weight": head}}
-    adapter = make_adapter(tmp_path / "a", tiny["untied"], model=plain, **facts)
+    adapter, head = make_classifier(tmp_path / "a", tiny["untied"])
     merge(None, adapter, tmp_path / "merged", dtype="bfloat16")
-    merged = kind.from_pretrained(tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert "lm_head.weight" not in tensors(tmp_path / "merged")
-    expected = trained(adapter, values(plain), dtype=torch.bfloat16)
+    expected = trained(adapter, values(classifier(tiny["untied"])), dtype=torch.bfloat16)
     assert_same(values(merged), {**expected, "score.weight": head.bfloat16()})
-    assert merged.config.id2label == dict(enumerate(classes)) and merged.config.num_labels == 3
+    assert merged.config.id2label == {0: "no", 1: "maybe", 2: "yes"} and merged.config.num_labels == 3
     assert merged.config.architectures == ["LlamaForSequenceClassification"]
     assert (merged.config.pad_token_id, merged.config.label2id["yes"]) == (7, 2)
 
@@ -139,7 +144,8 @@ def test_what_cannot_be_merged_is_refused(tiny, tmp_path, monkeypatch):
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     refuse(tmp_path, other, adapter, where=adapter)
     narrow = {name: [1, 2**20] for name in Adapter.open(adapter).names}
-    refuse(tmp_path, None, make_adapter(tmp_path / "b", tiny["untied"], shapes=narrow), where=tmp_path / "b")
+    make_adapter(tmp_path / "b", tiny["untied"], shapes=narrow)
+    refuse(tmp_path, None, tmp_path / "b", where=tmp_path / "b")
     refuse(tmp_path, None, adapter, "other", where="OUTPUT")
     refuse(tmp_path, "nobody/nothing", adapter, where="--base", what="nobody/nothing")
     refuse(tmp_path, None, adapter, dtype="int8", where="--dtype")

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
-import speft_ds
+from speft_ds import apply_adapter
 from speft_ds.adapter.format import Adapter
-from unit.adapter.samples import SHAPES, Q, assert_same, flat, matrices, read, write
+from unit.adapter.samples import SHAPES, Q, assert_same, flat, load, matrices, read, tune, write
 from unit.commands import run
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -43,13 +42,7 @@ def two():
 
 @pytest.fixture
 def tuned(tiny):
-    """A model with other weights than `tiny["untied"]`."""
-    model = AutoModelForCausalLM.from_pretrained(tiny["untied"])
-    for number, parameter in enumerate(model.parameters()):
-        generator = torch.Generator().manual_seed(number)
-        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.01
-    model.save_pretrained("tuned")
-    return "tuned"
+    return tune(tiny["untied"], "tuned")
 
 
 def row_of(name, out):
@@ -109,9 +102,8 @@ def test_graft(typed, tiny, tuned):
 def test_merge_and_export(typed, tiny, tuned):
     typed("graft", tiny["untied"], tuned, "runs/mine/adapter", "--density", "0.05")
     assert typed("merge", "runs/mine", "merged").endswith("  merged\n")
-    model = AutoModelForCausalLM.from_pretrained(tiny["untied"])
-    speft_ds.apply_adapter(model, "runs/mine/adapter")
-    assert_same(AutoModelForCausalLM.from_pretrained("merged").state_dict(), model.state_dict())
+    model = apply_adapter(load(tiny["untied"]), "runs/mine/adapter")
+    assert_same(load("merged").state_dict(), model.state_dict())
     typed("merge", "runs/mine", "half", "--base", tiny["untied"], "--alpha", "0.5", "--dtype", "float16")
     assert all(value.dtype == torch.float16 for value in load_file("half/model.safetensors").values())
     typed("merge", "runs/mine", "parts", "--max-shard-size", "20KB")
@@ -128,9 +120,7 @@ def test_merge_and_export(typed, tiny, tuned):
     ("arguments", "where"),
     [
         ("compose a b sum --weights 1.0;x", "where: --weights"),
-        ("compose a b sum --weights 1,2,3", "where: --weights"),
         ("compose a c sum", "where: c"),
-        ("compose a b b", "where: OUTPUT"),
         ("compress a small --keep 0.5", "where: --keep"),
         ("compress a small --method zip", "'--method'"),
         ("graft a b none", "where: graft"),

@@ -151,7 +151,7 @@ def _replace(weight: nn.Parameter, index: Tensor, values: Tensor) -> Tensor:
     """Write [n] values at flat indices; returns what they were before."""
     flat, index = weight.data.view(-1), index.to(weight.device)
     before = flat[index]
-    flat[index] = values.to(weight.device)
+    flat.index_copy_(0, index, values.to(weight.device))
     return before
 
 

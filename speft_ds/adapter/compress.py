@@ -30,7 +30,7 @@ class Largest:
 
     Args:
         stream: starts a pass: [n] finite fp32 values at a time.
-        k: how many to take, at least 1; all, where the stream has fewer.
+        k: how many to take, at least 1, and at most as many as there are.
     """
 
     def __init__(self, stream: Callable[[], Iterable[Tensor]], k: int):
@@ -60,9 +60,9 @@ def _histogram(tensors: Iterable[Tensor], digit: Callable[[Tensor], Tensor]) -> 
 
 
 def _digit(histogram: Tensor, k: int) -> tuple[int, int]:
-    """The digit of the k-th value from above (the lowest, of fewer), and how many values lie above it."""
+    """The digit of the k-th value from above, and how many values lie above it."""
     at_least = histogram.flip(0).cumsum(0).flip(0)
-    digit = max(int((at_least >= k).sum()) - 1, 0)
+    digit = int((at_least >= k).sum()) - 1
     return digit, int(at_least[digit] - histogram[digit])
 
 

@@ -11,7 +11,7 @@ their size, as the densest one: the others are filled up with values that change
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +36,8 @@ NO_CHANGE = -0.0  # x + (-0.0) is x, also where x is -0.0
 class Exported:
     """What was written: the adapter's entries, and `num_padding` more so that the counts fit one sparsity.
 
-    `num_rounded` entries PEFT's sums, in the dtype of the run, do not turn into the trained value; it is None
-    where the base was not cached.
+    At `num_rounded` entries PEFT's sums, in the dtype of the run, miss the trained value; None where the
+    base was not cached.
     """
 
     num_entries: int
@@ -79,8 +79,7 @@ def export_peft(adapter: str | Path, output: str | Path, base: str | Path | None
     with new_folder(output) as temporary:
         write_safetensors(temporary / PEFT_TENSORS, tensors, {"format": "pt"})
         write_json(temporary / "adapter_config.json", _config(opened, base, sparsity))
-    num_bytes = (output / PEFT_TENSORS).stat().st_size
-    return Exported(opened.num_entries, num_padding, num_bytes, num_rounded)
+    return Exported(opened.num_entries, num_padding, (output / PEFT_TENSORS).stat().st_size, num_rounded)
 
 
 def peft_count(numel: int, sparsity: float) -> int:
@@ -88,9 +87,8 @@ def peft_count(numel: int, sparsity: float) -> int:
     return int(numel * (1 - sparsity))
 
 
-def find_sparsity(counts: Iterable[tuple[int, int]]) -> float:
+def find_sparsity(counts: Sequence[tuple[int, int]]) -> float:
     """The largest sparsity with which every (count, numel) gets at least its count."""
-    counts = list(counts)
     sparsity = 1 - max((count / numel for count, numel in counts), default=0.5)
     while sparsity > 0 and any(peft_count(numel, sparsity) < count for count, numel in counts):
         sparsity = math.nextafter(sparsity, 0)

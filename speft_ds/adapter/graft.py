@@ -40,8 +40,7 @@ class TunedPair:
     """A base and the model that was tuned from it, compared a weight at a time.
 
     Attributes:
-        dtype: the one that the base is loaded in, and the adapter is for: bfloat16 where the base says so,
-            else float32.
+        dtype: of the base that the adapter is for: bfloat16 where its configuration says so, else float32.
         targets: names of the weights that an adapter may change, in model order, as in training.
         base_weight: weight name -> its values, as a run would load them.
     """
@@ -57,8 +56,7 @@ class TunedPair:
             raise UserError(what, "--target", "target layers of the decoder only")
         self.targets = list(targets)
         missing = [name for name in self.base.shape if name not in self.tuned.shape]
-        odd = missing or [n for n in self.targets if self.tuned.shape[n] != self.base.shape[n]]
-        if odd:
+        if odd := missing or [n for n in self.targets if self.tuned.shape[n] != self.base.shape[n]]:
             what = f"the models are of different architectures: {odd[0]}"
             raise UserError(what, f"{base} and {tuned}", "give a model and the one it was tuned from")
         for model in (self.base, self.tuned):

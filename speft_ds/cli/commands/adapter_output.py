@@ -100,9 +100,9 @@ def print_diff(a: Path, b: Path | None) -> None:
 def print_sizes(source: Path, compressed: Adapter, output: Path) -> None:
     """Print the entries and bytes of an adapter before and after it was compressed."""
     before = open_adapter(source)
-    share = compressed.num_bytes / before.num_bytes
+    share = f"{compressed.num_bytes / before.num_bytes:.1%} of the size"
     print(f"before: {before.num_entries:,} entries, {_size_text(before)}")
-    print(f"after: {compressed.num_entries:,} entries, {_size_text(compressed)} ({share:.1%} of the size)")
+    print(f"after: {compressed.num_entries:,} entries, {_size_text(compressed)} ({share})")
     print(f"  {output}")
 
 

@@ -7,11 +7,11 @@ import os
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from speft_ds import env
-from speft_ds.cli.launch_arguments import RANK_0_S, parse_arguments
 from speft_ds.comm import signals, watchdog
 from speft_ds.config.load_recipe import load_recipe, recipe_of
 from speft_ds.config.recipe import Job, Recipe, resolve
@@ -19,10 +19,29 @@ from speft_ds.env import rank, world_size
 from speft_ds.errors import UserError
 from speft_ds.jobs.preflight import check_inputs, resolve_offline
 from speft_ds.training.checkpoint import resume
-from speft_ds.training.checkpoint.resume import Start, as_override
+from speft_ds.training.checkpoint.resume import IF_ANY, NEWEST, Start, as_override
 from speft_ds.training.run_dir import RECIPE, check_output_dir, wait_for_lock
 
 EXIT_USER_ERROR = 2
+USAGE = {
+    "train": "--recipe RECIPE",
+    "score": "--recipe RECIPE",
+    "evaluate": "--run RUN | --model PATH --tasks A,B",
+}
+RANK_0_S = 3  # that the other ranks wait, so that rank 0 has said what is wrong when they exit
+MORE_HELP = """\
+where to look things up:
+  speft ls                  the recipes
+  speft schema mask         the keys of a section, or without it all: types, defaults, meaning
+  speft show quickstart     a recipe with every value, and where each comes from
+
+exit codes:
+  0    done
+  1    it failed inside: the traceback says where
+  2    something that you can fix: the message says what, where, and what to type
+  85   training was stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, with a checkpoint: --resume continues
+  130  Ctrl-C a second time: left at once
+"""
 
 
 def start(job: Job, manual: str) -> NoReturn:
@@ -42,7 +61,8 @@ def main(job: Job, arguments: argparse.Namespace) -> int:
     try:
         recipe, start = checked_start(job, arguments)
         if start.state == "finished":
-            _print_rank0(f"the run in {start.source} is finished: there is nothing to resume")
+            if rank() == 0:
+                print(f"the run in {start.source} is finished: there is nothing to resume", flush=True)
             return 0
         use_all_cores()
         if rank() != 0 or not sys.stderr.isatty():
@@ -89,7 +109,6 @@ def checked_start(job: Job, arguments: argparse.Namespace) -> tuple[Recipe, Star
     """The recipe of a job and where it starts (to evaluate: the adapter), both checked. Raises UserError."""
     if job == "evaluate":
         recipe, adapter = recipe_to_evaluate(arguments)
-        recipe = resolve(recipe, job=job, world_size=world_size())
         check_files(job, recipe, world_size())
         return recipe, Start(source=adapter)
     if job == "score" or arguments.resume is None:
@@ -120,8 +139,9 @@ def checked_recipe(job: Job, name_or_path: str, overrides: list[str], world_size
 
 def check_files(job: Job, recipe: Recipe, world_size: int) -> None:
     """Check the files of a recipe as far as the job reads them. Raises UserError."""
-    if note := resolve_offline(recipe):  # before the checks, which may import the hub's libraries
-        _print_rank0(note)
+    note = resolve_offline(recipe)  # before the checks, which may import the hub's libraries
+    if note and rank() == 0:
+        print(note, flush=True)
     check_inputs(recipe, job, world_size)
 
 
@@ -133,7 +153,8 @@ def recipe_to_evaluate(arguments: argparse.Namespace) -> tuple[Recipe, Path | No
         adapter = folder / "adapter"
         if not adapter.is_dir():
             raise UserError(f"{folder} has no adapter", "--run", "name the folder of a finished run")
-        recipe = load_recipe(str(folder / RECIPE), [as_override("output_dir", str(folder)), *overrides])
+        own = [as_override("output_dir", str(folder))]
+        recipe = load_recipe(str(folder / RECIPE), [*own, *overrides], name=folder.name)
     else:
         adapter = Path(arguments.adapter) if arguments.adapter else None
         # zero3_cpu on GPUs, too: the others differ in the reduction of gradients.
@@ -159,6 +180,81 @@ def use_all_cores() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local_ranks)))
 
 
-def _print_rank0(text: str) -> None:
-    if rank() == 0:
-        print(text, flush=True)
+# The command line
+
+
+class _Parser(argparse.ArgumentParser):
+    """Every rank has the same command line, so only rank 0 prints help and usage errors."""
+
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+        if rank() == 0:
+            super()._print_message(message, file)
+
+    def exit(self, status: int = 0, message: str | None = None) -> None:
+        if status and rank() != 0:
+            time.sleep(RANK_0_S)
+        super().exit(status, message)
+
+
+def parse_arguments(job: Job, manual: str) -> argparse.Namespace:
+    """The command line of this rank; `manual` is what --help says of the job."""
+    parser = _Parser(
+        usage=f"deepspeed [launcher options] launch/%(prog)s {USAGE[job]} [KEY=VALUE ...]",
+        description=manual,
+        epilog=MORE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if job == "evaluate":
+        _add_evaluate(parser)
+    else:  # `--resume runs/NAME` names a recipe, too
+        what = "a name (`speft ls`) or the path of a YAML file"
+        parser.add_argument("--recipe", required=job == "score", help=what)
+    if job == "train":
+        _add_resume(parser)
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to change")
+    words = sys.argv[1:]
+    for number, word in enumerate(words[1:]):
+        if words[number] == "--resume" and "=" in word and not os.path.exists(word):
+            words[number] = f"--resume={NEWEST}"  # a KEY=VALUE after it is not its path
+    arguments = parser.parse_intermixed_args(words)
+    if job == "evaluate" and arguments.adapter and arguments.model is None:
+        parser.error("--adapter goes with --model; a run has its own")
+    if job == "train" and arguments.resume is None:
+        if arguments.recipe is None:
+            parser.error("the following arguments are required: --recipe")
+        if arguments.resume_with:
+            parser.error("--resume-with goes with --resume")
+    return arguments
+
+
+def _add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=NEWEST,
+        metavar="PATH",
+        help="continue the run in the run folder from its newest complete checkpoint, or from the "
+        f"checkpoint or run folder of this path; `{IF_ANY}`: only if there is a run, else start one",
+    )
+    parser.add_argument(
+        "--resume-with",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a harmless change of the recipe to continue with; an error lists what needs it",
+    )
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", metavar="RUN", help="the folder of a finished run: its base and its adapter")
+    what.add_argument("--model", metavar="PATH", help="a model folder or hub id, with --adapter or as it is")
+    parser.add_argument("--adapter", metavar="PATH", help="an adapter of that model")
+    asked = partial(parser.add_argument, dest="asked", action="append", default=[])  # as overrides
+    asked(
+        "--tasks", type="eval.tasks=[{}]".format, metavar="A,B", help="lm-eval tasks; default: the recipe's"
+    )
+    asked("--num-fewshot", type="eval.num_fewshot={}".format, metavar="N", help="examples in each prompt")
+    asked("--limit", type="eval.limit={}".format, metavar="N", help="documents per task")

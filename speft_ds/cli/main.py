@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 import typer
 
 from speft_ds.cli.commands import adapters
-from speft_ds.cli.commands.copy_recipe import cp
-from speft_ds.cli.commands.list_recipes import ls
+from speft_ds.cli.commands.recipes import cp, ls, show
 from speft_ds.cli.commands.schema_reference import schema
-from speft_ds.cli.commands.show_recipe import show
+from speft_ds.cli.commands.submit import submit
+from speft_ds.cli.commands.validate import validate
+from speft_ds.cli.launch import EXIT_USER_ERROR
 from speft_ds.cli.options import Overrides, Ranks, RecipeName, examples
-from speft_ds.cli.start_ranks import default_ranks, fit_overrides, launch
+from speft_ds.cli.start_ranks import count_gpus, default_ranks, fit_overrides, launch
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.errors import UserError
 
@@ -38,15 +39,9 @@ command("schema", "speft schema mask.schedule", "speft schema mask", "speft sche
 )
 
 
-@command("validate", "speft validate quickstart", "speft validate quickstart mask.density=0.01 --ranks 2")
-def validate(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = None) -> None:
-    """Check a recipe, its model, its data and this machine, as far as that goes without training.
-
-    Every check says what it found; exits with 2 where something has to be fixed.
-    """
-    from speft_ds.cli.commands.validate import validate as run_checks  # late: it imports what only it needs
-
-    raise typer.Exit(run_checks(recipe, overrides or [], ranks))
+command("validate", "speft validate quickstart", "speft validate quickstart mask.density=0.01 --ranks 2")(
+    validate
+)
 
 
 @command(
@@ -123,7 +118,7 @@ def quickstart(
     prepare()
     if prepare_only:
         return
-    fitting = fit_overrides("quickstart", overrides, ranks or default_ranks())
+    fitting = fit_overrides("quickstart", overrides, ranks or default_ranks(count_gpus()))
     raise typer.Exit(launch("train", "quickstart", fitting, ranks))
 
 
@@ -138,48 +133,12 @@ def score(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = None) 
     raise typer.Exit(launch("score", recipe, overrides or [], ranks))
 
 
-@command(
+command(
     "submit",
     "speft submit llama2_13b_alpaca --nodes 2 --gpus-per-node 8 --time 12:00:00 --evaluate",
     "speft submit quickstart --nodes 2 --partition cpu --dry-run",
     'speft submit quickstart train.steps=40 --gpus-per-node 1 --sbatch "--constraint=a100"',
-)
-def submit(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="number of nodes")] = 1,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs per node, one rank per GPU")] = None,
-    ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="ranks on each node; default: one per GPU, or 1")
-    ] = None,
-    time: Annotated[str | None, typer.Option(help="time limit of a start, like 12:00:00")] = None,
-    partition: Annotated[str | None, typer.Option(help="where to run; `sinfo` lists them")] = None,
-    account: Annotated[str | None, typer.Option(help="who pays")] = None,
-    qos: Annotated[str | None, typer.Option(help="quality of service")] = None,
-    sbatch: Annotated[
-        list[str] | None, typer.Option(metavar="OPTION", help="any other of sbatch's options; repeatable")
-    ] = None,
-    resume_with: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="a harmless change of the recipe to go on with; repeatable"),
-    ] = None,
-    evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="a second job scores the finished run on eval.tasks")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the script, submit nothing")] = False,
-) -> None:
-    """Train as a SLURM job: check the recipe, write the script into the run folder, submit it.
-
-    Preempted, requeued or out of time, the job goes on from its last checkpoint; so does the same command.
-    """
-    from speft_ds.cli.commands.submit import Resources, Run, submit  # late: the others do not need it
-
-    given = {"time": time, "partition": partition, "account": account, "qos": qos}
-    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    ranks = ranks_per_node or gpus_per_node or 1
-    resources = Resources(nodes, ranks, gpus_per_node, (*options, *(sbatch or [])))
-    run = Run(recipe, tuple(overrides or ()), tuple(resume_with or ()))
-    submit(run, resources, evaluate, dry_run)
+)(submit)
 
 
 @command(
@@ -237,7 +196,7 @@ def main() -> None:
         app(prog_name="speft")
     except UserError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_USER_ERROR)
 
 
 if __name__ == "__main__":

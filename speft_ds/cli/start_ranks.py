@@ -17,13 +17,12 @@ from speft_ds.env import free_port
 from speft_ds.errors import UserError
 from speft_ds.training.run_dir import check_output_dir
 
-DEFAULT_CPU_RANKS = 2
 STOP_S = 35  # that a stopped launcher gives its ranks, and a little more
 
 
-def default_ranks() -> int:
+def default_ranks(num_gpus: int) -> int:
     """One rank per GPU, or two on a machine without GPUs."""
-    return count_gpus() or DEFAULT_CPU_RANKS
+    return num_gpus or 2
 
 
 def launch(job: Job, recipe: str, overrides: list[str], ranks: int | None) -> int:
@@ -35,7 +34,7 @@ def launch(job: Job, recipe: str, overrides: list[str], ranks: int | None) -> in
         UserError: the recipe or its files are wrong; nothing is started then.
     """
     num_gpus = count_gpus()
-    world_size = ranks or num_gpus or DEFAULT_CPU_RANKS
+    world_size = ranks or default_ranks(num_gpus)
     check_output_dir(checked_recipe(job, recipe, overrides, world_size))
     # With GPUs and no --ranks, the launcher itself takes every GPU that it may see.
     num_gpus_flag = [] if num_gpus and ranks is None else ["--num_gpus", str(world_size)]
@@ -43,7 +42,10 @@ def launch(job: Job, recipe: str, overrides: list[str], ranks: int | None) -> in
     # The launcher's own port is always the same: a second run on the machine would find it taken.
     command = [find_deepspeed(), *num_gpus_flag, "--master_port", str(free_port()), *script]
     print(f"$ {shlex.join(command)}", flush=True)
-    return run_to_end(command, _environment(num_gpus))
+    # DeepSpeed compiles a small op on its first start and looks for ninja on the PATH.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    accelerator = {} if num_gpus else {"DS_ACCELERATOR": "cpu"}
+    return run_to_end(command, {**os.environ, "PATH": path, **accelerator})
 
 
 def fit_overrides(name: str, overrides: list[str], world_size: int) -> list[str]:
@@ -51,23 +53,18 @@ def fit_overrides(name: str, overrides: list[str], world_size: int) -> list[str]
     recipe = load_recipe(name, overrides)
     given = {text.partition("=")[0] for text in overrides}
     if "output_dir" not in given:
-        folder = _free_folder(recipe.output_dir)
+        folder, number = Path(recipe.output_dir), 1
+        while folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            number += 1
+            folder = Path(f"{recipe.output_dir}-{number}")
         overrides = [f"output_dir={folder}", *overrides]
-        if folder != recipe.output_dir:
+        if number > 1:
             print(f"{recipe.output_dir} is not empty: this run goes to {folder}")
     micro = recipe.train.shared_micro_batch(world_size)
     if "train.micro_batch" not in given and micro != recipe.train.micro_batch:
         overrides = [*overrides, f"train.micro_batch={micro}"]
         print(f"for {world_size} ranks: train.micro_batch={micro}")
     return overrides
-
-
-def _free_folder(folder: str) -> str:
-    candidate, number = Path(folder), 1
-    while candidate.exists() and not (candidate.is_dir() and not any(candidate.iterdir())):
-        number += 1
-        candidate = Path(f"{folder}-{number}")
-    return str(candidate)
 
 
 def count_gpus() -> int:
@@ -89,15 +86,6 @@ def find_deepspeed() -> str:
     if found is None:
         raise UserError("the deepspeed launcher is not installed", sys.prefix, "pip install deepspeed")
     return found
-
-
-def _environment(num_gpus: int) -> dict[str, str]:
-    env = dict(os.environ)
-    # DeepSpeed compiles a small op on its first start and looks for ninja on the PATH.
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
-    if not num_gpus:
-        env["DS_ACCELERATOR"] = "cpu"
-    return env
 
 
 def run_to_end(command: list[str], env: dict[str, str]) -> int:

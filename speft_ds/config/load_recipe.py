@@ -140,17 +140,17 @@ def find_recipe(name_or_path: str, beside: Path | None = None, where: str | None
     Raises:
         RecipeError: there is none of this name, or none that could be extended.
     """
-    path = Path(expand_path(name_or_path))
+    path = (beside or Path()) / expand_path(name_or_path)
     if not is_path(name_or_path):
         path = RECIPES_DIR / f"{name_or_path}.yaml"
         if not path.is_file():
             fix = did_you_mean(name_or_path, list_recipes())
             missing = UserError(f"there is no recipe {name_or_path!r}", where or shown(RECIPES_DIR), fix)
             raise RecipeError([missing], "recipe")
-    elif beside is not None and not (beside / path).is_file():
+    elif beside is not None and not path.is_file():
         fix = "a path starts at the folder of the recipe that extends it; a name is looked for in recipes/"
         raise RecipeError([UserError(f"no recipe file {name_or_path}", where, fix)], "recipe")
-    return beside / path if beside else path
+    return path
 
 
 def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> _Draft:

@@ -6,16 +6,15 @@ from collections.abc import Iterator
 from typing import Literal
 
 import pydantic
-from pydantic import BaseModel, ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from speft_ds.config.data_config import DataConfig
 from speft_ds.config.eval_config import EvalConfig
 from speft_ds.config.mask_config import MaskConfig
 from speft_ds.config.model_config import DeepSpeedSection, ModelConfig
-from speft_ds.config.optimizer_config import OptimizerConfig
 from speft_ds.config.section import ConfigSection, FilePath, Index, broken_rule
-from speft_ds.config.train_config import TrainConfig
+from speft_ds.config.train_config import OptimizerConfig, TrainConfig
 
 Job = Literal["train", "score", "evaluate"]
 
@@ -133,8 +132,7 @@ def resolve(recipe: Recipe, *, job: Job, world_size: int, fits_micro_batch: bool
 
     A score's run folder is runs/<recipe>-score-<salience>, unless one was chosen. With `fits_micro_batch`
     (`--resume`), training takes a micro-batch that this many ranks can share; what is learnt stays the
-    same. The checks before a run refuse what does not fit all the same. `model.dtype: auto` is left to the
-    ranks (`model/dtype.py`).
+    same. `model.dtype: auto` is left to the ranks (`model/dtype.py`).
     """
     changes: dict[str, object] = {}
     if job == "score" and not recipe.is_given("output_dir"):
@@ -145,15 +143,17 @@ def resolve(recipe: Recipe, *, job: Job, world_size: int, fits_micro_batch: bool
     return recipe.model_copy(update=changes) if changes else recipe
 
 
-def _walk(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel] | None, FieldInfo]]:
-    """Every key below a section in order: its name in full, its class where it is a section, its field."""
-    for name, field in cls.model_fields.items():
-        nested = field.annotation if isinstance(field.annotation, type) else None
-        section = nested if nested is not None and issubclass(nested, BaseModel) else None
-        yield prefix + name, section, field
-        if section is not None:
-            yield from _walk(section, f"{prefix}{name}.")
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, ConfigSection)
 
 
-SECTIONS = {key: section for key, section, _ in _walk(Recipe) if section is not None}
-FIELDS = {key: field for key, section, field in _walk(Recipe) if section is None and key != "name"}
+def _walk(section: type[ConfigSection], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every field below a section in order, by its key in full."""
+    for name, field in section.model_fields.items():
+        yield prefix + name, field
+        if _is_section(field):
+            yield from _walk(field.annotation, f"{prefix}{name}.")
+
+
+SECTIONS = {key: field.annotation for key, field in _walk(Recipe) if _is_section(field)}
+FIELDS = {key: field for key, field in _walk(Recipe) if key not in SECTIONS and key != "name"}

@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -44,12 +43,9 @@ def compare(paths: list[Path], output: Path | None) -> None:
         paths: two or more of: a mask file, a folder with one, an adapter folder, a run folder.
         output: the PNG to write, if any.
     Raises:
-        UserError: nothing to compare, an unreadable file, masks over different models, an output that
+        UserError: an unreadable file, masks over different models, an output that
             cannot be written.
     """
-    if len(paths) < 2:
-        fix = f"name another: speft compare-masks {' '.join(map(str, paths))} runs/other/mask.safetensors"
-        raise UserError("one mask has nothing to be compared with", "command line", fix)
     sources = [read_source(path) for path in paths]
     for one, other in combinations(sources, 2):
         check_same_model(one, other)
@@ -81,16 +77,11 @@ def read_source(path: Path) -> MaskSource:
     if found.name == ADAPTER_FILE:
         adapter = Adapter.open(found.parent)
         mask, facts = Mask({n: adapter.entries(n)[0] for n in adapter.names}, adapter.shape), adapter.facts
-        num_elements = _known(facts.get("mask") or {}, "num_target_elements", int)
+        num_elements = (facts.get("mask") or {}).get("num_target_elements")
     else:
         mask, facts = read_mask(found)
         num_elements = mask.num_target_elements
-    return MaskSource(found, mask, num_elements, _known(facts, "fingerprint_bfloat16", str))
-
-
-def _known(facts: dict, key: str, kind: type) -> Any:
-    """A fact, or None where a file lacks it or has something else in its place."""
-    return facts[key] if isinstance(facts.get(key), kind) else None
+    return MaskSource(found, mask, num_elements, facts.get("fingerprint_bfloat16"))
 
 
 def check_same_model(a: MaskSource, b: MaskSource) -> None:
@@ -112,19 +103,12 @@ def check_same_model(a: MaskSource, b: MaskSource) -> None:
 
 def short_names(paths: list[Path]) -> list[str]:
     """A name for each path: `runs/snip/mask.safetensors` -> `snip`, or more where that is not enough."""
-    full = [Path(os.path.abspath(path)).parts for path in paths]
-    short = [_without_usual_names(parts) for parts in full]
+    full = short = [Path(os.path.abspath(path)).parts for path in paths]
+    for usual in (MASK_FILE, ADAPTER_FILE, "adapter"):  # the names that every run has
+        short = [parts[:-1] if len(parts) > 1 and parts[-1] == usual else parts for parts in short]
     # A run's mask and its adapter would have one short name.
     parts = short if len(set(short)) == len(set(full)) else full
     return [str(Path(*tail)) for tail in unique_tails(parts)]
-
-
-def _without_usual_names(parts: tuple[str, ...]) -> tuple[str, ...]:
-    """Path parts without the file and folder names that every run has."""
-    for usual in (MASK_FILE, ADAPTER_FILE, "adapter"):
-        if len(parts) > 1 and parts[-1] == usual:
-            parts = parts[:-1]
-    return parts
 
 
 def _matrix_table(sources: list[MaskSource], names: list[str], matrix: list[list[float]]) -> Table:

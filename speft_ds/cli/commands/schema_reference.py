@@ -1,7 +1,6 @@
 """`speft schema`: the keys of a recipe with type, default and meaning, from pydantic's JSON schema."""
 
 import json
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -10,15 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from speft_ds.cli.commands.show_recipe import in_line
+from speft_ds.cli.commands.recipes import in_line
 from speft_ds.config.load_recipe import EXTENDS, guess_key
 from speft_ds.config.recipe import FIELDS, SECTIONS, Recipe
 from speft_ds.config.section import rules_of
 from speft_ds.errors import UserError
 
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-REQUIRED = "required"
-TYPES = {"integer": "integer", "number": "number", "string": "text", "null": "null"}
+TYPES = {"integer": "integer", "number": "number", "string": "text"}
 
 
 def schema(
@@ -56,33 +54,23 @@ def json_schema() -> dict[str, Any]:
 def keys() -> dict[str, dict[str, Any]]:
     """Every key and its JSON schema; those of a mixture's sources are like data.mixture[].path."""
     schema = json_schema()
-    return dict(_below(schema, "", schema["$defs"]))
-
-
-def _below(node: dict[str, Any], prefix: str, defs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, found in node["properties"].items():
-        key = f"{prefix}{name}"
-        if key in SECTIONS:
-            yield from _below(defs[SECTIONS[key].__name__], f"{key}.", defs)
-            continue
-        parent = key.partition("[]")[0]
-        about = {"description": f"as {parent.rpartition('.')[0]}.{name}"} if parent != key else {}
-        is_required = name in node.get("required", ()) or (key in FIELDS and FIELDS[key].is_required())
-        yield key, {**about, **found, "required": is_required}
-        items = next((option["items"] for option in options(found) if "items" in option), {})
-        if "$ref" in items:
-            yield from _below(defs[items["$ref"].rpartition("/")[2]], f"{key}[].", defs)
-
-
-def options(node: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a key may be, where that is one of several."""
-    return node.get("anyOf", [node])
+    definitions, found = schema["$defs"], {EXTENDS: schema["properties"][EXTENDS]}
+    for key, field in FIELDS.items():
+        section, _, name = key.rpartition(".")
+        node = definitions[SECTIONS[section].__name__] if section else schema
+        found[key] = {**node["properties"][name], "required": field.is_required()}
+        if key == "data.mixture":
+            for name, own in definitions["Source"]["properties"].items():
+                required = name in definitions["Source"]["required"]
+                found[f"{key}[].{name}"] = {"description": f"as data.{name}", **own, "required": required}
+    return found
 
 
 def kind_of(node: dict[str, Any]) -> str:
     """The type in words, with what a value must hold to, or the choices."""
-    kinds = [_kind(option) for option in options(node)]
-    return " or ".join(kind for kind in kinds if kind != "null") + (", or null" if "null" in kinds else "")
+    options = node.get("anyOf", [node])
+    kinds = [_kind(option) for option in options if option.get("type") != "null"]
+    return " or ".join(kinds) + (", or null" if len(kinds) < len(options) else "")
 
 
 def _kind(node: dict[str, Any]) -> str:
@@ -101,9 +89,10 @@ def _kind(node: dict[str, Any]) -> str:
 def rules(key: str) -> list[str]:
     """The rules between this key and others of its section."""
     section, _, name = key.rpartition(".")
+    fields = SECTIONS[section].model_fields if section in SECTIONS else {}
     return [
         rule.describe(section, other)
-        for other, field in (SECTIONS[section].model_fields if section in SECTIONS else {}).items()
+        for other, field in fields.items()
         for rule in rules_of(field)
         if name in (other, rule.other)
     ]
@@ -115,33 +104,31 @@ def print_reference(console: Console, wanted: str | None = None) -> None:
     Raises:
         UserError: there is no such key.
     """
-    wanted, everything = (wanted or "").rstrip("."), keys()
+    wanted = (wanted or "").rstrip(".")
     below = (f"{wanted}.", f"{wanted}[") if wanted else ""
-    shown = [key for key in everything if key == wanted or key.startswith(below)]
+    shown = {key: node for key, node in keys().items() if key == wanted or key.startswith(below)}
     if not shown:
         raise UserError(f"unknown key {wanted}", "command line", guess_key(wanted))
-    rows = {key: _row(everything[key]) for key in shown}
-    for section in dict.fromkeys(map(_parent, shown)) if console.is_terminal else ():
-        table = Table("key", "type", "default", "meaning", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        table.columns[0].no_wrap, table.columns[0].style = True, "cyan"
-        for key in (key for key in shown if _parent(key) == section):
-            table.add_row(key.removeprefix(f"{section}."), *map(Text, rows[key]))
+    tables: dict[str, Table] = {}
+    for key, node in shown.items():
+        section, _, name = key.rpartition(".")
+        is_required, kind, meaning = node.get("required"), kind_of(node), node["description"]
+        default = "required" if is_required else in_line(node.get("default"))
+        if console.is_terminal:
+            tables.setdefault(section, _empty_table()).add_row(name, Text(kind), Text(default), Text(meaning))
+        else:
+            default = default if is_required else f"default {default}"
+            console.print(Text(f"{key} ({kind}; {default}): {meaning}"), soft_wrap=True)
+    for section, table in tables.items():
         console.print(Text(_title(section), "bold"), table, "", sep="\n")
-    for key, (kind, default, meaning) in rows.items() if not console.is_terminal else ():
-        default = default if default == REQUIRED else f"default {default}"
-        console.print(Text(f"{key} ({kind}; {default}): {meaning}"), soft_wrap=True)
     for rule in rules(wanted):
         console.print(Text(f"  {rule}"), soft_wrap=not console.is_terminal)
 
 
-def _row(node: dict[str, Any]) -> tuple[str, str, str]:
-    """Type, default and meaning of a key."""
-    default = REQUIRED if node["required"] else in_line(node.get("default"))
-    return kind_of(node), default, node["description"]
-
-
-def _parent(key: str) -> str:
-    return key.rpartition(".")[0]
+def _empty_table() -> Table:
+    table = Table("key", "type", "default", "meaning", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.columns[0].no_wrap, table.columns[0].style = True, "cyan"
+    return table
 
 
 def _title(section: str) -> str:

@@ -7,10 +7,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from speft_ds.cli.launch import check_files
+from speft_ds.cli.options import Overrides, RecipeName
 from speft_ds.config.deepspeed_config import batch_problems
 from speft_ds.config.load_recipe import ROOT, load_recipe
 from speft_ds.config.recipe import Recipe
@@ -20,76 +23,59 @@ from speft_ds.training.checkpoint.resume import IF_ANY, Resume, Start, find_star
 TRAIN, EVALUATE = "submit.sbatch", "slurm-evaluate.sbatch"  # in the run folder: names that a run leaves alone
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What a job asks of the cluster; `options` are sbatch's own."""
+def submit(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="number of nodes")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs per node, one rank per GPU")] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="ranks on each node; default: one per GPU, or 1")
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="time limit of a start, like 12:00:00")] = None,
+    partition: Annotated[str | None, typer.Option(help="where to run; `sinfo` lists them")] = None,
+    account: Annotated[str | None, typer.Option(help="who pays")] = None,
+    qos: Annotated[str | None, typer.Option(help="quality of service")] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(metavar="OPTION", help="any other of sbatch's options; repeatable")
+    ] = None,
+    resume_with: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="a harmless change of the recipe to go on with; repeatable"),
+    ] = None,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="a second job scores the finished run on eval.tasks")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the script, submit nothing")] = False,
+) -> None:
+    """Train as a SLURM job: check the recipe, write the script into the run folder, submit it.
 
-    nodes: int
-    ranks_per_node: int
-    gpus_per_node: int | None = None
-    options: tuple[str, ...] = ()
-
-    def lines(self) -> list[str]:
-        gpus = [] if self.gpus_per_node is None else [f"--gpus-per-node={self.gpus_per_node}"]
-        return [f"--nodes={self.nodes}", f"--ntasks-per-node={self.ranks_per_node}", *gpus, *self.options]
-
-    @property
-    def world_size(self) -> int:
-        return self.nodes * self.ranks_per_node
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a job trains: the arguments of launch/train.py."""
-
-    recipe: str
-    overrides: tuple[str, ...] = ()
-    resume_with: tuple[str, ...] = ()
-
-    def words(self) -> list[str]:
-        changes = [word for text in self.resume_with for word in ("--resume-with", text)]
-        return [self.recipe, *self.overrides, *changes]
-
-
-def submit(run: Run, resources: Resources, evaluate: bool, dry_run: bool) -> None:
-    """Write the job script of a run into its folder, submit it, and say how to watch it.
-
-    Args:
-        evaluate: submit a second job, which scores the run once the first has succeeded.
-        dry_run: print the scripts; nothing is written or submitted, and the files of the run are not checked.
-    Raises:
-        UserError: recipe, options or cluster are not right; the message says what is submitted all the same.
+    Preempted, requeued or out of time, the job goes on from its last checkpoint; so does the same command.
     """
-    for option in resources.options:
-        if not option.startswith("-") or "\n" in option:
-            fix = 'like --sbatch "--constraint=a100", once per option'
-            raise UserError(f"{option!r} is not an option of sbatch", "command line (--sbatch)", fix)
-    recipe = load_recipe(run.recipe, [*run.overrides, *run.resume_with])
-    with contextlib.redirect_stdout(sys.stderr):  # its note, since the script may go into a pipe
-        recipe = fit_micro_batch(recipe, resources.world_size)
-    if problems := batch_problems(recipe, resources.world_size):
-        raise RecipeError(problems, f"recipe {recipe.name}")
-    if evaluate and not recipe.eval.tasks:
-        fix = "name some, eval.tasks=[arc_easy], or leave --evaluate out"
-        raise UserError("there is no task to evaluate", recipe.where("eval.tasks"), fix)
-    folder = Path(recipe.output_dir).absolute()
-    scripts = {TRAIN: job_script(recipe.name, "train", folder, run.words(), resources)}
+    overrides, changes = overrides or [], resume_with or []
+    ranks = ranks_per_node or gpus_per_node or 1
+    given = {"nodes": nodes, "ntasks-per-node": ranks, "gpus-per-node": gpus_per_node, "time": time}
+    given |= {"partition": partition, "account": account, "qos": qos}
+    options = [f"--{name}={value}" for name, value in given.items() if value is not None] + (sbatch or [])
+    checked = _checked_recipe(recipe, [*overrides, *changes], options, nodes * ranks, evaluate)
+    folder = Path(checked.output_dir).absolute()
+    words = [recipe, *overrides, *(word for text in changes for word in ("--resume-with", text))]
+    scripts = {TRAIN: job_script(checked.name, "train", folder, words, options)}
     if evaluate:
-        scripts[EVALUATE] = job_script(f"{recipe.name}-eval", "eval", folder, [str(folder)], resources)
+        scripts[EVALUATE] = job_script(f"{checked.name}-eval", "eval", folder, [str(folder)], options)
     if dry_run:
         print("\n".join(scripts.values()), end="")
         return
-    start = _checked_start(recipe, run, resources)
+    start = _checked_start(checked, changes, nodes * ranks)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in scripts.items():
         (folder / name).write_text(text, encoding="utf-8")
     job = _sbatch(folder / TRAIN)
     resumed = f", continuing from {start.checkpoint.path}" if start.checkpoint else ""
-    print(f"job {job}: {recipe.name} on {resources.nodes} x {resources.ranks_per_node} ranks{resumed}")
-    print(f"  script    {folder / TRAIN}")
-    print(f"  log       tail -F {shlex.quote(str(folder / f'slurm-{job}.out'))}")
-    print(f"  watch     squeue --job={job}")
     print(
+        f"job {job}: {checked.name} on {nodes} x {ranks} ranks{resumed}\n"
+        f"  script    {folder / TRAIN}\n"
+        f"  log       tail -F {shlex.quote(str(folder / f'slurm-{job}.out'))}\n"
+        f"  watch     squeue --job={job}\n"
         f"  stop      scancel {job}   (it writes a checkpoint; the same `speft submit` continues from there)"
     )
     if evaluate:
@@ -98,20 +84,39 @@ def submit(run: Run, resources: Resources, evaluate: bool, dry_run: bool) -> Non
         print(f"  evaluate  job {second}, after it")
 
 
-def _checked_start(recipe: Recipe, run: Run, resources: Resources) -> Start:
+def _checked_recipe(
+    name: str, overrides: list[str], options: list[str], world_size: int, evaluate: bool
+) -> Recipe:
+    """The recipe, and what is wrong on the command line whatever its files are. Raises UserError."""
+    for option in options:
+        if not option.startswith("-") or "\n" in option:
+            fix = 'like --sbatch "--constraint=a100", once per option'
+            raise UserError(f"{option!r} is not an option of sbatch", "command line (--sbatch)", fix)
+    recipe = load_recipe(name, overrides)
+    with contextlib.redirect_stdout(sys.stderr):  # its note, since the script may go into a pipe
+        recipe = fit_micro_batch(recipe, world_size)
+    if problems := batch_problems(recipe, world_size):
+        raise RecipeError(problems, f"recipe {recipe.name}")
+    if evaluate and not recipe.eval.tasks:
+        fix = "name some, eval.tasks=[arc_easy], or leave --evaluate out"
+        raise UserError("there is no task to evaluate", recipe.where("eval.tasks"), fix)
+    return recipe
+
+
+def _checked_start(recipe: Recipe, changes: list[str], world_size: int) -> Start:
     """What the job would find out after its time in the queue. Raises UserError."""
     if shutil.which("sbatch") is None:
         fix = "submit on a login node of the cluster; to see the script: speft submit ... --dry-run"
         raise UserError("there is no sbatch on this machine", "PATH", fix)
-    start = find_start(recipe, Resume(IF_ANY, run.resume_with))
+    start = find_start(recipe, Resume(IF_ANY, tuple(changes)))
     if start.state == "finished":
         fix = f"choose another, output_dir={recipe.output_dir}-2"
         raise UserError(f"the run in {recipe.output_dir} is finished", recipe.where("output_dir"), fix)
-    check_files("train", recipe, resources.world_size)
+    check_files("train", recipe, world_size)
     return start
 
 
-def job_script(job: str, kind: str, folder: Path, arguments: list[str], resources: Resources) -> str:
+def job_script(job: str, kind: str, folder: Path, arguments: list[str], options: list[str]) -> str:
     """A batch script: this machine's paths and the resources, around launch/slurm/<kind>.sbatch.
 
     Args:
@@ -119,6 +124,7 @@ def job_script(job: str, kind: str, folder: Path, arguments: list[str], resource
         kind: train or eval.
         folder: the run folder, where the log goes.
         arguments: of that script.
+        options: sbatch's.
     """
     script = ROOT / "launch" / "slurm" / f"{kind}.sbatch"
     own = re.findall(r"^#SBATCH (--(?!job-name).*)", script.read_text(encoding="utf-8"), re.MULTILINE)
@@ -130,7 +136,7 @@ def job_script(job: str, kind: str, folder: Path, arguments: list[str], resource
     lines = [
         "#!/usr/bin/env bash",
         "# Written by `speft submit`; sbatch takes it again.",
-        *(f"#SBATCH {option}" for option in [*map(shlex.quote, named), *own, *resources.lines()]),
+        *(f"#SBATCH {option}" for option in [*map(shlex.quote, named), *own, *options]),
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         f"exec bash {shlex.join([str(script), *arguments])}",
     ]

@@ -1,28 +1,27 @@
 """`speft validate`: all that can be known of a recipe before GPUs are taken, check by check.
 
 The checks of `jobs.preflight` come first, then what a launched job finds out later. What needs torch comes
-last, and only where nothing is missing.
+last, and only where nothing is missing. Imports no torch before.
 """
-
-from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import typer
 from rich.console import Console
 
 from speft_ds import hub
+from speft_ds.cli.launch import EXIT_USER_ERROR
+from speft_ds.cli.options import Overrides, Ranks, RecipeName
 from speft_ds.cli.start_ranks import count_gpus, default_ranks
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.config.recipe import FIELDS, Recipe
-from speft_ds.data.dataset_cache import classes_of
 from speft_ds.data.formats import EmptyRow, make_example
 from speft_ds.data.readers import iterate_rows
-from speft_ds.data.tokenize import Encoder, load_tokenizer
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.jobs.preflight import CHECKS, resolve_offline
 from speft_ds.training.checkpoint.folder import checkpoint_entry, num_checkpoints
@@ -30,7 +29,6 @@ from speft_ds.training.run_dir import check_output_dir
 
 NUM_ROWS = 3
 OK, NOTE, PROBLEM, SKIPPED = "[green]✓[/green]", "[yellow]![/yellow]", "[red]✗[/red]", "-"
-EXIT_PROBLEM = 2
 Found = tuple[str, str]  # a mark, and what was found
 
 
@@ -72,6 +70,9 @@ def gpus_found(recipe: Recipe, num_ranks: int) -> Found:
 
 def rows_found(recipe: Recipe, num_ranks: int) -> Found:
     """The first rows of each source as the model sees them."""
+    from speft_ds.data.dataset_cache import classes_of  # late: they import numpy
+    from speft_ds.data.tokenize import Encoder, load_tokenizer
+
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
     encoder = Encoder(tokenizer, recipe.data.max_length, recipe.data.long_rows)
     classes, classify = classes_of(recipe.data), recipe.model.task == "sequence_classification"
@@ -117,7 +118,7 @@ def targets_found(recipe: Recipe, num_ranks: int) -> Found:
     )
 
 
-FOUND: dict[str, Callable[[Recipe, int], Found]] = {
+CHECKED: dict[str, Callable[[Recipe, int], Found]] = {
     "recipe": keys_found,
     **{title: partial(input_found, title) for title in CHECKS},
     "run folder": run_folder_found,
@@ -128,44 +129,49 @@ FOUND: dict[str, Callable[[Recipe, int], Found]] = {
 NEEDED = {"rows as the model sees them": ("model", "data"), "targets and disk": ("model", "mask")}
 
 
-def validate(name_or_path: str, overrides: list[str], num_ranks: int | None = None) -> int:
-    """Run and print every check; returns the exit code, 2 where something has to be fixed."""
-    console = Console(highlight=False, soft_wrap=True)
+def validate(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = None) -> None:
+    """Check a recipe, its model, its data and this machine, as far as that goes without training.
+
+    Every check says what it found; exits with 2 where something has to be fixed.
+    """
+    console, overrides = Console(highlight=False, soft_wrap=True), overrides or []
     try:
-        recipe = load_recipe(name_or_path, overrides)
+        loaded = load_recipe(recipe, overrides)
     except RecipeError as error:
-        _print(console, "1. recipe", PROBLEM, name_or_path, error.problems)
-        return _verdict(console, len(error.problems), "")
+        _print(console, "1. recipe", PROBLEM, recipe, error.problems)
+        num_problems = len(error.problems)
+    else:
+        num_problems = _print_checks(console, loaded, ranks or default_ranks(count_gpus()))
+    if num_problems:
+        console.print(f"[red]{num_problems} problem{'' if num_problems == 1 else 's'} to fix[/red]")
+        raise typer.Exit(EXIT_USER_ERROR)
+    command = shlex.join(["deepspeed", "launch/train.py", "--recipe", recipe, *overrides])
+    console.print("[green]ready[/green]; ", end="")
+    console.print(f"start it: {command}", markup=False)
+
+
+def _print_checks(console: Console, recipe: Recipe, num_ranks: int) -> int:
+    """Run and print every check; returns the number of problems."""
     if note := resolve_offline(recipe):
         console.print(note, markup=False)
     marks, num_problems = {}, 0
-    num_ranks = num_ranks or default_ranks()
-    for number, (title, find) in enumerate(FOUND.items(), 1):
+    for number, (title, find) in enumerate(CHECKED.items(), 1):
         problems, needed = [], NEEDED.get(title, ())
         try:
-            is_skipped = any(marks[other] != OK for other in needed)
-            skipped = (SKIPPED, f"needs the {' and the '.join(needed)}")
-            marks[title], found = skipped if is_skipped else find(recipe, num_ranks)
+            if all(marks[other] == OK for other in needed):
+                marks[title], found = find(recipe, num_ranks)
+            else:
+                marks[title], found = SKIPPED, f"needs the {' and the '.join(needed)}"
         except UserError as error:
             marks[title], found = PROBLEM, ""
             problems = error.problems if isinstance(error, RecipeError) else [error]
         _print(console, f"{number}. {title}", marks[title], found, problems)
         num_problems += len(problems)
-    command = shlex.join(["deepspeed", "launch/train.py", "--recipe", name_or_path, *overrides])
-    return _verdict(console, num_problems, f"start it: {command}")
+    return num_problems
 
 
-def _print(console: Console, title: str, mark: str, found: str, problems: list[UserError]) -> None:
+def _print(console: Console, title: str, mark: str, found: str, problems: Sequence[UserError]) -> None:
     console.print(f"{mark} {title}:", end=" ")
     console.print(found, markup=False)
     for line in "\n".join(map(str, problems)).splitlines():
         console.print(f"     {line}", markup=False)
-
-
-def _verdict(console: Console, num_problems: int, otherwise: str) -> int:
-    if num_problems:
-        console.print(f"[red]{num_problems} problem{'' if num_problems == 1 else 's'} to fix[/red]")
-        return EXIT_PROBLEM
-    console.print("[green]ready[/green]; ", end="")
-    console.print(otherwise, markup=False)
-    return 0

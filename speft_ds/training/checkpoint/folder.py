@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speft_ds.config.optimizer_config import ADAMW
 from speft_ds.config.recipe import Recipe
-from speft_ds.config.train_config import TrainConfig
+from speft_ds.config.train_config import ADAMW, TrainConfig
 from speft_ds.errors import UserError
 from speft_ds.io import flush_to_disk, replacing, sha256_of, write_json
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import typer
 
-from speft_ds.cli import launch_arguments
+from speft_ds.cli import launch
 from speft_ds.cli import main as cli
 from speft_ds.config.load_recipe import ROOT, load_recipe
-from unit.commands import speft
+from unit.commands import run
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -20,11 +20,11 @@ COMMANDS = typer.main.get_command(cli.app).commands
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_examples(command):
-    done = speft(command, "--help")
-    assert done.returncode == 0 and done.stderr == ""
-    examples = examples_of(COMMANDS[command].epilog)
-    assert len(examples) >= 2 and all(example in done.stdout for example in examples)
+def test_every_command_has_help_with_examples(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(monkeypatch, command, "--help") == 0
+    shown, examples = capsys.readouterr().out, examples_of(COMMANDS[command].epilog)
+    assert len(examples) >= 2 and all(example in shown for example in examples)
     assert all(parameter.help for parameter in COMMANDS[command].params)
 
 
@@ -41,6 +41,10 @@ def shell_blocks(markdown):
 
 HELP_TEXTS = [command.epilog for command in COMMANDS.values()]
 SCRIPTS = [(ROOT / "launch" / f"{job}.py").read_text() for job in ("train", "score", "evaluate")]
+READMES = [ROOT / page for page in ("README.md", "recipes/README.md", "launch/README.md")]
+PAGES = [shell_blocks(page.read_text()) for page in [*READMES, *(ROOT / "docs").glob("*.md")]]
+TEXTS = [command.epilog for command in COMMANDS.values()]
+SCRIPTS = [(ROOT / "launch" / f"{job}.py").read_text() for job in ("train", "score", "evaluate")]
 READMES = [
     ROOT / "README.md",
     ROOT / "recipes/README.md",
@@ -48,11 +52,12 @@ READMES = [
     *(ROOT / "docs").glob("*.md"),
 ]
 PAGES = [shell_blocks(page.read_text()) for page in READMES]
-TEXTS = [*HELP_TEXTS, *SCRIPTS, *PAGES, launch_arguments.MORE_HELP]
-EXAMPLES = [line for text in TEXTS for line in examples_of(text)]
+TEXTS = [*HELP_TEXTS, *SCRIPTS, *PAGES, launch.MORE_HELP]
+EXAMPLES = list(dict.fromkeys(line for text in TEXTS for line in examples_of(text)))
+assert len(EXAMPLES) > 30
 
 
-@pytest.mark.parametrize("example", dict.fromkeys(EXAMPLES))
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_parse(example, monkeypatch):
     """The command and its options exist; its recipe loads with its overrides."""
     words = [word for word in shlex.split(example) if not re.match(r"[A-Z_]+=", word)]
@@ -60,7 +65,7 @@ def test_examples_parse(example, monkeypatch):
         start = next(i for i, word in enumerate(words) if word.startswith("launch/"))
         assert (ROOT / words[start]).is_file()
         monkeypatch.setattr(sys, "argv", words[start:])
-        given = launch_arguments.parse_arguments(Path(words[start]).stem, "")
+        given = launch.parse_arguments(Path(words[start]).stem, "")
         if getattr(given, "recipe", None):
             load_recipe(given.recipe, given.overrides)
         return
@@ -68,11 +73,5 @@ def test_examples_parse(example, monkeypatch):
         assert words[1] in ("--install-completion", "--show-completion", "--help")
         return
     given = COMMANDS[words[1]].make_context(words[1], words[2:]).params
-    if words[1] == "quickstart":
-        given["recipe"] = "quickstart"
-    if recipe := given.get("recipe"):
+    if recipe := "quickstart" if words[1] == "quickstart" else given.get("recipe"):
         load_recipe(recipe, given.get("overrides") or [])
-
-
-def test_there_are_examples():
-    assert len(EXAMPLES) > 30

@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 
 from speft_ds.cli import launch
-from speft_ds.cli.launch_arguments import parse_arguments
 from speft_ds.cli.start_ranks import find_deepspeed
 from speft_ds.config.load_recipe import ROOT
 from speft_ds.errors import UserError
@@ -17,12 +16,9 @@ from unit.written import write_inputs
 
 
 @pytest.fixture
-def ready(tmp_path, monkeypatch):
-    """A folder with mine.yaml and what it names, and a run folder that is used."""
-    monkeypatch.chdir(tmp_path)
+def ready(tmp_path, own_folder):
+    """A folder with mine.yaml and what it names."""
     write_inputs(tmp_path)
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "run.json").write_text("{}")
 
 
 @pytest.fixture
@@ -46,7 +42,7 @@ def started(tmp_path):
         (["--recipe", "mine.yaml", "mask.desnity=1"], 2, "mask.density"),
         (["--local_rank=0", "--recipe", "mine.yaml", "model.name_or_path=./nowhere"], 2, "./nowhere"),
         (["--recipe", "mine.yaml", "data.path=null"], 2, "data"),
-        (["--recipe", "mine.yaml", "output_dir=used"], 2, "used"),
+        (["--recipe", "mine.yaml", "output_dir=model"], 2, "model is not empty"),
         (["--recipe", "mine.yaml"], 1, "RuntimeError: torch was imported"),  # all checks passed
         ([], 2, "--recipe"),
     ],
@@ -77,40 +73,46 @@ def with_job(ready, monkeypatch):
 
 @pytest.mark.parametrize(("job", "folder"), [("train", "runs/mine"), ("score", "runs/mine-score-gradient")])
 def test_a_launched_script_runs_its_job(with_job, job, folder):
-    calls = []
-    with_job(job, lambda recipe, *start: calls.append(recipe), "--recipe", "mine.yaml", "seed=3")
+    called = mock.Mock()
+    with_job(job, called, "--recipe", "mine.yaml", "seed=3")
     with pytest.raises(SystemExit) as left:
         launch.start(job, "What it does.")
-    (recipe,) = calls
+    recipe = called.call_args.args[0]
     assert left.value.code == 0 and (recipe.output_dir, recipe.seed) == (folder, 3)
 
 
 def test_options_of_an_evaluation_are_keys_of_its_recipe(with_job):
-    calls = []
+    job = mock.Mock()
     words = ["--model", "./model", "--tasks", "a,b", "--limit", "3", "--num-fewshot", "2", "eval.limit=4"]
-    with_job("evaluate", lambda *given: calls.append(given), *words)
-    assert launch.main("evaluate", parse_arguments("evaluate", "")) == 0
-    ((recipe, adapter),) = calls
+    with_job("evaluate", job, *words)
+    assert launch.main("evaluate", launch.parse_arguments("evaluate", "")) == 0
+    recipe, adapter = job.call_args.args
     section = recipe.eval
     assert (section.tasks, section.num_fewshot, section.limit) == (["a", "b"], 2, 4)
     assert (recipe.model.name_or_path, recipe.output_dir, adapter) == ("./model", "runs/evaluate-model", None)
 
 
+def test_a_run_is_evaluated_under_its_own_name_and_in_its_folder(with_job, tmp_path):
+    folder, job = tmp_path / "runs" / "first", mock.Mock()
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text((tmp_path / "mine.yaml").read_text() + "output_dir: elsewhere\n")
+    with_job("evaluate", job, "--run", str(folder), "--tasks", "a")
+    assert launch.main("evaluate", launch.parse_arguments("evaluate", "")) == 0
+    recipe, adapter = job.call_args.args
+    assert (recipe.name, recipe.output_dir, adapter) == ("first", str(folder), folder / "adapter")
+
+
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (
-            UserError("the loss is nan", "training", "optimizer.lr=0"),
-            2,
-            "the loss is nan\n    where: training",
-        ),
+        (UserError("the loss is nan", "training"), 2, "the loss is nan\n    where: training"),
         (ValueError("a bug"), 1, "rank 0 failed:\nTraceback"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
 def test_how_an_error_of_the_job_is_shown(with_job, capsys, error, code, text):
     with_job("train", mock.Mock(side_effect=error), "--recipe", "mine.yaml")
-    assert launch.main("train", parse_arguments("train", "")) == code
+    assert launch.main("train", launch.parse_arguments("train", "")) == code
     shown = capsys.readouterr()
     assert shown.err.startswith(text) and ("Traceback" in shown.err) == (code == 1)
     assert shown.out == "" and bool(shown.err) == bool(text)

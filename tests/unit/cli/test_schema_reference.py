@@ -8,7 +8,7 @@ from rich.console import Console
 
 from speft_ds.cli.commands.schema_reference import keys, print_reference, rules
 from speft_ds.config.recipe import FIELDS, SECTIONS, Recipe
-from unit.commands import speft
+from unit.commands import run
 
 
 def printed(key=None, width=80, is_terminal=True):
@@ -20,11 +20,9 @@ def printed(key=None, width=80, is_terminal=True):
 
 def test_the_reference_has_every_key():
     assert [key for key in keys() if "[]" not in key] == ["extends", *FIELDS]
-    lines = printed(is_terminal=False).splitlines()
-    assert [line.partition(" (")[0] for line in lines] == list(keys())
-    assert all(
-        FIELDS[key].description in line for key, line in zip(keys(), lines, strict=True) if key in FIELDS
-    )
+    lines = {line.partition(" (")[0]: line for line in printed(is_terminal=False).splitlines()}
+    assert list(lines) == list(keys())
+    assert all(field.description in lines[key] for key, field in FIELDS.items())
 
 
 @pytest.mark.parametrize(
@@ -80,8 +78,9 @@ def test_rules_are_told_of_both_keys(key, other):
     assert all(rule in " ".join(printed(key, is_terminal=False).split()) for rule in rules(key))
 
 
-def test_json_schema_is_for_files():
-    schema = json.loads(speft("schema", "--json").stdout)
+def test_json_schema_is_for_files(monkeypatch, capsys):
+    assert run(monkeypatch, "schema", "--json") == 0
+    schema = json.loads(capsys.readouterr().out)
     assert "name" not in schema["properties"] and "extends" in schema["properties"]
     assert set(Recipe.model_fields) - {"name"} < set(schema["properties"])
     assert "required" not in schema and schema["additionalProperties"] is False

@@ -6,12 +6,12 @@ import subprocess
 import sys
 import textwrap
 import time
-import types
+from unittest import mock
 
 import pytest
 from limits import HANG_S
 
-from speft_ds.cli import start_ranks
+from speft_ds.cli import main, start_ranks
 from speft_ds.config.load_recipe import ROOT
 from speft_ds.errors import UserError
 from unit.commands import run
@@ -30,26 +30,20 @@ def _machine(own_folder, tmp_path, monkeypatch):
 def launched(tmp_path, monkeypatch):
     """Run a command with the preparation and the launcher replaced; returns (command, env, code)."""
     cache, calls = tmp_path / "cache" / "speft_ds", []
-
-    def prepare():
-        model, tasks = cache / "SmolLM2-135M-Instruct", cache / "quickstart" / "tasks"
-        model.mkdir(parents=True, exist_ok=True)
-        tasks.mkdir(parents=True, exist_ok=True)
-        for file in ("config.json", "model.safetensors"):
-            (model / file).write_text("{}")
-        (tasks.parent / "train.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (cache / "quickstart" / "tasks").mkdir(parents=True)
+    (cache / "quickstart" / "train.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (cache / "SmolLM2-135M-Instruct").symlink_to(tmp_path / "model")
+    monkeypatch.setitem(sys.modules, "speft_ds.tools.quickstart", mock.MagicMock())
+    monkeypatch.setattr(start_ranks, "find_deepspeed", lambda: "deepspeed")
+    monkeypatch.setattr(start_ranks, "free_port", lambda: 4711)
 
     def start(*arguments, name="quickstart", gpus=0, code=0):
         monkeypatch.setattr(start_ranks, "count_gpus", lambda: gpus)
+        monkeypatch.setattr(main, "count_gpus", lambda: gpus)
         monkeypatch.setattr(start_ranks, "run_to_end", lambda *call: calls.append(call) or code)
         left = run(monkeypatch, name, *arguments)
         return (*(calls[-1] if calls else (None, None)), left)
 
-    module = types.ModuleType("speft_ds.tools.quickstart")
-    module.prepare = prepare
-    monkeypatch.setitem(sys.modules, "speft_ds.tools.quickstart", module)
-    monkeypatch.setattr(start_ranks, "find_deepspeed", lambda: "deepspeed")
-    monkeypatch.setattr(start_ranks, "free_port", lambda: 4711)
     return start
 
 
@@ -92,23 +86,19 @@ def test_the_exit_code_is_the_launchers(launched, code):
     assert launched(code=code)[2] == launched("mine.yaml", name="score", code=code)[2] == code
 
 
-def test_prepare_only_launches_nothing(launched, tmp_path):
+def test_prepare_only_launches_nothing(launched):
     assert launched("--prepare-only") == (None, None, 0)
-    assert (tmp_path / "cache" / "speft_ds" / "quickstart" / "train.jsonl").is_file()
+    sys.modules["speft_ds.tools.quickstart"].prepare.assert_called_once_with()
 
 
 def test_a_used_run_folder_is_left_alone(launched, tmp_path, capsys):
-    use(tmp_path / "runs" / "quickstart")
-    use(tmp_path / "runs" / "quickstart-2")
+    for name in ("quickstart", "quickstart-2", "mine"):
+        use(tmp_path / "runs" / name)
     assert "output_dir=runs/quickstart-3" in launched()[0]
     assert "runs/quickstart-3" in capsys.readouterr().out
-
-
-def test_a_run_folder_of_the_users_choice_is_taken_or_refused(launched, tmp_path, capsys):
-    command, _, _ = launched("output_dir=mine")
+    command, _, _ = launched("output_dir=mine")  # the user's choice is taken or refused
     assert [word for word in command if word.startswith("output_dir")] == ["output_dir=mine"]
-    use(tmp_path / "mine")
-    assert launched("output_dir=mine")[2] == 2 and "mine is not empty" in capsys.readouterr().err
+    assert launched("output_dir=runs/mine")[2] == 2 and "runs/mine is not empty" in capsys.readouterr().err
 
 
 # speft score

@@ -1,27 +1,28 @@
 """`speft submit`: the script that it writes, what it refuses before the queue, and what it says."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 
-from speft_ds.cli.commands import submit as module
-from speft_ds.cli.commands.submit import Resources, Run, submit
 from speft_ds.config.load_recipe import ROOT, load_recipe, resolved_yaml
-from speft_ds.errors import RecipeError, UserError
 from unit.commands import run
 from unit.written import write_inputs
 
-TWO_NODES = Resources(nodes=2, ranks_per_node=1)
 
-
-@pytest.fixture(autouse=True)
-def _own_folder(own_folder, tmp_path, monkeypatch):
-    """A folder with a recipe `mine`, all that it names, and no Slurm."""
+@pytest.fixture
+def submit(own_folder, tmp_path, monkeypatch, capsys):
+    """`submit(*words, code=0)`: what it says, in a folder with a recipe and all that it names; no Slurm."""
     write_inputs(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+    def typed(*words, code=0):
+        assert run(monkeypatch, "submit", *words) == code
+        shown = capsys.readouterr()
+        return shown.err if code else shown.out
+
+    return typed
 
 
 @pytest.fixture
@@ -38,12 +39,10 @@ def sbatch(tmp_path):
     return lambda: [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def test_the_script_word_by_word(tmp_path, capsys):
-    options = ("--time=1:00:00", "--constraint=a100")
-    resources = Resources(nodes=2, ranks_per_node=8, gpus_per_node=8, options=options)
-    run = Run("mine.yaml", ("mask.layers=[0, 9]",), ("eval.limit=3",))
-    submit(run, resources, evaluate=False, dry_run=True)
-    assert capsys.readouterr().out == (
+def test_the_script_word_by_word(tmp_path, submit):
+    options = "--nodes 2 --gpus-per-node 8 --time 1:00:00 --partition p --account a --qos q --sbatch --mem=9G"
+    words = ["mask.layers=[0, 9]", "--resume-with", "eval.limit=3", "--sbatch", "--constraint=a100"]
+    assert submit("mine.yaml", *options.split(), *words, "--dry-run") == (
         "#!/usr/bin/env bash\n"
         "# Written by `speft submit`; sbatch takes it again.\n"
         "#SBATCH --job-name=mine\n"
@@ -56,6 +55,10 @@ def test_the_script_word_by_word(tmp_path, capsys):
         "#SBATCH --ntasks-per-node=8\n"
         "#SBATCH --gpus-per-node=8\n"
         "#SBATCH --time=1:00:00\n"
+        "#SBATCH --partition=p\n"
+        "#SBATCH --account=a\n"
+        "#SBATCH --qos=q\n"
+        "#SBATCH --mem=9G\n"
         "#SBATCH --constraint=a100\n"
         f"export SPEFT_ROOT={ROOT}\n"
         f"export SPEFT_PYTHON={sys.executable}\n"
@@ -66,29 +69,27 @@ def test_the_script_word_by_word(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_folder_with_odd_characters(tmp_path, capsys):
-    submit(Run("mine.yaml", ("output_dir=50% of it",)), TWO_NODES, evaluate=False, dry_run=True)
-    script = capsys.readouterr().out
+def test_a_folder_with_odd_characters(tmp_path, submit):
+    script = submit("mine.yaml", "output_dir=50% of it", "--dry-run")
     assert f"#SBATCH '--output={tmp_path}/50%% of it/slurm-%j.out'\n" in script
     assert script.endswith("mine.yaml 'output_dir=50% of it'\n")
 
 
-def test_a_dry_run_prints_the_script_alone(capsys):
-    """All else goes to stderr: the script may go into a pipe."""
-    submit(Run("mine.yaml", ("train.micro_batch=4",)), Resources(2, 4), evaluate=False, dry_run=True)
-    shown = capsys.readouterr()
-    assert shown.out.startswith("#!") and "train.micro_batch" in shown.err
+def test_a_dry_run_prints_the_script_alone_and_needs_no_files(submit):
+    """All else goes to stderr, as the note of another micro-batch: the script may go into a pipe."""
+    shape = ["--nodes", "2", "--ranks-per-node", "4", "train.micro_batch=4", "train.global_batch=16"]
+    script = submit("llama2_13b_alpaca", *shape, "--dry-run")
+    assert script.startswith("#!") and "note:" not in script and "#SBATCH --ntasks-per-node=4\n" in script
 
 
-def test_a_job_and_its_evaluation_are_submitted(tmp_path, sbatch, capsys):
-    submit(Run("mine.yaml", ("eval.tasks=[arc_easy]",)), TWO_NODES, evaluate=True, dry_run=False)
+def test_a_job_and_its_evaluation_are_submitted(tmp_path, sbatch, submit):
+    shown = submit("mine.yaml", "eval.tasks=[arc_easy]", "--nodes", "2", "--evaluate")
     folder = tmp_path / "runs" / "mine"
     assert sbatch() == [
         ["--parsable", str(folder / "submit.sbatch")],
         ["--parsable", "--dependency=afterok:7", str(folder / "slurm-evaluate.sbatch")],
     ]
     assert (folder / "slurm-evaluate.sbatch").read_text().endswith(f"/launch/slurm/eval.sbatch {folder}\n")
-    shown = capsys.readouterr().out
     for part in ("job 7: mine on 2 x 1 ranks\n", f"tail -F {folder}/slurm-7.out\n", "scancel 7", "job 8"):
         assert part in shown
 
@@ -101,64 +102,32 @@ REFUSED = {
     "nothing to evaluate": (["--evaluate"], "eval.tasks=[arc_easy]"),
     "no nodes": (["--nodes=0"], "--nodes"),
     "a folder of something else": (["output_dir=model"], "output_dir=..."),
+    "a finished run": (["output_dir=done"], "is finished"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_mistakes_cost_no_time_in_the_queue(name, sbatch, tmp_path, monkeypatch, capsys):
+def test_mistakes_cost_no_time_in_the_queue(name, sbatch, submit, tmp_path):
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "run.json").write_text('{"finished": true}')
+    (tmp_path / "done" / "recipe.yaml").write_text(resolved_yaml(load_recipe("mine.yaml")))
     arguments, shown = REFUSED[name]
-    assert run(monkeypatch, "submit", "mine.yaml", *arguments) == 2
-    assert shown in capsys.readouterr().err
+    assert shown in submit("mine.yaml", *arguments, code=2)
     assert sbatch() == [] and not (tmp_path / "runs").exists()
 
 
-def test_without_slurm_it_points_to_the_dry_run(tmp_path):
-    with pytest.raises(UserError, match="no sbatch") as caught:
-        submit(Run("mine.yaml"), TWO_NODES, evaluate=False, dry_run=False)
-    assert "--dry-run" in caught.value.fix and not (tmp_path / "runs").exists()
-
-
-def test_a_dry_run_needs_no_files_of_the_recipe(capsys):
-    submit(Run("llama2_13b_alpaca"), Resources(2, 4, 4), evaluate=False, dry_run=True)
-    assert "train.sbatch llama2_13b_alpaca\n" in capsys.readouterr().out
-    with pytest.raises(RecipeError, match="not divisible"):
-        submit(Run("llama2_13b_alpaca"), Resources(3, 7), evaluate=False, dry_run=True)
+def test_without_slurm_it_points_to_the_dry_run(tmp_path, submit):
+    assert "--dry-run" in submit("mine.yaml", code=2) and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
     ("refused", "submitted"),
     [("*", "nothing is submitted"), ("*afterok*", "job 7, which trains, is submitted")],
 )
-def test_a_refusal_of_sbatch_is_passed_on_with_what_is_submitted(sbatch, tmp_path, refused, submitted):
+def test_a_refusal_of_sbatch_is_passed_on_with_what_is_submitted(
+    sbatch, submit, tmp_path, refused, submitted
+):
     refuse = f'case "$*" in {refused}) echo "sbatch: error: no queue" >&2; exit 1;; esac; echo 7\n'
     (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\n{refuse}")
-    with pytest.raises(UserError, match=f": no queue; {submitted}"):
-        submit(Run("mine.yaml", ("eval.tasks=[arc_easy]",)), TWO_NODES, evaluate=True, dry_run=False)
-
-
-def test_a_finished_run_is_not_submitted_again(sbatch, tmp_path):
-    folder = tmp_path / "runs" / "mine"
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text('{"finished": true}')
-    (folder / "recipe.yaml").write_text(resolved_yaml(load_recipe("mine.yaml")))
-    with pytest.raises(UserError, match="is finished"):
-        submit(Run("mine.yaml"), TWO_NODES, evaluate=False, dry_run=False)
-    assert sbatch() == []
-
-
-def test_options_of_the_command_line(monkeypatch):
-    calls = []
-    monkeypatch.setattr(module, "submit", lambda *arguments: calls.append(arguments))
-    words = "quickstart seed=1 --nodes 2 --gpus-per-node 4 --time 2:00 --partition p --account a --qos q"
-    words += " --sbatch --constraint=a100 --sbatch --mem=9G --resume-with eval.limit=3 --evaluate"
-    assert run(monkeypatch, "submit", *words.split()) == 0
-    options = ("--time=2:00", "--partition=p", "--account=a", "--qos=q", "--constraint=a100", "--mem=9G")
-    job = Run("quickstart", ("seed=1",), ("eval.limit=3",))
-    assert calls[0] == (job, Resources(2, 4, 4, options), True, False)
-    run(monkeypatch, "submit", "quickstart", "--ranks-per-node", "3", "--dry-run")
-    assert calls[1] == (Run("quickstart"), Resources(1, 3), False, True)
-
-
-def test_it_imports_no_torch():
-    code = "import sys, speft_ds.cli.commands.submit; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    shown = submit("mine.yaml", "eval.tasks=[arc_easy]", "--evaluate", code=2)
+    assert f": no queue; {submitted}" in shown

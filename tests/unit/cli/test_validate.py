@@ -3,25 +3,25 @@
 import pytest
 import tiny
 
-from speft_ds.cli.commands.validate import validate
+from unit.commands import run
 from unit.written import load
 
 ROW = '{"prompt": "say a", "response": "b"}\n'
 
 
 @pytest.fixture
-def checked(tmp_path, own_folder, capsys):
+def checked(tmp_path, own_folder, capsys, monkeypatch):
     """`checked(*overrides, code=0)`: what is said of a recipe whose model and rows are there."""
     tiny.make_model(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text(ROW * 4)
     load(tmp_path)
 
-    def run(*overrides, code=0):
+    def check(*overrides, code=0):
         words = ["model.name_or_path=./model", "data.max_length=64", *overrides]
-        assert validate("mine.yaml", words, num_ranks=2) == code
+        assert run(monkeypatch, "validate", "mine.yaml", *words, "--ranks", "2") == code
         return capsys.readouterr().out
 
-    return run
+    return check
 
 
 def test_a_recipe_that_is_ready(checked):

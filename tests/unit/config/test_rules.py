@@ -6,9 +6,8 @@ import pytest
 
 from speft_ds.config.load_recipe import load_recipe, resolved_yaml
 from speft_ds.config.mask_config import NEEDS_DATA, MaskConfig
-from speft_ds.config.optimizer_config import OptimizerConfig
 from speft_ds.config.recipe import FIELDS
-from speft_ds.config.train_config import TrainConfig
+from speft_ds.config.train_config import OptimizerConfig, TrainConfig
 from unit.written import load, refused, words_to_type
 
 pytestmark = pytest.mark.usefixtures("own_folder")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from speft_ds.config.optimizer_config import OptimizerConfig
+from speft_ds.config.train_config import OptimizerConfig
 from speft_ds.sparse.optim.adamw import AdamW
 from speft_ds.sparse.optim.clipping import clip_factor
 from speft_ds.sparse.optim.lr_schedule import lr_factor, make_lr_schedule

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from speft_ds.cli import launch
-from speft_ds.cli.launch_arguments import parse_arguments
+from speft_ds.cli.launch import parse_arguments
 from speft_ds.config.load_recipe import ROOT, load_recipe
 from speft_ds.training.checkpoint.folder import folder_of
 from speft_ds.training.checkpoint.resume import IF_ANY, NEWEST, Start

@@ -24,21 +24,14 @@ def test_ds_config_is_merged_with_what_the_recipe_owns(ready):
     assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (3, 1)
 
 
-def test_the_given_configs_differ_in_overlap_alone():
-    gpu, cpu = (
+def test_the_given_configs_differ_in_overlap_and_offload_alone():
+    gpu, cpu, offload = (
         json.loads((DS_CONFIGS_DIR / f"{name}.json").read_text())["zero_optimization"]
-        for name in ("zero3_bf16", "zero3_cpu")
+        for name in ("zero3_bf16", "zero3_cpu", "zero3_bf16_offload")
     )
+    assert offload.pop("offload_param") == {"device": "cpu", "pin_memory": True} and offload == gpu
     assert (gpu.pop("overlap_comm"), cpu.pop("overlap_comm")) == (True, False)
     assert gpu == cpu and not any(isinstance(value, float) for value in gpu.values())
-
-
-def test_the_offload_config_is_that_of_gpus_with_offload():
-    offload, plain = (
-        json.loads((DS_CONFIGS_DIR / f"{name}.json").read_text())["zero_optimization"]
-        for name in ("zero3_bf16_offload", "zero3_bf16")
-    )
-    assert offload.pop("offload_param") == {"device": "cpu", "pin_memory": True} and offload == plain
 
 
 def test_steps_per_print_may_be_given(ready, tmp_path):
@@ -76,10 +69,7 @@ def test_keys_that_recipes_own_are_refused(ready, tmp_path, key):
         ({}, ""),
         ({"stage": 2}, ""),
         ({"stage": 3, "zero_quantized_weights": True}, ".zero_quantized_weights"),
-        (
-            {"stage": 3, "zero_quantized_nontrainable_weights": True},
-            ".zero_quantized_nontrainable_weights",
-        ),
+        ({"stage": 3, "zero_quantized_nontrainable_weights": True}, ".zero_quantized_nontrainable_weights"),
         ({"stage": 3, "zero_hpz_partition_size": 8}, ".zero_hpz_partition_size"),
         ({"stage": 3, "offload_param": {"device": "nvme"}}, ".offload_param"),
         ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, ".offload_optimizer"),
@@ -87,10 +77,10 @@ def test_keys_that_recipes_own_are_refused(ready, tmp_path, key):
 )
 def test_zero_settings_that_are_refused(ready, tmp_path, zero, key):
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
-    (problem,) = problems_of(ready("deepspeed.config=ds.json"))
-    assert problem.where == f"ds.json (zero_optimization{key})" and problem.fix
-    with pytest.raises(RecipeError):
+    with pytest.raises(RecipeError) as caught:
         load_ds_config(ready("deepspeed.config=ds.json"), 1)
+    (problem,) = caught.value.problems
+    assert problem.where == f"ds.json (zero_optimization{key})" and problem.fix
 
 
 def test_zero_settings_that_are_fine(ready, tmp_path):

@@ -69,8 +69,8 @@ def local(tmp_path):
     (tmp_path / "model" / "model.safetensors").write_text("")
     (tmp_path / "cache" / "speft_ds" / "quickstart" / "tasks").mkdir(parents=True)
 
-    def make(name, row=None):
-        row = row or ROWS[data_set(load_recipe(name))][0]
+    def make(name):
+        row = ROWS[data_set(load_recipe(name))][0]
         (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
         return load_recipe(name, ["model.name_or_path=./model", "data.path=rows.jsonl"])
 
@@ -82,7 +82,6 @@ def local(tmp_path):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_begins_with_what_it_is_for_and_what_it_needs(name):
-    load_recipe(name)
     purpose, needs = comments_of(name)  # two lines, no more
     assert purpose.startswith("# ") and len(purpose) <= 100 and purpose.endswith(".")
     assert len(needs) <= 120 and needs.endswith(".") and ranks_of(name) >= 1
@@ -146,17 +145,6 @@ def test_offline_a_recipe_names_what_is_missing_and_how_to_get_it(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_with_local_files_a_recipe_is_ready_for_its_ranks(local, name):
     check_inputs(local(name), "train", ranks_of(name))
-
-
-def test_the_ranks_of_the_big_ones():
-    assert (ranks_of("llama2_13b_alpaca"), ranks_of("llama2_70b_alpaca")) == (8, 16)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_rows_of_other_columns_and_ranks_that_cannot_share_the_batch_are_refused(local, name):
-    *columns, batch = problems_of(local(name, {"other": "a"}), 7)
-    assert columns and all(problem.where == "rows.jsonl:1" for problem in columns)
-    assert "(train.global_batch)" in batch.where or "train.global_batch (default)" in batch.where
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -26,10 +26,8 @@ def default_ranks(num_gpus: int) -> int:
 
 
 def launch(job: Job, recipe: str, overrides: list[str], ranks: int | None) -> int:
-    """Check a recipe, run the job on its ranks, and return the launcher's exit code.
+    """Check a recipe, run the job on its ranks (None: the default), and return the launcher's exit code.
 
-    Args:
-        ranks: how many; None: one per GPU, or two on the CPU.
     Raises:
         UserError: the recipe or its files are wrong; nothing is started then.
     """

@@ -8,19 +8,8 @@ from typing import Annotated, ClassVar, Literal
 import pydantic
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from speft_ds.config.section import (
-    ConfigSection,
-    Count,
-    FilePath,
-    InPlaceOf,
-    Needs,
-    Positive,
-    Text,
-    broken_rule,
-    either,
-    given_keys,
-    rules_of,
-)
+from speft_ds.config.section import ConfigSection, InPlaceOf, Needs, broken_rule, given_keys, rules_of
+from speft_ds.config.values import Count, FilePath, Positive, Text
 from speft_ds.errors import UserError
 
 Format = Literal["prompt_completion", "alpaca", "messages", "text", "classification"]
@@ -188,8 +177,19 @@ class DataConfig(ConfigSection):
 
     @pydantic.model_validator(mode="after")
     def _every_source_is_consistent(self) -> DataConfig:
-        for number, source in enumerate(self.mixture or []):
-            _check_source(f"data.mixture[{number}]", source, self.sources[number])
+        """Refuse what a source of a mixture says without effect, by itself or with what it inherits."""
+        for number, own in enumerate(self.mixture or []):
+            place, complete = f"data.mixture[{number}]", self.sources[number]
+            for key in ("template", "template_no_input", "chat_template"):
+                (rule,) = rules_of(DataConfig.model_fields[key])
+                value = getattr(complete if key == "chat_template" else own, key)
+                if value is not None and rule.concerns(value, None) and complete.format not in rule.values:
+                    what = f"{place}.{key}={value} does not go with format {complete.format}: {rule.why}"
+                    fix = f"remove it, or format: {' or '.join(rule.values)}"
+                    raise broken_rule(what, fix, key=f"{place}.{key}")
+            if complete.template_no_input is not None and complete.template is None:
+                what = f"{place}.template_no_input is given without a template"
+                raise broken_rule(what, "give both", key=f"{place}.template_no_input")
         return self
 
     @property
@@ -213,23 +213,6 @@ class DataConfig(ConfigSection):
         return None if None in weights or not weights else tuple(weights)
 
     def of_file(self, path: str, labels: list[str] | None = None) -> DataConfig:
-        """The section for all rows of another file: those to calibrate on, or to validate on.
-
-        Args:
-            labels: the classes of the training rows; None: as the section says.
-        """
+        """The section for all rows of another file, to calibrate or validate on; `labels`: of training."""
         changes = {"path": path, "mixture": None, "select": "all", "select_rows": None}
         return self.model_copy(update={**changes, "labels": labels or self.labels})
-
-
-def _check_source(place: str, own: Source, complete: Source) -> None:
-    """Refuse what a source of a mixture says without effect; `complete`: it and what it inherits."""
-    for key in ("template", "template_no_input", "chat_template"):
-        (rule,) = rules_of(DataConfig.model_fields[key])
-        value = getattr(complete if key == "chat_template" else own, key)
-        if value is not None and rule.concerns(value, None) and complete.format not in rule.values:
-            what = f"{place}.{key}={value} does not go with format {complete.format}: {rule.why}"
-            raise broken_rule(what, f"remove it, or format: {either(rule.values)}", key=f"{place}.{key}")
-    if complete.template_no_input is not None and complete.template is None:
-        what = f"{place}.template_no_input is given without a template"
-        raise broken_rule(what, "give both", key=f"{place}.template_no_input")

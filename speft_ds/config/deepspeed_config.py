@@ -27,10 +27,8 @@ OWNED = {
 def load_ds_config(recipe: Recipe, world_size: int, trains: bool = True) -> dict[str, Any]:
     """The DeepSpeed configuration: the named JSON file and what the recipe owns.
 
-    Args:
-        trains: False for a job that takes no steps: then the batch does not matter, and is one row per rank.
-    Raises:
-        RecipeError: all that is wrong with the file and with the batch.
+    A job that takes no steps (`trains=False`) has a batch of one row per rank.
+    Raises RecipeError: all that is wrong with the file and with the batch.
     """
     config, problems = read_ds_config(recipe)
     problems += batch_problems(recipe, world_size) if trains else []

@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal
 import pydantic
 from pydantic import Field, ValidationInfo
 
-from speft_ds.config.section import ConfigSection, Count, FilePath, Index, Text, broken_rule, given_keys
+from speft_ds.config.section import ConfigSection, broken_rule, given_keys
+from speft_ds.config.values import Count, FilePath, Index, Text
 
 
 class EvalConfig(ConfigSection):

@@ -23,13 +23,12 @@ from speft_ds.errors import RecipeError, UserError, closest, did_you_mean, expla
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES_DIR = ROOT / "recipes"
 EXTENDS = "extends"
-_PAIRS = [
-    (key, f"{key.partition('.')[0]}.{rule.other}")
-    for key, info in FIELDS.items()
-    for rule in rules_of(info)
-    if isinstance(rule, InPlaceOf)
-]
-EXCLUSIVE = {key: other for pair in _PAIRS for key, other in (pair, pair[::-1])}
+EXCLUSIVE = {}  # key -> the one that takes its place, or whose place it takes
+for _key, _field in FIELDS.items():
+    for _rule in rules_of(_field):
+        if isinstance(_rule, InPlaceOf):
+            _other = f"{_key.partition('.')[0]}.{_rule.other}"
+            EXCLUSIVE |= {_key: _other, _other: _key}
 # Our key -> what other trainers call it.
 ELSEWHERE = {
     "data.columns.prompt": ("prompt_column",),
@@ -60,10 +59,7 @@ class _Draft:
     problems: list[UserError] = field(default_factory=list)
 
     def under(self, later: _Draft) -> _Draft:
-        """This draft with a later one on top: one that extends it, or the command line.
-
-        Where the later one gives one of two keys that exclude each other, the other is set aside here.
-        """
+        """This draft with a later one on top, whose keys set aside those here that they exclude."""
         aside = {EXCLUSIVE.get(key) for key, value in later.values.items() if value is not None}
         values = {key: value for key, value in self.values.items() if key not in aside}
         sources = {key: where for key, where in self.sources.items() if key not in aside}
@@ -86,10 +82,7 @@ def list_recipes() -> list[str]:
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), name: str | None = None) -> Recipe:
     """Read a recipe by name or path, apply `key.sub=value` overrides, and check it.
 
-    Args:
-        name: of the recipe; None: its file's.
-    Raises:
-        RecipeError: all its problems.
+    Its `name` is its file's, if none is given. Raises RecipeError: all its problems.
     """
     path = find_recipe(name_or_path)
     return _checked(_read_yaml(path).under(_read_overrides(overrides)), name or path.stem, shown(path))
@@ -132,11 +125,8 @@ def is_path(name_or_path: str) -> bool:
 
 
 def find_recipe(name_or_path: str, beside: Path | None = None, where: str | None = None) -> Path:
-    """The file of a recipe.
+    """The file of a recipe; of one that is extended `beside` a folder, by the line `where`.
 
-    Args:
-        beside: the folder of the recipe that extends it, at which a path starts.
-        where: the line that says so.
     Raises:
         RecipeError: there is none of this name, or none that could be extended.
     """

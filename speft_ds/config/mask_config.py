@@ -8,18 +8,8 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from speft_ds.config.section import (
-    ConfigSection,
-    Count,
-    FilePath,
-    Index,
-    InPlaceOf,
-    Needs,
-    PartialShare,
-    Share,
-    Text,
-    broken_rule,
-)
+from speft_ds.config.section import ConfigSection, InPlaceOf, Needs, broken_rule
+from speft_ds.config.values import Count, FilePath, Index, PartialShare, Share, Text
 from speft_ds.errors import UserError
 
 MASK_FILE = "mask.safetensors"  # in the folder that `speft score` leaves
@@ -144,8 +134,7 @@ class MaskConfig(ConfigSection):
 def mask_file(path: str | Path, where: str | None = None) -> Path:
     """The file of a saved mask: `path` itself or, if that is a folder, the mask.safetensors in it.
 
-    Raises:
-        UserError: there is no such file, or it is no .safetensors file; `where` says who named it.
+    Raises UserError with `where`, which says who named it.
     """
     file = Path(path) / MASK_FILE if os.path.isdir(path) else Path(path)
     fix = f"name a {MASK_FILE} or its folder; `speft score RECIPE` writes one"

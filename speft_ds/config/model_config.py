@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from speft_ds.config.section import ConfigSection, FilePath
+from speft_ds.config.section import ConfigSection
+from speft_ds.config.values import FilePath
 
 HEAD = "score.weight"  # of a classifier: [classes, hidden], new, trained completely
 

@@ -13,8 +13,9 @@ from speft_ds.config.data_config import DataConfig
 from speft_ds.config.eval_config import EvalConfig
 from speft_ds.config.mask_config import MaskConfig
 from speft_ds.config.model_config import DeepSpeedSection, ModelConfig
-from speft_ds.config.section import ConfigSection, FilePath, Index, broken_rule
+from speft_ds.config.section import ConfigSection, broken_rule
 from speft_ds.config.train_config import OptimizerConfig, TrainConfig
+from speft_ds.config.values import FilePath, Index
 
 Job = Literal["train", "score", "evaluate"]
 

@@ -1,18 +1,14 @@
-"""The base of a recipe's sections: what values may be, and the rules between the keys of a section."""
+"""The base of a recipe's sections, and the rules between the keys of a section."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Any, ClassVar, get_args
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, WithJsonSchema
+from pydantic import BaseModel, ValidationInfo
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
-
-from speft_ds.env import expand_path
 
 
 def broken_rule(message: str, fix: str, key: str | None = None) -> PydanticCustomError:
@@ -66,13 +62,14 @@ class Needs:
         choices = get_args(field.annotation) or (True, False)
         fits = [choice for choice in choices if choice not in self.some] if self.some else [field.default]
         what = f"{own}={_typed(value)} does not go with {other}={chosen}: {self.why}"
-        raise broken_rule(what, f"{other}={either(self.values)}, or {own}={either(map(_typed, fits))}")
+        fix = f"{other}={' or '.join(self.values)}, or {own}={' or '.join(map(_typed, fits))}"
+        raise broken_rule(what, fix)
 
     def describe(self, section: str, key: str) -> str:
-        own, needed = f"{section}.{key}", f"{section}.{self.other}={either(self.values)}"
+        own, needed = f"{section}.{key}", f"{section}.{self.other}={' or '.join(self.values)}"
         if not self.some:
             return f"{own} has an effect only with {needed}"
-        return f"{own}={either(self.some)} needs {needed}: {self.why}"
+        return f"{own}={' or '.join(map(_typed, self.some))} needs {needed}: {self.why}"
 
 
 @dataclass(frozen=True)
@@ -98,10 +95,6 @@ class InPlaceOf:
 
 def rules_of(field: FieldInfo) -> list[Needs | InPlaceOf]:
     return [rule for rule in field.metadata if isinstance(rule, Needs | InPlaceOf)]
-
-
-def either(values: Iterable[str]) -> str:
-    return " or ".join(values)
 
 
 def _typed(value: Any) -> str:
@@ -138,45 +131,3 @@ class ConfigSection(BaseModel):
         for rule in rules_of(cls.model_fields[info.field_name]):
             rule.check(cls, value, info)
         return value
-
-
-# Types of values
-
-
-def _number(value: Any) -> Any:
-    # YAML 1.1, which PyYAML speaks, reads 1e-3 as text: a float there needs a dot and a signed exponent.
-    is_exponent = isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value)
-    return float(value) if is_exponent else value
-
-
-_MINUTES = re.compile(r"([1-9]\d*) ?min(ute)?s?")
-
-
-def _interval(value: Any) -> Any:
-    is_steps = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    if value is None or is_steps or (isinstance(value, str) and _MINUTES.fullmatch(value)):
-        return value
-    fix = "a number of steps, like 100, or of minutes, like '15 minutes'; null: never"
-    raise broken_rule(f"{value!r} is neither steps nor minutes", fix)
-
-
-def split_interval(value: int | str | None) -> tuple[int | None, float | None]:
-    """An `Interval` as (steps, seconds), of which one at most is not None."""
-    if isinstance(value, str):
-        return None, 60.0 * int(_MINUTES.fullmatch(value).group(1))
-    return value, None
-
-
-Text = Annotated[str, Field(min_length=1)]
-FilePath = Annotated[
-    Text, AfterValidator(expand_path), WithJsonSchema({"type": "string", "format": "path", "minLength": 1})
-]
-_NUMBER = BeforeValidator(_number)
-NonNegative = Annotated[float, Field(ge=0), _NUMBER]
-Positive = Annotated[float, Field(gt=0), _NUMBER]
-Share = Annotated[float, Field(gt=0, le=1), _NUMBER]
-PartialShare = Annotated[float, Field(gt=0, lt=1), _NUMBER]
-Decay = Annotated[float, Field(ge=0, lt=1), _NUMBER]
-Index = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Interval = Annotated[int | Text | None, BeforeValidator(_interval)]  # steps, text like `15 minutes`, or never

@@ -8,18 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 from pydantic import Field, ValidationInfo, field_validator
 
-from speft_ds.config.section import (
-    ConfigSection,
-    Count,
-    Decay,
-    Index,
-    InPlaceOf,
-    Interval,
-    Needs,
-    NonNegative,
-    Positive,
-    broken_rule,
-)
+from speft_ds.config.section import ConfigSection, InPlaceOf, Needs, broken_rule
+from speft_ds.config.values import Count, Decay, Index, Interval, NonNegative, Positive
 
 ADAMW = ("adamw", "adamw_8bit")
 Betas = Annotated[list[Decay], Field(min_length=2, max_length=2)]

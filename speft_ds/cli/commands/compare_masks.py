@@ -37,14 +37,10 @@ class MaskSource:
 
 
 def compare(paths: list[Path], output: Path | None) -> None:
-    """Print the Jaccard matrix of masks and adapters, and draw it.
+    """Print the Jaccard matrix of masks and adapters, and draw it into the PNG `output`, if any.
 
-    Args:
-        paths: two or more of: a mask file, a folder with one, an adapter folder, a run folder.
-        output: the PNG to write, if any.
     Raises:
-        UserError: an unreadable file, masks over different models, an output that
-            cannot be written.
+        UserError: an unreadable file, masks over different models, an output that cannot be written.
     """
     sources = [read_source(path) for path in paths]
     for one, other in combinations(sources, 2):
@@ -64,11 +60,7 @@ def compare(paths: list[Path], output: Path | None) -> None:
 
 
 def read_source(path: Path) -> MaskSource:
-    """The mask or the adapter at `path`: a file, the folder it lies in, or the folder of its run.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """The mask or adapter of a file, the folder it lies in, or the folder of its run. Raises UserError."""
     places = [path, path / MASK_FILE, path / ADAPTER_FILE, path / "adapter" / ADAPTER_FILE]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
@@ -85,11 +77,7 @@ def read_source(path: Path) -> MaskSource:
 
 
 def check_same_model(a: MaskSource, b: MaskSource) -> None:
-    """Refuse what cannot be of one model.
-
-    Raises:
-        UserError: no weight in common, or another shape of one.
-    """
+    """Refuse masks that have no weight in common, or another shape of one. Raises UserError."""
     where, fix = f"{a.path} and {b.path}", "compare masks of one model"
     shapes_a, shapes_b = a.mask.shape, b.mask.shape
     common = sorted(shapes_a.keys() & shapes_b.keys())

@@ -99,11 +99,7 @@ def rules(key: str) -> list[str]:
 
 
 def print_reference(console: Console, wanted: str | None = None) -> None:
-    """Print all keys, those of a section, or one with its rules. To a pipe as one line per key.
-
-    Raises:
-        UserError: there is no such key.
-    """
+    """Print all keys, a section, or one key with its rules; to a pipe one line each. Raises UserError."""
     wanted = (wanted or "").rstrip(".")
     below = (f"{wanted}.", f"{wanted}[") if wanted else ""
     shown = {key: node for key, node in keys().items() if key == wanted or key.startswith(below)}

@@ -26,10 +26,7 @@ WIDEST_BAR = 40
 def show_data(recipe: Recipe, output: Path | None) -> None:
     """Tokenise the rows of a recipe, or take them from the cache, and show them.
 
-    Args:
-        output: where the picture goes; None: runs/<recipe>-data.png.
-    Raises:
-        UserError: the recipe names no rows, or they cannot be used.
+    The picture goes to `output`, or runs/<recipe>-data.png. Raises UserError.
     """
     console = Console()
     if note := resolve_offline(recipe):
@@ -37,11 +34,10 @@ def show_data(recipe: Recipe, output: Path | None) -> None:
     spec = DatasetSpec.from_recipe(recipe)
     dataset = prepare(spec, lambda: load_tokenizer(recipe.model.name_or_path), print)
     for number, pieces in enumerate(dataset.facts["samples"], 1):
-        print_sample(console, f"row {number}", pieces)
+        console.print(sample_text(f"row {number}", pieces), "", sep="\n", soft_wrap=True)
     console.print(_sources_table(recipe, dataset))
     console.print(_lengths_table(dataset.lengths))
-    for line in summary(recipe, dataset):
-        console.print(line, highlight=False, markup=False)
+    console.print(summary(recipe, dataset), highlight=False, markup=False)
     from speft_ds.report.plots import length_histogram, save_picture  # late: it takes a second
 
     path = output or Path("runs") / f"{recipe.name}-data.png"
@@ -54,27 +50,25 @@ def show_data(recipe: Recipe, output: Path | None) -> None:
     console.print(f"picture: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
-def print_sample(console: Console, title: str, pieces: Sequence[tuple[str, bool]]) -> None:
-    """Print a row as text, label tokens in double brackets, for want of colours, and in green."""
+def sample_text(title: str, pieces: Sequence[tuple[str, bool]]) -> Text:
+    """A row as text, label tokens in double brackets, for want of colours, and in green."""
     text = Text(f"{title}: ", style="bold")
     for piece, is_label in pieces:
         text.append(f"[[{piece}]]" if is_label else piece, "green" if is_label else "not bold")
-    console.print(text, soft_wrap=True)
-    console.print()
+    return text
 
 
-def summary(recipe: Recipe, dataset: TokenizedDataset) -> list[str]:
+def summary(recipe: Recipe, dataset: TokenizedDataset) -> str:
     """What a run makes of the rows, as lines of text."""
     data, train = recipe.data, recipe.train
     tokens, labels = int(dataset.lengths.sum()), int(dataset.num_label_tokens.sum())
     sampler = Sampler(dataset.sizes, data.weights, recipe.seed)
     num_steps = sampler.num_steps(train.global_batch, train.steps, train.epochs)
-    kind = "packs" if dataset.is_packed else "rows"
     if dataset.is_packed:
-        packs, packing = len(dataset), "on"
+        kind, packs, packing = "packs", len(dataset), "on"
     else:
         packs = len(first_fit(dataset.lengths.tolist(), data.max_length))
-        packing = "off; data.packing=true would make"
+        kind, packing = "rows", "off; data.packing=true would make"
     filled = tokens / (packs * data.max_length)
     share = f"{labels:,} of them label tokens ({labels / tokens:.1%})"
     lines = [
@@ -85,7 +79,7 @@ def summary(recipe: Recipe, dataset: TokenizedDataset) -> list[str]:
     ]
     if dataset.facts["classes"]:
         lines.append(f"classes: {', '.join(dataset.facts['classes'])}")
-    return lines
+    return "\n".join(lines)
 
 
 def _sources_table(recipe: Recipe, dataset: TokenizedDataset) -> Table:

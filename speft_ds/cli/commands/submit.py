@@ -117,14 +117,9 @@ def _checked_start(recipe: Recipe, changes: list[str], world_size: int) -> Start
 
 
 def job_script(job: str, kind: str, folder: Path, arguments: list[str], options: list[str]) -> str:
-    """A batch script: this machine's paths and the resources, around launch/slurm/<kind>.sbatch.
+    """A batch script: this machine's paths and sbatch's options, around launch/slurm/<kind>.sbatch.
 
-    Args:
-        job: the name in the queue.
-        kind: train or eval.
-        folder: the run folder, where the log goes.
-        arguments: of that script.
-        options: sbatch's.
+    `job` is its name in the queue, `folder` the run's, where the log goes.
     """
     script = ROOT / "launch" / "slurm" / f"{kind}.sbatch"
     own = re.findall(r"^#SBATCH (--(?!job-name).*)", script.read_text(encoding="utf-8"), re.MULTILINE)

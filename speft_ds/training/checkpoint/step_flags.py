@@ -9,7 +9,7 @@ from torch import Tensor
 
 from speft_ds import env
 from speft_ds.comm.signals import stop_reason
-from speft_ds.config.section import split_interval
+from speft_ds.config.values import split_interval
 
 
 class StepFlags:

@@ -70,6 +70,7 @@ def test_a_section_alone():
         ("mask.schedule", "mask.topk_fraction"),
         ("mask.density", "mask.num_trainable"),
         ("data.labels", "data.format=classification"),
+        ("data.chat_template", "data.format=prompt_completion"),
         ("optimizer.momentum", "optimizer.name=sgd"),
     ],
 )

@@ -37,20 +37,20 @@ def launched(tmp_path, monkeypatch):
     monkeypatch.setattr(start_ranks, "find_deepspeed", lambda: "deepspeed")
     monkeypatch.setattr(start_ranks, "free_port", lambda: 4711)
 
-    def start(*arguments, name="quickstart", gpus=0, code=0):
+    def start(typed, gpus=0, code=0):
         monkeypatch.setattr(start_ranks, "count_gpus", lambda: gpus)
         monkeypatch.setattr(main, "count_gpus", lambda: gpus)
         monkeypatch.setattr(start_ranks, "run_to_end", lambda *call: calls.append(call) or code)
-        left = run(monkeypatch, name, *arguments)
+        left = run(monkeypatch, *typed.split())
         return (*(calls[-1] if calls else (None, None)), left)
 
     return start
 
 
-def use(folder, file="run.json"):
+def use(folder):
     """Make a run folder that is not empty."""
     folder.mkdir(parents=True)
-    (folder / file).write_text("{}")
+    (folder / "run.json").write_text("{}")
 
 
 def script(job, recipe):
@@ -61,67 +61,49 @@ TRAIN, SCORE = [*script("train", "quickstart"), "output_dir=runs/quickstart"], s
 
 
 @pytest.mark.parametrize(
-    ("arguments", "gpus", "expected"),
+    ("typed", "gpus", "expected"),
     [
-        ([], 0, ["--num_gpus", "2", *TRAIN]),  # two ranks on the CPU
-        ([], 2, TRAIN),  # the launcher takes all GPUs
-        (["--ranks", "1", "seed=3"], 2, ["--num_gpus", "1", *TRAIN, "seed=3"]),
-        ([], 8, [*TRAIN, "train.micro_batch=2"]),  # many ranks get a smaller one
+        ("quickstart", 0, ["--num_gpus", "2", *TRAIN]),  # two ranks on the CPU
+        ("quickstart", 2, TRAIN),  # the launcher takes all GPUs
+        ("quickstart --ranks 1 seed=3", 2, ["--num_gpus", "1", *TRAIN, "seed=3"]),
+        ("quickstart", 8, [*TRAIN, "train.micro_batch=2"]),  # many ranks get a smaller one
+        ("score mine.yaml mask.salience=snip", 0, ["--num_gpus", "2", *SCORE, "mask.salience=snip"]),
+        ("score mine.yaml", 8, SCORE),
+        ("score mine.yaml --ranks 3", 8, ["--num_gpus", "3", *SCORE]),  # no batch to share
     ],
 )
-def test_the_launchers_command_line(launched, arguments, gpus, expected):
-    command, env, code = launched(*arguments, gpus=gpus)
+def test_the_launchers_command_line(launched, tmp_path, typed, gpus, expected):
+    use(tmp_path / "runs" / "mine")  # a trained run is not in the way of a score
+    command, env, code = launched(typed, gpus=gpus)
     assert command == ["deepspeed", *expected] and code == 0
     assert env.get("DS_ACCELERATOR") == (os.environ.get("DS_ACCELERATOR") if gpus else "cpu")
     assert env["PATH"].split(os.pathsep)[0] == os.path.dirname(sys.executable)
 
 
 def test_ranks_that_cannot_share_the_batch_are_refused(launched, capsys):
-    command, _, code = launched("--ranks", "3")
+    command, _, code = launched("quickstart --ranks 3")
     assert command is None and code == 2 and "train.global_batch=24" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("code", [0, 3, 143])
 def test_the_exit_code_is_the_launchers(launched, code):
-    assert launched(code=code)[2] == launched("mine.yaml", name="score", code=code)[2] == code
+    assert launched("quickstart", code=code)[2] == launched("score mine.yaml", code=code)[2] == code
 
 
 def test_prepare_only_launches_nothing(launched):
-    assert launched("--prepare-only") == (None, None, 0)
+    assert launched("quickstart --prepare-only") == (None, None, 0)
     sys.modules["speft_ds.tools.quickstart"].prepare.assert_called_once_with()
 
 
 def test_a_used_run_folder_is_left_alone(launched, tmp_path, capsys):
-    for name in ("quickstart", "quickstart-2", "mine"):
+    for name in ("quickstart", "quickstart-2", "mine-score-snip"):
         use(tmp_path / "runs" / name)
-    assert "output_dir=runs/quickstart-3" in launched()[0]
+    assert "output_dir=runs/quickstart-3" in launched("quickstart")[0]
     assert "runs/quickstart-3" in capsys.readouterr().out
-    command, _, _ = launched("output_dir=mine")  # the user's choice is taken or refused
+    command, _, _ = launched("quickstart output_dir=mine")  # the user's choice is taken or refused
     assert [word for word in command if word.startswith("output_dir")] == ["output_dir=mine"]
-    assert launched("output_dir=runs/mine")[2] == 2 and "runs/mine is not empty" in capsys.readouterr().err
-
-
-# speft score
-
-
-@pytest.mark.parametrize(
-    ("arguments", "gpus", "expected"),
-    [
-        (["mask.salience=snip"], 0, ["--num_gpus", "2", *SCORE, "mask.salience=snip"]),
-        ([], 8, SCORE),
-        (["--ranks", "3"], 8, ["--num_gpus", "3", *SCORE]),  # no batch to share
-    ],
-)
-def test_score_runs_on_two_cpu_ranks_or_all_gpus(launched, tmp_path, arguments, gpus, expected):
-    use(tmp_path / "runs" / "mine")  # a trained run is not in the way
-    command, _, code = launched("mine.yaml", *arguments, name="score", gpus=gpus)
-    assert command == ["deepspeed", *expected] and code == 0
-
-
-def test_score_refuses_before_launching(launched, tmp_path, capsys):
-    use(tmp_path / "runs" / "mine-score-snip", "score.json")
-    command, _, code = launched("mine.yaml", "mask.salience=snip", name="score")
-    assert command is None and code == 2 and "runs/mine-score-snip" in capsys.readouterr().err
+    for refused in ("quickstart output_dir=runs/quickstart", "score mine.yaml mask.salience=snip"):
+        assert launched(refused)[2] == 2 and "is not empty" in capsys.readouterr().err
 
 
 # The machine

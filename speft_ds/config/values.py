@@ -1,0 +1,47 @@
+"""Types of a recipe's values: numbers with bounds, texts, paths, intervals."""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+
+from speft_ds.config.section import broken_rule
+from speft_ds.env import expand_path
+
+_MINUTES = re.compile(r"([1-9]\d*) ?min(ute)?s?")
+
+
+def _number(value: Any) -> Any:
+    # YAML 1.1, which PyYAML speaks, reads 1e-3 as text: a float there needs a dot and a signed exponent.
+    is_exponent = isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value)
+    return float(value) if is_exponent else value
+
+
+def _interval(value: Any) -> Any:
+    is_steps = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if value is None or is_steps or (isinstance(value, str) and _MINUTES.fullmatch(value)):
+        return value
+    fix = "a number of steps, like 100, or of minutes, like '15 minutes'; null: never"
+    raise broken_rule(f"{value!r} is neither steps nor minutes", fix)
+
+
+def split_interval(value: int | str | None) -> tuple[int | None, float | None]:
+    """An `Interval` as (steps, seconds), of which one at most is not None."""
+    if isinstance(value, str):
+        return None, 60.0 * int(_MINUTES.fullmatch(value).group(1))
+    return value, None
+
+
+Text = Annotated[str, Field(min_length=1)]
+FilePath = Annotated[
+    Text, AfterValidator(expand_path), WithJsonSchema({"type": "string", "format": "path", "minLength": 1})
+]
+_NUMBER = BeforeValidator(_number)
+NonNegative = Annotated[float, Field(ge=0), _NUMBER]
+Positive = Annotated[float, Field(gt=0), _NUMBER]
+Share = Annotated[float, Field(gt=0, le=1), _NUMBER]
+PartialShare = Annotated[float, Field(gt=0, lt=1), _NUMBER]
+Decay = Annotated[float, Field(ge=0, lt=1), _NUMBER]
+Index = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Interval = Annotated[int | Text | None, BeforeValidator(_interval)]  # steps, text like `15 minutes`, or never

@@ -1,20 +1,15 @@
 """The rules between keys: what goes with what, and what has no effect."""
 
-from typing import get_args
 
 import pytest
 
 from speft_ds.config.load_recipe import load_recipe
-from speft_ds.config.mask_config import NEEDS_DATA, MaskConfig
+from speft_ds.config.mask_config import MaskConfig
 from speft_ds.config.recipe import FIELDS
 from speft_ds.config.train_config import OptimizerConfig, TrainConfig
 from unit.written import load, refused, words_to_type
 
 pytestmark = pytest.mark.usefixtures("own_folder")
-
-
-def test_every_key_has_a_description():
-    assert [key for key, field in FIELDS.items() if not field.description] == []
 
 
 def test_a_key_switches_off_the_default_of_the_one_that_it_replaces(tmp_path):
@@ -40,12 +35,6 @@ def test_a_key_switches_off_the_default_of_the_one_that_it_replaces(tmp_path):
 def test_when_a_mask_is_scored_and_on_rows(tmp_path, overrides, is_scored, needs_calibration):
     mask = load(tmp_path, "", *overrides).mask
     assert (mask.is_scored, mask.needs_calibration) == (is_scored, needs_calibration)
-
-
-def test_metrics_that_need_data_are_metrics():
-    data_free = {"magnitude", "low_magnitude", "synflow", "random", "lift"}
-    assert set(get_args(FIELDS["mask.salience"].annotation)) == NEEDS_DATA | data_free
-    assert not NEEDS_DATA & data_free
 
 
 NO_EFFECT = {  # -> the key and a value that would give it one

@@ -1,12 +1,9 @@
 """The `data` section: which rows, in what format, and how they become sequences."""
 
-from __future__ import annotations
-
 from string import Formatter
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal, Self
 
-import pydantic
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from speft_ds.config.section import ConfigSection, InPlaceOf, Needs, broken_rule, given_keys, rules_of
 from speft_ds.config.values import Count, FilePath, Positive, Text
@@ -97,8 +94,6 @@ class Source(ConfigSection):
 
 
 class DataConfig(ConfigSection):
-    section: ClassVar[str] = "data"
-
     path: FilePath | None = None
     """training rows: .json, .jsonl, .csv or .parquet (also .gz, .zst), a folder, or a hub id"""
     mixture: Annotated[
@@ -175,8 +170,8 @@ class DataConfig(ConfigSection):
             raise broken_rule("data.template_no_input is given without data.template", fix)
         return value
 
-    @pydantic.model_validator(mode="after")
-    def _every_source_is_consistent(self) -> DataConfig:
+    @model_validator(mode="after")
+    def _every_source_is_consistent(self) -> Self:
         """Refuse what a source of a mixture says without effect, by itself or with what it inherits."""
         for number, own in enumerate(self.mixture or []):
             place, complete = f"data.mixture[{number}]", self.sources[number]
@@ -212,7 +207,7 @@ class DataConfig(ConfigSection):
         weights = [source.weight for source in self.sources]
         return None if None in weights or not weights else tuple(weights)
 
-    def of_file(self, path: str, labels: list[str] | None = None) -> DataConfig:
+    def of_file(self, path: str, labels: list[str] | None = None) -> Self:
         """The section for all rows of another file, to calibrate or validate on; `labels`: of training."""
         changes = {"path": path, "mixture": None, "select": "all", "select_rows": None}
         return self.model_copy(update={**changes, "labels": labels or self.labels})

@@ -1,19 +1,14 @@
 """The `eval` section: what is scored, how and when."""
 
-from __future__ import annotations
+from typing import Annotated, Literal, Self
 
-from typing import Annotated, ClassVar, Literal
-
-import pydantic
-from pydantic import Field, ValidationInfo
+from pydantic import Field, ValidationInfo, model_validator
 
 from speft_ds.config.section import ConfigSection, broken_rule, given_keys
 from speft_ds.config.values import Count, FilePath, Index, Text
 
 
 class EvalConfig(ConfigSection):
-    section: ClassVar[str] = "eval"
-
     tasks: list[Text] = Field([])
     """lm-eval task names; empty: no evaluation"""
     include_path: FilePath | None = None
@@ -55,8 +50,8 @@ class EvalConfig(ConfigSection):
     after: bool = True
     """score the trained model"""
 
-    @pydantic.model_validator(mode="after")
-    def _has_tasks(self, info: ValidationInfo) -> EvalConfig:
+    @model_validator(mode="after")
+    def _has_tasks(self, info: ValidationInfo) -> Self:
         """What is scored on `tasks` needs some, unless they were taken away: eval.tasks=[]."""
         needing = {
             "manual_fewshot": bool(self.manual_fewshot),

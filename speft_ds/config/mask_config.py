@@ -1,10 +1,8 @@
 """The `mask` section: which weights are trained, and when."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -21,8 +19,6 @@ _DROP_GROW = Needs("schedule", ("drop_grow",))
 
 
 class MaskConfig(ConfigSection):
-    section: ClassVar[str] = "mask"
-
     salience: Literal[ScoredOnRows, ScoredOnWeights] = "gradient"
     """how each weight is scored"""
     density: Share | None = 0.005

@@ -1,8 +1,6 @@
 """The `model` and `deepspeed` sections: the frozen base, and how it is sharded."""
 
-from __future__ import annotations
-
-from typing import ClassVar, Literal
+from typing import Literal
 
 from speft_ds.config.section import ConfigSection
 from speft_ds.config.values import FilePath
@@ -11,8 +9,6 @@ HEAD = "score.weight"  # of a classifier: [classes, hidden], new, trained comple
 
 
 class ModelConfig(ConfigSection):
-    section: ClassVar[str] = "model"
-
     name_or_path: FilePath
     """a local model folder, or a hub id like owner/name"""
     dtype: Literal["auto", "bfloat16", "float32"] = "bfloat16"
@@ -22,7 +18,5 @@ class ModelConfig(ConfigSection):
 
 
 class DeepSpeedSection(ConfigSection):
-    section: ClassVar[str] = "deepspeed"
-
     config: FilePath = "zero3_bf16"
     """a name in ds_configs/, or a path to a JSON file"""

@@ -1,12 +1,9 @@
 """A recipe: its sections, the rules between them, and what a job makes of it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Literal
 
-import pydantic
-from pydantic import ValidationInfo, field_validator
+from pydantic import PrivateAttr, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from speft_ds.config.data_config import DataConfig
@@ -43,7 +40,7 @@ class Recipe(ConfigSection):
     """seeds the order of the rows, calibration, random masks and gates"""
     name: str = "recipe"
     """the file's name; not a key of the YAML"""
-    _sources: dict[str, str] = pydantic.PrivateAttr(default_factory=dict)
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
     # In the rules between sections, a section that is itself wrong is missing from `info.data`.
 

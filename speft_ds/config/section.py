@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
-import pydantic
-from pydantic import BaseModel, ValidationInfo
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -50,7 +49,7 @@ class Needs:
         return value in self.some if self.some else value != default
 
     def check(self, section: type[ConfigSection], value: Any, info: ValidationInfo) -> None:
-        own, other = f"{section.section}.{info.field_name}", f"{section.section}.{self.other}"
+        own, other = f"{section.key()}.{info.field_name}", f"{section.key()}.{self.other}"
         field, chosen = section.model_fields[info.field_name], info.data.get(self.other, self.values[0])
         if self.is_needed and value is None and info.data.get(self.other) in self.values:
             fix = f"{own}=...  ({field.description}), or {other}={section.model_fields[self.other].default}"
@@ -82,7 +81,7 @@ class InPlaceOf:
     def check(self, section: type[ConfigSection], value: Any, info: ValidationInfo) -> None:
         if self.other not in info.data or (value is None) != (info.data[self.other] is None):
             return
-        own, other = (f"{section.section}.{key}" for key in (info.field_name, self.other))
+        own, other = (f"{section.key()}.{key}" for key in (info.field_name, self.other))
         if value is not None:
             fix = "keep one; one on the command line sets the other aside"
             raise broken_rule(f"{own} and {other} are both given, and they exclude each other", fix)
@@ -106,7 +105,7 @@ def _typed(value: Any) -> str:
 class ConfigSection(BaseModel):
     """A section of a recipe. Unknown keys are refused; the docstring below a key is what it means."""
 
-    model_config = pydantic.ConfigDict(
+    model_config = ConfigDict(
         extra="forbid",
         frozen=True,
         strict=True,
@@ -114,9 +113,13 @@ class ConfigSection(BaseModel):
         validate_default=True,
         use_attribute_docstrings=True,
     )
-    section: ClassVar[str] = ""  # its key in the recipe
 
-    @pydantic.model_validator(mode="before")
+    @classmethod
+    def key(cls) -> str:
+        """Of the section in a recipe: `mask` of MaskConfig."""
+        return cls.__name__.removesuffix("Config").lower()
+
+    @model_validator(mode="before")
     @classmethod
     def _set_aside(cls, values: Any) -> Any:
         for key, field in cls.model_fields.items():
@@ -125,7 +128,7 @@ class ConfigSection(BaseModel):
                     values = {rule.other: None, **values}
         return values
 
-    @pydantic.field_validator("*")
+    @field_validator("*")
     @classmethod
     def _rules(cls, value: Any, info: ValidationInfo) -> Any:
         for rule in rules_of(cls.model_fields[info.field_name]):

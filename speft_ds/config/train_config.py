@@ -1,12 +1,9 @@
 """The `optimizer` and `train` sections: how entries step; how long, in what batches, and what is kept."""
 
-from __future__ import annotations
-
 import math
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-import pydantic
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from speft_ds.config.section import ConfigSection, InPlaceOf, Needs, broken_rule
 from speft_ds.config.values import Count, Decay, Index, Interval, NonNegative, Positive
@@ -22,8 +19,6 @@ def _only_with(*names: str) -> Needs:
 
 
 class OptimizerConfig(ConfigSection):
-    section: ClassVar[str] = "optimizer"
-
     name: Literal["adamw", "adamw_8bit", "sgd", "lion"] = "adamw"
     """the optimizer of the trained entries; 8bit: moments of one byte"""
     lr: Positive = 1e-3
@@ -45,7 +40,7 @@ class OptimizerConfig(ConfigSection):
     warmup_steps: Index = 0
     """steps of linear warm-up"""
 
-    @pydantic.model_validator(mode="before")
+    @model_validator(mode="before")
     @classmethod
     def _lion_has_betas_of_its_own(cls, values: Any) -> Any:
         is_lion = isinstance(values, dict) and values.get("name") == "lion"
@@ -61,8 +56,6 @@ class OptimizerConfig(ConfigSection):
 
 
 class TrainConfig(ConfigSection):
-    section: ClassVar[str] = "train"
-
     epochs: Positive | None = 1.0
     """passes over the data"""
     steps: Annotated[Count | None, InPlaceOf("epochs")] = None

@@ -1,7 +1,5 @@
 """How far masks overlap: `speft compare-masks A B ...`."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from itertools import combinations

@@ -1,7 +1,5 @@
 """`speft data`: what the rows of a recipe look like to the model. A second look imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

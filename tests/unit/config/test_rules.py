@@ -1,6 +1,5 @@
 """The rules between keys: what goes with what, and what has no effect."""
 
-
 import pytest
 
 from speft_ds.config.load_recipe import load_recipe

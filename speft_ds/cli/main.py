@@ -26,26 +26,19 @@ app = typer.Typer(
 )
 
 
-def command(name: str, *lines: str):
-    """Register a function as a command whose help ends with these examples."""
-    return app.command(name, epilog=examples(*lines))
+def command(*lines: str):
+    """Register a function as the command of its name, whose help ends with these examples."""
+    return app.command(epilog=examples(*lines))
 
 
-command("ls", "speft ls", "COLUMNS=200 speft ls")(ls)
-command("show", "speft show quickstart", "speft show quickstart optimizer.lr=5e-4 --plain")(show)
-command("cp", "speft cp quickstart mine.yaml", "speft cp smollm2_135m_static mine.yaml --force")(cp)
-command("schema", "speft schema mask.schedule", "speft schema mask", "speft schema --json > recipe.json")(
-    schema
-)
-
-
-command("validate", "speft validate quickstart", "speft validate quickstart mask.density=0.01 --ranks 2")(
-    validate
-)
+command("speft ls", "COLUMNS=200 speft ls")(ls)
+command("speft show quickstart", "speft show quickstart optimizer.lr=5e-4 --plain")(show)
+command("speft cp quickstart mine.yaml", "speft cp smollm2_135m_static mine.yaml --force")(cp)
+command("speft schema mask.schedule", "speft schema mask", "speft schema --json > recipe.json")(schema)
+command("speft validate quickstart", "speft validate quickstart mask.density=0.01 --ranks 2")(validate)
 
 
 @command(
-    "plan",
     "speft plan quickstart --world 2 --rows 1000",
     "speft plan llama2_13b_alpaca --world 8 --gpu-gib 40",
 )
@@ -73,7 +66,7 @@ def plan(
     )
 
 
-@command("data", "speft data quickstart", "speft data quickstart data.max_length=128 --output rows.png")
+@command("speft data quickstart", "speft data quickstart data.max_length=128 --output rows.png")
 def data(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -91,7 +84,7 @@ def data(
     show_data(load_recipe(recipe, overrides or []), output)
 
 
-@command("doctor", "speft doctor", "DS_ACCELERATOR=cpu speft doctor")
+@command("speft doctor", "DS_ACCELERATOR=cpu speft doctor")
 def doctor() -> None:
     """Check this machine: versions, GPUs, compiler, memory, the model hub, communication between ranks.
 
@@ -104,7 +97,7 @@ def doctor() -> None:
     raise typer.Exit(exit_code(checks))
 
 
-@command("quickstart", "speft quickstart", "speft quickstart train.steps=20 --ranks 2")
+@command("speft quickstart", "speft quickstart train.steps=20 --ranks 2")
 def quickstart(
     overrides: Overrides = None,
     prepare_only: Annotated[bool, typer.Option("--prepare-only", help="make the inputs, and stop")] = False,
@@ -122,9 +115,7 @@ def quickstart(
     raise typer.Exit(launch("train", "quickstart", fitting, ranks))
 
 
-@command(
-    "score", "speft score quickstart", "speft score quickstart mask.salience=snip mask.density=0.01 --ranks 2"
-)
+@command("speft score quickstart", "speft score quickstart mask.salience=snip mask.density=0.01 --ranks 2")
 def score(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = None) -> None:
     """Score the weights and select a mask; train nothing.
 
@@ -134,7 +125,6 @@ def score(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = None) 
 
 
 command(
-    "submit",
     "speft submit llama2_13b_alpaca --nodes 2 --gpus-per-node 8 --time 12:00:00 --evaluate",
     "speft submit quickstart --nodes 2 --partition cpu --dry-run",
     'speft submit quickstart train.steps=40 --gpus-per-node 1 --sbatch "--constraint=a100"',
@@ -142,7 +132,6 @@ command(
 
 
 @command(
-    "compare-masks",
     "speft compare-masks runs/a runs/b",
     "speft compare-masks runs/a/mask.safetensors runs/b/adapter --output compare.png",
 )
@@ -163,7 +152,7 @@ def compare_masks(
     compare(paths, output)
 
 
-@command("report", "speft report runs/quickstart", "speft report runs/a runs/b --output runs/a-and-b")
+@command("speft report runs/quickstart", "speft report runs/a runs/b --output runs/a-and-b")
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN", help="run folders, one or more")],
     output: Annotated[

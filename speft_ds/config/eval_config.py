@@ -53,13 +53,9 @@ class EvalConfig(ConfigSection):
     @model_validator(mode="after")
     def _has_tasks(self, info: ValidationInfo) -> Self:
         """What is scored on `tasks` needs some, unless they were taken away: eval.tasks=[]."""
-        needing = {
-            "manual_fewshot": bool(self.manual_fewshot),
-            "format_spread": self.format_spread > 1,
-            "slice": self.slice is not None,
-        }
         is_forgotten = not self.tasks and "eval.tasks" not in given_keys(info)
-        if is_forgotten and (idle := [key for key, is_set in needing.items() if is_set]):
-            message = f"eval.{idle[0]} has no effect without eval.tasks"
-            raise broken_rule(message, f"eval.tasks=[...], or remove eval.{idle[0]}", key=f"eval.{idle[0]}")
+        for key in ("manual_fewshot", "format_spread", "slice") if is_forgotten else ():
+            if getattr(self, key) != EvalConfig.model_fields[key].default:
+                message = f"eval.{key} has no effect without eval.tasks"
+                raise broken_rule(message, f"eval.tasks=[...], or remove eval.{key}", key=f"eval.{key}")
         return self

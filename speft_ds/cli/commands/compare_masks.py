@@ -53,7 +53,7 @@ def compare(paths: list[Path], output: Path | None) -> None:
     try:
         save_picture(output, jaccard_picture(names, matrix))
     except OSError as error:
-        raise UserError(f"cannot write: {error}", where=str(output), fix="choose another file") from error
+        raise UserError(f"cannot write: {error}", str(output), "choose another file") from error
     print(f"  {output}")
 
 

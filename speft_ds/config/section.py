@@ -117,7 +117,7 @@ class ConfigSection(BaseModel):
     @classmethod
     def key(cls) -> str:
         """Of the section in a recipe: `mask` of MaskConfig."""
-        return cls.__name__.removesuffix("Config").lower()
+        return cls.__name__.removesuffix("Config").removesuffix("Section").lower()
 
     @model_validator(mode="before")
     @classmethod

@@ -106,6 +106,6 @@ def _matrix_table(sources: list[MaskSource], names: list[str], matrix: list[list
         table.add_column(heading, justify="right")
     for number, (source, name, row) in enumerate(zip(sources, names, matrix, strict=True), 1):
         entries, elements = source.mask.num_trainable, source.num_target_elements
-        density = percent(entries, elements) if elements else "unknown"
+        density = percent(entries, elements) if isinstance(elements, int) else "unknown"
         table.add_row(str(number), Text(name), f"{entries:,}", density, *map(jaccard_text, row))
     return table

@@ -72,8 +72,9 @@ def test_masks_in_files_folders_and_runs(write, write_run, capsys, tmp_path, mon
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_an_adapter_without_mask_facts_has_no_density(write_run, capsys):
-    a, b = write_run("a", A), write_run("b", {Q: {1}}, mask=None)
+@pytest.mark.parametrize("mask", [None, {}, {"num_target_elements": "many"}])
+def test_an_adapter_without_mask_facts_has_no_density(write_run, capsys, mask):
+    a, b = write_run("a", A), write_run("b", {Q: {1}}, mask=mask)
     compare([a, b / "adapter" / "adapter.safetensors"], None)
     assert printed(capsys) == [
         ["1", "a", "5", "1.250%", "1", f"{1 / 5:.4f}"],

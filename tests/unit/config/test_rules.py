@@ -4,11 +4,15 @@ import pytest
 
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.config.mask_config import MaskConfig
-from speft_ds.config.recipe import FIELDS
+from speft_ds.config.recipe import FIELDS, SECTIONS
 from speft_ds.config.train_config import OptimizerConfig, TrainConfig
 from unit.written import load, refused, words_to_type
 
 pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+def test_a_section_knows_its_key():
+    assert all(section.key() == key for key, section in SECTIONS.items() if "." not in key)
 
 
 def test_a_key_switches_off_the_default_of_the_one_that_it_replaces(tmp_path):

@@ -1,11 +1,15 @@
 """The rules between keys: what goes with what, and what has no effect."""
 
+import json
+
 import pytest
+import yaml
 
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.config.mask_config import MaskConfig
 from speft_ds.config.recipe import FIELDS, SECTIONS
 from speft_ds.config.train_config import OptimizerConfig, TrainConfig
+from speft_ds.errors import RecipeError
 from unit.written import load, refused, words_to_type
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -140,18 +144,19 @@ def test_lion_has_betas_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("source", "key"),
     [
-        ("{path: a, format: alpaca, template_no_input: x}", "template_no_input"),
-        ("{path: a, format: messages, template: x}", "template"),
-        ("{path: a, format: messages, chat_template: false}", "chat_template"),
+        ({"format": "alpaca", "template_no_input": "x"}, "template_no_input"),
+        ({"format": "messages", "template": "x"}, "template"),
+        ({"format": "messages", "chat_template": False}, "chat_template"),
     ],
 )
 def test_a_source_of_a_mixture_that_contradicts_itself(tmp_path, source, key):
-    mixture = f"data.mixture=[{{path: b}}, {source}]"
-    (problem,) = refused(tmp_path, "", "data.path=null", mixture).problems
-    assert "data.mixture[1]" in problem.what and problem.where == f"command line: {mixture}" and problem.fix
-    text = f"mixture:\n  - path: b\n  - path: a\n    {source[10:-1].replace(', ', chr(10) + '    ')}\n"
-    (tmp_path / "other.yaml").write_text("model: {name_or_path: m}\ndata:\n  " + text.replace("\n", "\n  "))
-    with pytest.raises(Exception, match=rf"other\.yaml:\d \(data\.mixture\[1\]\.{key}\)"):
+    mixture = [{"path": "b"}, {"path": "a"} | source]
+    word = f"data.mixture={json.dumps(mixture)}"
+    (problem,) = refused(tmp_path, "", "data.path=null", word).problems
+    assert "data.mixture[1]" in problem.what and problem.where == f"command line: {word}" and problem.fix
+    recipe = {"model": {"name_or_path": "m"}, "data": {"mixture": mixture}}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(RecipeError, match=rf"other\.yaml:\d \(data\.mixture\[1\]\.{key}\)"):
         load_recipe("other.yaml")
 
 

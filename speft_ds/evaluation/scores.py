@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,11 @@ class Settings(_Part):
     world_size: int | None = None
     batch_size: int | None = None
     lm_eval: str | None = None
+
+    def in_words(self, but: Collection[str] = ()) -> str:
+        """`limit 500, lm_eval 0.4.13`: those that are known, without the names in `but`."""
+        known = self.model_dump(exclude={"format", "format_text", *but}, exclude_none=True)
+        return ", ".join(f"{key} {value}" for key, value in known.items())
 
 
 class Score(_Part):
@@ -246,9 +252,10 @@ class Evaluations:
         return tuple(each.score(score.key) if each else None for each in (self.before, self.after))
 
     def changes(self, role: str = "task") -> list[ScoreChange]:
-        """The main scores that were made both before and after."""
+        """The main scores that were made both before and after, the clearest change first."""
         pairs = [self.both(score) for score in self.main_scores(role)]
-        return [ScoreChange(old, new) for old, new in pairs if old and new]
+        changes = [ScoreChange(old, new) for old, new in pairs if old and new]
+        return sorted(changes, key=lambda change: -abs(change.num_errors or 0.0))
 
     def main_scores(self, role: str = "task") -> list[Score]:
         """Of the last evaluation."""

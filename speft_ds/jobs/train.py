@@ -11,11 +11,10 @@ from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.recipe import Recipe
 from speft_ds.evaluation.scores import card_scores
 from speft_ds.model.dtype import agree_on_dtype
-from speft_ds.report.page import write_report
-from speft_ds.report.summary import print_summary
+from speft_ds.report.page import print_summary, write_report
+from speft_ds.report.run import read_run
 from speft_ds.training.checkpoint.resume import Start, resume_hint
 from speft_ds.training.checks import check_space
-from speft_ds.training.metrics import tokens_per_second
 from speft_ds.training.run_dir import (
     check_output_dir,
     read_facts,
@@ -63,8 +62,8 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     trainer.timings["total"] = time.perf_counter() - began
 
     def finish() -> None:
-        facts = {**read_facts(folder), **run_facts(trainer), "finished": True}
-        write_facts(folder, {**facts, "tokens_per_s": tokens_per_second(folder / "metrics.jsonl")})
+        speed = {"tokens_per_s": read_run(folder).tokens_per_s}
+        write_facts(folder, {**read_facts(folder), **run_facts(trainer), "finished": True, **speed})
         write_card(folder / "adapter", card_scores(folder))
         write_report(folder)
         print_summary(folder)

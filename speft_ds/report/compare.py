@@ -12,12 +12,11 @@ from typing import Any
 
 from speft_ds.errors import UserError
 from speft_ds.evaluation.scores import CLEAR, Score, in_text
-from speft_ds.report.page import Rows, mean_size
+from speft_ds.report.page import mean_size
 from speft_ds.report.plots import Curve, curves, running_mean
 from speft_ds.report.render import Picture, write_pages
 from speft_ds.report.run import NUM_WARMUP, RunFolder, is_number, is_run, read_run
 from speft_ds.report.tables import duration, in_bytes, unique_tails
-from speft_ds.report.verdict import how_scored
 
 NOT_OF_A_GROUP = ("seed", "output_dir", "name")  # keys of the recipe
 MACHINE = ("machine.device", "machine.cpu", "machine.gpu")
@@ -124,14 +123,14 @@ def write_comparison(folders: Sequence[Path], output: Path | None = None) -> lis
     if is_run(folder):
         fix = "name another folder: --output runs/report-mine"
         raise UserError(f"{folder} is a run: a report of several would hide its own", "--output", fix)
-    return write_pages(folder, "comparison.j2", **context_of(grouped(runs)))
+    return write_pages(folder, "comparison", **context_of(grouped(runs)))
 
 
 def default_name(folders: Sequence[Path]) -> str:
+    """`report-a-vs-b-vs-c`, or where that is long, `report-a-vs-2-others`."""
     names = [folder.absolute().name for folder in folders]
     full = f"report-{'-vs-'.join(names)}"
-    short = f"report-{names[0][:MAX_NAME]}-vs-{len(names) - 1}-others"
-    return full if len(full) <= MAX_NAME else short
+    return full if len(full) <= MAX_NAME else f"report-{names[0][:MAX_NAME]}-vs-{len(names) - 1}-others"
 
 
 def grouped(runs: Sequence[RunFolder]) -> list[Group]:
@@ -169,22 +168,28 @@ def context_of(groups: Sequence[Group]) -> dict[str, Any]:
     scored = [file for run in runs if (file := run.evaluations.after)]
     # Of all main scores after training, groups of tasks first.
     tasks = {score.key: score for file in reversed(scored) for score in file.main_scores()}
+    losses = [(mean(values), group.label) for group in groups if (values := group.values(_lowest_validation))]
     notes = [f"{run.folder}: {problem}" for run in runs for problem in run.problems]
     notes += [f"{run.folder}: the run is not finished" for run in runs if not run.is_finished]
     keys = dict.fromkeys(key for group in groups for key in group.recipe)
     settings = {key: [_setting(group, key) for group in groups] for key in keys}
     return {
         "title": f"{len(runs)} runs{f' in {len(groups)} groups' if len(groups) < len(runs) else ''} compared",
-        "verdict": [verdict_of(groups, list(tasks.values())[:MAX_TASKS])],
+        "best": [(score.name, *_ranked(groups, score)) for score in list(tasks.values())[:MAX_TASKS]],
+        "clear": CLEAR,
+        "lowest_validation_loss": min(losses) if len(losses) > 1 else None,
         "notes": notes + _unlike(runs),
         "figures": [],
         "pictures": _curves(groups),
         "labels": [group.label for group in groups],
         "scores": [(score.name, *(_from_to(g, key) for g in groups)) for key, score in tasks.items()],
-        "how_scored": how_scored(scored[:1]) if scored else "",
+        "scored": scored,
         "has_seeds": len(groups) < len(runs),
         "differing": [(key, *values) for key, values in settings.items() if len(set(values)) > 1],
-        "costs": _costs(groups),
+        "costs": [
+            (what, *(_mean_text(group.values(value), text) for group in groups))
+            for what, value, text in COSTS
+        ],
         "runs": [
             (g.label, r.folder, str(r.setting("seed")), r.num_ranks or None) for g in groups for r in g.runs
         ],
@@ -203,30 +208,15 @@ def _from_to(group: Group, key: Key) -> str | None:
     return f"{first}{after}" if after else None
 
 
-def verdict_of(groups: Sequence[Group], tasks: Sequence[Score]) -> str:
-    """Which is best at what, and whether that is clear."""
-    sentences = [_best(groups, score) for score in tasks]
-    losses = [(mean(values), group.label) for group in groups if (values := group.values(_best_held_out))]
-    if len(losses) > 1:
-        lowest, label = min(losses)
-        sentences.append(f"The lowest validation loss is that of {label} ({lowest:.4g}).")
-    return " ".join(sentences) or "No run was scored after training, so there is no best one."
-
-
-def _best(groups: Sequence[Group], score: Score) -> str:
-    means = [(found, group.label) for group in groups if (found := group.mean_score(score.key))]
-    means.sort(key=lambda pair: -score.sign * pair[0].value)
-    (best, label), *others = means
-    if not others:
-        return f"On {score.name}, {label} reaches {best}; no other was scored on it."
-    second, other = others[0]
-    if best.error is None or second.error is None or not (error := math.hypot(best.error, second.error)):
-        apart = "no standard error is known"
-    else:
-        errors = abs(best.value - second.value) / error
-        unclear = ", so that is no clear order" if errors < CLEAR else ""
-        apart = f"{errors:.1f} standard errors apart{unclear}"
-    return f"On {score.name}, {label} is first with {best}, then {other} with {second}: {apart}."
+def _ranked(groups: Sequence[Group], score: Score) -> tuple[list[tuple[str, MeanScore]], float | None]:
+    """Labels and scores, the best first; how many standard errors the first two are apart, where known."""
+    means = [(group.label, found) for group in groups if (found := group.mean_score(score.key))]
+    means.sort(key=lambda pair: -score.sign * pair[1].value)
+    first_two = [found for _, found in means[:2]]
+    errors = [found.error for found in first_two]
+    if len(first_two) < 2 or None in errors or not (error := math.hypot(*errors)):
+        return means, None
+    return means, abs(first_two[0].value - first_two[1].value) / error
 
 
 def _unlike(runs: Sequence[RunFolder]) -> list[str]:
@@ -243,39 +233,12 @@ def _unlike(runs: Sequence[RunFolder]) -> list[str]:
     return [reason for reason, found in reasons.items() if len(found) > 1]
 
 
-def _costs(groups: Sequence[Group]) -> Rows:
-    """Loss, time, memory and size: a row per quantity, a column per group."""
-    rows: dict[str, tuple[Callable[[RunFolder], float | None], Callable[[float], str]]] = {
-        "training loss": (_last_loss, "{:.4g}".format),
-        "lowest validation loss": (_best_held_out, "{:.4g}".format),
-        "steps": (lambda run: run.num_done, "{:,.0f}".format),
-        "time in steps": (lambda run: run.step_seconds, duration),
-        "tokens/s": (lambda run: run.tokens_per_s, "{:,.0f}".format),
-        "peak memory": (lambda run: max(run.series("peak_memory_gib")[1], default=None), "{:.2f} GiB".format),
-        "trained entries": (lambda run: run.fact("mask.num_trainable"), "{:,.0f}".format),
-        "adapter": (lambda run: run.adapter_bytes, in_bytes),
-    }
-    return [
-        (what, *(_mean_text(group.values(value), text) for group in groups))
-        for what, (value, text) in rows.items()
-    ]
-
-
 def _mean_text(values: Sequence[float], text: Callable[[float], str]) -> str | None:
     """The mean, and lowest to highest where they differ."""
     if not values:
         return None
     low, high = text(min(values)), text(max(values))
     return text(mean(values)) + (f" ({low} to {high})" if low != high else "")
-
-
-def _last_loss(run: RunFolder) -> float | None:
-    losses = run.series("loss")[1]
-    return running_mean(losses, mean_size(len(losses)))[-1] if losses else None
-
-
-def _best_held_out(run: RunFolder) -> float | None:
-    return min(run.series("validation_loss")[1], default=None)
 
 
 def _curves(groups: Sequence[Group]) -> dict[str, Picture]:
@@ -293,3 +256,29 @@ def _curves(groups: Sequence[Group]) -> dict[str, Picture]:
             labels = ", ".join(line.label for line in lines if line.label)
             pictures[f"{key}.svg"] = Picture(curves(lines, what), f"{what} over steps: {labels}")
     return pictures
+
+
+def _last_loss(run: RunFolder) -> float | None:
+    losses = run.series("loss")[1]
+    return running_mean(losses, mean_size(len(losses)))[-1] if losses else None
+
+
+def _lowest_validation(run: RunFolder) -> float | None:
+    return min(run.series("validation_loss")[1], default=None)
+
+
+def _peak_memory(run: RunFolder) -> float | None:
+    return max(run.series("peak_memory_gib")[1], default=None)
+
+
+# What is shown of loss, time, memory and size: of each run, as text
+COSTS: list[tuple[str, Callable[[RunFolder], float | None], Callable[[float], str]]] = [
+    ("training loss", _last_loss, "{:.4g}".format),
+    ("lowest validation loss", _lowest_validation, "{:.4g}".format),
+    ("steps", lambda run: run.num_done, "{:,.0f}".format),
+    ("time in steps", lambda run: run.step_seconds, duration),
+    ("tokens/s", lambda run: run.tokens_per_s, "{:,.0f}".format),
+    ("peak memory", _peak_memory, "{:.2f} GiB".format),
+    ("trained entries", lambda run: run.fact("mask.num_trainable"), "{:,.0f}".format),
+    ("adapter", lambda run: run.adapter_bytes, in_bytes),
+]

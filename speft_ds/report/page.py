@@ -1,4 +1,4 @@
-"""The report of one run: a pure function of its folder."""
+"""The report of one run, a pure function of its folder, and its key figures as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from statistics import median
 from typing import Any
 
 import yaml
+from rich.console import Console
+from rich.table import Table
 
+from speft_ds.adapter.format import Adapter
+from speft_ds.adapter.inspect import mask_counts
 from speft_ds.config.mask_config import MASK_FILE
 from speft_ds.errors import UserError
 from speft_ds.evaluation.scores import CLEAR, Evaluations, Score, ScoreChange, in_text
 from speft_ds.report.plots import HALF, Curve, bars, curves, mask_heat_map, running_mean
 from speft_ds.report.render import Picture, write_pages
-from speft_ds.report.run import ADAPTER, NUM_WARMUP, RunFolder, is_number, numbers, read_run, size_of
-from speft_ds.report.summary import key_figures
-from speft_ds.report.tables import in_bytes
-from speft_ds.report.verdict import how_scored, verdict_of
+from speft_ds.report.run import ADAPTER, NUM_WARMUP, RunFolder, is_number, look_up, numbers, read_run, size_of
+from speft_ds.report.tables import duration, in_bytes, plain
+from speft_ds.sparse.mask import read_mask
 from speft_ds.training.run_dir import RECIPE
 
 Rows = list[tuple[Any, ...]]  # of tables; a dash stands for None
@@ -48,6 +51,14 @@ STAGES = {
     "other": "all else",
 }
 WITHIN = ("validation", "slices", "checkpoints")
+FILES = {
+    "report.html": "all of this and more, for a browser",
+    "adapter/": "the trained entries; apply them with speft_ds.apply_adapter(model, path)",
+    "eval/": "scores before and after",
+    "metrics.jsonl": "one line per step",
+    "run.json": "versions, mask, base, timings",
+    "recipe.yaml": "the recipe with every default filled in",
+}
 
 
 def write_report(folder: Path, output: Path | None = None) -> list[Path]:
@@ -60,7 +71,7 @@ def write_report(folder: Path, output: Path | None = None) -> list[Path]:
     Raises:
         UserError: the folder is not a run folder, or the report cannot be written.
     """
-    return write_pages(output or folder, "run.j2", **context_of(read_run(folder)))
+    return write_pages(output or folder, "run", **context_of(read_run(folder)))
 
 
 def context_of(run: RunFolder) -> dict[str, Any]:
@@ -71,16 +82,13 @@ def context_of(run: RunFolder) -> dict[str, Any]:
     keys = list(changes[-1]) if changes else []
     return {
         "title": f"Run {run.name}",
-        "verdict": verdict_of(run),
         "notes": run.problems,
         "figures": key_figures(run, max_scores=2)[:6],
         "pictures": {**_curves(run), **heat_map, **_stages(run)},
         "small_curves": [(f"{key}.svg", *SMALL[key]) for key in SMALL if run.series(key)[0]],
         "no_heat_map": no_heat_map,
         "run": run,
-        "found": run.evaluations,
         "before_after": lambda scores: _before_after(run.evaluations, scores),
-        "how_scored": how_scored,
         "clear": f"{CLEAR:g}",
         **_prompting(run.evaluations),
         "perplexities": _perplexities(run.evaluations),
@@ -95,6 +103,74 @@ def context_of(run: RunFolder) -> dict[str, Any]:
         "commands": _commands(run),
         "recipe": yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True) if run.recipe else "",
     }
+
+
+def print_summary(folder: Path) -> None:
+    """Print the key figures of a run, and where everything lies.
+
+    Raises:
+        UserError: the folder is not a run folder.
+    """
+    run = read_run(folder)
+    table = Table(title=plain(str(folder)), show_header=False)
+    for row in [*key_figures(run), *(("note", problem, "") for problem in run.evaluations.problems)]:
+        table.add_row(*map(plain, row))
+    console = Console()
+    console.print(table)
+    for name, what in FILES.items():
+        if (folder / name).exists():
+            console.print(f"  {folder / name}  {what}", highlight=False, soft_wrap=True, markup=False)
+
+
+def key_figures(run: RunFolder, max_scores: int | None = None) -> list[tuple[str, str, str]]:
+    """(what, number, how it came about), the most important first; what is not known is left out."""
+    rows = []
+    for score in run.evaluations.main_scores()[:max_scores]:
+        old, new = run.evaluations.both(score)
+        if old and new:
+            change = ScoreChange(old, new)
+            how = f"before {old.short}: {change}, {change.verdict_text}"
+            rows.append((score.name, new.short, how))
+        else:
+            rows.append((score.name, str(score), "after training" if new else "before training"))
+    for key, what in (("validation_loss", "validation loss"), ("loss", "training loss")):
+        steps, values = run.series(key)
+        if values:
+            rows.append((what, f"{values[-1]:.4g}", f"at step {steps[-1]:,}; at first {values[0]:.4g}"))
+    if run.step_seconds:
+        speed = f"{run.tokens_per_s:,.0f} tokens/s" if run.tokens_per_s else "in steps"
+        ranks = f", {run.num_ranks} rank(s)" if run.num_ranks else ""
+        rows.append(("training time", duration(run.step_seconds), speed + ranks))
+    return [*rows, *_sizes(run)]
+
+
+def _sizes(run: RunFolder) -> list[tuple[str, str, str]]:
+    """Of adapter, mask and head, memory and communication."""
+    trained, targets = run.fact("mask.num_trainable", 0), run.fact("mask.num_target_elements", 0)
+    rows = []
+    if run.adapter_bytes:
+        entries = numbers(run.adapter).get("num_entries") or trained
+        each = f"{entries:,} entries, {run.adapter_bytes / entries:.2f} bytes each" if entries else ""
+        rows.append(("adapter", in_bytes(run.adapter_bytes), each))
+    if trained and targets:
+        rows.append(("trained entries", f"{trained:,}", f"of {targets:,} ({trained / targets:.4%})"))
+    if head := run.fact("head", 0):
+        rows.append(("fully trained head", f"{head:,}", "weights"))
+    if changes := run.fact("mask.changes", []):
+        overlap = look_up(changes[-1], "overlap_with_first", 0.0)
+        how = f"overlap of the last mask with the first {overlap:.1%}"
+        rows.append(("mask changes", f"{len(changes)}", how))
+    if total := run.fact("timings_s.total", 0):
+        rows.append(("total time", duration(total), "of the last start"))
+    peak, memory, sent = run.resources
+    for what, size, kinds in (
+        ("peak memory per rank", peak, memory),
+        ("sent per rank per step", sum(sent.values()), sent),
+    ):
+        largest = sorted(kinds, key=kinds.get, reverse=True)[:3]
+        named = ", ".join(f"{kind} {in_bytes(kinds[kind])}" for kind in largest)
+        rows += [(what, in_bytes(size), named)] if kinds else []
+    return rows
 
 
 def _before_after(found: Evaluations, scores: Iterable[Score]) -> Rows:
@@ -222,10 +298,6 @@ def _seconds(value: float) -> str:
 
 def _heat_map(run: RunFolder) -> tuple[dict[str, Picture], str]:
     """Where the entries of the adapter lie, or those of a mask that was only selected; or why not."""
-    from speft_ds.adapter.format import Adapter  # late: they import torch
-    from speft_ds.adapter.inspect import mask_counts
-    from speft_ds.sparse.mask import read_mask
-
     try:
         if (run.folder / ADAPTER).is_dir():
             mask, what = mask_counts(Adapter.open(run.folder / ADAPTER)), "entries that the adapter holds"

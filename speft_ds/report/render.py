@@ -46,7 +46,7 @@ def write_pages(folder: Path, content: str, pictures: dict[str, Picture], **fact
     """Write pictures, page and markdown, each file complete or not at all.
 
     Args:
-        content: the template of the sections.
+        content: `run` or `comparison`: CONTENT.j2 has the sections, CONTENT_verdict.j2 what they come to.
         pictures: by the name of their file.
         facts: what else the templates show.
     Returns:
@@ -67,12 +67,7 @@ def write_pages(folder: Path, content: str, pictures: dict[str, Picture], **fact
 
 
 def render(name: str, content: str, **facts: Any) -> str:
-    """A report.
-
-    Args:
-        name: report.html or report.md.
-        content: the template of its sections, with the macros of either.
-    """
+    """The text of report.html or report.md."""
     template = _environment(name == MARKDOWN).get_template(name)
     return template.render(content=content, titles=[], **facts)
 

@@ -1,4 +1,4 @@
-"""What a run folder says. A missing or damaged file is a sentence and not a crash."""
+"""A run folder, read. A missing or damaged file becomes a sentence and not a crash."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class RunFolder:
         keys = ("loss", "grad_norm")
         return [line["step"] for line in self.lines if any(line.get(key, 0.0) is None for key in keys)]
 
-    @cached_property
+    @property
     def step_seconds(self) -> float:
         """Of all steps, over all starts."""
         return sum(self.series("step_ms")[1]) / 1000
@@ -104,13 +104,10 @@ class RunFolder:
     @property
     def resources(self) -> tuple[float, dict[str, float], dict[str, float]]:
         """Peak bytes, memory breakdown and comm volume (kind -> bytes) of the rank with the highest peak."""
-        keys = ("memory_breakdown", "comm_volume")
-        ranks = [
-            (numbers(each).get("peak_bytes", 0), *(numbers(look_up(each, key)) for key in keys))
-            for each in self.fact("resources", [])
-            if isinstance(each, dict)
-        ]
-        return max(ranks, key=lambda each: each[0], default=(0, {}, {}))
+        ranks = [rank for rank in self.fact("resources", []) if isinstance(rank, dict)]
+        largest = max(ranks, key=lambda rank: look_up(rank, "peak_bytes", 0), default={})
+        memory, sent = (numbers(largest.get(key)) for key in ("memory_breakdown", "comm_volume"))
+        return look_up(largest, "peak_bytes", 0), memory, sent
 
     @cached_property
     def adapter_bytes(self) -> int:
@@ -156,18 +153,21 @@ def read_run(folder: Path) -> RunFolder:
         what = f"{folder} is not a run folder: it has no {RECIPE}, no {FACTS} and no {METRICS}"
         raise UserError(what, str(folder), "name the output_dir of a run, like runs/quickstart")
     problems: list[str] = []
-    recipe = _read_document(folder / RECIPE, problems)
-    facts = _read_document(folder / FACTS, problems)
     has_adapter = (folder / ADAPTER).is_dir()
-    adapter = _read_document(folder / ADAPTER / "adapter.json", problems) if has_adapter else {}
-    lines = list(_read_lines(folder / METRICS, problems))
-    evaluations = read_evaluations(folder)
-    checkpoints = list_checkpoints(folder)
-    problems += evaluations.problems
-    problems += [
-        f"{c.path.relative_to(folder)} does not count: {c.problem}" for c in checkpoints if c.problem
-    ]
-    return RunFolder(folder, recipe, facts, lines, adapter, evaluations, checkpoints, problems)
+    run = RunFolder(
+        folder,
+        recipe=_read_document(folder / RECIPE, problems),
+        facts=_read_document(folder / FACTS, problems),
+        adapter=_read_document(folder / ADAPTER / "adapter.json", problems) if has_adapter else {},
+        lines=list(_read_lines(folder / METRICS, problems)),
+        evaluations=read_evaluations(folder),
+        checkpoints=list_checkpoints(folder),
+        problems=problems,
+    )
+    problems += run.evaluations.problems
+    damaged = [checkpoint for checkpoint in run.checkpoints if checkpoint.problem]
+    problems += [f"{each.path.relative_to(folder)} does not count: {each.problem}" for each in damaged]
+    return run
 
 
 def _read_document(path: Path, problems: list[str]) -> dict[str, Any]:

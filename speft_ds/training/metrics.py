@@ -87,10 +87,3 @@ class MetricsLog:
 
 def _is_nonfinite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def tokens_per_second(path: Path, num_warmup: int = 3) -> float:
-    """Throughput of a run from its metrics file, without the first steps."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    lines = lines[num_warmup:] or lines
-    return sum(line["num_tokens"] for line in lines) / (sum(line["step_ms"] for line in lines) / 1000)

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from speft_ds.errors import UserError
-from speft_ds.report.page import context_of, write_report
+from speft_ds.report.page import context_of, key_figures, print_summary, write_report
 from speft_ds.report.render import render
 from speft_ds.report.run import read_run
-from speft_ds.report.summary import key_figures, print_summary
 from speft_ds.sparse.mask import Mask, save_mask
 from unit.report.reading import page_of, rendered
 from unit.report.sample import NUM_STEPS, evaluation, facts, make_run, metrics, score, write_json
@@ -223,7 +222,7 @@ def test_wrong_types_in_run_json_crash_nothing(tmp_path, value):
         at[path[-1]] = value
         write_json(tmp_path / "run.json", document)
         found = read_run(tmp_path)
-        assert render("report.md", "run.j2", **context_of(found)) and isinstance(key_figures(found), list)
+        assert render("report.md", "run", **context_of(found)) and isinstance(key_figures(found), list)
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:constrained_layout")

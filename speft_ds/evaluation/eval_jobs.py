@@ -1,13 +1,26 @@
-"""The evaluation jobs of a recipe: its tasks, their baselines, and what may have been forgotten."""
+"""The evaluation jobs of a recipe: its tasks, their baselines, what may have been forgotten; prompt formats.
+
+Equivalent formats of a prompt show how much a model's scores depend on wording alone. Sclar et al.,
+Quantifying Language Models' Sensitivity to Spurious Features in Prompt Design (FormatSpread), 2024:
+descriptors ("Question: ") in another case, with another separator, fields on lines of their own.
+"""
 
 from __future__ import annotations
 
+import random
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from speft_ds.config.eval_config import EvalConfig
+from speft_ds.evaluation.scores import JobKind
 
 Phase = Literal["before", "after"]
+DESCRIPTOR = re.compile(r"^([A-Z][A-Za-z]*(?: [A-Za-z]+){0,2}):(?=[ \n]|$)", re.MULTILINE)
+CASES: tuple[Callable[[str], str], ...] = (str, str.upper, str.lower)
+SEPARATORS = (":", " :", "::", " -", " ->", ":\t", " |", ": :")
+BREAKS = ("\n", "\n\n", "\n\t")
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,7 @@ class EvalJob:
     """
 
     label: str
-    kind: Literal["main", "fewshot", "format", "extra"]
+    kind: JobKind
     tasks: tuple[str, ...]
     num_fewshot: int | None
     limit: int | None
@@ -62,5 +75,44 @@ def extra_jobs(section: EvalConfig, model: str) -> list[EvalJob]:
 
 
 def _other_formats(job: EvalJob, format_spread: int) -> list[EvalJob]:
-    numbers = range(1, format_spread)
-    return [replace(job, label=f"{job.label}-format-{i}", format=i) for i in numbers]
+    return [replace(job, label=f"{job.label}-format-{i}", format=i) for i in range(1, format_spread)]
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How the fields of a prompt are written."""
+
+    case: Callable[[str], str]  # of descriptors
+    separator: str  # in place of their colon
+    line_break: str  # before them
+
+    def rewrite_request(self, arguments: tuple) -> tuple:
+        """An lm-eval request in this format: its prompt, and the strings that end an answer in both forms."""
+        prompt, *more = arguments
+        if more and isinstance(more[0], dict) and "until" in more[0]:
+            until = more[0]["until"]
+            until = [until] if isinstance(until, str) else until
+            more[0] = {**more[0], "until": list(dict.fromkeys([*until, *map(self.rewrite, until)]))}
+        return self.rewrite(prompt), *more
+
+    def rewrite(self, prompt: str) -> str:
+        """The prompt in this format; unchanged where no line starts with a descriptor."""
+        names = {self._descriptor(found) for found in DESCRIPTOR.finditer(prompt)}
+        if not names:
+            return prompt
+        longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        return re.sub(rf"\n(?={longest_first})", self.line_break, DESCRIPTOR.sub(self._descriptor, prompt))
+
+    def _descriptor(self, found: re.Match[str]) -> str:
+        return self.case(found[1]) + self.separator
+
+    def __str__(self) -> str:
+        return repr(self.line_break + self.case("Question") + self.separator)[1:-1]
+
+
+def prompt_formats(count: int) -> list[PromptFormat | None]:
+    """The first `count` formats in an order that is the same for every run; first the task's own (None)."""
+    formats = [PromptFormat(c, s, b) for c in CASES for s in SEPARATORS for b in BREAKS]
+    formats.remove(PromptFormat(str, ":", "\n"))
+    random.Random(0).shuffle(formats)
+    return [None, *formats[: count - 1]]

@@ -8,10 +8,13 @@ ZeRO-3 demands.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable
-from itertools import groupby
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,8 +27,9 @@ from transformers import PreTrainedTokenizerBase
 
 from speft_ds.comm import collectives, watchdog
 from speft_ds.comm.collectives import log_rank0
-from speft_ds.evaluation.prompt_formats import PromptFormat
-from speft_ds.evaluation.response_cache import ResponseCache
+from speft_ds.env import cache_folder
+from speft_ds.evaluation.eval_jobs import PromptFormat
+from speft_ds.io import write_json
 
 MAX_LOGITS = 2**28  # per batch (1 GiB in fp32): lm-eval keeps the logits of all positions
 LOG_EVERY_S = 30.0  # the progress, where there is no terminal to show a bar on
@@ -51,9 +55,9 @@ class EngineLM(HFLM):
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int,
-        is_sharded: bool = True,
-        prompt_format: PromptFormat | None = None,
-        cache: ResponseCache | None = None,
+        is_sharded: bool,
+        prompt_format: PromptFormat | None,
+        cache: ResponseCache | None,
     ):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self._device = collectives.device()  # HFLM reads it off a weight, and a partitioned one is elsewhere
@@ -99,38 +103,32 @@ class EngineLM(HFLM):
             forward=lambda request: (tuple(request[1]), tuple(request[2][:-1])),
             max_tokens=MAX_LOGITS // self.vocab_size,
         )
-        return self._shard(lambda batch: score(batch, disable_tqdm=True), batches)
+        return shard_batches(lambda batch: score(batch, disable_tqdm=True), batches, self.is_sharded)
 
     def _generate(self, requests, disable_tqdm=False):
         generate = super().generate_until
-        numbered = sorted(enumerate(requests), key=lambda each: repr(each[1].args[1]))
-        batches = []
-        for _, group in groupby(numbered, key=lambda each: repr(each[1].args[1])):  # of the same settings
-            prompts = [(each, len(self.tok_encode(each[1].args[0]))) for each in group]
-            batches += [
-                [numbered_request for _, (numbered_request, _) in batch]
-                for batch in make_batches(
-                    prompts, self.own_batch_size, order=lambda prompt: (-prompt[1], prompt[0][1].args[0])
-                )
-            ]
-        return self._shard(lambda batch: generate(batch, disable_tqdm=True), batches)
+        batches = make_batches(
+            requests,
+            self.own_batch_size,
+            order=lambda request: (-len(self.tok_encode(request.args[0])), request.args[0]),
+            settings=lambda request: repr(request.args[1]),
+        )
+        return shard_batches(lambda batch: generate(batch, disable_tqdm=True), batches, self.is_sharded)
 
     def _model_generate(self, context, max_length, stop, **kwargs):
         # A rank whose sequences are complete keeps running forwards until all are: they gather weights.
         kwargs["synced_gpus"] = self.is_sharded and collectives.world_size() > 1
         return super()._model_generate(context, max_length, stop, **kwargs)
 
-    def _shard(self, compute: Callable[[list], list], batches: list[list]) -> list:
-        return shard_batches(compute, batches, needs_fillers=self.is_sharded)
-
 
 def make_batches(
     requests: list,
     batch_size: int,
     order: Callable[[Any], Any],
-    length: Callable[[Any], int] = len,
+    length: Callable[[Any], int] = lambda _: 0,
     forward: Callable[[Any], Hashable] | None = None,
-    max_tokens: int | None = None,
+    settings: Callable[[Any], str] = lambda _: "",
+    max_tokens: float = math.inf,
 ) -> list[list]:
     """(position, request) pairs in batches, the same for every world size.
 
@@ -140,22 +138,24 @@ def make_batches(
             batch may change a response.
         length: of a request in tokens, for `max_tokens`.
         forward: requests of equal value share a forward, and so a batch; None: none do.
+        settings: requests of different values are in different batches.
         max_tokens: of a batch padded to its longest request; a longer request is a batch of its own.
     """
     shared: dict[Hashable, list] = {}
     for position, request in enumerate(requests):
         shared.setdefault(forward(request) if forward else position, []).append((position, request))
-    batches, size, longest = [], batch_size, 0
-    for group in sorted(shared.values(), key=lambda group: order(group[0][1])):
-        if size == batch_size or (max_tokens and (size + 1) * longest > max_tokens):
+    batches, size, longest, last = [], batch_size, 0, ""
+    for group in sorted(shared.values(), key=lambda group: (settings(group[0][1]), order(group[0][1]))):
+        request = group[0][1]
+        if size == batch_size or (size + 1) * longest > max_tokens or settings(request) != last:
             batches.append([])
-            size, longest = 0, length(group[0][1]) if max_tokens else 0
+            size, longest, last = 0, length(request), settings(request)
         batches[-1] += group
         size += 1
     return batches
 
 
-def shard_batches(compute: Callable[[list], list], batches: list[list], needs_fillers: bool = True) -> list:
+def shard_batches(compute: Callable[[list], list], batches: list[list], needs_fillers: bool) -> list:
     """The responses to all requests in order, on every rank; each rank computes its share of the batches.
 
     Args:
@@ -187,3 +187,52 @@ def shard_batches(compute: Callable[[list], list], batches: list[list], needs_fi
     all_responses = dict(pair for part in collectives.all_gather_objects(own) for pair in part)
     assert sorted(all_responses) == list(range(total))
     return [all_responses[position] for position in range(total)]
+
+
+class ResponseCache:
+    """The untouched base's responses, kept for later runs on the same base.
+
+    They are in files named by a hash of all that they depend on: the requests, with the prompts, few-shot
+    examples and documents in them, and the settings.
+
+    Args:
+        settings: of the model and how it is run: fingerprint, dtype, batch size, device, versions.
+    """
+
+    def __init__(self, settings: dict[str, Any]):
+        self.settings = json.dumps(settings, sort_keys=True)
+        self.num_calls = self.num_hits = 0  # of `get`, and those that a file answered
+
+    def path(self, method: str, requests: list[tuple]) -> Path:
+        """The file for the responses to these requests."""
+        digest = hashlib.sha256(f"{self.settings}\n{method}\n".encode())
+        for request in requests:
+            digest.update(json.dumps(request, sort_keys=True, default=repr).encode() + b"\n")
+        return cache_folder("answers") / f"{digest.hexdigest()}.json"
+
+    def get(self, method: str, requests: list[tuple], compute: Callable[[], list]) -> list:
+        """The responses, read from the file or computed and written; every rank calls this together."""
+        path = self.path(method, requests)
+        cached = read_responses(path, len(requests)) if collectives.rank() == 0 else None
+        cached = collectives.broadcast_object(cached)
+        self.num_calls += 1
+        if cached is not None:
+            self.num_hits += 1
+            return [tuple(response) if isinstance(response, list) else response for response in cached]
+        responses = compute()
+        collectives.run_on_rank0(lambda: write_json(path, {"settings": self.settings, "answers": responses}))
+        return responses
+
+    @property
+    def has_everything(self) -> bool:
+        """Whether nothing had to be computed."""
+        return 0 < self.num_calls == self.num_hits
+
+
+def read_responses(path: Path, count: int) -> list | None:
+    """The responses in a file; None where there is no such file, or it is damaged."""
+    try:
+        responses = json.loads(path.read_text(encoding="utf-8"))["answers"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return responses if isinstance(responses, list) and len(responses) == count else None

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from speft_ds.config.eval_config import EvalConfig
 from speft_ds.config.recipe import Recipe
-from speft_ds.evaluation.eval_jobs import EvalJob, Phase
-from speft_ds.evaluation.prompt_formats import prompt_formats
+from speft_ds.evaluation.eval_jobs import EvalJob, Phase, prompt_formats
 from speft_ds.evaluation.scores import Score, ScoreFile
 from speft_ds.io import replacing, write_json
 
@@ -24,15 +23,10 @@ OLD = "old"  # folder of scores that no longer hold
 
 @dataclass
 class Scored:
-    """The results of a job, on rank 0.
+    """The results of a job, on rank 0."""
 
-    Attributes:
-        file: the contents of `eval/<label>.json`.
-        results: lm-eval's own; of these `samples`: task -> its documents, with prompts and responses.
-    """
-
-    file: ScoreFile
-    results: dict = field(default_factory=dict)
+    file: ScoreFile  # the contents of `eval/<label>.json`
+    results: dict  # lm-eval's own; of these `samples`: task -> its documents, with prompts and responses
 
 
 def asked(job: EvalJob, of: dict, recipe: Recipe) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 
 import numpy as np
+import psutil
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED
@@ -20,15 +23,15 @@ from speft_ds.comm import collectives
 from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import versions
-from speft_ds.evaluation.eval_jobs import EvalJob
-from speft_ds.evaluation.gathered import model_to_score
-from speft_ds.evaluation.lm import EngineLM
+from speft_ds.evaluation.eval_jobs import EvalJob, prompt_formats
+from speft_ds.evaluation.lm import EngineLM, ResponseCache
 from speft_ds.evaluation.perplexity import text_perplexity
-from speft_ds.evaluation.prompt_formats import prompt_formats
-from speft_ds.evaluation.response_cache import ResponseCache
 from speft_ds.evaluation.results import Scored, asked, check_scores, scores_of
 from speft_ds.evaluation.scores import ScoreFile, Settings
 from speft_ds.evaluation.tasks import find_tasks, local_data
+from speft_ds.zero.shards import full_shape
+
+MAX_SHARE = 0.5  # of the free memory, for a copy: activations, logits and the KV cache need the rest
 
 
 class EvalRunner:
@@ -65,7 +68,7 @@ class EvalRunner:
                 what = ", ".join(job.tasks) or "the forgetting text"
                 how = "sharded" if is_sharded else "a copy on every rank"
                 log_rank0(f"scoring {job.label}: {what}, {how}")
-                with _random_states_kept(), _quiet_lm_eval():
+                with _undisturbed():
                     scored = self._score(model, is_sharded, job, of)
                 yield scored
 
@@ -80,13 +83,9 @@ class EvalRunner:
     def _score(self, model: nn.Module, is_sharded: bool, job: EvalJob, of: dict) -> Scored | None:
         start, section = time.perf_counter(), self.section
         is_base = "adapter" in of and of["adapter"] is None
-        run_by = {
-            "batch_size": section.batch_size,
-            "device": torch.cuda.get_device_name() if collectives.device().type == "cuda" else "cpu",
-            "is_sharded": is_sharded,
-            "versions": versions(),
-        }
-        cache = ResponseCache({**of, **run_by}) if is_base else None
+        device = torch.cuda.get_device_name() if collectives.device().type == "cuda" else "cpu"
+        run_by = {"batch_size": section.batch_size, "device": device, "is_sharded": is_sharded}
+        cache = ResponseCache({**of, **run_by, "versions": versions()}) if is_base else None
         prompt_format = self.formats[job.format]
         lm = EngineLM(model, self.tokenizer, section.batch_size, is_sharded, prompt_format, cache)
         results, notes = self._results(lm, job) if job.tasks else ({}, [])
@@ -143,24 +142,69 @@ class EvalRunner:
 
 
 @contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Training continues with the random numbers that it would draw without an evaluation."""
+def _undisturbed() -> Iterator[None]:
+    """Training continues with the random numbers that it would draw without an evaluation.
+
+    Without lm-eval's warnings of a ready-made model, and of tasks with few-shot settings of their own.
+    """
     python, numpy_state, device = random.getstate(), np.random.get_state(), collectives.device()
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
+        log.setLevel(level)
         random.setstate(python)
         np.random.set_state(numpy_state)
 
 
 @contextmanager
-def _quiet_lm_eval() -> Iterator[None]:
-    """Without lm-eval's warnings of a ready-made model, and of tasks with few-shot settings of their own."""
-    log = logging.getLogger("lm_eval")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
+def model_to_score(module: nn.Module, mode: str) -> Iterator[tuple[nn.Module, bool]]:
+    """The model to run by `eval.mode`, and whether it is sharded; every rank enters this together."""
+    if mode == "sharded" or (mode == "auto" and not copy_fits(module)):
+        was_training = module.training
+        module.eval()
+        yield module, True
+        module.train(was_training)
+    else:
+        yield plain_copy(module).eval(), False
+
+
+def copy_fits(module: nn.Module) -> bool:
+    """Whether a copy fits on every rank; the same answer on all ranks."""
+    needed = sum(full_shape(weight).numel() * weight.element_size() for weight in module.parameters())
+    device = collectives.device()
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available // int(os.environ["LOCAL_SIZE"])
+    is_short = torch.tensor([float(needed > MAX_SHARE * free)], device=device)
+    fits = collectives.all_reduce_max(is_short).item() == 0
+    if not fits:
+        gib = needed / 2**30
+        log_rank0(f"note: no room for a copy of the model ({gib:.1f} GiB) on every rank: scored sharded")
+    return fits
+
+
+@torch.no_grad()
+def plain_copy(module: nn.Module) -> nn.Module:
+    """An unsharded copy of the same bits on this rank's device; every rank makes one together."""
+    import deepspeed
+
+    with torch.device("meta"):
+        plain = type(module)(copy.deepcopy(module.config))
+    plain.generation_config = copy.deepcopy(module.generation_config)
+    device = collectives.device()
+    sharded = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, empty in [*plain.named_parameters(), *plain.named_buffers()]:
+        is_weight = isinstance(empty, nn.Parameter)
+        with deepspeed.zero.GatheredParameters([sharded[name]], enabled=is_weight):
+            values = sharded[name].detach().to(device, copy=True)
+        assert values.shape == empty.shape, name
+        parent, _, own_name = name.rpartition(".")
+        own = nn.Parameter(values, requires_grad=False) if is_weight else values
+        setattr(plain.get_submodule(parent), own_name, own)
+    plain.tie_weights()
+    return plain

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 FOLDER = "eval"
 CLEAR = 2.0  # standard errors from which on a difference counts as one
 
+JobKind = Literal["main", "fewshot", "format", "extra"]
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True)
@@ -40,28 +42,21 @@ class Settings(_Part):
 
 
 class Score(_Part):
-    """One metric of one task.
-
-    Attributes:
-        stderr: over documents, as lm-eval gives it.
-        num_fewshot: examples in the prompt; None: not known.
-        version: of the task.
-        group: of tasks, that it is a part of.
-    """
+    """One metric of one task."""
 
     task: str
     metric: str
     filter: str = "none"
     value: float
-    stderr: float | None = None
+    stderr: float | None = None  # over documents, as lm-eval gives it
     num_documents: int | None = None
-    num_fewshot: int | None = None
-    version: int | float | str | None = None
+    num_fewshot: int | None = None  # examples in the prompt; None: not known
+    version: int | float | str | None = None  # of the task
     higher_is_better: bool = True
     is_main: bool = True
     role: Literal["task", "forgetting"] = "task"
     is_group: bool = False
-    group: str | None = None
+    group: str | None = None  # of tasks, that it is a part of
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -92,34 +87,29 @@ class Score(_Part):
 
 
 class Perplexity(_Part):
-    """Of the forgetting text; `window`: tokens that a token is predicted from, at most."""
+    """Of the forgetting text."""
 
     text: str
     num_bytes: int | None = None
     num_tokens: int
-    window: int | None = None
+    window: int | None = None  # tokens that a token is predicted from, at most
     token_perplexity: float
     byte_perplexity: float
     bits_per_byte: float | None = None
 
 
 class ScoreFile(_Part):
-    """One model, scored once on all tasks: a file of eval/.
-
-    Attributes:
-        asked: what the scores depend on; see `results.asked`.
-        cached: whether every response came from the cache.
-    """
+    """One model, scored once on all tasks: a file of eval/."""
 
     label: str
-    kind: Literal["main", "fewshot", "format", "extra"]
+    kind: JobKind
     model: Literal["base", "tuned"]
-    asked: dict[str, Any] = {}
+    asked: dict[str, Any] = {}  # what the scores depend on; see `results.asked`
     settings: Settings = Settings()
     scores: list[Score]
     perplexity: Perplexity | None = None
     seconds: float | None = None
-    cached: bool = False
+    cached: bool = False  # whether every response came from the cache
     notes: list[str] = []
 
     def score(self, key: tuple[str, str, str]) -> Score | None:
@@ -149,17 +139,9 @@ class ScoreChange:
     after: Score
 
     @property
-    def is_share(self) -> bool:
-        return self.before.is_share and self.after.is_share
-
-    @property
-    def difference(self) -> float:
-        return self.after.value - self.before.value
-
-    @property
     def gain(self) -> float:
         """The difference, positive where it is better."""
-        return self.after.sign * self.difference
+        return self.after.sign * (self.after.value - self.before.value)
 
     @property
     def stderr(self) -> float | None:
@@ -195,12 +177,16 @@ class ScoreChange:
         return f"{self.verdict}, {self.errors_text('s.e.')}"
 
     def __str__(self) -> str:
-        return in_text(self.difference, self.stderr, self.is_share, signed=True)
+        return self._in_text(self.stderr)
 
     @property
     def short(self) -> str:
         """Without its error."""
-        return in_text(self.difference, None, self.is_share, signed=True)
+        return self._in_text(None)
+
+    def _in_text(self, stderr: float | None) -> str:
+        is_share = self.before.is_share and self.after.is_share
+        return in_text(self.after.value - self.before.value, stderr, is_share, signed=True)
 
 
 def _is_known(error: float | None) -> bool:
@@ -218,16 +204,12 @@ def in_text(value: float, stderr: float | None, is_share: bool, signed: bool = F
 
 @dataclass(frozen=True)
 class Evaluations:
-    """All evaluations of a run.
-
-    Attributes:
-        problems: one sentence per file that is left out.
-    """
+    """All evaluations of a run."""
 
     all: list[ScoreFile]
-    problems: list[str]
+    problems: list[str]  # one sentence per file that is left out
 
-    def of(self, kind: str, model: str | None = None) -> list[ScoreFile]:
+    def of(self, kind: JobKind, model: str | None = None) -> list[ScoreFile]:
         return [found for found in self.all if found.kind == kind and model in (None, found.model)]
 
     @property
@@ -239,27 +221,27 @@ class Evaluations:
         return next(iter(self.of("main", "tuned")), None)
 
     @property
-    def perplexities(self) -> tuple[Perplexity | None, Perplexity | None]:
-        """Before and after."""
-        return tuple(each.perplexity if each else None for each in (self.before, self.after))
-
-    @property
     def last(self) -> ScoreFile | None:
         return self.after or self.before
 
+    @property
+    def perplexities(self) -> tuple[Perplexity | None, Perplexity | None]:
+        """Before and after."""
+        return tuple(each and each.perplexity for each in (self.before, self.after))
+
     def both(self, score: Score) -> tuple[Score | None, Score | None]:
         """A score before and after; None where it was not made."""
-        return tuple(each.score(score.key) if each else None for each in (self.before, self.after))
+        return tuple(each and each.score(score.key) for each in (self.before, self.after))
+
+    def main_scores(self, role: str = "task") -> list[Score]:
+        """Of the last evaluation."""
+        return self.last.main_scores(role) if self.last else []
 
     def changes(self, role: str = "task") -> list[ScoreChange]:
         """The main scores that were made both before and after, the clearest change first."""
         pairs = [self.both(score) for score in self.main_scores(role)]
         changes = [ScoreChange(old, new) for old, new in pairs if old and new]
         return sorted(changes, key=lambda change: -abs(change.num_errors or 0.0))
-
-    def main_scores(self, role: str = "task") -> list[Score]:
-        """Of the last evaluation."""
-        return self.last.main_scores(role) if self.last else []
 
     def by_prompt(self) -> dict[str, ScoreFile]:
         """Examples in the prompt, and documents where these are fewer -> the base with them, fewest first."""
@@ -276,11 +258,11 @@ class Evaluations:
         """(prompt, base with it -> tuned) for the best of several prompts by hand, per task."""
         best = []
         for score in self.after.main_scores() if self.after else []:
-            bases = {prompt: base.score(score.key) for prompt, base in self.by_prompt().items()}
-            bases = {prompt: base for prompt, base in bases.items() if base is not None}
+            bases = [(prompt, base.score(score.key)) for prompt, base in self.by_prompt().items()]
+            bases = [(prompt, base) for prompt, base in bases if base is not None]
             if len(bases) > 1:
-                prompt = max(bases, key=lambda prompt: score.sign * bases[prompt].value)
-                best.append((prompt, ScoreChange(bases[prompt], score)))
+                prompt, base = max(bases, key=lambda pair: score.sign * pair[1].value)
+                best.append((prompt, ScoreChange(base, score)))
         return best
 
     def by_format(self, model: str) -> dict[int, ScoreFile]:
@@ -323,9 +305,8 @@ def card_scores(folder: Path) -> list[dict]:
     """Rows for the card of a run's adapter: the main scores, before and after."""
     found = read_evaluations(folder)
     rows = []
-    for score in found.after.main_scores() if found.after else []:
-        old, new = found.both(score)
-        before = old.value if old else None
-        row = {"task": new.task, "metric": new.metric, "before": before, "after": new.value}
-        rows.append({**row, "stderr": new.stderr})
+    for new in found.after.main_scores() if found.after else []:
+        old, _ = found.both(new)
+        values = {"before": old and old.value, "after": new.value, "stderr": new.stderr}
+        rows.append({"task": new.task, "metric": new.metric, **values})
     return rows

@@ -82,10 +82,13 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
 
 
 def _name_of(adapter: Path | None) -> str:
-    """What the labels of its scores begin with: `base`; `tuned`, of a run; or the adapter's own name."""
+    """What the labels of its scores begin with: `base`; `tuned`, of a run; or `adapter-` and its name.
+
+    None of them begins like the labels of a run's own phases, which a resumed run may set aside.
+    """
     if adapter is None:
         return "base"
-    return "tuned" if adapter.name == "adapter" else adapter.resolve().name
+    return "tuned" if adapter.name == "adapter" else f"adapter-{adapter.resolve().name}"
 
 
 def _with_free_label(folder: Path, job: EvalJob, of: dict, recipe: Recipe) -> EvalJob:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,8 +12,8 @@ from typing import Any
 
 from speft_ds.errors import UserError
 from speft_ds.evaluation.scores import CLEAR, Score, in_text
-from speft_ds.report.page import mean_size
-from speft_ds.report.plots import Curve, curves, running_mean
+from speft_ds.report.page import smoothed
+from speft_ds.report.plots import Curve, curves
 from speft_ds.report.render import Picture, write_pages
 from speft_ds.report.run import NUM_WARMUP, RunFolder, is_number, is_run, read_run
 from speft_ds.report.tables import duration, in_bytes, unique_tails
@@ -30,27 +30,21 @@ CURVES = {
     "tokens_per_s": "tokens/s",
     "peak_memory_gib": "GiB on rank 0",
 }
-Key = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one recipe on one base, with several seeds or one.
+    """Runs of one recipe on one base, with several seeds or one."""
 
-    Attributes:
-        label: the name of its first run, and how many there are.
-        recipe: by dotted key, without the keys in which runs of a group may differ.
-    """
-
-    label: str
+    label: str  # the name of its first run, and how many there are
     runs: Sequence[RunFolder]
-    recipe: dict[str, Any]
+    recipe: dict[str, Any]  # by dotted key, without the keys in which its runs may differ
 
     def values(self, value: Callable[[RunFolder], float | None]) -> list[float]:
         """A number of each run that has it."""
         return [found for run in self.runs if is_number(found := value(run))]
 
-    def mean_score(self, key: Key, moment: str = "after") -> MeanScore | None:
+    def mean_score(self, key: tuple[str, str, str], moment: str = "after") -> MeanScore | None:
         """The mean of a score `before` or `after`; None where no run has it."""
         files = [getattr(run.evaluations, moment) for run in self.runs]
         return mean_score([score for file in files if file and (score := file.score(key))])
@@ -58,16 +52,11 @@ class Group:
 
 @dataclass(frozen=True)
 class MeanScore:
-    """A score over the runs of a group.
-
-    Attributes:
-        deviation: sample standard deviation over seeds; None of a single run.
-        stderr: lm-eval's, over documents: the mean of the runs'; None where it is not known.
-    """
+    """A score over the runs of a group."""
 
     value: float
-    deviation: float | None
-    stderr: float | None
+    deviation: float | None  # the sample standard deviation over seeds; None of a single run
+    stderr: float | None  # lm-eval's, over documents: the mean of the runs'; None where it is not known
     num_runs: int
     is_share: bool
 
@@ -136,30 +125,28 @@ def default_name(folders: Sequence[Path]) -> str:
 def grouped(runs: Sequence[RunFolder]) -> list[Group]:
     """Runs by recipe, but for the seed, and by base; in the order in which they were named."""
     names = ["/".join(tail) for tail in unique_tails([run.folder.absolute().parts for run in runs])]
-    groups: dict[str, list[tuple[str, RunFolder]]] = {}
+    members: dict[str, list[tuple[str, RunFolder]]] = {}
     for name, run in zip(names, runs, strict=True):
-        recipe = sorted(flat(run.recipe).items()) or name
-        groups.setdefault(repr((recipe, run.fact("base.fingerprint"))), []).append((name, run))
-    found = []
-    for members in groups.values():
-        name, first = members[0]
-        seeds = {seed for _, run in members if is_number(seed := run.setting("seed"))}
-        what = "seeds" if len(seeds) == len(members) else "runs"
-        label = f"{name} ({len(members)} {what})" if len(members) > 1 else name
-        found.append(Group(label, [run for _, run in members], flat(first.recipe)))
-    return found
+        recipe = sorted(_flat(run.recipe)) or name
+        members.setdefault(repr((recipe, run.fact("base.fingerprint"))), []).append((name, run))
+    groups = []
+    for named in members.values():
+        label, own = named[0][0], [run for _, run in named]
+        if len(own) > 1:
+            seeds = {seed for run in own if is_number(seed := run.setting("seed"))}
+            label += f" ({len(own)} {'seeds' if len(seeds) == len(own) else 'runs'})"
+        groups.append(Group(label, own, dict(_flat(own[0].recipe))))
+    return groups
 
 
-def flat(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested recipe by dotted key, without the keys in which runs of one group may differ."""
-    leaves: dict[str, Any] = {}
+def _flat(recipe: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of a nested recipe, without the keys in which runs of one group may differ."""
     for name, value in recipe.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict):
-            leaves |= flat(value, f"{key}.")
+            yield from _flat(value, f"{key}.")
         elif key not in NOT_OF_A_GROUP:
-            leaves[key] = value
-    return leaves
+            yield key, value
 
 
 def context_of(groups: Sequence[Group]) -> dict[str, Any]:
@@ -172,7 +159,7 @@ def context_of(groups: Sequence[Group]) -> dict[str, Any]:
     notes = [f"{run.folder}: {problem}" for run in runs for problem in run.problems]
     notes += [f"{run.folder}: the run is not finished" for run in runs if not run.is_finished]
     keys = dict.fromkeys(key for group in groups for key in group.recipe)
-    settings = {key: [_setting(group, key) for group in groups] for key in keys}
+    settings = [(key, *(_setting(group, key) for group in groups)) for key in keys]
     return {
         "title": f"{len(runs)} runs{f' in {len(groups)} groups' if len(groups) < len(runs) else ''} compared",
         "best": [(score.name, *_ranked(groups, score)) for score in list(tasks.values())[:MAX_TASKS]],
@@ -185,10 +172,9 @@ def context_of(groups: Sequence[Group]) -> dict[str, Any]:
         "scores": [(score.name, *(_from_to(g, key) for g in groups)) for key, score in tasks.items()],
         "scored": scored,
         "has_seeds": len(groups) < len(runs),
-        "differing": [(key, *values) for key, values in settings.items() if len(set(values)) > 1],
+        "differing": [(key, *values) for key, *values in settings if len(set(values)) > 1],
         "costs": [
-            (what, *(_mean_text(group.values(value), text) for group in groups))
-            for what, value, text in COSTS
+            (what, *(_mean_text(group.values(of), text) for group in groups)) for what, of, text in COSTS
         ],
         "runs": [
             (g.label, r.folder, str(r.setting("seed")), r.num_ranks or None) for g in groups for r in g.runs
@@ -202,7 +188,7 @@ def _setting(group: Group, key: str) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _from_to(group: Group, key: Key) -> str | None:
+def _from_to(group: Group, key: tuple[str, str, str]) -> str | None:
     before, after = group.mean_score(key, "before"), group.mean_score(key)
     first = f"{in_text(before.value, None, before.is_share)} → " if before else ""
     return f"{first}{after}" if after else None
@@ -241,26 +227,9 @@ def _mean_text(values: Sequence[float], text: Callable[[float], str]) -> str | N
     return text(mean(values)) + (f" ({low} to {high})" if low != high else "")
 
 
-def _curves(groups: Sequence[Group]) -> dict[str, Picture]:
-    """One picture per quantity, a colour per group, a line per run."""
-    pictures = {}
-    for key, what in CURVES.items():
-        lines = []
-        for colour, group in enumerate(groups):
-            for number, run in enumerate(group.runs):
-                steps, values = run.series(key)
-                if key == "loss":
-                    values = running_mean(values, mean_size(len(values)))
-                lines += [Curve("" if number else group.label, steps, values, colour)] if values else []
-        if lines:
-            labels = ", ".join(line.label for line in lines if line.label)
-            pictures[f"{key}.svg"] = Picture(curves(lines, what), f"{what} over steps: {labels}")
-    return pictures
-
-
 def _last_loss(run: RunFolder) -> float | None:
-    losses = run.series("loss")[1]
-    return running_mean(losses, mean_size(len(losses)))[-1] if losses else None
+    losses = smoothed(run.series("loss")[1])
+    return losses[-1] if losses else None
 
 
 def _lowest_validation(run: RunFolder) -> float | None:
@@ -271,7 +240,7 @@ def _peak_memory(run: RunFolder) -> float | None:
     return max(run.series("peak_memory_gib")[1], default=None)
 
 
-# What is shown of loss, time, memory and size: of each run, as text
+# (what, of a run, as text)
 COSTS: list[tuple[str, Callable[[RunFolder], float | None], Callable[[float], str]]] = [
     ("training loss", _last_loss, "{:.4g}".format),
     ("lowest validation loss", _lowest_validation, "{:.4g}".format),
@@ -282,3 +251,19 @@ COSTS: list[tuple[str, Callable[[RunFolder], float | None], Callable[[float], st
     ("trained entries", lambda run: run.fact("mask.num_trainable"), "{:,.0f}".format),
     ("adapter", lambda run: run.adapter_bytes, in_bytes),
 ]
+
+
+def _curves(groups: Sequence[Group]) -> dict[str, Picture]:
+    """One picture per quantity, a colour per group, a line per run."""
+    pictures = {}
+    for key, what in CURVES.items():
+        lines = []
+        for colour, group in enumerate(groups):
+            for number, run in enumerate(group.runs):
+                steps, values = run.series(key)
+                values = smoothed(values) if key == "loss" else values
+                lines += [Curve("" if number else group.label, steps, values, colour)] if values else []
+        if lines:
+            labels = ", ".join(line.label for line in lines if line.label)
+            pictures[f"{key}.svg"] = Picture(curves(lines, what), f"{what} over steps: {labels}")
+    return pictures

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -94,7 +94,7 @@ def context_of(run: RunFolder) -> dict[str, Any]:
         "perplexities": _perplexities(run.evaluations),
         "spreads": spreads,
         "formats": formats,
-        "mean_size": mean_size(len(run.series("loss")[1])),
+        "mean_size": _mean_size(run.series("loss")[1]),
         "change_keys": keys,
         "mask_changes": [[change.get(key) for key in keys] for change in changes],
         "num_warmup": NUM_WARMUP,
@@ -225,9 +225,13 @@ def _formats(found: Evaluations) -> tuple[Rows, Rows]:
     return spreads, sorted(formats, key=lambda row: row[0])
 
 
-def mean_size(num_steps: int) -> int:
-    """The number of steps that the bold line of a loss averages over: 4% of them."""
-    return max(1, num_steps // 25)
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean of the last 4% of the steps, at each."""
+    return running_mean(values, _mean_size(values))
+
+
+def _mean_size(values: Sequence[float]) -> int:
+    return max(1, len(values) // 25)
 
 
 def _commands(run: RunFolder) -> str:
@@ -250,8 +254,7 @@ def _curves(run: RunFolder) -> dict[str, Picture]:
     pictures = {}
     steps, losses = run.series("loss")
     if losses:
-        mean = running_mean(losses, mean_size(len(losses)))
-        lines = [Curve("loss", steps, losses, is_faint=True), Curve("loss", steps, mean)]
+        lines = [Curve("loss", steps, losses, is_faint=True), Curve("loss", steps, smoothed(losses))]
         if run.series("validation_loss")[0]:
             lines.append(Curve("validation loss", *run.series("validation_loss"), 1))
         alt = f"loss over steps, from {losses[0]:.4g} to {losses[-1]:.4g}"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from speft_ds.evaluation.prompt_formats import PromptFormat, prompt_formats
+from speft_ds.evaluation.eval_jobs import PromptFormat, prompt_formats
 
 PROMPT = "Question: What is 1:2?\nAnswer: half\n\nQuestion: Why: so?\nFinal Answer:"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from speft_ds.evaluation.response_cache import ResponseCache, read
+from speft_ds.evaluation.lm import ResponseCache, read_responses
 
 
 def test_a_file_for_all_that_responses_depend_on():
@@ -23,4 +23,5 @@ def test_a_file_for_all_that_responses_depend_on():
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"answers": 3}', '{"answers": [1]}', '{"other": [1, 2]}'])
 def test_a_damaged_file_has_no_responses(tmp_path, text):
     (tmp_path / "cached.json").write_text(text)
-    assert read(tmp_path / "cached.json", 2) is None and read(tmp_path / "none.json", 2) is None
+    assert read_responses(tmp_path / "cached.json", 2) is None
+    assert read_responses(tmp_path / "none.json", 2) is None

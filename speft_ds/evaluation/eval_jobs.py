@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from speft_ds.config.eval_config import EvalConfig
@@ -65,8 +66,15 @@ def jobs_of(section: EvalConfig, phase: Phase) -> list[EvalJob]:
     return jobs
 
 
-def extra_jobs(section: EvalConfig, model: str) -> list[EvalJob]:
-    """The recipe's tasks in every prompt format, apart from a run; labels begin with `model`, like base."""
+def extra_jobs(section: EvalConfig, adapter: Path | None) -> list[EvalJob]:
+    """The recipe's tasks in every prompt format, apart from a run: of an adapter, or of the base.
+
+    Labels begin with `base`, `tuned` (a run's adapter) or `adapter-NAME`, never like those of a run's phases.
+    """
+    if adapter is None:
+        model = "base"
+    else:
+        model = "tuned" if adapter.name == "adapter" else f"adapter-{adapter.resolve().name}"
     shots = "" if section.num_fewshot is None else f"-{section.num_fewshot}shot"
     limit = f"-limit{section.limit}" if section.limit else ""
     label = f"{model}-{'+'.join(section.tasks)[:150]}{shots}{limit}".replace("/", "_")

@@ -41,13 +41,9 @@ class EngineLM(HFLM):
 
     Args:
         model: the engine's module, or a plain copy of it on every rank.
-        tokenizer: the model's.
-        batch_size: requests per batch.
         is_sharded: whether a forward gathers weights, so that the ranks must run the same number of them.
         prompt_format: rewrites the prompts; None: they stay as they are.
         cache: of responses by this model; None: every response is computed.
-    Attributes:
-        num_rewritten: task -> prompts that the format changed.
     """
 
     def __init__(
@@ -62,7 +58,8 @@ class EngineLM(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self._device = collectives.device()  # HFLM reads it off a weight, and a partitioned one is elsewhere
         self.is_sharded, self.prompt_format, self.cache = is_sharded, prompt_format, cache
-        self.own_batch_size, self.num_rewritten = batch_size, Counter()
+        self.own_batch_size = batch_size
+        self.num_rewritten: Counter[str] = Counter()  # task -> prompts that the format changed
 
     def loglikelihood(self, requests, disable_tqdm=False):
         return self._respond("loglikelihood", requests, super().loglikelihood)

@@ -89,11 +89,7 @@ def keep_scores(folder: Path, scored: Scored, section: EvalConfig) -> None:
 
 
 def scores_of(results: dict, forgetting: Collection[str] = ()) -> list[Score]:
-    """lm-eval's results: a score per task (or group), metric and filter.
-
-    Args:
-        forgetting: tasks and groups that are not trained on, scored to see what is lost.
-    """
+    """lm-eval's results: a score per task (or group), metric and filter; `forgetting` are of that role."""
     children = results["group_subtasks"]
     parent_of = {child: group for group, tasks in children.items() for child in tasks}
     scores = []
@@ -146,16 +142,10 @@ def check_scores(
     Args:
         num_rewritten: task -> prompts that the job's format changed.
     """
+    shots, made = job.num_fewshot, {score.task: score.num_fewshot for score in scores}
     # Where a task's own file sets the number of examples to 0, lm-eval keeps it.
-    fixed = {
-        score.task: score.num_fewshot
-        for score in scores
-        if job.num_fewshot is not None and score.num_fewshot not in (None, job.num_fewshot)
-    }
-    notes = [
-        f"{task}: scored with {number} examples, not {job.num_fewshot}: its file says so"
-        for task, number in fixed.items()
-    ]
+    fixed = [task for task, number in made.items() if shots is not None and number not in (None, shots)]
+    notes = [f"{task}: scored with {made[task]} examples, not {shots}: its file says so" for task in fixed]
     left_out = set(fixed) if job.kind == "fewshot" else set()
     if job.format:
         changed = {name for s in scores if num_rewritten.get(s.task) for name in (s.task, s.group)}

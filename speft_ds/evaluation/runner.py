@@ -35,13 +35,10 @@ MAX_SHARE = 0.5  # of the free memory, for a copy: activations, logits and the K
 
 
 class EvalRunner:
-    """The tasks of a recipe, ready to be scored.
+    """The tasks of a recipe, ready to be scored. Raises UserError where lm-eval does not know a task.
 
     Args:
-        recipe: the complete recipe.
         tokenizer: the base's; may be set later.
-    Raises:
-        UserError: lm-eval does not know a task.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None):

@@ -15,13 +15,10 @@ SPLITS = ("training_split", "validation_split", "fewshot_split")
 
 
 def find_tasks(names: Sequence[str], include_path: str | None) -> TaskManager:
-    """lm-eval's index of tasks, together with those of a folder.
+    """lm-eval's index of tasks, together with those of the folder `include_path`.
 
-    Args:
-        names: of the tasks and groups that are wanted.
-        include_path: a folder of task files.
     Raises:
-        UserError: lm-eval does not know a task.
+        UserError: lm-eval does not know one of the tasks and groups that are wanted.
     """
     if include_path:  # reading lm-eval's own 14,000 files takes seconds, on every rank
         own = TaskManager(include_path=include_path, include_defaults=False)

@@ -13,14 +13,9 @@ from speft_ds.data.dataset import TokenizedDataset
 
 
 class ValidationLoss:
-    """The mean loss per label token (per row for a classifier) on some rows.
+    """The mean loss per label token (per row for a classifier) on rows that are the same on every rank.
 
-    The rows are cut into batches that do not depend on the number of ranks.
-
-    Args:
-        rows: tokenised, the same on every rank.
-        batch_size: rows per forward.
-        pad_id: see `collate`.
+    They are cut into batches of `batch_size`, which do not depend on the number of ranks.
     """
 
     def __init__(self, rows: TokenizedDataset, batch_size: int, pad_id: int):

@@ -72,23 +72,13 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     if adapter is not None:
         apply_to_shards(context, adapter)
     folder = Path(recipe.output_dir) / "eval"
-    jobs = extra_jobs(recipe.eval, _name_of(adapter))
+    jobs = extra_jobs(recipe.eval, adapter)
     of = scored_model_facts(context, tensors_sha256(adapter))
     jobs = collectives.broadcast_object([_with_free_label(folder, job, of, recipe) for job in jobs])
     for scored in evaluation.run(context.engine.module, jobs, of):
         collectives.run_on_rank0(partial(_keep, folder, scored, recipe.eval))
     collectives.barrier()
     watchdog.close()
-
-
-def _name_of(adapter: Path | None) -> str:
-    """What the labels of its scores begin with: `base`; `tuned`, of a run; or `adapter-` and its name.
-
-    None of them begins like the labels of a run's own phases, which a resumed run may set aside.
-    """
-    if adapter is None:
-        return "base"
-    return "tuned" if adapter.name == "adapter" else f"adapter-{adapter.resolve().name}"
 
 
 def _with_free_label(folder: Path, job: EvalJob, of: dict, recipe: Recipe) -> EvalJob:

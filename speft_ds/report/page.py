@@ -19,7 +19,7 @@ from speft_ds.errors import UserError
 from speft_ds.evaluation.scores import CLEAR, Evaluations, Score, ScoreChange, in_text
 from speft_ds.report.plots import HALF, Curve, bars, curves, mask_heat_map, running_mean
 from speft_ds.report.render import Picture, write_pages
-from speft_ds.report.run import ADAPTER, NUM_WARMUP, RunFolder, is_number, look_up, numbers, read_run, size_of
+from speft_ds.report.run import ADAPTER, NUM_WARMUP, RunFolder, look_up, numbers, read_run, size_of
 from speft_ds.report.tables import duration, in_bytes, plain
 from speft_ds.sparse.mask import read_mask
 from speft_ds.training.run_dir import RECIPE
@@ -158,8 +158,9 @@ def _sizes(run: RunFolder) -> list[tuple[str, str, str]]:
         rows.append(("fully trained head", f"{head:,}", "weights"))
     if changes := run.fact("mask.changes", []):
         overlap = look_up(changes[-1], "overlap_with_first", 0.0)
-        how = f"overlap of the last mask with the first {overlap:.1%}"
-        rows.append(("mask changes", f"{len(changes)}", how))
+        rows.append(
+            ("mask changes", f"{len(changes)}", f"overlap of the last mask with the first {overlap:.1%}")
+        )
     if total := run.fact("timings_s.total", 0):
         rows.append(("total time", duration(total), "of the last start"))
     peak, memory, sent = run.resources
@@ -271,13 +272,12 @@ def _curves(run: RunFolder) -> dict[str, Picture]:
 
 def _scores_while_training(run: RunFolder) -> list[Curve]:
     """Scores of small slices of the tasks, where metrics.jsonl has them."""
-    scored = [line for line in run.lines if isinstance(line.get("scores"), dict)]
-    names = list(dict.fromkeys(name for line in scored for name in line["scores"]))
+    scored = [(line["step"], numbers(line.get("scores"))) for line in run.lines]
     lines = []
-    for number, name in enumerate(names[:8]):
-        found = [(ln["step"], ln["scores"][name]) for ln in scored if is_number(ln["scores"].get(name))]
-        if found:
-            lines.append(Curve(name, *zip(*found, strict=True), number))
+    for colour, name in enumerate(list(dict.fromkeys(name for _, scores in scored for name in scores))[:8]):
+        steps = [step for step, scores in scored if name in scores]
+        values = [scores[name] for _, scores in scored if name in scores]
+        lines.append(Curve(name, steps, values, colour))
     return lines
 
 

@@ -58,12 +58,7 @@ class Curve:
 def curves(
     lines: Sequence[Curve], what: str, restarts: Sequence[int] = (), size: tuple[float, float] = WIDE
 ) -> bytes:
-    """Lines over steps, as SVG.
-
-    Args:
-        what: the quantity and its unit.
-        restarts: steps after which the run was started again: a vertical line each.
-    """
+    """Lines over steps, as SVG; a vertical line at each step after which the run was started again."""
 
     def draw(axes: Axes) -> None:
         for line in lines:
@@ -118,12 +113,7 @@ def mask_heat_map(mask: Mask, title: str, kind: Literal["png", "svg"] = "png") -
 
 
 def jaccard_picture(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> bytes:
-    """The Jaccard indices of every mask (rows) with every mask (columns), as PNG.
-
-    Args:
-        names: one per mask.
-        matrix: [masks][masks] values in [0, 1].
-    """
+    """The Jaccard indices, [masks][masks] values in [0, 1], of every mask with every mask, as PNG."""
 
     def draw(axes: Axes) -> None:
         _heat_map(axes, matrix, 1.0, jaccard_text, "Jaccard index")
@@ -155,11 +145,7 @@ def length_histogram(lengths: Array, num_label_tokens: Array, max_length: int, t
 
 
 def save_picture(path: Path, content: bytes) -> None:
-    """Write a picture, or leave the file as it was.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a picture, or leave the file as it was. Raises OSError."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
         flush_to_disk(temporary)
@@ -227,6 +213,5 @@ def _draw(
         return file.getvalue()
     # Comments are of names, which may be any bytes.
     text = re.sub("<!--.*?-->", "", file.getvalue().decode(), flags=re.DOTALL)
-    return (
-        text.replace(INK, "currentColor").replace("<defs>", f"<style>{SCHEMES}</style>\n<defs>", 1).encode()
-    )
+    text = text.replace(INK, "currentColor").replace("<defs>", f"<style>{SCHEMES}</style>\n<defs>", 1)
+    return text.encode()

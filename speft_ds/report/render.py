@@ -25,16 +25,11 @@ _MARKUP = re.compile(r"[\\`*\[\]<>|~$&#]|(?<!\w)_|_(?!\w)")
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that is drawn already, as SVG.
-
-    Attributes:
-        alt: what it shows, for readers who cannot see it.
-        is_small: two of them fit beside each other.
-    """
+    """A picture that is drawn already, as SVG."""
 
     content: bytes
-    alt: str
-    is_small: bool = False
+    alt: str  # what it shows, for readers who cannot see it
+    is_small: bool = False  # two of them fit beside each other
 
     @property
     def address(self) -> str:
@@ -43,14 +38,13 @@ class Picture:
 
 
 def write_pages(folder: Path, content: str, pictures: dict[str, Picture], **facts: Any) -> list[Path]:
-    """Write pictures, page and markdown, each file complete or not at all.
+    """Write pictures (by file name), report.html and report.md, each file complete or not at all.
 
     Args:
         content: `run` or `comparison`: CONTENT.j2 has the sections, CONTENT_verdict.j2 what they come to.
-        pictures: by the name of their file.
         facts: what else the templates show.
     Returns:
-        The files: report.html and report.md.
+        The page and the markdown.
     Raises:
         UserError: they cannot be written.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +21,16 @@ ADAPTER = "adapter"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder, read.
-
-    Attributes:
-        recipe: recipe.yaml, nested.
-        facts: run.json.
-        lines: metrics.jsonl, one dict per step.
-        adapter: adapter.json.
-        problems: one sentence for everything missing or damaged.
-    """
+    """A run folder, read."""
 
     folder: Path
-    recipe: dict[str, Any]
-    facts: dict[str, Any]
-    lines: list[dict[str, Any]]
-    adapter: dict[str, Any]
+    recipe: dict[str, Any]  # recipe.yaml, nested
+    facts: dict[str, Any]  # run.json
+    lines: list[dict[str, Any]]  # metrics.jsonl, one dict per step
+    adapter: dict[str, Any]  # adapter.json
     evaluations: Evaluations
     checkpoints: list[Checkpoint]
-    problems: list[str]
+    problems: list[str]  # one sentence for everything missing or damaged
 
     @property
     def name(self) -> str:
@@ -109,7 +100,7 @@ class RunFolder:
         memory, sent = (numbers(largest.get(key)) for key in ("memory_breakdown", "comm_volume"))
         return look_up(largest, "peak_bytes", 0), memory, sent
 
-    @cached_property
+    @property
     def adapter_bytes(self) -> int:
         return size_of(self.folder / ADAPTER)
 

@@ -1,10 +1,12 @@
-"""The evaluation jobs of a recipe."""
+"""The evaluation jobs of a recipe; equivalent prompt formats: what they change, and what they leave alone."""
+
+from pathlib import Path
 
 import pydantic
 import pytest
 
 from speft_ds.config.eval_config import EvalConfig
-from speft_ds.evaluation.eval_jobs import EvalJob, extra_jobs, jobs_of
+from speft_ds.evaluation.eval_jobs import EvalJob, PromptFormat, extra_jobs, jobs_of, prompt_formats
 
 ALL = EvalConfig(
     tasks=["a", "b"],
@@ -28,7 +30,7 @@ def test_every_baseline_before_and_what_can_change_after():
 @pytest.mark.parametrize(("limit", "fewer", "scored"), [(9, 4, 4), (9, 20, 9), (None, 4, 4), (9, None, 9)])
 def test_baselines_are_scored_on_fewer_documents_never_on_more(limit, fewer, scored):
     recipe = ALL.model_copy(update={"limit": limit, "manual_fewshot_limit": fewer})
-    limits = {round.kind: round.limit for round in jobs_of(recipe, "before")}
+    limits = {job.kind: job.limit for job in jobs_of(recipe, "before")}
     assert limits == {"main": limit, "fewshot": scored, "format": limit}
 
 
@@ -41,11 +43,44 @@ def test_nothing_that_was_not_asked_for():
 def test_jobs_apart_from_a_run():
     label = "tuned-a+b-2shot-limit9"
     formats = [EvalJob(f"{label}-format-{i}", "extra", ("a", "b"), 2, 9, i) for i in (1, 2)]
-    assert extra_jobs(ALL, "tuned") == [EvalJob(label, "extra", ("a", "b"), 2, 9), *formats]
-    assert [job.label for job in extra_jobs(EvalConfig(tasks=["x/y"]), "base")] == ["base-x_y"]
+    assert extra_jobs(ALL, Path("runs/a/adapter")) == [EvalJob(label, "extra", ("a", "b"), 2, 9), *formats]
+    for adapter, label in ((None, "base-x_y"), (Path("adapters/before"), "adapter-before-x_y")):
+        assert [job.label for job in extra_jobs(EvalConfig(tasks=["x/y"]), adapter)] == [label]
 
 
 @pytest.mark.parametrize("idle", [{"manual_fewshot": [1]}, {"format_spread": 2}, {"slice": 5}])
 def test_baselines_of_no_tasks_are_refused(idle):
     with pytest.raises(pydantic.ValidationError, match=f"eval.{next(iter(idle))}"):
         EvalConfig(**idle)
+
+
+# Prompt formats
+
+PROMPT = "Question: What is 1:2?\nAnswer: half\n\nQuestion: Why: so?\nFinal Answer:"
+
+
+def test_descriptors_are_rewritten_and_nothing_else():
+    rewritten = PromptFormat(str.upper, " -", "\n").rewrite(PROMPT)
+    assert rewritten == "QUESTION - What is 1:2?\nANSWER - half\n\nQUESTION - Why: so?\nFINAL ANSWER -"
+    assert PromptFormat(str, ":", "\n\n").rewrite("Text: a\nb\nLabel:") == "Text: a\nb\n\nLabel:"
+
+
+@pytest.mark.parametrize("prompt", ["", "say cat please", "see http://a: b\n- x: y", "{'Key': 1}"])
+def test_a_prompt_without_descriptors_stays(prompt):
+    assert all(each.rewrite(prompt) == prompt for each in prompt_formats(40)[1:])
+
+
+def test_formats_are_different_and_always_the_same_and_keep_every_word():
+    formats = prompt_formats(50)
+    assert formats[0] is None and prompt_formats(5) == formats[:5]  # more of them keep the first
+    rewritten = [each.rewrite(PROMPT) for each in formats[1:]]
+    assert len({PROMPT, *rewritten}) == 50
+    words = PROMPT.lower().replace(":", " ").split()
+    assert all(word in prompt.lower() for prompt in rewritten for word in words)
+
+
+def test_what_ends_an_answer_is_known_in_both_forms():
+    settings = {"until": ["Question:", "</s>"], "max_gen_toks": 8}
+    prompt, rewritten = PromptFormat(str.upper, " -", "\n").rewrite_request((PROMPT, settings))
+    assert rewritten == {"until": ["Question:", "</s>", "QUESTION -"], "max_gen_toks": 8}
+    assert prompt.startswith("QUESTION - ") and settings["until"] == ["Question:", "</s>"]

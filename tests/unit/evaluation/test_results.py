@@ -10,14 +10,7 @@ from lm_eval.api.model import LM
 
 from speft_ds.config.recipe import Recipe
 from speft_ds.evaluation.eval_jobs import EvalJob, jobs_of
-from speft_ds.evaluation.results import (
-    Scored,
-    asked,
-    check_scores,
-    keep_scores,
-    scores_of,
-    still_to_score,
-)
+from speft_ds.evaluation.results import Scored, asked, check_scores, keep_scores, scores_of, still_to_score
 from speft_ds.evaluation.scores import ScoreFile
 from speft_ds.evaluation.tasks import find_tasks
 
@@ -115,10 +108,6 @@ def labels(folder):
     return sorted(path.stem for path in folder.glob("*.json"))
 
 
-def test_what_was_scored_is_not_scored_again(scored):
-    assert scored.left(**ALL) == [] and labels(scored.folder) == LABELS
-
-
 @pytest.mark.parametrize("change", [{"limit": 5}, {"num_fewshot": 1}, {"chat_template": False}])
 def test_scores_that_were_made_otherwise_are_set_aside(scored, change):
     assert "before" in scored.left(**ALL, **change)
@@ -126,13 +115,12 @@ def test_scores_that_were_made_otherwise_are_set_aside(scored, change):
     assert not (scored.folder / "before").exists() and "before" in labels(scored.folder / "old")
 
 
-def test_scores_of_other_weights_are_set_aside(scored):
+def test_what_was_scored_is_not_scored_again_unless_the_weights_are_others(scored):
+    assert scored.left(**ALL) == [] and labels(scored.folder) == LABELS
+    assert scored.left(manual_fewshot=[4]) == []  # what is not asked for any more is set aside
+    assert labels(scored.folder) == ["before", "before-4shot"]
     assert scored.left({"fingerprint": "b", "adapter": None}, **ALL) == LABELS
     assert labels(scored.folder) == []
-
-
-def test_baselines_that_are_not_asked_for_any_more_are_set_aside(scored):
-    assert scored.left(manual_fewshot=[4]) == [] and labels(scored.folder) == ["before", "before-4shot"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}"])

@@ -18,23 +18,14 @@ NUM_STEPS, NUM_LAYERS = 60, 6
 
 
 def score(task, value, stderr=0.01, metric="acc", **changes):
-    return {
-        "task": task, "metric": metric, "filter": "none", "value": value, "stderr": stderr,
-        "num_documents": 500, "num_fewshot": 0, "version": 1.0, "group": None,
-        "higher_is_better": True, "is_main": True, "role": "task", "is_group": False,
-        **changes,
-    }  # fmt: skip
+    known = {"num_documents": 500, "num_fewshot": 0, "version": 1.0}
+    return {"task": task, "metric": metric, "value": value, "stderr": stderr, **known, **changes}
 
 
 def evaluation(label, model, kind, scores, perplexity=None, **settings):
-    return {
-        "label": label, "model": model, "kind": kind,
-        "settings": {
-            "num_fewshot": 0, "limit": 500, "chat_template": True, "seed": 0, "format": 0,
-            "mode": "sharded", "world_size": 2, "batch_size": 16, "lm_eval": "0.4.13", **settings,
-        },
-        "scores": scores, "perplexity": perplexity, "seconds": 61.5, "cached": label == "before",
-    }  # fmt: skip
+    settings = {"num_fewshot": 0, "limit": 500, "mode": "sharded", "lm_eval": "0.4.13", **settings}
+    facts = {"perplexity": perplexity, "seconds": 61.5, "cached": label == "before"}
+    return {"label": label, "model": model, "kind": kind, "settings": settings, "scores": scores, **facts}
 
 
 def evaluations(gain=0.2):
@@ -42,20 +33,20 @@ def evaluations(gain=0.2):
     text = {"text": "general.txt", "num_tokens": 20_000}
     files = {}
     for label, model, arc, ppl in (("before", "base", 0.41, 15.0), ("after", "tuned", 0.41 + gain, 15.6)):
+        is_base = model == "base"
+        json_score = (0.0, 0.0) if is_base else (0.992, 0.004)
         scores = [
             score("arc_easy", arc, 0.022),
             score("arc_easy", arc + 0.03, 0.022, metric="acc_norm", is_main=False),
-            score("json_task", 0.0 if model == "base" else 0.992, 0.0 if model == "base" else 0.004,
-                  metric="exact_match", filter="strict-match"),
-            score("winogrande", 0.52 if model == "base" else 0.525, 0.014),
-            score("wikitext", 0.9 if model == "base" else 0.95, 0.01, metric="bits_per_byte",
-                  higher_is_better=False),
-            score("piqa", 0.68 if model == "base" else 0.61, 0.011, role="forgetting"),
-        ]  # fmt: skip
+            score("json_task", *json_score, metric="exact_match", filter="strict-match"),
+            score("winogrande", 0.52 if is_base else 0.525, 0.014),
+            score("wikitext", 0.9 if is_base else 0.95, metric="bits_per_byte", higher_is_better=False),
+            score("piqa", 0.68 if is_base else 0.61, 0.011, role="forgetting"),
+        ]
         perplexity = {**text, "token_perplexity": ppl, "byte_perplexity": 1 + ppl / 20}
         files[label] = evaluation(label, model, "main", scores, perplexity)
         for number, difference in enumerate((-0.02, 0.01), 1):
-            spread = [score("arc_easy", arc + difference * (1 if model == "tuned" else 2), 0.022)]
+            spread = [score("arc_easy", arc + difference * (2 if is_base else 1), 0.022)]
             name = f"{label}-format-{number}"
             files[name] = evaluation(name, model, "format", spread, format=number)
     for shots, value in ((1, 0.43), (4, 0.47), (16, 0.46)):
@@ -100,7 +91,6 @@ def facts(**changes):
             "salience": "gradient", "granularity": "element", "budget": "global", "schedule": "periodic",
             "layer_gate": "none", "loaded_from": None, "calibration_samples": 32, "sha256": "ab" * 32,
             "num_trainable": 120 * NUM_LAYERS, "num_target_elements": sum(rows.values()),
-            "density": 120 * NUM_LAYERS / sum(rows.values()), "per_layer": dict.fromkeys(rows, 40),
             "entries_by_rank": [400, 320],
             "changes": [
                 {"step": step, "dropped": 50, "grown": 50, "overlap_with_first": 1 - step / 100}

@@ -7,7 +7,7 @@ import pytest
 
 from speft_ds.errors import UserError
 from speft_ds.evaluation.scores import Score
-from speft_ds.report.compare import default_name, grouped, mean_score, without_duplicates, write_comparison
+from speft_ds.report.compare import default_name, grouped, mean_score, write_comparison
 from speft_ds.report.run import read_run
 from unit.commands import speft
 from unit.report.reading import page_of, rendered
@@ -30,19 +30,10 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def empty(tmp_path):
-    """make_empty("name") -> a run folder with nothing in it."""
-
-    def make_empty(name):
+    """Two run folders with nothing in them."""
+    for name in ("one", "other"):
         write_json(tmp_path / name / "run.json", {})
-        return tmp_path / name
-
-    return make_empty
-
-
-def test_each_folder_is_taken_once_in_the_order_of_its_first_mention(tmp_path):
-    a, b = tmp_path / "a", tmp_path / "b"
-    assert without_duplicates([a, b, a / "." / ".." / "a"]) == [a, b]
-    assert without_duplicates([b, a, a]) == [b, a]
+    return tmp_path / "one", tmp_path / "other"
 
 
 def labels(runs):
@@ -67,19 +58,15 @@ def test_mean_and_deviation_against_pythons_own():
 
 def test_the_comparison_has_scores_keys_and_costs(runs, tmp_path):
     write_comparison(runs, tmp_path / "out")
-    values, losses = (
-        [0.41 + gain for gain in GAINS],
-        [[line["loss"] for line in metrics(n)] for n in range(3)],
-    )
+    values = [0.41 + gain for gain in GAINS]
     spread = f"41.0% → {mean(values):.1%} ± 2.2, sd {100 * stdev(values):.1f} (n=3)"
     seconds = round(mean(sum(line["step_ms"] for line in metrics(seed)) for seed in range(3)) / 1000)
-    last = [mean(values[-2:]) for values in losses]  # 4% of 60 steps
+    last = [mean(line["loss"] for line in metrics(seed)[-2:]) for seed in range(3)]  # 4% of 60 steps
     for page in (page_of(tmp_path / "out"), rendered(tmp_path / "out")):
         assert page.row("arc_easy acc") == ["41.0% → 61.0% ± 2.2", spread, "41.0% → 60.0% ± 2.2"]
         assert page.row("mask.salience") == ["gradient", "snip", "gradient"]
-        assert [row[0] for row in page.rows if "." in row[0] and "/" not in row[1]] == [
-            "mask.salience", "mask.density", "optimizer.lr"
-        ]  # fmt: skip
+        differing = [row[0] for row in page.rows if "." in row[0] and "/" not in row[1]]
+        assert differing == ["mask.salience", "mask.density", "optimizer.lr"]
         assert page.row("time in steps")[1].startswith(f"{seconds // 60} min {seconds % 60} s")
         assert page.row("training loss")[1] == f"{mean(last):.4g} ({min(last):.4g} to {max(last):.4g})"
         assert len(page.attributes("img", "src")) == 5
@@ -91,8 +78,8 @@ def test_what_cannot_be_compared_is_noted(tmp_path):
     """Scores made in different ways, other bases (which are no seeds of one run), other machines."""
     changes = {"base": {"fingerprint": "e" * 64}, "world_size": 1}
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1, **changes)]
-    other = (runs[1] / "eval" / "after.json").read_text().replace('"limit": 500', '"limit": 50')
-    (runs[1] / "eval" / "after.json").write_text(other)
+    after = runs[1] / "eval" / "after.json"
+    after.write_text(after.read_text().replace('"limit": 500', '"limit": 50'))
     assert labels(runs) == ["a", "b"]
     write_comparison(runs, tmp_path / "out")
     assert len(page_of(tmp_path / "out").attributes("li", "class")) == 3
@@ -101,31 +88,29 @@ def test_what_cannot_be_compared_is_noted(tmp_path):
 
 
 def test_a_run_with_nothing_in_it_is_compared_too(runs, empty, tmp_path):
-    one = empty("one")
-    write_comparison([runs[0], one], tmp_path / "out")
+    write_comparison([runs[0], empty[0]], tmp_path / "out")
     text = page_of(tmp_path / "out").text
-    assert f"{one}: there is no metrics.jsonl" in text and f"{one}: the run is not finished" in text
-    write_comparison([one, empty("other")], tmp_path / "both")
+    assert f"{empty[0]}: there is no metrics.jsonl" in text and f"{empty[0]}: the run is not finished" in text
+    write_comparison(empty, tmp_path / "both")
     assert page_of(tmp_path / "both").row("steps") == ["0", "0"]
 
 
-def test_the_folder_is_named_after_the_runs_and_is_none_of_them(runs):
+def test_the_folder_is_named_after_the_runs_and_is_none_of_them(empty):
     assert default_name([Path("runs/a"), Path("/x/b"), Path("c")]) == "report-a-vs-b-vs-c"
     many = [Path(f"runs/a-run-with-a-name-{n}") for n in range(9)]
     assert default_name(many) == "report-a-run-with-a-name-0-vs-8-others"
     with pytest.raises(UserError) as caught:
-        write_comparison(runs[:2], runs[0])
+        write_comparison(empty, empty[0])
     assert caught.value.where == "--output"
 
 
 def test_the_command(empty, tmp_path, monkeypatch):
-    """One run into its own folder, several beside the runs, the same one twice as one; problems in words."""
+    """One run into its own folder, several beside the runs, each once and in order; problems in words."""
     monkeypatch.chdir(tmp_path)
-    one, other = empty("one"), empty("other")
     done = speft("report", "one", "one/")
     assert done.returncode == 0 and done.stdout.splitlines() == ["one/report.html", "one/report.md"]
-    done = speft("report", "one", "other")
-    assert done.stdout.splitlines()[0] == "runs/report-one-vs-other/report.html"
-    assert (one / "report.md").is_file() and not (other / "report.md").exists()
+    done = speft("report", "other", "one", "./one/../other")
+    assert done.stdout.splitlines()[0] == "runs/report-other-vs-one/report.html"
+    assert (empty[0] / "report.md").is_file() and not (empty[1] / "report.md").exists()
     done = speft("report", "nowhere")
     assert done.returncode == 2 and "nowhere" in done.stderr

@@ -187,14 +187,10 @@ def test_a_run_that_only_selected_a_mask_has_a_map_of_it(run):
 
 def test_what_cannot_be_reported_is_refused(run, tmp_path):
     (tmp_path / "file").touch()
-    for folder, output, where in (
-        (tmp_path, None, tmp_path),
-        (tmp_path / "nowhere", None, tmp_path / "nowhere"),
-        (run, tmp_path / "file", tmp_path / "file"),
-    ):
+    for folder, output in ((tmp_path, None), (tmp_path / "nowhere", None), (run, tmp_path / "file")):
         with pytest.raises(UserError) as caught:
             write_report(folder, output)
-        assert caught.value.where == str(where) and caught.value.fix
+        assert caught.value.where == str(output or folder) and caught.value.fix
 
 
 WRONG = [None, "text", [3], {"a": "b"}, 1e308, pytest.param(10**400, id="beyond floats")]
@@ -230,9 +226,8 @@ def test_wrong_types_in_run_json_crash_nothing(tmp_path, value):
 def test_wrong_types_in_metrics_crash_nothing(run, value):
     shutil.rmtree(run / "adapter")
     lines = metrics()[:4]
-    write_metrics(
-        run, [{**ln, key: value} for key in [*lines[0], "scores", "validation_loss"] for ln in lines]
-    )
+    keys = [*lines[0], "scores", "validation_loss"]
+    write_metrics(run, [{**line, key: value} for key in keys for line in lines])
     write_report(run)
 
 

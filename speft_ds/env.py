@@ -47,6 +47,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def log_rank0(text: str) -> None:
+    """Print a line, on rank 0 alone."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def rank_env(rank: int, world_size: int, port: int) -> dict[str, str]:
     """The environment variables of one rank of a group that is on this machine."""
     return {

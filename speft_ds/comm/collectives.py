@@ -91,12 +91,6 @@ def world_size() -> int:
     return dist.get_world_size()
 
 
-def log_rank0(text: str) -> None:
-    """Print a line, on rank 0 alone."""
-    if rank() == 0:
-        print(text, flush=True)
-
-
 def device() -> torch.device:
     """The device that this rank computes on, as DeepSpeed's accelerator names it."""
     from deepspeed.accelerator import get_accelerator

@@ -1,4 +1,4 @@
-"""Stop requests, by a signal or the end of the launcher.
+"""Stop requests, by a signal or the end of the launcher, and the flags that all ranks agree on at every step.
 
 The ranks look at `stop_reason()` together, at the end of a step, write a checkpoint together and leave with
 EXIT_STOPPED. Nothing else happens in a signal handler, so that a save is never cut in half.
@@ -15,8 +15,17 @@ import select
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import psutil
+
+from speft_ds import env
+from speft_ds.config.section import split_interval
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXIT_STOPPED = 85  # asked to stop; what was reached is saved, and --resume goes on
 EXIT_CTRL_C = 130  # a second Ctrl-C: left at once
@@ -33,7 +42,7 @@ class Stopped(Exception):
 
 def request_stop(reason: str) -> None:
     """Have this rank ask the others to stop. The first reason counts."""
-    if not _reasons and os.environ.get("RANK", "0") == "0":
+    if not _reasons and env.rank() == 0:
         print(f"{reason}: stopping after this step, with a checkpoint", file=sys.stderr, flush=True)
     _reasons.append(reason)
 
@@ -94,3 +103,43 @@ def launchers() -> list[int]:
                 break
             found.append(process.pid)
     return found
+
+
+class StepFlags:
+    """What one rank knows at every step; all ranks know it once it is summed, in the same call as the loss.
+
+    Args:
+        is_written: whether this rank's part of the checkpoint in flight is on the disk.
+        every: `train.checkpoint_every`.
+    Attributes (as of the last `reduce`):
+        stop: a rank was asked to stop.
+        all_written: all parts of the checkpoint in flight are on the disk.
+    """
+
+    KINDS = ("stop", "due", "written")
+
+    def __init__(self, is_written: Callable[[], bool], every: int | str | None):
+        self.is_written = is_written
+        self.steps, self.seconds = split_interval(every)
+        self.stop = self.due = self.all_written = False
+        self.restart()
+
+    def restart(self) -> None:
+        """A checkpoint was begun: count the time from here."""
+        self.since = time.monotonic()
+
+    def local(self) -> list[float]:
+        """This rank's flags, in the order of KINDS; rank 0's clock counts."""
+        past = self.seconds is not None and time.monotonic() - self.since >= self.seconds
+        is_due = past and env.rank() == 0
+        return [float(stop_reason() is not None), float(is_due), float(self.is_written())]
+
+    def reduce(self, sums: Tensor) -> None:
+        """Take the flags summed over ranks, [len(KINDS)]."""
+        stopping, due, written = sums.tolist()
+        self.stop, self.due = stopping > 0, due > 0
+        self.all_written = written == env.world_size()
+
+    def is_time(self, done: int) -> bool:
+        """Whether a checkpoint is due after `done` steps."""
+        return self.due or (self.steps is not None and done % self.steps == 0)

@@ -26,8 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from speft_ds.comm import collectives, watchdog
-from speft_ds.comm.collectives import log_rank0
-from speft_ds.env import cache_folder
+from speft_ds.env import cache_folder, log_rank0
 from speft_ds.evaluation.eval_jobs import PromptFormat
 from speft_ds.io import write_json
 

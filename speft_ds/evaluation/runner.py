@@ -20,9 +20,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from speft_ds.comm import collectives
-from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.recipe import Recipe
-from speft_ds.env import versions
+from speft_ds.env import log_rank0, versions
 from speft_ds.evaluation.eval_jobs import EvalJob, prompt_formats
 from speft_ds.evaluation.lm import EngineLM, ResponseCache
 from speft_ds.evaluation.perplexity import text_perplexity

@@ -11,10 +11,10 @@ import torch
 from speft_ds.adapter.apply import another_base, check_weights, with_delta
 from speft_ds.adapter.format import Adapter, tensors_sha256
 from speft_ds.comm import collectives, watchdog
-from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.eval_config import EvalConfig
 from speft_ds.config.mask_config import mask_file
 from speft_ds.config.recipe import Recipe
+from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import EvalJob, extra_jobs
 from speft_ds.evaluation.results import Scored, has_scored, keep_scores

@@ -9,10 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from speft_ds.comm import collectives, watchdog
-from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.mask_config import MASK_FILE
 from speft_ds.config.recipe import Recipe
-from speft_ds.env import machine_facts, versions
+from speft_ds.env import log_rank0, machine_facts, versions
 from speft_ds.io import write_json
 from speft_ds.model.dtype import agree_on_dtype
 from speft_ds.model.fingerprint import fingerprint

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from speft_ds.adapter.card import write_card
 from speft_ds.comm import collectives, watchdog
-from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.recipe import Recipe
+from speft_ds.env import log_rank0
 from speft_ds.evaluation.scores import card_scores
 from speft_ds.model.dtype import agree_on_dtype
 from speft_ds.report.page import print_summary, write_report

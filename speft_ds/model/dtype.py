@@ -7,8 +7,8 @@ import platform
 import torch
 
 from speft_ds.comm import collectives
-from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.recipe import Recipe
+from speft_ds.env import log_rank0
 
 
 def multiplies_bfloat16(device: str) -> bool:

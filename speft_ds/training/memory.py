@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from speft_ds.comm import collectives
-from speft_ds.comm.collectives import log_rank0
+from speft_ds.env import log_rank0
 from speft_ds.sparse.gradient import SparseGradient
 from speft_ds.sparse.optim.flat import FlatOptimizer
 from speft_ds.sparse.state import SparseState

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from speft_ds.comm import collectives
-from speft_ds.comm.collectives import log_rank0
+from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
 from speft_ds.model.linear import WeightGradHook, chain_hooks
 from speft_ds.model.targets import target_shapes

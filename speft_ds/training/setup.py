@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from speft_ds.comm import collectives
-from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.data_config import DataConfig
 from speft_ds.config.deepspeed_config import load_ds_config
 from speft_ds.config.model_config import HEAD
@@ -21,6 +20,7 @@ from speft_ds.data.dataset import Row, TokenizedDataset
 from speft_ds.data.dataset_cache import DatasetSpec, prepare
 from speft_ds.data.sampler import Sampler, hash_seed
 from speft_ds.data.tokenize import load_tokenizer
+from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import fingerprint
 from speft_ds.model.linear import adapt, weight_grad_hooks

@@ -7,9 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from speft_ds.comm import collectives
-from speft_ds.comm.collectives import log_rank0
 from speft_ds.config.recipe import Recipe
-from speft_ds.env import versions
+from speft_ds.env import log_rank0, versions
 from speft_ds.errors import UserError
 from speft_ds.training.checkpoint.folder import clean, latest_valid, list_checkpoints, verify
 from speft_ds.training.checkpoint.resume import Start

@@ -14,13 +14,13 @@ import torch
 from speft_ds.adapter.format import tensors_sha256
 from speft_ds.adapter.save import save_adapter
 from speft_ds.comm import collectives, signals, watchdog
-from speft_ds.comm.collectives import log_rank0
+from speft_ds.comm.signals import StepFlags
 from speft_ds.config.mask_config import mask_file
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate, split_global_batch
 from speft_ds.data.dataset import Row
 from speft_ds.data.sampler import Sampler
-from speft_ds.env import versions
+from speft_ds.env import log_rank0, versions
 from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import EvalJob, Phase, jobs_of
 from speft_ds.evaluation.results import keep_scores, still_to_score
@@ -31,7 +31,6 @@ from speft_ds.sparse.state import SparseState
 from speft_ds.training import memory
 from speft_ds.training.checkpoint.parts import Parts, Snapshot
 from speft_ds.training.checkpoint.resume import Start
-from speft_ds.training.checkpoint.step_flags import StepFlags
 from speft_ds.training.checkpoint.writer import Writer
 from speft_ds.training.checks import (
     check_chat_template,

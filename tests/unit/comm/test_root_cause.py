@@ -2,7 +2,7 @@
 
 import pytest
 
-from speft_ds.comm.root_cause import SETTLE_S, SILENCE_S, Failure, Kind, Pulse, RootCause
+from speft_ds.comm.watchdog import SETTLE_S, SILENCE_S, Failure, Kind, Pulse, RootCause
 
 A_DEATH, A_HANG = Failure(Kind.DIED, 3, "died"), Failure(Kind.STUCK, 0, "")
 AN_ERROR, ANOTHER = Failure(Kind.RAISED, 2, "no such file"), Failure(Kind.RAISED, 1, "connection reset")
@@ -69,10 +69,8 @@ def test_a_rank_that_closed_its_connections_and_is_silent_has_died():
     ranks = Ranks()
     ranks.seen(closed, silent=[3])
     assert ranks.seen(closed, silent=[3]) is None
-    assert ranks.seen(closed, after_s=SETTLE_S, silent=[3])[:2] == (
-        Kind.DIED,
-        3,
-    ) and ranks.root_cause.lost == {3}
+    assert ranks.seen(closed, after_s=SETTLE_S, silent=[3])[:2] == (Kind.DIED, 3)
+    assert ranks.root_cause.lost == {3}
 
 
 def test_the_end_of_a_rank_that_is_done_is_no_failure():

@@ -10,7 +10,7 @@ from pathlib import Path
 from limits import HANG_S
 from torch.distributed import TCPStore
 
-from speft_ds.comm import root_cause, watchdog
+from speft_ds.comm import watchdog
 
 
 class Rank:
@@ -77,9 +77,7 @@ def run(folder: Path, rank: int, job: str, nodes: str, timeout_s: float, has_age
     os.dup2(file, 1)
     os.dup2(file, 2)
     for name, seconds in settings.items():
-        for module in (watchdog, root_cause):
-            if hasattr(module, name):
-                setattr(module, name, seconds)
+        setattr(watchdog, name, seconds)
     own = Rank(folder, rank, len(nodes))
     if rank == 0 and not has_agent:
         serve(folder)

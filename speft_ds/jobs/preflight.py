@@ -16,7 +16,7 @@ from speft_ds.data.formats import check_columns
 from speft_ds.data.readers import SUFFIXES, folder_files, is_hub_dataset, iterate_file, kind_of
 from speft_ds.env import CACHE, expand_path
 from speft_ds.errors import RecipeError, UserError
-from speft_ds.training.monitor import monitor_problems
+from speft_ds.training.metrics import monitor_problems
 
 Problems = list[UserError]
 

@@ -12,16 +12,9 @@ from speft_ds.env import log_rank0
 from speft_ds.evaluation.scores import card_scores
 from speft_ds.model.dtype import agree_on_dtype
 from speft_ds.report.page import print_summary, write_report
-from speft_ds.report.run import read_run
-from speft_ds.training.checkpoint.resume import Start, resume_hint
+from speft_ds.training.checkpoint.resume import Start, open_folder, resume_hint, verified_start
 from speft_ds.training.checks import check_space
-from speft_ds.training.run_dir import (
-    check_output_dir,
-    read_facts,
-    write_facts,
-)
-from speft_ds.training.run_facts import run_facts
-from speft_ds.training.start_run import open_folder, verified_start
+from speft_ds.training.run_dir import check_output_dir, read_facts, run_facts, write_facts
 from speft_ds.training.trainer import Trainer
 
 
@@ -62,8 +55,7 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     trainer.timings["total"] = time.perf_counter() - began
 
     def finish() -> None:
-        speed = {"tokens_per_s": read_run(folder).tokens_per_s}
-        write_facts(folder, {**read_facts(folder), **run_facts(trainer), "finished": True, **speed})
+        write_facts(folder, {**read_facts(folder), **run_facts(trainer), "finished": True})
         write_card(folder / "adapter", card_scores(folder))
         write_report(folder)
         print_summary(folder)

@@ -77,7 +77,7 @@ def check_same_run(context: TrainContext, loaded: Mask | None, checkpoint: Check
     if manifest["rows_sha256"] != data.training.facts["sha256"]:
         what = "the training rows are not those of the checkpoint any more"
         raise UserError(what, where, f"put back the data of {recipe.where_rows()}, or start anew")
-    if recipe.mask.schedule == "periodic" and manifest["calibration_sha256"] != data.calibration.sha256:
+    if recipe.mask.schedule == "periodic" and manifest["calibration_sha256"] != data.calibration_sha256:
         what = "the calibration rows, which choose every mask, are not those of the checkpoint any more"
         raise UserError(what, where, f"put back {recipe.mask.calibration_path or 'the data'}, or start anew")
     if loaded is not None and manifest["state"]["first_sha256"] != loaded.sha256:

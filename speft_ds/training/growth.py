@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +11,7 @@ from speft_ds.selection.calibration import ShardSum, weight_gradient
 from speft_ds.selection.radix import Groups
 from speft_ds.selection.topk import gather_mask, groups_by, select_local
 from speft_ds.sparse.gradient import GradientOptions, SparseGradient
-from speft_ds.sparse.layout import EntryTable, RankShards, index_dtype
+from speft_ds.sparse.layout import EntryTable, RankShards
 from speft_ds.sparse.mask import Mask
 from speft_ds.sparse.state import SparseState
 from speft_ds.training.checkpoint.parts import Parts
@@ -23,8 +21,10 @@ Shape = dict[str, tuple[int, int]]  # weight -> (out, in)
 Chosen = tuple[dict[str, Tensor], list[int]]  # weight -> local indices to grow; how many in each group
 
 
-class Growth(Protocol):
-    """What `drop_grow` asks of a growth criterion, in this order within a step."""
+class Growth:
+    """A growth criterion. `drop_grow` calls the methods in this order within a step."""
+
+    is_ready = True  # it has seen what `select` goes by
 
     def hook(self, name: str, steps_left: int | None) -> WeightGradHook | None:
         """What looks at a weight's backward; the mask changes after `steps_left` steps, or not any more."""
@@ -35,21 +35,19 @@ class Growth(Protocol):
     def after_step(self, state: SparseState) -> None:
         """Called after the weights moved."""
 
+    def skip_step(self) -> None:
+        """Called in place of `after_step` where the step's gradients were not finite: forget them."""
+
     def select(self, state: SparseState, group: Groups, wanted: list[int]) -> Chosen:
         """The best entries outside the mask, `wanted` of each group or as many as there are."""
+        raise NotImplementedError
 
     def restart(self) -> None:
         """Called after the mask changed."""
 
-    def skip_step(self) -> None:
-        """Called in place of `after_step` where the step's gradients were not finite: forget them."""
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it has seen what `select` goes by."""
-
     def snapshot(self) -> tuple[dict[str, EntryTable], dict[str, Tensor]]:
         """All that it has gathered between two steps: tables of this rank, and what all ranks hold alike."""
+        return {}, {}
 
     def restore(self, parts: Parts, shape: Shape) -> None:
         """Go on where `snapshot` was taken."""
@@ -72,6 +70,11 @@ def at_most(wanted: list[int], group: Groups, there: dict[str, int]) -> list[int
     return [min(count, most) for count, most in zip(wanted, room, strict=True)]
 
 
+def shards_of(mask: Mask) -> RankShards:
+    """This rank's shards of the weights of a mask."""
+    return RankShards({name: mask.numel(name) for name in mask.shape})
+
+
 def free_entries(mask: Mask) -> dict[str, int]:
     """Weight -> elements outside the mask."""
     return {name: mask.numel(name) - index.numel() for name, index in mask.index.items()}
@@ -85,7 +88,7 @@ def shut_out(scores: dict[str, Tensor], state: SparseState) -> dict[str, Tensor]
     return scores
 
 
-class AccumulatedGradient:
+class AccumulatedGradient(Growth):
     """`sft_ag`: the candidates with the largest gradient accumulated over the last `growth_steps` steps.
 
     Candidates are as many entries outside the mask as the mask has: those with the largest dense gradient
@@ -117,9 +120,6 @@ class AccumulatedGradient:
             return lambda x, grad_y: total.add(weight_gradient(x, grad_y))
         return self.gradient.hooks[name] if self.gradient else None
 
-    def on_gradient(self, state: SparseState, gradient: Tensor) -> None:
-        """Nothing to learn from entries that are in the mask."""
-
     def after_step(self, state: SparseState) -> None:
         if self.dense:
             self._choose_candidates(state)
@@ -128,21 +128,19 @@ class AccumulatedGradient:
             self.total += self.gradient.pop()
 
     def _choose_candidates(self, state: SparseState) -> None:
-        dense = {name: total.value for name, total in self.dense.items()}
+        dense, self.dense = {name: total.value for name, total in self.dense.items()}, {}
         bad = torch.tensor([float(any(not v.isfinite().all() for v in dense.values()))])
         if collectives.all_reduce_max(bad.to(collectives.device())).item():
-            self.dense = {}  # the next step of the window chooses
-            return
+            return  # the next step of the window chooses
         scores = shut_out({name: value.abs() for name, value in dense.items()}, state)
         group, counts = groups_of(state.mask, self.budget)
         counts = at_most(counts, group, free_entries(state.mask))
-        self.gradient = self._collect(gather_mask(select_local(scores, group, counts), state.mask.shape))
+        self._collect(gather_mask(select_local(scores, group, counts), state.mask.shape))
         own = [dense[n][index.to(dense[n].device)] for n, index in self.gradient.local_index().items()]
         self.total = torch.cat(own).to(collectives.device())
-        self.dense = {}
 
-    def _collect(self, candidates: Mask) -> SparseGradient:
-        return SparseGradient(candidates, collectives.device(), self.options)
+    def _collect(self, candidates: Mask) -> None:
+        self.gradient = SparseGradient(candidates, collectives.device(), self.options)
 
     def skip_step(self) -> None:
         self.dense = {}
@@ -156,19 +154,16 @@ class AccumulatedGradient:
     def snapshot(self) -> tuple[dict[str, EntryTable], dict[str, Tensor]]:
         if self.gradient is None:
             return {}, {}
-        mask = self.gradient.mask
-        shards = RankShards({name: mask.numel(name) for name in mask.shape})
-        index = shards.to_global(self.gradient.local_index())
+        index = shards_of(self.gradient.mask).to_global(self.gradient.local_index())
         return {"candidates": EntryTable(index, {"total": self.total})}, {}
 
     def restore(self, parts: Parts, shape: Shape) -> None:
         self.restart()
         if parts.has("candidates"):
-            device, index = collectives.device(), parts.index("candidates")
-            numel = {name: rows * columns for name, (rows, columns) in shape.items()}
-            candidates = {name: index[name].to(device, index_dtype(numel[name])) for name in shape}
-            self.gradient = self._collect(Mask(candidates, shape))
-            self.total = parts.table("candidates", RankShards(numel).spans).columns["total"].to(device)
+            candidates = parts.mask("candidates", shape)
+            self._collect(candidates)
+            found = parts.table("candidates", shards_of(candidates).spans)
+            self.total = found.columns["total"].to(collectives.device())
 
     def select(self, state: SparseState, group: Groups, wanted: list[int]) -> Chosen:
         local = self.gradient.local_index()
@@ -179,7 +174,7 @@ class AccumulatedGradient:
         return {name: index[chosen[name].to(index.device)] for name, index in local.items()}, wanted
 
 
-class RowColumnMomentum:
+class RowColumnMomentum(Growth):
     """`sft_ma`: SM3's row and column statistics r, c of the trained entries' squared gradients.
 
     SM3-II with decay b (Anil et al., 2019): v_ij = b min(r_i, c_j) + (1 - b) g_ij^2 for the entries of the
@@ -203,24 +198,11 @@ class RowColumnMomentum:
         pieces = iter(flat.split([length for shape in self.shape.values() for length in shape]))
         return {name: (next(pieces), next(pieces)) for name in self.shape}
 
-    def restart(self) -> None:
-        """The statistics go on."""
-
-    def skip_step(self) -> None:
-        """`on_gradient` was not called."""
-
-    @property
-    def is_ready(self) -> bool:
-        return True
-
     def snapshot(self) -> tuple[dict[str, EntryTable], dict[str, Tensor]]:
         return {}, {"statistics": self.statistics}
 
     def restore(self, parts: Parts, shape: Shape) -> None:
         self.statistics = parts.shared("statistics").to(self.statistics.device)
-
-    def hook(self, name: str, steps_left: int | None) -> WeightGradHook | None:
-        return None
 
     def on_gradient(self, state: SparseState, gradient: Tensor) -> None:
         largest = torch.full_like(self.statistics, -1.0)
@@ -236,9 +218,6 @@ class RowColumnMomentum:
             new[name][1].scatter_reduce_(0, column, value, "amax")
         largest = collectives.all_reduce_max(largest)
         self.statistics = torch.where(largest < 0, self.statistics, largest)
-
-    def after_step(self, state: SparseState) -> None:
-        """All is done in `on_gradient`."""
 
     def select(self, state: SparseState, group: Groups, wanted: list[int]) -> Chosen:
         roots = self._views(self.statistics.sqrt())

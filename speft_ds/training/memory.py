@@ -5,8 +5,6 @@ Bytes of the process at its peak are what is allocated on a GPU, and what is res
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Iterable
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from speft_ds.sparse.optim.flat import FlatOptimizer
 from speft_ds.sparse.state import SparseState
 from speft_ds.zero.engine import SparseEngine
 
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak() -> None:
@@ -39,11 +37,8 @@ def peak_bytes() -> int:
     """The most bytes held since `reset_peak`, or since the process began where that cannot be reset."""
     if collectives.device().type == "cuda":
         return torch.cuda.max_memory_allocated()
-    if STATUS.exists():
-        (line,) = [line for line in STATUS.read_text(encoding="utf-8").splitlines() if "VmHWM" in line]
-        return int(line.split()[1]) * 1024
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    (line,) = [line for line in STATUS.read_text(encoding="utf-8").splitlines() if "VmHWM" in line]
+    return int(line.split()[1]) * 1024
 
 
 def peak_gib() -> float:

@@ -1,7 +1,11 @@
-"""Metrics of a run: metrics.jsonl, one console line per step or a progress bar, seconds per stage."""
+"""Metrics of a run: metrics.jsonl, one console line per step or a progress bar, seconds per stage.
+
+Beside metrics.jsonl: TensorBoard, Weights & Biases or CSV files, by DeepSpeed's monitor. Imports no torch.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -10,11 +14,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from speft_ds.comm import watchdog
-from speft_ds.training.monitor import Monitor
+from speft_ds.config.recipe import Recipe
+from speft_ds.env import rank
+from speft_ds.errors import UserError
+
+# train.monitor -> the section of DeepSpeed's configuration that switches it on.
+SECTIONS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
+PACKAGES = ("tensorboard", "wandb")  # what is not installed with us, by the name that pip knows
+PROJECT = "speft_ds"
 
 
 class Timings(dict[str, float]):
@@ -50,8 +62,8 @@ class MetricsLog:
         """Append one step's values (see `trainer.Trainer.train_step` for the keys)."""
         if self.file is None:
             return
-        written = {key: None if _is_nonfinite(value) else value for key, value in values.items()}
-        self.file.write(json.dumps(written) + "\n")
+        odd = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+        self.file.write(json.dumps(values | dict.fromkeys(odd)) + "\n")
         self.file.flush()
         if self.monitor is not None:
             self.monitor.log(values["step"], values)
@@ -77,13 +89,86 @@ class MetricsLog:
         )
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        if self.monitor is not None:
-            self.monitor.close()
-        if self.file is not None:
-            self.file.close()
+        for part in (self.bar, self.monitor, self.file):
+            if part is not None:
+                part.close()
 
 
-def _is_nonfinite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def monitor_problems(recipe: Recipe) -> list[UserError]:
+    """What is wrong with `train.monitor`, as far as is known without starting it."""
+    name = recipe.train.monitor
+    if name not in PACKAGES or importlib.util.find_spec(name) is not None:
+        return []
+    what = f"train.monitor={name} needs the package {name}, which is not installed"
+    return [UserError(what, recipe.where("train.monitor"), f"pip install {name}, or train.monitor=none")]
+
+
+class Monitor:
+    """One event per step, from rank 0 alone; the others, and train.monitor=none, do nothing.
+
+    TensorBoard's files go to `<folder>/tensorboard`, CSV files to `<folder>/csv`, W&B's to `<folder>/wandb`.
+
+    Args:
+        recipe: all sections.
+        folder: the run folder.
+    Raises:
+        UserError: on this rank: a package is missing, or the monitor does not start.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path):
+        name, self._master = recipe.train.monitor, None
+        if problems := monitor_problems(recipe):
+            raise problems[0]
+        if name == "none" or rank() != 0:
+            return
+        try:
+            self._master = _start(name, recipe.name, folder)
+        except Exception as error:  # packages of others: ImportError, OSError, W&B's own
+            fix = "train.monitor=none"
+            if name == "wandb":
+                fix = f"log in with `wandb login`, set WANDB_MODE=offline, or {fix}"
+            what = f"train.monitor={name} does not start: {error}"
+            raise UserError(what, recipe.where("train.monitor"), fix) from error
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Write the finite numbers among one step's values; those of a nested dict below its key."""
+        if self._master is not None:
+            self._master.write_events([(tag, value, step) for tag, value in numbers(values)])
+
+    def close(self) -> None:
+        """Write what is still in memory, and end W&B's run."""
+        master, self._master = self._master, None
+        if master is None:
+            return
+        if master.tb_monitor is not None:
+            master.tb_monitor.summary_writer.close()
+        if master.wandb_monitor is not None:
+            import wandb
+
+            wandb.finish()
+
+
+def numbers(values: dict[str, Any], below: str = "train") -> list[tuple[str, float]]:
+    """(tag, number) pairs: `train/loss`, `scores/arc_easy acc`."""
+    found = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found += numbers(value, key)
+        elif isinstance(value, int | float) and math.isfinite(value) and key != "step":
+            found.append((f"{below}/{key}", value))
+    return found
+
+
+def _start(name: str, run: str, folder: Path) -> Any:
+    """DeepSpeed's monitor; it has no words for where W&B's files go and how its run is called."""
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    section: dict[str, Any] = {"enabled": True}
+    if name == "wandb":
+        section["project"] = PROJECT
+        os.environ.setdefault("WANDB_DIR", str(folder))
+        os.environ.setdefault("WANDB_NAME", run)
+    else:
+        section |= {"output_path": str(folder), "job_name": name}
+    return MonitorMaster(get_monitor_config({SECTIONS[name]: section}))

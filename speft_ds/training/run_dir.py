@@ -10,17 +10,18 @@ import json
 import os
 import shutil
 import time
-import uuid
-from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from speft_ds.config.load_recipe import resolved_yaml
 from speft_ds.config.recipe import Recipe
-from speft_ds.env import rank
+from speft_ds.env import log_rank0, machine_facts, versions
 from speft_ds.errors import UserError
-from speft_ds.io import flush_to_disk, replacing, write_json
+from speft_ds.io import write_json, write_text
+
+if TYPE_CHECKING:
+    from speft_ds.training.trainer import Trainer
 
 RECIPE, FACTS, METRICS, LOCK = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"
 NOT_OF_A_RUN = (LOCK, "slurm-*", "submit.sbatch", "*.tmp")  # what may lie there before a run starts
@@ -51,19 +52,14 @@ def has_files(folder: Path) -> bool:
 
 def start_folder(recipe: Recipe) -> None:
     """Make the run folder, with the resolved recipe in it."""
-    folder = Path(recipe.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / RECIPE) as temporary:
-        temporary.write_text(resolved_yaml(recipe), encoding="utf-8")
-        flush_to_disk(temporary)
+    write_text(Path(recipe.output_dir) / RECIPE, resolved_yaml(recipe))
 
 
 def wait_for_lock(folder: Path) -> None:
     """Wait until nobody writes to a run folder. Raises UserError where that takes too long."""
-    if not (folder / LOCK).exists():
-        return
-    with (folder / LOCK).open(encoding="utf-8") as file:
-        _wait(folder, lambda: _take(file, fcntl.LOCK_SH))
+    if (folder / LOCK).exists():
+        with (folder / LOCK).open(encoding="utf-8") as file:
+            _lock(file, fcntl.LOCK_SH, folder)
 
 
 class Lock:
@@ -72,35 +68,28 @@ class Lock:
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / LOCK).open("w", encoding="utf-8")
-        _wait(folder, lambda: _take(self.file, fcntl.LOCK_EX))
+        _lock(self.file, fcntl.LOCK_EX, folder)
         # Held as long as anybody has the file open: a forked helper must not outlive this process' lock.
         os.register_at_fork(after_in_child=self.file.close)
 
 
-def _take(file: IO, how: int) -> bool:
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
-
-
-def _wait(folder: Path, is_free: Callable[[], bool]) -> None:
+def _lock(file: IO, how: int, folder: Path) -> None:
     deadline, told = time.monotonic() + LOCK_WAIT_S, False
-    while not is_free():
-        if not told and rank() == 0:
-            print(f"another run is writing to {folder}: waiting for its end", flush=True)
+    while True:
+        try:
+            fcntl.flock(file, how | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            what = f"another run is writing to {folder}"
+        except OSError:  # a file system without locks
+            return
+        if not told:
+            log_rank0(f"{what}: waiting for its end")
         told = True
         if time.monotonic() > deadline:
             fix = "stop the other one, or choose another output_dir"
-            raise UserError(f"another run is writing to {folder}", str(folder / LOCK), fix)
+            raise UserError(what, str(folder / LOCK), fix)
         time.sleep(0.5)
-
-
-def new_run_id() -> str:
-    return uuid.uuid4().hex
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -134,9 +123,7 @@ def rewind_metrics(folder: Path, step: int, source: Path | None = None) -> None:
     if [number for number, _ in kept] != list(range(1, step + 1)):
         fix = "resume an older checkpoint by its path, or start anew"
         raise UserError(f"{path} lacks lines of the first {step} steps", str(path), fix)
-    with replacing(folder / METRICS) as temporary:
-        temporary.write_text("".join(line for _, line in kept), encoding="utf-8")
-        flush_to_disk(temporary)
+    write_text(folder / METRICS, "".join(line for _, line in kept))
 
 
 def _values(line: str) -> dict[str, Any] | None:
@@ -156,3 +143,35 @@ def copy_scores(source: Path, folder: Path) -> None:
             shutil.copytree(path, folder / "eval" / path.name)
         else:
             shutil.copy(path, folder / "eval" / path.name)
+
+
+def run_facts(trainer: Trainer) -> dict:
+    """The contents of run.json, but for what the end of the run adds."""
+    from speft_ds.comm import collectives  # late: imports torch
+
+    recipe, mask = trainer.recipe, trainer.mask
+    return {
+        "versions": versions(),
+        "machine": {"device": str(collectives.device()), **machine_facts()},
+        "world_size": collectives.world_size(),
+        "global_batch": recipe.train.global_batch,
+        "micro_batch": recipe.train.micro_batch,
+        "num_steps": trainer.num_steps,
+        "mask": {
+            "salience": recipe.mask.salience,
+            "granularity": recipe.mask.granularity,
+            "budget": recipe.mask.budget,
+            "schedule": recipe.mask.schedule,
+            "layer_gate": recipe.mask.layer_gate,
+            "loaded_from": recipe.mask.load,
+            "calibration_samples": recipe.mask.calibration_samples,
+            **mask.facts(),
+            "entries_by_rank": trainer.state.layout.lengths,
+            "changes": trainer.schedule.changes,
+        },
+        "head": sum(rows * columns for rows, columns in trainer.state.heads.values()),
+        "sparse_backends": sorted(set(trainer.gradient.backends.values())),
+        "resources": trainer.resources,
+        "base": {"name_or_path": recipe.model.name_or_path, "fingerprint": trainer.context.fingerprint},
+        "timings_s": trainer.timings,
+    }

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from speft_ds.comm import collectives
+from speft_ds.config.mask_config import MaskConfig
+from speft_ds.data.sampler import permutation
 from speft_ds.env import log_rank0
-from speft_ds.errors import UserError
 from speft_ds.model.linear import WeightGradHook, chain_hooks
-from speft_ds.model.targets import target_shapes
+from speft_ds.model.targets import layer_number, target_shapes
 from speft_ds.selection.topk import gather_mask, select_local
 from speft_ds.sparse.gradient import GradientOptions, SparseGradient
-from speft_ds.sparse.layout import EntryTable, RankShards, index_dtype, locate
+from speft_ds.sparse.layout import EntryTable, locate
 from speft_ds.sparse.mask import Mask, jaccard, overlap
 from speft_ds.sparse.optim.clipping import Clip
 from speft_ds.sparse.optim.flat import OptimizerState
@@ -28,13 +29,45 @@ from speft_ds.sparse.optim.lr_schedule import make_lr_schedule
 from speft_ds.sparse.optim.make import make_optimizer
 from speft_ds.sparse.state import SparseState
 from speft_ds.training.checkpoint.parts import Parts, Snapshot
-from speft_ds.training.growth import AccumulatedGradient, Growth, RowColumnMomentum, groups_of
-from speft_ds.training.layer_sampler import LayerSampler
+from speft_ds.training.growth import AccumulatedGradient, Growth, RowColumnMomentum, groups_of, shards_of
 from speft_ds.training.setup import TrainContext
 from speft_ds.zero.engine import Trainable
 from speft_ds.zero.shards import repartition, shard_of
 
 OWN = "optimizer."  # of the optimizer, among a rank's own tensors in a checkpoint
+
+
+class LayerSampler:
+    """Samples anew every `gate_every` steps, from the seed and the number of the period alone.
+
+    `sampled`: `gate_layers` random decoder layers are active, and always what is in no layer (LISA, Pan et
+    al., 2024).
+    `half`: a random half of the weights is active (HFT, Hui et al., 2024).
+
+    Attributes:
+        active: names of the active weights; None where nothing is sampled.
+    """
+
+    def __init__(self, mask: MaskConfig, seed: int, names: list[str]):
+        self.mask, self.seed, self.names = mask, seed, names
+        self.active: frozenset[str] | None = None
+        self.resample(0)
+
+    def resample(self, step: int) -> None:
+        """Choose what is active at step `step` (from 0)."""
+        period = step // self.mask.gate_every
+        if self.mask.layer_gate == "half":
+            order = permutation(len(self.names), self.seed, "layer_gate", period)
+            self.active = frozenset(self.names[number] for number in order[: -(-len(order) // 2)])
+        elif self.mask.layer_gate == "sampled":
+            layers = sorted({layer_number(name) for name in self.names} - {None})
+            order = permutation(len(layers), self.seed, "layer_gate", period)
+            chosen = {layers[number] for number in order[: self.mask.gate_layers]} | {None}
+            self.active = frozenset(name for name in self.names if layer_number(name) in chosen)
+
+    def is_active(self, name: str) -> bool:
+        """Whether a weight trains now; one that is not sampled always does."""
+        return self.active is None or name in self.active or name not in self.names
 
 
 class Schedule:
@@ -57,7 +90,7 @@ class Schedule:
         self.context, self.num_steps, self.choose = context, num_steps, choose
         recipe, self.recipe = context.recipe, context.recipe.mask
         self.mask = mask
-        self.first_mask = Mask({n: index.cpu() for n, index in mask.index.items()}, mask.shape)
+        self.first_mask = _on_cpu(mask)
         self.changes: list[dict] = []
         self.layers = LayerSampler(self.recipe, recipe.seed, list(mask.shape))
         self.state = self._make_state(mask)
@@ -131,11 +164,6 @@ class Schedule:
             f"overlap with the first {change['overlap_with_first']:.3f}, sha256 {mask.sha256[:12]}"
         )
 
-    @property
-    def mask_shards(self) -> RankShards:
-        """This rank's shards of the targets."""
-        return RankShards({name: self.mask.numel(name) for name in self.mask.shape})
-
     def snapshot(self) -> Snapshot:
         """All that the next step depends on, of this rank, between two steps. Nothing is copied."""
         saved = self.optimizer.snapshot()
@@ -144,7 +172,7 @@ class Schedule:
             "dropped": self.state.dropped_table(),
         }
         if self.changes:
-            tables["first"] = EntryTable(self.mask_shards.select(self.first_mask.index))
+            tables["first"] = EntryTable(shards_of(self.mask).select(self.first_mask.index))
         lr_schedule = {n: v for n, v in self.lr_schedule.state_dict().items() if n != "lr_lambdas"}
         facts = {
             "entry_step": saved.entry_step,
@@ -165,38 +193,25 @@ class Schedule:
         repartition([linear.weight for linear in self.context.trained.values()])
         facts = parts.facts
         if facts["changes"]:
-            first = mask_of(parts, "first", self.mask.shape)
-            self.first_mask = Mask({n: index.cpu() for n, index in first.index.items()}, first.shape)
+            self.first_mask = _on_cpu(parts.mask("first", self.mask.shape))
         spans = self.state.rank_shards.spans
         columns = parts.table("trained", spans).columns
         self.state.restore(columns.pop("delta"), parts.table("dropped", spans))
-        self.optimizer.restore(
-            self.state.delta, OptimizerState(columns, self._own_of(parts), facts["entry_step"])
-        )
+        as_many_ranks = len(parts.paths) == collectives.world_size()
+        own = parts.own(collectives.rank()) if as_many_ranks else {}
+        own = {name.removeprefix(OWN): value for name, value in own.items() if name.startswith(OWN)}
+        self.optimizer.restore(self.state.delta, OptimizerState(columns, own, facts["entry_step"]))
         self.lr_schedule.load_state_dict({**facts["lr_schedule"], "lr_lambdas": [None]})
         self.optimizer.param_groups[0]["lr"] = self.lr_schedule.get_last_lr()[0]
         self.num_selections, self.changes = facts["num_selections"], list(facts["changes"])
-
-    def _own_of(self, parts: Parts) -> dict[str, Tensor]:
-        """What this rank's optimizer wrote for itself, where as many ranks wrote the checkpoint."""
-        if len(parts.paths) != collectives.world_size():
-            return {}
-        own = parts.own(collectives.rank())
-        return {name.removeprefix(OWN): value for name, value in own.items() if name.startswith(OWN)}
 
     def by_weight(self, values: Tensor) -> dict[str, Tensor]:
         """Views of a flat [num_local] tensor, weight by weight of the mask."""
         return {name: values[self.state.slices[name]] for name in self.mask.shape}
 
 
-def mask_of(parts: Parts, table: str, shape: dict[str, tuple[int, int]]) -> Mask:
-    """The mask whose entries a table of a checkpoint has. Raises UserError."""
-    index = parts.index(table)
-    if missing := shape.keys() - index.keys():
-        where = str(parts.paths[0].parent)
-        raise UserError(f"the checkpoint has no entries of {sorted(missing)[0]}: another mask's", where)
-    device = collectives.device()
-    return Mask({n: index[n].to(device, index_dtype(shape[n][0] * shape[n][1])) for n in shape}, shape)
+def _on_cpu(mask: Mask) -> Mask:
+    return Mask({name: index.cpu() for name, index in mask.index.items()}, mask.shape)
 
 
 class Periodic(Schedule):
@@ -253,12 +268,11 @@ class DropGrow(Schedule):
         recipe = context.recipe
         options = GradientOptions.of(recipe.mask, recipe.train, overlap=False)
         weights = {name: linear.weight for name, linear in context.targets.items()}
-        self.growth: Growth = {
-            "sft_ag": lambda: AccumulatedGradient(
-                weights, self.recipe.budget, self.recipe.growth_steps, options
-            ),
-            "sft_ma": lambda: RowColumnMomentum(weights, recipe.optimizer.betas[1]),
-        }[self.recipe.growth]()
+        self.growth: Growth = (
+            AccumulatedGradient(weights, self.recipe.budget, self.recipe.growth_steps, options)
+            if self.recipe.growth == "sft_ag"
+            else RowColumnMomentum(weights, recipe.optimizer.betas[1])
+        )
 
     def rate(self, step: int) -> float:
         """The fraction to drop after this step."""
@@ -272,8 +286,9 @@ class DropGrow(Schedule):
 
     def snapshot(self) -> Snapshot:
         snapshot = super().snapshot()
-        tables, shared = self.growth.snapshot()
-        return Snapshot(snapshot.tables | tables, snapshot.shared | shared, snapshot.own, snapshot.facts)
+        tables, snapshot.shared = self.growth.snapshot()
+        snapshot.tables |= tables
+        return snapshot
 
     def restore(self, parts: Parts) -> None:
         super().restore(parts)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from speft_ds.config.data_config import DataConfig
 from speft_ds.config.deepspeed_config import load_ds_config
 from speft_ds.config.model_config import HEAD
 from speft_ds.config.recipe import Recipe
-from speft_ds.data.dataset import Row, TokenizedDataset
+from speft_ds.data.dataset import TokenizedDataset
 from speft_ds.data.dataset_cache import DatasetSpec, prepare
 from speft_ds.data.sampler import Sampler, hash_seed
 from speft_ds.data.tokenize import load_tokenizer
@@ -36,20 +36,6 @@ from speft_ds.zero.engine import SparseEngine, build_engine
 
 
 @dataclass(frozen=True)
-class CalibrationRows:
-    """The rows that scores are computed from.
-
-    Attributes:
-        order: in which epochs of them are drawn.
-        sha256: of the rows.
-    """
-
-    rows: Sequence[Row]
-    order: Sampler
-    sha256: str
-
-
-@dataclass(frozen=True)
 class RunData:
     """The tokenizer and the tokenised rows of a recipe, the same on every rank.
 
@@ -57,14 +43,20 @@ class RunData:
         pad_id: a token id to pad with.
         classes: names of a classifier's classes; None where they are not known, or nothing is classified.
         training: the training rows; None: not read.
-        calibration: None where no metric of the recipe needs data.
+        calibration: the rows that scores are computed from, and in which order epochs of them are drawn; None
+            where no metric of the recipe needs data.
     """
 
     tokenizer: PreTrainedTokenizerBase
     pad_id: int
     classes: list[str] | None
     training: TokenizedDataset | None = None
-    calibration: CalibrationRows | None = None
+    calibration: TokenizedDataset | None = None
+    calibration_order: Sampler | None = None
+
+    @property
+    def calibration_sha256(self) -> str | None:
+        return None if self.calibration is None else self.calibration.facts["sha256"]
 
 
 @dataclass(frozen=True)
@@ -137,19 +129,17 @@ def load_data(recipe: Recipe, needs_training: bool = False, needs_calibration: b
         needs_training = True
     training = read_rows(recipe, section, tokenizer) if needs_training else None
     classes = training.facts["classes"] if training is not None else section.labels
-    pad_id = choose_pad_id(tokenizer, classifies(recipe))
-    data = RunData(tokenizer, pad_id, classes, training)
-    if not needs_calibration:
-        return data
-    return RunData(tokenizer, pad_id, classes, training, _calibration_rows(recipe, data))
+    data = RunData(tokenizer, choose_pad_id(tokenizer, classifies(recipe)), classes, training)
+    return _with_calibration(data, recipe) if needs_calibration else data
 
 
-def _calibration_rows(recipe: Recipe, data: RunData) -> CalibrationRows:
+def _with_calibration(data: RunData, recipe: Recipe) -> RunData:
     mask, weights, dataset = recipe.mask, recipe.data.weights, data.training
     if mask.calibration_path is not None:
         weights, dataset = None, read_file(recipe, data, mask.calibration_path, "mask.calibration_path")
+    rows = dataset.rows()
     seed = recipe.seed if mask.calibration_seed is None else mask.calibration_seed
-    order = Sampler(dataset.row_sizes, weights, seed, "calibration")
+    order = Sampler(rows.sizes, weights, seed, "calibration")
     if mask.calibration_samples > len(order):
         raise UserError(
             f"{mask.calibration_samples} calibration samples are asked for, "
@@ -157,7 +147,7 @@ def _calibration_rows(recipe: Recipe, data: RunData) -> CalibrationRows:
             where="mask.calibration_samples",
             fix=f"mask.calibration_samples={len(order)}",
         )
-    return CalibrationRows(dataset.rows(), order, dataset.facts["sha256"])
+    return replace(data, calibration=rows, calibration_order=order)
 
 
 def read_file(recipe: Recipe, data: RunData, path: str, key: str) -> TokenizedDataset:
@@ -206,8 +196,7 @@ def load_context(
     """
     train, ds_config = recipe.train, load_ds_config(recipe, collectives.world_size(), trains)
     model, heads = _load_model(recipe, data, ds_config)
-    targets = find_masked(model, loaded, recipe) if loaded else _find_targets(model, recipe)
-    refuse_tied(model, targets)
+    targets = _find_targets(model, loaded, recipe)
     _note_dropout(model)
     if train.activation_checkpointing != "none":
         model.gradient_checkpointing_enable({"use_reentrant": train.activation_checkpointing == "reentrant"})
@@ -247,30 +236,29 @@ def _load_model(recipe: Recipe, data: RunData, ds_config: dict) -> tuple[nn.Modu
     return model, {HEAD: model.score}
 
 
-def _find_targets(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
-    return find_targets(model, recipe.mask.targets, recipe.mask.layers)
+def _find_targets(model: nn.Module, loaded: Mask | None, recipe: Recipe) -> dict[str, nn.Linear]:
+    """The linears that a loaded mask is of, or else that the recipe names.
 
-
-def find_masked(model: nn.Module, loaded: Mask, recipe: Recipe) -> dict[str, nn.Linear]:
-    """The linears that a loaded mask is of. Raises UserError where the model lacks one."""
-    linears = find_targets(model, ["*"])
-    targets = {name: linears[name] for name in loaded.shape if name in linears}
-    shapes = target_shapes(targets)
-    if odd := [name for name in loaded.shape if shapes.get(name) != loaded.shape[name]]:
-        raise UserError(
-            f"the mask is for another model: {odd[0]} is not a linear weight of "
-            f"{recipe.model.name_or_path}, or has another shape",
-            where=f"mask.load: {recipe.mask.load}",
-            fix="train the model that the mask was scored on, or score this one: speft score",
-        )
-    return targets
-
-
-def refuse_tied(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
-    """Raise UserError where a target shares its weight with another module."""
+    Raises:
+        UserError: the mask is of another model, or a target shares its weight with another module.
+    """
+    if loaded is None:
+        targets = find_targets(model, recipe.mask.targets, recipe.mask.layers)
+    else:
+        linears = find_targets(model, ["*"])
+        targets = {name: linears[name] for name in loaded.shape if name in linears}
+        shapes = target_shapes(targets)
+        if odd := [name for name in loaded.shape if shapes.get(name) != loaded.shape[name]]:
+            raise UserError(
+                f"the mask is for another model: {odd[0]} is not a linear weight of "
+                f"{recipe.model.name_or_path}, or has another shape",
+                where=f"mask.load: {recipe.mask.load}",
+                fix="train the model that the mask was scored on, or score this one: speft score",
+            )
     if tied := tied_targets(model, targets):
         what = f"{', '.join(tied)} shares its weight with another module (tied embeddings)"
         raise UserError(what, "mask.targets", "target layers of the decoder only")
+    return targets
 
 
 def _note_dropout(model: nn.Module) -> None:
@@ -316,12 +304,11 @@ def scored_model_facts(context: TrainContext, adapter: str | None = None) -> dic
 
 def make_scorer(context: TrainContext, number: int = 0) -> Scorer:
     """What the (re)selection of this number, from 0, scores with: fresh rows and seed each time."""
-    mask, rows = context.recipe.mask, context.data.calibration
-    calibration = None
-    if rows is not None:
-        ids = rows.order.epoch(number)[: mask.calibration_samples]
-        chosen = [rows.rows[row] for row in ids]
-        calibration = CalibrationSet(chosen, mask.calibration_batch, context.data.pad_id, number == 0)
+    mask, data, calibration = context.recipe.mask, context.data, None
+    if data.calibration is not None:
+        ids = data.calibration_order.epoch(number)[: mask.calibration_samples]
+        chosen = [data.calibration[row] for row in ids]
+        calibration = CalibrationSet(chosen, mask.calibration_batch, data.pad_id, number == 0)
     seed = hash_seed(context.recipe.seed, "salience", number) if number else context.recipe.seed
     return Scorer(context.engine, context.targets, mask, seed, calibration, context.loss)
 

@@ -39,11 +39,9 @@ from speft_ds.training.checks import (
     check_shapes,
     check_steps,
 )
-from speft_ds.training.metrics import MetricsLog, Timings
-from speft_ds.training.monitor import Monitor
-from speft_ds.training.schedule import SCHEDULES, Schedule, mask_of
+from speft_ds.training.metrics import MetricsLog, Monitor, Timings
+from speft_ds.training.schedule import SCHEDULES, Schedule
 from speft_ds.training.setup import (
-    RunData,
     base_facts,
     choose_mask,
     load_context,
@@ -74,9 +72,8 @@ class Trainer:
         self.timings = Timings()
         self.schedule: Schedule | None = None
         self.evaluation = None
-        if (recipe.eval.slice and recipe.eval.tasks) or any(
-            jobs_of(recipe.eval, phase) for phase in ("before", "after")
-        ):
+        jobs = jobs_of(recipe.eval, "before") + jobs_of(recipe.eval, "after")
+        if jobs or (recipe.eval.slice and recipe.eval.tasks):
             from speft_ds.evaluation.runner import EvalRunner  # late: lm-eval takes its time
 
             with self.timings.stage("tasks"):  # an unknown task should not wait for the end of training
@@ -86,8 +83,10 @@ class Trainer:
             check_chat_template(recipe.eval, data.tokenizer)
             if self.evaluation is not None:
                 self.evaluation.tokenizer = data.tokenizer
-            self.rows = data.training
-            self.validation = self._load_validation(data)
+            self.rows, self.validation = data.training, None
+            if recipe.eval.validation is not None:
+                rows = read_file(recipe, data, recipe.eval.validation, "eval.validation")
+                self.validation = ValidationLoss(rows, recipe.eval.batch_size, data.pad_id)
         train = recipe.train
         self.order = Sampler(self.rows.sizes, recipe.data.weights, recipe.seed)
         self.num_steps = self.order.num_steps(train.global_batch, train.steps, train.epochs)
@@ -109,13 +108,6 @@ class Trainer:
         self.flags = StepFlags(lambda: self.writer.is_written, train.checkpoint_every)
         if self.checkpoint is not None:
             check_same_run(self.context, self.loaded, self.checkpoint)
-
-    def _load_validation(self, data: RunData) -> ValidationLoss | None:
-        path, batch_size = self.recipe.eval.validation, self.recipe.eval.batch_size
-        if path is None:
-            return None
-        rows = read_file(self.recipe, data, path, "eval.validation")
-        return ValidationLoss(rows, batch_size, data.pad_id)
 
     @property
     def mask(self) -> Mask:
@@ -158,9 +150,8 @@ class Trainer:
             return self._take_up()
         mask = self.loaded or choose_mask(self.context, self.timings)
         recipe = self.recipe.mask
-        source = f"by {recipe.salience}, {recipe.budget} budget"
-        if self.loaded:
-            source = f"loaded from {recipe.load}"
+        by_scores = f"by {recipe.salience}, {recipe.budget} budget"
+        source = f"loaded from {recipe.load}" if self.loaded else by_scores
         log_rank0(
             f"mask: {mask.num_trainable:,} of {mask.num_target_elements:,} entries "
             f"(density {mask.density:.4%}) {source}, sha256 {mask.sha256[:12]}"
@@ -173,17 +164,14 @@ class Trainer:
         )
 
     def _make_schedule(self, mask: Mask) -> Schedule:
-        def choose(number: int) -> Mask:
-            return choose_mask(self.context, self.timings, number)
-
-        schedule = SCHEDULES[self.recipe.mask.schedule]
-        return schedule(self.context, mask, self.num_steps, choose)
+        choose = partial(choose_mask, self.context, self.timings)
+        return SCHEDULES[self.recipe.mask.schedule](self.context, mask, self.num_steps, choose)
 
     def _take_up(self) -> None:
         """The trainable state, as the checkpoint has it."""
         parts, manifest = Parts(self.checkpoint), self.checkpoint.manifest
         with self.timings.stage("resume"):
-            self.schedule = self._make_schedule(mask_of(parts, "trained", self.context.shapes))
+            self.schedule = self._make_schedule(parts.mask("trained", self.context.shapes))
             self.schedule.restore(parts)
         if self.mask.sha256 != parts.facts["sha256"]:
             raise UserError("the mask of the checkpoint has another hash now", str(self.checkpoint.path))
@@ -358,14 +346,13 @@ class Trainer:
 
     def _manifest(self, done: int, validation_loss: float | None) -> dict:
         """What a checkpoint says of the run."""
-        train, calibration = self.recipe.train, self.context.data.calibration
-        epoch, row = divmod(done * train.global_batch, len(self.order))
+        epoch, row = divmod(done * self.recipe.train.global_batch, len(self.order))
         return {
             "run_id": self.run_id,
             "recipe": self.recipe.model_dump(mode="json", exclude={"name"}),
             "base": base_facts(self.context),
             "rows_sha256": self.rows.facts["sha256"],
-            "calibration_sha256": calibration.sha256 if calibration else None,
+            "calibration_sha256": self.context.data.calibration_sha256,
             "order": {"seed": self.recipe.seed, "epoch": epoch, "row": row},
             "progress": {
                 "num_skipped": self.num_skipped,
@@ -378,9 +365,6 @@ class Trainer:
 
     def save(self) -> None:
         """Write the adapter (all ranks take part)."""
-        facts = {
-            **base_facts(self.context),
-            "recipe": self.recipe.model_dump(mode="json"),
-        }
+        facts = {**base_facts(self.context), "recipe": self.recipe.model_dump(mode="json")}
         with self.timings.stage("save"):
             save_adapter(self.folder / "adapter", self.state, facts)

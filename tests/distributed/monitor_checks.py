@@ -3,7 +3,7 @@
 import os
 
 from speft_ds.comm import collectives
-from speft_ds.training.monitor import Monitor
+from speft_ds.training.metrics import Monitor
 
 STEPS = (
     {"step": 1, "loss": 2.5, "grad_norm": None, "lr": 1e-3},

@@ -47,7 +47,7 @@ def hangs() -> None:
 
 def writes_step_8_at_once() -> None:
     """This rank's part of the save of step 8 is on the disk before step 9, which then publishes it."""
-    _before_step(9, lambda trainer: trainer.writer.in_flight.thread.join())
+    _before_step(9, lambda trainer: trainer.writer.in_flight.join())
 
 
 def dies_after_step_9() -> None:

@@ -8,7 +8,7 @@ from unit.written import load
 
 from distributed import monitor_checks as checks
 from speft_ds.errors import UserError
-from speft_ds.training.monitor import PACKAGES, monitor_problems, numbers
+from speft_ds.training.metrics import PACKAGES, monitor_problems, numbers
 
 EVENTS = {
     "train/loss": [(1, 2.5), (3, 1.25)],

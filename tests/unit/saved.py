@@ -1,9 +1,11 @@
 """Checkpoints that tests write on the spot, without torch: their parts are any bytes."""
 
 import hashlib
+from pathlib import Path
 from unittest import mock
 
 from speft_ds.training.checkpoint.folder import folder_of, part_name, publish, temporary_of
+from speft_ds.training.run_dir import start_folder, write_facts
 
 CONTENTS = (b"what rank 0 held", b"rank 1's", b"")
 
@@ -31,6 +33,16 @@ def save(run, step, contents=CONTENTS, **manifest):
     folder = folder_of(run, step)
     with quick_disk():
         publish(temporary_of(folder), folder, {"step": step, "run_id": "mine", "parts": parts, **manifest})
+    return folder
+
+
+def make_run(recipe, *steps, run_id="mine", **facts):
+    """The folder of a run of this recipe, with checkpoints of these steps."""
+    folder = Path(recipe.output_dir)
+    start_folder(recipe)
+    write_facts(folder, {"run_id": run_id, "finished": False, **facts})
+    for step in steps:
+        save(folder, step, run_id=run_id, recipe=recipe.model_dump(mode="json", exclude={"name"}))
     return folder
 
 

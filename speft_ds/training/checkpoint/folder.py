@@ -7,15 +7,15 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from speft_ds.config.recipe import Recipe
 from speft_ds.config.train_config import ADAMW, TrainConfig
+from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
-from speft_ds.io import flush_to_disk, replacing, sha256_of, write_json
+from speft_ds.io import flush_to_disk, sha256_of, write_json, write_text
 
 FORMAT_VERSION = 2
 CHECKPOINTS, MANIFEST, COMPLETE = "checkpoints", "manifest.json", "COMPLETE"
@@ -41,6 +41,11 @@ def folder_of(run: Path, step: int) -> Path:
     return run / CHECKPOINTS / f"step_{step:06d}"
 
 
+def temporary_of(folder: Path) -> Path:
+    """Where a checkpoint is written until all of it is on the disk."""
+    return folder.with_name(folder.name + ".tmp")
+
+
 def part_name(rank: int) -> str:
     return f"part_{rank:05d}.safetensors"
 
@@ -62,11 +67,6 @@ def num_checkpoints(train: TrainConfig, num_steps: int) -> int:
         return 1  # at the end, or where the run is stopped
     at_multiples = num_steps // train.keep_every if train.keep_every else 0
     return train.keep_last + 1 + at_multiples + train.keep_best
-
-
-def temporary_of(folder: Path) -> Path:
-    """Where a checkpoint is written until all of it is on the disk."""
-    return folder.with_name(folder.name + ".tmp")
 
 
 def list_checkpoints(run: Path) -> list[Checkpoint]:
@@ -139,9 +139,7 @@ def publish(temporary: Path, folder: Path, manifest: dict[str, Any]) -> None:
         remove(folder)  # without a marker: the save of a killed run got as far as the rename
     temporary.rename(folder)
     flush_to_disk(folder.parent)
-    with replacing(folder / COMPLETE) as temporary:
-        temporary.write_text(sha256_of(folder / MANIFEST) + "\n", encoding="utf-8")
-        flush_to_disk(temporary)
+    write_text(folder / COMPLETE, sha256_of(folder / MANIFEST) + "\n")
     flush_to_disk(folder)
 
 
@@ -151,39 +149,32 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def prune(newest: Path, keep_last: int, keep_every: int | None, keep_best: bool) -> None:
+def prune(newest: Path, train: TrainConfig) -> None:
     """Remove the checkpoints before the newest that nothing says to keep, and what interrupted saves left.
 
     Those of other runs, and those of later steps, are no business of ours.
 
     Args:
         newest: the checkpoint that was just made.
-        keep_last: the newest complete ones.
-        keep_every: also those of steps that this divides.
-        keep_best: also the one of the lowest validation loss; of equal ones the first.
+        train: says to keep the newest `keep_last` complete ones, those of multiples of `keep_every` steps
+            and, with `keep_best`, that of the lowest validation loss; of equal ones the first.
     """
     made = inspect(newest)
     up_to_it = [c for c in list_checkpoints(newest.parent.parent) if c.step <= made.step]
     ours = [c for c in up_to_it if c.problem or c.manifest["run_id"] == made.manifest["run_id"]]
     valid = [checkpoint for checkpoint in ours if checkpoint.problem is None]
-    kept = {newest, *(checkpoint.path for checkpoint in valid[:keep_last])}
-    if keep_every:
-        kept |= {checkpoint.path for checkpoint in valid if checkpoint.step % keep_every == 0}
-    if keep_best and (best := best_of(valid)):
-        kept.add(best.path)
+    kept = {newest, *(checkpoint.path for checkpoint in valid[: train.keep_last])}
+    if train.keep_every:
+        kept |= {checkpoint.path for checkpoint in valid if checkpoint.step % train.keep_every == 0}
+    measured = [c for c in valid if c.validation_loss is not None and math.isfinite(c.validation_loss)]
+    if train.keep_best and measured:
+        kept.add(min(measured, key=lambda checkpoint: (checkpoint.validation_loss, checkpoint.step)).path)
     for checkpoint in ours:
         if checkpoint.path not in kept:
             remove(checkpoint.path)
 
 
-def best_of(checkpoints: list[Checkpoint]) -> Checkpoint | None:
-    """The one of the lowest validation loss, of equal ones the first; None where none was measured."""
-    losses = ((checkpoint, checkpoint.validation_loss) for checkpoint in checkpoints)
-    measured = [checkpoint for checkpoint, loss in losses if loss is not None and math.isfinite(loss)]
-    return min(measured, key=lambda checkpoint: (checkpoint.validation_loss, checkpoint.step), default=None)
-
-
-def clean(run: Path, step: int, say: Callable[[str], None]) -> None:
+def clean(run: Path, step: int) -> None:
     """Clear the way for a run that goes on from a step: what interrupted saves left, and damaged checkpoints.
 
     Later checkpoints are not complete, or the run would go on from them; they are set aside.
@@ -195,13 +186,11 @@ def clean(run: Path, step: int, say: Callable[[str], None]) -> None:
             aside = checkpoint.path.with_name(checkpoint.path.name + ".unusable")
             shutil.rmtree(aside, ignore_errors=True)
             checkpoint.path.rename(aside)
-            say(f"note: {checkpoint.path} is set aside as {aside.name}")
+            log_rank0(f"note: {checkpoint.path} is set aside as {aside.name}")
 
 
-def latest_valid(
-    run: Path, run_id: str | None, say: Callable[[str], None], below: int | None = None
-) -> Checkpoint | None:
-    """The newest checkpoint of a run that `inspect` finds complete; says why newer ones are not used.
+def latest_valid(run: Path, run_id: str | None, below: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint of a run that `inspect` finds complete; prints why newer ones are not used.
 
     Args:
         run_id: of the run; None: not known, any will do.
@@ -211,16 +200,17 @@ def latest_valid(
     Raises:
         UserError: there are checkpoints, and none of them counts.
     """
-    found = [c for c in list_checkpoints(run) if below is None or c.step < below]
     problems = []
-    for checkpoint in found:
+    for checkpoint in list_checkpoints(run):
+        if below is not None and checkpoint.step >= below:
+            continue
         problem = checkpoint.problem
         if problem is None and run_id is not None and checkpoint.manifest["run_id"] != run_id:
             problem = "it is of another run"
         if problem is None:
             return checkpoint
-        problems.append(f"{checkpoint.path}: {problem}")
-        say(f"note: checkpoint {problems[-1]}; looking for an older one")
+        problems.append(problem)
+        log_rank0(f"note: checkpoint {checkpoint.path}: {problem}; looking for an older one")
     if below is not None or any(UNFINISHED not in problem for problem in problems):
         fix = f"start anew: another output_dir, or remove this one: rm -r {run}"
         raise UserError("no complete checkpoint to resume from", str(run / CHECKPOINTS), fix)

@@ -20,11 +20,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from speft_ds.comm import collectives
+from speft_ds.errors import UserError
 from speft_ds.io import sha256_of, write_safetensors
-from speft_ds.sparse.layout import EntryTable
+from speft_ds.sparse.layout import EntryTable, index_dtype
+from speft_ds.sparse.mask import Mask
 from speft_ds.training.checkpoint.folder import Checkpoint, part_name
-
-Spans = dict[str, tuple[int, int]]  # weight -> [start, stop) of flat indices
 
 
 @dataclass
@@ -50,16 +51,12 @@ class Snapshot:
             found[f"shared.{name}"] = tensor.tensor_split(world_size)[rank]
         counts = {}
         for name, table in self.tables.items():
-            found |= _tensors_of(name, table)
+            index = [*table.index.values()]
+            found[f"{name}.index"] = torch.cat(index) if index else torch.empty(0, dtype=torch.int32)
+            found |= {f"{name}.{key}": values for key, values in table.columns.items()}
             counts[name] = {weight: index.numel() for weight, index in table.index.items()}
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
         return copies, {"tables": json.dumps(counts)}
-
-
-def _tensors_of(name: str, table: EntryTable) -> dict[str, Tensor]:
-    """A table as it is written."""
-    flat = torch.cat([*table.index.values()]) if table.index else torch.empty(0, dtype=torch.int32)
-    return {f"{name}.index": flat, **{f"{name}.{key}": value for key, value in table.columns.items()}}
 
 
 def write_part(
@@ -91,26 +88,32 @@ class Parts:
                 pieces.setdefault(name, []).append(piece)
         return {name: torch.cat(found) for name, found in pieces.items()}
 
-    def table(self, table: str, spans: Spans) -> EntryTable:
-        """The entries within this rank's spans, and nothing of the others."""
-        index: dict[str, list[Tensor]] = {name: [] for name in spans}
-        columns: dict[str, dict[str, list[Tensor]]] = {}
+    def table(self, table: str, spans: dict[str, tuple[int, int]]) -> EntryTable:
+        """The entries within this rank's spans, weight -> [start, stop), and nothing of the others."""
+        pieces: dict[str, dict[str, list[Tensor]]] = {}  # column, or `index` -> weight -> of each part
         for file, counts in self._files(table):
-            names = [key for key in file.keys() if key.startswith(f"{table}.")]  # noqa: SIM118
-            views = {key.removeprefix(f"{table}."): file.get_slice(key) for key in names}
+            views = {name: file.get_slice(f"{table}.{name}") for name in _names_below(file, table)}
             first = 0
             for name, count in counts.items():
-                found = views["index"][first : first + count]
+                index = views["index"][first : first + count].to(torch.int64)
                 edges = torch.tensor(spans[name], dtype=torch.int64)
-                start, stop = torch.searchsorted(found.to(torch.int64), edges).tolist()
-                index[name].append(found[start:stop])
-                for key, view in views.items():
-                    column = columns.setdefault(key, {weight: [] for weight in spans})
-                    column[name].append(view[first + start : first + stop])
+                start, stop = torch.searchsorted(index, edges).tolist()
+                for column, view in views.items():
+                    by_weight = pieces.setdefault(column, {weight: [] for weight in spans})
+                    by_weight[name].append(view[first + start : first + stop])
                 first += count
-        columns.pop("index", None)
-        flat = {key: torch.cat([p for found in by.values() for p in found]) for key, by in columns.items()}
-        return EntryTable({name: torch.cat(found) for name, found in index.items() if found}, flat)
+        index = pieces.pop("index", {})
+        columns = {key: torch.cat([p for found in by.values() for p in found]) for key, by in pieces.items()}
+        return EntryTable({name: torch.cat(found) for name, found in index.items() if found}, columns)
+
+    def mask(self, table: str, shape: dict[str, tuple[int, int]]) -> Mask:
+        """The mask whose entries a table has, weight -> (out, in). Raises UserError: it is another mask's."""
+        index = self.index(table)
+        if missing := shape.keys() - index.keys():
+            where = str(self.paths[0].parent)
+            raise UserError(f"the checkpoint has no entries of {sorted(missing)[0]}: another mask's", where)
+        device = collectives.device()
+        return Mask({n: index[n].to(device, index_dtype(shape[n][0] * shape[n][1])) for n in shape}, shape)
 
     def shared(self, name: str) -> Tensor:
         """A tensor that all ranks held."""
@@ -123,11 +126,16 @@ class Parts:
     def own(self, rank: int) -> dict[str, Tensor]:
         """What this rank wrote for itself."""
         with safe_open(self.paths[rank], framework="pt") as file:
-            names = [key for key in file.keys() if key.startswith("own.")]  # noqa: SIM118
-            return {name.removeprefix("own."): file.get_tensor(name) for name in names}
+            return {name: file.get_tensor(f"own.{name}") for name in _names_below(file, "own")}
 
     def _files(self, table: str) -> Iterator[tuple[safe_open, dict[str, int]]]:
         """Every part, and how many entries of each weight its table has."""
         for path in self.paths:
             with safe_open(path, framework="pt") as file:
                 yield file, json.loads(file.metadata()["tables"])[table]
+
+
+def _names_below(file: safe_open, prefix: str) -> list[str]:
+    """`<name>` of the file's tensors `<prefix>.<name>`."""
+    names = [key.partition(".") for key in file.keys()]  # noqa: SIM118 - not iterable
+    return [name for first, _, name in names if first == prefix]

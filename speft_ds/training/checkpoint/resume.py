@@ -1,11 +1,16 @@
-"""Resuming a run: from which checkpoint, and whether the recipe is still the same. Imports no torch."""
+"""Resuming a run: from which checkpoint, whether the recipe is still the same, and what its folder then has.
+
+Imports no torch, but for what runs on the ranks.
+"""
 
 from __future__ import annotations
 
 import json
 import shlex
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,16 +18,28 @@ import yaml
 
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.config.recipe import FIELDS, Recipe, resolve
-from speft_ds.env import rank
+from speft_ds.env import log_rank0, versions, world_size
 from speft_ds.errors import UserError
 from speft_ds.training.checkpoint.folder import (
     CHECKPOINTS,
     Checkpoint,
+    clean,
     inspect,
     latest_valid,
     list_checkpoints,
+    verify,
 )
-from speft_ds.training.run_dir import RECIPE, has_files, read_facts
+from speft_ds.training.run_dir import (
+    RECIPE,
+    Lock,
+    check_output_dir,
+    copy_scores,
+    has_files,
+    read_facts,
+    rewind_metrics,
+    start_folder,
+    write_facts,
+)
 
 NEWEST, IF_ANY = "newest", "auto"  # what --resume without a path means; and `--resume auto`
 # What changes nothing that is learnt, but for the order of sums.
@@ -128,36 +145,32 @@ def find_start(recipe: Recipe, resume: Resume) -> Start:
     else:
         return start
     check_unchanged(recorded, recipe, resume.allowed, where)
-    return replace(start, dtype=_recorded(recorded, "model.dtype"))
+    return replace(start, dtype=_value(recorded, "model.dtype"))
 
 
 def _named(path: Path, folder: Path) -> Start:
     """The checkpoint of this path, or the newest one of another run folder."""
     source = run_folder_of(path)
     is_run = source == path
-    if not is_run:
+    if is_run:
+        checkpoint = latest_valid(source, None)
+        if checkpoint is None:
+            raise UserError(f"{source} has no checkpoint", "--resume", "start it anew, without --resume")
+    else:
         checkpoint = inspect(path)
         if not path.is_dir():
             raise UserError(f"there is no checkpoint {path}", "--resume", f"ls {path.parent}")
         if checkpoint.problem:
             fix = f"take the newest complete one: --resume {source}"
             raise UserError(f"cannot resume from {path}: {checkpoint.problem}", "--resume", fix)
-    else:
-        checkpoint = latest_valid(source, None, _note)
-        if checkpoint is None:
-            raise UserError(f"{source} has no checkpoint", "--resume", "start it anew, without --resume")
     if source.absolute() != folder.absolute():
         if has_files(folder):
             fix = f"output_dir= a new folder, or output_dir={source} to go on there"
             raise UserError(f"the run folder {folder} is not empty", "output_dir", fix)
-    elif newer := _complete_after(checkpoint, source):
+    elif newer := _complete_after(checkpoint.step, source):
         fix = f"output_dir= a new folder to branch off, or remove the newer ones: rm -r {newer[0].path} ..."
         raise UserError(f"{source} has newer checkpoints than {path.name}", "--resume", fix)
     return Start("resumed", checkpoint, source, is_chosen=not is_run)
-
-
-def _complete_after(checkpoint: Checkpoint, run: Path) -> list[Checkpoint]:
-    return [c for c in list_checkpoints(run) if c.step > checkpoint.step and c.problem is None]
 
 
 def _newest(folder: Path, resume: Resume) -> Start:
@@ -171,18 +184,23 @@ def _newest(folder: Path, resume: Resume) -> Start:
     facts = read_facts(folder)
     if facts.get("finished"):
         return Start("finished", source=folder)
-    checkpoint = latest_valid(folder, facts.get("run_id"), _note)
+    checkpoint = latest_valid(folder, facts.get("run_id"))
     if checkpoint is None:
         if any(begun["step"] for begun in facts.get("starts", [])):
             fix = f"remove it, and branch off again: rm -r {folder}"
             raise UserError(f"{folder} branched off another run, and has no checkpoint yet", "--resume", fix)
-        _note(f"note: {folder} was stopped before its first checkpoint: it starts from the beginning")
+        log_rank0(f"note: {folder} was stopped before its first checkpoint: it starts from the beginning")
     return Start("resumed", checkpoint, folder)
 
 
-def _note(text: str) -> None:
-    if rank() == 0:
-        print(text, flush=True)
+def _complete_after(step: int, run: Path) -> list[Checkpoint]:
+    """The checkpoints of later steps that count, newest first."""
+    return [c for c in list_checkpoints(run) if c.step > step and c.problem is None]
+
+
+def last_complete(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run folder that counts."""
+    return next(iter(_complete_after(-1, folder)), None)
 
 
 def resume_hint(folder: Path) -> str:
@@ -193,10 +211,7 @@ def resume_hint(folder: Path) -> str:
     return f"the last complete checkpoint is {last.path}; go on with: --resume {folder}"
 
 
-def last_complete(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run folder that counts."""
-    found = list_checkpoints(folder)
-    return next((checkpoint for checkpoint in found if checkpoint.problem is None), None)
+# The recipe
 
 
 def check_unchanged(recorded: dict[str, Any], recipe: Recipe, allowed: Sequence[str], where: Path) -> None:
@@ -210,34 +225,26 @@ def check_unchanged(recorded: dict[str, Any], recipe: Recipe, allowed: Sequence[
     """
     consented = {text.partition("=")[0] for text in allowed}
     now = recipe.model_dump(mode="json")
-    refused, free = [], []
+    refused = {}
     for key in sorted(FIELDS):
-        before, after = _recorded(recorded, key), _leaf(now, key)
+        before, after = _value(recorded, key), _value(now, key)
         if before == after or (key, after) == ("model.dtype", "auto"):  # auto keeps what is recorded
             continue
         line = f"{key}: {json.dumps(before)} in the run, {json.dumps(after)} now"
-        (free if key in SAFE_TO_CHANGE or (key in NEEDS_FLAG and key in consented) else refused).append(
-            (key, line)
-        )
-    for _, line in free:
-        if not line.startswith("output_dir"):
-            _note(f"note: resuming with another {line}")
-    if refused:
-        lines = "".join(f"\n    {line}" for _, line in refused)
-        what = f"the recipe is not that of the run any more: {len(refused)} key(s) differ{lines}"
-        raise UserError(what, str(where), _ways_on([key for key, _ in refused], recorded, now))
-
-
-def _ways_on(keys: list[str], recorded: dict[str, Any], now: dict[str, Any]) -> str:
-    back = " ".join(shlex.quote(as_override(key, _recorded(recorded, key))) for key in keys)
-    ways = [f"as it was: {back}"]
-    harmless = [key for key in keys if key in NEEDS_FLAG]
-    if harmless == keys:
-        consent = " ".join(f"--resume-with {shlex.quote(as_override(k, _leaf(now, k)))}" for k in keys)
-        ways.append(f"if that is meant: {consent}")
-    else:
-        ways.append("or start another run, with another output_dir and without --resume")
-    return "; ".join(ways)
+        if key not in SAFE_TO_CHANGE and not (key in NEEDS_FLAG and key in consented):
+            refused[key] = line
+        elif key != "output_dir":
+            log_rank0(f"note: resuming with another {line}")
+    if not refused:
+        return
+    lines = "".join(f"\n    {line}" for line in refused.values())
+    what = f"the recipe is not that of the run any more: {len(refused)} key(s) differ{lines}"
+    back = " ".join(shlex.quote(as_override(key, _value(recorded, key))) for key in refused)
+    otherwise = "or start another run, with another output_dir and without --resume"
+    if refused.keys() <= NEEDS_FLAG:
+        consent = " ".join(f"--resume-with {shlex.quote(as_override(k, _value(now, k)))}" for k in refused)
+        otherwise = f"if that is meant: {consent}"
+    raise UserError(what, str(where), f"as it was: {back}; {otherwise}")
 
 
 def as_override(key: str, value: Any) -> str:
@@ -245,18 +252,12 @@ def as_override(key: str, value: Any) -> str:
     return f"{key}={json.dumps(value)}"
 
 
-def _recorded(recorded: dict[str, Any], key: str) -> Any:
-    """What a checkpoint's recipe says; of a key that it is too old to have, the default."""
-    section, _, name = key.rpartition(".")
-    parent = _leaf(recorded, section) if section else recorded
-    is_there = isinstance(parent, dict) and name in parent
-    return parent[name] if is_there else FIELDS[key].get_default()
-
-
-def _leaf(nested: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        nested = nested.get(part) if isinstance(nested, dict) else None
-    return nested
+def _value(recipe: dict[str, Any], key: str) -> Any:
+    """What a nested recipe says; of a key that it is too old to have, the default."""
+    *sections, name = key.split(".")
+    for section in sections:
+        recipe = recipe.get(section) or {}
+    return recipe[name] if name in recipe else FIELDS[key].get_default()
 
 
 def fit_micro_batch(recipe: Recipe, world_size: int) -> Recipe:
@@ -264,5 +265,64 @@ def fit_micro_batch(recipe: Recipe, world_size: int) -> Recipe:
     fitting = resolve(recipe, job="train", world_size=world_size, fits_micro_batch=True)
     before, now = recipe.train.micro_batch, fitting.train.micro_batch
     if now != before:
-        _note(f"note: for {world_size} rank(s) train.micro_batch={now} (it was {before})")
+        log_rank0(f"note: for {world_size} rank(s) train.micro_batch={now} (it was {before})")
     return fitting
+
+
+# On the ranks
+
+
+def verified_start(start: Start) -> Start:
+    """The start with a checkpoint whose parts are what was written: the ranks read all of them.
+
+    A damaged one is said so, and the next older one is taken, unless the user named it.
+
+    Raises:
+        UserError: on every rank, where there is no complete one.
+    """
+    from speft_ds.comm import collectives  # late: imports torch
+
+    while start.checkpoint is not None:
+        own = verify(start.checkpoint, collectives.rank(), collectives.world_size())
+        problems = [problem for problem in collectives.all_gather_objects(own) if problem]
+        if not problems:
+            return start
+        if start.is_chosen:
+            fix = f"take the newest complete one: --resume {start.source}"
+            raise UserError(f"cannot resume: {problems[0]}", str(start.checkpoint.path), fix)
+        log_rank0(f"note: checkpoint {start.checkpoint.path}: {problems[0]}; looking for an older one")
+        run_id, step = start.checkpoint.manifest["run_id"], start.checkpoint.step
+        older = collectives.run_on_rank0(partial(latest_valid, start.source, run_id, below=step))
+        start = replace(start, checkpoint=collectives.broadcast_object(older))
+    return start
+
+
+def open_folder(recipe: Recipe, start: Start) -> Lock:
+    """Make the run folder ours, and what is in it what a run has at this step. On rank 0.
+
+    Raises:
+        UserError: another job is writing there, or has meanwhile taken the run on.
+    """
+    folder = Path(recipe.output_dir)
+    lock = Lock(folder)
+    if start.state == "new":
+        check_output_dir(recipe)
+    forked = start.source is not None and start.source.absolute() != folder.absolute()
+    step = start.checkpoint.step if start.checkpoint else 0
+    if not start.is_chosen and not forked and start.state == "resumed":
+        later = [checkpoint for checkpoint in _complete_after(step, folder) if verify(checkpoint) is None]
+        if later:
+            what = f"another job has taken the run on to {later[0].path} while this one was starting"
+            raise UserError(what, str(folder), "the same command once more")
+    clean(folder, step)
+    if start.state == "resumed":
+        rewind_metrics(folder, step, start.source)
+    if forked:
+        copy_scores(start.source, folder)
+    start_folder(recipe)
+    before = {} if forked else read_facts(folder)
+    starts = [*before.get("starts", []), {"step": step, "world_size": world_size()}]
+    own_id = start.checkpoint.manifest["run_id"] if start.checkpoint and not forked else uuid.uuid4().hex
+    run_id = before.get("run_id") or own_id
+    write_facts(folder, {"run_id": run_id, "finished": False, "starts": starts, "versions": versions()})
+    return lock

@@ -8,7 +8,6 @@ beside another one.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
@@ -19,14 +18,27 @@ from speft_ds.training.checkpoint.folder import folder_of, prune, publish, tempo
 from speft_ds.training.checkpoint.parts import Snapshot, write_part
 
 
-@dataclass
-class Save:
-    """One checkpoint on its way to the disk: this rank's part of it."""
+class Save(Thread):
+    """This rank's part of one checkpoint on its way to the disk.
 
-    step: int
-    manifest: dict
-    thread: Thread
-    result: dict | Exception | None = None
+    Attributes:
+        manifest: of the checkpoint, without the lines of its parts.
+        result: this part's line, or why it could not be written; None: it is being written.
+    """
+
+    def __init__(self, folder: Path, snapshot: Snapshot, manifest: dict):
+        super().__init__(name=f"save of {folder.name}", daemon=True)
+        self.folder, self.manifest = folder, manifest
+        self.tensors, self.metadata = snapshot.tensors(collectives.rank(), collectives.world_size())
+        self.result: dict | Exception | None = None
+
+    def run(self) -> None:
+        temporary = temporary_of(self.folder)
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            self.result = write_part(temporary, collectives.rank(), self.tensors, self.metadata)
+        except Exception as error:  # whatever it is, the main thread has to hear of it
+            self.result = error
 
 
 class Writer:
@@ -34,15 +46,15 @@ class Writer:
 
     Args:
         run: the run folder.
-        recipe: the `train` section of its recipe: what to keep.
+        train: what to keep.
         saved: step of the checkpoint that the run goes on from; 0: none.
     Attributes:
         saved: step of the newest checkpoint; 0: there is none.
         seconds: that training waited for its checkpoints.
     """
 
-    def __init__(self, run: Path, recipe: TrainConfig, saved: int = 0):
-        self.run, self.recipe, self.saved = run, recipe, saved
+    def __init__(self, run: Path, train: TrainConfig, saved: int = 0):
+        self.run, self.train, self.saved = run, train, saved
         self.in_flight: Save | None = None
         self.seconds = 0.0
 
@@ -50,22 +62,9 @@ class Writer:
         """Copy the state, and write it in the background. A save that is still in flight is waited for."""
         self.finish()
         start = time.perf_counter()
-        rank, world_size = collectives.rank(), collectives.world_size()
-        tensors, metadata = snapshot.tensors(rank, world_size)
-        manifest = {**manifest, "step": step, "world_size": world_size, "state": snapshot.facts}
-        temporary = temporary_of(folder_of(self.run, step))
-        save = Save(step, manifest, Thread(name=f"save of step {step}", daemon=True))
-
-        def write() -> None:
-            try:
-                temporary.mkdir(parents=True, exist_ok=True)
-                save.result = write_part(temporary, rank, tensors, metadata)
-            except Exception as error:  # whatever it is, the main thread has to hear of it
-                save.result = error
-
-        save.thread.run = write
-        self.in_flight = save
-        save.thread.start()
+        facts = {"step": step, "world_size": collectives.world_size(), "state": snapshot.facts}
+        self.in_flight = Save(folder_of(self.run, step), snapshot, {**manifest, **facts})
+        self.in_flight.start()
         self.seconds += time.perf_counter() - start
 
     @property
@@ -82,33 +81,26 @@ class Writer:
         if self.in_flight is None:
             return
         start = time.perf_counter()
-        save = self.in_flight
-        save.thread.join()
-        self.in_flight = None
-        results = collectives.all_gather_objects(save.result)
-        failed = {rank: result for rank, result in enumerate(results) if isinstance(result, Exception)}
-        if failed:
-            rank, error = next(iter(failed.items()))
-            raise self._cannot_write(save.step, f"rank {rank}: {error}") from error
+        save, self.in_flight = self.in_flight, None
+        save.join()
+        step, results = save.manifest["step"], collectives.all_gather_objects(save.result)
+        for rank, result in enumerate(results):
+            if isinstance(result, Exception):
+                raise self._cannot_write(step, f"rank {rank}: {result}") from result
 
         def make() -> None:
-            folder = folder_of(self.run, save.step)
             try:
-                publish(temporary_of(folder), folder, {**save.manifest, "parts": results})
+                publish(temporary_of(save.folder), save.folder, {**save.manifest, "parts": results})
             except OSError as error:
-                raise self._cannot_write(save.step, str(error)) from error
-            self._prune(folder)
+                raise self._cannot_write(step, str(error)) from error
+            try:
+                prune(save.folder, self.train)
+            except OSError as error:  # the new checkpoint is complete: no reason to stop
+                print(f"note: an old checkpoint could not be removed: {error}", flush=True)
 
         collectives.run_on_rank0(make)
-        self.saved = save.step
+        self.saved = step
         self.seconds += time.perf_counter() - start
-
-    def _prune(self, newest: Path) -> None:
-        recipe = self.recipe
-        try:
-            prune(newest, recipe.keep_last, recipe.keep_every, recipe.keep_best)
-        except OSError as error:  # the new checkpoint is complete: no reason to stop
-            print(f"note: an old checkpoint could not be removed: {error}", flush=True)
 
     def _cannot_write(self, step: int, why: str) -> UserError:
         fix = "free space or raise the quota, then go on with --resume"

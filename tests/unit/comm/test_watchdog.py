@@ -1,13 +1,12 @@
 """One rank's failure ends all ranks and is told once: real processes, with real deaths."""
 
-import os
 import re
 import signal
 import time
 
 import pytest
 from limits import HANG_S
-from live import server
+from live import LiveRun, server
 
 from speft_ds.comm import watchdog
 from unit.comm import watchdog_rank
@@ -16,55 +15,43 @@ ADVICE = "go on with: --resume\n"
 STUCK_S = 4.0  # without progress; longer than a busy machine takes to give a process its turn
 
 
-class Job:
-    """Ranks that do what they are told, until they end.
+class Job(LiveRun):
+    """Ranks that do what they are told, until they end; one process more where there is an agent.
 
     Args:
         jobs: by rank, see watchdog_rank.py.
         nodes: one letter per rank.
-        settings: constants of the modules, by name.
+        settings: constants of the module, by name.
     """
 
     def __init__(self, folder, jobs, timeout_s=HANG_S, nodes=None, has_agent=False, **settings):
-        self.folder, self.num_ranks = folder, len(jobs)
+        self.folder, self.logs = folder, [folder / f"log_{rank}" for rank in range(len(jobs))]
         settings = {"PULSE_S": 0.05, "TOLD_S": 0.2, **settings}
         shared = (nodes or "a" * len(jobs), timeout_s, has_agent, settings)
-        self.processes = [
-            server().Process(target=watchdog_rank.run, args=(folder, rank, doing, *shared))
-            for rank, doing in enumerate(jobs)
-        ]
-        if has_agent:
-            self.processes.append(server().Process(target=watchdog_rank.agent, args=(folder,)))
+        bodies = [(watchdog_rank.run, (folder, rank, doing, *shared)) for rank, doing in enumerate(jobs)]
+        bodies += [(watchdog_rank.agent, (folder,))] * has_agent
+        self.processes = [server().Process(target=body, args=arguments) for body, arguments in bodies]
         for process in self.processes:
             process.start()
-        self.wait_for(*(f"ready_{rank}" for rank in range(len(jobs))))
+        self.wait_for_files(*(f"ready_{rank}" for rank in range(len(jobs))))
 
-    def wait_for(self, *names):
-        deadline = time.monotonic() + HANG_S
-        while not all((self.folder / name).exists() for name in names):
-            assert time.monotonic() < deadline, f"no {names}"
-            time.sleep(0.01)
+    def text(self):
+        return "\n".join(log.read_text() for log in self.logs if log.exists())
 
-    def signal(self, rank, number):
-        os.kill(self.processes[rank].pid, number)
+    def wait_for_files(self, *names):
+        self.until(lambda: all((self.folder / name).exists() for name in names), f"no {names}")
 
     def ended(self, *without):
         """(Exit codes, what was said) by rank, once all but these have ended by themselves."""
-        deadline = time.monotonic() + HANG_S
-        for rank in range(self.num_ranks):
-            if rank not in without:
-                self.processes[rank].join(max(0.1, deadline - time.monotonic()))
-                assert not self.processes[rank].is_alive(), f"rank {rank} did not end"
+        own = self.processes[: len(self.logs)]
+        waited_for = [process for rank, process in enumerate(own) if rank not in without]
+        for process in waited_for:
+            process.join(HANG_S)
+        assert not any(process.is_alive() for process in waited_for), self.text()
         self.kill()
-        codes = [process.exitcode for process in self.processes[: self.num_ranks]]
-        said = [(self.folder / f"log_{rank}").read_text() for rank in range(self.num_ranks)]
         # Without what the store's client says of a server that is gone, with its stack.
-        return codes, [re.sub(r"^\[W\d.*?\n\n", "", text, flags=re.DOTALL | re.MULTILINE) for text in said]
-
-    def kill(self):
-        for process in self.processes:
-            process.kill()
-            process.join()
+        noise = re.compile(r"^\[W\d.*?\n\n", flags=re.DOTALL | re.MULTILINE)
+        return [process.exitcode for process in own], [noise.sub("", log.read_text()) for log in self.logs]
 
 
 @pytest.fixture
@@ -103,7 +90,7 @@ def is_told(said, reporter, what):
 def test_the_death_of_a_rank_ends_all_at_once_and_is_told_once(job, world_size, victim, settings):
     """By the process table: a pulse that stops would not be noticed in these tests."""
     ranks = job(*["work"] * world_size, SILENCE_S=2 * HANG_S, SETTLE_S=2 * HANG_S, **settings)
-    ranks.signal(victim, signal.SIGKILL)
+    ranks.signal(signal.SIGKILL, victim)
     codes, said = ranks.ended()
     assert but(victim, codes) == [1] * (world_size - 1) and codes[victim] == -signal.SIGKILL
     assert is_told(said, 1 if victim == 0 else 0, f"rank {victim} died")
@@ -115,10 +102,10 @@ def test_a_death_is_told_and_not_the_errors_that_it_causes(job, victim):
     doing = ["fail_at_a_death:connection reset by peer"] * 3
     doing[victim] = "work"
     ranks = job(*doing, SILENCE_S=2 * HANG_S, SETTLE_S=2 * HANG_S)
-    ranks.signal(victim, signal.SIGSTOP)
+    ranks.signal(signal.SIGSTOP, victim)
     (ranks.folder / "dying").touch()
     time.sleep(0.5)
-    ranks.signal(victim, signal.SIGKILL)
+    ranks.signal(signal.SIGKILL, victim)
     codes, said = ranks.ended()
     assert set(but(victim, codes)) <= {1, 2}
     assert is_told(said, 1 if victim == 0 else 0, f"rank {victim} died")
@@ -130,8 +117,8 @@ def test_a_death_is_heard_of_though_a_process_that_the_rank_forked_lives_on(job,
     doing = ["work"] * 2
     doing[victim] = "fork_and_work"
     ranks = job(*doing, SILENCE_S=2 * HANG_S)
-    ranks.wait_for("forked")
-    ranks.signal(victim, signal.SIGKILL)
+    ranks.wait_for_files("forked")
+    ranks.signal(signal.SIGKILL, victim)
     codes, said = ranks.ended()
     assert codes[1 - victim] == 1 and is_told(said, 1 - victim, f"rank {victim} died")
 
@@ -180,14 +167,14 @@ def test_a_rank_that_hangs_is_told_with_where_it_stands(job, doing, culprit):
 )
 def test_a_rank_that_is_frozen_gives_no_answer(job, doing, settings):
     ranks = job(doing, "work", **settings)
-    ranks.signal(1, signal.SIGSTOP)
+    ranks.signal(signal.SIGSTOP, 1)
     codes, said = ranks.ended(1)
     assert codes[0] == 1 and is_told(said, 0, "no answer from rank 1")
 
 
 def test_a_frozen_rank_0_is_told_by_rank_1(job):
     ranks = job("work", "work", "work", SILENCE_S=2.0)
-    ranks.signal(0, signal.SIGSTOP)
+    ranks.signal(signal.SIGSTOP, 0)
     codes, said = ranks.ended(0)
     assert codes[1:] == [1, 1] and is_told(said, 1, "no answer from rank 0")
 
@@ -224,7 +211,7 @@ def test_a_job_that_is_suspended_goes_on(job):
     ranks = job("close:6", "close:6", nodes="ab", timeout_s=4.0, SILENCE_S=4.0)
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for rank in (0, 1):
-            ranks.signal(rank, number)
+            ranks.signal(number, rank)
         time.sleep(5 if number == signal.SIGSTOP else 0)
     codes, said = ranks.ended()
     assert (codes, said) == ([0, 0], ["", ""])
@@ -233,7 +220,7 @@ def test_a_job_that_is_suspended_goes_on(job):
 def test_the_end_of_the_launcher_is_no_failure(job):
     """Which serves the store: the run stops by itself, with a checkpoint."""
     ranks = job("close:6", "close:6", has_agent=True, timeout_s=STUCK_S, DEADLOCK_S=0.5)
-    ranks.signal(2, signal.SIGKILL)
+    ranks.signal(signal.SIGKILL, 2)
     codes, said = ranks.ended()
     assert (codes, said) == ([0, 0], ["", ""])
 

@@ -78,23 +78,18 @@ def wholes(draw):
     return Whole(weights, draw(st.sampled_from([torch.int32, torch.int64])), draw(st.integers(0, 99)))
 
 
-def write(run, world_size, snapshot, step=10):
-    """A checkpoint, made the way a run makes it. `snapshot`: rank -> what the rank has."""
-    folder = folder_of(run, step)
+def written(run, world_size, tables=lambda rank: {}, shared=None, own=lambda rank: {}, facts=None):
+    """A checkpoint, made the way a run makes it. `tables`, `own`: rank -> what the rank has."""
+    folder, lines, facts = folder_of(run, 10), [], facts or {}
     temporary_of(folder).mkdir(parents=True)
-    lines = []
     with quick_disk():
         for rank in range(world_size):
-            lines.append(write_part(temporary_of(folder), rank, *snapshot(rank).tensors(rank, world_size)))
-        manifest = {"step": step, "run_id": "mine", "parts": lines, "state": snapshot(0).facts}
-        publish(temporary_of(folder), folder, manifest)
+            tensors = Snapshot(tables(rank), shared or {}, own(rank), facts).tensors(rank, world_size)
+            lines.append(write_part(temporary_of(folder), rank, *tensors))
+        publish(temporary_of(folder), folder, {"step": 10, "run_id": "mine", "parts": lines, "state": facts})
     checkpoint = inspect(folder)
     assert checkpoint.problem is None and verify(checkpoint) is None
-    return checkpoint
-
-
-def read(run, world_size, snapshot):
-    return Parts(write(run, world_size, snapshot))
+    return Parts(checkpoint)
 
 
 def assert_same(found, expected):
@@ -110,9 +105,7 @@ def assert_same(found, expected):
 @settings(max_examples=15, deadline=None)
 def test_any_number_of_ranks_reads_what_any_number_wrote(written_by, whole):
     with TemporaryDirectory() as folder:
-        parts = read(
-            Path(folder), written_by, lambda rank: Snapshot({"t": whole.of(rank, written_by)}, {}, {}, {})
-        )
+        parts = written(Path(folder), written_by, lambda rank: {"t": whole.of(rank, written_by)})
         index = parts.index("t")
         assert {n: bits(i) for n, i in index.items()} == {n: bits(i) for n, i in whole.index.items()}
         for read_by in WORLDS:
@@ -127,11 +120,7 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(written_by, whole):
 def test_tables_do_not_mix(tmp_path, written_by):
     trained, dropped = Whole([(7, {0, 3, 6}), (5, {1})]), Whole([(7, {1, 2}), (5, set())], seed=1)
     tables = {"trained": trained, "dropped": dropped}
-    parts = read(
-        tmp_path,
-        written_by,
-        lambda rank: Snapshot({name: t.of(rank, written_by) for name, t in tables.items()}, {}, {}, {}),
-    )
+    parts = written(tmp_path, written_by, lambda rank: {n: t.of(rank, written_by) for n, t in tables.items()})
     assert parts.has("trained") and parts.has("dropped") and not parts.has("first")
     for name, whole in tables.items():
         assert_same(parts.table(name, whole.spans(0, 1)), whole.of(0, 1))
@@ -139,9 +128,7 @@ def test_tables_do_not_mix(tmp_path, written_by):
 
 def test_a_table_without_columns_is_an_index(tmp_path):
     whole = Whole([(9, {2, 8}), (3, set())])
-    parts = read(
-        tmp_path, 2, lambda rank: Snapshot({"first": EntryTable(whole.of(rank, 2).index)}, {}, {}, {})
-    )
+    parts = written(tmp_path, 2, lambda rank: {"first": EntryTable(whole.of(rank, 2).index)})
     assert {name: i.tolist() for name, i in parts.index("first").items()} == {"w0": [2, 8], "w1": []}
     table = parts.table("first", whole.spans(1, 2))
     assert table.columns == {} and [i.tolist() for i in table.index.values()] == [[8], []]
@@ -151,12 +138,8 @@ def test_indices_beyond_32_bits_beside_short_weights(tmp_path):
     large = [2**31 - 1, 2**31, 2**36]
     index = {"short": flat([0, 4]), "long": flat(large, torch.int64), "empty": flat([])}
     values = torch.arange(5, dtype=torch.float32)
-    parts = read(tmp_path, 1, lambda rank: Snapshot({"t": EntryTable(index, {"delta": values})}, {}, {}, {}))
-    assert {name: i.tolist() for name, i in parts.index("t").items()} == {
-        "short": [0, 4],
-        "long": large,
-        "empty": [],
-    }
+    parts = written(tmp_path, 1, lambda rank: {"t": EntryTable(index, {"delta": values})})
+    assert [i.tolist() for i in parts.index("t").values()] == [[0, 4], large, []]
     table = parts.table("t", {"short": (3, 5), "long": (2**31, 2**40), "empty": (0, 1)})
     assert [i.tolist() for i in table.index.values()] == [[4], large[1:], []]
     assert table.columns["delta"].tolist() == [1.0, 3.0, 4.0]
@@ -165,7 +148,7 @@ def test_indices_beyond_32_bits_beside_short_weights(tmp_path):
 def test_weights_are_read_in_the_order_of_the_reader(tmp_path):
     """A run that starts anew builds its weights in an order of its own."""
     whole = Whole([(6, {0, 5}), (6, {2}), (6, {1, 3})])
-    parts = read(tmp_path, 3, lambda rank: Snapshot({"t": whole.of(rank, 3)}, {}, {}, {}))
+    parts = written(tmp_path, 3, lambda rank: {"t": whole.of(rank, 3)})
     found = parts.table("t", {"w2": (0, 6), "w0": (0, 6), "w1": (0, 6)})
     assert {name: i.tolist() for name, i in found.index.items()} == {"w2": [1, 3], "w0": [0, 5], "w1": [2]}
     assert list(found.index) == ["w2", "w0", "w1"]
@@ -179,8 +162,7 @@ def test_weights_are_read_in_the_order_of_the_reader(tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_all_ranks_held_is_put_together_again(tmp_path, written_by, dtype):
     held = {f"of {size}": random_bits(size, dtype, size) for size in (0, 1, 3, 7, 20)}
-    checkpoint = write(tmp_path, written_by, lambda rank: Snapshot({}, held, {}, {}))
-    parts = Parts(checkpoint)
+    parts = written(tmp_path, written_by, shared=held)
     assert {name: bits(parts.shared(name)) for name in held} == {name: bits(t) for name, t in held.items()}
     sizes = []  # each rank writes its share, and no more
     for path in parts.paths:
@@ -189,32 +171,30 @@ def test_what_all_ranks_held_is_put_together_again(tmp_path, written_by, dtype):
     assert sum(sizes) == 20 and max(sizes) - min(sizes) <= 1
 
 
-def test_a_rank_finds_what_it_wrote_for_itself(tmp_path):
+def test_a_rank_finds_what_it_wrote_for_itself_and_the_facts(tmp_path):
+    facts = {"sha256": "ab", "changes": [{"step": 3, "dropped": 1}], "num_selections": 2}
+
     def own(rank):
         return {str(dtype): random_bits(rank + 2, dtype, rank) for dtype in DTYPES}
 
-    parts = read(tmp_path, 3, lambda rank: Snapshot({}, {"own": flat([5])}, own(rank), {}))
+    parts = written(tmp_path, 3, shared={"own": flat([5])}, own=own, facts=facts)
     for rank in range(3):
         found = parts.own(rank)
         assert {name: bits(t) for name, t in found.items()} == {n: bits(t) for n, t in own(rank).items()}
-
-
-def test_facts_come_back(tmp_path):
-    facts = {"sha256": "ab", "changes": [{"step": 3, "dropped": 1}], "num_selections": 2}
-    assert read(tmp_path, 2, lambda rank: Snapshot({}, {}, {}, facts)).facts == facts
+    assert parts.facts == facts
 
 
 def test_nothing_is_in_a_part_but_what_was_declared(tmp_path):
     """No base weight: of each weight as many values as entries, and those of this rank alone."""
     whole = Whole([(1000, {1, 500, 999}), (1000, set())])
 
-    def snapshot(rank):
-        own = {"random_cpu": torch.zeros(8, dtype=torch.uint8)}
-        return Snapshot({"trained": whole.of(rank, 2)}, {"statistics": torch.zeros(6)}, own, {})
+    def tables(rank):
+        return {"trained": whole.of(rank, 2)}
 
-    checkpoint = write(tmp_path, 2, snapshot)
+    own = {"random_cpu": torch.zeros(8, dtype=torch.uint8)}
+    parts = written(tmp_path, 2, tables, {"statistics": torch.zeros(6)}, lambda rank: own)
     declared = {f"trained.{name}" for name in ["index", *whole.columns]}
-    for rank, path in enumerate(Parts(checkpoint).paths):
+    for rank, path in enumerate(parts.paths):
         num_own = sum(index.numel() for index in whole.of(rank, 2).index.values())
         with safe_open(path, framework="pt") as file:
             sizes = {name: file.get_tensor(name).numel() for name in file.keys()}  # noqa: SIM118
@@ -224,7 +204,7 @@ def test_nothing_is_in_a_part_but_what_was_declared(tmp_path):
         assert metadata.keys() == {"tables"}
         counts = {"w0": num_own, "w1": 0}
         assert json.loads(metadata["tables"]) == {"trained": counts}
-    names = {path.name for path in checkpoint.path.iterdir()}
+    names = {path.name for path in parts.paths[0].parent.iterdir()}
     assert names == {"COMPLETE", "manifest.json", "part_00000.safetensors", "part_00001.safetensors"}
 
 

@@ -159,7 +159,7 @@ def test_after_an_interrupted_save_a_run_goes_on(left):
     state, runs = left
     older = 10 if state in WITH_OLDER else None
     for run in runs:
-        found = latest_valid(run, "mine", lambda text: None)
+        found = latest_valid(run, "mine")
         assert (found and found.step) in (older, 20), run
 
 

@@ -15,21 +15,10 @@ from speft_ds.training.checkpoint.resume import (
     recipe_to_resume,
     resume_hint,
 )
-from speft_ds.training.run_dir import start_folder, write_facts
-from unit.saved import flip, save, unmark, write_parts
+from unit.saved import make_run, save, unmark, write_parts
 from unit.written import load
 
 pytestmark = pytest.mark.usefixtures("own_folder")
-
-
-def make_run(recipe, *steps, run_id="mine", **facts):
-    """The folder of a run of this recipe, with checkpoints of these steps."""
-    folder = Path(recipe.output_dir)
-    start_folder(recipe)
-    write_facts(folder, {"run_id": run_id, "finished": False, **facts})
-    for step in steps:
-        save(folder, step, run_id=run_id, recipe=recipe.model_dump(mode="json", exclude={"name"}))
-    return folder
 
 
 def start_at(recipe, asked=NEWEST):
@@ -72,14 +61,6 @@ def test_the_newest_whole_one_is_gone_on_from(tmp_path, asked):
     assert find_start(recipe, Resume(asked)).source == folder
 
 
-def test_an_older_one_is_taken_where_the_newest_is_not_whole(tmp_path, capsys):
-    recipe = load(tmp_path)
-    folder = make_run(recipe, 10, 20)
-    unmark(folder_of(folder, 20))
-    assert start_at(recipe) == ("resumed", 10, False)
-    assert "step_000020: its save did not come to its end" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("steps", [(), (10,)])
 def test_of_a_finished_run_there_is_nothing_to_resume(tmp_path, steps):
     recipe = load(tmp_path)
@@ -87,21 +68,14 @@ def test_of_a_finished_run_there_is_nothing_to_resume(tmp_path, steps):
     assert find_start(recipe, Resume(NEWEST)) == Start("finished", source=folder, dtype="bfloat16")
 
 
-def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(tmp_path, capsys):
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(tmp_path, capsys, monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
     recipe = load(tmp_path)
     folder = make_run(recipe)
     write_parts(folder, 10)
     assert find_start(recipe, Resume(NEWEST)) == Start("resumed", None, folder, dtype="bfloat16")
-    note = "note: runs/mine was stopped before its first checkpoint: it starts from the beginning\n"
-    assert capsys.readouterr().out == note
-
-
-def test_only_rank_0_speaks(tmp_path, capsys, monkeypatch):
-    recipe = load(tmp_path)
-    make_run(recipe)
-    monkeypatch.setenv("RANK", "1")
-    find_start(recipe, Resume(NEWEST))
-    assert capsys.readouterr().out == ""
+    assert ("runs/mine was stopped before its first" in capsys.readouterr().out) == (rank == "0")
 
 
 @pytest.mark.parametrize("asked", [NEWEST, IF_ANY])
@@ -111,14 +85,6 @@ def test_a_folder_of_something_else_is_no_run(tmp_path, asked):
     (Path(recipe.output_dir) / "thesis.tex").touch()
     error = refusal(recipe, asked)
     assert error.what == "runs/mine is not a run folder: it has no recipe.yaml"
-
-
-@pytest.mark.parametrize("asked", [NEWEST, IF_ANY])
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path, asked):
-    recipe = load(tmp_path)
-    folder = make_run(recipe, 10)
-    flip(folder_of(folder, 10) / "manifest.json", 30)
-    assert refusal(recipe, asked).what == "no complete checkpoint to resume from"
 
 
 def test_checkpoints_of_another_run_are_not_gone_on_from(tmp_path, capsys):
@@ -242,18 +208,10 @@ def test_overrides_and_consented_changes_are_in_the_recipe(tmp_path):
     assert recipe.data.path == "other.jsonl"
 
 
-@pytest.mark.parametrize("asked", [NEWEST, IF_ANY])
-def test_without_a_path_or_a_recipe_no_run_is_named(asked):
-    with pytest.raises(UserError, match="--resume alone does not say which run"):
-        recipe_to_resume(Resume(asked), [])
-
-
 def test_the_way_on_after_a_failure(tmp_path):
     folder = make_run(load(tmp_path))
-    assert resume_hint(folder) == "there is no checkpoint yet: start again with --resume auto"
+    assert "--resume auto" in resume_hint(folder)
     save(folder, 10)
     unmark(save(folder, 20))
-    assert (
-        resume_hint(folder)
-        == f"the last complete checkpoint is {folder_of(folder, 10)}; go on with: --resume {folder}"
-    )
+    hint = resume_hint(folder)
+    assert str(folder_of(folder, 10)) in hint and hint.endswith(f"--resume {folder}")

@@ -13,8 +13,8 @@ from speft_ds.cli.launch import parse_arguments
 from speft_ds.config.load_recipe import ROOT, load_recipe
 from speft_ds.training.checkpoint.folder import folder_of
 from speft_ds.training.checkpoint.resume import IF_ANY, NEWEST, Start
-from speft_ds.training.run_dir import start_folder, write_facts
-from unit.saved import flip, save, unmark
+from unit import saved
+from unit.saved import flip
 from unit.written import write_inputs
 
 RECIPE = ["--recipe", "mine.yaml"]
@@ -31,13 +31,7 @@ def ready(tmp_path, monkeypatch):
 
 def make_run(*steps, **facts):
     """The run folder of mine.yaml, with checkpoints of these steps."""
-    recipe = load_recipe("mine.yaml")
-    folder = Path(recipe.output_dir)
-    start_folder(recipe)
-    write_facts(folder, {"run_id": "mine", "finished": False, **facts})
-    for step in steps:
-        save(folder, step, recipe=recipe.model_dump(mode="json", exclude={"name"}))
-    return folder
+    return saved.make_run(load_recipe("mine.yaml"), *steps, **facts)
 
 
 def parsed(monkeypatch, *arguments):
@@ -164,32 +158,15 @@ def damaged():
 
 # What is typed, before what is there -> what is said.
 REFUSED = {
-    "no run": (lambda: None, [*RECIPE, "--resume"], "there is no run in runs/mine to resume"),
-    "no run by a path": (lambda: None, ["--resume", "runs/mien"], "is neither a run folder nor a checkpoint"),
     "which run": (lambda: None, ["--resume"], "--resume alone does not say which run"),
     "without resume": (lambda: make_run(10), RECIPE, "go on with the run in it: --resume"),
     "damaged": (damaged, [*RECIPE, "--resume", "auto"], "no complete checkpoint to resume from"),
-    "unfinished": (
-        lambda: unmark(folder_of(make_run(10), 10)),
-        ["--resume", "runs/mine/checkpoints/step_000010"],
-        "its save did not come to its end",
-    ),
-    "newer": (
-        lambda: make_run(10, 20),
-        ["--resume", "runs/mine/checkpoints/step_000010"],
-        "has newer checkpoints than step_000010",
-    ),
     "changed": (lambda: make_run(10), [*RECIPE, "--resume", "seed=7"], "seed: 0 in the run, 7 now"),
     "a typo": (lambda: make_run(10), ["--resume", "runs/mine", "sed=7"], "did you mean seed?"),
     "rows are gone": (
         lambda: (make_run(10), Path("rows.jsonl").unlink()),
         ["--resume", "runs/mine"],
         "rows.jsonl",
-    ),
-    "a file": (
-        lambda: Path("file").write_text(""),
-        [*RECIPE, "--resume", "auto", "output_dir=file"],
-        "the run folder file is not empty",
     ),
     "beneath a file": (
         lambda: Path("file").write_text(""),

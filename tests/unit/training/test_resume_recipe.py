@@ -23,26 +23,16 @@ def recorded(recipe):
     return json.loads(json.dumps(recipe.model_dump(mode="json", exclude={"name"})))
 
 
-def with_value(nested, key, value):
-    """The recorded recipe with another value of a key."""
-    nested = copy.deepcopy(nested)
-    *sections, leaf = key.split(".")
-    inner = nested
-    for section in sections:
-        inner = inner[section]
-    assert leaf in inner
-    inner[leaf] = value
-    return nested
-
-
-def without(nested, key):
-    """The recorded recipe of a version that did not have this key."""
+def with_value(nested, key, *value):
+    """The recorded recipe with another value of a key; without one, that of a version that lacked the key."""
     nested = copy.deepcopy(nested)
     *sections, leaf = key.split(".")
     inner = nested
     for section in sections:
         inner = inner[section]
     del inner[leaf]
+    if value:
+        (inner[leaf],) = value
     return nested
 
 
@@ -50,11 +40,6 @@ def refusal(before, now, *allowed):
     with pytest.raises(UserError) as caught:
         check_unchanged(before, now, allowed, WHERE)
     return caught.value
-
-
-def typed(line):
-    """What a program gets of a line that is typed into a shell."""
-    return shlex.split(line)
 
 
 def test_the_same_recipe_is_unchanged(tmp_path, capsys):
@@ -91,7 +76,7 @@ def test_a_harmless_key_changes_only_with_consent(tmp_path, capsys, key):
     before = with_value(recorded(now), key, "before")
     for allowed in ((), ("model.dtype=float32",), (f"{key}s=1",)):
         error = refusal(before, now, *allowed)
-        words = typed(error.fix)
+        words = shlex.split(error.fix)
         assert words[words.index("--resume-with") + 1].startswith(f"{key}=") and error.where == str(WHERE)
     check_unchanged(before, now, (f"{key}=as it is now",), WHERE)
     assert f"another {key}: " in capsys.readouterr().out
@@ -145,7 +130,7 @@ def test_what_an_error_says_to_type_is_the_recipe_of_the_run(tmp_path, name):
     """Those who type it have the run's recipe again."""
     was, now = load(tmp_path, "", *CHANGES[name]), load(tmp_path)
     fix = refusal(recorded(was), now).fix
-    back = typed(fix.removeprefix("as it was: ").partition("; ")[0])
+    back = shlex.split(fix.removeprefix("as it was: ").partition("; ")[0])
     assert recorded(load_recipe("mine.yaml", back)) == recorded(was)
     assert "$HOME" not in fix or "'" in fix or "\\$" in fix  # not for the shell to expand
 
@@ -155,7 +140,7 @@ def test_what_an_error_says_to_type_is_the_recipe_of_the_run(tmp_path, name):
 )
 def test_what_an_error_says_to_consent_with_is_the_recipe_of_now(tmp_path, change):
     before, now = recorded(load(tmp_path)), load(tmp_path, "", change)
-    words = typed(refusal(before, now).fix.partition("if that is meant: ")[2])
+    words = shlex.split(refusal(before, now).fix.partition("if that is meant: ")[2])
     assert words[0] == "--resume-with" and len(words) == 2
     again = load_recipe("mine.yaml", words[1:])
     assert recorded(again) == recorded(now)
@@ -169,12 +154,12 @@ def test_what_an_error_says_to_consent_with_is_the_recipe_of_now(tmp_path, chang
 def test_a_key_that_an_older_version_did_not_have_was_its_default(tmp_path, key):
     """`resume` reads the run's own recipe.yaml, which lacks it, too: nothing that is typed would help."""
     recipe = load(tmp_path)
-    check_unchanged(without(recorded(recipe), key), recipe, (), WHERE)
+    check_unchanged(with_value(recorded(recipe), key), recipe, (), WHERE)
 
 
 def test_a_key_that_an_older_version_did_not_have_may_not_be_used(tmp_path):
     now = load(tmp_path, "train: {steps: 9}", "optimizer.warmup_steps=3")
-    error = refusal(without(recorded(now), "optimizer.warmup_steps"), now)
+    error = refusal(with_value(recorded(now), "optimizer.warmup_steps"), now)
     assert "\n    optimizer.warmup_steps: 0 in the run, 3 now" in error.what
     assert "as it was: optimizer.warmup_steps=0" in error.fix
 

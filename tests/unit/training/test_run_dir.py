@@ -1,23 +1,30 @@
-"""The run folder: whether a run may start in it, and what is in it when one goes on."""
+"""The run folder: whether a run may start in it, who writes to it, and what is in it when one goes on."""
 
+import fcntl
 import json
 import os
+import subprocess
+import sys
 import tempfile
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from limits import HANG_S
 
-from speft_ds.config.load_recipe import load_recipe
+from speft_ds.config.load_recipe import ROOT, load_recipe
 from speft_ds.errors import UserError
+from speft_ds.training import run_dir
 from speft_ds.training.run_dir import (
+    Lock,
     check_output_dir,
     copy_scores,
     has_files,
-    new_run_id,
     read_facts,
     rewind_metrics,
     start_folder,
+    wait_for_lock,
     write_facts,
 )
 from unit.written import load
@@ -126,10 +133,6 @@ def test_facts_come_back_and_are_empty_where_there_are_none(tmp_path):
     assert read_facts(tmp_path) == {}
 
 
-def test_every_run_has_an_id_of_its_own():
-    assert len({new_run_id() for _ in range(100)}) == 100
-
-
 def test_scores_from_before_training_are_taken_over(tmp_path):
     copy_scores(tmp_path / "source", tmp_path / "branch")
     assert not (tmp_path / "branch").exists()
@@ -195,3 +198,68 @@ def test_a_branch_takes_the_lines_of_the_run_that_it_is_of(tmp_path):
     (source / "metrics.jsonl").write_text("".join(lines(1, 2, 3)))
     assert rewound(branch, 2, source) == lines(1, 2)
     assert (source / "metrics.jsonl").read_text() == "".join(lines(1, 2, 3))
+
+
+# One run writes to it at a time, and whoever dies lets go of it
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from speft_ds.training.run_dir import Lock
+lock = Lock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(3600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that writes to the folder tmp_path/run."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("take", [Lock, wait_for_lock])
+def test_two_runs_do_not_write_to_one_folder(tmp_path, holder, monkeypatch, capsys, take):
+    monkeypatch.setattr(run_dir, "LOCK_WAIT_S", 0.2)
+    with pytest.raises(UserError) as caught:
+        take(tmp_path / "run")
+    assert caught.value.what == f"another run is writing to {tmp_path / 'run'}"
+    assert caught.value.where == str(tmp_path / "run" / ".lock")
+    assert capsys.readouterr().out == f"{caught.value.what}: waiting for its end\n"  # once
+
+
+@pytest.mark.parametrize("take", [Lock, wait_for_lock])
+def test_a_killed_run_holds_nothing(tmp_path, holder, take):
+    holder.kill()
+    holder.wait()
+    take(tmp_path / "run")
+
+
+@pytest.mark.parametrize("take", [Lock, wait_for_lock])
+def test_a_run_that_is_just_ending_is_waited_for(tmp_path, holder, monkeypatch, capsys, take):
+    monkeypatch.setattr(run_dir, "LOCK_WAIT_S", HANG_S)
+    monkeypatch.setenv("RANK", "1")  # only rank 0 speaks
+    threading.Timer(0.3, holder.kill).start()
+    take(tmp_path / "run")
+    assert holder.wait() == -9 and capsys.readouterr().out == ""
+
+
+def test_those_who_wait_do_not_hinder_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir, "LOCK_WAIT_S", 0.2)
+    wait_for_lock(tmp_path / "run")  # of a folder that is not there
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)  # a rank that looks at the same time
+        wait_for_lock(tmp_path / "run")
+    lock = Lock(tmp_path / "run")  # and nobody keeps what they took
+    with pytest.raises(UserError, match="another run is writing"):
+        Lock(tmp_path / "run")
+    lock.file.close()
+    Lock(tmp_path / "run")

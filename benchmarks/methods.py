@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import counting
 import deepspeed
@@ -27,8 +28,8 @@ from speft_ds.model.load_model import load_base
 from speft_ds.model.loss import NextToken
 from speft_ds.model.targets import find_targets
 from speft_ds.training.metrics import Timings
-from speft_ds.training.schedule import SCHEDULES
 from speft_ds.training.setup import choose_mask, load_context, load_data
+from speft_ds.training.trainer import make_schedule
 from speft_ds.zero.engine import require_grad
 from speft_ds.zero.shards import full_shape
 
@@ -185,10 +186,8 @@ class Ours(OnOurEngine):
         super().__init__(case, world_size)
         recipe, timings = self.recipe, Timings()
         self.mask = choose_mask(self.context, timings)
-        schedule, num_steps = SCHEDULES[recipe.mask.schedule], recipe.train.steps
-        self.schedule = schedule(
-            self.context, self.mask, num_steps, lambda number: choose_mask(self.context, timings, number)
-        )
+        choose = partial(choose_mask, self.context, timings)
+        self.schedule = make_schedule(self.context, self.mask, recipe.train.steps, choose)
         self.engine.train()
         self.num_steps = 0
 

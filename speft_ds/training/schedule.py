@@ -7,7 +7,6 @@ same on all ranks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -19,9 +18,9 @@ from speft_ds.data.sampler import permutation
 from speft_ds.env import log_rank0
 from speft_ds.model.linear import WeightGradHook, chain_hooks
 from speft_ds.model.targets import layer_number, target_shapes
-from speft_ds.selection.topk import gather_mask, select_local
+from speft_ds.selection.topk import select_local
 from speft_ds.sparse.gradient import GradientOptions, SparseGradient
-from speft_ds.sparse.layout import EntryTable, locate
+from speft_ds.sparse.layout import EntryTable, RankShards, locate
 from speft_ds.sparse.mask import Mask, jaccard, overlap
 from speft_ds.sparse.optim.clipping import Clip
 from speft_ds.sparse.optim.flat import OptimizerState
@@ -29,7 +28,6 @@ from speft_ds.sparse.optim.lr_schedule import make_lr_schedule
 from speft_ds.sparse.optim.make import make_optimizer
 from speft_ds.sparse.state import SparseState
 from speft_ds.training.checkpoint.parts import Parts, Snapshot
-from speft_ds.training.growth import AccumulatedGradient, Growth, RowColumnMomentum, groups_of, shards_of
 from speft_ds.training.setup import TrainContext
 from speft_ds.zero.engine import Trainable
 from speft_ds.zero.shards import repartition, shard_of
@@ -210,6 +208,11 @@ class Schedule:
         return {name: values[self.state.slices[name]] for name in self.mask.shape}
 
 
+def shards_of(mask: Mask) -> RankShards:
+    """This rank's shards of a mask's weights."""
+    return RankShards({name: mask.numel(name) for name in mask.shape})
+
+
 def _on_cpu(mask: Mask) -> Mask:
     return Mask({name: index.cpu() for name, index in mask.index.items()}, mask.shape)
 
@@ -251,87 +254,3 @@ class GradTopk(Schedule):
         for name in self.state.heads:
             active[self.state.slices[name]] = True
         return active
-
-
-class DropGrow(Schedule):
-    """Every `update_every` steps a fraction of the entries is dropped and as many others are grown.
-
-    Ansell et al., Scaling Sparse Fine-Tuning to Large Language Models, 2024. Dropped are the entries whose
-    delta changed least since they were grown from 0, that is, of smallest abs(delta); they get their
-    pretrained values back. Grown ones, never just dropped, start with zero delta, moments and entry_step. The
-    fraction goes from `drop_rate` to 0 over the run. With the `per_layer` budget each weight drops and
-    grows by itself.
-    """
-
-    def __init__(self, context: TrainContext, mask: Mask, num_steps: int, choose: Callable[[int], Mask]):
-        super().__init__(context, mask, num_steps, choose)
-        recipe = context.recipe
-        options = GradientOptions.of(recipe.mask, recipe.train, overlap=False)
-        weights = {name: linear.weight for name, linear in context.targets.items()}
-        self.growth: Growth = (
-            AccumulatedGradient(weights, self.recipe.budget, self.recipe.growth_steps, options)
-            if self.recipe.growth == "sft_ag"
-            else RowColumnMomentum(weights, recipe.optimizer.betas[1])
-        )
-
-    def rate(self, step: int) -> float:
-        """The fraction to drop after this step."""
-        progress = (step + 1) / self.num_steps
-        if self.recipe.drop_anneal == "cosine":
-            return self.recipe.drop_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
-        return self.recipe.drop_rate * (1.0 - progress)
-
-    def extra_hook(self, name: str, step: int) -> WeightGradHook | None:
-        return self.growth.hook(name, self.steps_left(step))
-
-    def snapshot(self) -> Snapshot:
-        snapshot = super().snapshot()
-        tables, snapshot.shared = self.growth.snapshot()
-        snapshot.tables |= tables
-        return snapshot
-
-    def restore(self, parts: Parts) -> None:
-        super().restore(parts)
-        self.growth.restore(parts, self.mask.shape)
-
-    def steps_left(self, step: int) -> int | None:
-        """Steps until the mask changes, this one included; None where it does not change any more."""
-        left = self.recipe.update_every - step % self.recipe.update_every
-        return left if self.is_time(step + left - 1) else None
-
-    def on_gradient(self, gradient: Tensor) -> Tensor | None:
-        self.growth.on_gradient(self.state, gradient)
-        return super().on_gradient(gradient)
-
-    def after_step(self, step: int, skipped: bool = False) -> None:
-        if skipped:
-            self.growth.skip_step()
-        else:
-            self.growth.after_step(self.state)
-        if not self.is_time(step):
-            return
-        if not self.growth.is_ready:
-            log_rank0(f"note: the mask stays after step {step + 1}: every step that would tell was skipped")
-            return
-        group, counts = groups_of(self.mask, self.recipe.budget)
-        grown, wanted = self.growth.select(
-            self.state, group, [math.floor(self.rate(step) * count) for count in counts]
-        )
-        smallest = {name: -delta.abs() for name, delta in self.by_weight(self.state.delta.detach()).items()}
-        dropped = select_local(smallest, group, wanted)
-        local = {}
-        for name in self.mask.shape:
-            index = self.state.index[name]
-            keep = torch.ones_like(index, dtype=torch.bool)
-            keep[dropped[name].to(keep.device)] = False
-            local[name] = torch.cat([index[keep], grown[name].to(index)]).sort().values
-        self.change_mask(gather_mask(local, self.mask.shape), step, revert=True)
-        self.growth.restart()
-
-
-SCHEDULES: dict[str, type[Schedule]] = {
-    "static": Schedule,
-    "periodic": Periodic,
-    "drop_grow": DropGrow,
-    "grad_topk": GradTopk,
-}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -28,20 +29,15 @@ from speft_ds.evaluation.validation_loss import ValidationLoss
 from speft_ds.sparse.gradient import SparseGradient
 from speft_ds.sparse.mask import Mask, read_mask
 from speft_ds.sparse.state import SparseState
-from speft_ds.training import memory
+from speft_ds.training import checks, memory
 from speft_ds.training.checkpoint.parts import Parts, Snapshot
 from speft_ds.training.checkpoint.resume import Start
 from speft_ds.training.checkpoint.writer import Writer
-from speft_ds.training.checks import (
-    check_chat_template,
-    check_loaded_mask,
-    check_same_run,
-    check_shapes,
-    check_steps,
-)
+from speft_ds.training.growth import AccumulatedGradient, RowColumnMomentum
 from speft_ds.training.metrics import MetricsLog, Monitor, Timings
-from speft_ds.training.schedule import SCHEDULES, Schedule
+from speft_ds.training.schedule import GradTopk, Periodic, Schedule
 from speft_ds.training.setup import (
+    TrainContext,
     base_facts,
     choose_mask,
     load_context,
@@ -49,6 +45,24 @@ from speft_ds.training.setup import (
     read_file,
     scored_model_facts,
 )
+
+# mask.schedule, or mask.growth of `drop_grow` -> its class.
+SCHEDULES: dict[str, type[Schedule]] = {
+    "static": Schedule,
+    "periodic": Periodic,
+    "grad_topk": GradTopk,
+    "sft_ag": AccumulatedGradient,
+    "sft_ma": RowColumnMomentum,
+}
+
+
+def make_schedule(
+    context: TrainContext, mask: Mask, num_steps: int, choose: Callable[[int], Mask]
+) -> Schedule:
+    """The schedule that the recipe asks for; arguments as for `Schedule`."""
+    section = context.recipe.mask
+    kind = section.growth if section.schedule == "drop_grow" else section.schedule
+    return SCHEDULES[kind](context, mask, num_steps, choose)
 
 
 class Trainer:
@@ -80,7 +94,7 @@ class Trainer:
                 self.evaluation = EvalRunner(recipe)
         with self.timings.stage("data"):
             data = load_data(recipe, needs_training=True, needs_calibration=True)
-            check_chat_template(recipe.eval, data.tokenizer)
+            checks.check_chat_template(recipe.eval, data.tokenizer)
             if self.evaluation is not None:
                 self.evaluation.tokenizer = data.tokenizer
             self.rows, self.validation = data.training, None
@@ -90,13 +104,13 @@ class Trainer:
         train = recipe.train
         self.order = Sampler(self.rows.sizes, recipe.data.weights, recipe.seed)
         self.num_steps = self.order.num_steps(train.global_batch, train.steps, train.epochs)
-        check_steps(recipe, self.num_steps)
+        checks.check_steps(recipe, self.num_steps)
         with self.timings.stage("model"):
             self.loaded, facts = read_mask(mask_file(recipe.mask.load)) if recipe.mask.load else (None, {})
             self.context = load_context(recipe, data, self.loaded)
-        check_shapes(recipe.mask, self.context.shapes)
+        checks.check_shapes(recipe.mask, self.context.shapes)
         if self.loaded is not None:
-            check_loaded_mask(self.context, self.loaded, facts)
+            checks.check_loaded_mask(self.context, self.loaded, facts)
             log_rank0("note: with mask.load, the recipe's salience, density, budget and targets are not used")
         self.engine, self.targets = self.context.engine, self.context.targets
         self.first_step = 0  # the steps before it were made by other processes
@@ -107,7 +121,7 @@ class Trainer:
         self.writer = Writer(self.folder, train, self.checkpoint.step if self.checkpoint else 0)
         self.flags = StepFlags(lambda: self.writer.is_written, train.checkpoint_every)
         if self.checkpoint is not None:
-            check_same_run(self.context, self.loaded, self.checkpoint)
+            checks.check_same_run(self.context, self.loaded, self.checkpoint)
 
     @property
     def mask(self) -> Mask:
@@ -165,7 +179,7 @@ class Trainer:
 
     def _make_schedule(self, mask: Mask) -> Schedule:
         choose = partial(choose_mask, self.context, self.timings)
-        return SCHEDULES[self.recipe.mask.schedule](self.context, mask, self.num_steps, choose)
+        return make_schedule(self.context, mask, self.num_steps, choose)
 
     def _take_up(self) -> None:
         """The trainable state, as the checkpoint has it."""

@@ -20,6 +20,7 @@ from speft_ds.config.load_recipe import load_recipe
 from speft_ds.config.recipe import FIELDS, Recipe, resolve
 from speft_ds.env import log_rank0, versions, world_size
 from speft_ds.errors import UserError
+from speft_ds.training import run_dir
 from speft_ds.training.checkpoint.folder import (
     CHECKPOINTS,
     Checkpoint,
@@ -29,17 +30,7 @@ from speft_ds.training.checkpoint.folder import (
     list_checkpoints,
     verify,
 )
-from speft_ds.training.run_dir import (
-    RECIPE,
-    Lock,
-    check_output_dir,
-    copy_scores,
-    has_files,
-    read_facts,
-    rewind_metrics,
-    start_folder,
-    write_facts,
-)
+from speft_ds.training.run_dir import RECIPE, has_files, read_facts
 
 NEWEST, IF_ANY = "newest", "auto"  # what --resume without a path means; and `--resume auto`
 # What changes nothing that is learnt, but for the order of sums.
@@ -252,12 +243,13 @@ def as_override(key: str, value: Any) -> str:
     return f"{key}={json.dumps(value)}"
 
 
-def _value(recipe: dict[str, Any], key: str) -> Any:
+def _value(recipe: Any, key: str) -> Any:
     """What a nested recipe says; of a key that it is too old to have, the default."""
     *sections, name = key.split(".")
     for section in sections:
-        recipe = recipe.get(section) or {}
-    return recipe[name] if name in recipe else FIELDS[key].get_default()
+        recipe = recipe.get(section) if isinstance(recipe, dict) else None
+    is_there = isinstance(recipe, dict) and name in recipe
+    return recipe[name] if is_there else FIELDS[key].get_default()
 
 
 def fit_micro_batch(recipe: Recipe, world_size: int) -> Recipe:
@@ -297,16 +289,16 @@ def verified_start(start: Start) -> Start:
     return start
 
 
-def open_folder(recipe: Recipe, start: Start) -> Lock:
+def open_folder(recipe: Recipe, start: Start) -> run_dir.Lock:
     """Make the run folder ours, and what is in it what a run has at this step. On rank 0.
 
     Raises:
         UserError: another job is writing there, or has meanwhile taken the run on.
     """
     folder = Path(recipe.output_dir)
-    lock = Lock(folder)
+    lock = run_dir.Lock(folder)
     if start.state == "new":
-        check_output_dir(recipe)
+        run_dir.check_output_dir(recipe)
     forked = start.source is not None and start.source.absolute() != folder.absolute()
     step = start.checkpoint.step if start.checkpoint else 0
     if not start.is_chosen and not forked and start.state == "resumed":
@@ -316,13 +308,13 @@ def open_folder(recipe: Recipe, start: Start) -> Lock:
             raise UserError(what, str(folder), "the same command once more")
     clean(folder, step)
     if start.state == "resumed":
-        rewind_metrics(folder, step, start.source)
+        run_dir.rewind_metrics(folder, step, start.source)
     if forked:
-        copy_scores(start.source, folder)
-    start_folder(recipe)
+        run_dir.copy_scores(start.source, folder)
+    run_dir.start_folder(recipe)
     before = {} if forked else read_facts(folder)
     starts = [*before.get("starts", []), {"step": step, "world_size": world_size()}]
     own_id = start.checkpoint.manifest["run_id"] if start.checkpoint and not forked else uuid.uuid4().hex
-    run_id = before.get("run_id") or own_id
-    write_facts(folder, {"run_id": run_id, "finished": False, "starts": starts, "versions": versions()})
+    facts = {"run_id": before.get("run_id") or own_id, "finished": False}
+    run_dir.write_facts(folder, {**facts, "starts": starts, "versions": versions()})
     return lock

@@ -25,6 +25,8 @@ from speft_ds.training.schedule import Schedule, shards_of
 from speft_ds.training.setup import TrainContext
 from speft_ds.zero.shards import own_elements
 
+Grown = tuple[dict[str, Tensor], list[int]]  # weight -> local indices; how many there are of each group
+
 
 class DropGrow(Schedule):
     """Every `update_every` steps a fraction of the entries is dropped and as many others are grown.
@@ -37,12 +39,8 @@ class DropGrow(Schedule):
 
     is_ready = True  # it has seen what `grow` goes by
 
-    def grow(self, group: Groups, wanted: list[int]) -> tuple[dict[str, Tensor], list[int]]:
-        """The best entries outside the mask, `wanted` of each group or as many as there are.
-
-        Returns:
-            weight -> local indices; how many in each group.
-        """
+    def grow(self, group: Groups, wanted: list[int]) -> Grown:
+        """The best entries outside the mask, `wanted` of each group or as many as there are."""
         raise NotImplementedError
 
     def restart(self) -> None:
@@ -82,9 +80,7 @@ class DropGrow(Schedule):
             counts[group[name]] += index.numel()
         return group, counts
 
-    def best_outside(
-        self, scores: dict[str, Tensor], group: Groups, wanted: list[int]
-    ) -> tuple[dict[str, Tensor], list[int]]:
+    def best_outside(self, scores: dict[str, Tensor], group: Groups, wanted: list[int]) -> Grown:
         """As `grow`, by scores of all elements of this rank's shards, which are not negative; in place."""
         for name, score in scores.items():
             score[self.state.index[name].to(score.device)] = -1.0
@@ -159,7 +155,7 @@ class AccumulatedGradient(DropGrow):
         options = GradientOptions.of(self.recipe, self.context.recipe.train, overlap=False)
         self.candidates = SparseGradient(candidates, collectives.device(), options)
 
-    def grow(self, group: Groups, wanted: list[int]) -> tuple[dict[str, Tensor], list[int]]:
+    def grow(self, group: Groups, wanted: list[int]) -> Grown:
         local = self.candidates.local_index()
         pieces = self.total.abs().split([index.numel() for index in local.values()])
         there = {name: index.numel() for name, index in self.candidates.mask.index.items()}
@@ -218,7 +214,7 @@ class RowColumnMomentum(DropGrow):
         self.statistics = torch.where(largest < 0, self.statistics, largest)
         return super().on_gradient(gradient)
 
-    def grow(self, group: Groups, wanted: list[int]) -> tuple[dict[str, Tensor], list[int]]:
+    def grow(self, group: Groups, wanted: list[int]) -> Grown:
         roots = self._views(self.statistics.sqrt())
         scores = {name: _outer(*roots[name], *self.span[name]) for name in self.mask.shape}
         return self.best_outside(scores, group, wanted)

@@ -76,7 +76,7 @@ def test_auto_is_what_the_run_has_or_the_hardware_multiplies(tmp_path, multiplie
 def ranks(monkeypatch):
     """ranks(has_instructions of each): what this process takes for the answers of the ranks; it is rank 0."""
     monkeypatch.setattr(collectives, "device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(collectives, "rank", lambda: 0)
+    monkeypatch.setenv("RANK", "0")
 
     def answer(*multiplies):
         monkeypatch.setattr(collectives, "all_gather_objects", lambda own: list(multiplies))
@@ -91,7 +91,7 @@ def test_one_rank_without_the_instructions_decides_for_all(tmp_path, ranks, caps
         assert agree_on_dtype(recipe).model.dtype == dtype
         (said,) = capsys.readouterr().out.splitlines()
         assert "model.dtype=auto" in said and dtype in said
-    monkeypatch.setattr(collectives, "rank", lambda: 1)
+    monkeypatch.setenv("RANK", "1")
     agree_on_dtype(recipe)
     assert capsys.readouterr().out == ""
 

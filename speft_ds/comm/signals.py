@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from speft_ds import env
-from speft_ds.config.section import split_interval
+from speft_ds.config.values import split_interval
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,6 @@ import platform
 import random
 import re
 import socket
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -78,36 +77,18 @@ def free_port() -> int:
 def _of_srun() -> dict[str, str]:
     """What the variables of a job step say. A batch script without srun has none of a step."""
     env = os.environ
-    found = {
+    tasks_per_node: list[str] = []  # of `2(x3),1`: 2, 2, 2, 1
+    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_STEP_TASKS_PER_NODE"]):
+        tasks_per_node += [count] * int(repeat or 1)
+    first_node = re.match(r"(?:[^,\[]|\[[^\]]*\])*", env["SLURM_STEP_NODELIST"]).group()
+    return {
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": env["SLURM_LOCALID"],
-        "LOCAL_SIZE": str(tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])]),
+        "LOCAL_SIZE": tasks_per_node[int(env["SLURM_NODEID"])],
+        "MASTER_ADDR": re.sub(r"\[(\w+)[^\]]*\]", r"\1", first_node),  # `node[03-05]`: rank 0 is on node03
         "MASTER_PORT": str(PORTS[(int(env["SLURM_JOB_ID"]) * 8 + int(env["SLURM_STEP_ID"])) % len(PORTS)]),
     }
-    if "MASTER_ADDR" not in env:
-        found["MASTER_ADDR"] = _first_node(env["SLURM_STEP_NODELIST"])
-    return found
-
-
-def tasks_per_node(text: str) -> list[int]:
-    """SLURM's short form of task counts, `2(x3),1`, as [2, 2, 2, 1]."""
-    counts = []
-    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
-        counts += [int(count)] * int(repeat or 1)
-    return counts
-
-
-def _first_node(nodes: str) -> str:
-    """The first name of a SLURM node list, `node[03-05],gpu1`; rank 0 runs there."""
-    try:
-        listing = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-        )
-        return listing.stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):  # in a container, say
-        first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes).group()  # up to a comma outside brackets
-        return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
 
 # The machine

@@ -34,11 +34,8 @@ class RecipeError(UserError):
         self.problems = list(problems)
 
     def __str__(self) -> str:
-        return "\n".join([self.what, *(f"  {i}. {_indent(p)}" for i, p in enumerate(self.problems, 1))])
-
-
-def _indent(problem: UserError) -> str:
-    return str(problem).replace("\n", "\n  ")
+        numbered = (f"{number}. {problem}" for number, problem in enumerate(self.problems, 1))
+        return "\n".join([self.what, *(f"  {text}".replace("\n", "\n  ") for text in numbered)])
 
 
 def closest(word: object, choices: Iterable[str], cutoff: float = 0.6) -> list[str]:
@@ -54,28 +51,24 @@ def did_you_mean(word: object, choices: Iterable[str]) -> str:
     return f"choose from: {', '.join(choices)}" if choices else "there is nothing to choose from"
 
 
-def _label(loc: Sequence[str | int]) -> str:
-    """A place in a recipe as a user writes it: `mask.layers[0]`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
-
-
 def explain(
     error: Mapping[str, Any], sources: Mapping[str, str], file: str, fields: Mapping[str, Any]
 ) -> UserError:
     """Turn one pydantic error into a UserError. `fields`: pydantic's FieldInfo by key like `mask.density`."""
     context, value = error.get("ctx", {}), error["input"]
-    label = _label(error["loc"])
+    # As a user writes it: `mask.layers[0]`.
+    label = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
     # The schema's key: of `data.mixture[0].path`, which the user wrote inside a list, data.mixture.
     key = context.get("key") or label.partition("[")[0]
     # A rule may name a part of a list, whose line is known where it stands in a file.
     where = sources.get(context.get("key", label)) or sources.get(key.partition("[")[0], f"{file} ({key})")
     if "fix" in context:  # raised by a rule of ours, which words it itself
         return UserError(error["msg"], where, context["fix"])
-    if error["type"] == "extra_forbidden":
-        return UserError(f"unknown key {label}", where, f"{key} is {fields[key].description}")
-    if error["type"] == "missing" and "[" in label:
-        return UserError(f"{label} is missing", where, f"{key} is {fields[key].description}")
     about = fields[key].description
+    if error["type"] == "extra_forbidden":
+        return UserError(f"unknown key {label}", where, f"{key} is {about}")
+    if error["type"] == "missing" and "[" in label:
+        return UserError(f"{label} is missing", where, f"{key} is {about}")
     if error["type"] == "missing" and key not in sources:
         return UserError(f"{key} is missing", where, f"add it, or type {key}=...  ({about})")
     message = error["msg"].replace("Input should be", "must be")

@@ -18,6 +18,7 @@ from urllib.parse import urlparse
 TIMEOUT_S = 1.5  # for the hub to answer
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
+CONFIG_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")  # of configuration and tokenizer
 BY_US = "YES"  # how we write HF_HUB_OFFLINE=1: it tells ranks and sub-processes who chose it
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _TRUE = {"1", "ON", "YES", "TRUE"}

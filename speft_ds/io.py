@@ -29,30 +29,26 @@ def flush_to_disk(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to: renamed to `path` at the end, removed after an error."""
+    """A temporary name beside `path` to write to: flushed and renamed to it, or removed after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A unique name: two jobs may be writing the same file of a shared cache.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
+        flush_to_disk(temporary)
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name, flush to disk, rename.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a text file completely or not at all. Raises OSError."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        flush_to_disk(temporary)
 
 
 def write_json(path: Path, document: dict) -> None:
-    """Write to a temporary name, flush to disk, rename; what JSON lacks becomes text, as lm-eval does.
+    """Write a JSON file completely or not at all; what JSON lacks becomes text, as lm-eval does.
 
     Raises:
         OSError: it cannot be written.
@@ -67,7 +63,7 @@ def _plain(value: object) -> object:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write to a temporary name, flush to disk, read back and compare bit for bit, rename.
+    """Write a file completely or not at all, after reading it back and comparing it bit for bit.
 
     Args:
         tensors: contiguous, on any device.
@@ -75,7 +71,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     Raises:
         OSError: it cannot be written, or reads back differently.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
@@ -85,21 +81,14 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         try:
             save_file(tensors, temporary, metadata)
             temporary.chmod(mode)
-            flush_to_disk(temporary)
-            _verify_safetensors(temporary, tensors, metadata)
+            with safe_open(temporary, framework="pt") as file:
+                if set(file.keys()) != set(tensors) or file.metadata() != metadata:
+                    raise OSError(f"{path}: the header read back differs from what was written")
+                for name, tensor in tensors.items():
+                    if not same_bits(file.get_tensor(name), tensor.detach().cpu()):
+                        raise OSError(f"{path}: {name} read back differs from what was written")
         except SafetensorError as error:  # safetensors' own word for a full disk
             raise OSError(str(error)) from error
-
-
-def _verify_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        if set(file.keys()) != set(tensors) or file.metadata() != metadata:
-            raise OSError(f"{path}: the header read back differs from what was written")
-        for name, tensor in tensors.items():
-            if not same_bits(file.get_tensor(name), tensor.detach().cpu()):
-                raise OSError(f"{path}: {name} read back differs from what was written")
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Tokenised rows: one sequence in memory, and a file of all of them that is read row by row.
+"""Tokenised rows: one sequence in memory, packs of several, and a file that is read row by row.
 
 Imports no torch to read.
 """
@@ -60,6 +60,34 @@ def pack(rows: list[Row]) -> Row:
     return Row(ids, loss_mask, starts)
 
 
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put each item, in order, into the first pack that still has room for it.
+
+    Args:
+        lengths: of the items, each at most `capacity`, that of a pack.
+    Returns:
+        The packs, each the numbers of its items in ascending order.
+    """
+    num_leaves = 1 << max(0, len(lengths) - 1).bit_length()
+    # A tree over all packs there can be: each node holds the most room of a pack below it, so the first
+    # pack with room is found in log(n) steps, not by trying all that are open.
+    room = [capacity] * (2 * num_leaves)
+    packs: list[list[int]] = []
+    for number, length in enumerate(lengths):
+        node = 1
+        while node < num_leaves:
+            node = 2 * node if room[2 * node] >= length else 2 * node + 1
+        first = node - num_leaves
+        if first == len(packs):
+            packs.append([])
+        packs[first].append(number)
+        room[node] -= length
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return packs
+
+
 class TokenizedDataset(Sequence[Row]):
     """The sequences of a run: rows or, with packing, packs of rows.
 
@@ -118,12 +146,6 @@ class TokenizedDataset(Sequence[Row]):
         unpacked = copy.copy(self)
         unpacked.sizes, unpacked._pack_edges = self.row_sizes, self._pack_edges[:1]
         return unpacked
-
-    def sequence_lengths(self) -> np.ndarray:
-        """[len(self)] tokens of each sequence."""
-        if not self.is_packed:
-            return self.lengths
-        return np.add.reduceat(self.lengths[self._packs], self._pack_edges[:-1])
 
 
 def write_dataset(path: Path, by_source: list[list[Row]], packs: list[list[list[int]]], facts: dict) -> None:

@@ -1,4 +1,4 @@
-"""Tokenised rows kept on disk: the key that they are kept under, finding them, making them.
+"""Datasets made and kept: their key, finding them in the cache, and reading, selecting and packing the rows.
 
 There is one file per dataset, `~/.cache/speft_ds/rows/<key>.safetensors`, keyed by the contents of the data,
 the tokenizer and all that shapes the rows. Imports no torch, so that a second start costs next to nothing.
@@ -22,18 +22,14 @@ from tqdm import tqdm
 from speft_ds import hub
 from speft_ds.config.data_config import DataConfig, Source
 from speft_ds.config.recipe import Recipe
-from speft_ds.data.dataset import Row, TokenizedDataset, write_dataset
+from speft_ds.data.dataset import Row, TokenizedDataset, first_fit, write_dataset
 from speft_ds.data.formats import Classes, EmptyRow, Example, find_classes, make_example
-from speft_ds.data.packing import first_fit
-from speft_ds.data.readers import Located, hash_file, hash_files, is_hub_dataset, iterate_rows, load_builder
-from speft_ds.data.select import select_rows
+from speft_ds.data.readers import Located, ask_datasets, hash_file, hash_files, is_hub_dataset, iterate_rows
 from speft_ds.data.tokenize import CUT_PROMPT, CUT_RESPONSE, NO_LABELS, TOO_LONG, Encoder
 from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
 
 FORMAT_VERSION = "2"  # of the file, and of what tokenising does: another version is another key
-# All that a tokenizer, or a small model that scores rows, is loaded from.
-MODEL_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 BATCH = 1000  # rows tokenised in one call, on all cores
 NUM_SAMPLES = 3  # rows kept as text, to be shown
 EMPTY, NOT_SELECTED = "empty, left out", "not selected"
@@ -67,8 +63,12 @@ class DatasetSpec:
         classify = recipe.model.task == "sequence_classification"
         return cls(recipe.data, recipe.model.name_or_path, classify, recipe.seed, recipe.where_rows)
 
-    def key(self) -> str:
-        """Hash of everything that the dataset depends on. Raises UserError for data that is not there."""
+    def path(self) -> Path:
+        """The file that keeps the dataset, named by a hash of all that decides what is in it.
+
+        Raises:
+            UserError: the data is not there.
+        """
         data = self.data
         parts = [
             FORMAT_VERSION,
@@ -77,16 +77,13 @@ class DatasetSpec:
             [source.model_dump(mode="json", exclude={"path", "weight"}) for source in data.sources],
             self.classify,
             self.seed if data.select == "random" else None,
-            _hash_model(self.model, MODEL_FILES),
-            _hash_model(data.scorer, MODEL_FILES + hub.WEIGHT_SUFFIXES),
+            _hash_model(self.model, hub.CONFIG_SUFFIXES),
+            _hash_model(data.scorer, hub.CONFIG_SUFFIXES + hub.WEIGHT_SUFFIXES),
             data.scorer and _how_scored(),
             [_hash_source(source) for source in data.sources],
         ]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-    def path(self) -> Path:
-        """Where the dataset is kept. Raises UserError for data that is not there."""
-        return cache_folder("rows") / f"{self.key()}.safetensors"
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+        return cache_folder("rows") / f"{key}.safetensors"
 
 
 def _hash_model(model: str | None, suffixes: tuple[str, ...]) -> list[str] | str | None:
@@ -97,15 +94,15 @@ def _hash_model(model: str | None, suffixes: tuple[str, ...]) -> list[str] | str
 
 def _how_scored() -> list[str | int]:
     """What scores depend on besides the scorer; its dtype depends on the machine."""
-    from speft_ds.data.ifd import MAX_TOKENS, VERSION, choose_dtype
+    from speft_ds.data.select import IFD_VERSION, MAX_TOKENS, choose_dtype
 
-    return [str(choose_dtype()), VERSION, MAX_TOKENS]
+    return [str(choose_dtype()), IFD_VERSION, MAX_TOKENS]
 
 
 def _hash_source(source: Source) -> str:
     """What identifies the rows of a source: the bytes of its files, or the version on the hub."""
     if is_hub_dataset(source.path):
-        return str(load_builder(source).cache_dir)
+        return str(ask_datasets(source, "load_dataset_builder").cache_dir)
     path = Path(source.path)
     if not path.is_dir():
         return hash_file(path)
@@ -114,12 +111,7 @@ def _hash_source(source: Source) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def find_cached(spec: DatasetSpec) -> TokenizedDataset | None:
-    """The dataset, if it was made before. Raises UserError for data that is not there."""
-    return _open(spec.path())
-
-
-def _open(path: Path) -> TokenizedDataset | None:
+def find_cached(path: Path) -> TokenizedDataset | None:
     """A dataset of the cache; None where there is none or it is damaged: then it is made again."""
     try:
         return TokenizedDataset(path) if path.is_file() else None
@@ -143,17 +135,17 @@ def prepare(
     if hub.model_folder(spec.model) is None:
         load_tokenizer()  # fetches it: the key goes by its files
     if spec.data.scorer and hub.model_folder(spec.data.scorer) is None:
-        from speft_ds.data.ifd import find_folder
+        from speft_ds.data.select import find_scorer
 
-        find_folder(spec.data.scorer)  # the same
+        find_scorer(spec.data.scorer)  # the same
     path = spec.path()
-    if cached := _open(path):  # in a folder that may be shared, and not writable
+    if cached := find_cached(path):  # in a folder that may be shared, and not writable
         return cached
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The rename at the end of writing makes it safe; the lock saves the others from doing the same work.
         with FileLock(path.with_suffix(".lock")):
-            if not _open(path):
+            if not find_cached(path):
                 log(f"tokenising {', '.join(source.path for source in spec.data.sources)}")
                 make_dataset(spec, load_tokenizer(), path)
     except OSError as error:
@@ -244,6 +236,8 @@ def _prompt_and_response(example: Example) -> tuple[str, str]:
 
 def _select(sources: list[_SourceRows], spec: DatasetSpec) -> None:
     """Keep the rows that `data.select` takes of all sources together."""
+    from speft_ds.data.select import select_rows  # late: it imports torch
+
     rows = [row for source in sources for row in source.rows]
     texts = [text for source in sources for text in source.texts]
     chosen, numbers = select_rows(rows, texts, spec.data, spec.seed), count()

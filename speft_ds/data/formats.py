@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from speft_ds.config.data_config import Source, template_fields
+from speft_ds.config.data_config import Columns, Source, template_fields
 from speft_ds.errors import UserError, closest
 
 # format -> the column of the response, or of all that the loss is on
@@ -89,7 +89,7 @@ def columns_of(source: Source) -> dict[str, str]:
         templates = _templates(source)
         fields = [name for template in templates for name in template_fields(template)]
         roles = [*fields, *(["input"] if len(templates) > 1 else []), *roles]
-    known = type(source.columns).model_fields
+    known = Columns.model_fields
     return {_column(source, r): f"data.columns.{r}" if r in known else "data.template" for r in roles}
 
 
@@ -105,7 +105,7 @@ def _templates(source: Source) -> list[str]:
 
 def _column(source: Source, role: str) -> str:
     """The column that a field of a template, or the response, is in: its own name unless renamed."""
-    return (getattr(source.columns, role) or role) if role in type(source.columns).model_fields else role
+    return dict(source.columns).get(role) or role
 
 
 def check_columns(row: Any, where: str, source: Source) -> list[UserError]:

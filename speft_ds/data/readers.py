@@ -20,7 +20,7 @@ from speft_ds.errors import UserError, did_you_mean
 from speft_ds.io import sha256_of
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSIONS = (".gz", ".zst")
 Located = Iterator[tuple[str, Any]]  # where a row stands, and the row
 
 
@@ -50,7 +50,7 @@ def iterate_rows(source: Source) -> Located:
             return (located for file in files for located in iterate_file(file))
     elif not is_hub_dataset(source.path):
         return iterate_file(Path(source.path))
-    rows = _ask_datasets(source, "load_dataset", split=source.split)
+    rows = ask_datasets(source, "load_dataset", split=source.split)
     return ((f"{source.path} ({source.split}), row {number}", row) for number, row in enumerate(rows, 1))
 
 
@@ -74,13 +74,9 @@ def _open_text(path: Path) -> io.TextIOBase:
     # utf-8-sig: spreadsheets write a byte order mark, which is no part of the first column's name.
     if path.suffix not in COMPRESSIONS:
         return path.open(encoding="utf-8-sig", newline="")
-    return io.TextIOWrapper(_decompressed(path), encoding="utf-8-sig", newline="")
-
-
-def _decompressed(path: Path) -> io.IOBase:
     import pyarrow
 
-    return pyarrow.input_stream(str(path), compression=COMPRESSIONS[path.suffix])
+    return io.TextIOWrapper(pyarrow.input_stream(str(path)), encoding="utf-8-sig", newline="")
 
 
 def _iterate_jsonl(path: Path) -> Located:
@@ -124,17 +120,14 @@ def _iterate_parquet(path: Path) -> Located:
 
     try:
         is_plain = path.suffix not in COMPRESSIONS
-        source = path if is_plain else pyarrow.BufferReader(_decompressed(path).read())
+        source = path if is_plain else pyarrow.BufferReader(pyarrow.input_stream(str(path)).read())
         with pyarrow.parquet.ParquetFile(source) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
+            rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield f"{path}, row {number}", row
     except pyarrow.ArrowException as error:
-        raise UserError(
-            f"not a readable parquet file: {error}", str(path), "write or copy it again"
-        ) from error
+        what = f"not a readable parquet file: {error}"
+        raise UserError(what, str(path), "write or copy it again") from error
 
 
 _READERS = {
@@ -155,20 +148,19 @@ def _parse(text: str, where: str) -> Any:
 
 def folder_files(source: Source) -> list[Path]:
     """The files of a split of a folder. Raises UserError: no such subset or split, or no data at all."""
-    splits = load_builder(source).config.data_files or {}
+    splits = ask_datasets(source, "load_dataset_builder").config.data_files or {}
     if source.split not in splits:
         what = f"{source.path} has no split {source.split!r}; it has {', '.join(map(str, splits)) or 'none'}"
         raise UserError(what, source.path, did_you_mean(source.split, map(str, splits)))
     return [Path(file) for file in splits[source.split]]
 
 
-def load_builder(source: Source):
-    """What `datasets` knows of a data set in a folder or on the hub without its rows."""
-    return _ask_datasets(source, "load_dataset_builder")
+def ask_datasets(source: Source, function: str, **options):
+    """The result of a function of `datasets`, `load_dataset` or `load_dataset_builder`, for a source.
 
-
-def _ask_datasets(source: Source, function: str, **options):
-    """Raises UserError: it is not there, the hub cannot be reached, or it has no such subset or split."""
+    Raises:
+        UserError: it is not there, the hub cannot be reached, or it has no such subset or split.
+    """
     if is_hub_dataset(source.path) and not hub.has_dataset(source.path) and not hub.is_reachable():
         what = f"the data set {source.path} is not cached, and cannot be fetched: {hub.why_unreachable()}"
         raise UserError(what, source.path, hub.dataset_hint(source.path))

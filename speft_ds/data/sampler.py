@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 
 @lru_cache(maxsize=64)
@@ -72,11 +72,7 @@ class Sampler:
 
     def ids(self, first: int, count: int) -> list[int]:
         """The row numbers at positions [first, first + count): epochs follow each other without a gap."""
-        ids: list[int] = []
-        while len(ids) < count:
-            epoch, start = divmod(first + len(ids), len(self))
-            ids += self.epoch(epoch)[start : start + count - len(ids)]
-        return ids
+        return _window(self.epoch, len(self), first, count)
 
     def epoch(self, number: int) -> list[int]:
         """All row numbers of an epoch, in order."""
@@ -93,18 +89,19 @@ class Sampler:
 def _epoch(sampler: Sampler, epoch: int) -> list[int]:
     rows, start = [], 0
     for source, (size, share) in enumerate(zip(sampler.sizes, sampler.shares, strict=True)):
-        rows += [start + row for row in _rows_of_source(sampler, source, size, share, epoch)]
+        purpose = f"{sampler.purpose} of source {source}"
+        shuffled = partial(permutation, size, sampler.seed, purpose)
+        # A part of a source begins where that of the epoch before stopped.
+        taken = range(size) if share == size else _window(shuffled, size, epoch * share, share)
+        rows += [start + row for row in taken]
         start += size
     return [rows[position] for position in permutation(len(rows), sampler.seed, sampler.purpose, epoch)]
 
 
-def _rows_of_source(sampler: Sampler, source: int, size: int, share: int, epoch: int) -> list[int]:
-    """The rows of one source in an epoch: `share` of them, from where the epoch before stopped."""
-    if share == size:
-        return list(range(size))
+def _window(lap: Callable[[int], list[int]], length: int, first: int, count: int) -> list[int]:
+    """Positions [first, first + count) of `lap(0)`, `lap(1)`, ... of this length, one after the other."""
     rows: list[int] = []
-    while len(rows) < share:
-        lap, start = divmod(epoch * share + len(rows), size)
-        shuffled = permutation(size, sampler.seed, f"{sampler.purpose} of source {source}", lap)
-        rows += shuffled[start : start + share - len(rows)]
+    while len(rows) < count:
+        number, start = divmod(first + len(rows), length)
+        rows += lap(number)[start : start + count - len(rows)]
     return rows

@@ -99,7 +99,7 @@ class Encoder:
         Raises:
             UserError: no chat template, or one that does not separate a prompt from its response.
         """
-        pieces = [self.pieces(example, where) for where, example in examples]
+        pieces = [self._pieces(example, where) for where, example in examples]
         # Each row up to the end of each of its pieces.
         texts = [text for row in pieces for text in accumulate(text for text, _ in row)]
         encoded = iter(self._ids(texts) if texts else [])
@@ -108,7 +108,7 @@ class Encoder:
             for row, (_, example) in zip(pieces, examples, strict=True)
         ]
 
-    def pieces(self, example: Example, where: str) -> Pieces:
+    def _pieces(self, example: Example, where: str) -> Pieces:
         """The conversation as one text, cut where the speaker changes."""
         if not example.is_chat:
             return [(turn["content"], turn["role"] == "assistant") for turn in example.turns]
@@ -147,10 +147,10 @@ class Encoder:
     ) -> tuple[Row | None, str | None]:
         """A row and what was done to it, from the ids up to the end of each of its pieces."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        ids: list[int] = [bos] if self.adds_bos else []
+        ids: list[int] = [bos] if self._adds_bos else []
         loss_mask = [False] * len(ids)
         for (_, is_label), own in zip(pieces, self._split(pieces, encoded), strict=True):
-            while ids == [bos] and own[:1] == [bos] and self.adds_bos:
+            while ids == [bos] and own[:1] == [bos] and self._adds_bos:
                 own = own[1:]  # one BOS, whatever the text or the template writes
             # A template may write a line end behind the EOS, which nobody would ever generate.
             num_labels = self._up_to_last_eos(own) if is_label else 0
@@ -190,7 +190,7 @@ class Encoder:
         return len(ids) if self.tokenizer.decode(ids[end:]).strip() else end
 
     @cached_property
-    def adds_bos(self) -> bool:
+    def _adds_bos(self) -> bool:
         """Whether the tokenizer usually starts a text with its BOS token."""
         bos = self.tokenizer.bos_token_id
         return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]

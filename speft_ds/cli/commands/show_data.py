@@ -9,9 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from speft_ds.config.recipe import Recipe
-from speft_ds.data.dataset import TokenizedDataset
+from speft_ds.data.dataset import TokenizedDataset, first_fit
 from speft_ds.data.dataset_cache import DatasetSpec, prepare
-from speft_ds.data.packing import first_fit
 from speft_ds.data.sampler import Sampler
 from speft_ds.data.tokenize import load_tokenizer
 from speft_ds.errors import UserError

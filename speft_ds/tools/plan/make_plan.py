@@ -155,7 +155,7 @@ def find_order(recipe: Recipe) -> tuple[Sampler | None, str]:
     data = recipe.data
     paths = ", ".join(source.path for source in data.sources)
     try:
-        if corpus := find_cached(DatasetSpec.from_recipe(recipe)):
+        if corpus := find_cached(DatasetSpec.from_recipe(recipe).path()):
             kind = "packs" if corpus.is_packed else "rows"
             return Sampler(corpus.sizes, data.weights, recipe.seed), f"tokenised before: {kind}"
         sizes = [sum(1 for _ in iterate_rows(source)) for source in data.sources]

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speft_ds.config.data_config import Columns, DataConfig, Source
-from speft_ds.data.dataset import Row, pack
-from speft_ds.data.packing import first_fit
+from speft_ds.data.dataset import Row, first_fit, pack
 from unit.data.made import make, pairs, refusal, shown, without_chat, write
 
 
@@ -17,7 +16,7 @@ def test_rows_are_those_tokenised_by_hand(path, model):
     rows = tiny.read_rows(path)
     assert list(dataset) == rows and len(dataset) == dataset.num_rows == 30
     assert list(dataset.rows()) == rows and [dataset[n] for n in (17, 3)] == [rows[n] for n in (17, 3)]
-    assert dataset.lengths.tolist() == dataset.sequence_lengths().tolist() == [len(row.ids) for row in rows]
+    assert dataset.lengths.tolist() == [len(row.ids) for row in rows]
     assert dataset.num_label_tokens.tolist() == [row.num_labels for row in rows]
     assert dataset.sizes == dataset.row_sizes == (30,) and not dataset.is_packed
     for number in (30, -1):
@@ -25,15 +24,9 @@ def test_rows_are_those_tokenised_by_hand(path, model):
             dataset[number]
     samples = dataset.facts["samples"]
     assert samples[1] == [["<s>say bear please </s><s>", False], ["bear 1</s>", True]] and len(samples) == 3
-
-
-def test_ids_are_read_row_by_row_from_the_file(path, model):
-    dataset = make(DataConfig(path=str(path)), model)
     held = [value for value in vars(dataset).values() if isinstance(value, np.ndarray)]
-    assert sum(array.size for array in held) < sum(dataset.lengths)
-    row = dataset[3]
-    assert isinstance(row, Row) and {type(token) for token in row.ids} == {int}
-    assert {type(is_label) for is_label in row.loss_mask} == {bool}
+    assert sum(array.size for array in held) < sum(dataset.lengths)  # the ids stay in the file
+    assert {type(value) for value in (*dataset[3].ids, *dataset[3].loss_mask)} == {int, bool}
 
 
 def test_packs_hold_every_row_once(path, model):
@@ -43,7 +36,6 @@ def test_packs_hold_every_row_once(path, model):
     assert dataset.is_packed and len(dataset) == len(packs) < 30 and dataset.num_rows == 30
     assert dataset.sizes == (len(packs),) and dataset.row_sizes == (30,)
     assert list(dataset) == [pack([rows[n] for n in numbers]) for numbers in packs]
-    assert dataset.sequence_lengths().tolist() == [len(packed.ids) for packed in dataset]
     assert list(dataset.rows()) == rows and dataset.rows().sizes == (30,)  # each by itself, for calibration
 
 
@@ -71,14 +63,6 @@ def naive_first_fit(lengths, capacity):
 def test_each_row_goes_into_the_first_pack_with_room(case):
     lengths, capacity = case
     assert first_fit(lengths, capacity) == naive_first_fit(lengths, capacity)
-
-
-def test_packs_of_many_rows_are_nearly_full():
-    lengths = np.minimum(1024, 1 + np.random.default_rng(0).exponential(200, 50_000).astype(int)).tolist()
-    packs = first_fit(lengths, 1024)
-    assert sum(lengths) / (1024 * len(packs)) > 0.97 and packs == first_fit(lengths, 1024)
-    with pytest.raises(ValueError, match="item 1 of length 9"):
-        first_fit([1, 9], 8)
 
 
 def test_a_mixture_keeps_its_sources_apart(tmp_path, path, model):
@@ -131,9 +115,8 @@ def test_what_became_of_the_rows_is_counted(tmp_path, model):
         assert {what: n for what, n in counts.items() if n} == {"rows": 4, "empty, left out": 1, **counted}
         assert expected is None or shown(dataset) == expected
     assert shown(dataset) == ["p|yes</s>", "p|" + "y" * 39]
-    dataset = make(
-        without_chat(write(tmp_path / "rows.jsonl", [{"text": "</s>"}, {"text": "ab"}]), format="text"), model
-    )
+    texts = write(tmp_path / "rows.jsonl", [{"text": "</s>"}, {"text": "ab"}])
+    dataset = make(without_chat(texts, format="text"), model)
     assert shown(dataset) == ["a|b</s>"] and dataset.facts["sources"][0]["nothing to learn, left out"] == 1
 
 

@@ -50,7 +50,6 @@ def test_a_cache_that_cannot_be_written(tmp_path, path, model, monkeypatch):
 
 
 def test_a_full_disk_leaves_nothing_behind(path, model, monkeypatch, cache):
-
     def save_file(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -128,7 +127,7 @@ def test_a_cached_dataset_is_opened_without_torch(path, model, cache):
 
 
 def key(data, model, **options):
-    return DatasetSpec(data, model, **options).key()
+    return DatasetSpec(data, model, **options).path().stem
 
 
 def test_the_key_does_not_depend_on_paths_or_weights(tmp_path, path, model):
@@ -194,7 +193,7 @@ def test_the_version_of_the_scores_is_in_the_key_of_a_scored_selection_alone(pat
     plain = DataConfig(path=str(path))
     scored = plain.model_copy(update={"select": "ifd", "select_rows": 1, "scorer": str(model)})
     before = key(plain, model), key(scored, model)
-    monkeypatch.setattr("speft_ds.data.ifd.VERSION", 99)
+    monkeypatch.setattr("speft_ds.data.select.IFD_VERSION", 99)
     assert key(plain, model) == before[0] and key(scored, model) != before[1]
 
 

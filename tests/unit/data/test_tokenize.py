@@ -6,7 +6,7 @@ import pytest
 import sentencepiece
 import tiny
 
-from speft_ds.data.tokenize import Encoder, load_tokenizer
+from speft_ds.data.tokenize import CUT_PROMPT, CUT_RESPONSE, TOO_LONG, Encoder, load_tokenizer
 from speft_ds.training.setup import choose_pad_id
 from unit.data.made import chat, encode, plain, refusal, responses
 from unit.data.tokenizers_small import STYLES, sentencepiece_model, write_llama2_alone
@@ -56,22 +56,15 @@ def at_inference(tokenizer, turns):
 # In the tokenizer's chat template
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, f"{PROMPT}\n\nred\ngreen"])
-def test_a_prompt_and_its_response_in_the_chat_template(style, tokenizer, prompt):
-    turns = [("user", prompt), ("assistant", RESPONSE)]
+@pytest.mark.parametrize("turns", [[("user", f"{PROMPT}\n\nred"), ("assistant", RESPONSE)], TURNS])
+def test_the_loss_is_on_every_turn_of_the_assistant_and_on_no_other(style, tokenizer, turns):
+    turns = turns if style.has_system else [turn for turn in turns if turn[0] != "system"]
     row, _ = encode(tokenizer, chat(turns))
-    check(style, tokenizer, row, style.pieces(turns))
-    inference = at_inference(tokenizer, turns[:1])
-    assert row.ids[: len(inference)] == inference and responses(row) == [(len(inference), len(row.ids))]
-
-
-def test_the_loss_is_on_every_turn_of_the_assistant_and_on_no_other(style, tokenizer):
-    turns = TURNS if style.has_system else TURNS[1:]
-    row, _ = encode(tokenizer, chat(turns))
-    num_bos = 2 if style.name == "llama2" else 1  # which has one per question
+    answers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
+    num_bos = len(answers) if style.name == "llama2" else 1  # which has one per question
     check(style, tokenizer, row, style.pieces(turns), num_bos)
-    for (start, _), end in zip(responses(row), (len(turns) - 3, len(turns) - 1), strict=True):
-        assert row.ids[:start] == at_inference(tokenizer, turns[:end])
+    for (start, _), number in zip(responses(row), answers, strict=True):
+        assert row.ids[:start] == at_inference(tokenizer, turns[:number])
 
 
 def test_what_a_chat_template_cannot_write_is_named(tokenizers, monkeypatch):
@@ -99,16 +92,10 @@ def test_a_template_without_a_bos_gets_the_one_that_the_tokenizer_writes(tokeniz
 
 def test_of_a_text_all_tokens_are_labels_but_the_first(style, tokenizer):
     row, _ = encode(tokenizer, chat([("assistant", RESPONSE)], is_chat=False))
+    assert encode(tokenizer, plain("", RESPONSE)) == (row, None)
     assert row.ids == [*tokenizer(RESPONSE)["input_ids"], tokenizer.eos_token_id]
     assert responses(row) == [(1, len(row.ids))]
     check_bos(style, tokenizer, row)
-
-
-def test_the_first_token_is_no_label_even_without_a_prompt(tokenizers):
-    tokenizer = tokenizers["qwen2"]
-    row, _ = encode(tokenizer, plain("", "yes"))
-    assert row.ids == [*tokenizer("yes")["input_ids"], tokenizer.eos_token_id]
-    assert responses(row) == [(1, len(row.ids))]
 
 
 def test_a_bos_and_an_eos_that_stand_in_the_text_are_not_doubled(style, tokenizer):
@@ -160,6 +147,78 @@ def test_a_row_to_classify_ends_with_the_eos_and_has_no_label_tokens(style, toke
         assert row.ids == [*tokenizer(PROMPT)["input_ids"], tokenizer.eos_token_id]
 
 
+# Rows that are too long
+
+
+LONG_ROWS = ("drop", "truncate_prompt", "truncate_response")
+BYTES = tiny.make_tokenizer()  # one token per byte, and one for the end
+LONG, SHORT = "abcdefghijklmnopqrstuvwxyz", "0123456789"
+END, PAIR = f"{SHORT}</s>", plain(LONG, SHORT)
+TEXT = chat([("assistant", LONG)], is_chat=False)
+TO_CLASSIFY = chat([("user", LONG)], is_chat=False, label=1)
+ANSWERED = [("assistant", "yes"), ("user", "more"), ("assistant", "no")]
+TALK, SHORT_TALK = (chat([("user", text), *ANSWERED]) for text in (LONG, "a"))
+
+
+@pytest.mark.parametrize(
+    ("example", "max_length", "long_rows", "text", "labels", "what"),
+    [
+        (PAIR, 36, "truncate_prompt", f"abcdefghijklmopqrstuvwxyz{END}", [END], CUT_PROMPT),
+        (PAIR, 21, "truncate_prompt", f"abcdevwxyz{END}", [END], CUT_PROMPT),
+        (PAIR, 20, "truncate_prompt", f"abcdewxyz{END}", [END], CUT_PROMPT),
+        (PAIR, 15, "truncate_prompt", f"abyz{END}", [END], CUT_PROMPT),
+        (TO_CLASSIFY, 11, "truncate_prompt", "abcdevwxyz</s>", [], CUT_PROMPT),
+        (
+            TALK,
+            29,
+            "truncate_prompt",
+            "<s>abcdefgvwxyz</s><s>yes</s><s>more</s><s>no</s>",
+            ["yes</s>", "no</s>"],
+            CUT_PROMPT,
+        ),
+        (PAIR, 36, "truncate_response", f"{LONG}{SHORT}", [SHORT], CUT_RESPONSE),  # a cut one has no EOS
+        (PAIR, 30, "truncate_response", f"{LONG}0123", ["0123"], CUT_RESPONSE),
+        (PAIR, 27, "truncate_response", f"{LONG}0", ["0"], CUT_RESPONSE),
+        (TEXT, 10, "truncate_response", "abcdefghij", ["bcdefghij"], CUT_RESPONSE),
+        (SHORT_TALK, 12, "truncate_response", "<s>a</s><s>yes</s><s>mor", ["yes</s>"], CUT_RESPONSE),
+        *((PAIR, 37, policy, f"{LONG}{END}", [END], None) for policy in LONG_ROWS),
+    ],
+)
+def test_a_row_that_is_too_long_is_cut(example, max_length, long_rows, text, labels, what):
+    row, done = encode(BYTES, example, max_length, long_rows)
+    assert done == what and row.label == example.label and len(row.ids) <= max_length
+    assert BYTES.decode(row.ids) == text
+    assert [BYTES.decode(row.ids[start:stop]) for start, stop in responses(row)] == labels
+
+
+@pytest.mark.parametrize(
+    ("example", "max_length", "long_rows"),
+    [
+        (PAIR, 36, "drop"),
+        (PAIR, 14, "truncate_prompt"),  # the response leaves no room for the prompt
+        (PAIR, 8, "truncate_prompt"),
+        (PAIR, 26, "truncate_response"),  # the prompt leaves no room for the response
+        (TEXT, 10, "drop"),
+        (TEXT, 10, "truncate_prompt"),
+        (TO_CLASSIFY, 11, "drop"),
+        (TO_CLASSIFY, 11, "truncate_response"),
+    ],
+)
+def test_a_row_that_cannot_be_cut_is_left_out(example, max_length, long_rows):
+    assert encode(BYTES, example, max_length, long_rows) == (None, TOO_LONG)
+
+
+def test_the_template_around_a_cut_prompt_stays(style, tokenizer):
+    example = chat([("user", " ".join(["hello world"] * 40)), ("assistant", "the quick brown fox")])
+    complete, _ = encode(tokenizer, example)
+    room, start = len(complete.ids) - 30, responses(complete)[0][0]
+    row, what = encode(tokenizer, example, room, "truncate_prompt")
+    head = (start - 30 + 1) // 2
+    assert what == CUT_PROMPT and responses(row) == [(start - 30, room)]
+    assert row.ids == complete.ids[:head] + complete.ids[head + 30 :]
+    check_bos(style, tokenizer, row)
+
+
 # Tokenizers as they are loaded
 
 
@@ -182,11 +241,6 @@ def test_any_other_tokenizer_is_loaded_as_transformers_does(tmp_path, tokenizer)
     assert loaded(RESPONSE) == tokenizer(RESPONSE) and loaded.chat_template == tokenizer.chat_template
 
 
-def test_a_tokenizer_gets_a_bos_if_it_writes_one(style, tokenizer):
-    # SmolLM2 has one, which it never writes.
-    assert Encoder(tokenizer, 10, "drop").adds_bos == (style.bos is not None)
-
-
 def test_a_tokenizer_without_an_eos_is_refused():
     tokenizer = tiny.make_tokenizer()
     tokenizer.eos_token = None
@@ -202,9 +256,7 @@ def test_what_is_padded_with_is_in_the_vocabulary_and_no_eos_of_a_class(tokenize
     pad = choose_pad_id(tokenizer, classifies)
     assert 0 <= pad < len(tokenizer)
     assert not classifies or pad != tokenizer.eos_token_id
-    added = copy.deepcopy(
-        tokenizers["llama2"]
-    )  # a padding behind the vocabulary, as many a fine-tuned one has
+    added = copy.deepcopy(tokenizers["llama2"])
     num_embeddings = len(added)
-    added.add_special_tokens({"pad_token": "[PAD]"})
+    added.add_special_tokens({"pad_token": "[PAD]"})  # behind the vocabulary, as many a fine-tuned one has
     assert choose_pad_id(added, classifies) < num_embeddings

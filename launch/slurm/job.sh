@@ -42,9 +42,6 @@ log_to() {  # folder: what follows is written to a file in it
 }
 
 run_ranks() {  # script, arguments: run it as one task per rank, and end the job as it ends
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
-  export MASTER_ADDR MASTER_PORT
   # srun takes this from its own variable only.
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
   # A signal must not kill a rank whose Python has not come up yet.

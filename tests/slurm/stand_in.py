@@ -9,6 +9,11 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from speft_ds.env import init_env
 
 RANK = int(os.environ["SLURM_PROCID"])
 KEYS = (
@@ -36,6 +41,7 @@ def wait_for_signal():
     os._exit(85)
 
 
+init_env()
 how, _, code = os.environ["STAND_IN"].partition(" ")
 say(argv=sys.argv[1:], **{key: os.environ.get(key) for key in KEYS})
 if how == "exit":

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -42,13 +43,6 @@ def test_a_damaged_dataset_is_made_again(path, model, damage):
     assert second.path == first.path and list(second) == rows and second.path.read_bytes() == complete
 
 
-def test_a_cache_that_cannot_be_written(tmp_path, path, model, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("SPEFT_DS_CACHE", str(tmp_path / "file"))
-    with refusal(tmp_path / "file" / "rows", "SPEFT_DS_CACHE"):
-        make(DataConfig(path=str(path)), model)
-
-
 def test_a_full_disk_leaves_nothing_behind(path, model, monkeypatch, cache):
     def save_file(tensors, path, metadata):
         path.write_bytes(b"half")
@@ -83,7 +77,7 @@ import sys, time
 from pathlib import Path
 import tiny
 from speft_ds.data.dataset_cache import DatasetSpec, prepare
-from speft_ds.config.data_config import DataConfig as Data
+from speft_ds.config.data_config import DataConfig
 path, model, folder, me = sys.argv[1:]
 tokenizer = tiny.make_tokenizer()
 (Path(folder) / me).touch()
@@ -93,8 +87,15 @@ def load():
     print("tokenises")
     time.sleep(0.5)
     return tokenizer
-dataset = prepare(DatasetSpec(Data(path=path), model), load, lambda line: None)
+dataset = prepare(DatasetSpec(DataConfig(path=path), model), load, lambda line: None)
 print(sum(sum(row.ids) for row in dataset), len(dataset))
+"""
+CACHED = """
+import sys
+from speft_ds.data.dataset_cache import DatasetSpec, prepare
+from speft_ds.config.data_config import DataConfig
+dataset = prepare(DatasetSpec(DataConfig(path=sys.argv[1]), sys.argv[2]), None)
+print(len(list(dataset)), sorted({"torch", "transformers", "datasets"} & set(sys.modules)))
 """
 
 
@@ -107,19 +108,7 @@ def test_two_processes_that_want_one_dataset_make_it_once(tmp_path, path, model,
     expected = f"{sum(sum(row.ids) for row in rows)} {len(rows)}"
     assert [output.splitlines()[-1] for output in outputs] == [expected] * 2
     assert len(list(cache.rglob("*.safetensors"))) == 1 and not list(cache.rglob("*.tmp"))
-
-
-CACHED = """
-import sys
-from speft_ds.data.dataset_cache import DatasetSpec, prepare
-from speft_ds.config.data_config import DataConfig as Data
-dataset = prepare(DatasetSpec(Data(path=sys.argv[1]), sys.argv[2]), None)
-print(len(list(dataset)), sorted({"torch", "transformers", "datasets"} & set(sys.modules)))
-"""
-
-
-def test_a_cached_dataset_is_opened_without_torch(path, model, cache):
-    make(DataConfig(path=str(path)), model)
+    # Another one, once it is cached, imports no torch.
     assert start(cache, CACHED, path, model).communicate(timeout=300)[0] == "30 []\n"
 
 
@@ -131,9 +120,7 @@ def key(data, model, **options):
 
 
 def test_the_key_does_not_depend_on_paths_or_weights(tmp_path, path, model):
-    copy = tmp_path / "elsewhere" / "copy.jsonl"
-    copy.parent.mkdir()
-    copy.write_bytes(path.read_bytes())
+    copy = shutil.copy(path, tmp_path / "copy.jsonl")
     before = key(DataConfig(path=str(path)), model)
     assert before == key(DataConfig(path=str(copy)), model)
     mixed = [DataConfig(mixture=[Source(path=str(p), weight=w)]) for p, w in ((path, 1.0), (copy, 2.0))]
@@ -142,59 +129,53 @@ def test_the_key_does_not_depend_on_paths_or_weights(tmp_path, path, model):
     assert before == key(DataConfig(path=str(path)), str(tmp_path / "moved"))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"max_length": 512},
-        {"template": "{prompt}!"},
-        {"chat_template": False},
-        {"columns": Columns(prompt="response")},
-        {"long_rows": "truncate_prompt"},
-        {"empty_rows": "drop"},
-        {"packing": True},
-        {"select": "longest", "select_rows": 3},
-        {"format": "text"},
-    ],
-)
-def test_whatever_shapes_the_rows_changes_the_key(path, model, change):
+def changed(data, **changes):
+    return data.model_copy(update=changes)
+
+
+def test_whatever_shapes_the_rows_changes_the_key(path, model, monkeypatch):
     data = DataConfig(path=str(path))
-    assert key(data.model_copy(update=change), model) != key(data, model)
-
-
-def test_the_seed_is_in_the_key_of_a_random_selection_alone(path, model):
-    data = DataConfig(path=str(path), select="random", select_rows=7)
-    assert key(data, model, seed=0) != key(data, model, seed=1)
-    assert key(DataConfig(path=str(path)), model, seed=0) == key(DataConfig(path=str(path)), model, seed=1)
+    longest, scored = (changed(data, select=how, select_rows=3) for how in ("longest", "ifd"))
+    keys = [
+        key(data, model),
+        key(changed(data, max_length=512), model),
+        key(changed(data, template="{prompt}!"), model),
+        key(changed(data, chat_template=False), model),
+        key(changed(data, columns=Columns(prompt="response")), model),
+        key(changed(data, long_rows="truncate_prompt"), model),
+        key(changed(data, empty_rows="drop"), model),
+        key(changed(data, packing=True), model),
+        key(changed(data, format="text"), model),
+        key(data, model, classify=True),
+        key(longest, model),
+        key(changed(longest, select_rows=4), model),
+        *(key(changed(longest, select="random"), model, seed=seed) for seed in (0, 1)),
+        key(changed(scored, scorer=model), model),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key(data, model, seed=1) == keys[0]  # the seed is that of a random selection
+    monkeypatch.setattr("speft_ds.data.select.IFD_VERSION", 99)
+    assert key(data, model) == keys[0] and key(changed(scored, scorer=model), model) not in keys
 
 
 def test_the_bytes_of_data_tokenizer_and_scorer_change_the_key(tmp_path, path, model):
-    shutil.copytree(model, tmp_path / "scorer")
+    scorer = shutil.copytree(model, tmp_path / "scorer")
     data = DataConfig(path=str(path))
-    scored = data.model_copy(update={"select": "ifd", "select_rows": 1, "scorer": str(tmp_path / "scorer")})
-    seen = {key(data, model), key(data, model, classify=True), key(scored, model)}
+    scored = changed(data, select="ifd", select_rows=1, scorer=str(scorer))
+    keys = [key(data, model)]
     path.write_text(path.read_text().replace("ant", "ANT"))
-    seen.add(key(data, model))
+    keys += [key(data, model), key(scored, model)]
     names = ["tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"]
     for name in [*names, "tokenizer.model", "sentencepiece.bpe.model", "merges.txt"]:
-        with (tmp_path / "scorer" / name).open("a") as file:
-            file.write(" ")
-        before = key(data, model)
-        seen.add(key(scored, model))
-        with (tmp_path / "model" / name).open("a") as file:
-            file.write(" ")
-        assert key(data, model) not in {before, *seen}
-        seen.add(key(data, model))
-    assert len(seen) == 4 + 2 * 7
-    (tmp_path / "model" / "model.safetensors").write_text("weights")
-    assert key(data, model) in seen
-
-
-def test_the_version_of_the_scores_is_in_the_key_of_a_scored_selection_alone(path, model, monkeypatch):
-    plain = DataConfig(path=str(path))
-    scored = plain.model_copy(update={"select": "ifd", "select_rows": 1, "scorer": str(model)})
-    before = key(plain, model), key(scored, model)
-    monkeypatch.setattr("speft_ds.data.select.IFD_VERSION", 99)
-    assert key(plain, model) == before[0] and key(scored, model) != before[1]
+        for folder, section in ((scorer, scored), (model, data)):
+            with (Path(folder) / name).open("a") as file:
+                file.write(" ")
+            keys.append(key(section, model))
+    assert len(set(keys)) == len(keys)
+    (Path(model) / "model.safetensors").write_text("weights")
+    assert key(data, model) == keys[-1]
+    (scorer / "model.safetensors").write_text("weights")
+    assert key(scored, model) not in keys
 
 
 def test_the_files_of_a_folder_change_the_key(tmp_path, model):

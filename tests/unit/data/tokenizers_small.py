@@ -10,7 +10,7 @@ import random
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 TEXT = (
@@ -19,9 +19,9 @@ TEXT = (
 )
 
 
-def make_text(num_lines: int = 300) -> list[str]:
+def make_text() -> list[str]:
     draw, words = random.Random(0), TEXT.split()
-    lines = [" ".join(draw.choice(words) for _ in range(12)) for _ in range(num_lines)]
+    lines = [" ".join(draw.choices(words, k=12)) for _ in range(300)]
     return [f"{line.capitalize()}. {number}: {line}?" for number, line in enumerate(lines)]
 
 
@@ -204,12 +204,8 @@ def _make_chatml(pattern: str | None, **special):
     )
 
 
-def _make_qwen2():
-    return _make_chatml(LLAMA3_PATTERN, pad_token="<|endoftext|>")
-
-
-def _make_smollm2():
-    return _make_chatml(None, bos_token="<|im_start|>", pad_token="<|im_end|>")
+_make_qwen2 = partial(_make_chatml, LLAMA3_PATTERN, pad_token="<|endoftext|>")
+_make_smollm2 = partial(_make_chatml, None, bos_token="<|im_start|>", pad_token="<|im_end|>")
 
 
 def _chatml_pieces(turns):
@@ -224,7 +220,6 @@ class Style:
 
     Attributes:
         bos: its BOS where the model has one that the tokenizer adds; `eos`: its EOS.
-        make_tokenizer: the tokenizer, which a test saves.
         pieces: a conversation as text by hand, each piece with whether the loss is on it.
         has_system: whether its template takes a system prompt.
     """

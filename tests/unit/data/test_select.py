@@ -7,6 +7,7 @@ import random
 import shutil
 import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny as tiny_model
@@ -73,19 +74,16 @@ def test_ifd_chooses_by_prompt_and_response(tmp_path, model, monkeypatch):
 def test_choice_equals_a_naive_sort(seed):
     draw = random.Random(seed)
     scores = [draw.choice([0.1, 0.5, 0.5, 0.9, draw.uniform(0, 2), 1.0, 1.5]) for _ in range(30)]
+    # Rows of 1 or more do not follow from their prompt.
+    ranked = sorted((-score, number) for number, score in enumerate(scores) if score < 1)
     for k in range(32):
-        # Rows of 1 or more do not follow from their prompt.
-        left, naive = {number: score for number, score in enumerate(scores) if score < 1}, []
-        while left and len(naive) < k:
-            naive.append(min(left, key=lambda number: (-left[number], number)))
-            del left[naive[-1]]
-        assert hardest(scores, k) == set(naive)
-    assert hardest([1.0], 1) == hardest([], 3) == set()
+        assert hardest(scores, k) == {number for _, number in ranked[:k]}
 
 
 # Scores
 
 
+WEIGHTS = "model.safetensors"
 PAIRS = [
     ("say cat ", "cat 1"),
     ("", "a response without any prompt"),
@@ -107,14 +105,9 @@ def scorer(tiny, tmp_path):
 @pytest.fixture
 def loads(monkeypatch):
     """Counts the models that are loaded."""
-    counted, original = [], AutoModelForCausalLM.from_pretrained
-
-    def counting(*args, **options):
-        counted.append(args)
-        return original(*args, **options)
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counting)
-    return counted
+    load = mock.Mock(wraps=AutoModelForCausalLM.from_pretrained)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    return load
 
 
 def add_to_weight(file, name, row, value):
@@ -206,7 +199,7 @@ def test_without_bos_the_first_token_is_eos(scorer):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_row_without_a_response_or_a_finite_loss_is_named(scorer, value):
     z = AutoTokenizer.from_pretrained(scorer)("z")["input_ids"][0]
-    add_to_weight(scorer / "model.safetensors", "model.embed_tokens.weight", z, value)
+    add_to_weight(scorer / WEIGHTS, "model.embed_tokens.weight", z, value)
     assert len(ifd_scores(PAIRS, scorer)) == len(PAIRS)  # padding and other rows are not touched
     with refusal("data.scorer", what="row 2"):
         ifd_scores([("say a", "a b c d e f"), ("say z", "ok"), ("x", "y")], scorer)
@@ -225,17 +218,15 @@ def test_a_ratio_beyond_float_is_limited(tiny, monkeypatch):
 # The scorer
 
 
-def edit_config(folder, **values):
-    document = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(document | values))
+def edit(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-WEIGHTS = "model.safetensors"
 DAMAGES = {
     "no weights": lambda folder: (folder / WEIGHTS).unlink(),
     "cut weights": lambda folder: os.truncate(folder / WEIGHTS, 30_000),
     "bad config": lambda folder: (folder / "config.json").write_text("{"),
-    "a layer missing": lambda folder: edit_config(folder, num_hidden_layers=3),
+    "a layer missing": lambda folder: edit(folder / "config.json", num_hidden_layers=3),
     "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
     "no folder": shutil.rmtree,
 }
@@ -285,22 +276,18 @@ def files(cache):
 
 def test_the_key_is_the_content(tiny, scorer, cache, loads):
     original = ifd_scores(PAIRS, tiny["untied"])
-    assert ifd_scores(list(map(list, PAIRS)), str(scorer)) == original and len(loads) == 1  # a copy elsewhere
-    assert [path.suffix for path in files(cache)] == [".json"]
-    weights = scorer / "model.safetensors"
-    before = weights.stat()
-    add_to_weight(weights, "lm_head.weight", (0, 0), 1)
-    os.utime(weights, ns=(before.st_mtime_ns, before.st_mtime_ns))
-    assert weights.stat().st_size == before.st_size
-    assert ifd_scores(PAIRS, scorer) != original and len(loads) == 2
+    assert ifd_scores(PAIRS, str(scorer)) == original and loads.call_count == 1  # a copy elsewhere
+    before = (scorer / WEIGHTS).stat()
+    add_to_weight(scorer / WEIGHTS, "lm_head.weight", (0, 0), 1)
+    os.utime(scorer / WEIGHTS, ns=(before.st_mtime_ns, before.st_mtime_ns))
+    assert ifd_scores(PAIRS, scorer) != original and loads.call_count == 2
     for number, name in enumerate(["config.json", "tokenizer_config.json"], 3):
-        document = json.loads((scorer / name).read_text())
-        (scorer / name).write_text(json.dumps(document | {"note": "changed"}))
+        edit(scorer / name, note="changed")
         ifd_scores(PAIRS, scorer)
-        assert len(loads) == number
+        assert loads.call_count == number
     for number, other in enumerate([PAIRS[::-1], PAIRS[1:], [*PAIRS[1:], ("say cat c", "at 1")]], 5):
         ifd_scores(other, scorer)
-        assert len(loads) == len(files(cache)) == number
+        assert loads.call_count == len(files(cache)) == number
 
 
 @pytest.mark.parametrize("damage", ["cut", "digit", b"", b"[1, 2]", b"\xff\xfe"])
@@ -314,15 +301,12 @@ def test_a_damaged_file_is_not_trusted(tiny, cache, loads, damage):
         damage = text.replace(repr(scores[0]), repr(scores[0] + 1e-9)).encode()
     assert damage != text.encode()
     path.write_bytes(damage)
-    assert ifd_scores(PAIRS[:3], tiny["untied"]) == scores and len(loads) == 2
+    assert ifd_scores(PAIRS[:3], tiny["untied"]) == scores and loads.call_count == 2
     assert path.read_text() == text and files(cache) == [path]
 
 
 def test_scores_that_cannot_be_kept_are_not_lost(tiny, cache, monkeypatch):
-    def full(path, document):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(select, "write_json", full)
+    monkeypatch.setattr(select, "write_json", mock.Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.warns(UserWarning):
         assert len(ifd_scores(PAIRS[:2], tiny["untied"])) == 2
     assert not cache.exists()

@@ -1,4 +1,4 @@
-"""The checks before torch is imported, as far as each job needs them (bad files one by one: `bad_inputs`)."""
+"""The checks before torch is imported, as far as each job needs them (one by one: `test_bad_inputs`)."""
 
 from typing import get_args
 
@@ -6,9 +6,7 @@ import pytest
 
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.config.mask_config import ScoredOnRows, ScoredOnWeights, mask_file
-from speft_ds.errors import UserError
 from speft_ds.jobs.preflight import check_inputs
-from speft_ds.training.run_dir import check_output_dir
 from unit.written import problems_of
 
 MISSING = {  # a word that is wrong -> the jobs that look at it
@@ -85,27 +83,6 @@ def test_a_batch_that_the_ranks_cannot_share(ready, ranks, ways):
     assert all(way in problem.fix for way in ways) and ("micro_batch" in problem.fix) == (ranks == 8)
 
 
-def test_a_run_folder_that_is_not_empty(ready, tmp_path):
-    recipe = ready("output_dir=run")
-    check_output_dir(recipe)
-    (tmp_path / "run").mkdir()
-    check_output_dir(recipe)
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError) as caught:
-        check_output_dir(recipe)
-    assert "output_dir=run-2" in caught.value.fix and "rm -r run" in caught.value.fix
-
-
-def test_a_model_whose_config_cannot_be_read(ready, tmp_path):
-    (tmp_path / "model" / "config.json").write_text("{")
-    assert problems_of(ready())[0].where == "model/config.json"
-
-
-def test_a_scorer_that_is_not_there(ready):
-    (problem,) = problems_of(ready("data.select=ifd", "data.select_rows=1", "data.scorer=/nowhere/small"))
-    assert "data.scorer=/the/right/path" in problem.fix
-
-
 # The rows that scores are computed from
 
 
@@ -113,10 +90,8 @@ def test_a_scorer_that_is_not_there(ready):
 def test_a_metric_that_needs_data_with_no_data(ready, salience):
     recipe = ready("data.path=null", f"mask.salience={salience}", "model.dtype=float32")
     (problem,) = problems_of(recipe, job="score")
-    assert (
-        problem.where == f"command line: mask.salience={salience}" and "mask.calibration_path" in problem.fix
-    )
-    assert all(other in problem.fix for other in get_args(ScoredOnWeights))
+    assert problem.where == f"command line: mask.salience={salience}"
+    assert all(way in problem.fix for way in ("mask.calibration_path", *get_args(ScoredOnWeights)))
 
 
 @pytest.mark.parametrize("salience", get_args(ScoredOnWeights))

@@ -15,6 +15,8 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import urlparse
 
+from speft_ds.errors import UserError
+
 TIMEOUT_S = 1.5  # for the hub to answer
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -120,7 +122,7 @@ def why_unreachable() -> str:
     return "offline by choice (HF_HUB_OFFLINE)" if by_choice else f"no answer from {endpoint()}"
 
 
-def model_hint(name: str, key: str = "model.name_or_path") -> str:
+def model_hint(name: str, key: str) -> str:
     return (
         f"with a network: hf download {name} (a gated model first needs its licence accepted on its page and "
         f"hf auth login); or set {key} to a local folder"
@@ -132,3 +134,9 @@ def dataset_hint(name: str) -> str:
         f"with a network: hf download --repo-type dataset {name}; "
         "or set data.path to a local file or folder of the rows"
     )
+
+
+def cannot_fetch(what: str, where: str, fix: str) -> UserError:
+    """The error for a model or a data set that is not cached while the hub cannot be reached."""
+    why = why_unreachable()
+    return UserError(f"{what} is not in the hub's cache, and cannot be fetched: {why}", where, fix)

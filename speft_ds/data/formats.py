@@ -143,14 +143,14 @@ def make_example(row: Any, where: str, source: Source, classes: Classes | None, 
     if source.format == "messages":
         return Example(_messages(row[column], where), is_chat=True)
     if source.format == "text":
-        return Example([_turn("assistant", _text(row, column, where))], is_chat=False)
+        return Example([_response(row, column, where)], is_chat=False)
     prompt = _turn("user", _prompt(row, where, source))
     if source.format != "classification":
-        return Example([prompt, _turn("assistant", _text(row, column, where))], source.chat_template)
-    label = _class(row[column], where, classes)
+        return Example([prompt, _response(row, column, where)], source.chat_template)
+    number = _class(row[column], where, classes)
     if classify:
-        return Example([prompt], source.chat_template, label)
-    return Example([prompt, _turn("assistant", classes.names[label])], source.chat_template)
+        return Example([prompt], source.chat_template, number)
+    return Example([prompt, _turn("assistant", classes.names[number])], source.chat_template)
 
 
 def _turn(role: str, content: str) -> dict[str, str]:
@@ -161,34 +161,34 @@ def _prompt(row: dict, where: str, source: Source) -> str:
     *with_input, template = _templates(source)
     if with_input and not _is_blank(row[source.columns.input]):
         template = with_input[0]
-    values = {}
-    for name in template_fields(template):
-        column = _column(source, name)
-        values[name] = "" if _is_blank(row[column]) else _as_text(row[column], column, where)
+    values = {name: _text(row, _column(source, name), where) for name in template_fields(template)}
     if values and not any(values.values()):
         raise EmptyRow(f"the prompt is empty: {', '.join(values)}", where, _COMPLETE)
     return template.format_map(values)  # braces of a value stay as they are
 
 
 def _text(row: dict, column: str, where: str) -> str:
-    """The text in a column of a row, which must not be empty."""
-    if _is_blank(row[column]):
-        raise EmptyRow(f"the row has an empty {column!r}", where, _COMPLETE)
-    return _as_text(row[column], column, where)
-
-
-def _is_blank(value: Any) -> bool:
-    """Whether a cell is empty: no value, white space, or the NaN of a table's missing values."""
-    return value is None or (isinstance(value, str) and not value.strip()) or value != value
-
-
-def _as_text(value: Any, column: str, where: str) -> str:
+    """The text in a column of a row, or that of a number; "" for an empty cell."""
+    value = row[column]
+    if _is_blank(value):
+        return ""
     if isinstance(value, str):
         return _encodable(value, where)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     kind = type(value).__name__
     raise UserError(f"{column!r} holds a {kind}, not text", where, "write text there, or name another column")
+
+
+def _response(row: dict, column: str, where: str) -> dict[str, str]:
+    if text := _text(row, column, where):
+        return _turn("assistant", text)
+    raise EmptyRow(f"the row has an empty {column!r}", where, _COMPLETE)
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether a cell is empty: no value, white space, or the NaN of a table's missing values."""
+    return value is None or (isinstance(value, str) and not value.strip()) or value != value
 
 
 def _encodable(text: str, where: str) -> str:

@@ -61,13 +61,17 @@ def iterate_file(path: Path) -> Located:
     """
     kind = kind_of(path)
     if kind is None:
-        what = f"the data file {path} is none of {', '.join(SUFFIXES)}, nor one of them as .gz or .zst"
-        raise UserError(what, str(path), "convert it, or rename it")
+        raise unknown_kind(path, str(path))
     try:
         yield from _READERS[kind](path)
     except (OSError, UnicodeDecodeError, EOFError) as error:
         fix = "it must be readable, complete and, but for parquet, UTF-8 text"
         raise UserError(f"cannot read the data file: {error}", str(path), fix) from error
+
+
+def unknown_kind(path: Path, where: str) -> UserError:
+    what = f"the data file {path} is none of {', '.join(SUFFIXES)}, nor one of them as .gz or .zst"
+    return UserError(what, where, "convert it, or rename it")
 
 
 def _open_text(path: Path) -> io.TextIOBase:
@@ -162,8 +166,7 @@ def ask_datasets(source: Source, function: str, **options):
         UserError: it is not there, the hub cannot be reached, or it has no such subset or split.
     """
     if is_hub_dataset(source.path) and not hub.has_dataset(source.path) and not hub.is_reachable():
-        what = f"the data set {source.path} is not cached, and cannot be fetched: {hub.why_unreachable()}"
-        raise UserError(what, source.path, hub.dataset_hint(source.path))
+        raise hub.cannot_fetch(f"the data set {source.path}", source.path, hub.dataset_hint(source.path))
     import datasets  # late: it takes a second
     import pyarrow
 

@@ -13,7 +13,7 @@ from speft_ds.config.deepspeed_config import batch_problems, read_ds_config
 from speft_ds.config.mask_config import ScoredOnWeights, mask_file
 from speft_ds.config.recipe import FIELDS, Job, Recipe
 from speft_ds.data.formats import check_columns
-from speft_ds.data.readers import SUFFIXES, folder_files, is_hub_dataset, iterate_file, kind_of
+from speft_ds.data.readers import SUFFIXES, folder_files, is_hub_dataset, iterate_file, kind_of, unknown_kind
 from speft_ds.env import CACHE, expand_path
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.training.metrics import monitor_problems
@@ -85,8 +85,7 @@ def _model_problems(recipe: Recipe, key: str, name: str) -> Problems:
     folder = hub.model_folder(name)
     if (folder and not hub.missing_weights(folder)) or hub.is_reachable():
         return []  # whether it exists, is for the hub to say
-    what = f"the model {name} is not in the hub's cache, and cannot be fetched: {hub.why_unreachable()}"
-    return [UserError(what, where, hub.model_hint(name, key))]
+    return [hub.cannot_fetch(f"the model {name}", where, hub.model_hint(name, key))]
 
 
 def check_data(recipe: Recipe, job: Job, world_size: int) -> Problems:
@@ -123,9 +122,7 @@ def _source_problems(recipe: Recipe, key: str, source: Source, where: str) -> Pr
     if is_hub_dataset(source.path):
         if hub.has_dataset(source.path) or hub.is_reachable():
             return []
-        why = hub.why_unreachable()
-        what = f"the data set {source.path} is not in the hub's cache, and cannot be fetched: {why}"
-        return [UserError(what, where, hub.dataset_hint(source.path))]
+        return [hub.cannot_fetch(f"the data set {path}", where, hub.dataset_hint(source.path))]
     if path.is_dir():
         if not any(kind_of(file) for file in path.rglob("*")):
             return [UserError(f"the folder {path} has no file of rows ({', '.join(SUFFIXES)})", where, fix)]
@@ -134,8 +131,7 @@ def _source_problems(recipe: Recipe, key: str, source: Source, where: str) -> Pr
         except UserError as error:
             return [UserError(error.what, where, error.fix)]
     elif not kind_of(path):
-        what = f"the data file {path} is none of {', '.join(SUFFIXES)}, nor one of them as .gz or .zst"
-        return [UserError(what, where, "convert it, or rename it")]
+        return [unknown_kind(path, where)]
     elif not path.is_file():
         return [UserError(f"no data file {path}", where, fix)]
     try:

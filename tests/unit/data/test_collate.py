@@ -21,18 +21,10 @@ ROWS = [
 def test_rows_are_padded_on_the_right_and_labels_are_where_the_loss_is():
     # A padding that is also a label takes no label away.
     batch = collate([ROWS[0], ROWS[1], Row([6, 7], [0, 0]), Row([7, 3], [0, 1])], 3, CPU)
-    assert batch["input_ids"].tolist() == [
-        [5, 6, 7, 8, 9],
-        [10, 11, 5, 3, 3],
-        [6, 7, 3, 3, 3],
-        [7, 3, 3, 3, 3],
-    ]
-    assert batch["labels"].tolist() == [
-        [IGNORED, IGNORED, 7, 8, 9],
-        [IGNORED, 11, 5, IGNORED, IGNORED],
-        [IGNORED] * 5,
-        [IGNORED, 3, IGNORED, IGNORED, IGNORED],
-    ]
+    ids = [[5, 6, 7, 8, 9], [10, 11, 5, 3, 3], [6, 7, 3, 3, 3], [7, 3, 3, 3, 3]]
+    no = IGNORED
+    labels = [[no, no, 7, 8, 9], [no, 11, 5, no, no], [no] * 5, [no, 3, no, no, no]]
+    assert batch["input_ids"].tolist() == ids and batch["labels"].tolist() == labels
     assert set(batch) == {"input_ids", "labels"} and batch["input_ids"].dtype == torch.int64
 
 

@@ -1,4 +1,4 @@
-"""Rows in five styles of tokenizers, against texts by hand and what transformers gives at inference."""
+"""Rows in five styles of tokenizers, against what transformers gives at inference."""
 
 import copy
 
@@ -9,7 +9,7 @@ import tiny
 from speft_ds.data.tokenize import CUT_PROMPT, CUT_RESPONSE, TOO_LONG, Encoder, load_tokenizer
 from speft_ds.training.setup import choose_pad_id
 from unit.data.made import chat, encode, plain, refusal, responses
-from unit.data.tokenizers_small import STYLES, sentencepiece_model, write_llama2_alone
+from unit.data.tokenizers_small import sentencepiece_model, write_llama2_alone
 
 PROMPT, RESPONSE = "what is the answer?", "the quick brown fox, 42 times"
 TURNS = [
@@ -26,20 +26,6 @@ def text_of(tokenizer, ids):
     """The ids as text, without the space that SentencePiece puts before every text."""
     bos = tokenizer.bos_token if ids[:1] == [tokenizer.bos_token_id] else ""
     return bos + tokenizer.decode(ids[1:] if bos else ids)
-
-
-def check(style, tokenizer, row, pieces, num_bos=1):
-    """The row is these pieces of text, each with whether the loss is on it; the last ends with the EOS."""
-    assert text_of(tokenizer, row.ids) == "".join(text for text, _ in pieces)
-    ends, text = [], ""
-    for piece, is_label in pieces:
-        if is_label:  # as text up to where the loss starts and stops: some decoders drop a first space
-            ends += [(text, text + piece)]
-        text += piece
-    assert [tuple(text_of(tokenizer, row.ids[:edge]) for edge in run) for run in responses(row)] == ends
-    assert row.ids[-1] == tokenizer.eos_token_id and row.loss_mask[-1] and not row.loss_mask[0]
-    assert row.num_labels == sum(row.loss_mask) > 0 and len(row.loss_mask) == len(row.ids)
-    check_bos(style, tokenizer, row, num_bos)
 
 
 def check_bos(style, tokenizer, row, count=1):
@@ -61,10 +47,14 @@ def test_the_loss_is_on_every_turn_of_the_assistant_and_on_no_other(style, token
     turns = turns if style.has_system else [turn for turn in turns if turn[0] != "system"]
     row, _ = encode(tokenizer, chat(turns))
     answers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
-    num_bos = len(answers) if style.name == "llama2" else 1  # which has one per question
-    check(style, tokenizer, row, style.pieces(turns), num_bos)
-    for (start, _), number in zip(responses(row), answers, strict=True):
+    for (start, stop), number in zip(responses(row), answers, strict=True):
         assert row.ids[:start] == at_inference(tokenizer, turns[:number])
+        answer = style.answer.format(turns[number][1])
+        if number == answers[-1]:
+            answer = answer.removesuffix(style.eos) + style.eos
+        assert text_of(tokenizer, row.ids[:stop]) == text_of(tokenizer, row.ids[:start]) + answer
+    assert stop == len(row.ids) == len(row.loss_mask) and row.ids[-1] == tokenizer.eos_token_id
+    check_bos(style, tokenizer, row, len(answers) if style.name == "llama2" else 1)  # one per question
 
 
 def test_what_a_chat_template_cannot_write_is_named(tokenizers, monkeypatch):
@@ -80,11 +70,7 @@ def test_what_a_chat_template_cannot_write_is_named(tokenizers, monkeypatch):
 def test_a_template_without_a_bos_gets_the_one_that_the_tokenizer_writes(tokenizers):
     tokenizer = copy.deepcopy(tokenizers["llama3"])
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "")
-    row, _ = encode(tokenizer, chat(TURNS))
-    check(STYLES["llama3"], tokenizer, row, STYLES["llama3"].pieces(TURNS))
-    asked = [{"role": role, "content": text} for role, text in TURNS[:2]]
-    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-    assert row.ids[: responses(row)[0][0]] == tokenizer(prompt)["input_ids"]
+    assert encode(tokenizer, chat(TURNS)) == encode(tokenizers["llama3"], chat(TURNS))
 
 
 # Plain text

@@ -1,7 +1,4 @@
-"""Small tokenizers in the styles of well-known models, trained on the spot, and what their templates write.
-
-Each style says by hand how a conversation looks as text; the tests compare with that.
-"""
+"""Small tokenizers in the styles of well-known models, trained on the spot."""
 
 from __future__ import annotations
 
@@ -98,36 +95,6 @@ def _make_llama2():
     return tokenizer
 
 
-def _llama2_pieces(turns):
-    pieces, system = [], ""
-    for role, text in turns:
-        if role == "system":
-            system = f"<<SYS>>\n{text}\n<</SYS>>\n\n"
-        elif role == "user":
-            pieces.append((f"<s>[INST] {system}{text} [/INST]", False))
-            system = ""
-        else:
-            pieces.append((f" {text} </s>", True))
-    return pieces
-
-
-# The others write a head, the text and a tail for each turn.
-
-
-def _by_turn(turns, start="", head="", tail="", behind="", end=""):
-    """Text and whether it is a response; `behind` stands behind a response's EOS, `end` behind the last."""
-    pieces, text = [], start
-    for role, content in turns:
-        text += head.format(role)
-        if role == "assistant":
-            pieces += [(text, False), (content + tail, True)]
-            text = behind
-        else:
-            text += content + tail + behind
-    pieces[-1] = (pieces[-1][0] + end, True)
-    return pieces
-
-
 def _adding_bos(bos: str, specials: list[str], template: str, **options):
     """A byte-level tokenizer that writes a BOS, as its template does, too."""
     from tokenizers import processors
@@ -155,11 +122,6 @@ def _make_llama3():
     return _adding_bos("<|begin_of_text|>", specials, template, eos_token="<|eot_id|>")
 
 
-def _llama3_pieces(turns):
-    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
-    return _by_turn(turns, "<|begin_of_text|>", head, tail="<|eot_id|>")
-
-
 # Gemma: no system prompt, roles of its own, turns that end otherwise than the row
 
 
@@ -173,11 +135,6 @@ def _make_gemma():
     )
     specials = ["<pad>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
     return _adding_bos("<bos>", specials, template, eos_token="<eos>", pad_token="<pad>")
-
-
-def _gemma_pieces(turns):
-    pieces = _by_turn(turns, "<bos>", "<start_of_turn>{}\n", tail="<end_of_turn>\n", end="<eos>")
-    return [(text.replace("<start_of_turn>assistant", "<start_of_turn>model"), own) for text, own in pieces]
 
 
 # Qwen2: no BOS, a system prompt of its own where the conversation has none. SmolLM2: alike, but it names a
@@ -208,27 +165,21 @@ _make_qwen2 = partial(_make_chatml, LLAMA3_PATTERN, pad_token="<|endoftext|>")
 _make_smollm2 = partial(_make_chatml, None, bos_token="<|im_start|>", pad_token="<|im_end|>")
 
 
-def _chatml_pieces(turns):
-    if turns[0][0] != "system":
-        turns = [("system", SYSTEM), *turns]
-    return _by_turn(turns, head="<|im_start|>{}\n", tail="<|im_end|>", behind="\n")
-
-
 @dataclass(frozen=True)
 class Style:
     """What a tokenizer of one family is like.
 
     Attributes:
         bos: its BOS where the model has one that the tokenizer adds; `eos`: its EOS.
-        pieces: a conversation as text by hand, each piece with whether the loss is on it.
+        answer: what the chat template makes of a response, up to where its turn ends.
         has_system: whether its template takes a system prompt.
     """
 
     name: str
     bos: str | None
     eos: str
+    answer: str
     make_tokenizer: Callable
-    pieces: Callable[[list[tuple[str, str]]], list[tuple[str, bool]]]
     has_system: bool = True
 
     def make(self, folder: Path):
@@ -242,10 +193,10 @@ class Style:
 STYLES = {
     style.name: style
     for style in (
-        Style("llama2", "<s>", "</s>", _make_llama2, _llama2_pieces),
-        Style("llama3", "<|begin_of_text|>", "<|eot_id|>", _make_llama3, _llama3_pieces),
-        Style("gemma", "<bos>", "<eos>", _make_gemma, _gemma_pieces, has_system=False),
-        Style("qwen2", None, "<|im_end|>", _make_qwen2, _chatml_pieces),
-        Style("smollm2", None, "<|im_end|>", _make_smollm2, _chatml_pieces),
+        Style("llama2", "<s>", "</s>", " {} </s>", _make_llama2),
+        Style("llama3", "<|begin_of_text|>", "<|eot_id|>", "{}<|eot_id|>", _make_llama3),
+        Style("gemma", "<bos>", "<eos>", "{}<end_of_turn>\n", _make_gemma, has_system=False),
+        Style("qwen2", None, "<|im_end|>", "{}<|im_end|>", _make_qwen2),
+        Style("smollm2", None, "<|im_end|>", "{}<|im_end|>", _make_smollm2),
     )
 }

@@ -110,9 +110,7 @@ REFUSED = {
 # A file of its own -> the same.
 COMPLETE = {
     "": ("mine.yaml", "speft cp"),
-    "# only a comment\n": ("mine.yaml", "speft cp"),
     "- model\n- data\n": ("mine.yaml", "speft cp"),
-    "model": ("mine.yaml", "speft cp"),
     "seed: \x01": ("mine.yaml", "quote"),
     "seed: 1\n---\nseed: 2\n": ("2", "quote"),
     "seed: 1": ("mine.yaml (model.name_or_path)", "model.name_or_path="),
@@ -165,27 +163,18 @@ OVERRIDES = {
     "data.path=null": (None, "data.path=/the/right/path"),
     "data.path=none.jsonl": (None, "data.path=/the/right/path"),
     "data.path=rows.txt": (None, "convert"),
-    "data.path=empty.jsonl": (None, "data.path="),
     "data.path=empty.json": (None, "data.path="),
     "data.path=broken.jsonl": ("broken.jsonl:2", ""),
-    "data.path=object.json": ("object.json", "["),
     "data.path=lines.json": ("lines.json", ".jsonl"),
     "data.path=lists.jsonl": ("lists.jsonl:1", ""),
     "data.path=questions.jsonl": ("questions.jsonl:1", "data.columns.prompt=promt"),
-    "data.path=long.csv": ("long.csv:2", "quote"),
-    "data.path=rows.jsonl.gz": ("rows.jsonl.gz", ""),
-    "data.path=rows.parquet": ("rows.parquet", ""),
     "data.path=latin.jsonl": ("latin.jsonl", "UTF-8"),
     "data.path=folder": (None, "data.path="),
     "data.labels=[a, b]": (None, "data.format=classification"),
     "data.select_rows=10": (None, "data.select=longest"),
     "mask.load=runs/none": (None, "speft score"),
     "mask.load=rows.jsonl": (None, "speft score"),
-    "mask.load=model": (None, "speft score"),
     "mask.calibration_path=none.jsonl": (None, "mask.calibration_path=/the/right/path"),
-    "mask.calibration_path=rows.txt": (None, "convert"),
-    "mask.calibration_path=empty.jsonl": (None, "mask.calibration_path="),
-    "mask.calibration_path=broken.jsonl": ("broken.jsonl:2", ""),
     "mask.calibration_path=questions.jsonl": ("questions.jsonl:1", "promt, response"),
     "eval.include_path=none": (None, "eval.include_path="),
     "eval.forgetting_text=none": (None, "eval.forgetting_text="),
@@ -211,15 +200,12 @@ def write_files(folder: Path) -> None:
     texts = {
         "rows.jsonl": GOOD_ROW * 4,
         "rows.txt": GOOD_ROW,
-        "empty.jsonl": "\n \n",
         "empty.json": "[]",
         "broken.jsonl": GOOD_ROW + '{"prompt": "a", \n',
-        "object.json": '{"prompt": "a"}',
         "lines.json": GOOD_ROW * 2,
         "lists.jsonl": "[1, 2]\n",
         "questions.jsonl": '{"promt": "a", "response": "b"}\n',
         "labels.csv": "text,label\ngood,1\nbad,0\n",
-        "long.csv": "prompt,response\na,b,c\n",
         "stage2.json": '{"zero_optimization": {"stage": 2}}',
         "model/config.json": '{"max_position_embeddings": 2048}',
         "model/model.safetensors": "",
@@ -234,8 +220,6 @@ def write_files(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
-    (folder / "rows.jsonl.gz").write_bytes(b"\x1f\x8b damaged")
-    (folder / "rows.parquet").write_bytes(b"PAR1 damaged")
     (folder / "folder").mkdir()
 
 

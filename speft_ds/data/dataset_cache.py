@@ -41,7 +41,6 @@ class DatasetSpec:
     """All that decides what is in a dataset.
 
     Attributes:
-        data: the data section; its sources are read.
         model: whose tokenizer; a local folder or a hub id.
         classify: for sequence classification.
         seed: of the recipe, for `data.select=random`.

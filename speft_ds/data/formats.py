@@ -56,12 +56,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a classification.
-
-    Attributes:
-        names: in order of their numbers.
-        numbers: what a row's label column may hold -> the class.
-    """
+    """The names of a classification's classes, and what a row's label column may hold -> its class."""
 
     names: list[str]
     numbers: Mapping[str | int, int]

@@ -12,6 +12,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,15 +103,12 @@ def ifd_scores(pairs: Sequence[tuple[str, str]], scorer: str | Path) -> list[flo
 
 
 def choose_dtype() -> torch.dtype:
-    """What the scorer computes in on this machine.
-
-    fp32 on the CPU: only some CPUs multiply bf16 any faster, and so all of them get the same scores.
-    """
+    """What the scorer computes in: fp32 on all CPUs, so that their scores agree; few multiply bf16 faster."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def _cut(prompt: list[int], response: list[int], room: int) -> tuple[list[int], list[int]]:
-    """Shorten token ids to `room` (2 or more) together, where they are longer.
+    """Token ids shortened to `room` together, where they are longer.
 
     The response keeps its first tokens: as many as the prompt leaves it, or half of the room if that is
     more. The prompt keeps its beginning and its end, where the task and the last question stand.
@@ -135,8 +133,7 @@ def _score(pairs: Sequence[tuple[str, str]], model: nn.Module, tokenizer) -> lis
 def _tokenize(pairs: Sequence[tuple[str, str]], tokenizer, max_tokens: int) -> tuple[list[Row], list[Row]]:
     """Rows with and without the prompt: the same response ids, after the same first token.
 
-    The first token is there in both, whether or not the tokenizer usually adds one: the response's first
-    token needs one before it, and the two should differ by the prompt alone.
+    The response's first token needs one before it, and the two should differ by the prompt alone.
     """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
@@ -200,12 +197,12 @@ def find_scorer(scorer: str | Path) -> Path:
         return Path(scorer)
     from huggingface_hub import snapshot_download
 
-    options = {"ignore_patterns": ["*/*"]}  # other formats of the same weights
+    download = partial(snapshot_download, str(scorer), ignore_patterns=["*/*"])  # no other formats
+    kinds = (*hub.CONFIG_SUFFIXES, ".safetensors")
     try:
-        plain = [f"*{suffix}" for suffix in (*hub.CONFIG_SUFFIXES, ".safetensors")]
-        folder = Path(snapshot_download(str(scorer), allow_patterns=plain, **options))
+        folder = Path(download(allow_patterns=[f"*{kind}" for kind in kinds]))
         if not any(folder.glob("*.safetensors")):  # an old model: its weights are pickled
-            folder = Path(snapshot_download(str(scorer), allow_patterns=["*.bin"], **options))
+            folder = Path(download(allow_patterns=["*.bin"]))
     except (OSError, ValueError) as error:
         raise _cannot_load(scorer, error) from error
     return folder
@@ -246,10 +243,7 @@ def _read_cache(path: Path) -> list[float] | None:
 
 
 def _write_cache(path: Path, scores: list[float]) -> None:
-    """Jobs that race write the same scores, each by a rename of its own: a reader sees all of a file or none.
-
-    No lock: some network file systems have none, or hang in it.
-    """
+    # Jobs that race write the same scores, so there is no lock: some network file systems have none.
     try:
         write_json(path, {"scores": scores, "sha256": _hash_json(scores)})
     except OSError as error:  # a full disk must not cost the scores that have just been computed

@@ -17,8 +17,7 @@ from speft_ds.data.dataset import Row
 from speft_ds.data.formats import Example
 from speft_ds.errors import UserError
 
-# Of a tokenizer.model, by which a loaded tokenizer is compared with SentencePiece itself.
-_PROBE = "Hello  world, 12 \u00e9\n\u4e16 x"
+_PROBE = "Hello  world, 12 \u00e9\n\u4e16 x"  # by which a loaded tokenizer is compared with SentencePiece
 Pieces = list[tuple[str, bool]]  # text, and whether the loss is on it
 MIN_PROMPT = 4  # tokens that a cut prompt keeps; a row that would have fewer is left out
 NO_LABELS = "nothing to learn, left out"
@@ -26,10 +25,8 @@ CUT_PROMPT, CUT_RESPONSE, TOO_LONG = "truncated prompt", "truncated response", "
 
 
 def load_tokenizer(name_or_path: str, where: str = "model.name_or_path") -> object:
-    """The tokenizer of a model: a local folder or a hub id.
+    """The tokenizer of a model: a local folder or a hub id; `where` is where an error says it is named.
 
-    Args:
-        where: what an error says of where the model is named.
     Raises:
         UserError: transformers cannot load it, or would read a SentencePiece tokenizer.model, which stands
             alone, otherwise than SentencePiece.
@@ -70,12 +67,8 @@ def _load_sentencepiece(folder: Path) -> object:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What turns examples into rows.
+    """What turns examples into rows; `max_length` and `long_rows` are those of the recipe.
 
-    Args:
-        tokenizer: of the model.
-        max_length: the most tokens that a row may have.
-        long_rows: `data.long_rows` of the recipe.
     Raises:
         UserError: the tokenizer has no end-of-sequence token.
     """

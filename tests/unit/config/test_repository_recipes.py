@@ -159,7 +159,7 @@ def test_rows_become_the_prompt_that_is_meant(local, name):
     assert example.turns[0]["content"] == prompts[source.chat_template]
     assert example.is_chat == source.chat_template
     assert example.label == 1 if classify else example.turns[1]["content"] == "3"
-    assert DatasetSpec(recipe.data, recipe.model.name_or_path, classify, recipe.seed).key()
+    assert DatasetSpec(recipe.data, recipe.model.name_or_path, classify, recipe.seed).path()
 
 
 def test_rows_without_a_response_are_left_out_where_the_data_set_has_some():

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from speft_ds.comm import watchdog
 from speft_ds.config.recipe import Recipe
-from speft_ds.env import rank
+from speft_ds.env import log_rank0, rank
 from speft_ds.errors import UserError
 
 # train.monitor -> the section of DeepSpeed's configuration that switches it on.
@@ -132,20 +132,32 @@ class Monitor:
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Write the finite numbers among one step's values; those of a nested dict below its key."""
-        if self._master is not None:
-            self._master.write_events([(tag, value, step) for tag, value in numbers(values)])
+        events = [(tag, value, step) for tag, value in numbers(values)]
+        self._try("write", lambda master: master.write_events(events))
 
     def close(self) -> None:
         """Write what is still in memory, and end W&B's run."""
-        master, self._master = self._master, None
-        if master is None:
-            return
-        if master.tb_monitor is not None:
-            master.tb_monitor.summary_writer.close()
-        if master.wandb_monitor is not None:
-            import wandb
+        self._try("close", _close)
+        self._master = None
 
-            wandb.finish()
+    def _try(self, what: str, call: Callable[[Any], None]) -> None:
+        """Have the monitor do something; one that fails is left out from then on, and training goes on."""
+        if self._master is None:
+            return
+        try:
+            call(self._master)
+        except Exception as error:  # packages of others: OSError, W&B's own
+            self._master = None
+            log_rank0(f"note: the monitor does not {what}, and is left out from here on: {error!r:.300}")
+
+
+def _close(master: Any) -> None:
+    if master.tb_monitor is not None:
+        master.tb_monitor.summary_writer.close()
+    if master.wandb_monitor is not None:
+        import wandb
+
+        wandb.finish()
 
 
 def numbers(values: dict[str, Any], below: str = "train") -> list[tuple[str, float]]:

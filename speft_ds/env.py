@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from speft_ds import __version__
+from speft_ds.untrusted import printable
 
 PORTS = range(10_000, 30_000)  # for a run to take one; below those that the system hands out
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "lm_eval", "tokenizers")
@@ -49,7 +50,7 @@ def world_size() -> int:
 def log_rank0(text: str) -> None:
     """Print a line, on rank 0 alone."""
     if rank() == 0:
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
 
 def rank_env(rank: int, world_size: int, port: int) -> dict[str, str]:

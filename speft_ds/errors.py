@@ -4,8 +4,11 @@ import difflib
 import json
 import re
 import reprlib
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from speft_ds.untrusted import printable
 
 
 class UserError(Exception):
@@ -21,7 +24,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         notes = [("where", self.where), ("fix", self.fix)]
-        return "\n".join([self.what, *(f"    {label}: {text}" for label, text in notes if text)])
+        return printable("\n".join([self.what, *(f"    {label}: {text}" for label, text in notes if text)]))
 
 
 class RecipeError(UserError):
@@ -36,6 +39,11 @@ class RecipeError(UserError):
     def __str__(self) -> str:
         numbered = (f"{number}. {problem}" for number, problem in enumerate(self.problems, 1))
         return "\n".join([self.what, *(f"  {text}".replace("\n", "\n  ") for text in numbered)])
+
+
+def shell(*words: object) -> str:
+    """A command that can be pasted into a shell, whatever its words hold."""
+    return shlex.join(map(str, words))
 
 
 def closest(word: object, choices: Iterable[str], cutoff: float = 0.6) -> list[str]:

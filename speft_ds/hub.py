@@ -5,7 +5,6 @@ Imports no torch; asks the network once.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -15,7 +14,9 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import urlparse
 
-from speft_ds.errors import UserError
+from speft_ds.errors import UserError, shell
+from speft_ds.io import read_json
+from speft_ds.untrusted import path_within, without_secrets
 
 TIMEOUT_S = 1.5  # for the hub to answer
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -74,6 +75,11 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
+def public_endpoint() -> str:
+    """The hub's address as others may see it: without a password."""
+    return without_secrets(endpoint())
+
+
 def _home() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     return Path(os.environ.get("HF_HOME", f"{cache}/huggingface")).expanduser()
@@ -102,11 +108,24 @@ def missing_weights(folder: Path) -> list[str]:
         index = folder / f"{kind}.index.json"
         if index.is_file():
             try:
-                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (OSError, ValueError, KeyError, AttributeError):
-                return [f"a readable {index.name}"]
+                shards = shards_of(index)
+            except (OSError, ValueError) as error:
+                return [f"a readable {index.name} ({error})"]
             return [shard for shard in shards if not (folder / shard).is_file()]
     return [] if any((folder / kind).is_file() for kind in WEIGHT_FILES) else [WEIGHT_FILES[0]]
+
+
+def shards_of(index: Path) -> list[str]:
+    """The files that the index of a model's weights names, sorted: in its folder, or in folders below it.
+
+    Raises:
+        OSError, ValueError: it cannot be read, names none, or names one elsewhere.
+    """
+    document = read_json(index)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index.name} has no weight_map")
+    return sorted({str(path_within(Path(), name, subfolders=True)) for name in weight_map.values()})
 
 
 def has_dataset(name: str) -> bool:
@@ -119,19 +138,19 @@ def has_dataset(name: str) -> bool:
 def why_unreachable() -> str:
     """Why nothing can be fetched."""
     by_choice = is_offline_by_choice() and os.environ.get("HF_HUB_OFFLINE") != BY_US
-    return "offline by choice (HF_HUB_OFFLINE)" if by_choice else f"no answer from {endpoint()}"
+    return "offline by choice (HF_HUB_OFFLINE)" if by_choice else f"no answer from {public_endpoint()}"
 
 
 def model_hint(name: str, key: str) -> str:
     return (
-        f"with a network: hf download {name} (a gated model first needs its licence accepted on its page and "
-        f"hf auth login); or set {key} to a local folder"
+        f"with a network: {shell('hf', 'download', name)} (a gated model first needs its licence accepted "
+        f"on its page and hf auth login); or set {key} to a local folder"
     )
 
 
 def dataset_hint(name: str) -> str:
     return (
-        f"with a network: hf download --repo-type dataset {name}; "
+        f"with a network: {shell('hf', 'download', '--repo-type', 'dataset', name)}; "
         "or set data.path to a local file or folder of the rows"
     )
 

@@ -1,21 +1,70 @@
-"""Atomic writes of files and folders, and file hashes. Imports no torch unless tensors are written."""
+"""Atomic writes of files and folders, JSON, locks, file hashes. Imports no torch unless it writes tensors."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
-from speft_ds.errors import UserError
+from speft_ds.errors import UserError, shell
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MAX_JSON = 2**26  # bytes of a file
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON) -> Any:
+    """The document in a JSON file.
+
+    Raises:
+        OSError: there is none, it is no regular file (a pipe would keep us waiting), or it is too large.
+        ValueError: as in `parse_json`, or it is not UTF-8.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file")
+    if path.stat().st_size > max_bytes:
+        raise OSError(f"{path} is larger than {max_bytes} bytes")
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON document.
+
+    Raises:
+        ValueError: it is not one, is nested too deeply, or a string in it is not Unicode: pictures and
+            terminals fail on it.
+    """
+    try:
+        document = json.loads(text)
+        json.dumps(document, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return document
+
+
+def open_lock(path: Path, may_make: bool = True) -> IO[bytes]:
+    """A file to be locked; what is in it stays, and a link is not followed.
+
+    Args:
+        may_make: make one where there is none, and open it for writing, which exclusive locks over NFS need.
+    Raises:
+        OSError: it is a link or no regular file, or cannot be opened.
+    """
+    flags = os.O_RDWR | os.O_CREAT if may_make else os.O_RDONLY
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return os.fdopen(descriptor, "r+b" if may_make else "rb")
 
 
 def flush_to_disk(path: Path) -> None:
@@ -115,7 +164,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
     except FileExistsError as error:
-        fix = f"another command is writing it, or was killed: rm -r {temporary}"
+        fix = f"another command is writing it, or was killed: {shell('rm', '-r', temporary)}"
         raise UserError(f"{temporary} is there already", where=str(output), fix=fix) from error
     except OSError as error:
         raise _cannot_write(output, error) from error

@@ -9,10 +9,12 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment
+from markupsafe import Markup
 
 from speft_ds.adapter.format import CARD, Adapter
 from speft_ds.hub import is_hub_id
 from speft_ds.io import write_text
+from speft_ds.untrusted import in_markdown
 
 TASKS = {  # by name: the hub's pipeline, and the class that loads the base
     "causal_lm": ("text-generation", "AutoModelForCausalLM"),
@@ -48,18 +50,18 @@ def card_text(facts: dict, scores: Sequence[dict[str, Any]], num_bytes: int) -> 
         scores: rows of the table: `task`, `metric`, `before`, `after` and `stderr`, each None where unknown.
         num_bytes: of adapter.safetensors.
     """
-    environment = Environment(trim_blocks=True, keep_trailing_newline=True)
-    environment.filters["cell"] = _cell
+    environment = Environment(trim_blocks=True, keep_trailing_newline=True, finalize=_as_markdown)
+    environment.filters["code"] = lambda value: Markup(json.dumps(value))
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     base, name = _public_name(facts["base"]), _of_recipe(facts, "name")
     return environment.from_string(template).render(
         facts=facts,
         scores=scores,
-        metadata=_metadata(facts),
+        metadata=Markup(_metadata(facts)),
         title=f"{name}: sparse fine-tuning of {base}" if name else f"Sparse fine-tuning of {base}",
         rows=_rows(facts, base, num_bytes),
         auto_class=TASKS.get(facts.get("task"), TASKS["causal_lm"])[1],
-        base_as_code=json.dumps(base),
+        base=base,
     )
 
 
@@ -96,14 +98,16 @@ def _step(step: object) -> str:
     if not isinstance(step, dict):
         return str(step)
     options = " ".join(f"{key}={value}" for key, value in step.items() if key not in ("command", "of"))
-    sources = [str(source.get("folder")) for source in _list(step.get("of")) if isinstance(source, dict)]
+    made_of = [source.get("folder") for source in _list(step.get("of")) if isinstance(source, dict)]
+    sources = [Path(str(folder)).name for folder in made_of]
     return f"{step.get('command')} {options}" + (f" of {', '.join(sources)}" if sources else "")
 
 
-def _cell(value: object) -> str:
-    """A value in a table of markdown."""
-    text = "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|")
+def _as_markdown(value: object) -> str:
+    """What a file says is text, and never markup."""
+    if isinstance(value, Markup):
+        return value
+    return in_markdown("-" if value is None else f"{value:.4f}" if isinstance(value, float) else value)
 
 
 def _public_name(base: str) -> str:

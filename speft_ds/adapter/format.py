@@ -9,7 +9,6 @@ trained weight = pretrained weight, with (base + delta).to(dtype) at the indices
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterable
@@ -23,11 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from speft_ds.errors import UserError
-from speft_ds.io import flush_to_disk, sha256_of, write_json, write_safetensors
+from speft_ds.io import flush_to_disk, read_json, sha256_of, write_json, write_safetensors
 
 FORMAT_VERSION = 2
 TENSORS, FACTS, CARD = "adapter.safetensors", "adapter.json", "README.md"
-MAX_FACTS_BYTES = 2**26
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
 # Of each kind of tensor: the dtypes, by safetensors' names, and the number of dimensions.
@@ -174,7 +172,7 @@ class Adapter:
 def tensors_sha256(folder: Path | None) -> str | None:
     """The hash that an adapter folder has recorded; None where there is no folder or no hash."""
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8")) if folder else {}
+        facts = read_json(folder / FACTS) if folder else {}
         return facts.get("tensors_sha256")
     except (OSError, ValueError, AttributeError):
         return None
@@ -198,10 +196,8 @@ def _read_facts(folder: Path) -> dict:
     """The contents of adapter.json, checked."""
     path = folder / FACTS
     try:
-        if not path.is_file() or path.stat().st_size > MAX_FACTS_BYTES:
-            raise OSError(f"{path} is not a file, or larger than {MAX_FACTS_BYTES} bytes")
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        facts = read_json(path)
+    except (OSError, ValueError) as error:
         raise _unreadable(folder, error) from error
     version = facts.get("format_version") if isinstance(facts, dict) else None
     if version != FORMAT_VERSION or type(version) is not int:

@@ -204,7 +204,8 @@ def write_tensors(path: Path, headers: Headers, tensors: Iterable[tuple[str, Ten
         offset = end
     header = json.dumps(lines, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # so that the tensors are aligned
-    with path.open("wb") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)  # a shard of a base may be in a subfolder
+    with path.open("xb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         for key, tensor in tensors:
             assert tensor.nbytes == _num_bytes(headers[key]), key

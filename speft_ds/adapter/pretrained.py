@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from speft_ds.adapter.apply import another_base
 from speft_ds.adapter.format import FLOATS, Adapter
 from speft_ds.config.model_config import HEAD
 from speft_ds.errors import UserError
+from speft_ds.io import read_json
 from speft_ds.model.fingerprint import element_hash
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -52,7 +52,7 @@ class PretrainedCheckpoint:
         if num_classes is not None:
             self._auto_class, self._options = AutoModelForSequenceClassification, {"num_labels": num_classes}
         try:
-            self.config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            self.config = read_json(self.folder / "config.json")
             self.model = self._on_meta()
             if missing := hub.missing_weights(self.folder):
                 raise ValueError(f"it lacks {', '.join(missing)}")
@@ -108,12 +108,7 @@ class PretrainedCheckpoint:
         if (self.folder / SINGLE).is_file():
             return [SINGLE]
         index = self.folder / INDEX
-        if not index.is_file():
-            return []
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if odd := [name for name in names if Path(name).name != name]:  # which a merge would write to
-            raise ValueError(f"{INDEX} names a file in another folder: {odd[0]!r}")
-        return names
+        return hub.shards_of(index) if index.is_file() else []
 
     def _find_weights(self) -> str | None:
         """Fill `weight`; returns the problem, if there is one."""

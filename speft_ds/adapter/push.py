@@ -6,7 +6,8 @@ from pathlib import Path
 
 from speft_ds import hub
 from speft_ds.adapter.format import CARD, FACTS, TENSORS, Adapter, open_adapter
-from speft_ds.errors import UserError
+from speft_ds.errors import UserError, shell
+from speft_ds.untrusted import without_secrets
 
 
 def files_to_push(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -51,7 +52,7 @@ def push(source: str | Path, repo_id: str, private: bool = False) -> str:
     files, left_out = files_to_push(folder)
     if odd := {TENSORS, FACTS} & {path.name for path in left_out}:
         what = f"{min(odd)} is a link: only files that lie in the folder are uploaded"
-        raise UserError(what, str(folder), f"cp -rL {folder} FOLDER, and push that")
+        raise UserError(what, str(folder), f"{shell('cp', '-rL', folder, 'FOLDER')}, and push that")
     if not hub.HUB_ID.fullmatch(repo_id):
         raise UserError(f"{repo_id} names no repository", "REPO_ID", "owner/name")
     if (token := get_token()) is None:
@@ -67,4 +68,4 @@ def push(source: str | Path, repo_id: str, private: bool = False) -> str:
     except (HTTPError, OSError, ValueError) as error:
         fix = f"check the name, and that your token may write to {repo_id}: hf auth whoami"
         raise UserError(f"the hub did not take it: {error}", hub.endpoint(), fix) from error
-    return str(address)
+    return without_secrets(str(address))

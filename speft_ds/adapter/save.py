@@ -12,7 +12,7 @@ from torch import Tensor
 from speft_ds.adapter.card import write_card
 from speft_ds.adapter.format import Adapter, Entries, write_adapter
 from speft_ds.comm import collectives
-from speft_ds.errors import UserError
+from speft_ds.errors import UserError, shell
 from speft_ds.selection.topk import gather_indices
 from speft_ds.sparse.layout import Layout
 from speft_ds.sparse.state import SparseState
@@ -96,7 +96,8 @@ def check_output(output: str | Path) -> Path:
     """The folder to write to, absolute. Raises UserError where something is in it."""
     output = Path(output).absolute()
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise UserError(f"{output} is there already", "OUTPUT", f"choose another, or: rm -r {output}")
+        fix = f"choose another, or: {shell('rm', '-r', output)}"
+        raise UserError(f"{output} is there already", "OUTPUT", fix)
     return output
 
 

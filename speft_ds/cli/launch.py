@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import os
 import sys
 import time
@@ -13,14 +12,17 @@ from typing import IO, NoReturn
 
 from speft_ds import env
 from speft_ds.comm import signals, watchdog
-from speft_ds.config.load_recipe import load_recipe, recipe_of
+from speft_ds.config.load_recipe import as_override, load_recipe, recipe_of
 from speft_ds.config.recipe import Job, Recipe, resolve
 from speft_ds.env import rank, world_size
 from speft_ds.errors import UserError
+from speft_ds.io import read_json
 from speft_ds.jobs.preflight import check_inputs, resolve_offline
+from speft_ds.terminal import init_output
 from speft_ds.training.checkpoint import resume
-from speft_ds.training.checkpoint.resume import IF_ANY, NEWEST, Start, as_override
+from speft_ds.training.checkpoint.resume import IF_ANY, NEWEST, Start
 from speft_ds.training.run_dir import RECIPE, check_output_dir, wait_for_lock
+from speft_ds.untrusted import printable
 
 EXIT_USER_ERROR = 2
 USAGE = {
@@ -47,6 +49,7 @@ exit codes:
 def start(job: Job, manual: str) -> NoReturn:
     """Run the job on this rank, and exit; `manual` is what --help says of it."""
     env.init_env()
+    init_output()
     if job == "train":
         signals.watch_signals()  # before anything that takes long
     code = main(job, parse_arguments(job, manual))
@@ -101,7 +104,7 @@ def fail(message: str, code: int) -> int:
         if signals.stop_reason():  # the launcher ends this rank: rank 0 has printed its message and left
             return code
         time.sleep(0.1)
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
     return code
 
 
@@ -169,7 +172,7 @@ def recipe_to_evaluate(arguments: argparse.Namespace) -> tuple[Recipe, Path | No
 
 def _dtype_of(adapter: Path) -> str:
     try:
-        return json.loads((adapter / "adapter.json").read_text(encoding="utf-8"))["dtype"]
+        return read_json(adapter / "adapter.json")["dtype"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"not a readable adapter: {error}", str(adapter)) from error
 

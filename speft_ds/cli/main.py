@@ -16,6 +16,7 @@ from speft_ds.cli.options import Overrides, Ranks, RecipeName, examples
 from speft_ds.cli.start_ranks import count_gpus, default_ranks, fit_overrides, launch
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.errors import UserError
+from speft_ds.terminal import init_output
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -181,6 +182,7 @@ app.add_typer(adapters.app)
 
 def main() -> None:
     """Run the command line; a UserError is shown without a traceback, and exits with 2."""
+    init_output()
     try:
         app(prog_name="speft")
     except UserError as error:

@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from speft_ds.errors import UserError
+from speft_ds.errors import UserError, shell
+from speft_ds.io import open_lock
 
 NAME = "deepspeed_shm_comm"
 STALE_S = 300  # the op compiles in about 30 s
@@ -57,7 +58,7 @@ def wait_for_build(folder: Path, stale_s: float = STALE_S) -> None:
 def _remove_stale_lock(folder: Path, stale_s: float) -> None:
     try:
         # One rank at a time looks and removes: the lock that it finds may be that of a build begun just now.
-        with (folder / "lock.check").open("w") as file, contextlib.suppress(FileNotFoundError):
+        with open_lock(folder / "lock.check") as file, contextlib.suppress(FileNotFoundError):
             fcntl.flock(file, fcntl.LOCK_EX)
             age_s = lock_age_s(folder)
             if age_s is not None and age_s >= stale_s:
@@ -66,5 +67,5 @@ def _remove_stale_lock(folder: Path, stale_s: float) -> None:
                 print(note, flush=True)
     except OSError as error:
         what = f"a build of DeepSpeed's op that was killed left {folder / 'lock'}: {error.strerror}"
-        fix = f"rm -r {folder}, or export TORCH_EXTENSIONS_DIR=ANOTHER"
+        fix = f"{shell('rm', '-r', folder)}, or export TORCH_EXTENSIONS_DIR=ANOTHER"
         raise UserError(what, str(folder), fix) from error

@@ -23,6 +23,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from speft_ds.untrusted import printable
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
@@ -252,7 +254,7 @@ class Watchdog:
         if cause.kind == Kind.STUCK:
             stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
             text += f"; rank {self.rank} stands at\n{''.join(stack[-4:]).rstrip()}"
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
         if cause.kind != Kind.RAISED:
             with contextlib.suppress(Exception):  # it looks into folders
                 print(self.advice(), file=sys.stderr, flush=True)
@@ -339,5 +341,5 @@ def fail(text: str) -> bool:
     with contextlib.suppress(RuntimeError):  # the store is gone, as the thread will see
         current.report(Failure(Kind.RAISED, current.rank, text))
     if not current.ended.wait(SILENCE_S + SETTLE_S + FAREWELL_S) or current.root_cause is None:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
     return True

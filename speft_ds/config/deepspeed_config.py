@@ -8,6 +8,7 @@ from speft_ds.config.load_recipe import ROOT, shown
 from speft_ds.config.recipe import Recipe
 from speft_ds.config.train_config import divisors
 from speft_ds.errors import RecipeError, UserError, did_you_mean
+from speft_ds.io import read_json
 
 DS_CONFIGS_DIR = ROOT / "ds_configs"
 OWNED = {
@@ -55,7 +56,7 @@ def read_ds_config(recipe: Recipe) -> tuple[dict[str, Any], list[UserError]]:
         return {}, [UserError(f"no DeepSpeed config {name}", where, did_you_mean(name, names))]
     file = shown(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError) as error:
         fix = "JSON has no comments and no trailing commas"
         return {}, [UserError(f"not readable as JSON: {error}", file, fix)]

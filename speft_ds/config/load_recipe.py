@@ -6,19 +6,22 @@ shown at once.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pydantic
 import yaml
 
+from speft_ds.config import limited_yaml
 from speft_ds.config.recipe import FIELDS, SECTIONS, Recipe
 from speft_ds.config.section import InPlaceOf, rules_of
 from speft_ds.env import expand_path
 from speft_ds.errors import RecipeError, UserError, closest, did_you_mean, explain
+from speft_ds.untrusted import without_secrets
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES_DIR = ROOT / "recipes"
@@ -96,6 +99,8 @@ def recipe_of(name: str, overrides: Sequence[str]) -> Recipe:
 def _checked(draft: _Draft, name: str, file: str) -> Recipe:
     unknown = [key for key in draft.values if key not in FIELDS]
     problems = draft.problems + [_unknown_key(key, draft.sources.get(key, file)) for key in unknown]
+    secret = [key for key, value in draft.values.items() if _has_secret(value)]
+    problems += [_secret(key, draft.sources.get(key, file)) for key in secret]
     if draft.values.get("output_dir") is None:
         draft.values["output_dir"] = f"runs/{name}"
         draft.sources.pop("output_dir", None)  # null chooses nothing
@@ -108,6 +113,16 @@ def _checked(draft: _Draft, name: str, file: str) -> Recipe:
         raise RecipeError(problems, f"recipe {name}")
     recipe._sources = draft.sources
     return recipe
+
+
+def _has_secret(value: Any) -> bool:
+    text = repr(value)
+    return without_secrets(text) != text
+
+
+def _secret(key: str, where: str) -> UserError:
+    fix = "hf auth login, or export HF_TOKEN: what a recipe says is in checkpoints and adapters, too"
+    return UserError(f"{key} has a password or a token in it", where, fix)
 
 
 def resolved_yaml(recipe: Recipe) -> str:
@@ -146,9 +161,7 @@ def find_recipe(name_or_path: str, beside: Path | None = None, where: str | None
 def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> _Draft:
     """What the file says, on top of the recipe that it extends."""
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        root = loader.get_single_node()
-        values = loader.construct_document(root) if root else None
+        root, values = limited_yaml.load_with_nodes(limited_yaml.read_text(path))
     except OSError as error:
         fix = "name a recipe of recipes/ (speft ls), or the path of a YAML file"
         raise RecipeError([UserError(f"cannot read the recipe: {error.strerror}", str(path), fix)]) from None
@@ -167,15 +180,6 @@ def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> _Draft:
     base = _extended(values.pop(EXTENDS), own, path, extended_by) if EXTENDS in values else _Draft()
     own.values = dict(_flat(values))
     return base.under(own)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without dates: a run folder called 2026-01-31 is a text."""
-
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
 
 def _note_lines(node: yaml.Node, prefix: str, file: str, draft: _Draft) -> None:
@@ -226,11 +230,20 @@ def _read_overrides(overrides: Sequence[str]) -> _Draft:
             draft.problems.append(UserError(f"{text!r} is not key=value", where, "like optimizer.lr=1e-3"))
             continue
         try:
-            draft.values[key] = yaml.load(written, _Loader)
+            draft.values[key] = limited_yaml.load(written)
         except (yaml.YAMLError, ValueError):
             fix = f"""quote it twice, for the shell and for YAML: {key}='"{written}"'"""
             draft.problems.append(UserError(f"{key}: {written!r} is not readable as YAML", where, fix))
     return draft
+
+
+def as_override(key: str, value: Any) -> str:
+    """`key=value` that reads as this value, whatever YAML would make of the bare text."""
+    try:
+        is_plain = isinstance(value, str) and limited_yaml.load(value) == value
+    except (yaml.YAMLError, ValueError):
+        is_plain = False
+    return f"{key}={value if is_plain else json.dumps(value)}"
 
 
 def _unknown_key(key: str, where: str) -> UserError:

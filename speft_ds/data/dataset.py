@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from speft_ds.errors import UserError
+from speft_ds.errors import UserError, shell
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class TokenizedDataset(Sequence[Row]):
             self.num_label_tokens = file.get_tensor("num_label_tokens")
             self.sizes, self.row_sizes = map(tuple, file.get_tensor("sizes").tolist())
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"not readable: {error}", str(path), f"rm {path}") from error
+            raise UserError(f"not readable: {error}", str(path), shell("rm", path)) from error
         self.lengths = np.diff(self._row_edges)
 
     @property

@@ -17,6 +17,7 @@ from speft_ds.config.recipe import Recipe
 from speft_ds.evaluation.eval_jobs import EvalJob, Phase, prompt_formats
 from speft_ds.evaluation.scores import Score, ScoreFile
 from speft_ds.io import replacing, write_json
+from speft_ds.untrusted import path_within
 
 OLD = "old"  # folder of scores that no longer hold
 
@@ -82,7 +83,7 @@ def keep_scores(folder: Path, scored: Scored, section: EvalConfig) -> None:
     shutil.rmtree(documents, ignore_errors=True)
     samples = scored.results.get("samples", {}) if section.samples else {}
     for task, rows in samples.items():
-        with replacing(documents / f"{task}.jsonl") as temporary:
+        with replacing(path_within(documents, f"{task}.jsonl")) as temporary:
             lines = (json.dumps(row, default=handle_non_serializable, ensure_ascii=False) for row in rows)
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     write_json(folder / f"{scored.file.label}.json", scored.file.model_dump())

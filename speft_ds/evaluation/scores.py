@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from speft_ds.io import read_json
 
 FOLDER = "eval"
 CLEAR = 2.0  # standard errors from which on a difference counts as one
@@ -277,7 +278,7 @@ def read_evaluations(run: Path) -> Evaluations:
     found, problems = [], []
     for path in sorted((run / FOLDER).glob("*.json")):
         try:
-            found.append(ScoreFile.model_validate(parse_json(path.read_text(encoding="utf-8"))))
+            found.append(ScoreFile.model_validate(read_json(path)))
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the file"
@@ -285,20 +286,6 @@ def read_evaluations(run: Path) -> Evaluations:
         except (OSError, ValueError) as error:
             problems.append(f"{FOLDER}/{path.name} cannot be read: {error}")
     return Evaluations(found, problems)
-
-
-def parse_json(text: str) -> Any:
-    """A JSON document.
-
-    Raises:
-        ValueError: it is not one, or a string in it is not Unicode: pictures and terminals fail on it.
-    """
-    try:
-        document = json.loads(text)
-        json.dumps(document, ensure_ascii=False).encode()
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    return document
 
 
 def card_scores(folder: Path) -> list[dict]:

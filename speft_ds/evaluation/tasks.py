@@ -9,7 +9,8 @@ from pathlib import Path
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
-from speft_ds.errors import UserError
+from speft_ds.errors import UserError, shell
+from speft_ds.untrusted import path_within
 
 SPLITS = ("training_split", "validation_split", "fewshot_split")
 
@@ -46,8 +47,8 @@ def local_data(folder: str | None) -> Iterator[list[str]]:
     download, notes = ConfigurableTask.download, []
 
     def download_or_read(self: ConfigurableTask, dataset_kwargs: dict | None = None, **more: object) -> None:
-        hub_id, local = str(self.DATASET_PATH), Path(folder or "", str(self.DATASET_PATH))
-        is_local = folder is not None and local.is_dir()
+        hub_id, local = str(self.DATASET_PATH), _local_copy(folder, self.DATASET_PATH)
+        is_local = local is not None
         if is_local:
             self.DATASET_PATH = str(local)
         try:
@@ -62,6 +63,15 @@ def local_data(folder: str | None) -> Iterator[list[str]]:
         yield notes
     finally:
         ConfigurableTask.download = download
+
+
+def _local_copy(folder: str | None, hub_id: object) -> Path | None:
+    """The folder of a data set below `folder`; a task's file may name anything."""
+    try:
+        local = None if folder is None else path_within(Path(folder), hub_id, subfolders=True)
+    except ValueError:
+        return None
+    return local if local is not None and local.is_dir() else None
 
 
 def _drop_missing_splits(task: ConfigurableTask) -> list[str]:
@@ -81,7 +91,8 @@ def _drop_missing_splits(task: ConfigurableTask) -> list[str]:
 
 def _no_data(task: str, hub_id: str, folder: str | None, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    fix = f"hf download --repo-type dataset {hub_id} --local-dir {folder or 'DATA'}/{hub_id}"
+    words = ("--repo-type", "dataset", hub_id, "--local-dir", f"{folder or 'DATA'}/{hub_id}")
+    fix = shell("hf", "download", *words)
     if folder is None:
         fix += ", where there is a network; then eval.data_dir=DATA"
     return UserError(f"the data of task {task} ({hub_id}) cannot be read: {reason}", "eval.data_dir", fix)

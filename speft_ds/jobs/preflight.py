@@ -1,6 +1,5 @@
 """Every check of a recipe before its ranks start: what can be known of its files without torch."""
 
-import json
 import os
 from collections.abc import Callable
 from itertools import islice
@@ -16,6 +15,8 @@ from speft_ds.data.formats import check_columns
 from speft_ds.data.readers import SUFFIXES, folder_files, is_hub_dataset, iterate_file, kind_of, unknown_kind
 from speft_ds.env import CACHE, expand_path
 from speft_ds.errors import RecipeError, UserError
+from speft_ds.evaluation.task_files import task_file_problems
+from speft_ds.io import read_json
 from speft_ds.training.metrics import monitor_problems
 
 Problems = list[UserError]
@@ -59,7 +60,7 @@ def check_model(recipe: Recipe, job: Job, world_size: int) -> Problems:
         return problems
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except (OSError, ValueError) as error:
         return [UserError(f"not readable as JSON: {error}", str(file), "download or copy it again")]
     most = config.get("max_position_embeddings") if isinstance(config, dict) else None
@@ -179,6 +180,8 @@ def check_tasks(recipe: Recipe, job: Job, world_size: int) -> Problems:
         for key, path, what, is_there in named
         if path is not None and not is_there(path)
     ]
+    if section.include_path is not None and not missing:
+        missing += task_file_problems(Path(section.include_path))
     return missing + (monitor_problems(recipe) if job == "train" else [])
 
 

@@ -9,19 +9,20 @@ from statistics import median
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from speft_ds.adapter.format import Adapter
 from speft_ds.adapter.inspect import mask_counts
+from speft_ds.config.load_recipe import as_override
 from speft_ds.config.mask_config import MASK_FILE
-from speft_ds.errors import UserError
+from speft_ds.errors import UserError, shell
 from speft_ds.evaluation.scores import CLEAR, Evaluations, Score, ScoreChange, in_text
 from speft_ds.report.plots import HALF, Curve, bars, curves, mask_heat_map, running_mean
 from speft_ds.report.render import Picture, write_pages
 from speft_ds.report.run import ADAPTER, NUM_WARMUP, RunFolder, look_up, numbers, read_run, size_of
 from speft_ds.report.tables import duration, in_bytes, plain
 from speft_ds.sparse.mask import read_mask
+from speft_ds.terminal import Console
 from speft_ds.training.run_dir import RECIPE
 
 Rows = list[tuple[Any, ...]]  # of tables; a dash stands for None
@@ -237,8 +238,9 @@ def _mean_size(values: Sequence[float]) -> int:
 
 def _commands(run: RunFolder) -> str:
     folder, on_cpu = run.folder.as_posix(), run.fact("machine.device") == "cpu"
-    start = f"{'DS_ACCELERATOR=cpu ' * on_cpu}deepspeed --num_gpus {run.num_ranks or 1}"
-    recipe, again = shlex.quote(f"{folder}/{RECIPE}"), shlex.quote(f"output_dir={folder}-again")
+    # On GPUs without --num_gpus, with which the launcher leaves CUDA_VISIBLE_DEVICES out of account.
+    start = f"DS_ACCELERATOR=cpu deepspeed --num_gpus {run.num_ranks or 1}" if on_cpu else "deepspeed"
+    recipe, again = shlex.quote(f"{folder}/{RECIPE}"), shell(as_override("output_dir", f"{folder}-again"))
     return (
         f"{start} launch/train.py --recipe {recipe} {again}\n"
         f"{start} launch/evaluate.py --run {shlex.quote(folder)}\n"

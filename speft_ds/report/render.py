@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from base64 import b64encode
 from dataclasses import dataclass
 from functools import cache
@@ -15,12 +14,11 @@ from markupsafe import Markup
 from speft_ds.errors import UserError
 from speft_ds.report.plots import save_picture
 from speft_ds.report.tables import duration, in_bytes
+from speft_ds.untrusted import in_markdown, printable
 
 PAGE, MARKDOWN = "report.html", "report.md"
 PICTURES = "report"  # the folder of the pictures, beside the report
 TEMPLATES = Path(__file__).with_name("templates")
-# An underscore inside a word marks nothing up: names of tasks stay legible.
-_MARKUP = re.compile(r"[\\`*\[\]<>|~$&#]|(?<!\w)_|_(?!\w)")
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def _environment(is_markdown: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=True,
-        finalize=in_markdown if is_markdown else shown,
+        finalize=_as_markdown if is_markdown else shown,
         extensions=["jinja2.ext.do"],
     )
     environment.filters |= {
@@ -92,12 +90,10 @@ def shown(value: Any) -> Any:
         return "-"
     if type(value) is int:
         return f"{value:,}"
+    if type(value) is str:
+        return printable(value)
     return f"{value:.4g}" if type(value) is float else value
 
 
-def in_markdown(value: Any) -> Markup:
-    """A value on one line, as markdown shows it unchanged."""
-    if isinstance(value, Markup):
-        return value
-    text = " ".join(str(shown(value)).split())
-    return Markup(_MARKUP.sub(lambda found: "\\" + found[0], text))
+def _as_markdown(value: Any) -> Markup:
+    return value if isinstance(value, Markup) else Markup(in_markdown(shown(value)))

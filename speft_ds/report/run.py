@@ -10,8 +10,10 @@ from typing import Any
 
 import yaml
 
+from speft_ds.config.limited_yaml import read_yaml
 from speft_ds.errors import UserError
-from speft_ds.evaluation.scores import Evaluations, parse_json, read_evaluations
+from speft_ds.evaluation.scores import Evaluations, read_evaluations
+from speft_ds.io import parse_json, read_json
 from speft_ds.training.checkpoint.folder import Checkpoint, list_checkpoints
 from speft_ds.training.run_dir import FACTS, METRICS, RECIPE
 
@@ -164,13 +166,12 @@ def read_run(folder: Path) -> RunFolder:
 def _read_document(path: Path, problems: list[str]) -> dict[str, Any]:
     """A JSON or YAML file with a mapping in it; empty, and a problem, where it is not that."""
     try:
-        text = path.read_text(encoding="utf-8")
-        document = yaml.safe_load(text) if path.suffix == ".yaml" else parse_json(text)
+        document = read_yaml(path) if path.suffix == ".yaml" else read_json(path)
         if not isinstance(document, dict):
             raise ValueError("it is not a mapping")
     except FileNotFoundError:
         problems.append(f"there is no {path.name}")
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         problems.append(f"{path.name} cannot be read: {' '.join(str(error).split())}")
     else:
         return document
@@ -180,6 +181,8 @@ def _read_document(path: Path, problems: list[str]) -> dict[str, Any]:
 def _read_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
     """The lines of metrics.jsonl that can be read, by step."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would keep us waiting
+            raise FileNotFoundError(path)
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         problems.append(f"there is no {path.name}: no step was made, or it was removed")

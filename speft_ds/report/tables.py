@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from speft_ds.model.targets import place
+from speft_ds.terminal import Console
+from speft_ds.untrusted import printable
 
 if TYPE_CHECKING:
     from speft_ds.sparse.mask import Mask
@@ -83,8 +84,8 @@ def print_mask_table(mask: Mask) -> None:
 
 
 def plain(text: str) -> Text:
-    """What a file says, for a terminal: no markup, no control characters."""
-    return Text("".join(letter if letter.isprintable() else "\ufffd" for letter in text))
+    """What a file says, for a terminal: no markup, no control characters, on one line."""
+    return Text(" ".join(printable(text).split()))
 
 
 def print_table(table: Table) -> None:

@@ -32,12 +32,13 @@ from urllib.parse import urlsplit
 
 import psutil
 from packaging.requirements import Requirement
-from rich.console import Console
 from rich.text import Text
 
 from speft_ds import __version__, env, hub
 from speft_ds.comm import deepspeed_shm
 from speft_ds.config.load_recipe import ROOT
+from speft_ds.errors import shell
+from speft_ds.terminal import Console
 
 MIB, GIB = 2**20, 2**30
 GROUP_S = 120  # limit of a group
@@ -218,7 +219,7 @@ def check_build_lock(folder: Path) -> Check:
     """The lock of DeepSpeed's shared-memory op, which a killed build leaves behind."""
     age_s = deepspeed_shm.lock_age_s(folder)
     what = "none" if age_s is None else f"a build of DeepSpeed's op took it {age_s:.0f} s ago"
-    fix = f"that build was killed, and every other one waits for it: rm -r {folder}"
+    fix = f"that build was killed, and every other one waits for it: {shell('rm', '-r', folder)}"
     return judge("build lock", age_s is None or age_s < deepspeed_shm.STALE_S, what, fix, "warning")
 
 

@@ -6,7 +6,6 @@ Imports no torch.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import time
@@ -14,11 +13,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from speft_ds.config.load_recipe import resolved_yaml
+from speft_ds.config.load_recipe import as_override, resolved_yaml
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import log_rank0, machine_facts, versions
-from speft_ds.errors import UserError
-from speft_ds.io import write_json, write_text
+from speft_ds.errors import UserError, shell
+from speft_ds.io import open_lock, parse_json, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from speft_ds.training.trainer import Trainer
@@ -31,13 +30,17 @@ LOCK_WAIT_S = 120.0  # for a run that is just ending: it may be writing its last
 def check_output_dir(recipe: Recipe) -> None:
     """Refuse a run folder that is not empty, or that cannot be written to. Raises UserError."""
     folder = Path(recipe.output_dir)
-    where = recipe.where("output_dir")
+    where, another = recipe.where("output_dir"), shell(as_override("output_dir", f"{folder}-2"))
+    above = (folder, *folder.absolute().parents)
+    if dangling := [path for path in above if os.path.islink(path) and not os.path.exists(path)]:
+        what = f"the run folder cannot be made: {dangling[0]} is a link to what is not there"
+        raise UserError(what, where, f"choose another, or remove the link: {shell('rm', dangling[0])}")
     if os.path.isfile(folder) or has_files(folder):
-        ways = [f"choose another, output_dir={folder}-2", f"remove this one: rm -r {folder}"]
+        ways = [f"choose another, {another}", f"remove this one: {shell('rm', '-r', folder)}"]
         if os.path.isfile(folder / RECIPE):
             ways.insert(0, "go on with the run in it: --resume")
         raise UserError(f"the run folder {folder} is not empty", where, ", or ".join(ways))
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    nearest = next(path for path in above if os.path.exists(path))
     if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
         what = f"the run folder {folder} cannot be written: no right to write to {nearest}"
         raise UserError(what, where, "output_dir=/a/folder/you/may/write/to")
@@ -57,8 +60,8 @@ def start_folder(recipe: Recipe) -> None:
 
 def wait_for_lock(folder: Path) -> None:
     """Wait until nobody writes to a run folder. Raises UserError where that takes too long."""
-    if (folder / LOCK).exists():
-        with (folder / LOCK).open(encoding="utf-8") as file:
+    if os.path.lexists(folder / LOCK):
+        with _open_lock(folder, may_make=False) as file:
             _lock(file, fcntl.LOCK_SH, folder)
 
 
@@ -67,10 +70,19 @@ class Lock:
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = (folder / LOCK).open("w", encoding="utf-8")
+        self.file = _open_lock(folder)
         _lock(self.file, fcntl.LOCK_EX, folder)
         # Held as long as anybody has the file open: a forked helper must not outlive this process' lock.
         os.register_at_fork(after_in_child=self.file.close)
+
+
+def _open_lock(folder: Path, may_make: bool = True) -> IO:
+    try:
+        return open_lock(folder / LOCK, may_make)
+    except OSError as error:
+        fix = f"remove it: {shell('rm', '-r', folder / LOCK)}"
+        what = f"the lock of the run folder cannot be opened: {error}"
+        raise UserError(what, str(folder / LOCK), fix) from error
 
 
 def _lock(file: IO, how: int, folder: Path) -> None:
@@ -93,11 +105,12 @@ def _lock(file: IO, how: int, folder: Path) -> None:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """run.json; empty where there is none."""
+    """run.json; empty where there is none, or it is damaged."""
     try:
-        return json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = read_json(folder / FACTS)
     except (OSError, ValueError):
         return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
@@ -129,10 +142,10 @@ def rewind_metrics(folder: Path, step: int, source: Path | None = None) -> None:
 def _values(line: str) -> dict[str, Any] | None:
     """What a line of metrics.jsonl says; None for one that was cut off."""
     try:
-        values = json.loads(line) if line.endswith("\n") else None
+        values = parse_json(line) if line.endswith("\n") else None
     except ValueError:
         return None
-    return values if isinstance(values, dict) and "step" in values else None
+    return values if isinstance(values, dict) and type(values.get("step")) is int else None
 
 
 def copy_scores(source: Path, folder: Path) -> None:

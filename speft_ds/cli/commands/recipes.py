@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from speft_ds.cli.options import Overrides, RecipeName
+from speft_ds.config import limited_yaml
 from speft_ds.config.load_recipe import (
     EXTENDS,
     RECIPES_DIR,
@@ -30,6 +30,8 @@ from speft_ds.config.load_recipe import (
 from speft_ds.config.recipe import FIELDS, SECTIONS, Recipe
 from speft_ds.env import expand_path
 from speft_ds.errors import RecipeError, UserError
+from speft_ds.io import write_text
+from speft_ds.terminal import Console
 
 COMMENT_COLUMN = 60  # comments of `speft show` start here at the latest, but for values that are longer
 
@@ -125,8 +127,7 @@ def cp(
         raise UserError(f"{new} is there already", "command line", "choose another name, or add --force")
     try:
         text = _moved(source.read_text(encoding="utf-8"), source.parent, new.absolute().parent)
-        new.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(text, encoding="utf-8")
+        write_text(new, text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot copy {shown(source)} to {new}: {error}", "command line") from None
     name, script = shlex.quote(str(new)), shlex.quote(shown(ROOT / "launch" / "train.py"))
@@ -137,8 +138,8 @@ def cp(
 def _moved(text: str, old: Path, new: Path) -> str:
     """A recipe's text for another folder: the relative path of a recipe that it extends is adjusted."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
+        root, _ = limited_yaml.load_with_nodes(text)
+    except (yaml.YAMLError, ValueError):
         return text  # loading it will say what is wrong
     pairs = root.value if isinstance(root, yaml.MappingNode) else ()
     extended = next((value for key, value in pairs if key.value == EXTENDS), None)

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +13,7 @@ from speft_ds.config.load_recipe import EXTENDS, guess_key
 from speft_ds.config.recipe import FIELDS, SECTIONS, Recipe
 from speft_ds.config.section import rules_of
 from speft_ds.errors import UserError
+from speft_ds.terminal import Console
 
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 TYPES = {"integer": "integer", "number": "number", "string": "text"}

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +14,7 @@ from speft_ds.data.sampler import Sampler
 from speft_ds.data.tokenize import load_tokenizer
 from speft_ds.errors import UserError
 from speft_ds.jobs.preflight import resolve_offline
+from speft_ds.terminal import Console
 
 NUM_BINS = 12
 WIDEST_BAR = 40

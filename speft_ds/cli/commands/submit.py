@@ -15,9 +15,10 @@ import typer
 from speft_ds.cli.launch import check_files
 from speft_ds.cli.options import Overrides, RecipeName
 from speft_ds.config.deepspeed_config import batch_problems
-from speft_ds.config.load_recipe import ROOT, load_recipe
+from speft_ds.config.load_recipe import ROOT, as_override, load_recipe
 from speft_ds.config.recipe import Recipe
-from speft_ds.errors import RecipeError, UserError
+from speft_ds.errors import RecipeError, UserError, shell
+from speft_ds.io import write_text
 from speft_ds.training.checkpoint.resume import IF_ANY, Resume, Start, find_start, fit_micro_batch
 
 TRAIN, EVALUATE = "submit.sbatch", "slurm-evaluate.sbatch"  # in the run folder: names that a run leaves alone
@@ -66,15 +67,14 @@ def submit(
         print("\n".join(scripts.values()), end="")
         return
     start = _checked_start(checked, changes, nodes * ranks)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in scripts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     job = _sbatch(folder / TRAIN)
     resumed = f", continuing from {start.checkpoint.path}" if start.checkpoint else ""
     print(
         f"job {job}: {checked.name} on {nodes} x {ranks} ranks{resumed}\n"
         f"  script    {folder / TRAIN}\n"
-        f"  log       tail -F {shlex.quote(str(folder / f'slurm-{job}.out'))}\n"
+        f"  log       {shell('tail', '-F', folder / f'slurm-{job}.out')}\n"
         f"  watch     squeue --job={job}\n"
         f"  stop      scancel {job}   (it writes a checkpoint; the same `speft submit` continues from there)"
     )
@@ -110,7 +110,7 @@ def _checked_start(recipe: Recipe, changes: list[str], world_size: int) -> Start
         raise UserError("there is no sbatch on this machine", "PATH", fix)
     start = find_start(recipe, Resume(IF_ANY, tuple(changes)))
     if start.state == "finished":
-        fix = f"choose another, output_dir={recipe.output_dir}-2"
+        fix = f"choose another, {shell(as_override('output_dir', f'{recipe.output_dir}-2'))}"
         raise UserError(f"the run in {recipe.output_dir} is finished", recipe.where("output_dir"), fix)
     check_files("train", recipe, world_size)
     return start

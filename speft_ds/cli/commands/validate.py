@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 
 import typer
-from rich.console import Console
 
 from speft_ds import hub
 from speft_ds.cli.launch import EXIT_USER_ERROR
@@ -24,6 +23,7 @@ from speft_ds.data.formats import EmptyRow, make_example
 from speft_ds.data.readers import iterate_rows
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.jobs.preflight import CHECKS, resolve_offline
+from speft_ds.terminal import Console
 from speft_ds.training.checkpoint.folder import checkpoint_entry, num_checkpoints
 from speft_ds.training.run_dir import check_output_dir
 
@@ -44,7 +44,7 @@ def input_found(title: str, recipe: Recipe, num_ranks: int) -> Found:
     train, name = recipe.train, recipe.model.name_or_path
     folder = hub.model_folder(name)
     if title == "model" and (folder is None or hub.missing_weights(folder)):
-        return NOTE, f"{name}: not in the hub's cache, will be fetched from {hub.endpoint()}"
+        return NOTE, f"{name}: not in the hub's cache, will be fetched from {hub.public_endpoint()}"
     accumulated = train.global_batch // (train.micro_batch * num_ranks)
     batch = f"{train.global_batch} = {train.micro_batch} x {num_ranks} ranks x {accumulated} accumulated"
     passed = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from speft_ds import hub
 from speft_ds.config.mask_config import mask_file
 from speft_ds.config.model_config import HEAD
 from speft_ds.config.recipe import Recipe
-from speft_ds.errors import UserError
+from speft_ds.errors import UserError, shell
+from speft_ds.io import read_json
 
 GEOMETRIES_DIR = Path(__file__).resolve().parent / "geometries"
 
@@ -112,13 +112,13 @@ def find_config(recipe: Recipe) -> tuple[object, str]:
         raise UserError(
             f"no configuration of {name} is cached: a plan needs its config.json, and downloads nothing",
             where,
-            f"name a folder that has one, or fetch it: hf download {name} config.json; "
+            f"name a folder that has one, or fetch it: {shell('hf', 'download', name, 'config.json')}; "
             f"built in are: {', '.join(list_geometries())}",
         )
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8"))), source
+        return AutoConfig.for_model(**read_json(file)), source
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = f"cannot read the configuration: {error}"
         raise UserError(what, f"{file} ({where})", "a model of another library, or a damaged file") from error

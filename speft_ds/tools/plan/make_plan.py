@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from speft_ds.config.deepspeed_config import load_ds_config
@@ -18,6 +17,7 @@ from speft_ds.data.dataset_cache import DatasetSpec, find_cached
 from speft_ds.data.readers import iterate_rows
 from speft_ds.data.sampler import Sampler
 from speft_ds.errors import UserError
+from speft_ds.terminal import Console
 from speft_ds.tools.plan.geometry import read_geometry
 from speft_ds.tools.plan.memory_model import GIB, Line, Setup, host, phases, total
 from speft_ds.tools.plan.suggestions import Suggestion, smallest_world_size, suggest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import shutil
@@ -11,16 +10,61 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
 from speft_ds.config.recipe import Recipe
 from speft_ds.config.train_config import ADAMW, TrainConfig
 from speft_ds.env import log_rank0
-from speft_ds.errors import UserError
-from speft_ds.io import flush_to_disk, sha256_of, write_json, write_text
+from speft_ds.errors import UserError, shell
+from speft_ds.io import flush_to_disk, parse_json, sha256_of, write_json, write_text
+from speft_ds.untrusted import path_within
 
 FORMAT_VERSION = 2
 CHECKPOINTS, MANIFEST, COMPLETE = "checkpoints", "manifest.json", "COMPLETE"
 UNFINISHED = "its save did not come to its end"
 _NAME = re.compile(r"step_(\d{6,})$")
+
+
+class PartLine(BaseModel):
+    """A part in the manifest."""
+
+    model_config = ConfigDict(strict=True)
+
+    file: str
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What readers rely on in manifest.json. Other keys are kept."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: PositiveInt
+    run_id: str | None
+    world_size: PositiveInt
+    parts: list[PartLine]
+    recipe: dict
+    base: dict
+    progress: dict
+    state: dict
+    validation_loss: float | None = None
+
+    @field_validator("parts")
+    @classmethod
+    def _one_per_rank(cls, parts: list[PartLine], info: ValidationInfo) -> list[PartLine]:
+        expected = [part_name(rank) for rank in range(min(info.data.get("world_size", 0), len(parts) + 1))]
+        if [part.file for part in parts] != expected:
+            raise ValueError("not one part per rank, in their order")
+        return parts
 
 
 @dataclass(frozen=True)
@@ -84,23 +128,31 @@ def inspect(path: Path) -> Checkpoint:
         text = (path / MANIFEST).read_bytes()
         if hashlib.sha256(text).hexdigest() != mark:
             return Checkpoint(path, step, {}, f"{MANIFEST} is damaged: its hash is not the recorded one")
-        manifest = json.loads(text)
+        manifest = parse_json(text)
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         why = UNFINISHED if missing == COMPLETE else "it is damaged"
         return Checkpoint(path, step, {}, f"{why}: it has no {missing}")
     except (OSError, ValueError) as error:
         return Checkpoint(path, step, {}, f"not readable: {error}")
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION or type(version) is not int:
+        what = f"it has format {version!r:.40}, this version reads {FORMAT_VERSION}"
+        return Checkpoint(path, step, {}, what)
+    try:
+        Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        return Checkpoint(path, step, {}, f"it is damaged: {MANIFEST}: {key!r:.100}: {first['msg']}")
     return Checkpoint(path, manifest["step"], manifest, _problem(path, step, manifest))
 
 
 def _problem(path: Path, step: int, manifest: dict[str, Any]) -> str | None:
-    if manifest["format_version"] != FORMAT_VERSION:
-        return f"it has format {manifest['format_version']}, this version reads {FORMAT_VERSION}"
     if step not in (-1, manifest["step"]):
         return f"it is of step {manifest['step']}, not {step}: the folder was renamed"
     for part in manifest["parts"]:
-        file = path / part["file"]
+        file = path_within(path, part["file"])
         if not file.is_file():
             return f"it is damaged: {part['file']} is missing"
         if file.stat().st_size != part["bytes"]:
@@ -212,6 +264,6 @@ def latest_valid(run: Path, run_id: str | None, below: int | None = None) -> Che
         problems.append(problem)
         log_rank0(f"note: checkpoint {checkpoint.path}: {problem}; looking for an older one")
     if below is not None or any(UNFINISHED not in problem for problem in problems):
-        fix = f"start anew: another output_dir, or remove this one: rm -r {run}"
+        fix = f"start anew: another output_dir, or remove this one: {shell('rm', '-r', run)}"
         raise UserError("no complete checkpoint to resume from", str(run / CHECKPOINTS), fix)
     return None

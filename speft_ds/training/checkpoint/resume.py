@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import yaml
 
-from speft_ds.config.load_recipe import load_recipe
+from speft_ds.config.limited_yaml import read_yaml
+from speft_ds.config.load_recipe import as_override, load_recipe
 from speft_ds.config.recipe import FIELDS, Recipe, resolve
 from speft_ds.env import log_rank0, versions, world_size
-from speft_ds.errors import UserError
+from speft_ds.errors import UserError, shell
 from speft_ds.training import run_dir
 from speft_ds.training.checkpoint.folder import (
     CHECKPOINTS,
@@ -132,7 +133,11 @@ def find_start(recipe: Recipe, resume: Resume) -> Start:
         recorded, where = start.checkpoint.manifest["recipe"], start.checkpoint.path
     elif start.source is not None:  # finished, or stopped before its first checkpoint
         where = start.source / RECIPE
-        recorded = yaml.safe_load(where.read_text(encoding="utf-8"))
+        try:
+            recorded = read_yaml(where)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            fix = f"start anew: another output_dir, or remove this one: {shell('rm', '-r', start.source)}"
+            raise UserError(f"not readable as YAML: {error}", str(where), fix) from error
     else:
         return start
     check_unchanged(recorded, recipe, resume.allowed, where)
@@ -150,16 +155,18 @@ def _named(path: Path, folder: Path) -> Start:
     else:
         checkpoint = inspect(path)
         if not path.is_dir():
-            raise UserError(f"there is no checkpoint {path}", "--resume", f"ls {path.parent}")
+            raise UserError(f"there is no checkpoint {path}", "--resume", shell("ls", path.parent))
         if checkpoint.problem:
-            fix = f"take the newest complete one: --resume {source}"
+            fix = f"take the newest complete one: {shell('--resume', source)}"
             raise UserError(f"cannot resume from {path}: {checkpoint.problem}", "--resume", fix)
     if source.absolute() != folder.absolute():
         if has_files(folder):
-            fix = f"output_dir= a new folder, or output_dir={source} to go on there"
+            there = shell(as_override("output_dir", str(source)))
+            fix = f"output_dir= a new folder, or {there} to go on there"
             raise UserError(f"the run folder {folder} is not empty", "output_dir", fix)
     elif newer := _complete_after(checkpoint.step, source):
-        fix = f"output_dir= a new folder to branch off, or remove the newer ones: rm -r {newer[0].path} ..."
+        remove = shell("rm", "-r", *(checkpoint.path for checkpoint in newer))
+        fix = f"output_dir= a new folder to branch off, or remove the newer ones: {remove}"
         raise UserError(f"{source} has newer checkpoints than {path.name}", "--resume", fix)
     return Start("resumed", checkpoint, source, is_chosen=not is_run)
 
@@ -178,7 +185,7 @@ def _newest(folder: Path, resume: Resume) -> Start:
     checkpoint = latest_valid(folder, facts.get("run_id"))
     if checkpoint is None:
         if any(begun["step"] for begun in facts.get("starts", [])):
-            fix = f"remove it, and branch off again: rm -r {folder}"
+            fix = f"remove it, and branch off again: {shell('rm', '-r', folder)}"
             raise UserError(f"{folder} branched off another run, and has no checkpoint yet", "--resume", fix)
         log_rank0(f"note: {folder} was stopped before its first checkpoint: it starts from the beginning")
     return Start("resumed", checkpoint, folder)
@@ -199,7 +206,7 @@ def resume_hint(folder: Path) -> str:
     last = last_complete(folder)
     if last is None:
         return "there is no checkpoint yet: start again with --resume auto"
-    return f"the last complete checkpoint is {last.path}; go on with: --resume {folder}"
+    return f"the last complete checkpoint is {last.path}; go on with: {shell('--resume', folder)}"
 
 
 # The recipe
@@ -236,11 +243,6 @@ def check_unchanged(recorded: dict[str, Any], recipe: Recipe, allowed: Sequence[
         consent = " ".join(f"--resume-with {shlex.quote(as_override(k, _value(now, k)))}" for k in refused)
         otherwise = f"if that is meant: {consent}"
     raise UserError(what, str(where), f"as it was: {back}; {otherwise}")
-
-
-def as_override(key: str, value: Any) -> str:
-    """`key=value` that reads as this value, whatever YAML would make of the bare text."""
-    return f"{key}={json.dumps(value)}"
 
 
 def _value(recipe: Any, key: str) -> Any:
@@ -280,7 +282,7 @@ def verified_start(start: Start) -> Start:
         if not problems:
             return start
         if start.is_chosen:
-            fix = f"take the newest complete one: --resume {start.source}"
+            fix = f"take the newest complete one: {shell('--resume', start.source)}"
             raise UserError(f"cannot resume: {problems[0]}", str(start.checkpoint.path), fix)
         log_rank0(f"note: checkpoint {start.checkpoint.path}: {problems[0]}; looking for an older one")
         run_id, step = start.checkpoint.manifest["run_id"], start.checkpoint.step

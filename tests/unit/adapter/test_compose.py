@@ -53,7 +53,7 @@ def test_weights_that_one_alone_has_and_the_facts(tmp_path):
     hashes = [Adapter.open(folder).facts["tensors_sha256"] for folder in folders]
     assert (step["command"], step["weights"]) == ("compose", [1.0, 1.0])
     assert [source["tensors_sha256"] for source in step["of"]] == hashes
-    assert "compose weights=[1.0, 1.0] of a, b" in (tmp_path / "sum" / "README.md").read_text()
+    assert "compose weights=\\[1.0, 1.0\\] of a, b" in (tmp_path / "sum" / "README.md").read_text()
 
 
 def test_a_head_is_kept(tmp_path):

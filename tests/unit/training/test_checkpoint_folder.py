@@ -262,7 +262,7 @@ def test_what_nothing_says_to_keep_is_removed(found, newest, loss, keep_last, ke
     with TemporaryDirectory() as folder:
         run = Path(folder)
         for step, (is_complete, run_id, loss) in found.items():
-            path = save(run, step, (), validation_loss=loss, run_id=run_id)
+            path = save(run, step, (b"",), validation_loss=loss, run_id=run_id)
             if not is_complete:
                 unmark(path)
         prune(folder_of(run, newest), keep)

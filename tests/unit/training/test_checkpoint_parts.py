@@ -14,7 +14,7 @@ from safetensors import safe_open
 from speft_ds.sparse.layout import EntryTable
 from speft_ds.training.checkpoint.folder import folder_of, inspect, publish, temporary_of, verify
 from speft_ds.training.checkpoint.parts import Parts, Snapshot, write_part
-from unit.saved import quick_disk
+from unit.saved import manifest_of, quick_disk
 
 WORLDS = [1, 2, 3, 4, 5]
 DTYPES = [torch.float32, torch.int32, torch.int64, torch.uint8, torch.bfloat16]
@@ -86,7 +86,7 @@ def written(run, world_size, tables=lambda rank: {}, shared=None, own=lambda ran
         for rank in range(world_size):
             tensors = Snapshot(tables(rank), shared or {}, own(rank), facts).tensors(rank, world_size)
             lines.append(write_part(temporary_of(folder), rank, *tensors))
-        publish(temporary_of(folder), folder, {"step": 10, "run_id": "mine", "parts": lines, "state": facts})
+        publish(temporary_of(folder), folder, manifest_of(10, lines) | {"state": facts})
     checkpoint = inspect(folder)
     assert checkpoint.problem is None and verify(checkpoint) is None
     return Parts(checkpoint)

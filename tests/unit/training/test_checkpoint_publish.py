@@ -20,7 +20,7 @@ from speft_ds.training.checkpoint.folder import (
     temporary_of,
     verify,
 )
-from unit.saved import CONTENTS, save, unmark, write_parts
+from unit.saved import CONTENTS, manifest_of, save, unmark, write_parts
 
 OLD = (b"of step 10",)
 OTHER = (b"of another save", b"of as many", b"ranks", b"and one more")
@@ -58,7 +58,7 @@ def test_without_all_parts_there_is_no_checkpoint(tmp_path, what):
     part = temporary_of(folder) / part_name(1)
     part.unlink() if what == "missing" else os.truncate(part, part.stat().st_size - 1)
     with pytest.raises(OSError, match=r"part_00001.*do all nodes see this folder"):
-        publish(temporary_of(folder), folder, {"step": 10, "run_id": "mine", "parts": parts})
+        publish(temporary_of(folder), folder, manifest_of(10, parts))
     assert not folder.exists()
 
 
@@ -133,7 +133,7 @@ def publishing(run):
     """The end of a save of step 20."""
     parts = write_parts(run, 20)
     folder = folder_of(run, 20)
-    return lambda: publish(temporary_of(folder), folder, {"step": 20, "run_id": "mine", "parts": parts})
+    return lambda: publish(temporary_of(folder), folder, manifest_of(20, parts))
 
 
 @pytest.fixture(scope="module", params=[f"{how}, {state}" for how in ("die", "fail") for state in STATES])

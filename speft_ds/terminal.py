@@ -1,0 +1,41 @@
+"""Output to the terminal: what files and rows say is text there, in any encoding.
+
+Imports no torch.
+"""
+
+import codecs
+import io
+import sys
+from collections.abc import Iterator
+
+import rich.console
+from rich.segment import Segment
+
+from speft_ds.untrusted import printable
+
+ASCII = {"±": "+-", "→": "->", "✓": "ok", "✗": "X", "√": "sqrt", "²": "^2"}
+_IN_ASCII = "speft_ds.ascii"  # an error handler's name
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    return "".join(ASCII.get(letter, "?") for letter in letters), error.end
+
+
+def init_output() -> None:
+    """Have stdout and stderr write what their encoding lacks as ASCII, where they would fail."""
+    codecs.register_error(_IN_ASCII, _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_IN_ASCII)
+
+
+class Console(rich.console.Console):
+    """Rich's console; of the texts of its tables no control character reaches the terminal, and no secret."""
+
+    def render(self, *arguments: object, **options: object) -> Iterator[Segment]:
+        for segment in super().render(*arguments, **options):
+            is_text = not segment.control and not segment.text.isspace()
+            yield segment._replace(text=printable(segment.text)) if is_text else segment

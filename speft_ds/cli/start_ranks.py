@@ -1,6 +1,7 @@
 """Starting a job under the deepspeed launcher: on how many ranks, where its results go. Imports no torch."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from speft_ds.cli.launch import checked_recipe
-from speft_ds.config.load_recipe import ROOT, load_recipe
+from speft_ds.config.load_recipe import ROOT, as_override, load_recipe
 from speft_ds.config.recipe import Job
 from speft_ds.env import free_port
 from speft_ds.errors import UserError
@@ -31,18 +32,23 @@ def launch(job: Job, recipe: str, overrides: list[str], ranks: int | None) -> in
     Raises:
         UserError: the recipe or its files are wrong; nothing is started then.
     """
-    num_gpus = count_gpus()
-    world_size = ranks or default_ranks(num_gpus)
+    gpus = visible_gpus()
+    world_size = ranks or default_ranks(len(gpus))
+    if gpus and world_size > len(gpus):
+        fix = f"--ranks {len(gpus)}, or DS_ACCELERATOR=cpu"
+        raise UserError(f"{world_size} ranks need as many GPUs, and there are {len(gpus)}", "--ranks", fix)
     check_output_dir(checked_recipe(job, recipe, overrides, world_size))
-    # With GPUs and no --ranks, the launcher itself takes every GPU that it may see.
-    num_gpus_flag = [] if num_gpus and ranks is None else ["--num_gpus", str(world_size)]
+    # With GPUs and no --ranks, the launcher itself takes every GPU.
+    num_gpus_flag = [] if gpus and ranks is None else ["--num_gpus", str(world_size)]
+    if gpus and "CUDA_VISIBLE_DEVICES" in os.environ:  # which it leaves out of account with --num_gpus
+        num_gpus_flag = ["--include", f"localhost:{','.join(map(str, gpus[:world_size]))}"]
     script = [str(ROOT / "launch" / f"{job}.py"), "--recipe", recipe, *overrides]
     # The launcher's own port is always the same: a second run on the machine would find it taken.
     command = [find_deepspeed(), *num_gpus_flag, "--master_port", str(free_port()), *script]
     print(f"$ {shlex.join(command)}", flush=True)
     # DeepSpeed compiles a small op on its first start and looks for ninja on the PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    accelerator = {} if num_gpus else {"DS_ACCELERATOR": "cpu"}
+    accelerator = {} if gpus else {"DS_ACCELERATOR": "cpu"}
     return run_to_end(command, {**os.environ, "PATH": path, **accelerator})
 
 
@@ -55,7 +61,7 @@ def fit_overrides(name: str, overrides: list[str], world_size: int) -> list[str]
         while folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             number += 1
             folder = Path(f"{recipe.output_dir}-{number}")
-        overrides = [f"output_dir={folder}", *overrides]
+        overrides = [as_override("output_dir", str(folder)), *overrides]
         if number > 1:
             print(f"{recipe.output_dir} is not empty: this run goes to {folder}")
     micro = recipe.train.shared_micro_batch(world_size)
@@ -65,16 +71,38 @@ def fit_overrides(name: str, overrides: list[str], world_size: int) -> list[str]
     return overrides
 
 
-def count_gpus() -> int:
-    """GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves; 0 where there is no working nvidia-smi."""
-    if shutil.which("nvidia-smi") is None:
-        return 0
+def visible_gpus() -> list[int]:
+    """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves, as nvidia-smi numbers them, in its order.
+
+    None where there is no working nvidia-smi, or DS_ACCELERATOR says cpu.
+
+    Raises:
+        UserError: CUDA_VISIBLE_DEVICES names parts of GPUs (MIG), which the launcher cannot be told.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or shutil.which("nvidia-smi") is None:
+        return []
     listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    count = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    found = re.findall(r"^GPU (\d+):.*?(?:UUID: ([\w-]+))?\)?$", listing.stdout, re.MULTILINE)
+    uuid_of = {int(number): uuid for number, uuid in found} if listing.returncode == 0 else {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listing.returncode or visible is None:
-        return 0 if listing.returncode else count
-    return min(count, sum(bool(device.strip()) for device in visible.split(",")))
+    if visible is None:
+        return list(uuid_of)
+    chosen = []
+    for name in map(str.strip, visible.split(",")):
+        if name.startswith("MIG-"):
+            fix = "CUDA_VISIBLE_DEVICES with the numbers of complete GPUs, as `nvidia-smi -L` lists them"
+            raise UserError(f"{name} is a part of a GPU", "CUDA_VISIBLE_DEVICES", fix)
+        by_uuid = [n for n, uuid in uuid_of.items() if name.startswith("GPU-") and uuid.startswith(name)]
+        fits = by_uuid or [n for n in uuid_of if name == str(n)]
+        if len(fits) != 1 or fits[0] in chosen:
+            break  # as CUDA does, which sees nothing behind a name that is none
+        chosen += fits
+    return chosen
+
+
+def count_gpus() -> int:
+    """How many GPUs a run on this machine may use; see `visible_gpus`."""
+    return len(visible_gpus())
 
 
 def find_deepspeed() -> str:

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 from limits import HANG_S
 
-from speft_ds.cli import main, start_ranks
+from speft_ds.cli import start_ranks
 from speft_ds.config.load_recipe import ROOT
 from speft_ds.errors import UserError
 from unit.commands import run
@@ -24,6 +24,7 @@ def _machine(own_folder, tmp_path, monkeypatch):
     write_inputs(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
 
 
 @pytest.fixture
@@ -38,8 +39,7 @@ def launched(tmp_path, monkeypatch):
     monkeypatch.setattr(start_ranks, "free_port", lambda: 4711)
 
     def start(typed, gpus=0, code=0):
-        monkeypatch.setattr(start_ranks, "count_gpus", lambda: gpus)
-        monkeypatch.setattr(main, "count_gpus", lambda: gpus)
+        monkeypatch.setattr(start_ranks, "visible_gpus", lambda: list(range(gpus)))
         monkeypatch.setattr(start_ranks, "run_to_end", lambda *call: calls.append(call) or code)
         left = run(monkeypatch, *typed.split())
         return (*(calls[-1] if calls else (None, None)), left)
@@ -129,6 +129,76 @@ def test_gpus_are_counted_without_torch(tmp_path, monkeypatch, script, visible, 
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert start_ranks.count_gpus() == count
+
+
+FOUR = "; ".join(f"echo 'GPU {number}: NVIDIA X (UUID: GPU-{number}{number}ab)'" for number in range(4))
+
+
+@pytest.fixture
+def four_gpus(tmp_path, monkeypatch):
+    """A machine whose nvidia-smi lists four GPUs."""
+    (tmp_path / "bin").mkdir()
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{FOUR}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [
+        (None, [0, 1, 2, 3]),
+        ("2,3", [2, 3]),
+        ("3, 0", [3, 0]),
+        ("GPU-33ab,GPU-1", [3, 1]),
+        ("1,7,2", [1]),  # CUDA sees nothing behind a name that is none
+        ("1,1", [1]),
+        ("GPU-,0", []),  # of four
+        *((nothing, []) for nothing in ("", "-1", "NoDevFiles", "none", "x" * 10_000, "0x1")),
+    ],
+)
+def test_the_gpus_that_are_used_are_those_that_the_user_leaves_visible(four_gpus, monkeypatch, visible, gpus):
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert start_ranks.visible_gpus() == gpus
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert start_ranks.visible_gpus() == []
+
+
+def test_a_part_of_a_gpu_is_refused(four_gpus, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1234")
+    with pytest.raises(UserError) as caught:
+        start_ranks.visible_gpus()
+    assert caught.value.where == "CUDA_VISIBLE_DEVICES"
+
+
+@pytest.mark.parametrize(
+    ("visible", "ranks", "flags"),
+    [
+        (None, [], []),
+        (None, ["--ranks", "2"], ["--num_gpus", "2"]),
+        ("2,3", [], ["--include", "localhost:2,3"]),
+        ("GPU-33,GPU-11", ["--ranks", "1"], ["--include", "localhost:3"]),
+        ("", [], ["--num_gpus", "2"]),
+        ("-1", ["--ranks", "1"], ["--num_gpus", "1"]),
+    ],
+)
+def test_the_launcher_is_told_which_gpus(four_gpus, monkeypatch, visible, ranks, flags):
+    """With --num_gpus it takes the first ones of the machine, whatever CUDA_VISIBLE_DEVICES says."""
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    calls = []
+    monkeypatch.setattr(start_ranks, "run_to_end", lambda *call: calls.append(call) or 0)
+    assert run(monkeypatch, "score", "mine.yaml", *ranks) == 0
+    ((command, env),) = calls
+    assert command[1 : command.index("--master_port")] == flags
+    assert (env.get("DS_ACCELERATOR") == "cpu") == (visible in ("", "-1"))
+
+
+def test_more_ranks_than_gpus_are_refused(four_gpus, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert run(monkeypatch, "score", "mine.yaml", "--ranks", "3") == 2
+    assert "--ranks 2" in capsys.readouterr().err
 
 
 def test_a_missing_launcher_is_a_user_error(tmp_path, monkeypatch):

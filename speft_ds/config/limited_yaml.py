@@ -88,15 +88,18 @@ class _Collection:
     depth: int = 1
 
 
-def check_limits(text: str, tags: Collection[str] = ()) -> None:
-    """Refuse, before anything is built of it, what is too deep or too large, and tags but these and `!!str`.
+def check_limits(text: str, tags: Collection[str] = (), loader: type = yaml.SafeLoader) -> None:
+    """Refuse, before anything is built of it, what is too deep or too large, and unknown tags.
 
+    Args:
+        tags: those that are known, besides `!!str`.
+        loader: parses the text.
     Raises:
         yaml.YAMLError: also where the text is no YAML.
     """
     found: dict[str, tuple[int, int]] = {}  # anchor -> nodes and depth of what it stands for
     open_ones = [_Collection(None)]
-    for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for event in yaml.parse(text, loader):
         tag = getattr(event, "tag", None)
         if tag not in (None, "!", TEXT, *tags):
             raise _refused(f"the tag {tag!r:.50} is not known here", event)

@@ -72,7 +72,7 @@ def _check(root: Path, path: Path) -> tuple[list[UserError], list[Path]]:
 def _read(path: Path) -> dict[str, Any]:
     """The keys of a file. Raises what PyYAML's constructors raise, besides OSError and ValueError."""
     text = limited_yaml.read_text(path)
-    limited_yaml.check_limits(text, TAGS)
+    limited_yaml.check_limits(text, TAGS, _TaskLoader)
     values = yaml.load(text, _TaskLoader)
     if not isinstance(values, dict):
         raise ValueError("it has no keys")

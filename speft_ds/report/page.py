@@ -237,9 +237,10 @@ def _mean_size(values: Sequence[float]) -> int:
 
 
 def _commands(run: RunFolder) -> str:
-    folder, on_cpu = run.folder.as_posix(), run.fact("machine.device") == "cpu"
-    # On GPUs without --num_gpus, with which the launcher leaves CUDA_VISIBLE_DEVICES out of account.
-    start = f"DS_ACCELERATOR=cpu deepspeed --num_gpus {run.num_ranks or 1}" if on_cpu else "deepspeed"
+    folder, device = run.folder.as_posix(), run.fact("machine.device", "")
+    start = f"{'DS_ACCELERATOR=cpu ' * (device == 'cpu')}deepspeed --num_gpus {run.num_ranks or 1}"
+    if device.startswith("cuda"):  # with --num_gpus, the launcher takes no notice of CUDA_VISIBLE_DEVICES
+        start = "deepspeed"
     recipe, again = shlex.quote(f"{folder}/{RECIPE}"), shell(as_override("output_dir", f"{folder}-again"))
     return (
         f"{start} launch/train.py --recipe {recipe} {again}\n"

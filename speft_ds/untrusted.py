@@ -31,7 +31,7 @@ def path_within(folder: Path, name: object, subfolders: bool = False) -> Path:
 
 
 def _is_plain(name: str) -> bool:
-    is_visible = name.isprintable() and name != "" and name[0] not in ".-"
+    is_visible = name.isprintable() and name != "" and name[0] not in ".-~"
     return is_visible and "\\" not in name and len(name.encode()) <= MAX_NAME
 
 

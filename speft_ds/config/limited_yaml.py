@@ -112,6 +112,8 @@ def check_limits(text: str, tags: Collection[str] = (), loader: type = yaml.Safe
             found[done.anchor] = done.num_nodes, done.depth
             _add(open_ones, done.num_nodes, done.depth, event)
         elif isinstance(event, events.ScalarEvent):
+            if event.value.encode(errors="replace").decode() != event.value:
+                raise _refused("a text that is not Unicode", event)
             found[event.anchor] = 1, 0
             _add(open_ones, 1, 0, event)
         elif isinstance(event, events.AliasEvent):

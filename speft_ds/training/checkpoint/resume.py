@@ -251,7 +251,8 @@ def _value(recipe: Any, key: str) -> Any:
     for section in sections:
         recipe = recipe.get(section) if isinstance(recipe, dict) else None
     is_there = isinstance(recipe, dict) and name in recipe
-    return recipe[name] if is_there else FIELDS[key].get_default()
+    field = FIELDS[key]
+    return recipe[name] if is_there else None if field.is_required() else field.get_default()
 
 
 def fit_micro_batch(recipe: Recipe, world_size: int) -> Recipe:

@@ -1,0 +1,382 @@
+"""Files from strangers, a thousand of a kind: read or refused, without a crash, a hang or a way out."""
+
+import hashlib
+import json
+import random
+import shutil
+import unicodedata
+from pathlib import Path
+
+import pytest
+import yaml
+
+from speft_ds import hub
+from speft_ds.config import limited_yaml
+from speft_ds.config.load_recipe import load_recipe, resolved_yaml
+from speft_ds.errors import UserError
+from speft_ds.evaluation.task_files import task_file_problems
+from speft_ds.report.run import read_run
+from speft_ds.training.checkpoint.folder import inspect, latest_valid, list_checkpoints, verify
+from speft_ds.training.checkpoint.resume import Resume, find_start
+from speft_ds.untrusted import path_within
+from unit.hostile import NAMES, NUM_HOSTILE, changed, mangled, no_hang, only_opens
+from unit.saved import make_run
+from unit.written import load
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+def refusal(action):
+    """The UserError that an action raises, whose text a terminal can show; None: it raises none."""
+    try:
+        action()
+    except UserError as error:
+        text = str(error)
+        controls = {letter for letter in text if unicodedata.category(letter) in ("Cc", "Cs")}
+        assert text.encode() and controls <= {"\n", "\t"}
+        return error
+    return None
+
+
+# Names of files
+
+
+def test_names_that_lead_elsewhere(tmp_path):
+    for name in [*NAMES, None, 1, b"x", ["x"], Path("x")]:
+        for subfolders in (False, True):
+            with pytest.raises(ValueError) as caught:
+                path_within(tmp_path, name, subfolders)
+            assert str(caught.value).encode()
+    assert path_within(tmp_path, "a b.safetensors") == tmp_path / "a b.safetensors"
+    assert path_within(tmp_path, "a/b/ü", subfolders=True) == tmp_path / "a" / "b" / "ü"
+    with pytest.raises(ValueError):
+        path_within(tmp_path, "a/b")
+
+
+def test_indexes_of_bases(tmp_path):
+    """Every name that is given out lies in the folder; every other index is a sentence."""
+    chance, base = random.Random(0), tmp_path / "base"
+    (base / "shards").mkdir(parents=True)
+    files = ("model-1.safetensors", "shards/model-2.safetensors")
+    for name in (*files, "../outside.safetensors"):
+        (base / name).touch()
+    good = {"metadata": {"total_size": 9}, "weight_map": {f"w{n}": files[n % 2] for n in range(6)}}
+    index, num_refused = base / "model.safetensors.index.json", 0
+    for number in range(NUM_HOSTILE):
+        document = good if number == 0 else changed(good, chance)
+        text = json.dumps(document)
+        text = text[: chance.randrange(len(text))] if number % 20 == 1 else text
+        index.write_text("[" * 100_000 if number == 2 else text)
+        with no_hang(), only_opens(base):
+            missing = hub.missing_weights(base)
+        assert "\n".join(missing).isascii() or missing
+        num_refused += missing != []
+        if not missing:
+            shards = hub.shards_of(index)
+            assert shards and all((base / s).resolve().is_relative_to(base.resolve()) for s in shards)
+        if number == 0:
+            assert missing == []
+    assert NUM_HOSTILE // 4 < num_refused < NUM_HOSTILE
+
+
+# Checkpoints
+
+
+def test_manifests(tmp_path):
+    """Manifests whose hash fits: whole only with one part per rank, in the folder and as large as said."""
+    chance, recipe = random.Random(1), load(tmp_path)
+    run = make_run(recipe, 10)
+    (run / "run.json").write_text('{"run_id": "mine", "finished": false}')
+    (run / "metrics.jsonl").write_text("")
+    (folder,) = (run / "checkpoints").iterdir()
+    good, num_valid = json.loads((folder / "manifest.json").read_text()), 0
+    for number in range(NUM_HOSTILE):
+        manifest = good if number == 0 else changed(good, chance)
+        if number % 3 == 1:  # the parts are what leads to other files
+            manifest = {**good, "parts": changed(good["parts"], chance)}
+        text = "[" * 100_000 if number == 2 else json.dumps(manifest)
+        (folder / "manifest.json").write_text(text)
+        (folder / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest())
+        with no_hang(), only_opens(tmp_path):
+            checkpoint = inspect(folder)
+            (listed,) = list_checkpoints(run)
+            refused = refusal(lambda: latest_valid(run, None))
+            refusal(lambda: find_start(recipe, Resume("newest")))
+            read = read_run(run)
+            damage = None if checkpoint.problem else verify(checkpoint)
+        assert listed == checkpoint and (refused is None) == (checkpoint.problem is None)
+        assert (checkpoint.problem is None) == (len(read.problems) == 0)
+        if checkpoint.problem is None:
+            num_valid += 1
+            names = [part["file"] for part in checkpoint.manifest["parts"]]
+            assert names == [f"part_{n:05d}.safetensors" for n in range(checkpoint.manifest["world_size"])]
+            same = [{**part, "sha256": None} for part in checkpoint.manifest["parts"]]
+            assert same == [{**part, "sha256": None} for part in good["parts"]]
+            assert (damage is None) == (checkpoint.manifest["parts"] == good["parts"])
+    assert 1 < num_valid < NUM_HOSTILE / 2
+
+
+@pytest.mark.parametrize(
+    "key", ["step", "run_id", "world_size", "parts", "recipe", "base", "progress", "state"]
+)
+def test_a_manifest_lacks_nothing(tmp_path, key):
+    run = make_run(load(tmp_path), 10)
+    (folder,) = (run / "checkpoints").iterdir()
+    good = json.loads((folder / "manifest.json").read_text())
+    for wrong in (
+        {k: v for k, v in good.items() if k != key},
+        {**good, key: []},
+        {**good, "parts": good["parts"][:1] * 2},
+    ):
+        text = json.dumps(wrong)
+        (folder / "manifest.json").write_text(text)
+        (folder / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest())
+        assert "damaged" in inspect(folder).problem
+
+
+# YAML
+
+RECIPE = """\
+# of a test
+model: {name_or_path: owner/name, dtype: float32}
+data: &data
+  path: rows.jsonl
+  labels: null
+mask:
+  density: 0.01
+  layers: [0, 1]
+optimizer: {lr: 1.0e-3}
+train: {steps: 10, global_batch: 8}
+eval:
+  tasks: [arc_easy, "b"]
+seed: 3
+"""
+PIECES = [
+    *(
+        "*data",
+        "&data ",
+        "&a [*a]",
+        "*a",
+        "<<: *data",
+        "{<<: *data}",
+        "&a ",
+        "- ",
+        "? ",
+        ": ",
+        "\n",
+        "\t",
+        "#",
+    ),
+    *(
+        "!!python/object/apply:os.system ['touch hacked']",
+        "!!binary eA==",
+        "!!set {a}",
+        "!!timestamp 1",
+        "!!int x",
+    ),
+    *(
+        "!!float ''",
+        "!x ",
+        "!!str 3",
+        "!!omap [a: 1]",
+        "!!pairs [a: 1]",
+        "!function utils.x",
+        "%YAML 9.9\n",
+        "---\n",
+    ),
+    *(
+        "[" * 60,
+        "{a: " * 60,
+        "[" * 5000,
+        "- " * 5000,
+        "'" * 3,
+        '"',
+        "|\n",
+        ">\n",
+        "`",
+        "@",
+        "\0",
+        "\x1b[2J",
+        "\ud7ff",
+    ),
+    *(
+        "1:" * 200 + "1",
+        "0x" + "f" * 5000,
+        "9" * 5000,
+        "1e999",
+        ".nan",
+        "-.inf",
+        "~",
+        "0o8",
+        "0b2",
+        "=",
+        "<<",
+        "1_0",
+    ),
+    *(
+        '"\\ud800"',
+        '"\\x1b[31m"',
+        "2026-01-31",
+        "{[a]: b}",
+        "? [a]\n: b",
+        "{1: 2}",
+        "{null: 1}",
+        "extends: ./x.yaml\n",
+    ),
+    "extends: ../../../etc/passwd\n",
+    "model: ",
+    "seed: ",
+    "output_dir: ",
+    "name: x\n",
+    "x" * 3000,
+    "👩‍🔬",
+    "".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 9) if n else '1'}]\n" for n in range(12)),
+    "".join(f"k{n}: &k{n} [{f'*k{n - 1}' if n else '1'}]\n" for n in range(200)),
+]
+
+
+def test_yaml_of_recipes(tmp_path):
+    """Loaded to a recipe that loads again, or all its problems; of a file that extends it, too."""
+    chance, num_loaded = random.Random(2), 0
+    Path("theirs.yaml").write_text("extends: ./mine.yaml\nseed: 4\n")
+    for number in range(NUM_HOSTILE):
+        text = RECIPE if number == 0 else mangled(RECIPE, chance, PIECES)
+        Path("mine.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
+        with no_hang(), only_opens(tmp_path):
+            error = refusal(lambda: load_recipe("mine.yaml"))
+            refusal(lambda: load_recipe("theirs.yaml"))
+        assert error is not None or number == 0 or text
+        if error is None:
+            num_loaded += 1
+            recipe = load_recipe("mine.yaml")
+            Path("again.yaml").write_text(resolved_yaml(recipe))
+            again = load_recipe("again.yaml")
+            assert resolved_yaml(again) == resolved_yaml(recipe)
+    assert 1 < num_loaded < NUM_HOSTILE
+    assert not Path("hacked").exists()
+
+
+def test_key_value_of_the_command_line():
+    chance = random.Random(3)
+    for _ in range(NUM_HOSTILE):
+        text = f"mask.density={mangled('0.1', chance, PIECES)}"
+        with no_hang():
+            refusal(lambda text=text: load_recipe("quickstart", [text]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [*a]",
+        "a: &a {b: *a}",
+        "a: &a [1]\nb: &a [*a]",
+        "[" * 51 + "]" * 51,
+        "- " * 60 + "x",
+        PIECES[-1],
+        PIECES[-2],
+        "a: !!python/name:os.system",
+        "a: !x 1",
+        "a: 0x" + "f" * 200,
+        "a: " + "1:" * 100 + "1",
+        "x: 1\n" * 20_000,
+        "# " + "x" * limited_yaml.MAX_BYTES,
+    ],
+)
+def test_limits_of_yaml(tmp_path, text):
+    """Of a recipe, of the recipe.yaml of a run, and of what is copied."""
+    Path("mine.yaml").write_text(text)
+    with no_hang():
+        error = refusal(lambda: load_recipe("mine.yaml"))
+        assert error is not None and "mine.yaml" in error.problems[0].where
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(text)
+    with no_hang():
+        assert any("recipe.yaml" in problem for problem in read_run(run).problems)
+
+
+def test_aliases_and_merges_within_the_limits():
+    text = "a: &a {x: 1, y: [2]}\nb: *a\nc: {<<: *a, x: 3}\nd: &s 4\ne: [*s, *s]\n"
+    assert limited_yaml.load(text) == yaml.safe_load(text)
+    assert limited_yaml.load("a: 2026-01-31\nb: !!str 5") == {"a": "2026-01-31", "b": "5"}
+    assert limited_yaml.load("") is None
+    nested = "[" * 49 + "]" * 49
+    assert limited_yaml.load(nested) == yaml.safe_load(nested)
+
+
+# Tasks
+
+TASK = """\
+task: mine
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+include: base_yaml
+test_split: test
+output_type: multiple_choice
+doc_to_text: '{{prompt}}'
+doc_to_choice: !function utils.choices
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+TASK_PIECES = [
+    *PIECES,
+    *(f"include: {json.dumps(name)}\n" for name in NAMES),
+    *(f"task: {json.dumps(name)}\n" for name in NAMES),
+    *("include: [base_yaml, ../x]\n", "include: deeper/../../x\n", "include: mine.yaml\n", "include: 3\n"),
+    *("!function /etc/x.y", "!function ..outside.x", "!function x", "!function os.system", "!function [a]"),
+    *("task: [a, {task: ../x}]\n", "group: a/b\n", "task: {a: 1}\n", "class: !function a.b\n"),
+]
+
+
+def test_task_files(tmp_path):
+    """What passes is read by lm-eval without a step outside; what it would do elsewhere is refused."""
+    from lm_eval.tasks import TaskManager
+
+    chance, tasks = random.Random(4), tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "base_yaml").write_text("num_fewshot: 0\n")
+    (tasks / "utils.py").write_text("def choices(doc): return ['a']\n")
+    (tmp_path / "x").write_text("task: outside\n")
+    good, num_fine = tasks / "mine.yaml", 0
+    for number in range(NUM_HOSTILE):
+        text = TASK if number == 0 else mangled(TASK, chance, TASK_PIECES)
+        good.write_text(text, encoding="utf-8", errors="surrogatepass")
+        with no_hang(), only_opens(tasks):
+            problems = task_file_problems(tasks)
+        assert all(str(problem).encode() and problem.fix for problem in problems)
+        if not problems:
+            num_fine += 1
+            with no_hang(), only_opens(tasks):
+                names = TaskManager(include_path=str(tasks), include_defaults=False).all_tasks
+            assert all("/" not in str(name) and str(name).isprintable() for name in names)
+    assert 1 < num_fine < NUM_HOSTILE / 2
+
+
+def test_lm_evals_own_tasks_pass():
+    """All of its files: what real tasks do is not refused."""
+    import lm_eval
+
+    assert task_file_problems(Path(lm_eval.__file__).parent / "tasks") == []
+
+
+def test_task_files_include_only_what_is_in_the_folder(tmp_path):
+    tasks = tmp_path / "tasks"
+    (tasks / "deep").mkdir(parents=True)
+    (tmp_path / "outside_yaml").write_text("task: x\n")
+    (tasks / "base_yaml").write_text("num_fewshot: 0\n")
+    file = tasks / "deep" / "a.yaml"
+    for name, is_fine in {
+        "../base_yaml": True,
+        "../../outside_yaml": False,
+        str(tasks / "base_yaml"): False,
+    }.items():
+        file.write_text(f"task: a\ninclude: {name}\n")
+        assert (task_file_problems(tasks) == []) == is_fine
+    (tasks / "base_yaml").write_text("include: ../outside_yaml\n")  # by way of another
+    file.write_text("task: a\ninclude: ../base_yaml\n")
+    (problem,) = task_file_problems(tasks)
+    assert problem.where == str(tasks / "base_yaml")
+    (tasks / "base_yaml").write_text("include: deep/a.yaml\n")  # in a circle
+    assert task_file_problems(tasks) == []
+    shutil.rmtree(tasks)
+    assert task_file_problems(tasks) == []

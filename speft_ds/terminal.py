@@ -33,7 +33,13 @@ def init_output() -> None:
 
 
 class Console(rich.console.Console):
-    """Rich's console; of the texts of its tables no control character reaches the terminal, and no secret."""
+    """Rich's console, which takes texts as they are, unless markup is asked for.
+
+    No control character of theirs reaches the terminal, and no secret.
+    """
+
+    def __init__(self, *, markup: bool = False, **options: object):
+        super().__init__(markup=markup, emoji=False, **options)
 
     def render(self, *arguments: object, **options: object) -> Iterator[Segment]:
         for segment in super().render(*arguments, **options):

@@ -51,7 +51,7 @@ def card_text(facts: dict, scores: Sequence[dict[str, Any]], num_bytes: int) -> 
         num_bytes: of adapter.safetensors.
     """
     environment = Environment(trim_blocks=True, keep_trailing_newline=True, finalize=_as_markdown)
-    environment.filters["code"] = lambda value: Markup(json.dumps(value))
+    environment.filters["code"] = lambda value: Markup(json.dumps(value).replace("`", "\\u0060"))
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     base, name = _public_name(facts["base"]), _of_recipe(facts, "name")
     return environment.from_string(template).render(

@@ -13,6 +13,7 @@ from speft_ds.adapter.compress import CHUNK, Largest
 from speft_ds.adapter.format import Entries
 from speft_ds.adapter.pretrained import Fingerprint, PretrainedCheckpoint
 from speft_ds.adapter.save import check_output, write_derived
+from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
 from speft_ds.model.targets import find_targets, tied_targets
 
@@ -61,7 +62,7 @@ class TunedPair:
             raise UserError(what, f"{base} and {tuned}", "give a model and the one it was tuned from")
         for model in (self.base, self.tuned):
             if model.problem:
-                print(f"note: {model.name} is loaded completely: {model.problem}")
+                log_rank0(f"note: {model.name} is loaded completely: {model.problem}")
         self.base_weight = self.base.reader(self.dtype)
         self._tuned_weight = self.tuned.reader(torch.float32)
 

@@ -25,6 +25,15 @@ def _interval(value: Any) -> Any:
     raise broken_rule(f"{value!r} is neither steps nor minutes", fix)
 
 
+def _path(value: str) -> str:
+    # A path is printed, and written into job scripts, where a line break would begin a command.
+    if not value.isprintable():
+        raise broken_rule(
+            f"{value!r} has control characters in it", "a path without line breaks and the like"
+        )
+    return expand_path(value)
+
+
 def split_interval(value: int | str | None) -> tuple[int | None, float | None]:
     """An `Interval` as (steps, seconds), of which one at most is not None."""
     if isinstance(value, str):
@@ -34,7 +43,9 @@ def split_interval(value: int | str | None) -> tuple[int | None, float | None]:
 
 Text = Annotated[str, Field(min_length=1)]
 FilePath = Annotated[
-    Text, AfterValidator(expand_path), WithJsonSchema({"type": "string", "format": "path", "minLength": 1})
+    Text,
+    AfterValidator(_path),
+    WithJsonSchema({"type": "string", "format": "path", "minLength": 1}),
 ]
 _NUMBER = BeforeValidator(_number)
 NonNegative = Annotated[float, Field(ge=0), _NUMBER]

@@ -120,7 +120,7 @@ def print_summary(folder: Path) -> None:
     console.print(table)
     for name, what in FILES.items():
         if (folder / name).exists():
-            console.print(f"  {folder / name}  {what}", highlight=False, soft_wrap=True, markup=False)
+            console.print(f"  {folder / name}  {what}", highlight=False, soft_wrap=True)
 
 
 def key_figures(run: RunFolder, max_scores: int | None = None) -> list[tuple[str, str, str]]:

@@ -22,6 +22,7 @@ from speft_ds.adapter.inspect import (
     mask_counts,
     total,
 )
+from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
 from speft_ds.model.targets import place
 from speft_ds.report.tables import (
@@ -53,7 +54,7 @@ def print_inspection(source: Path, against: Path | None, output: Path | None) ->
     print_table(_norm_table(mask, found))
     rows = ((c.weight, str(c.row), str(c.column), f"{c.delta:+.6g}") for c in found.largest)
     print_table(_table("largest changes", ("weight", "row", "column", "delta"), rows))
-    print(f"base {facts['base']} in {facts['dtype']}, fingerprint {facts['fingerprint'][:12]}")
+    log_rank0(f"base {facts['base']} in {facts['dtype']}, fingerprint {facts['fingerprint'][:12]}")
     print(f"size {_size_text(adapter)}")
     if adapter.heads:
         print("heads:", ", ".join(f"{name} {adapter.head_shape(name)}" for name in adapter.heads))

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from speft_ds.cli.options import examples
+from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
 
 app = typer.Typer()
@@ -45,7 +46,7 @@ def merge(
 
     merged = merge(base, adapter, output, alpha, dtype, max_shard_size)
     if merged.note:
-        typer.echo(f"note: the complete base was loaded: {merged.note}")
+        log_rank0(f"note: the complete base was loaded: {merged.note}")
     typer.echo(f"{merged.num_changed:,} entries, {merged.num_bytes / 2**30:.2f} GiB, read back and compared")
     typer.echo(f"  {output}")
 
@@ -188,5 +189,5 @@ def push(
     chosen, left_out = files_to_push(opened.folder)
     lines = [f"  {path.name}  {path.stat().st_size:,} bytes" for path in chosen]
     lines += [f"not uploaded: {path.name}" for path in left_out]
-    typer.echo("\n".join([*lines, *notes(opened)]))
+    log_rank0("\n".join([*lines, *notes(opened)]))
     typer.echo("nothing was uploaded (--dry-run)" if dry_run else push(adapter, repo_id, private))

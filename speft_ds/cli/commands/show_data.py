@@ -34,7 +34,7 @@ def show_data(recipe: Recipe, output: Path | None) -> None:
         console.print(sample_text(f"row {number}", pieces), "", sep="\n", soft_wrap=True)
     console.print(_sources_table(recipe, dataset))
     console.print(_lengths_table(dataset.lengths))
-    console.print(summary(recipe, dataset), highlight=False, markup=False)
+    console.print(summary(recipe, dataset), highlight=False)
     from speft_ds.report.plots import length_histogram, save_picture  # late: it takes a second
 
     path = output or Path("runs") / f"{recipe.name}-data.png"
@@ -44,7 +44,7 @@ def show_data(recipe: Recipe, output: Path | None) -> None:
     except OSError as error:
         fix = "name another: --output FILE.png"
         raise UserError(f"cannot write the picture: {error}", str(path), fix) from error
-    console.print(f"picture: {path}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"picture: {path}", highlight=False, soft_wrap=True)
 
 
 def sample_text(title: str, pieces: Sequence[tuple[str, bool]]) -> Text:

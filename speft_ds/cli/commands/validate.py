@@ -134,7 +134,7 @@ def validate(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = Non
 
     Every check says what it found; exits with 2 where something has to be fixed.
     """
-    console, overrides = Console(highlight=False, soft_wrap=True), overrides or []
+    console, overrides = Console(highlight=False, soft_wrap=True, markup=True), overrides or []
     try:
         loaded = load_recipe(recipe, overrides)
     except RecipeError as error:

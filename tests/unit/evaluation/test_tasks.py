@@ -6,7 +6,7 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from speft_ds.errors import UserError
-from speft_ds.evaluation.tasks import find_tasks, local_data
+from speft_ds.evaluation.tasks import _local_copy, find_tasks, local_data
 
 QUIZ = {
     "task": "quiz",
@@ -74,3 +74,14 @@ def test_a_document_is_never_its_own_example(tmp_path):
     for document in task.test_docs():
         prompt = task.fewshot_context(document, 2)
         assert prompt.count(document["q"]) == 1 and prompt.count("validation ") == 3
+
+
+def test_data_sets_are_looked_for_inside_the_data_folder_only(tmp_path):
+    """Whatever a task's file names; elsewhere it is for lm-eval to find it."""
+    (tmp_path / "data" / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    folder = str(tmp_path / "data")
+    assert _local_copy(folder, "owner/name") == tmp_path / "data" / "owner" / "name"
+    for name in ("../outside", str(tmp_path / "outside"), "owner/../../outside", "nobody/name", "", None, 3):
+        assert _local_copy(folder, name) is None
+    assert _local_copy(None, "owner/name") is None

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -263,3 +264,60 @@ def test_those_who_wait_do_not_hinder_each_other(tmp_path, monkeypatch):
         Lock(tmp_path / "run")
     lock.file.close()
     Lock(tmp_path / "run")
+
+
+# What others put there
+
+
+@pytest.mark.parametrize("take", [Lock, wait_for_lock])
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path, take):
+    (tmp_path / "run").mkdir()
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine\n")
+    for target in (notes, tmp_path / "nowhere", "/dev/zero"):
+        (tmp_path / "run" / ".lock").symlink_to(target)
+        with pytest.raises(UserError) as caught:
+            take(tmp_path / "run")
+        assert str(tmp_path / "run" / ".lock") in caught.value.fix
+        (tmp_path / "run" / ".lock").unlink()
+    assert notes.read_text() == "mine\n" and not (tmp_path / "nowhere").exists()
+    os.mkfifo(tmp_path / "run" / ".lock")  # nobody writes to it
+    with pytest.raises(UserError):
+        take(tmp_path / "run")
+
+
+def test_what_is_in_a_lock_stays(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text("a note\n")
+    Lock(tmp_path / "run").file.close()
+    wait_for_lock(tmp_path / "run")
+    assert (tmp_path / "run" / ".lock").read_text() == "a note\n"
+
+
+@pytest.mark.parametrize("link", ["run", "runs"])
+def test_a_dangling_link_is_refused_at_the_start(tmp_path, link):
+    (tmp_path / link).symlink_to(tmp_path / "gone" / "folder")
+    recipe = load(tmp_path, "", f"output_dir={tmp_path / link}{'/a' if link == 'runs' else ''}")
+    with pytest.raises(UserError) as caught:
+        check_output_dir(recipe)
+    assert caught.value.where.startswith("command line") and f"rm {tmp_path / link}" in caught.value.fix
+    (tmp_path / "gone" / "folder").mkdir(parents=True)
+    check_output_dir(recipe)  # a link to a folder is fine
+
+
+def test_a_folder_with_a_space_is_quoted(tmp_path):
+    folder = tmp_path / "my run #1"
+    folder.mkdir()
+    (folder / "x").touch()
+    with pytest.raises(UserError) as caught:
+        check_output_dir(load(tmp_path, "", f'output_dir="{folder}"'))
+    words = shlex.split(caught.value.fix.partition("remove this one: ")[2])
+    assert words == ["rm", "-r", str(folder)]
+    typed = shlex.split(caught.value.fix.partition("choose another, ")[2].partition(", or")[0])
+    assert load(tmp_path, "", *typed).output_dir == f"{folder}-2"
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", "{", "[" * 100_000, '{"a": "\\ud800"}', "\xff"])
+def test_damaged_facts_are_none(tmp_path, text):
+    (tmp_path / "run.json").write_text(text, encoding="latin-1")
+    assert read_facts(tmp_path) == {}

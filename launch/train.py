@@ -5,6 +5,8 @@ worked examples:
       deepspeed --num_gpus 1 launch/train.py --recipe quickstart
   eight GPUs (without --num_gpus: every GPU of the machine), results in a folder of your choice
       deepspeed --num_gpus 8 launch/train.py --recipe llama2_13b_alpaca output_dir=runs/mine
+  two GPUs of your choice; with --num_gpus the launcher takes the first ones, whatever is visible
+      CUDA_VISIBLE_DEVICES=2,3 deepspeed launch/train.py --recipe quickstart
   two nodes with the same paths; each line of hosts.txt is like: node1 slots=8
       deepspeed --hostfile hosts.txt launch/train.py --recipe llama2_70b_alpaca
   two ranks on the CPU

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MAX_JSON = 2**26  # bytes of a file
 
 
-def read_json(path: Path, max_bytes: int = MAX_JSON) -> Any:
+def read_json(path: Path) -> Any:
     """The document in a JSON file.
 
     Raises:
@@ -31,8 +31,8 @@ def read_json(path: Path, max_bytes: int = MAX_JSON) -> Any:
     """
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a file")
-    if path.stat().st_size > max_bytes:
-        raise OSError(f"{path} is larger than {max_bytes} bytes")
+    if path.stat().st_size > MAX_JSON:
+        raise OSError(f"{path} is larger than {MAX_JSON} bytes")
     return parse_json(path.read_text(encoding="utf-8"))
 
 

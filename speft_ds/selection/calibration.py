@@ -13,7 +13,7 @@ from speft_ds.data.collate import collate
 from speft_ds.data.dataset import Row
 from speft_ds.errors import UserError
 from speft_ds.model.linear import WeightGradHook, weight_grad_hooks
-from speft_ds.sparse.kernels.dense import matmul_fp32
+from speft_ds.sparse.kernels.torch_backends import matmul_fp32
 from speft_ds.zero.engine import SparseEngine
 from speft_ds.zero.shards import own_elements, shard_numel
 

@@ -197,7 +197,7 @@ def grasp(scorer: Scorer) -> Scores:
     step = 2.0 ** round(math.log2(GRASP_PROBE * size / length))
     try:
         set_weights(scorer, saved, direction, step)
-        change = norm(difference(scorer.gradient(GRASP_TEMPERATURE), direction)) / length
+        change = norm(combine(Tensor.sub_, scorer.gradient(GRASP_TEMPERATURE), dict(direction))) / length
         step *= 2.0 ** round(math.log2(GRASP_CHANGE / change)) if change else 1.0
         set_weights(scorer, saved, direction, step)
         product = scorer.gradient(GRASP_TEMPERATURE)
@@ -206,11 +206,6 @@ def grasp(scorer: Scorer) -> Scores:
     finally:
         set_weights(scorer, saved, direction, 0.0)
     return combine(lambda w, hg: hg.mul_(w).div_(2 * step), saved, product)
-
-
-def difference(one: Scores, two: Scores) -> Scores:
-    """one - two; `one` is used up."""
-    return {name: one[name].sub_(value) for name, value in two.items()}
 
 
 def norm(values: Scores) -> float:
@@ -231,10 +226,10 @@ def set_weights(scorer: Scorer, origin: Scores, direction: Scores, step: float) 
 @metric
 def random(scorer: Scorer) -> Scores:
     """Uniform in [0, 1), a function of (seed, weight name, global index) alone: the control. No data."""
-    scores = {}
-    for name, weight in scorer.weights():
-        scores[name] = uniform(scorer.seed, name, *own_range(weight), scorer.device_of(weight))
-    return scores
+    return {
+        name: uniform(scorer.seed, name, *own_range(weight), scorer.device_of(weight))
+        for name, weight in scorer.weights()
+    }
 
 
 def uniform(seed: int, name: str, start: int, stop: int, device: torch.device) -> Tensor:

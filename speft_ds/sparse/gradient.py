@@ -118,19 +118,18 @@ class SparseGradient:
                 total = 0
             groups[-1].insert(0, name)
             total += count
-        ranks = range(self.world_size)
         return [
             Bucket(
                 names,
-                [self.layout.offsets[names[0]][rank] for rank in ranks],
-                [sum(self.counts[name][rank] for name in names) for rank in ranks],
+                starts=self.layout.offsets[names[0]],
+                lengths=[sum(counts) for counts in zip(*(self.counts[n] for n in names), strict=True)],
             )
             for names in groups
         ]
 
     def _start_backward(self) -> None:
         self.uses: Counter[str] = Counter()
-        self.waiting = deque(self.buckets)  # that were not sent yet
+        self.waiting = deque(self.buckets)  # those not sent yet
         self.in_flight: deque[tuple[Bucket, Tensor, Callable[[], Tensor]]] = deque()
 
     def local_index(self) -> dict[str, Tensor]:
@@ -157,7 +156,11 @@ class SparseGradient:
         bucket = self.bucket_of[name]
         self.uses[name] += 1
         if self.options.overlap and self.uses[name] > self.expected[name] and not self.is_profiling:
-            self._refuse_change(name)
+            raise UserError(
+                f"{name} was used {self.uses[name]} times in one forward, {self.expected[name]} times before",
+                where="training",
+                fix="train.overlap=false: this model's forwards are not all alike",
+            )
         if bucket.buffer is None:
             self._allocate(bucket)
         torch._foreach_add_(bucket.views[name], list(values.split(self.counts[name])))
@@ -168,25 +171,14 @@ class SparseGradient:
     def _is_complete(self, bucket: Bucket) -> bool:
         return all(self.uses[name] >= self.expected[name] for name in bucket.names)
 
-    def _refuse_change(self, name: str) -> None:
-        raise UserError(
-            f"{name} was used {self.uses[name]} times in one forward, {self.expected[name]} times before",
-            where="training",
-            fix="train.overlap=false: this model's forwards are not all alike",
-        )
-
     def _allocate(self, bucket: Bucket) -> None:
         shape = (self.world_size, max(bucket.lengths))
         bucket.buffer = torch.zeros(shape, dtype=torch.float32, device=self.device)
-        bucket.views = {
-            name: [
-                row[offset - start : offset - start + count]
-                for row, offset, start, count in zip(
-                    bucket.buffer, self.layout.offsets[name], bucket.starts, self.counts[name], strict=True
-                )
-            ]
-            for name in bucket.names
-        }
+        bucket.views = {name: [] for name in bucket.names}
+        for rank, row in enumerate(bucket.buffer):
+            counts = [self.counts[name][rank] for name in bucket.names]
+            for name, view in zip(bucket.names, row[: sum(counts)].split(counts), strict=True):
+                bucket.views[name].append(view)
         filling = [other.buffer for other in self.buckets if other.buffer is not None]
         alive = [*filling, *(buffer for _, buffer, _ in self.in_flight)]
         self.peak_buffer_bytes = max(self.peak_buffer_bytes, sum(buffer.nbytes for buffer in alive))

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -107,13 +107,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class RankShards:
-    """This rank's shards of some weights, laid end to end in the order of `numel`.
+    """This rank's shards of some weights, laid end to end in the order of `numel`."""
 
-    Attributes:
-        numel: weight -> its elements.
-    """
-
-    numel: dict[str, int]
+    numel: dict[str, int]  # weight -> its elements
     rank: int = field(default_factory=collectives.rank)
     world_size: int = field(default_factory=collectives.world_size)
 
@@ -125,11 +121,8 @@ class RankShards:
     @cached_property
     def starts(self) -> dict[str, int]:
         """Weight -> the key at which its shard starts."""
-        starts, total = {}, 0
-        for name, count in self.numel.items():
-            starts[name] = total
-            total += shard_numel(count, self.world_size)
-        return starts
+        lengths = [shard_numel(count, self.world_size) for count in self.numel.values()]
+        return dict(zip(self.numel, accumulate(lengths, initial=0), strict=False))  # the last is the end
 
     def keys(self, local: dict[str, Tensor], device: torch.device) -> Tensor:
         """[n] sorted int64 keys of sorted local indices of all weights."""
@@ -161,12 +154,7 @@ class RankShards:
 
 @dataclass
 class EntryTable:
-    """Values at some entries of some weights, in global coordinates.
+    """Values at some entries of some weights, in global coordinates."""
 
-    Attributes:
-        index: weight -> [n] sorted global indices.
-        columns: name -> [sum of n] values, weight by weight.
-    """
-
-    index: dict[str, Tensor]
-    columns: dict[str, Tensor] = field(default_factory=dict)
+    index: dict[str, Tensor]  # weight -> [n] sorted global indices
+    columns: dict[str, Tensor] = field(default_factory=dict)  # name -> [sum of n] values, weight by weight

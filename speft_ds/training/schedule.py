@@ -23,9 +23,8 @@ from speft_ds.sparse.gradient import GradientOptions, SparseGradient
 from speft_ds.sparse.layout import EntryTable, RankShards, locate
 from speft_ds.sparse.mask import Mask, jaccard, overlap
 from speft_ds.sparse.optim.clipping import Clip
-from speft_ds.sparse.optim.flat import OptimizerState
 from speft_ds.sparse.optim.lr_schedule import make_lr_schedule
-from speft_ds.sparse.optim.make import make_optimizer
+from speft_ds.sparse.optim.optimizers import OptimizerState, make_optimizer
 from speft_ds.sparse.state import SparseState
 from speft_ds.training.checkpoint.parts import Parts, Snapshot
 from speft_ds.training.setup import TrainContext

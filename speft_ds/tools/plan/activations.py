@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from speft_ds.model.linear import AdaptedLinear, adapt
-from speft_ds.sparse.kernels import sampled, triton_launch
-from speft_ds.sparse.kernels.dense import BLOCK_ELEMENTS
+from speft_ds.sparse.kernels import triton_backends
+from speft_ds.sparse.kernels.torch_backends import BLOCK_ELEMENTS, split_for_cache
 from speft_ds.tools.plan.gathered_weights import BACKWARD, FORWARD, RECOMPUTE, ModuleUse
 from speft_ds.tools.plan.geometry import Geometry, build_model
 
@@ -200,10 +200,10 @@ def _kernel_bytes(x: Tensor, grad_y: Tensor, num_entries: int, one: Pass) -> int
     rows, columns = grad_y.shape[-1], x.shape[-1]
     tokens = x.numel() // columns
     if one.backend == "sampled":  # the fp32 copy of x is complete; the pattern is copied with its sums
-        part = sampled.split_for_cache(grad_y, columns)[0].shape[0]
+        part = split_for_cache(grad_y, columns)[0].shape[0]
         return 4 * (x.numel() + part * rows) + 8 * num_entries + 4 * num_entries * (part < tokens)
     if one.backend == "element":
-        splits, _ = triton_launch.split_tokens(tokens, columns, x.dtype.itemsize, num_entries)
+        splits, _ = triton_backends.split_tokens(tokens, columns, x.dtype.itemsize, num_entries)
         return x.nbytes + 4 * (splits + 1) * num_entries
     block = min(max(1, BLOCK_ELEMENTS // columns), rows)
     copies = tokens * (block + columns) if one.device == "cpu" else 0

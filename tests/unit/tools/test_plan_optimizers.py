@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from speft_ds.sparse.optim.blockwise import BLOCK
-from speft_ds.sparse.optim.make import make_optimizer
+from speft_ds.sparse.optim.optimizers import make_optimizer
 from speft_ds.tools.plan.geometry import read_geometry
 from speft_ds.tools.plan.memory_model import MOMENT_BLOCK, Setup, optimizer_state, total
 

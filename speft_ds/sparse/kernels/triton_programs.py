@@ -69,7 +69,7 @@ def block_products(
     x,  # [tokens, in]
     grad_y,  # [tokens, out]
     partial,  # [splits, k] fp32
-    segments,  # [segments, 6] int64, see tiles.BlockGradient
+    segments,  # [segments, 6] int64, see triton_backends.BlockGradient
     block_column,  # [blocks] in tiles of WIDTH
     tokens,
     in_features,

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from speft_ds.comm import collectives
 from speft_ds.sparse.layout import EntryTable, Layout, RankShards, index_dtype, locate
 from speft_ds.sparse.mask import Mask
-from speft_ds.zero.shards import shard_range
 
 
 @dataclass
@@ -42,10 +41,13 @@ class Entries:
 
 def with_heads(mask: Mask, heads: dict[str, tuple[int, int]]) -> Mask:
     """The mask and, behind it, every entry of the heads."""
-    everything = {name: torch.arange(rows * columns) for name, (rows, columns) in heads.items()}
-    device = next(iter(mask.index.values())).device
-    index = {name: i.to(device, index_dtype(i.numel())) for name, i in everything.items()}
-    return Mask(mask.index | index, mask.shape | heads) if heads else mask
+    if not heads:
+        return mask
+    index = dict(mask.index)
+    device = next(iter(index.values())).device
+    for name, (rows, columns) in heads.items():
+        index[name] = torch.arange(rows * columns, dtype=index_dtype(rows * columns), device=device)
+    return Mask(index, mask.shape | heads)
 
 
 class SparseState:
@@ -120,10 +122,9 @@ class SparseState:
 
     def gather_heads(self) -> dict[str, Tensor]:
         """The heads as they are now, [out, in] in base dtype; every rank calls this."""
-        gathered, world_size = {}, self.rank_shards.world_size
+        gathered = {}
         for name, shape in self.heads.items():
-            ranges = [shard_range(self.trained.numel(name), rank, world_size) for rank in range(world_size)]
-            lengths = [stop - start for start, stop in ranges]
+            lengths = self.layout.counts(name)
             own = self.shards[name][: lengths[self.rank_shards.rank]].to(self.device)
             gathered[name] = torch.cat(collectives.all_gather_padded(own, lengths)).view(shape)
         return gathered

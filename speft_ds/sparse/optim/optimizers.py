@@ -37,14 +37,26 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     `state[delta]` has a flat tensor [num_local] per kind of state, and maybe `entry_step`: the number of
     steps taken, of each entry ([num_local]) or of all (a scalar). A subclass names the recipe keys that it
-    takes (`SETTINGS`), makes its state, and says how it advances. Weight decay is decoupled: it pulls delta
-    to zero, that is, to the pretrained value.
+    takes (`SETTINGS`) and its state, and says how it advances. Weight decay is decoupled: it pulls delta to
+    zero, that is, to the pretrained value.
+
+    Args:
+        delta: [num_local] fp32.
+        entry_steps: count the steps of every entry (4 bytes each), for a mask that changes or entries that
+            pause; otherwise all entries share one count. Only of use to an optimizer that counts steps.
+        settings: the values of `SETTINGS`.
     """
 
     SETTINGS: ClassVar[tuple[str, ...]]
+    STATE: ClassVar[tuple[str, ...]]  # names of its fp32 buffers
+    COUNTS_STEPS: ClassVar[bool] = False
 
-    def __init__(self, delta: nn.Parameter, settings: dict, state: dict[str, Tensor]):
+    def __init__(self, delta: nn.Parameter, entry_steps: bool = False, **settings):
         super().__init__([delta], settings)
+        state = {name: torch.zeros_like(delta, requires_grad=False) for name in self.STATE}
+        if self.COUNTS_STEPS:
+            shape = delta.shape if entry_steps else ()
+            state["entry_step"] = torch.zeros(shape, dtype=torch.int32, device=delta.device)
         self.state[delta] = state
 
     @staticmethod
@@ -125,8 +137,8 @@ class SGD(FlatOptimizer):
     SETTINGS = ("lr", "momentum", "weight_decay")
 
     def __init__(self, delta: nn.Parameter, entry_steps: bool = False, **settings):
-        state = {"momentum": torch.zeros_like(delta, requires_grad=False)} if settings["momentum"] else {}
-        super().__init__(delta, settings, state)
+        self.STATE = ("momentum",) if settings["momentum"] else ()
+        super().__init__(delta, entry_steps, **settings)
 
     @staticmethod
     def _advance(delta: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict) -> None:
@@ -144,9 +156,7 @@ class Lion(FlatOptimizer):
     """
 
     SETTINGS = ("lr", "betas", "weight_decay")
-
-    def __init__(self, delta: nn.Parameter, entry_steps: bool = False, **settings):
-        super().__init__(delta, settings, {"exp_avg": torch.zeros_like(delta, requires_grad=False)})
+    STATE = ("exp_avg",)
 
     @staticmethod
     def _advance(delta: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict) -> None:
@@ -161,45 +171,21 @@ class AdamW(FlatOptimizer):
 
     Bias correction goes by the number of steps that an entry itself has taken (`entry_step`); so a young
     entry among old ones takes the steps that it would take alone.
-
-    Args:
-        delta: [num_local] fp32.
-        entry_steps: count the steps of every entry (4 bytes each), for a mask that changes or entries that
-            pause; otherwise all entries share one count.
     """
 
     SETTINGS = ("lr", "betas", "eps", "weight_decay")
-
-    def __init__(self, delta: nn.Parameter, entry_steps: bool = False, **settings):
-        moments = {name: torch.zeros_like(delta, requires_grad=False) for name in MOMENTS}
-        super().__init__(delta, settings, {**moments, "entry_step": _no_steps(delta, entry_steps)})
+    STATE = MOMENTS
+    COUNTS_STEPS = True
 
     @staticmethod
     def _advance(delta: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict) -> None:
+        beta1, beta2 = group["betas"]
         entry_step = state["entry_step"].add_(1)
-        advance_adamw(delta, gradient, state["exp_avg"], state["exp_avg_sq"], entry_step, group)
-
-
-def _no_steps(delta: Tensor, entry_steps: bool) -> Tensor:
-    """int32 zeros: a count of steps for each entry, or one for all."""
-    return torch.zeros(delta.shape if entry_steps else (), dtype=torch.int32, device=delta.device)
-
-
-def advance_adamw(
-    delta: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, entry_step: Tensor, group: dict
-) -> None:
-    """AdamW's update, in place on `delta`, `exp_avg` and `exp_avg_sq` [n] fp32.
-
-    Args:
-        entry_step: [n] or scalar int32: steps taken, this one included.
-        group: lr, betas, eps, weight_decay.
-    """
-    beta1, beta2 = group["betas"]
-    delta.mul_(1 - group["lr"] * group["weight_decay"])
-    exp_avg.lerp_(gradient, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    denominator = (exp_avg_sq / _correction(beta2, entry_step)).sqrt_().add_(group["eps"])
-    delta.sub_(exp_avg / _correction(beta1, entry_step) / denominator * group["lr"])
+        delta.mul_(1 - group["lr"] * group["weight_decay"])
+        exp_avg = state["exp_avg"].lerp_(gradient, 1 - beta1)
+        exp_avg_sq = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        denominator = (exp_avg_sq / _correction(beta2, entry_step)).sqrt_().add_(group["eps"])
+        delta.sub_(exp_avg / _correction(beta1, entry_step) / denominator * group["lr"])
 
 
 def _correction(beta: float, entry_step: Tensor) -> Tensor:
@@ -209,7 +195,7 @@ def _correction(beta: float, entry_step: Tensor) -> Tensor:
     return (1 - powers).to(torch.float32)[entry_step.to(torch.int64)]
 
 
-class AdamW8bit(FlatOptimizer):
+class AdamW8bit(AdamW):
     """AdamW with the moments in bitsandbytes' blockwise 8 bits; see `blockwise.Blockwise`.
 
     A step turns some blocks at a time to fp32, is that of `AdamW`, and rounds them again. The moments of an
@@ -218,13 +204,13 @@ class AdamW8bit(FlatOptimizer):
     An entry that rests keeps its codes unless another one exceeds the largest moment of the block.
 
     Which entries share a block depends on the number of ranks, and with it the rounding: runs at different
-    world sizes agree to 8 bits, not to the order of sums. Arguments as for `AdamW`.
+    world sizes agree to 8 bits, not to the order of sums.
     """
 
-    SETTINGS = AdamW.SETTINGS
+    STATE = ()
 
     def __init__(self, delta: nn.Parameter, entry_steps: bool = False, **settings):
-        super().__init__(delta, settings, {"entry_step": _no_steps(delta, entry_steps)})
+        super().__init__(delta, entry_steps, **settings)
         self._make_moments(-(-delta.numel() // BLOCK))
 
     def _make_moments(self, num_blocks: int) -> None:
@@ -254,7 +240,6 @@ class AdamW8bit(FlatOptimizer):
         delta, entry_step = self.delta, self.state[self.delta]["entry_step"]
         if active is not None:
             self._check_entry_steps("entries that pause need entry_steps")
-        entry_step.add_(1 if active is None else active)
         for blocks, slot, entry in self._chunks():
             values = {name: moment.read(blocks) for name, moment in self.moments.items()}
             resting = None
@@ -264,14 +249,13 @@ class AdamW8bit(FlatOptimizer):
                 resting[slot[~steps]] = True
                 slot, entry = slot[steps], entry[steps]
             own_delta, own = delta[entry], {name: value[slot] for name, value in values.items()}
-            own_step = entry_step[entry] if entry_step.dim() else entry_step
-            advance_adamw(
-                own_delta, delta.grad[entry], **own, entry_step=own_step, group=self.param_groups[0]
-            )
+            own["entry_step"] = entry_step[entry] if entry_step.dim() else entry_step.clone()
+            self._advance(own_delta, delta.grad[entry], own, self.param_groups[0])
             delta[entry] = own_delta
             for name, moment in self.moments.items():
                 values[name][slot] = own[name]
                 moment.write(blocks, values[name], resting)
+        entry_step.add_(1 if active is None else active)
 
     @torch.no_grad()
     def remap_state(self, delta: nn.Parameter, position: Tensor, found: Tensor) -> None:
@@ -343,7 +327,7 @@ def make_optimizer(delta: nn.Parameter, recipe, entry_steps: bool) -> FlatOptimi
     """The optimizer of a recipe's `optimizer` section on this rank's flat delta.
 
     Args:
-        entry_steps: whether entries may come, go or pause; see AdamW.
+        entry_steps: whether entries may come, go or pause.
     """
     optimizer = OPTIMIZERS[recipe.name]
     return optimizer(delta, entry_steps, **{key: getattr(recipe, key) for key in optimizer.SETTINGS})

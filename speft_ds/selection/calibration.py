@@ -29,15 +29,13 @@ class CalibrationSet:
     The batches are the same at every world size, and so is what is summed over them.
 
     Attributes:
-        rows: in order; cut into batches of `batch_size`.
-        pad_id: any token id, see `collate.collate`.
         may_stop: whether a rank that is asked to stop stops here. Between steps it may; within one, what the
             steps before have learnt would be lost.
     """
 
-    rows: list[Row]
+    rows: list[Row]  # in order; cut into batches of `batch_size`
     batch_size: int
-    pad_id: int
+    pad_id: int  # any token id, see `collate.collate`
     may_stop: bool = False
 
     @property
@@ -63,23 +61,14 @@ class CalibrationSet:
 
 @dataclass
 class Scorer:
-    """What a salience metric may look at.
+    """What a salience metric may look at."""
 
-    Attributes:
-        engine: the engine over the frozen base; its weights are those of the moment.
-        targets: weight name -> adapted linear.
-        recipe: the `mask` section of a recipe.
-        seed: of this scoring (a later one of the same run has another).
-        calibration: the rows; None where the recipe gives none, which only data-free metrics accept.
-        loss: (module, batch, temperature) -> summed token loss.
-    """
-
-    engine: SparseEngine
-    targets: dict[str, nn.Linear]
-    recipe: object
-    seed: int
-    calibration: CalibrationSet | None
-    loss: Callable[[nn.Module, dict[str, Tensor], float], Tensor]
+    engine: SparseEngine  # over the frozen base; its weights are those of the moment
+    targets: dict[str, nn.Linear]  # weight name -> adapted linear
+    recipe: object  # the `mask` section of a recipe
+    seed: int  # of this scoring (a later one of the same run has another)
+    calibration: CalibrationSet | None  # None where the recipe gives no rows: only for metrics without data
+    loss: Callable[[nn.Module, dict[str, Tensor], float], Tensor]  # (module, batch, temperature) -> token sum
 
     def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, linear in self.targets.items():
@@ -92,8 +81,7 @@ class Scorer:
     def gradient(self, temperature: float = 1.0) -> Scores:
         """Gradient of the mean token loss over the calibration set, of this rank's shards.
 
-        Args:
-            temperature: the logits are divided by it.
+        The logits are divided by `temperature`.
         """
         scale = 1.0 / self.rows().num_labels
         return self.accumulate(lambda x, grad_y, labels: weight_gradient(x, grad_y), scale, temperature)
@@ -122,10 +110,10 @@ class Scorer:
         sums = {name: ShardSum(weight, self.device_of(weight)) for name, weight in self.weights()}
         batch: dict[str, Tensor] = {}
 
-        def make_sink(name: str) -> WeightGradHook:
-            return lambda x, grad_y: sums[name].add(dense(x, grad_y, batch["labels"]))
+        def make_hook(total: ShardSum) -> WeightGradHook:
+            return lambda x, grad_y: total.add(dense(x, grad_y, batch["labels"]))
 
-        with weight_grad_hooks(self.targets, {name: make_sink(name) for name in sums}):
+        with weight_grad_hooks(self.targets, {name: make_hook(total) for name, total in sums.items()}):
             for batch, mine in self.rows().batches():
                 loss = self.loss(self.engine.module, batch, temperature)
                 (loss * (scale if mine else 0.0)).backward()

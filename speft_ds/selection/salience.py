@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from speft_ds.comm import collectives
 from speft_ds.data.collate import IGNORED
 from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import mix64
-from speft_ds.model.linear import WeightGradHook, weight_grad_hooks
+from speft_ds.model.linear import weight_grad_hooks
 from speft_ds.selection.calibration import Scorer, Scores, weight_gradient
 from speft_ds.selection.synflow import absolute_weights, linear_network
 from speft_ds.zero.shards import (
@@ -152,20 +153,17 @@ def synflow(scorer: Scorer) -> Scores:
     """
     model, found = scorer.engine.module, {}
 
-    def make_sink(name: str, weight: nn.Parameter) -> WeightGradHook:
-        def keep(x: Tensor, grad_y: Tensor) -> None:  # every rank has the same gradient: keep our part
-            start, stop = own_range(weight)
-            own = weight_gradient(x, grad_y).reshape(-1)[start:stop]
-            found[name] = own.to(scorer.device_of(weight), torch.float32)
+    def keep(name: str, weight: nn.Parameter, x: Tensor, grad_y: Tensor) -> None:
+        start, stop = own_range(weight)  # every rank has the same gradient: keep our part
+        own = weight_gradient(x, grad_y).reshape(-1)[start:stop]
+        found[name] = own.to(scorer.device_of(weight), torch.float32)
 
-        return keep
-
-    sinks = {name: make_sink(name, weight) for name, weight in scorer.weights()}
+    hooks = {name: partial(keep, name, weight) for name, weight in scorer.weights()}
     in_training = model.training
     model.eval()
     try:
         with (
-            weight_grad_hooks(scorer.targets, sinks),
+            weight_grad_hooks(scorer.targets, hooks),
             absolute_weights(list(model.parameters())),
             linear_network(model) as all_ones,
         ):

@@ -29,20 +29,13 @@ IN_FLIGHT = 2  # buckets under way between the ranks, at most
 
 @dataclass(frozen=True)
 class GradientOptions:
-    """How a gradient is computed and collected.
+    """How a gradient is computed and collected."""
 
-    Attributes:
-        backend: as `train.sparse_backend`.
-        granularity, block_size: what the mask was chosen by.
-        bucket: entries of one reduce-scatter, over all ranks.
-        overlap: False reduces after the backward: any number of backwards may come before `finish`.
-    """
-
-    backend: str = "auto"
-    granularity: str = "element"
+    backend: str = "auto"  # as `train.sparse_backend`
+    granularity: str = "element"  # this and the next: what the mask was chosen by
     block_size: int = 1
-    bucket: int = 2**22
-    overlap: bool = True
+    bucket: int = 2**22  # entries of one reduce-scatter, over all ranks
+    overlap: bool = True  # False reduces after the backward: any number of them may come before `finish`
 
     @classmethod
     def of(cls, mask, train, overlap: bool = True) -> GradientOptions:
@@ -53,20 +46,13 @@ class GradientOptions:
 
 @dataclass
 class Bucket:
-    """Neighbouring weights whose gradients are reduced in one call.
+    """Neighbouring weights whose gradients are reduced in one call."""
 
-    Attributes:
-        names: in the mask's order, so that each rank's part is one slice of its flat buffers.
-        starts, lengths: rank -> where that slice starts, and its entries.
-        buffer: [world_size, longest] what was added and not sent yet; None where nothing was.
-        views: weight -> its parts in the rows of `buffer`.
-    """
-
-    names: list[str]
-    starts: list[int]
-    lengths: list[int]
-    buffer: Tensor | None = None
-    views: dict[str, list[Tensor]] = field(default_factory=dict)
+    names: list[str]  # in the mask's order, so that each rank's part is one slice of its flat buffers
+    starts: list[int]  # rank -> where that slice starts
+    lengths: list[int]  # rank -> its entries
+    buffer: Tensor | None = None  # [world_size, longest] what was added and not sent yet
+    views: dict[str, list[Tensor]] = field(default_factory=dict)  # weight -> its parts in the buffer's rows
 
 
 class SparseGradient:
@@ -165,11 +151,10 @@ class SparseGradient:
             self._allocate(bucket)
         torch._foreach_add_(bucket.views[name], list(values.split(self.counts[name])))
         # Always in the one order, which all ranks keep, whatever their backwards do.
-        while self.options.overlap and self.waiting and self._is_complete(self.waiting[0]):
+        while self.options.overlap and self.waiting:
+            if any(self.uses[name] < self.expected[name] for name in self.waiting[0].names):
+                break
             self._send(self.waiting.popleft())
-
-    def _is_complete(self, bucket: Bucket) -> bool:
-        return all(self.uses[name] >= self.expected[name] for name in bucket.names)
 
     def _allocate(self, bucket: Bucket) -> None:
         shape = (self.world_size, max(bucket.lengths))

@@ -21,10 +21,10 @@ from speft_ds.sparse.mask import Mask
 
 @dataclass
 class Entries:
-    """Some entries of this rank's shards: sorted keys (see `layout`), pretrained values, deltas."""
+    """Some entries of this rank's shards."""
 
-    key: Tensor  # [n] int64
-    base: Tensor  # [n] base dtype
+    key: Tensor  # [n] int64, sorted; see `layout`
+    base: Tensor  # [n] pretrained values in base dtype
     delta: Tensor  # [n] fp32
 
     @classmethod

@@ -103,12 +103,12 @@ def test_what_rests_is_not_rounded_again():
 # A run
 
 
-def run(make, steps, decades=1.0, seed=0, zeros=True):
+def run(make, steps, decades=1.0):
     """Where an optimizer takes LENGTH values, with gradients that are noise around a mean of their own."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     delta = nn.Parameter(torch.randn(LENGTH, generator=generator) * 0.1)
     size = 10 ** (torch.rand(LENGTH, generator=generator) * -decades)
-    size[::7] *= not zeros
+    size[::7] = 0
     mean = torch.randn(LENGTH, generator=generator) * 0.5
     optimizer = make(delta)
     for _ in range(steps):
@@ -136,17 +136,8 @@ def test_a_run_is_close_to_fp32_and_closer_than_bitsandbytes_own(decades):
     exact = run(lambda delta: AdamW(delta, **SETTINGS), 200, decades)
     by_us, by_them = run(ours, 200, decades), run(bitsandbytes_own, 200, decades)
     from_fp32 = difference(by_us, exact, start)
-    print(f"{decades} decades: ours {from_fp32:.4f}, bitsandbytes {difference(by_them, exact, start):.4f}")
     assert 0 < from_fp32 < (0.013, 0.025, 0.05)[decades]
     assert from_fp32 <= difference(by_them, exact, start)
-
-
-@pytest.mark.parametrize(("decades", "limit"), [(0, 0.005), (1, 0.01)])
-def test_a_run_is_close_to_bitsandbytes_own(decades, limit):
-    """Theirs moves what has no gradient; so everything has one here."""
-    start = run(ours, 0, decades)
-    by_us, by_them = (run(make, 200, decades, zeros=False) for make in (ours, bitsandbytes_own))
-    assert difference(by_us, by_them, start) < limit
 
 
 def test_an_entry_without_gradient_stays_bit_for_bit():

@@ -20,7 +20,7 @@ from speft_ds.comm import collectives
 from speft_ds.errors import UserError
 from speft_ds.model.linear import WeightGradHook
 from speft_ds.sparse.kernels.backends import Backend, make_backend
-from speft_ds.sparse.layout import Layout
+from speft_ds.sparse.layout import Layout, RankShards
 from speft_ds.sparse.mask import Mask
 from speft_ds.sparse.tiles import Tiles
 
@@ -32,7 +32,7 @@ class GradientOptions:
     """How a gradient is computed and collected."""
 
     backend: str = "auto"  # as `train.sparse_backend`
-    granularity: str = "element"  # this and the next: what the mask was chosen by
+    granularity: str = "element"  # with `block_size`, what the mask was chosen by
     block_size: int = 1
     bucket: int = 2**22  # entries of one reduce-scatter, over all ranks
     overlap: bool = True  # False reduces after the backward: any number of them may come before `finish`
@@ -120,8 +120,8 @@ class SparseGradient:
 
     def local_index(self) -> dict[str, Tensor]:
         """Weight -> sorted indices of this rank's entries into its shard."""
-        rank = collectives.rank()
-        return {name: self.layout.local_index(name, i, rank) for name, i in self.mask.index.items()}
+        shards = RankShards({name: self.mask.numel(name) for name in self.mask.index})
+        return shards.to_local(shards.select(self.mask.index))
 
     def _make_hook(self, name: str) -> WeightGradHook | None:
         """What an adapted linear calls in its backward; None where the mask has no entry of this weight."""

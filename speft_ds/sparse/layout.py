@@ -15,7 +15,7 @@ shards start at key 100 and whose slices of the flat buffers start at place 7:
 `mask.index` holds global indices, `SparseState.index` local ones. Keys compare entries of two masks. Deltas,
 base values, gradients and moments lie at their places; a kernel returns gradients in kernel order.
 
-    global index -> local index   Layout.local_index, RankShards.to_local
+    global index -> local index   RankShards.select, RankShards.to_local
     local index  -> global index  RankShards.to_global
     local index <-> key           RankShards.keys, RankShards.from_keys
     weight       -> places        Layout.places
@@ -42,19 +42,6 @@ def index_dtype(numel: int) -> torch.dtype:
     return torch.int32 if numel < INT32_ELEMENTS else torch.int64
 
 
-def owner_bounds(index: Tensor, numel: int, world_size: int) -> list[int]:
-    """Where each rank's entries start in a sorted global index.
-
-    Args:
-        index: [k] sorted global flat indices into a weight of `numel` elements.
-    Returns:
-        world_size + 1 positions; rank r owns index[bounds[r]:bounds[r + 1]].
-    """
-    starts = [shard_range(numel, rank, world_size)[0] for rank in range(world_size)] + [numel]
-    edges = torch.tensor(starts, dtype=torch.int64, device=index.device)
-    return torch.searchsorted(index.to(torch.int64), edges).tolist()
-
-
 def locate(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Where each wanted key stands in sorted keys without repeats.
 
@@ -74,21 +61,23 @@ class Layout:
     A rank's flat buffers hold its entries weight by weight (in the mask's order), sorted within a weight.
     """
 
-    bounds: dict[str, list[int]]  # weight -> owner_bounds
+    bounds: dict[str, list[int]]  # weight -> edges: rank r owns index[edges[r] : edges[r + 1]]
     offsets: dict[str, list[int]]  # weight -> start of its slice in the flat buffers of each rank
     lengths: list[int]  # entries that each rank owns, over all weights
-    numel: dict[str, int]  # weight -> its elements
 
     @classmethod
     def of(cls, index: dict[str, Tensor], numel: dict[str, int], world_size: int) -> Layout:
+        """The layout of a mask's `index`: weight -> [k] sorted global flat indices."""
         lengths = [0] * world_size
         bounds, offsets = {}, {}
         for name, positions in index.items():
-            bounds[name] = owner_bounds(positions, numel[name], world_size)
+            starts = [shard_range(numel[name], rank, world_size)[0] for rank in range(world_size)]
+            edges = torch.tensor([*starts, numel[name]], dtype=torch.int64, device=positions.device)
+            bounds[name] = torch.searchsorted(positions.to(torch.int64), edges).tolist()
             offsets[name] = list(lengths)
             for rank, (start, stop) in enumerate(pairwise(bounds[name])):
                 lengths[rank] += stop - start
-        return cls(bounds, offsets, lengths, numel)
+        return cls(bounds, offsets, lengths)
 
     def counts(self, name: str) -> list[int]:
         """Entries of this weight that each rank owns: how its kernel order is cut."""
@@ -98,11 +87,6 @@ class Layout:
         """This weight's slice of the flat buffers of `rank`."""
         start = self.offsets[name][rank]
         return slice(start, start + self.counts(name)[rank])
-
-    def local_index(self, name: str, index: Tensor, rank: int) -> Tensor:
-        """The entries of `rank` among a weight's [k] global indices, counted from the start of its shard."""
-        own = index[self.bounds[name][rank] : self.bounds[name][rank + 1]]
-        return own - shard_range(self.numel[name], rank, len(self.lengths))[0]
 
 
 @dataclass(frozen=True)

@@ -89,10 +89,8 @@ class SparseState:
         self.num_local = self.layout.lengths[rank]
         self.slices = {name: self.layout.places(name, rank) for name in trained.shape}
         # Where the shards are, which may be host memory; base and delta where the optimizer is.
-        self.index = {
-            name: self.layout.local_index(name, index, rank).to(self.shards[name].device)
-            for name, index in trained.index.items()
-        }
+        local = self.rank_shards.to_local(self.rank_shards.select(trained.index))
+        self.index = {name: local[name].to(self.shards[name].device) for name in trained.index}
         zeros = torch.zeros(self.num_local, dtype=torch.float32, device=self.device)
         entries = Entries(self.keys(), self._read(self.index), zeros)
         nothing = torch.zeros(0, dtype=torch.int64, device=self.device)

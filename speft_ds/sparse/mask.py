@@ -27,15 +27,10 @@ INDEX_DTYPES = ("I32", "I64")  # by safetensors' names
 
 @dataclass(frozen=True)
 class Mask:
-    """Sorted global flat indices per weight.
+    """Entries of weights; both dicts name every target, also one without entries."""
 
-    Attributes:
-        index: weight name -> [k] sorted global flat indices (int32, or int64 from 2^31 elements on).
-        shape: weight name -> (out_features, in_features); names every target, also one without entries.
-    """
-
-    index: dict[str, Tensor]
-    shape: dict[str, tuple[int, int]]
+    index: dict[str, Tensor]  # name -> [k] sorted global flat indices (int32, int64 from 2^31 elements on)
+    shape: dict[str, tuple[int, int]]  # name -> (out_features, in_features)
 
     @cached_property
     def num_trainable(self) -> int:

@@ -30,22 +30,14 @@ if TYPE_CHECKING:  # what is trained lies above the engine
 
 @dataclass
 class Trainable:
-    """What an engine trains.
-
-    Attributes:
-        state: a `SparseState`: `delta` [num_local], `slices` and `shards` of its weights, `write_through`.
-        gradient: a `SparseGradient`: `finish` after every backward, `pop` the sum [num_local] before a step.
-        optimizer: a `FlatOptimizer` of `delta`.
-        clip: (gradient [num_local], its global norm, slices) clips in place.
-        on_gradient: sees the summed gradient [num_local] of this rank's entries before each step, and says
-            which of them step ([num_local] bool; None: all).
-    """
+    """What an engine trains: this rank's flat `state.delta`."""
 
     state: SparseState
     gradient: SparseGradient
     optimizer: FlatOptimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    clip: Callable[[Tensor, float, dict[str, slice]], None]
+    clip: Callable[[Tensor, float, dict[str, slice]], None]  # (gradient, its global norm, slices), in place
+    # Sees the summed gradient [num_local] before each step; which entries step ([num_local] bool; None: all).
     on_gradient: Callable[[Tensor], Tensor | None]
 
 

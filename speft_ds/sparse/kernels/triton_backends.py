@@ -92,27 +92,16 @@ def sum_over_splits(partial: Tensor, order: Tensor | None = None) -> Tensor:
 
 @dataclass
 class Slots:
-    """A mask's entries in the order in which they are computed: by group of rows, column, row.
+    """A mask's entries in the order in which they are computed: by group of rows, column, row."""
 
-    Attributes:
-        rows: rows of a group.
-        order: [k] the entries' places in the index.
-        entry_row: [k] uint8 row in the group.
-        first: [slots + 1] a slot's first entry.
-        column: [slots] int32.
-        segment_first: [segments + 1] int32: a segment is up to SLOTS slots of one group.
-        segment_group: [segments] int32.
-        moved: features of x and grad_y moved for each token.
-    """
-
-    rows: int
-    order: Tensor
-    entry_row: Tensor
-    first: Tensor
-    column: Tensor
-    segment_first: Tensor
-    segment_group: Tensor
-    moved: int
+    rows: int  # of a group
+    order: Tensor  # [k] the entries' places in the index
+    entry_row: Tensor  # [k] uint8 row in the group
+    first: Tensor  # [slots + 1] a slot's first entry
+    column: Tensor  # [slots] int32
+    segment_first: Tensor  # [segments + 1] int32: a segment is up to SLOTS slots of one group
+    segment_group: Tensor  # [segments] int32
+    moved: int  # features of x and grad_y moved for each token
 
     @classmethod
     def of(cls, index: Tensor, in_features: int, rows: int) -> Slots:

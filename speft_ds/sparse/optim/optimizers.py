@@ -18,18 +18,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class OptimizerState:
-    """The state of an optimizer between two steps, as a checkpoint has it.
+    """The state of an optimizer between two steps, as a checkpoint has it."""
 
-    Attributes:
-        columns: name -> [num_local] a value of each entry, which any number of ranks reads back.
-        own: name -> this rank's storage as it is, which as many ranks read back in place of the columns that
-            are rounded; empty where none are.
-        entry_step: steps taken, where all entries share one number.
-    """
-
+    # Name -> [num_local] a value of each entry, which any number of ranks reads back.
     columns: dict[str, Tensor]
+    # Name -> this rank's storage as it is, which as many ranks read back in place of rounded columns.
     own: dict[str, Tensor] = field(default_factory=dict)
-    entry_step: int | None = None
+    entry_step: int | None = None  # steps taken, where all entries share one number
 
 
 class FlatOptimizer(torch.optim.Optimizer):

@@ -27,13 +27,6 @@ Backend = Callable[[Tensor, Tensor], Tensor]
 MAX_SAMPLED_DENSITY = 0.1
 
 
-def available_backends(device: torch.device) -> list[str]:
-    """Those that can compute the entries of any mask on this device."""
-    if device.type == "cpu":
-        return ["dense", "sampled"]
-    return ["dense", "element"] if triton_backends.is_available() else ["dense"]
-
-
 def make_backend(
     name: str, index: Tensor, shape: tuple[int, int], tiles: Tiles | None = None
 ) -> tuple[str, Backend]:

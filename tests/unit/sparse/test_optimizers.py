@@ -6,7 +6,7 @@ from torch import nn
 
 from speft_ds.config.train_config import OptimizerConfig
 from speft_ds.sparse.optim.clipping import clip_factor
-from speft_ds.sparse.optim.lr_schedule import lr_factor, make_lr_schedule
+from speft_ds.sparse.optim.lr_schedule import make_lr_schedule
 from speft_ds.sparse.optim.optimizers import SGD, AdamW, Lion, make_optimizer
 
 LENGTH = 60
@@ -255,7 +255,9 @@ def test_the_learning_rate_schedule_goes_on_after_another_mask():
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_warmup_rises_to_one_and_every_step_moves(schedule):
-    factor = lr_factor(schedule, num_steps=20, warmup_steps=4)
+    settings = OptimizerConfig(schedule=schedule, warmup_steps=4)
+    optimizer = make_optimizer(nn.Parameter(start()), settings, entry_steps=False)
+    (factor,) = make_lr_schedule(optimizer, settings, num_steps=20).lr_lambdas
     values = [factor(step) for step in range(20)]
     assert values[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert all(value > 0 for value in values)

@@ -59,11 +59,10 @@ def plan(
 
     Each number comes with its arithmetic. Needs the model's configuration, not its weights, and no GPU.
     """
-    from speft_ds.tools.plan.make_plan import make_plan, print_plan  # late: it may import torch
+    loaded = load_recipe(recipe, overrides or [])  # a typo should not wait for torch
+    from speft_ds.tools.plan.make_plan import make_plan, print_plan
 
-    print_plan(
-        make_plan(load_recipe(recipe, overrides or []), world, gpu_gib=gpu_gib, num_rows=rows, device=device)
-    )
+    print_plan(make_plan(loaded, world, gpu_gib=gpu_gib, num_rows=rows, device=device))
 
 
 @command("speft data quickstart", "speft data quickstart data.max_length=128 --output rows.png")

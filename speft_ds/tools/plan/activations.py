@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
 
 from speft_ds.model.linear import AdaptedLinear, adapt
 from speft_ds.sparse.kernels import triton_backends
@@ -30,26 +31,17 @@ from speft_ds.tools.plan.geometry import Geometry, build_model
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward and backward.
-
-    Attributes:
-        rows, length: of the micro-batch; every row is as long as it may be.
-        checkpointing: as `train.activation_checkpointing`; packing: as `data.packing`.
-        collects: what the backward of a target computes: `entries` (the sparse gradient, by `backend`),
-            `gradient` (the dense one, to score by) or `squares` (one dense gradient per row).
-        walks_all_layers: see `schema.Recipe`.
-        device: `cuda` or `cpu`, where it is going to run; is_partitioned: on more than one rank.
-    """
+    """One forward and backward: all that its activations depend on, besides the geometry."""
 
     rows: int
-    length: int
+    length: int  # tokens of every row
+    collects: str  # by the backward of a target: `entries`, `gradient` (dense), `squares` (dense, per row)
     checkpointing: str
-    collects: str
     packing: bool
     walks_all_layers: bool
-    backend: str
-    device: str
-    is_partitioned: bool
+    backend: str  # of the sparse gradient
+    device: str  # `cuda` or `cpu`, where it is going to run
+    is_partitioned: bool  # on more than one rank
 
 
 class LiveBytes(TorchDispatchMode):
@@ -126,15 +118,12 @@ def _record_uses(model: nn.Module, live: LiveBytes) -> list[ModuleUse]:
 
     def after_forward(module: nn.Module, _inputs, output) -> None:
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if tensors and not hasattr(tensors[0], "made_by"):
+        if not tensors:
+            return
+        if not hasattr(tensors[0], "made_by"):
             tensors[0].made_by = made_by = []  # nested modules with one output, the outermost first
-            tensors[0].register_hook(lambda _: before_backward(made_by))
-        if tensors:
-            tensors[0].made_by.insert(0, module)
-
-    def before_backward(made_by: list[nn.Module]) -> None:
-        for module in made_by:
-            add(BACKWARD, module)
+            tensors[0].register_hook(lambda _: [add(BACKWARD, each) for each in made_by] and None)
+        tensors[0].made_by.insert(0, module)
 
     for module in model.modules():
         module.register_forward_pre_hook(before_forward)
@@ -145,10 +134,9 @@ def _record_uses(model: nn.Module, live: LiveBytes) -> list[ModuleUse]:
 @contextmanager
 def _packed(packing: bool) -> Iterator[None]:
     """Say whether rows are packed: transformers reads it from positions, and fake ones have no values."""
-    from transformers import masking_utils
-
     original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = original if packing else lambda position_ids: None
+    if not packing:
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
     finally:
@@ -168,7 +156,7 @@ def _prepare(model: nn.Module, geometry: Geometry, one: Pass, live: LiveBytes) -
         is_target = f"{name}.weight" in geometry.targets
         adapt(linear, recomputes_input=one.checkpointing == "none" and is_target)
         if is_target:
-            linear.weight_grad_hook = _sink(geometry.density, one, live)
+            linear.weight_grad_hook = _temporaries_hook(geometry.density, one, live)
         else:
             linear.__class__ = _Zero3Linear
 
@@ -181,15 +169,15 @@ class _Zero3Linear(AdaptedLinear):
         return super().forward(x)
 
 
-def _sink(density: float, one: Pass, live: LiveBytes) -> Callable[[Tensor, Tensor], None]:
-    """Counts what the real sink of a target allocates while it runs."""
+def _temporaries_hook(density: float, one: Pass, live: LiveBytes) -> Callable[[Tensor, Tensor], None]:
+    """Counts what the real hook of a target allocates while it runs."""
 
     def count(x: Tensor, grad_y: Tensor) -> None:
-        rows, columns = grad_y.shape[-1], x.shape[-1]
+        numel = grad_y.shape[-1] * x.shape[-1]
         if one.collects == "entries":
-            num_bytes = _kernel_bytes(x, grad_y, round(density * rows * columns), one)
+            num_bytes = _kernel_bytes(x, grad_y, round(density * numel), one)
         else:
-            num_bytes = _dense_bytes(rows * columns, x.dtype.itemsize, one)
+            num_bytes = _dense_bytes(numel, x.dtype.itemsize, one)
         live.peak = max(live.peak, live.now + num_bytes)
 
     return count

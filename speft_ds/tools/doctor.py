@@ -138,9 +138,8 @@ def check_packages() -> Iterator[Check]:
             fits = package.specifier.contains(found, prereleases=True)
         except metadata.PackageNotFoundError:
             found, fits = "not installed", False
-        yield judge(
-            package.name, fits, found if fits else f"{found}; needed: {package}", f"{PIP} '{package}'"
-        )
+        what = found if fits else f"{found}; needed: {package}"
+        yield judge(package.name, fits, what, f"{PIP} '{package}'")
 
 
 def check_build_tools() -> Iterator[Check]:

@@ -102,7 +102,7 @@ def make_plan(
 
 def traffic(setup: Setup) -> list[Line]:
     """What a rank receives per optimizer step."""
-    train, ranks = setup.recipe.train, setup.world_size
+    train, ranks, b = setup.recipe.train, setup.world_size, setup.itemsize
     if ranks == 1:
         return [Line("weights and gradient", 0, "a single rank has all of them")]
     rounds = train.global_batch // (train.micro_batch * ranks)
@@ -112,12 +112,8 @@ def traffic(setup: Setup) -> list[Line]:
         return Line(kind, count * size * (ranks - 1) // ranks * rounds, formula)
 
     gathered = setup.pass_peak("entries", train.micro_batch, setup.recipe.data.max_length).traffic
-    lines = [
-        line(f"weights, {kind}", count, "weights", setup.itemsize)
-        for kind, count in gathered.items()
-        if count
-    ]
-    return [*lines, line("gradient", setup.num_trained, "entries", 4)]
+    weights = [line(f"weights, {kind}", count, "weights", b) for kind, count in gathered.items() if count]
+    return [*weights, line("gradient", setup.num_trained, "entries", 4)]
 
 
 def steps(recipe: Recipe, world_size: int, num_rows: int | None) -> dict[str, tuple[int | None, str]]:

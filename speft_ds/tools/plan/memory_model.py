@@ -157,11 +157,11 @@ def frozen(setup: Setup) -> list[Line]:
     """What is there all the time, besides what is trained."""
     numel, persistent, b = setup.geometry.numel, setup.persistent, setup.itemsize
     how = "measured" if setup.device == "cpu" else "assumed: CUDA context, NCCL buffers"
-    lines = [Line("process", PROCESS[setup.device], f"{how}; the same for any model")]
-    if setup.is_offloaded:
-        lines.append(setup.shards("base shard", persistent, b, " (the others are offloaded)"))
-    else:
-        lines.append(setup.shards("base shard", numel, b))
+    kept, note = (persistent, " (the others are offloaded)") if setup.is_offloaded else (numel, "")
+    lines = [
+        Line("process", PROCESS[setup.device], f"{how}; the same for any model"),
+        setup.shards("base shard", kept, b, note),
+    ]
     if setup.world_size > 1 and persistent:
         what = f"weights in tensors of at most {setup.zero_value('param_persistence_threshold'):,}"
         lines.append(Line.of("small weights, gathered", sum(numel[name] for name in persistent), b, what))

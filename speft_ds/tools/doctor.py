@@ -275,7 +275,7 @@ def check_machine() -> Iterator[Check]:
     yield check_folder("speft_ds cache", env.cache_folder(), "SPEFT_DS_CACHE", 1)
     group_bytes, group_cores = cgroup_limits(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
     memory_gib = min(psutil.virtual_memory().available, group_bytes) / GIB
-    fix = f"end other work, or take smaller batches: the quickstart's 2 CPU ranks need {QUICKSTART_GIB} GiB"
+    fix = f"end other work, or take smaller batches: the quickstart needs {QUICKSTART_GIB} GiB in float32"
     yield judge("memory", memory_gib >= QUICKSTART_GIB, f"{memory_gib:.1f} GiB available", fix, "warning")
 
     cores, threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS", "")

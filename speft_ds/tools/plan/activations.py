@@ -122,8 +122,12 @@ def _record_uses(model: nn.Module, live: LiveBytes) -> list[ModuleUse]:
             return
         if not hasattr(tensors[0], "made_by"):
             tensors[0].made_by = made_by = []  # nested modules with one output, the outermost first
-            tensors[0].register_hook(lambda _: [add(BACKWARD, each) for each in made_by] and None)
+            tensors[0].register_hook(lambda _: before_backward(made_by))
         tensors[0].made_by.insert(0, module)
+
+    def before_backward(made_by: list[nn.Module]) -> None:
+        for module in made_by:
+            add(BACKWARD, module)
 
     for module in model.modules():
         module.register_forward_pre_hook(before_forward)

@@ -50,7 +50,7 @@ def test_bfloat16_halves_the_base_and_its_values_only(planned):
 def test_auto_is_planned_as_bfloat16_and_says_so(recipe):
     short = recipe(model={"dtype": "bfloat16"})
     auto = short.model_copy(update={"model": short.model.model_copy(update={"dtype": "auto"})})
-    plans = [make_plan(each, 2, device="cpu") for each in (short, auto)]
+    plans = [make_plan(each, 2) for each in (short, auto)]
     assert plans[0].memory == plans[1].memory
     assert [any("model.dtype=auto" in note for note in plan.notes) for plan in plans] == [False, True]
 

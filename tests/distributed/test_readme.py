@@ -1,5 +1,6 @@
 """Every command of these pages runs: as it stands, or shortened by overrides that come behind it."""
 
+import json
 import os
 import re
 import shlex
@@ -9,7 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from limits import HANG_S
+from transformers import AutoModelForCausalLM
+
+import speft_ds
+from speft_ds.tools.quickstart import default_cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHORT = [
@@ -28,7 +34,7 @@ PAGES = [
 # How a command is run, by its beginning, the first that fits: what is added behind it and the exit codes
 # that it may have; or why it is not run here.
 HOW = {
-    "make quickstart": "tests/distributed/test_quickstart.py runs it, shortened",
+    "make quickstart": "test_quickstart_trains_the_real_model",
     "make test": "this is it",
     "source": "of the shell",
     "deepspeed launch/train.py --recipe llama2": ([], {2}),  # refused: the weights are not here
@@ -81,6 +87,31 @@ def test_the_commands_are_found():
     for name in ("ls", "show", "score", "validate", "plan", "doctor", "data", "cp", "schema"):
         assert any(command.startswith(f"speft {name}") for command in found), name
     assert sum(command.startswith("deepspeed") for command in found) >= 2
+
+
+def test_quickstart_trains_the_real_model(tmp_path):
+    """`make quickstart`, shortened. First: the other commands need what it downloads."""
+    short = ["model.dtype=float32", "train.steps=3", "optimizer.warmup_steps=1", "train.global_batch=4"]
+    short += ["train.micro_batch=2", "mask.calibration_samples=4", "eval.before=false", "eval.limit=2"]
+    made = tmp_path / "run"
+    command = [str(Path(sys.executable).with_name("speft")), "quickstart", f"output_dir={made}", *short]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * HANG_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [json.loads(line)["loss"] for line in (made / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 3 and losses[2] < losses[0]
+    facts = json.loads((made / "run.json").read_text())
+    assert facts["mask"]["num_trainable"] == 530_842  # 0.5% of 210 linears, 106,168,320 entries
+    assert (made / "adapter" / "adapter.safetensors").stat().st_size < 5.5 * 530_842
+    (row,) = json.loads((made / "eval" / "after.json").read_text())["scores"]
+    assert (row["task"], row["num_documents"]) == ("quickstart_json", 2)
+    assert (made / "report.html").stat().st_size > 50_000
+    # The adapter fits the checkpoint that was downloaded, and changes at most the masked entries.
+    folder = default_cache_dir() / "SmolLM2-135M-Instruct"
+    base, model = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    speft_ds.apply_adapter(model, made / "adapter")
+    pairs = zip(model.parameters(), base.parameters(), strict=True)
+    changed = sum(int((one != two).sum()) for one, two in pairs)
+    assert 0.9 * 530_842 < changed <= 530_842
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if not isinstance(how(c), str)])

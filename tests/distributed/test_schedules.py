@@ -270,41 +270,43 @@ def test_periodic_keeps_the_number_of_entries_of_a_loaded_mask(ranks, tiny, tmp_
     assert all(change["grown"] > 0 for change in run["changes"]) and len(run["changes"]) == 2
 
 
+@pytest.fixture
+def refuses(ranks, tiny, tmp_path):
+    """refuses(path, parts of the message, checkpoint, mask section): a mask file that every rank refuses."""
+
+    def check(path, *parts, checkpoint="untied", **mask):
+        recipe = make_recipe(tiny, tmp_path / "run", checkpoint, mask={"load": str(path), **mask})
+        messages = ranks(2)(checks.check_refused, recipe=recipe)
+        assert all(part in message for message in messages for part in parts), messages
+
+    return check
+
+
 @pytest.mark.parametrize("checkpoint", ["bias", "tied"])  # weights of the same shapes, from other seeds
-def test_a_mask_of_another_base_is_refused(ranks, tiny, tmp_path, scored, checkpoint):
-    recipe = make_recipe(tiny, tmp_path / "run", checkpoint, mask={"load": str(scored())})
-    messages = ranks(2)(checks.check_refused, recipe=recipe)
-    assert all("the mask was scored on another base" in message for message in messages), messages
-    assert all(str(scored()) in message for message in messages), messages
+def test_a_mask_of_another_base_is_refused(scored, refuses, checkpoint):
+    refuses(scored(), "the mask was scored on another base", str(scored()), checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize(
     "facts", [{"salience": "gradient"}, {"base": "owner/name"}, {"fingerprint_bfloat16": None}]
 )
-def test_a_mask_that_names_no_base_is_refused(ranks, tiny, tmp_path, scored, facts):
+def test_a_mask_that_names_no_base_is_refused(tmp_path, scored, refuses, facts):
     path = tmp_path / "mask.safetensors"
     save_mask(path, read_mask(scored())[0], facts)
-    recipe = make_recipe(tiny, tmp_path / "run", mask={"load": str(path)})
-    messages = ranks(2)(checks.check_refused, recipe=recipe)
-    assert all("the mask was scored on another base" in message for message in messages), messages
+    refuses(path, "the mask was scored on another base")
 
 
-def test_a_mask_without_entries_is_refused(ranks, tiny, tmp_path, scored):
+def test_a_mask_without_entries_is_refused(tmp_path, scored, refuses):
     """A run would train nothing."""
     path = with_entries_in(tmp_path / "mask.safetensors", scored(), lambda name: False)
-    recipe = make_recipe(tiny, tmp_path / "run", mask={"load": str(path)})
-    messages = ranks(2)(checks.check_refused, recipe=recipe)
-    assert all(str(path) in message for message in messages), messages
+    refuses(path, str(path))
 
 
 @pytest.mark.parametrize("how", [{"granularity": "row"}, {"budget": "per_row"}])
-def test_a_loaded_mask_too_small_to_be_chosen_anew_is_refused(ranks, tiny, tmp_path, scored, how):
+def test_a_loaded_mask_too_small_to_be_chosen_anew_is_refused(scored, refuses, how):
     """30 entries are no row of 35 or 53, and less than one in each row: later there would be none."""
     path = scored(density=None, num_trainable=30)
-    mask = {"load": str(path), "schedule": "periodic", **TWO, **how}
-    recipe = make_recipe(tiny, tmp_path / "run", mask=mask)
-    messages = ranks(2)(checks.check_refused, recipe=recipe)
-    assert all(str(path) in message for message in messages), messages
+    refuses(path, str(path), schedule="periodic", **TWO, **how)
 
 
 OTHER_MODELS = {
@@ -315,22 +317,18 @@ OTHER_MODELS = {
 
 
 @pytest.mark.parametrize("kind", OTHER_MODELS)
-def test_a_mask_of_another_model_is_refused(ranks, tiny, tmp_path, kind):
+def test_a_mask_of_another_model_is_refused(tmp_path, refuses, kind):
     name, shape = OTHER_MODELS[kind]
     path = tmp_path / "mask.safetensors"
     save_mask(path, Mask({name: torch.tensor([1, 4])}, {name: shape}), {})
-    recipe = make_recipe(tiny, tmp_path / "run", mask={"load": str(path)})
-    messages = ranks(2)(checks.check_refused, recipe=recipe)
-    assert all(f"the mask is for another model: {name}" in message for message in messages), messages
+    refuses(path, f"the mask is for another model: {name}")
 
 
-def test_a_mask_with_indices_out_of_range_is_refused(ranks, tiny, tmp_path, scored):
+def test_a_mask_with_indices_out_of_range_is_refused(tmp_path, scored, refuses):
     mask, facts = read_mask(scored())
     name = next(iter(mask.shape))
     beyond = torch.tensor([3, mask.numel(name)], dtype=torch.int32)
     path = tmp_path / "mask.safetensors"
     save_mask(path, Mask({**mask.index, name: beyond}, mask.shape), facts)
-    recipe = make_recipe(tiny, tmp_path / "run", mask={"load": str(path)})
-    messages = ranks(2)(checks.check_refused, recipe=recipe)
-    wanted = f"{name}: indices from 3 to {mask.numel(name)}, the weight has {mask.numel(name)} elements"
-    assert all(wanted in message for message in messages), messages
+    size = mask.numel(name)
+    refuses(path, f"{name}: indices from 3 to {size}, the weight has {size} elements")

@@ -15,6 +15,9 @@ else
 	$(VENV)/bin/python -m pytest $(ARGS)
 endif
 
+# Tests start hundreds of processes, each of which would compile the package anew where this is set.
+export PYTHONDONTWRITEBYTECODE =
+
 # Two at a time: tests that run on ranks keep both cores busy only now and then. The launcher's port is one a
 # machine, so all that start it are on one side; of the rest, these make up for the difference.
 BESIDE := $(patsubst %,tests/distributed/test_%.py,gradient optimizers plan salience schedules)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from distributed.reference import (
     Dense,
-    DenseRun,
     assert_as_dense,
     batch_of,
     plain_model,
@@ -39,7 +38,7 @@ def check_run(recipe: Recipe) -> dict:
         lines.append(trainer.train_step(step))
         assert_written_through(trainer, pretrained, step)
     if recipe.model.dtype == "float32":
-        assert_as_dense(trainer, lines, DenseRun(trainer))
+        assert_as_dense(trainer, lines)
     assert_adapter_is_the_run(trainer)
     return {
         **result_of(trainer, lines),

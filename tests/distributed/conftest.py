@@ -7,9 +7,20 @@ import yaml
 from live import LiveRun
 from tiny import recipe_values
 
+from distributed.reference import make_recipe
 from speft_ds.env import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path):
+    """recipe(checkpoint, folder, sections): a short recipe whose run folder is tmp_path/folder."""
+
+    def make(checkpoint="untied", folder="run", **sections):
+        return make_recipe(tiny, tmp_path / folder, checkpoint, **sections)
+
+    return make
 
 
 @pytest.fixture

@@ -1,7 +1,4 @@
-"""The dense, single-process run that the checks compare with, and what both sides need.
-
-Each rank computes the reference for itself from the plain checkpoint, with ordinary autograd.
-"""
+"""The dense, single-process run that the checks compare with, and what both sides need."""
 
 from __future__ import annotations
 
@@ -181,12 +178,21 @@ class DenseRun:
             self.average[name] = beta2 * average + (1 - beta2) * delta.grad
 
 
-def assert_as_dense(trainer: Trainer, lines: list[dict], reference: DenseRun) -> None:
-    """The steps' metrics and the weights after them are the reference's, to 1e-5 (fp32)."""
+def assert_as_dense(
+    trainer: Trainer, lines: list[dict], make_reference: Callable[[Trainer], DenseRun] = DenseRun
+) -> DenseRun | None:
+    """The steps' metrics and the weights after them are the reference's, to 1e-5 (fp32).
+
+    Rank 0 computes the reference, returns it, and compares the weights that are gathered from all ranks.
+    """
+    trained = whole_weights(trainer.engine.module)
+    if collectives.rank() != 0:
+        return None
+    reference = make_reference(trainer)
     for line, loss, norm in zip(lines, reference.losses, reference.norms, strict=True):
         assert abs(line["loss"] - loss) < 1e-5, (line, reference.losses)
         assert abs(line["grad_norm"] - norm) < 1e-4 * norm, (line, reference.norms)
-    trained = whole_weights(trainer.engine.module)
     for name, weight in reference.weights.items():
         assert torch.allclose(trained[name], weight, atol=1e-5), (name, (trained[name] - weight).abs().max())
     assert lines[0]["loss"] != lines[-1]["loss"], "nothing was learnt"
+    return reference

@@ -6,8 +6,8 @@ import torch
 from distributed import checks
 from distributed.reference import make_recipe, read_entries
 
-EVERY = [(1, 2), (2, 2), (4, 1), (4, 2)]  # ranks, micro-batch
-MANY, TWO, ONE_OR_TWO = EVERY[1:3], EVERY[1:2], EVERY[:2]
+EVERY = [(1, 2), (2, 2), (4, 2), (4, 1)]  # ranks, micro-batch
+RANKS, MANY, TWO, ONE_OR_TWO = EVERY[:3], EVERY[1:3], EVERY[1:2], EVERY[:2]
 BFLOAT16 = {"model": {"dtype": "bfloat16"}}
 
 
@@ -17,10 +17,10 @@ def salience(name, budget):
 
 RUNS = {  # checkpoint, sections, splits
     "untied": ("untied", {}, EVERY),
-    "tied": ("tied", {}, EVERY),
-    "bias": ("bias", {}, EVERY),
-    "untied bfloat16": ("untied", BFLOAT16, EVERY),
-    "tied bfloat16": ("tied", BFLOAT16, EVERY),
+    "tied": ("tied", {}, RANKS),
+    "bias": ("bias", {}, RANKS),
+    "untied bfloat16": ("untied", BFLOAT16, RANKS),
+    "tied bfloat16": ("tied", BFLOAT16, RANKS),
     "per_layer": ("untied", salience("gradient", "per_layer"), EVERY),
     "magnitude": ("untied", salience("magnitude", "global"), ONE_OR_TWO),
     "magnitude per_layer": ("untied", salience("magnitude", "per_layer"), ONE_OR_TWO),

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from distributed import dense_scores
 from distributed.dense_scores import Llama, Weights
-from distributed.reference import make_recipe, make_trainer, plain_model, whole_weights
+from distributed.reference import make_trainer, plain_model, whole_weights
 from speft_ds.comm import collectives
 from speft_ds.config.mask_config import NEEDS_DATA
 from speft_ds.config.recipe import Recipe
@@ -257,9 +257,9 @@ METRICS = [*OF_GRADIENT, "fisher", "magnitude", "low_magnitude", "synflow", "lif
 SAMPLES = {"calibration_samples": 13, "calibration_batch": 3}
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tiny):
-    """`tiny`, and `rich`: biases, norm weights of both signs, zeros of both signs in every matrix."""
+@pytest.fixture(scope="session", autouse=True)
+def rich(tiny):
+    """A checkpoint more: biases, norm weights of both signs, zeros of both signs in every matrix."""
     model = AutoModelForCausalLM.from_pretrained(tiny["bias"], dtype=torch.float32)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -271,51 +271,47 @@ def checkpoints(tiny):
     folder = tiny["folder"] / "rich"
     shutil.copytree(tiny["bias"], folder)
     model.save_pretrained(folder)
-    return {**tiny, "rich": folder}
+    tiny["rich"] = folder
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_scores_are_the_dense_ones(ranks, checkpoints, tmp_path, world_size):
-    recipe = make_recipe(checkpoints, tmp_path, "rich", mask=SAMPLES)
-    ranks(world_size)(check_scores, recipe=recipe, metrics=METRICS)
+def test_scores_are_the_dense_ones(ranks, recipe, world_size):
+    ranks(world_size)(check_scores, recipe=recipe("rich", mask=SAMPLES), metrics=METRICS)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("checkpoint", ["untied", "rich"])
-def test_grasp_has_the_exact_hessian(ranks, checkpoints, tmp_path, world_size, checkpoint):
-    recipe = make_recipe(checkpoints, tmp_path, checkpoint, mask=SAMPLES)
-    ranks(world_size)(check_scores, recipe=recipe, metrics=["grasp"])
+def test_grasp_has_the_exact_hessian(ranks, recipe, world_size, checkpoint):
+    ranks(world_size)(check_scores, recipe=recipe(checkpoint, mask=SAMPLES), metrics=["grasp"])
 
 
 @pytest.mark.parametrize("checkpoint", ["tied", "bias"])
-def test_scores_of_other_checkpoints(ranks, tiny, tmp_path, checkpoint):
-    recipe = make_recipe(tiny, tmp_path, checkpoint, mask=SAMPLES)
-    ranks(2)(check_scores, recipe=recipe, metrics=[*OF_GRADIENT, "fisher", "synflow"])
+def test_scores_of_other_checkpoints(ranks, recipe, checkpoint):
+    metrics = [*OF_GRADIENT, "fisher", "synflow"]
+    ranks(2)(check_scores, recipe=recipe(checkpoint, mask=SAMPLES), metrics=metrics)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_scores_of_the_head(ranks, tiny, tmp_path, world_size):
+def test_scores_of_the_head(ranks, recipe, world_size):
     """It sees the hidden states of the labels alone."""
-    recipe = make_recipe(tiny, tmp_path, mask={**SAMPLES, "targets": ["lm_head", "o_proj"]})
-    ranks(world_size)(check_scores, recipe=recipe, metrics=METRICS)
+    mask = {**SAMPLES, "targets": ["lm_head", "o_proj"]}
+    ranks(world_size)(check_scores, recipe=recipe(mask=mask), metrics=METRICS)
 
 
 @pytest.mark.parametrize("checkpointing", ["reentrant", "non_reentrant"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_scores_with_activation_checkpointing(ranks, tiny, tmp_path, world_size, checkpointing):
-    train = {"activation_checkpointing": checkpointing}
-    recipe = make_recipe(tiny, tmp_path, mask=SAMPLES, train=train)
-    ranks(world_size)(check_scores, recipe=recipe, metrics=["gradient", "fisher"])
+def test_scores_with_activation_checkpointing(ranks, recipe, world_size, checkpointing):
+    made = recipe(mask=SAMPLES, train={"activation_checkpointing": checkpointing})
+    ranks(world_size)(check_scores, recipe=made, metrics=["gradient", "fisher"])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_interrupted_scoring_restores_the_weights(ranks, checkpoints, tmp_path, world_size):
-    recipe = make_recipe(checkpoints, tmp_path, "rich", mask=SAMPLES)
-    ranks(world_size)(check_interrupted, recipe=recipe)
+def test_interrupted_scoring_restores_the_weights(ranks, recipe, world_size):
+    ranks(world_size)(check_interrupted, recipe=recipe("rich", mask=SAMPLES))
 
 
-def test_grasp_refuses_a_flat_loss(ranks, tiny, tmp_path):
-    messages = ranks(2)(check_zero_gradient, recipe=make_recipe(tiny, tmp_path))
+def test_grasp_refuses_a_flat_loss(ranks, recipe):
+    messages = ranks(2)(check_zero_gradient, recipe=recipe())
     assert all("the calibration gradient is zero" in message for message in messages), messages
 
 
@@ -327,14 +323,14 @@ def at_every_world_size(ranks, check, **arguments) -> list[dict]:
     return [answer for world_size in (1, 2, 4) for answer in ranks(world_size)(check, **arguments)]
 
 
-def test_scores_have_the_same_bits_at_every_world_size(ranks, checkpoints, tmp_path):
+def test_scores_have_the_same_bits_at_every_world_size(ranks, recipe):
     """Batches are dealt and summed in one order, whoever computes them."""
-    recipe = make_recipe(checkpoints, tmp_path, "rich", mask=SAMPLES)
-    answers = at_every_world_size(ranks, check_bits, recipe=recipe, changes=ALL)
+    made = recipe("rich", mask=SAMPLES)
+    answers = at_every_world_size(ranks, check_bits, recipe=made, changes=ALL)
     for metric in ALL:
         assert len({answer[metric] for answer in answers}) == 1, metric
     assert len(set(answers[0].values())) == len(ALL)
-    other_seed = recipe.model_copy(update={"seed": 4})
+    other_seed = made.model_copy(update={"seed": 4})
     (other,) = ranks(1)(check_bits, recipe=other_seed, changes={"random": ALL["random"]})
     assert other["random"] != answers[0]["random"]
 
@@ -354,24 +350,21 @@ ROWS = {f"{salience} per_row": {"salience": salience, "budget": "per_row"} for s
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_masks_are_the_same_at_every_world_size(ranks, checkpoints, tmp_path, dtype):
+def test_masks_are_the_same_at_every_world_size(ranks, recipe, dtype):
     choices = {**ALL, **UNITS, **ROWS}
     if dtype == "bfloat16":
         choices = {name: choice for name, choice in ALL.items() if name != "grasp"}
-    recipe = make_recipe(
-        checkpoints, tmp_path, "rich", mask={**SAMPLES, "density": 0.2}, model={"dtype": dtype}
-    )
-    answers = at_every_world_size(ranks, check_masks, recipe=recipe, choices=choices)
+    made = recipe("rich", mask={**SAMPLES, "density": 0.2}, model={"dtype": dtype})
+    answers = at_every_world_size(ranks, check_masks, recipe=made, choices=choices)
     for name in choices:
         assert len({answer[name] for answer in answers}) == 1, name
     distinct = [sha256 for name, sha256 in answers[0].items() if name != "taylor_fo"]
     assert len(set(distinct)) == len(distinct)  # `taylor_fo` has the order of `snip`
 
 
-def test_calibration_rows_are_the_ones_asked_for(ranks, tiny, tmp_path):
+def test_calibration_rows_are_the_ones_asked_for(ranks, recipe, tiny, tmp_path):
     def masks(**mask) -> list[str]:
-        recipe = make_recipe(tiny, tmp_path, mask={**SAMPLES, **mask})  # its seed is 3
-        return ranks(2)(check_calibration, recipe=recipe)[0]
+        return ranks(2)(check_calibration, recipe=recipe(mask={**SAMPLES, **mask}))[0]  # its seed is 3
 
     same_rows, other_rows = tmp_path / "same.jsonl", tmp_path / "other.jsonl"
     shutil.copy(tiny["data"], same_rows)
@@ -380,6 +373,5 @@ def test_calibration_rows_are_the_ones_asked_for(ranks, tiny, tmp_path):
     assert first[0] != first[1]
     assert masks(calibration_seed=3) == first and masks(calibration_path=str(same_rows)) == first
     assert masks(calibration_seed=4)[0] not in first
-    elsewhere = masks(calibration_path=str(other_rows))
-    assert elsewhere[0] not in first
+    assert masks(calibration_path=str(other_rows))[0] not in first
     assert masks(calibration_samples=12)[0] not in first

@@ -100,19 +100,21 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm_"))
         self.folder.chmod(0o755)
         self.env = {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        self.requeue_exit = requeue_exit
         try:
-            self._write_files(requeue_exit)
+            self._write_files()
             self._start_daemons()
         except BaseException:
             self.stop()
             raise
 
-    def restart(self, requeue_exit: str | None) -> None:
-        """Start it anew; `scontrol reconfigure` would do, but can leave a slurmd that hears nothing."""
-        self.stop()
-        self.start(requeue_exit)
+    def use(self, requeue_exit: str | None) -> None:
+        """Start it anew if need be; `scontrol reconfigure` can leave a slurmd that hears nothing."""
+        if requeue_exit != self.requeue_exit:
+            self.stop()
+            self.start(requeue_exit)
 
-    def _write_files(self, requeue_exit: str | None) -> None:
+    def _write_files(self) -> None:
         for name in ("state", "munge", "gpus", *(f"spool.{node}" for node in NODES)):
             (self.folder / name).mkdir()
         (self.folder / "cgroup.conf").write_text(CGROUP_CONF)
@@ -120,8 +122,25 @@ class Cluster:
             (self.folder / "gpus" / f"gpu{number}").symlink_to("/dev/null")
         gpus = f"NodeName=node[1-2] Name=gpu File={self.folder}/gpus/gpu[0-1]\n"
         (self.folder / "gres.conf").write_text(gpus)
-        self._write_conf(requeue_exit)
+        (self.folder / "slurm.conf").write_text(self._conf())
         _set_hosts("".join(f"127.0.0.1 {node} {MARK}\n" for node in NODES))
+
+    def _conf(self) -> str:
+        host = socket.gethostname().partition(".")[0]
+        port, *node_ports = free_ports(1 + len(NODES))
+        nodes = [
+            f"NodeName={node} NodeAddr=127.0.0.1 NodeHostname={node if _has_own_nodes() else host} "
+            f"Port={node_port} CPUs=8 RealMemory=64000 Gres=gpu:2 State=UNKNOWN"
+            for node, node_port in zip(NODES, node_ports, strict=True)
+        ]
+        return SLURM_CONF.format(
+            host=host,
+            port=port,
+            folder=self.folder,
+            proctrack=_proctrack(),
+            requeue_exit=f"RequeueExit={self.requeue_exit}" if self.requeue_exit else "",
+            nodes="\n".join(nodes),
+        )
 
     def _start_daemons(self) -> None:
         self._start_munge()
@@ -131,24 +150,6 @@ class Cluster:
             own = [*NODE_OF_ITS_OWN, "sh", "-c", f"hostname {node}; exec slurmd -D -N {node}"]
             self._daemon(*(own if _has_own_nodes() else ["slurmd", "-D", "-N", node]))
         wait_for(self._is_idle, "the nodes")
-
-    def _write_conf(self, requeue_exit: str | None) -> None:
-        host = socket.gethostname().partition(".")[0]
-        port, *node_ports = free_ports(1 + len(NODES))
-        nodes = [
-            f"NodeName={node} NodeAddr=127.0.0.1 NodeHostname={node if _has_own_nodes() else host} "
-            f"Port={node_port} CPUs=8 RealMemory=64000 Gres=gpu:2 State=UNKNOWN"
-            for node, node_port in zip(NODES, node_ports, strict=True)
-        ]
-        text = SLURM_CONF.format(
-            host=host,
-            port=port,
-            folder=self.folder,
-            proctrack=_proctrack(),
-            requeue_exit=f"RequeueExit={requeue_exit}" if requeue_exit else "",
-            nodes="\n".join(nodes),
-        )
-        (self.folder / "slurm.conf").write_text(text)
 
     def _start_munge(self) -> None:
         key = self.folder / "munge" / "key"
@@ -161,16 +162,9 @@ class Cluster:
     def _daemon(self, *command: str) -> None:
         """Start a program that ends when this process does."""
         with (self.folder / f"{Path(command[0]).name}.out").open("ab") as output:
-            self.daemons.append(
-                subprocess.Popen(
-                    ["setpriv", "--pdeathsig", "KILL", *command],
-                    env=self.env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
+            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+            words = ["setpriv", "--pdeathsig", "KILL", *command]
+            self.daemons.append(subprocess.Popen(words, env=self.env, start_new_session=True, **streams))
 
     def _is_idle(self) -> bool:
         states = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split()
@@ -181,7 +175,8 @@ class Cluster:
         if len(self.daemons) > 1:  # there is a controller
             self.run("scancel", "--full", "--signal=KILL", "--user=root", check=False)
             self.run("scancel", "--user=root", check=False)
-            _wait(lambda: not self.run("squeue", "-h", check=False).strip())
+            with contextlib.suppress(AssertionError):  # not at the cost of the rest
+                wait_for(lambda: not self.run("squeue", "-h", check=False).strip(), "the jobs to end")
         for daemon in reversed(self.daemons):  # the nodes, the controller, munge
             daemon.kill()
             daemon.wait()
@@ -205,9 +200,6 @@ class Cluster:
         words = self.run("scontrol", "show", "job", "-o", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def state(self, job: str) -> str:
-        return self.job(job)["JobState"]
-
     def submit(self, *arguments: object, folder: Path, **env: object) -> str:
         """`sbatch` in a folder; the job's number."""
         words = ["sbatch", "--parsable", *map(str, arguments)]
@@ -215,7 +207,7 @@ class Cluster:
 
     def wait_until(self, job: str, *states: str) -> dict[str, str]:
         """Wait for one of these states; what there is to know then."""
-        wait_for(lambda: self.state(job) in states, f"job {job} to be {' or '.join(states)}")
+        wait_for(lambda: self.job(job)["JobState"] in states, f"job {job} to be {' or '.join(states)}")
         return self.job(job)
 
     def wait_for_end(self, job: str) -> tuple[str, str, int]:
@@ -227,7 +219,7 @@ class Cluster:
         """Wait for something that happens before a job ends."""
 
         def holds() -> bool:
-            assert self.state(job) not in ENDED, f"job {job} ended before {what}"
+            assert self.job(job)["JobState"] not in ENDED, f"job {job} ended before {what}"
             return bool(condition())
 
         wait_for(holds, what)
@@ -255,16 +247,10 @@ def _rank_in(process: Path, job: str) -> int | None:
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
     """Wait until a condition holds; AssertionError if it never does."""
-    assert _wait(condition), f"waited {HANG_S} s for {what}"
-
-
-def _wait(condition: Callable[[], object]) -> bool:
     deadline = time.monotonic() + HANG_S
     while not condition():
-        if time.monotonic() > deadline:
-            return False
+        assert time.monotonic() < deadline, f"waited {HANG_S} s for {what}"
         time.sleep(0.05)
-    return True
 
 
 def free_ports(count: int) -> list[int]:

@@ -100,9 +100,11 @@ def test_stopped_before_its_first_step(start, tmp_path):
     assert len(metrics(tmp_path / "run")) == 3
 
 
-def test_validation_loss_and_the_best_checkpoint(start, tiny, tmp_path):
-    """The loss rises from some point on, by a rate that is far too high; the best checkpoint is kept."""
-    common = ["train.keep_best=true", f"eval.validation={tiny['data']}", "eval.every=2", "train.keep_last=1"]
+def test_validation_loss_and_the_best_checkpoint(start, tmp_path):
+    """The loss on bytes that are not trained rises from some point on; the best checkpoint is kept."""
+    rows = tmp_path / "others.jsonl"
+    rows.write_text("".join(f'{{"prompt": "say", "response": "{text}"}}\n' for text in ("ZQXJ", "KWV")))
+    common = ["train.keep_best=true", f"eval.validation={rows}", "eval.every=2", "train.keep_last=1"]
     common += ["train.checkpoint_every=5", "optimizer.lr=0.3", "train.steps=16"]
     run = start(*common, hooks={0: partial(rank_hooks.asked_in_step, 10, signal.SIGTERM)})
     assert run.codes() == [85, 85], run.text()

@@ -19,10 +19,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 from limits import HANG_S
 
 PACKAGES = "slurmctld slurmd slurm-client munge"
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv", "unshare")
 NODES = ("node1", "node2")
 HOSTS, MARK = Path("/etc/hosts"), "# tests/slurm"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -227,22 +228,12 @@ class Cluster:
     def ranks(self, job: str) -> dict[int, int]:
         """The processes of a job's ranks on this machine: process id by rank."""
         found = {}
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdigit() and (rank := _rank_in(folder, job)) is not None:
-                found[rank] = int(folder.name)
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):  # it has ended
+                env, script = process.environ(), process.cmdline()[1:2]
+                if env.get("SLURM_JOB_ID") == job and script and script[0].endswith("launch/train.py"):
+                    found[int(env["SLURM_PROCID"])] = process.pid
         return found
-
-
-def _rank_in(process: Path, job: str) -> int | None:
-    """The rank that a process is of a job; None: it is none, or a child of one."""
-    try:
-        words = (process / "cmdline").read_bytes().split(b"\0")
-        variables = (process / "environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return None
-    env = dict(variable.split("=", 1) for variable in variables if "=" in variable)
-    is_rank = len(words) > 1 and words[1].endswith(b"launch/train.py")
-    return int(env["SLURM_PROCID"]) if is_rank and env.get("SLURM_JOB_ID") == job else None
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
@@ -283,7 +274,4 @@ def _remove_cgroups() -> None:
 @functools.cache
 def _has_own_nodes() -> bool:
     """Whether a node can have a name and processes of its own here."""
-    try:
-        return subprocess.run([*NODE_OF_ITS_OWN, "true"], capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        return False
+    return subprocess.run([*NODE_OF_ITS_OWN, "true"], capture_output=True, check=False).returncode == 0

@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test test-ranks test-others lint clean
+.PHONY: quickstart test test-ranks test-others sweep lint clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/speft quickstart $(ARGS)
@@ -27,6 +27,10 @@ test-ranks:
 
 test-others:
 	$(VENV)/bin/python -m pytest tests/unit tests/slurm $(BESIDE)
+
+# Every family of models, which takes half an hour; writes the table of docs/models.md.
+sweep: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -s tests/sweep
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/lint-imports

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,13 @@ from torch import Tensor, nn
 
 from speft_ds.model.input_recompute import LayerInput
 
-WeightGradHook = Callable[[Tensor, Tensor], None]
+if TYPE_CHECKING:
+    from speft_ds.model.kinds.target import Target
+
+# (columns, rows) of a weight's gradient sum_t rows[t, i] * columns[t, j]: of a linear x and grad_y. Of a
+# stack of experts, the tokens are sorted by expert, and a third argument [experts] says where each expert's
+# end.
+WeightGradHook = Callable[..., None]
 
 
 class _LinearWithHook(torch.autograd.Function):
@@ -69,18 +76,16 @@ def adapt(linear: nn.Linear, recomputes_input: bool = True) -> None:
 
 
 @contextmanager
-def weight_grad_hooks(
-    targets: dict[str, AdaptedLinear], hooks: dict[str, WeightGradHook | None]
-) -> Iterator[None]:
+def weight_grad_hooks(targets: dict[str, Target], hooks: dict[str, WeightGradHook | None]) -> Iterator[None]:
     """Inside the block, the backward of each target calls this hook of it and not the one before."""
-    before = {name: linear.weight_grad_hook for name, linear in targets.items()}
+    before = {name: target.weight_grad_hook for name, target in targets.items()}
     try:
-        for name, linear in targets.items():
-            linear.weight_grad_hook = hooks[name]
+        for name, target in targets.items():
+            target.weight_grad_hook = hooks[name]
         yield
     finally:
-        for name, linear in targets.items():
-            linear.weight_grad_hook = before[name]
+        for name, target in targets.items():
+            target.weight_grad_hook = before[name]
 
 
 def chain_hooks(*hooks: WeightGradHook | None) -> WeightGradHook | None:
@@ -89,8 +94,8 @@ def chain_hooks(*hooks: WeightGradHook | None) -> WeightGradHook | None:
     if len(present) < 2:
         return present[0] if present else None
 
-    def call_all(x: Tensor, grad_y: Tensor) -> None:
+    def call_all(*factors: Tensor) -> None:
         for hook in present:
-            hook(x, grad_y)
+            hook(*factors)
 
     return call_all

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,15 @@ from speft_ds.comm import collectives, watchdog
 from speft_ds.data.collate import collate
 from speft_ds.data.dataset import Row
 from speft_ds.errors import UserError
+from speft_ds.model.kinds.target import Target
 from speft_ds.model.linear import WeightGradHook, weight_grad_hooks
 from speft_ds.sparse.kernels.torch_backends import matmul_fp32
 from speft_ds.zero.engine import SparseEngine
 from speft_ds.zero.shards import own_elements, shard_numel
 
 Scores = dict[str, Tensor]
-# (x [rows, tokens, in], grad_y [rows, tokens, out], labels [rows, tokens]) -> dense [out, in]
-Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (labels [rows, tokens], x [rows, tokens, in], grad_y [rows, tokens, out]) -> dense [out, in]
+Dense = Callable[..., Tensor]
 
 
 @dataclass
@@ -64,15 +66,15 @@ class Scorer:
     """What a salience metric may look at."""
 
     engine: SparseEngine  # over the frozen base; its weights are those of the moment
-    targets: dict[str, nn.Linear]  # weight name -> adapted linear
+    targets: dict[str, Target]  # weight name -> adapted target
     recipe: object  # the `mask` section of a recipe
     seed: int  # of this scoring (a later one of the same run has another)
     calibration: CalibrationSet | None  # None where the recipe gives no rows: only for metrics without data
     loss: Callable[[nn.Module, dict[str, Tensor], float], Tensor]  # (module, batch, temperature) -> token sum
 
     def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, linear in self.targets.items():
-            yield name, linear.weight
+        for name, target in self.targets.items():
+            yield name, target.weight
 
     def device_of(self, weight: nn.Parameter) -> torch.device:
         """Where the scores of this weight are kept: with its shard, or in host memory."""
@@ -84,7 +86,7 @@ class Scorer:
         The logits are divided by `temperature`.
         """
         scale = 1.0 / self.rows().num_labels
-        return self.accumulate(lambda x, grad_y, labels: weight_gradient(x, grad_y), scale, temperature)
+        return self.accumulate(lambda labels, *factors: weight_gradient(*factors), scale, temperature)
 
     def rows(self) -> CalibrationSet:
         """The calibration set. Raises UserError where there is none."""
@@ -97,11 +99,11 @@ class Scorer:
         return self.calibration
 
     def accumulate(self, dense: Dense, scale: float = 1.0, temperature: float = 1.0) -> Scores:
-        """Sum `dense(x, grad_y, labels)` of every target over the calibration batches of all ranks.
+        """Sum `dense(labels, *factors)` of every target over the calibration batches of all ranks.
 
         Args:
-            dense: what one backward of one layer contributes; the loss is the batch's summed token loss
-                times `scale`.
+            dense: what one backward of one layer contributes, from the factors that its hook is called with
+                (see `linear.WeightGradHook`); the loss is the batch's summed token loss times `scale`.
         Returns:
             weight -> [local elements] fp32 sum, this rank's shard of it. The weights do not change.
         Raises:
@@ -111,7 +113,7 @@ class Scorer:
         batch: dict[str, Tensor] = {}
 
         def make_hook(total: ShardSum) -> WeightGradHook:
-            return lambda x, grad_y: total.add(dense(x, grad_y, batch["labels"]))
+            return lambda *factors: total.add(dense(batch["labels"], *factors))
 
         with weight_grad_hooks(self.targets, {name: make_hook(total) for name, total in sums.items()}):
             for batch, mine in self.rows().batches():
@@ -121,12 +123,18 @@ class Scorer:
         return {name: total.value for name, total in sums.items()}
 
 
-def weight_gradient(x: Tensor, grad_y: Tensor) -> Tensor:
+def weight_gradient(x: Tensor, grad_y: Tensor, ends: Tensor | None = None) -> Tensor:
     """The dense [out, in] gradient of a linear's weight from x [..., in] and grad_y [..., out]: fp32.
 
     On a CPU in bfloat16 it is rounded to bfloat16, as autograd's is: torch has no product with an fp32
     result there but that of fp32 copies. Sums over batches and ranks are fp32 all the same.
+
+    Args:
+        ends: [experts] of a stack: where each expert's tokens end; the gradients are on top of each other.
     """
+    if ends is not None:
+        bounds = [0, *ends.tolist()]
+        return torch.cat([weight_gradient(x[a:b], grad_y[a:b]) for a, b in pairwise(bounds)])
     x, grad_y = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
     return matmul_fp32(grad_y.t(), x) if x.is_cuda else grad_y.t() @ x
 

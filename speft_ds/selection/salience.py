@@ -30,6 +30,7 @@ from speft_ds.zero.shards import (
     repartition,
     shard_numel,
     shard_of,
+    stack_size,
 )
 
 SALIENCE: dict[str, Callable[[Scorer], Scores]] = {}
@@ -125,8 +126,8 @@ def fisher(scorer: Scorer) -> Scores:
     """
     num_samples = len(scorer.rows().rows)
 
-    def squares(x: Tensor, grad_y: Tensor, labels: Tensor) -> Tensor:
-        if x.dim() != 3 or x.shape[0] != labels.shape[0]:
+    def squares(labels: Tensor, x: Tensor, grad_y: Tensor, ends: Tensor | None = None) -> Tensor:
+        if ends is not None or x.dim() != 3 or x.shape[0] != labels.shape[0]:
             raise UserError(
                 "a layer sees several samples mixed, so their gradients cannot be told apart",
                 where="mask.salience=fisher",
@@ -153,9 +154,9 @@ def synflow(scorer: Scorer) -> Scores:
     """
     model, found = scorer.engine.module, {}
 
-    def keep(name: str, weight: nn.Parameter, x: Tensor, grad_y: Tensor) -> None:
+    def keep(name: str, weight: nn.Parameter, *factors: Tensor) -> None:
         start, stop = own_range(weight)  # every rank has the same gradient: keep our part
-        own = weight_gradient(x, grad_y).reshape(-1)[start:stop]
+        own = weight_gradient(*factors).reshape(-1)[start:stop]
         found[name] = own.to(scorer.device_of(weight), torch.float32)
 
     hooks = {name: partial(keep, name, weight) for name, weight in scorer.weights()}
@@ -253,7 +254,8 @@ def lift(scorer: Scorer) -> Scores:
             weight = scorer.targets[name].weight
             shards = collectives.gather(shard_of(weight).to(collectives.device()), owner)
             if owner == rank:
-                mine = low_rank_shards(shards, full_shape(weight), scorer.recipe.lift_rank)
+                shape = (stack_size(weight), -1, full_shape(weight)[-1])
+                mine = low_rank_shards(shards, weight.ds_numel, shape, scorer.recipe.lift_rank)
         for owner, name in enumerate(round_names):
             weight = scorer.targets[name].weight
             size = shard_numel(weight.ds_numel, world_size)
@@ -262,11 +264,16 @@ def lift(scorer: Scorer) -> Scores:
     return scores
 
 
-def low_rank_shards(shards: Tensor, shape: torch.Size, rank: int) -> Tensor:
-    """[world_size, shard] pieces of a weight -> the same pieces of abs(its rank-r approximation), fp32."""
-    numel = shape.numel()
+def low_rank_shards(shards: Tensor, numel: int, shape: tuple[int, int, int], rank: int) -> Tensor:
+    """[world_size, shard] pieces of a weight -> the same pieces of abs(its rank-r approximation), fp32.
+
+    Args:
+        numel: elements of the weight; `shape`: (matrices in a stack, out, in): each is approximated by
+            itself.
+    """
     scores = shards.new_zeros(shards.numel(), dtype=torch.float32)
-    scores[:numel] = low_rank(shards.reshape(-1)[:numel].view(shape), rank).abs().reshape(-1)
+    matrices = shards.reshape(-1)[:numel].view(shape)
+    scores[:numel] = torch.cat([low_rank(matrix, rank).abs().reshape(-1) for matrix in matrices])
     return scores.view_as(shards)
 
 

@@ -20,6 +20,7 @@ from speft_ds.comm import collectives
 from speft_ds.errors import UserError
 from speft_ds.model.linear import WeightGradHook
 from speft_ds.sparse.kernels.backends import Backend, make_backend
+from speft_ds.sparse.kernels.stacked import make_stacked
 from speft_ds.sparse.layout import Layout, RankShards
 from speft_ds.sparse.mask import Mask
 from speft_ds.sparse.tiles import Tiles
@@ -71,10 +72,17 @@ class SparseGradient:
     Args:
         mask: what is trained, the same on every rank.
         device: of the activations.
+        num_stacked: weight -> matrices in a stack of experts; 1 where it is not named.
     """
 
-    def __init__(self, mask: Mask, device: torch.device, options: GradientOptions):
-        self.mask, self.device, self.options = mask, device, options
+    def __init__(
+        self,
+        mask: Mask,
+        device: torch.device,
+        options: GradientOptions,
+        num_stacked: dict[str, int] | None = None,
+    ):
+        self.mask, self.device, self.options, self.num_stacked = mask, device, options, num_stacked or {}
         self.world_size, rank = collectives.world_size(), collectives.rank()
         layout = Layout.of(mask.index, {name: mask.numel(name) for name in mask.shape}, self.world_size)
         self.layout = layout
@@ -130,9 +138,13 @@ class SparseGradient:
             return None
         options, shape = self.options, self.mask.shape[name]
         tiles = Tiles.of(options.granularity, options.block_size, shape)
-        self.backends[name], backend = make_backend(options.backend, index.to(self.device), shape, tiles)
+        index, num_stacked = index.to(self.device), self.num_stacked.get(name, 1)
+        if num_stacked > 1:
+            self.backends[name], backend = make_stacked(options.backend, index, shape, tiles, num_stacked)
+        else:
+            self.backends[name], backend = make_backend(options.backend, index, shape, tiles)
         self.kernels[name] = backend
-        return lambda x, grad_y: self.add(name, backend(x, grad_y))
+        return lambda *factors: self.add(name, backend(*factors))
 
     def add(self, name: str, values: Tensor) -> None:
         """Add the [k] fp32 gradient of one weight's entries, in index order."""

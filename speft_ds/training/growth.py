@@ -129,7 +129,7 @@ class AccumulatedGradient(DropGrow):
             return None
         weight = self.context.targets[name].weight
         total = self.dense[name] = ShardSum(weight, own_elements(weight)[0].device)
-        return lambda x, grad_y: total.add(weight_gradient(x, grad_y))
+        return lambda *factors: total.add(weight_gradient(*factors))
 
     def after_step(self, step: int, skipped: bool = False) -> None:
         dense, self.dense = {name: total.value for name, total in self.dense.items()}, {}
@@ -153,7 +153,7 @@ class AccumulatedGradient(DropGrow):
 
     def _collect(self, candidates: Mask) -> None:
         options = GradientOptions.of(self.recipe, self.context.recipe.train, overlap=False)
-        self.candidates = SparseGradient(candidates, collectives.device(), options)
+        self.candidates = SparseGradient(candidates, collectives.device(), options, self.context.num_stacked)
 
     def grow(self, group: Groups, wanted: list[int]) -> Grown:
         local = self.candidates.local_index()

@@ -104,7 +104,8 @@ class Schedule:
     def _attach(self) -> None:
         recipe = self.context.recipe
         options = GradientOptions.of(recipe.mask, recipe.train)
-        self.gradient = SparseGradient(self.state.trained, self.state.device, options)
+        stacks = self.context.num_stacked
+        self.gradient = SparseGradient(self.state.trained, self.state.device, options, stacks)
         clip = Clip(recipe.optimizer.clip, recipe.optimizer.clip_norm)
         self.context.engine.attach(
             Trainable(self.state, self.gradient, self.optimizer, self.lr_schedule, clip, self.on_gradient)

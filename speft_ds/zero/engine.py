@@ -28,6 +28,12 @@ if TYPE_CHECKING:  # what is trained lies above the engine
     from speft_ds.sparse.state import SparseState
 
 
+class Weight(Protocol):
+    """A weight that is trained: see `model.kinds.target.Target`."""
+
+    weight: nn.Parameter
+
+
 @dataclass
 class Trainable:
     """What an engine trains: this rank's flat `state.delta`."""
@@ -155,14 +161,14 @@ class SparseEngine(DeepSpeedEngine):
 
 
 def build_engine(
-    model: nn.Module, ds_config: dict, targets: dict[str, nn.Linear], walks_all_layers: bool = False
+    model: nn.Module, ds_config: dict, targets: dict[str, Weight], walks_all_layers: bool = False
 ) -> SparseEngine:
     """A `SparseEngine` over a frozen model; trained weights are never persistent.
 
     Args:
         model: frozen, loaded under `zero.Init`.
         ds_config: as `deepspeed_config.load_ds_config` returns it.
-        targets: weight name -> linear, of all that is trained.
+        targets: weight name -> what has it as its `weight`, of all that is trained.
         walks_all_layers: have a backward go down to the embedding, not just to the lowest layer that is
             trained: where that is another one every step, or inputs must need a gradient (re-entrant
             activation checkpointing).
@@ -172,8 +178,8 @@ def build_engine(
     config = DeepSpeedConfig(ds_config)
     engine = SparseEngine(args=None, model=model, config=ds_config, config_class=config)
     # Small weights stay gathered ("persistent") and would go stale when their shard changes.
-    for linear in targets.values():
-        linear.weight.ds_persist = False
+    for target in targets.values():
+        target.weight.ds_persist = False
     offload = engine.optimizer.offload
     offload.persistent_parameters = [p for p in offload.persistent_parameters if p.ds_persist]
     on_device = all(shard_of(p).device.type == engine.device.type for p in model.parameters())

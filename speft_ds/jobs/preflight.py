@@ -1,6 +1,5 @@
 """Every check of a recipe before its ranks start: what can be known of its files without torch."""
 
-import json
 import os
 from collections.abc import Callable
 from itertools import islice
@@ -16,6 +15,7 @@ from speft_ds.data.formats import check_columns
 from speft_ds.data.readers import SUFFIXES, folder_files, is_hub_dataset, iterate_file, kind_of, unknown_kind
 from speft_ds.env import CACHE, expand_path
 from speft_ds.errors import RecipeError, UserError
+from speft_ds.jobs.check_model import model_problems
 from speft_ds.training.metrics import monitor_problems
 
 Problems = list[UserError]
@@ -51,22 +51,13 @@ def _right_path(path: str, key: str) -> str:
 
 
 def check_model(recipe: Recipe, job: Job, world_size: int) -> Problems:
-    """The folder or the hub id of the model, and whether it has positions for the longest rows."""
-    name, limit = recipe.model.name_or_path, recipe.data.max_length
+    """The folder or the hub id of the model, and what its config.json tells."""
+    name = recipe.model.name_or_path
     problems = _model_problems(recipe, "model.name_or_path", name)
     folder = hub.model_folder(name)
-    if problems or folder is None or job == "evaluate":
+    if problems or folder is None:
         return problems
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return [UserError(f"not readable as JSON: {error}", str(file), "download or copy it again")]
-    most = config.get("max_position_embeddings") if isinstance(config, dict) else None
-    if not isinstance(most, int) or limit <= most:
-        return []
-    what = f"data.max_length={limit} is more than the {most} positions of the model"
-    return [UserError(what, recipe.where("data.max_length"), f"data.max_length={most}, or less")]
+    return model_problems(recipe, folder / "config.json", job != "evaluate")
 
 
 def _model_problems(recipe: Recipe, key: str, name: str) -> Problems:

@@ -28,12 +28,6 @@ if TYPE_CHECKING:  # what is trained lies above the engine
     from speft_ds.sparse.state import SparseState
 
 
-class Weight(Protocol):
-    """A weight that is trained: see `model.kinds.target.Target`."""
-
-    weight: nn.Parameter
-
-
 @dataclass
 class Trainable:
     """What an engine trains: this rank's flat `state.delta`."""
@@ -161,7 +155,7 @@ class SparseEngine(DeepSpeedEngine):
 
 
 def build_engine(
-    model: nn.Module, ds_config: dict, targets: dict[str, Weight], walks_all_layers: bool = False
+    model: nn.Module, ds_config: dict, targets: dict, walks_all_layers: bool = False
 ) -> SparseEngine:
     """A `SparseEngine` over a frozen model; trained weights are never persistent.
 

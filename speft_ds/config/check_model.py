@@ -1,4 +1,4 @@
-"""What a model's config.json tells before torch is imported: models that cannot be trained, rows too long for one."""
+"""What a model's config.json tells before torch is imported: whether, and on how long rows, it can be trained."""
 
 from __future__ import annotations
 
@@ -63,36 +63,32 @@ def quantization(section: object) -> str:
     return ", ".join(str(part) for part in parts if part)
 
 
+def sections(config: dict) -> list[dict]:
+    """A configuration, and those of its language model in it."""
+    return [part for part in (config, *map(config.get, TEXT_CONFIGS)) if isinstance(part, dict)]
+
+
 def num_positions(config: dict) -> int | None:
-    """How long a row may be, by a configuration or by that of its language model; None: it does not say."""
-    for section in (config, *(config.get(name) for name in TEXT_CONFIGS)):
-        for key in POSITIONS:
-            if isinstance(section, dict) and type(value := section.get(key)) is int and value > 0:
-                return value
-    return None
+    """How long a row may be; None: the configuration does not say."""
+    values = [section.get(key) for section in sections(config) for key in POSITIONS]
+    return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def is_known(model_type: object) -> bool:
-    """Whether transformers has this type of model; its list is read, not imported, which would import torch."""
+    """Whether transformers has this type of model; its list is read: an import would be one of torch."""
     package = Path(find_spec("transformers").submodule_search_locations[0])
     listed = package / "models" / "auto" / "auto_mappings.py"
     return isinstance(model_type, str) and f'"{model_type}"' in listed.read_text(encoding="utf-8")
 
 
 def rope_switch(config: dict) -> int | None:
-    """The length up to which LongRoPE rotates by its short factors, beyond by its long ones; None: no LongRoPE.
+    """The length up to which LongRoPE rotates by its short factors; None: it is no LongRoPE.
 
     Ding et al., 2024. transformers chooses by the longest row of a batch.
     """
-    for section in (config, *(config.get(name) for name in TEXT_CONFIGS)):
-        rope = (
-            (section.get("rope_parameters") or section.get("rope_scaling"))
-            if isinstance(section, dict)
-            else None
-        )
+    for section in sections(config):
+        rope = section.get("rope_parameters") or section.get("rope_scaling")
         if isinstance(rope, dict) and "longrope" in (rope.get("rope_type"), rope.get("type")):
-            switch = rope.get(
-                "original_max_position_embeddings", section.get("original_max_position_embeddings")
-            )
+            switch = (section | rope).get("original_max_position_embeddings")
             return switch if type(switch) is int else None
     return None

@@ -1,4 +1,4 @@
-"""What a model's config.json tells before torch is imported: whether, and on how long rows, it can be trained."""
+"""What a model's config.json tells without torch: whether, and on how long rows, it can be trained."""
 
 from __future__ import annotations
 
@@ -30,11 +30,9 @@ def model_problems(recipe: Recipe, file: Path, trains: bool) -> list[UserError]:
     """
     where = recipe.where("model.name_or_path")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        return [UserError(f"not readable as JSON: {error}", str(file), "download or copy it again")]
+        config = read_config(file)
+    except UserError as error:
+        return [error]
     problems = []
     if config.get("quantization_config"):
         what = f"the model is quantised: {quantization(config['quantization_config'])}"
@@ -50,6 +48,17 @@ def model_problems(recipe: Recipe, file: Path, trains: bool) -> list[UserError]:
         what = f"data.max_length={limit} is more than the {most} positions of the model"
         problems.append(UserError(what, recipe.where("data.max_length"), f"data.max_length={most}, or less"))
     return problems
+
+
+def read_config(file: Path) -> dict:
+    """A config.json. Raises UserError where it cannot be read."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"not readable as JSON: {error}", str(file), "download or copy it again") from error
+    return config
 
 
 def quantization(section: object) -> str:

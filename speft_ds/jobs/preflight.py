@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from speft_ds import hub
+from speft_ds.config.check_model import model_problems
 from speft_ds.config.data_config import Source
 from speft_ds.config.deepspeed_config import batch_problems, read_ds_config
 from speft_ds.config.mask_config import ScoredOnWeights, mask_file
@@ -15,7 +16,6 @@ from speft_ds.data.formats import check_columns
 from speft_ds.data.readers import SUFFIXES, folder_files, is_hub_dataset, iterate_file, kind_of, unknown_kind
 from speft_ds.env import CACHE, expand_path
 from speft_ds.errors import RecipeError, UserError
-from speft_ds.jobs.check_model import model_problems
 from speft_ds.training.metrics import monitor_problems
 
 Problems = list[UserError]

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from speft_ds import hub
 from speft_ds.comm import collectives
+from speft_ds.config.check_model import read_config, rope_switch
 from speft_ds.config.data_config import DataConfig
 from speft_ds.config.deepspeed_config import load_ds_config
 from speft_ds.config.model_config import HEAD
@@ -189,7 +191,21 @@ def read_rows(
     if not collectives.same_on_all_ranks(dataset.facts["sha256"]):
         fix = "have one copy of the data and of the tokenizer for all nodes, or the same everywhere"
         raise UserError("the ranks' nodes have different rows", where(0), fix)
+    _refuse_mixed_rope(recipe.model.name_or_path, dataset, where(0))
     return dataset
+
+
+def _refuse_mixed_rope(name: str, dataset: TokenizedDataset, where: str) -> None:
+    """Refuse rows on both sides of LongRoPE's switch: the longest row of a batch would decide for the others."""
+    folder = hub.model_folder(name)
+    switch = rope_switch(read_config(folder / "config.json")) if folder else None
+    num_long = 0 if switch is None else int((dataset.lengths > switch).sum())
+    if 0 < num_long < dataset.num_rows:
+        what = (
+            f"the model rotates rows of over {switch} tokens by other factors (LongRoPE): {num_long} of "
+            f"{dataset.num_rows} rows are longer"
+        )
+        raise UserError(what, where, f"data.max_length={switch}, or rows that are all longer")
 
 
 def load_context(

@@ -196,7 +196,7 @@ def read_rows(
 
 
 def _refuse_mixed_rope(name: str, dataset: TokenizedDataset, where: str) -> None:
-    """Refuse rows on both sides of LongRoPE's switch: the longest row of a batch would decide for the others."""
+    """Refuse rows on both sides of LongRoPE's switch: the longest of a batch would decide for the others."""
     folder = hub.model_folder(name)
     switch = rope_switch(read_config(folder / "config.json")) if folder else None
     num_long = 0 if switch is None else int((dataset.lengths > switch).sum())

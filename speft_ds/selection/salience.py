@@ -30,7 +30,6 @@ from speft_ds.zero.shards import (
     repartition,
     shard_numel,
     shard_of,
-    stack_size,
 )
 
 SALIENCE: dict[str, Callable[[Scorer], Scores]] = {}
@@ -254,8 +253,7 @@ def lift(scorer: Scorer) -> Scores:
             weight = scorer.targets[name].weight
             shards = collectives.gather(shard_of(weight).to(collectives.device()), owner)
             if owner == rank:
-                shape = (stack_size(weight), -1, full_shape(weight)[-1])
-                mine = low_rank_shards(shards, weight.ds_numel, shape, scorer.recipe.lift_rank)
+                mine = low_rank_shards(shards, full_shape(weight), scorer.recipe.lift_rank)
         for owner, name in enumerate(round_names):
             weight = scorer.targets[name].weight
             size = shard_numel(weight.ds_numel, world_size)
@@ -264,16 +262,15 @@ def lift(scorer: Scorer) -> Scores:
     return scores
 
 
-def low_rank_shards(shards: Tensor, numel: int, shape: tuple[int, int, int], rank: int) -> Tensor:
+def low_rank_shards(shards: Tensor, shape: torch.Size, rank: int) -> Tensor:
     """[world_size, shard] pieces of a weight -> the same pieces of abs(its rank-r approximation), fp32.
 
-    Args:
-        numel: elements of the weight; `shape`: (matrices in a stack, out, in): each is approximated by
-            itself.
+    Of a stack [experts, out, in], each expert is approximated by itself.
     """
+    numel = shape.numel()
     scores = shards.new_zeros(shards.numel(), dtype=torch.float32)
-    matrices = shards.reshape(-1)[:numel].view(shape)
-    scores[:numel] = torch.cat([low_rank(matrix, rank).abs().reshape(-1) for matrix in matrices])
+    weight = shards.reshape(-1)[:numel].view(-1, *shape[-2:])
+    scores[:numel] = torch.cat([low_rank(matrix, rank).abs().reshape(-1) for matrix in weight])
     return scores.view_as(shards)
 
 

@@ -142,7 +142,6 @@ def find_reach(
         handle.remove()
         model.train(was_training)
     gradient = embedded[0].grad
-    looks_ahead = (
-        not isinstance(gradient, FakeTensor) and gradient is not None and bool(gradient[:, 1:].any())
-    )
+    has_values = gradient is not None and not (gradient.is_meta or isinstance(gradient, FakeTensor))
+    looks_ahead = has_values and bool(gradient[:, 1:].any())
     return Reach(frozenset(fed), frozenset(uses.used | fed), elements, looks_ahead)

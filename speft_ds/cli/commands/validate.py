@@ -112,10 +112,10 @@ def targets_found(recipe: Recipe, num_ranks: int) -> Found:
     disk = f"adapter and checkpoints (up to {number} at a time) take {sizes}"
     if needed > free:
         raise UserError(f"the disk is too full: {disk}", str(existing), "free space there")
-    return OK, (
-        f"{len(geometry.targets)} linears, {geometry.num_target_elements:,} weights; "
-        f"{geometry.num_entries:,} of them trained ({share:.3%}); {disk}"
+    trained = (
+        f"{geometry.num_entries:,} of their {geometry.num_target_elements:,} elements trained ({share:.3%})"
     )
+    return OK, "\n     ".join([*geometry.reach, f"{trained}; {disk}"])
 
 
 CHECKED: dict[str, Callable[[Recipe, int], Found]] = {

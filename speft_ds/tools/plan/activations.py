@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import masking_utils
 
-from speft_ds.model.linear import AdaptedLinear, adapt
+from speft_ds.model.fake_tensors import fake_tensors, reads_packing
+from speft_ds.model.targets import all_weights
 from speft_ds.sparse.kernels import triton_backends
 from speft_ds.sparse.kernels.torch_backends import BLOCK_ELEMENTS, split_for_cache
 from speft_ds.tools.plan.gathered_weights import BACKWARD, FORWARD, RECOMPUTE, ModuleUse
@@ -87,7 +85,7 @@ def run_pass(geometry: Geometry, one: Pass, fake: bool = True) -> list[ModuleUse
     Args:
         fake: False for real tensors, with all their memory, to check the count by.
     """
-    with FakeTensorMode() if fake else nullcontext(), _packed(one.packing):
+    with fake_tensors(one.packing) if fake else reads_packing(one.packing):
         model = build_model(geometry.config, geometry.task, geometry.dtype).requires_grad_(False)
         live = LiveBytes()
         live.ignore([*model.parameters(), *model.buffers()])
@@ -135,18 +133,6 @@ def _record_uses(model: nn.Module, live: LiveBytes) -> list[ModuleUse]:
     return uses
 
 
-@contextmanager
-def _packed(packing: bool) -> Iterator[None]:
-    """Say whether rows are packed: transformers reads it from positions, and fake ones have no values."""
-    original = masking_utils.find_packed_sequence_indices
-    if not packing:
-        masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
-
-
 def _prepare(model: nn.Module, geometry: Geometry, one: Pass, live: LiveBytes) -> None:
     """Bring the model into the state in which the engine runs it."""
     model.train(one.collects == "entries" or one.checkpointing != "none")
@@ -154,34 +140,26 @@ def _prepare(model: nn.Module, geometry: Geometry, one: Pass, live: LiveBytes) -
         with warnings.catch_warnings():  # of its new name, which older transformers do not have
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": one.checkpointing == "reentrant"})
-    for name, linear in model.named_modules():
-        if type(linear) is not nn.Linear:
-            continue
-        is_target = f"{name}.weight" in geometry.targets
-        adapt(linear, recomputes_input=one.checkpointing == "none" and is_target)
-        if is_target:
-            linear.weight_grad_hook = _temporaries_hook(geometry.density, one, live)
-        else:
-            linear.__class__ = _Zero3Linear
-
-
-class _Zero3Linear(AdaptedLinear):
-    """DeepSpeed's own, which saves its input, needed or not (`zero3_linear_wrap`), if any gradient passes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.weight_grad_hook = (lambda x, grad_y: None) if x.requires_grad else None
-        return super().forward(x)
+    for name, target in all_weights(model).items():
+        target.adapt(recomputes_input=one.checkpointing == "none")
+        if name in geometry.targets:
+            target.weight_grad_hook = _temporaries_hook(geometry.density, one, live)
 
 
 def _temporaries_hook(density: float, one: Pass, live: LiveBytes) -> Callable[[Tensor, Tensor], None]:
     """Counts what the real hook of a target allocates while it runs."""
 
-    def count(x: Tensor, grad_y: Tensor) -> None:
-        numel = grad_y.shape[-1] * x.shape[-1]
-        if one.collects == "entries":
-            num_bytes = _kernel_bytes(x, grad_y, round(density * numel), one)
-        else:
-            num_bytes = _dense_bytes(numel, x.dtype.itemsize, one)
+    def count(x: Tensor, grad_y: Tensor, ends: Tensor | None = None) -> None:
+        numel, num_experts = grad_y.shape[-1] * x.shape[-1], 1 if ends is None else len(ends)
+        num_entries = round(density * numel)
+        if one.collects != "entries":
+            num_bytes = _dense_bytes(numel * num_experts, x.dtype.itemsize, one)
+        elif ends is None:
+            num_bytes = _kernel_bytes(x, grad_y, num_entries, one)
+        else:  # one expert after the other, with its share of the tokens
+            share = -(-x.shape[0] // num_experts)
+            num_bytes = _kernel_bytes(x[:share], grad_y[:share], num_entries, one)
+            num_bytes += 4 * num_entries * num_experts
         live.peak = max(live.peak, live.now + num_bytes)
 
     return count

@@ -31,6 +31,7 @@ class Geometry:
     targets: dict[str, tuple[int, int]]  # (out, in) of the weights that the mask chooses from, by name
     num_entries: int  # of the mask
     num_head: int  # weights of a classification head, all trained; 0 without one
+    reach: list[str]  # what to say of how far training reaches, see `Reach.lines`
 
     @property
     def num_weights(self) -> int:
@@ -77,14 +78,41 @@ def read_geometry(recipe: Recipe) -> Geometry:
     with torch.device("meta"):
         model = build_model(config, task, dtype)
     numel = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    found = find_targets(model, recipe.mask.targets, recipe.mask.layers)
+    found, reach = _keep_reached(config, task, dtype, found)
     if recipe.mask.load is None:
-        targets = target_shapes(find_targets(model, recipe.mask.targets, recipe.mask.layers))
+        targets = target_shapes(found)
         num_entries = num_trainable(recipe.mask, targets)
     else:
         mask, _ = read_mask(mask_file(recipe.mask.load, recipe.where("mask.load")))
         targets, num_entries = mask.shape, mask.num_trainable
     num_head = 0 if task == "causal_lm" else numel.get(HEAD, 0)
-    return Geometry(config, source, task, dtype, numel, targets, num_entries, num_head)
+    return Geometry(config, source, task, dtype, numel, targets, num_entries, num_head, reach)
+
+
+def _keep_reached(config, task: str, dtype: str, targets: dict) -> tuple[dict, list[str]]:
+    """The targets that a text forward reaches, and what to say of it."""
+    import torch
+
+    from speft_ds.model.fake_tensors import fake_tensors, reads_packing
+    from speft_ds.model.reach import find_reach
+    from speft_ds.model.targets import all_weights
+
+    reach = None
+    for device in (fake_tensors(), torch.device("meta")):  # a model may be made on one, and run on the other
+        try:
+            with device, reads_packing(False):
+                model = build_model(config, task, dtype).requires_grad_(False)
+                weights = all_weights(model)
+                for target in weights.values():
+                    target.adapt()
+                reach = reach or find_reach(model, {name: weights[name] for name in targets})
+        except RuntimeError:  # the model computes with values, which neither has
+            continue
+    if reach is None:
+        return targets, ["note: how far training reaches in this model, a run will tell"]
+    kept = {name: target for name, target in targets.items() if name in reach.fed}
+    return kept, reach.lines(kept, [name for name in targets if name not in kept])
 
 
 def _read_config(recipe: Recipe) -> tuple[object, str]:

@@ -284,6 +284,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     setup, recipe = plan.setup, plan.setup.recipe
     title = f"{recipe.name}: {recipe.model.name_or_path} on {setup.world_size} rank(s)"
     console.print(f"{title}\nconfiguration: {setup.geometry.source}", highlight=False)
+    for line in setup.geometry.reach:
+        console.print(line, highlight=False)
     first, *others = plan.memory.values()
     always = [line for line in first if all(line in lines for lines in others)]
     _print_lines(console, "memory per rank, all the time", always, total(always))

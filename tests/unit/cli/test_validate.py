@@ -27,7 +27,7 @@ def checked(tmp_path, own_folder, capsys, monkeypatch):
 def test_a_recipe_that_is_ready(checked):
     shown = checked("mask.targets=[q_proj]")
     assert "<s>say a</s><s>[[b</s>]]" in shown
-    assert "2 linears, 2,800 weights; 14 of them trained" in shown
+    assert "targets: 2 of" in shown and "14 of their 2,800 elements" in shown
     assert "16 = 4 x 2 ranks x 2 accumulated" in shown
     # What to type next can be pasted: brackets are no markup, and the shell's signs are quoted.
     assert "launch/train.py --recipe mine.yaml model.name_or_path=./model" in shown

@@ -272,6 +272,12 @@ def keep_reached(
     if not kept:
         what = f"none of the targets takes part in a text forward: {starved[0]} and so on"
         raise UserError(what, recipe.where("mask.targets"), "mask.targets=null")
+    stacks = [name for name, target in kept.items() if stack_size(target.weight) > 1]
+    if stacks and loaded is None and recipe.mask.salience == "fisher":
+        others = sorted({name.removesuffix(".weight").split(".")[-1] for name in kept if name not in stacks})
+        what = f"{stacks[0]} sees the tokens of several rows mixed, whose gradients fisher has to tell apart"
+        fix = f"mask.targets=[{','.join(others)}], or another mask.salience"
+        raise UserError(what, recipe.where("mask.salience"), fix)
     for line in reach.lines(kept, starved if loaded is None else []):
         log_rank0(line)
     return targets if loaded is not None else kept

@@ -4,12 +4,11 @@ from pathlib import Path
 
 from distributed.family_checks import check_family
 from distributed.reference import make_recipe
-from distributed.test_families import ONE_STEP
+from distributed.test_families import COPIES, ONE_STEP
 from families import family_names, make_family
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 START = "<!-- written by make sweep -->\n"
-COPIES = ("applied", "merged", "gathered")
 
 
 def test_every_family_trains_as_autograd_says_or_is_refused(ranks, tiny, tmp_path):

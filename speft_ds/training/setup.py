@@ -256,6 +256,7 @@ def keep_reached(
         UserError: none is, or a loaded mask has entries in one that is not; or the model is not causal.
     """
     reach = find_reach(engine.module, targets, engine.after_plain_backward)
+    engine.forget_trace()
     if reach.looks_ahead and not classifies(recipe):
         raise UserError(
             f"{type(engine.module).__name__} is not causal: a prediction depends on the tokens after it",

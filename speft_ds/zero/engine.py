@@ -144,7 +144,10 @@ class SparseEngine(DeepSpeedEngine):
         self.optimizer.trained = trained
         self.optimizer.weights = [parameters[name] for name in trained.state.shards]
         self.lr_scheduler = trained.lr_scheduler
-        # Backwards may end elsewhere from here on: ZeRO-3 must not prefetch for the layers below.
+        self.forget_trace()  # backwards may end elsewhere from here on
+
+    def forget_trace(self) -> None:
+        """Have ZeRO-3 learn anew in which order modules are used, and prefetch by that."""
         coordinator = self.optimizer.offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()

@@ -1,7 +1,6 @@
 """`transformers`' Conv1D, GPT-2's linear, stored [in, out]: a row of the matrix is an input."""
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from speft_ds.model.weight_products import adapt
 
@@ -9,4 +8,5 @@ __all__ = ["adapt", "find"]
 
 
 def find(module: nn.Module) -> list[str]:
-    return ["weight"] if isinstance(module, Conv1D) else []
+    kind = type(module)  # by name: not all that look for weights need transformers
+    return ["weight"] if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D") else []

@@ -71,6 +71,7 @@ def test_keys_that_recipes_own_are_refused(ready, tmp_path, key):
         ({"stage": 3, "zero_quantized_weights": True}, ".zero_quantized_weights"),
         ({"stage": 3, "zero_quantized_nontrainable_weights": True}, ".zero_quantized_nontrainable_weights"),
         ({"stage": 3, "zero_hpz_partition_size": 8}, ".zero_hpz_partition_size"),
+        ({"stage": 3, "memory_efficient_linear": True}, ".memory_efficient_linear"),
         ({"stage": 3, "offload_param": {"device": "nvme"}}, ".offload_param"),
         ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, ".offload_optimizer"),
     ],

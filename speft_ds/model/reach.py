@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from speft_ds.model.kinds.target import Target
-from speft_ds.model.linear import weight_grad_hooks
 from speft_ds.model.targets import layer_number, place, shorten
+from speft_ds.model.weight_grad_hooks import weight_grad_hooks
 from speft_ds.zero.shards import full_shape
 
 WARN_BELOW = 0.9  # share of the decoder's elements

@@ -2,7 +2,7 @@
 
 A module that is no plain `nn.Linear` keeps its own forward, bit for bit. While it runs, the products in which
 one of its weights is the right operand are done by an autograd function of ours, which calls the module's own
-operation, saves the weight's leaf (as `model.linear` does) and in its backward calls the hook.
+operation, saves the weight's leaf (as `kinds.linear` does) and in its backward calls the hook.
 """
 
 from __future__ import annotations

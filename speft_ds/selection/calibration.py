@@ -14,7 +14,7 @@ from speft_ds.data.collate import collate
 from speft_ds.data.dataset import Row
 from speft_ds.errors import UserError
 from speft_ds.model.kinds.target import Target
-from speft_ds.model.linear import WeightGradHook, weight_grad_hooks
+from speft_ds.model.weight_grad_hooks import WeightGradHook, weight_grad_hooks
 from speft_ds.sparse.kernels.torch_backends import matmul_fp32
 from speft_ds.zero.engine import SparseEngine
 from speft_ds.zero.shards import own_elements, shard_numel
@@ -103,7 +103,7 @@ class Scorer:
 
         Args:
             dense: what one backward of one layer contributes, from the factors that its hook is called with
-                (see `linear.WeightGradHook`); the loss is the batch's summed token loss times `scale`.
+                (see `WeightGradHook`); the loss is the batch's summed token loss times `scale`.
         Returns:
             weight -> [local elements] fp32 sum, this rank's shard of it. The weights do not change.
         Raises:

@@ -19,7 +19,7 @@ from speft_ds.comm import collectives
 from speft_ds.data.collate import IGNORED
 from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import mix64
-from speft_ds.model.linear import weight_grad_hooks
+from speft_ds.model.weight_grad_hooks import weight_grad_hooks
 from speft_ds.selection.calibration import Scorer, Scores, weight_gradient
 from speft_ds.selection.synflow import absolute_weights, linear_network
 from speft_ds.zero.shards import (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from speft_ds.comm import collectives
 from speft_ds.errors import UserError
-from speft_ds.model.linear import WeightGradHook
+from speft_ds.model.weight_grad_hooks import WeightGradHook
 from speft_ds.sparse.kernels.backends import Backend, make_backend
 from speft_ds.sparse.kernels.stacked import make_stacked
 from speft_ds.sparse.layout import Layout, RankShards

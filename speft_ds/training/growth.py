@@ -13,7 +13,7 @@ from torch import Tensor
 
 from speft_ds.comm import collectives
 from speft_ds.env import log_rank0
-from speft_ds.model.linear import WeightGradHook
+from speft_ds.model.weight_grad_hooks import WeightGradHook
 from speft_ds.selection.calibration import ShardSum, weight_gradient
 from speft_ds.selection.radix import Groups
 from speft_ds.selection.topk import gather_mask, groups_by, select_local

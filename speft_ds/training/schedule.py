@@ -16,8 +16,8 @@ from speft_ds.comm import collectives
 from speft_ds.config.mask_config import MaskConfig
 from speft_ds.data.sampler import permutation
 from speft_ds.env import log_rank0
-from speft_ds.model.linear import WeightGradHook, chain_hooks
 from speft_ds.model.targets import layer_number, target_shapes
+from speft_ds.model.weight_grad_hooks import WeightGradHook, chain_hooks
 from speft_ds.selection.topk import select_local
 from speft_ds.sparse.gradient import GradientOptions, SparseGradient
 from speft_ds.sparse.layout import EntryTable, RankShards, locate

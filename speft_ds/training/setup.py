@@ -27,11 +27,11 @@ from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import fingerprint
 from speft_ds.model.kinds import find_weights
 from speft_ds.model.kinds.target import Target
-from speft_ds.model.linear import weight_grad_hooks
 from speft_ds.model.load_model import fill_head, load_base
 from speft_ds.model.loss import NextToken, RowClass
 from speft_ds.model.reach import find_reach
 from speft_ds.model.targets import all_weights, find_targets, target_shapes, tied_targets
+from speft_ds.model.weight_grad_hooks import weight_grad_hooks
 from speft_ds.selection.calibration import CalibrationSet, Scorer
 from speft_ds.selection.salience import score
 from speft_ds.selection.topk import num_trainable, select

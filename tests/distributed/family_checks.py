@@ -12,9 +12,9 @@ from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate
 from speft_ds.errors import UserError
 from speft_ds.evaluation.runner import plain_copy
-from speft_ds.model.linear import weight_grad_hooks
 from speft_ds.model.loss import NextToken
 from speft_ds.model.reach import find_reach
+from speft_ds.model.weight_grad_hooks import weight_grad_hooks
 
 IDS = torch.arange(5, 45).view(2, 20)
 

@@ -7,7 +7,7 @@ from types import ModuleType
 
 from torch import nn
 
-from speft_ds.model.linear import WeightGradHook
+from speft_ds.model.weight_grad_hooks import WeightGradHook
 from speft_ds.zero.shards import matrix_shape
 
 

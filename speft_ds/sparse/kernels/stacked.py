@@ -50,7 +50,7 @@ class StackedGradient:
 
         Args:
             columns, rows: [tokens, ...] factors of the gradients, sorted by expert; see
-                `linear.WeightGradHook`.
+                `WeightGradHook`.
             ends: [experts] where each expert's tokens end.
         Returns:
             [k] fp32, in index order.

@@ -133,7 +133,10 @@ class _Product(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             matrix = operand.to_inputs(weight)
-            grad_x = grad_y.matmul(matrix) if ends is None else torch._grouped_mm(grad_y, matrix, offs=ends)
+            if ends is None:
+                grad_x = grad_y.matmul(matrix)
+            else:
+                grad_x = torch._grouped_mm(grad_y.contiguous(), matrix, offs=ends)
         return grad_x, None, None, None, None, None, None
 
 

@@ -51,32 +51,25 @@ class Reach:
         total = sum(self.elements[name] for name in decoder)
         return sum(self.elements[name] for name in decoder if name in targets) / max(1, total)
 
-    def lines(self, targets: dict[str, Target], starved: list[str]) -> list[str]:
+    def lines(self, targets: dict[str, Target], starved: list[str], are_chosen: bool) -> list[str]:
         """What a run says of it: how many weights, what share, what is left out, and a warning if it is much.
 
         Args:
             starved: what would be a target, but that no backward feeds.
+            are_chosen: whether the recipe names the targets.
         """
         decoder, share = self.decoder, self.coverage(targets)
         inside = [name for name in decoder if name in targets]
-        line = f"targets: {len(inside)} of {len(decoder)} weights, {share:.1%} of the decoder's elements"
+        lines = [f"targets: {len(inside)} of {len(decoder)} weights, {share:.1%} of the decoder's elements"]
         if left := self._left_out(targets):
-            line += f"; not trained: {', '.join(left)}"
-        lines = [line]
-        unused = [name for name in starved if name not in self.used]
-        if unused:
+            lines[0] += f"; not trained: {', '.join(left)}"
+        if unused := [name for name in starved if name not in self.used]:
             lines.append(f"note: {len(unused)} weights have no part in a text forward: {shorten(unused)}")
         if bypassed := [name for name in starved if name in self.used]:
-            lines.append(
-                f"note: the model does not use {shorten(bypassed)} as linear layers, so none is trained"
-            )
+            lines.append(f"note: not used as linear layers, so not trained: {shorten(bypassed)}")
         if share < WARN_BELOW:
-            key = (
-                "mask.targets or mask.layers" if len(targets) < len(self.fed) else "none: see docs/models.md"
-            )
-            lines.append(
-                f"warning: {1 - share:.0%} of the decoder is never trained; the key that adds more: {key}"
-            )
+            more = "mask.targets=null mask.layers=null trains more" if are_chosen else "see docs/models.md"
+            lines.append(f"warning: {1 - share:.0%} of the decoder is never trained: {more}")
         return lines
 
     def _left_out(self, targets: dict[str, Target]) -> list[str]:

@@ -279,7 +279,8 @@ def keep_reached(
         what = f"{stacks[0]} sees the tokens of several rows mixed, whose gradients fisher has to tell apart"
         fix = f"mask.targets=[{','.join(others)}], or another mask.salience"
         raise UserError(what, recipe.where("mask.salience"), fix)
-    for line in reach.lines(kept, starved if loaded is None else []):
+    are_chosen = bool(loaded or recipe.mask.targets or recipe.mask.layers)
+    for line in reach.lines(kept, starved if loaded is None else [], are_chosen):
         log_rank0(line)
     return targets if loaded is not None else kept
 

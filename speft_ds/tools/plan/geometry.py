@@ -65,7 +65,7 @@ def read_geometry(recipe: Recipe) -> Geometry:
     """
     import torch
 
-    from speft_ds.model.targets import find_targets, target_shapes
+    from speft_ds.model.targets import all_weights, find_targets, target_shapes
     from speft_ds.selection.topk import num_trainable
     from speft_ds.sparse.mask import read_mask
 
@@ -78,19 +78,22 @@ def read_geometry(recipe: Recipe) -> Geometry:
     with torch.device("meta"):
         model = build_model(config, task, dtype)
     numel = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    found = find_targets(model, recipe.mask.targets, recipe.mask.layers)
-    found, reach = _keep_reached(config, task, dtype, found)
+    are_chosen = bool(recipe.mask.load or recipe.mask.targets or recipe.mask.layers)
     if recipe.mask.load is None:
-        targets = target_shapes(found)
+        found = find_targets(model, recipe.mask.targets, recipe.mask.layers)
+        kept, reach = _keep_reached(config, task, dtype, found, are_chosen)
+        targets = target_shapes(kept)
         num_entries = num_trainable(recipe.mask, targets)
     else:
         mask, _ = read_mask(mask_file(recipe.mask.load, recipe.where("mask.load")))
+        found = {name: target for name, target in all_weights(model).items() if name in mask.shape}
+        _, reach = _keep_reached(config, task, dtype, found, are_chosen)
         targets, num_entries = mask.shape, mask.num_trainable
     num_head = 0 if task == "causal_lm" else numel.get(HEAD, 0)
     return Geometry(config, source, task, dtype, numel, targets, num_entries, num_head, reach)
 
 
-def _keep_reached(config, task: str, dtype: str, targets: dict) -> tuple[dict, list[str]]:
+def _keep_reached(config, task: str, dtype: str, targets: dict, are_chosen: bool) -> tuple[dict, list[str]]:
     """The targets that a text forward reaches, and what to say of it."""
     import torch
 
@@ -112,7 +115,7 @@ def _keep_reached(config, task: str, dtype: str, targets: dict) -> tuple[dict, l
     if reach is None:
         return targets, ["note: how far training reaches in this model, a run will tell"]
     kept = {name: target for name, target in targets.items() if name in reach.fed}
-    return kept, reach.lines(kept, [name for name in targets if name not in kept])
+    return kept, reach.lines(kept, [name for name in targets if name not in kept], are_chosen)
 
 
 def _read_config(recipe: Recipe) -> tuple[object, str]:

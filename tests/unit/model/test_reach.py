@@ -57,7 +57,7 @@ def test_a_model_that_looks_ahead_is_found(family, looks_ahead):
 def test_a_little_reach_is_a_warning():
     reach, targets = reach_of("llama")
     few = {name: target for name, target in targets.items() if "q_proj" in name}
-    line, *more = reach.lines(few, [])
+    line, *more = reach.lines(few, [], True)
     assert "2 of" in line and "mlp.gate_proj" in line
     assert len(more) == 1 and "mask.targets" in more[0]
-    assert len(reach.lines(targets, [])) == 1
+    assert len(reach.lines(targets, [], False)) == 1

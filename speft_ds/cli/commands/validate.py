@@ -21,7 +21,7 @@ from speft_ds.cli.start_ranks import count_gpus, default_ranks
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.config.recipe import FIELDS, Recipe
 from speft_ds.data.formats import EmptyRow, make_example
-from speft_ds.data.readers import iterate_rows
+from speft_ds.data.sources import iterate_rows
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.jobs.preflight import CHECKS, resolve_offline
 from speft_ds.training.checkpoint.folder import checkpoint_entry, num_checkpoints

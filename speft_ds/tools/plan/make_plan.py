@@ -17,8 +17,8 @@ from rich.table import Table
 from speft_ds.config.deepspeed_config import load_ds_config
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.dataset_cache import DatasetSpec, find_cached
-from speft_ds.data.readers import iterate_rows
 from speft_ds.data.sampler import Sampler
+from speft_ds.data.sources import iterate_rows
 from speft_ds.errors import UserError
 from speft_ds.model.dtype import multiplies_bfloat16, resolve_dtype
 from speft_ds.tools.plan.geometry import read_geometry

@@ -35,7 +35,7 @@ command("speft ls", "COLUMNS=200 speft ls")(ls)
 command("speft show quickstart", "speft show quickstart optimizer.lr=5e-4 --plain")(show)
 command("speft cp quickstart mine.yaml", "speft cp smollm2_135m_static mine.yaml --force")(cp)
 command("speft schema mask.schedule", "speft schema mask", "speft schema --json > recipe.json")(schema)
-command("speft validate quickstart", "speft validate quickstart mask.density=0.01 --ranks 2")(validate)
+command("speft validate quickstart", "speft validate quickstart mask.density=0.01 --ranks 2 --all")(validate)
 
 
 @command(
@@ -65,7 +65,11 @@ def plan(
     print_plan(make_plan(loaded, world, gpu_gib=gpu_gib, num_rows=rows, device=device))
 
 
-@command("speft data quickstart", "speft data quickstart data.max_length=128 --output rows.png")
+@command(
+    "speft data quickstart",
+    "speft data quickstart data.max_length=128 --output rows.png",
+    "speft data quickstart --left-out",
+)
 def data(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -73,6 +77,9 @@ def data(
         Path | None,
         typer.Option(metavar="FILE.png", help="the picture; default: runs/<recipe>-data.png"),
     ] = None,
+    left_out: Annotated[
+        bool, typer.Option("--left-out", help="list the rows that are left out, by file and line, and why")
+    ] = False,
 ) -> None:
     """Show what the rows of a recipe look like to the model: samples, lengths, what is left out.
 
@@ -80,7 +87,7 @@ def data(
     """
     from speft_ds.cli.commands.show_data import show_data  # late: it may import transformers
 
-    show_data(load_recipe(recipe, overrides or []), output)
+    show_data(load_recipe(recipe, overrides or []), output, left_out)
 
 
 @command("speft doctor", "DS_ACCELERATOR=cpu speft doctor")

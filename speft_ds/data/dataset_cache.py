@@ -25,6 +25,7 @@ from speft_ds.config.recipe import Recipe
 from speft_ds.data.dataset import Row, TokenizedDataset, first_fit, write_dataset
 from speft_ds.data.formats import Classes, EmptyRow, Example, find_classes, make_example
 from speft_ds.data.readers import Located, hash_file, hash_files
+from speft_ds.data.row_counts import COUNTED, EMPTY, NOT_SELECTED
 from speft_ds.data.sources import (
     ask_datasets,
     files_without_split,
@@ -34,16 +35,13 @@ from speft_ds.data.sources import (
     some,
     source_files,
 )
-from speft_ds.data.tokenize import CUT_PROMPT, CUT_RESPONSE, NO_LABELS, TOO_LONG, Encoder
+from speft_ds.data.tokenize import Encoder
 from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
 
 FORMAT_VERSION = "3"  # of the file, and of what tokenising does: another version is another key
 BATCH = 1000  # rows tokenised in one call, on all cores
 NUM_SAMPLES = 3  # rows kept as text, to be shown
-EMPTY, NOT_SELECTED = "empty, left out", "not selected"
-COUNTED = ("rows", EMPTY, NO_LABELS, CUT_PROMPT, CUT_RESPONSE, TOO_LONG, NOT_SELECTED)
-LEFT_OUT = (EMPTY, NO_LABELS, TOO_LONG, NOT_SELECTED)
 
 
 @dataclass(frozen=True)

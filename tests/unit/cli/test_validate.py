@@ -1,8 +1,14 @@
 """`speft validate`: what is found, what is said of it, and the exit code."""
 
+import re
+import shlex
+from functools import partial
+from pathlib import Path
+
 import pytest
 import tiny
 
+from speft_ds.cli.commands import validate as checks
 from unit.commands import run
 from unit.written import load
 
@@ -57,8 +63,30 @@ def test_a_recipe_that_is_not_ready(checked, words, said):
 
 def test_first_rows_that_are_all_left_out(checked, tmp_path):
     (tmp_path / "rows.jsonl").write_text(ROW.replace('"b"', '""'))
-    assert "speft data" in checked("data.empty_rows=drop")
+    assert "rows.jsonl:1: " in checked("data.empty_rows=drop")
     assert "rows.jsonl:1" in checked(code=2)
+
+
+def test_how_many_rows_are_read_and_which_are_left_out(checked, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "CHECKED", {checks.ROWS: partial(checks.rows_found, most=6)})
+    monkeypatch.setattr(checks, "NEEDED", {})
+    long, empty, broken = ROW.replace("b", "b" * 99), ROW.replace('"b"', '""'), "{"
+    (tmp_path / "rows.jsonl").write_text(ROW + long + ROW + "\n" + empty + ROW * 2 + long + ROW)
+    words = ["data.empty_rows=drop", "mask.salience=magnitude"]
+    shown = checked(*words)
+    assert "6 rows read" in shown and "--all" in shown and "2 left out" in shown
+    assert re.findall(r"rows\.jsonl:\d+", shown) == ["rows.jsonl:2", "rows.jsonl:5"]
+    shown = checked(*words, "--all")
+    assert "8 rows read" in shown and "--all" not in shown and "rows.jsonl:8" in shown
+    # What only --all can find; rows to validate on are read, too.
+    (tmp_path / "validation.jsonl").write_text(ROW * 7 + broken)
+    checked(*words, "eval.validation=validation.jsonl")
+    assert "validation.jsonl:8" in checked(*words, "eval.validation=validation.jsonl", "--all", code=2)
+
+
+def test_the_command_can_be_typed_from_where_the_user_stands(checked, tmp_path):
+    words = shlex.split(checked().rpartition("start it: ")[2])
+    assert words[0] == "deepspeed" and Path(words[1]).is_file()
 
 
 def test_a_damaged_tokenizer(checked, tmp_path):

@@ -105,7 +105,7 @@ class Source(ConfigSection):
 
 class DataConfig(ConfigSection):
     path: FilePath | None = None
-    """training rows: .json, .jsonl, .csv, .tsv or .parquet (also .gz, .zst), a pattern, a folder, or a hub id"""
+    """training rows: .json, .jsonl, .csv, .tsv, .parquet (or .gz, .zst of them), a folder, or a hub id"""
     mixture: Annotated[
         Annotated[list[Source], Field(min_length=1)] | None, InPlaceOf("path", is_needed=False)
     ] = None

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from speft_ds.cli.commands import adapters
+from speft_ds.cli.commands.new_recipe import new
 from speft_ds.cli.commands.recipes import cp, ls, show
 from speft_ds.cli.commands.schema_reference import schema
 from speft_ds.cli.commands.submit import submit
@@ -34,6 +35,10 @@ def command(*lines: str):
 command("speft ls", "COLUMNS=200 speft ls")(ls)
 command("speft show quickstart", "speft show quickstart optimizer.lr=5e-4 --plain")(show)
 command("speft cp quickstart mine.yaml", "speft cp smollm2_135m_static mine.yaml --force")(cp)
+command(
+    "speft new my_recipe.yaml --data faq.csv --model ./SmolLM2-135M-Instruct",
+    "speft new my_recipe.yaml --data rows.jsonl --model owner/name --prompt title --response body",
+)(new)
 command("speft schema mask.schedule", "speft schema mask", "speft schema --json > recipe.json")(schema)
 command("speft validate quickstart", "speft validate quickstart mask.density=0.01 --ranks 2 --all")(validate)
 

@@ -119,10 +119,7 @@ def cp(
     """Copy a recipe's file, comments and all, as the start of your own."""
     source = find_recipe(recipe)
     new = file / source.name if file.is_dir() else file
-    if new.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{new} is not a .yaml file", "command line", f"name it {new}.yaml")
-    if new.exists() and not force:
-        raise UserError(f"{new} is there already", "command line", "choose another name, or add --force")
+    check_new(new, force)
     try:
         text = source.read_text(encoding="utf-8")
         kept = _without_own_tasks(text) if source.parent == RECIPES_DIR else text
@@ -131,10 +128,24 @@ def cp(
         new.write_text(moved, encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot copy {shown(source)} to {new}: {error}", "command line") from None
-    name, script = shlex.quote(str(new)), shlex.quote(shown(ROOT / "launch" / "train.py"))
     if kept != text:
         typer.echo(f"without its section eval, whose tasks score the data of {source.stem} alone")
-    typer.echo(f"copied to {new}\nedit {name}   (speft schema explains the keys)")
+    typer.echo(f"copied to {new}")
+    print_next_steps(new)
+
+
+def check_new(file: Path, force: bool) -> None:
+    """Whether a recipe may be written to a file. Raises UserError."""
+    if file.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{file} is not a .yaml file", "command line", f"name it {file}.yaml")
+    if file.exists() and not force:
+        raise UserError(f"{file} is there already", "command line", "choose another name, or add --force")
+
+
+def print_next_steps(file: Path) -> None:
+    """What to type next, from where the user stands."""
+    name, script = shlex.quote(str(file)), shlex.quote(shown(ROOT / "launch" / "train.py"))
+    typer.echo(f"edit {name}   (speft schema explains the keys)")
     typer.echo(f"check it:  speft validate {name}\ntrain:     deepspeed {script} --recipe {name}")
 
 

@@ -1,5 +1,6 @@
 """The `speft` command: its commands, their arguments, their help. Imports no torch."""
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -192,6 +193,9 @@ app.add_typer(adapters.app)
 
 def main() -> None:
     """Run the command line; a UserError is shown without a traceback, and exits with 2."""
+    for stream in (sys.stdout, sys.stderr):  # the text of a row may be more than a log can hold
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="speft")
     except UserError as error:

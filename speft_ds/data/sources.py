@@ -103,6 +103,8 @@ def folder_files(source: Source) -> list[Path]:
             would leave out some.
     """
     splits, unread = _splits_of_folder(source)
+    if _declares_files(source):  # which are meant is for the README.md to say
+        unread = []
     kinds = {_family(file) for files in splits.values() for file in files}
     if others := [file for file in unread if _family(file) not in kinds]:
         chosen = [file for files in splits.values() for file in files]
@@ -114,6 +116,13 @@ def folder_files(source: Source) -> list[Path]:
         what = f"{source.path} has no split {source.split!r}; it has {', '.join(map(str, splits)) or 'none'}"
         raise UserError(what, source.path, did_you_mean(source.split, map(str, splits)))
     return splits[source.split]
+
+
+def _declares_files(source: Source) -> bool:
+    """Whether a README.md in the folder says which files there are data."""
+    readme = Path(source.path) / "README.md"
+    head = readme.read_text(encoding="utf-8", errors="replace").split("\n---")[0] if readme.is_file() else ""
+    return "data_files" in head or "data_dir" in head
 
 
 def files_without_split(source: Source) -> list[Path]:

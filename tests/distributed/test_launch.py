@@ -8,7 +8,7 @@ import pytest
 import torch
 from limits import HANG_S
 from live import finishes, is_refused
-from tiny import make_model, recipe_values
+from tiny import make_model, read_rows, recipe_values
 from transformers import AutoModelForCausalLM
 
 import speft_ds
@@ -79,6 +79,10 @@ def test_a_run_leaves_what_the_readme_says(launch, start, tiny, tmp_path):
     facts = json.loads((run / "run.json").read_text())
     mask = facts["mask"]
     assert facts["world_size"] == 2 and sum(mask["per_layer"].values()) == mask["num_trainable"] == 892
+    labels = sum(row.num_labels for row in read_rows(tiny["data"]))
+    trained = {"rows": 48, "packs": None, "label_tokens": labels, "epochs": pytest.approx(4 * 8 / 48)}
+    assert facts["data"] == {"rows_read": 48, "left_out": {}, "truncated": {}, **trained}
+    assert "48 read, 0 left out" in finished.stdout
     assert sum(mask["entries_by_rank"]) == 892 and len(mask["sha256"]) == 64
     for moment in ("before", "after"):
         scores = json.loads((run / "eval" / f"{moment}.json").read_text())["scores"]

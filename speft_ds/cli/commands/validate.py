@@ -31,7 +31,8 @@ from speft_ds.training.run_dir import check_output_dir
 NUM_ROWS = 1000  # that are read of each source, unless all are
 NUM_SHOWN, MOST_NAMED = 3, 20  # rows as text, and rows that are left out by name
 ROWS = "rows as the model sees them"
-OK, NOTE, PROBLEM, SKIPPED = "[green]✓[/green]", "[yellow]![/yellow]", "[red]✗[/red]", "-"
+OK, NOTE, PROBLEM, SKIPPED = "ok", "note", "problem", "skipped"  # in a log; on a terminal:
+SIGNS = {OK: "[green]✓[/green]", NOTE: "[yellow]![/yellow]", PROBLEM: "[red]✗[/red]", SKIPPED: "-"}
 Found = tuple[str, str]  # a mark, and what was found
 Check = Callable[[Recipe, int], Found]
 
@@ -196,7 +197,7 @@ def _print_checks(console: Console, checks: dict[str, Check], recipe: Recipe, nu
 
 
 def _print(console: Console, title: str, mark: str, found: str, problems: Sequence[UserError]) -> None:
-    console.print(f"{mark} {title}:", end=" ")
+    console.print(f"{SIGNS[mark] if console.is_terminal else f'{mark:<7}'} {title}:", end=" ")
     console.print(found, markup=False)
     for line in "\n".join(map(str, problems)).splitlines():
         console.print(f"     {line}", markup=False)

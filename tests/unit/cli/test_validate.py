@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from speft_ds.cli.commands import validate as checks
-from unit.commands import run
+from unit.commands import run, speft
 from unit.written import load
 
 ROW = '{"prompt": "say a", "response": "b"}\n'
@@ -38,7 +38,7 @@ def test_a_recipe_that_is_ready(checked):
     # What to type next can be pasted: brackets are no markup, and the shell's signs are quoted.
     assert "launch/train.py --recipe mine.yaml model.name_or_path=./model" in shown
     assert "'mask.targets=[q_proj]'" in shown
-    numbers = [line[2:].partition(".")[0] for line in shown.splitlines() if line[0] in "✓!"]
+    numbers = re.findall(r"^(?:ok|note) +(\d+)\. ", shown, re.M)
     assert numbers == [str(number) for number in range(1, len(numbers) + 1)] and len(numbers) >= 9
 
 
@@ -46,7 +46,7 @@ def test_everything_that_is_missing_is_said_at_once(checked):
     words = ["data.path=none.jsonl", "deepspeed.config=zero3_cup", "mask.load=none", "train.micro_batch=16"]
     shown = checked(*words, code=2)
     assert all(f"command line: {word}" in shown for word in words[:3]) and "(train.global_batch)" not in shown
-    assert shown.count("fix: ") == 4 and shown.count("\n- ") == 2  # rows, targets
+    assert shown.count("fix: ") == 4 and shown.count("\nskipped ") == 2  # rows, targets
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,14 @@ def test_how_many_rows_are_read_and_which_are_left_out(checked, tmp_path, monkey
     (tmp_path / "validation.jsonl").write_text(ROW * 7 + broken)
     checked(*words, "eval.validation=validation.jsonl")
     assert "validation.jsonl:8" in checked(*words, "eval.validation=validation.jsonl", "--all", code=2)
+
+
+def test_a_log_holds_no_signs_and_any_row(checked, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(ROW.replace("say a", "\u4e16\u754c") * 4, encoding="utf-8")
+    words = ["validate", "mine.yaml", "model.name_or_path=./model", "data.max_length=64"]
+    done = speft(*words, "deepspeed.config=nowhere", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout.isascii()
+    assert re.findall(r"^(\w+) +(?:2|6)\. ", done.stdout, re.M) == ["ok", "problem"]
 
 
 def test_the_command_can_be_typed_from_where_the_user_stands(checked, tmp_path):

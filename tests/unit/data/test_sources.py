@@ -85,6 +85,18 @@ def test_a_folder_of_several_kinds_is_refused_with_names(folder):
     assert rows_of(folder) == [ROWS[0], ROWS[0], {"prompt": "x", "response": "y"}]
 
 
+def test_a_readme_says_which_files_of_several_kinds_are_data(folder):
+    write(folder / "rows.csv", ROWS[:1], "csv")
+    write(folder / "statistics.json", ROWS[1:2], "json")
+    configs = [{"config_name": "default", "data_files": "*.csv"}]
+    (folder / "README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\ndata_files\n")
+    assert rows_of(folder) == ROWS[:1]
+    assert files_without_split(source(folder)) == [folder / "statistics.json"]
+    (folder / "README.md").write_text("---\n{}\n---\ndata_files\n")
+    with refusal(folder, "data.mixture", what="statistics.json"):
+        rows_of(folder)
+
+
 def test_a_file_that_is_in_no_split_is_named(folder):
     for name in ("train.jsonl", "test.jsonl"):
         write_jsonl(folder / name, pairs("a"))

@@ -42,22 +42,22 @@ def new(
     check_new(file, force)
     entries: list[Entry] = [("model.name_or_path", model, "--model"), ("data.path", data, "--data")]
     num_ranks = default_ranks(count_gpus())
-    if note := resolve_offline(_recipe(entries)):
+    draft = _recipe(entries)
+    if note := resolve_offline(draft):
         typer.echo(note)
-    if problems := check_model(_recipe(entries), "evaluate", num_ranks):
+    if problems := check_model(draft, "evaluate", num_ranks):
         raise problems[0]
-    entries += _machine() + find_columns(_recipe(entries), prompt, response)
+    entries += _machine() + find_columns(draft, prompt, response)
     seen = look_at(entries)
-    entries += propose(seen, _positions(model), num_ranks) + _mask_and_rate(_recipe(entries))
+    entries += propose(seen, _positions(draft.model.name_or_path), num_ranks) + _mask_and_rate(draft)
+    check_inputs(_recipe(entries), "train", num_ranks)
     title = f"# {Path(data).name} on {Path(model).name}, as `speft new` proposes it: change what you like."
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, f"{title}\n{_as_yaml(entries)}")
     except OSError as error:
         raise UserError(f"cannot write {file}: {error}", "command line") from None
-    recipe = load_recipe(str(file.absolute()))
-    check_inputs(recipe, "train", num_ranks)
-    _print_left_out(seen, recipe.data.max_length)
+    _print_left_out(seen, load_recipe(str(file.absolute())).data.max_length)
     typer.echo(f"wrote {file}")
     print_next_steps(file)
 

@@ -39,7 +39,8 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     trainer = Trainer(recipe, start)
     num_ranks = collectives.world_size()
     log_rank0(f"{recipe.name}: {len(trainer.rows):,} rows, {trainer.num_steps} steps, {num_ranks} rank(s)")
-    log_rank0(in_words(trainer.row_counts))
+    hint = "; speft data --left-out names those left out" if trainer.row_counts["left_out"] else ""
+    log_rank0(in_words(trainer.row_counts) + hint)
     lock = collectives.run_on_rank0(lambda: open_folder(recipe, start))  # noqa: F841 - held by rank 0
     trainer.run_id = collectives.broadcast_object(read_facts(folder).get("run_id"))
     check_space(trainer.context, trainer.num_steps)

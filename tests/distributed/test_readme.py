@@ -20,8 +20,9 @@ from tiny import make_model
 from transformers import AutoModelForCausalLM
 
 import speft_ds
-from speft_ds.tools.quickstart import default_cache_dir, smollm2
-from speft_ds.tools.quickstart.inbox_data import write_data, write_task
+from speft_ds.tools import quickstart
+from speft_ds.tools.inbox_data import write_data, write_task
+from speft_ds.tools.quickstart import default_cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHORT = [
@@ -76,7 +77,7 @@ def folder(tmp_path_factory):
     for name in ("launch", "recipes", "ds_configs", "speft_ds"):
         (folder / name).symlink_to(ROOT / name)
     cache = folder / "cache" / "speft_ds"
-    make_model(cache / smollm2.NAME, max_position_embeddings=2048)
+    make_model(cache / quickstart.NAME, max_position_embeddings=2048)
     write_task(cache / "quickstart" / "tasks", *write_data(cache / "quickstart"))
     return folder
 

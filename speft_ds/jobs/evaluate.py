@@ -12,7 +12,6 @@ from speft_ds.adapter.apply import another_base, check_weights, with_delta
 from speft_ds.adapter.format import Adapter, tensors_sha256
 from speft_ds.comm import collectives, watchdog
 from speft_ds.config.eval_config import EvalConfig
-from speft_ds.config.mask_config import mask_file
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
@@ -20,7 +19,6 @@ from speft_ds.evaluation.eval_jobs import EvalJob, extra_jobs
 from speft_ds.evaluation.results import Scored, has_scored, keep_scores
 from speft_ds.evaluation.runner import EvalRunner
 from speft_ds.model.dtype import agree_on_dtype
-from speft_ds.sparse.mask import read_mask
 from speft_ds.training.checks import check_chat_template
 from speft_ds.training.setup import TrainContext, load_context, load_data, scored_model_facts
 from speft_ds.zero.shards import full_shape, own_elements, own_range, repartition
@@ -66,16 +64,17 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     recipe = agree_on_dtype(recipe)
     data = load_data(recipe)
     check_chat_template(recipe.eval, data.tokenizer)
-    evaluation = EvalRunner(recipe, data.tokenizer)
-    loaded = read_mask(mask_file(recipe.mask.load))[0] if recipe.mask.load else None
-    context = load_context(recipe, data, loaded, trains=False)
+    jobs = extra_jobs(recipe.eval, adapter)
+    evaluation = EvalRunner(recipe, jobs)
+    evaluation.prepare(data.tokenizer)
+    context = load_context(recipe, data, trains=False)
     if adapter is not None:
         apply_to_shards(context, adapter)
     folder = Path(recipe.output_dir) / "eval"
-    jobs = extra_jobs(recipe.eval, adapter)
     of = scored_model_facts(context, tensors_sha256(adapter))
-    jobs = collectives.broadcast_object([_with_free_label(folder, job, of, recipe) for job in jobs])
-    for scored in evaluation.run(context.engine.module, jobs, of):
+    jobs = [_with_free_label(folder, job, of, recipe) for job in jobs]
+    evaluation.jobs = collectives.broadcast_object(jobs)
+    for scored in evaluation.run(context.engine.module, evaluation.jobs, of):
         collectives.run_on_rank0(partial(_keep, folder, scored, recipe.eval))
     collectives.barrier()
     watchdog.close()

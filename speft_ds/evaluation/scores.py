@@ -251,7 +251,9 @@ class Evaluations:
         named = {}
         for each in found:
             own = each.settings.limit
-            named[each.prompt if own in (None, limit) else f"{each.prompt} on {own} documents"] = each
+            fewer = f"{each.prompt} on {own:.0%} of the documents" if own and own < 1 else None
+            fewer = fewer or f"{each.prompt} on {own} documents"
+            named[each.prompt if own in (None, limit) else fewer] = each
         return named
 
     def best_prompts(self) -> list[tuple[str, ScoreChange]]:

@@ -160,9 +160,9 @@ def _source_problems(recipe: Recipe, key: str, source: Source, where: str) -> Pr
 
 
 def check_mask(recipe: Recipe, job: Job, world_size: int) -> Problems:
-    """The file of a saved mask; a score has no use for one."""
+    """The file of a saved mask; a score has no use for one, and an evaluation does not read it."""
     path, where = recipe.mask.load, recipe.where("mask.load")
-    if path is None:
+    if path is None or job == "evaluate":
         return []
     if job == "score":
         what = "mask.load leaves nothing to score: it is a finished mask"
@@ -175,7 +175,11 @@ def check_mask(recipe: Recipe, job: Job, world_size: int) -> Problems:
 
 
 def check_tasks(recipe: Recipe, job: Job, world_size: int) -> Problems:
-    """The files that tasks are read from, and where metrics go."""
+    """The files that tasks are read from, and where metrics go.
+
+    A finished run may be scored on other tasks when the files of its own are gone: for an evaluation, only
+    what the command line names is looked for here, and lm-eval says what it misses.
+    """
     if job == "score":
         return []
     section = recipe.eval
@@ -188,6 +192,7 @@ def check_tasks(recipe: Recipe, job: Job, world_size: int) -> Problems:
         UserError(f"no {what} {path}", recipe.where(key), _right_path(path, key))
         for key, path, what, is_there in named
         if path is not None and not is_there(path)
+        if job == "train" or recipe.where(key).startswith("command line")
     ]
     return missing + (monitor_problems(recipe) if job == "train" else [])
 

@@ -70,7 +70,8 @@ def main(job: Job, arguments: argparse.Namespace) -> int:
             return 0
         use_all_cores()
         if rank() != 0 or not sys.stderr.isatty():
-            os.environ["TQDM_DISABLE"] = "1"  # the libraries' progress bars are noise elsewhere
+            # The libraries' progress bars are noise elsewhere.
+            os.environ.update(TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
         more = {"train": (start,), "score": (), "evaluate": (start.source,)}[job]
         importlib.import_module(f"speft_ds.jobs.{job}").run(recipe, *more)
         return 0

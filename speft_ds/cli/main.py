@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from speft_ds import __version__
 from speft_ds.cli.commands import adapters
 from speft_ds.cli.commands.new_recipe import new
 from speft_ds.cli.commands.recipes import cp, ls, show
@@ -26,6 +27,22 @@ app = typer.Typer(
     "`deepspeed launch/train.py --recipe RECIPE`; its --help has examples.",
     epilog="Tab completion: speft --install-completion",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"speft_ds {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="print the version, and stop"),
+    ] = False,
+) -> None:
+    pass
 
 
 def command(*lines: str):
@@ -186,6 +203,19 @@ def report(
     several = len(folders) > 1
     for path in write_comparison(folders, output) if several else write_report(folders[0], output):
         print(path)
+
+
+@command("speft runs", "speft runs runs/sweep /scratch/runs")
+def runs(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="FOLDER", help="folders of runs; default: runs", show_default=False),
+    ] = None,
+) -> None:
+    """List runs, the last one first: recipe, model, how far each is, scores before and after."""
+    from speft_ds.cli.commands.list_runs import print_runs  # late: it reads their scores
+
+    print_runs(folders or [Path("runs")])
 
 
 app.add_typer(adapters.app)

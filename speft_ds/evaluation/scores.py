@@ -225,6 +225,15 @@ class Evaluations:
         return self.after or self.before
 
     @property
+    def notes(self) -> list[str]:
+        """What happened in scoring, once for all files that say it: `before, after: task: 3 of 9 ...`."""
+        labels: dict[str, list[str]] = {}
+        for found in self.all:
+            for note in found.notes:
+                labels.setdefault(note, []).append(found.label)
+        return [f"{', '.join(files)}: {note}" for note, files in labels.items()]
+
+    @property
     def perplexities(self) -> tuple[Perplexity | None, Perplexity | None]:
         """Before and after."""
         return tuple(each and each.perplexity for each in (self.before, self.after))

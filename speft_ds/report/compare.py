@@ -181,6 +181,7 @@ def context_of(groups: Sequence[Group]) -> dict[str, Any]:
     tasks = {score.key: score for file in reversed(scored) for score in file.main_scores()}
     losses = [(mean(values), group.label) for group in groups if (values := group.values(_lowest_validation))]
     notes = [f"{run.folder}: {problem}" for run in runs for problem in run.problems]
+    notes += [f"{run.folder}: {note}" for run in runs for note in run.evaluations.notes]
     notes += [f"{run.folder}: the run is not finished" for run in runs if not run.is_finished]
     keys = dict.fromkeys(key for group in groups for key in group.recipe)
     settings = [(key, *(_setting(group, key) for group in groups)) for key in keys]

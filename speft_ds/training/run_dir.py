@@ -62,6 +62,18 @@ def wait_for_lock(folder: Path) -> None:
             _lock(file, fcntl.LOCK_SH, folder)
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a run is writing to a folder, as far as this machine knows."""
+    try:
+        with (folder / LOCK).open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, or a file system without locks
+        return False
+    return False
+
+
 class Lock:
     """Held by rank 0 while its run writes to the folder; the system lets go of it when the process ends."""
 

@@ -15,7 +15,7 @@ from speft_ds.cli.commands.schema_reference import schema
 from speft_ds.cli.commands.submit import submit
 from speft_ds.cli.commands.validate import validate
 from speft_ds.cli.launch import EXIT_USER_ERROR
-from speft_ds.cli.options import Overrides, Ranks, RecipeName, examples
+from speft_ds.cli.options import Overrides, Ranks, RecipeName, Verbose, examples
 from speft_ds.cli.start_ranks import count_gpus, default_ranks, fit_overrides, launch
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.errors import UserError
@@ -131,6 +131,7 @@ def quickstart(
     overrides: Overrides = None,
     prepare_only: Annotated[bool, typer.Option("--prepare-only", help="make the inputs, and stop")] = False,
     ranks: Ranks = None,
+    verbose: Verbose = False,
 ) -> None:
     """Prepare a small model and data, then train and score it: the whole job in minutes, GPU or not."""
     overrides = overrides or []
@@ -141,16 +142,18 @@ def quickstart(
     if prepare_only:
         return
     fitting = fit_overrides("quickstart", overrides, ranks or default_ranks(count_gpus()))
-    raise typer.Exit(launch("train", "quickstart", fitting, ranks))
+    raise typer.Exit(launch("train", "quickstart", fitting, ranks, verbose))
 
 
 @command("speft score quickstart", "speft score quickstart mask.salience=snip mask.density=0.01 --ranks 2")
-def score(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = None) -> None:
+def score(
+    recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = None, verbose: Verbose = False
+) -> None:
     """Score the weights and select a mask; train nothing.
 
     Writes mask.safetensors, mask.png and score.json to the run folder, which mask.load=FOLDER trains with.
     """
-    raise typer.Exit(launch("score", recipe, overrides or [], ranks))
+    raise typer.Exit(launch("score", recipe, overrides or [], ranks, verbose))
 
 
 command(

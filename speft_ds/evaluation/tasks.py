@@ -87,7 +87,8 @@ def local_data(folder: str | None) -> Iterator[list[str]]:
         try:
             download(self, dataset_kwargs, **more)
         except Exception as error:  # any type: it depends on what `datasets` finds wrong
-            raise _no_data(self.config.task, hub_id, folder, error) from error
+            has_files = "data_files" in (self.config.dataset_kwargs or {})
+            raise _no_data(self.config.task, hub_id, folder, error, has_files) from error
         _check_scored_split(self)
         if is_local:
             notes.extend(_drop_missing_splits(self))
@@ -121,8 +122,11 @@ def _drop_missing_splits(task: ConfigurableTask) -> list[str]:
     return [f"{config.task}: {task.DATASET_PATH} has no split {wanted}: {examples}"]
 
 
-def _no_data(task: str, hub_id: str, folder: str | None, error: Exception) -> UserError:
+def _no_data(task: str, hub_id: str, folder: str | None, error: Exception, has_files: bool) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if has_files:
+        fix = "put the files back, or name others in the task's file: dataset_kwargs.data_files"
+        return UserError(f"the data of task {task} cannot be read: {reason}", "eval.tasks", fix)
     fix = f"hf download --repo-type dataset {hub_id} --local-dir {folder or 'DATA'}/{hub_id}"
     if folder is None:
         fix += ", where there is a network; then eval.data_dir=DATA"

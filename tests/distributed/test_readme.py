@@ -131,7 +131,7 @@ def test_a_command_runs(command, folder):
     more, codes = how(command)
     if command.startswith("speft compare-masks"):
         make_masks(folder)
-    if "runs/quickstart" in command or "--resume" in command:
+    if "runs/quickstart" in command or "--resume" in command or command == "speft runs":
         make_run(folder)
     words = shlex.split(command)
     if codes == {2} and words[0] == "deepspeed":

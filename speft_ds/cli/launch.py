@@ -161,11 +161,7 @@ def recipe_to_evaluate(arguments: argparse.Namespace) -> tuple[Recipe, Path | No
         own = [as_override("output_dir", str(folder)), *NOT_SCORED_BY]
         recipe = load_recipe(str(folder / RECIPE), [*own, *overrides], name=folder.name)
         if read_ds_config(recipe)[1] and "deepspeed.config" not in _keys(overrides):
-            if rank() == 0:
-                print(
-                    f"note: {recipe.deepspeed.config} is not there any more: scored with {DS_CONFIG}",
-                    flush=True,
-                )
+            env.log_rank0(f"note: {recipe.deepspeed.config} is of no use any more: scored with {DS_CONFIG}")
             more = [*own, f"deepspeed.config={DS_CONFIG}", *overrides]
             recipe = load_recipe(str(folder / RECIPE), more, name=folder.name)
     else:

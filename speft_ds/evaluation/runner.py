@@ -137,7 +137,8 @@ class EvalRunner:
         notes = [*self._notes.get(_requests_of(job), []), *more_notes, *lm.notes()]
         if cache is not None and cache.problem:
             notes.append(cache.problem)
-        self._tell(notes)
+        if job.label != SLICE:
+            self._tell(notes)
         file = ScoreFile(
             label=job.label,
             kind=job.kind,

@@ -35,7 +35,7 @@ SMALL = {
     "accuracy": ("accuracy", "the share of the global batch that the classifier got right"),
 }
 STAGES = {
-    "tasks": "finding the tasks",
+    "tasks": "checking the tasks",
     "data": "reading and tokenizing rows",
     "model": "loading the model",
     "eval_before": "scoring before training",

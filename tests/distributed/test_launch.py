@@ -78,6 +78,7 @@ def test_a_run_leaves_what_the_readme_says(launch, start, tiny, tmp_path):
     assert all(sorted(line) == sorted(keys) for line in lines)
     facts = json.loads((run / "run.json").read_text())
     mask = facts["mask"]
+    assert facts["recipe"] == recipe.stem  # which `speft runs` shows
     assert facts["world_size"] == 2 and sum(mask["per_layer"].values()) == mask["num_trainable"] == 892
     labels = sum(row.num_labels for row in read_rows(tiny["data"]))
     trained = {"rows": 48, "packs": None, "label_tokens": labels, "epochs": pytest.approx(4 * 8 / 48)}

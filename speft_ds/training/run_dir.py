@@ -65,12 +65,17 @@ def wait_for_lock(folder: Path) -> None:
 def is_locked(folder: Path) -> bool:
     """Whether a run is writing to a folder, as far as this machine knows."""
     try:
-        with (folder / LOCK).open(encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        file = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # no lock, or a file system without locks
+    except OSError:  # a file system without locks
         return False
+    finally:
+        os.close(file)
     return False
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import re
 from pathlib import Path
 
@@ -53,6 +54,9 @@ def test_how_far_a_run_is(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = states(going, ended, mask)
     assert found == ["running, step 7 of 60", "stopped at step 7 of 60", "a mask, not trained"]
+    assert states(going) == ["stopped at step 7 of 60"]
+    (going / ".lock").unlink()
+    os.mkfifo(going / ".lock")  # nobody will ever write to it
     assert states(going) == ["stopped at step 7 of 60"]
 
 

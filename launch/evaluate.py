@@ -1,7 +1,8 @@
 """Score a finished run, or any model, with lm-eval on all ranks; train nothing.
 
 Writes eval/<model>-<tasks>.json into the run folder (of a model: runs/evaluate-<model>), and every document
-into a folder next to it. Without --tasks, it scores the tasks of the run's recipe.
+into a folder next to it. Without --tasks, it scores the tasks of the run's recipe. The scores of the run from
+before and after training are printed beside the new ones.
 
 worked examples:
   eight GPUs

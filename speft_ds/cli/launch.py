@@ -12,6 +12,7 @@ from typing import IO, NoReturn
 
 from speft_ds import env
 from speft_ds.comm import signals, watchdog
+from speft_ds.config.deepspeed_config import read_ds_config
 from speft_ds.config.load_recipe import as_override, load_recipe, recipe_of
 from speft_ds.config.recipe import Job, Recipe, resolve
 from speft_ds.env import rank, world_size
@@ -30,6 +31,9 @@ USAGE = {
     "score": "--recipe RECIPE",
     "evaluate": "--run RUN | --model PATH --tasks A,B",
 }
+DS_CONFIG = "zero3_cpu"  # to score with, on GPUs, too: the others differ in the reduction of gradients
+# A finished run is scored without the mask that it started from: its adapter says which entries changed.
+NOT_SCORED_BY = ("mask.load=null", "mask.targets=null", "mask.layers=null")
 RANK_0_S = 3  # that the other ranks wait, so that rank 0 has said what is wrong when they exit
 MORE_HELP = """\
 where to look things up:
@@ -69,7 +73,8 @@ def main(job: Job, arguments: argparse.Namespace) -> int:
             return 0
         use_all_cores()
         if rank() != 0 or not sys.stderr.isatty():
-            os.environ["TQDM_DISABLE"] = "1"  # the libraries' progress bars are noise elsewhere
+            # The libraries' progress bars are noise elsewhere.
+            os.environ.update(TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
         more = {"train": (start,), "score": (), "evaluate": (start.source,)}[job]
         importlib.import_module(f"speft_ds.jobs.{job}").run(recipe, *more)
         return 0
@@ -156,18 +161,25 @@ def recipe_to_evaluate(arguments: argparse.Namespace) -> tuple[Recipe, Path | No
         adapter = folder / "adapter"
         if not adapter.is_dir():
             raise UserError(f"{folder} has no adapter", "--run", "name the folder of a finished run")
-        own = [as_override("output_dir", str(folder))]
+        own = [as_override("output_dir", str(folder)), *NOT_SCORED_BY]
         recipe = load_recipe(str(folder / RECIPE), [*own, *overrides], name=folder.name)
+        if read_ds_config(recipe)[1] and "deepspeed.config" not in _keys(overrides):
+            env.log_rank0(f"note: {recipe.deepspeed.config} is of no use any more: scored with {DS_CONFIG}")
+            more = [*own, f"deepspeed.config={DS_CONFIG}", *overrides]
+            recipe = load_recipe(str(folder / RECIPE), more, name=folder.name)
     else:
         adapter = Path(arguments.adapter) if arguments.adapter else None
-        # zero3_cpu on GPUs, too: the others differ in the reduction of gradients.
-        own = [as_override("model.name_or_path", arguments.model), "deepspeed.config=zero3_cpu"]
+        own = [as_override("model.name_or_path", arguments.model), f"deepspeed.config={DS_CONFIG}"]
         if adapter is not None:
             own.append(as_override("model.dtype", _dtype_of(adapter)))
         recipe = recipe_of(f"evaluate-{Path(arguments.model).name}", [*own, *overrides])
     if not recipe.eval.tasks:
         raise UserError("no tasks to score", "--tasks", "--tasks arc_easy,hellaswag; see `lm-eval ls tasks`")
     return recipe, adapter
+
+
+def _keys(overrides: list[str]) -> set[str]:
+    return {text.partition("=")[0] for text in overrides}
 
 
 def _dtype_of(adapter: Path) -> str:
@@ -260,4 +272,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--tasks", type="eval.tasks=[{}]".format, metavar="A,B", help="lm-eval tasks; default: the recipe's"
     )
     asked("--num-fewshot", type="eval.num_fewshot={}".format, metavar="N", help="examples in each prompt")
-    asked("--limit", type="eval.limit={}".format, metavar="N", help="documents per task")
+    asked(
+        "--limit",
+        type="eval.limit={}".format,
+        metavar="N",
+        help="documents per task, or below 1 the share of them",
+    )

@@ -6,13 +6,15 @@ from typing import Annotated, Literal
 
 import typer
 
+from speft_ds import __version__
 from speft_ds.cli.commands import adapters
+from speft_ds.cli.commands.new_recipe import new
 from speft_ds.cli.commands.recipes import cp, ls, show
 from speft_ds.cli.commands.schema_reference import schema
 from speft_ds.cli.commands.submit import submit
 from speft_ds.cli.commands.validate import validate
 from speft_ds.cli.launch import EXIT_USER_ERROR
-from speft_ds.cli.options import Overrides, Ranks, RecipeName, examples
+from speft_ds.cli.options import Overrides, Ranks, RecipeName, Verbose, examples
 from speft_ds.cli.start_ranks import count_gpus, default_ranks, fit_overrides, launch
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.errors import UserError
@@ -27,6 +29,22 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"speft_ds {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="print the version, and stop"),
+    ] = False,
+) -> None:
+    pass
+
+
 def command(*lines: str):
     """Register a function as the command of its name, whose help ends with these examples."""
     return app.command(epilog=examples(*lines))
@@ -35,8 +53,12 @@ def command(*lines: str):
 command("speft ls", "COLUMNS=200 speft ls")(ls)
 command("speft show quickstart", "speft show quickstart optimizer.lr=5e-4 --plain")(show)
 command("speft cp quickstart mine.yaml", "speft cp smollm2_135m_static mine.yaml --force")(cp)
+command(
+    "speft new my_recipe.yaml --data faq.csv --model ./SmolLM2-135M-Instruct",
+    "speft new my_recipe.yaml --data rows.jsonl --model owner/name --prompt title --response body",
+)(new)
 command("speft schema mask.schedule", "speft schema mask", "speft schema --json > recipe.json")(schema)
-command("speft validate quickstart", "speft validate quickstart mask.density=0.01 --ranks 2")(validate)
+command("speft validate quickstart", "speft validate quickstart mask.density=0.01 --ranks 2 --all")(validate)
 
 
 @command(
@@ -60,14 +82,17 @@ def plan(
 
     Each number comes with its arithmetic. Needs the model's configuration, not its weights, and no GPU.
     """
-    from speft_ds.tools.plan.make_plan import make_plan, print_plan  # late: it may import torch
+    loaded = load_recipe(recipe, overrides or [])  # a typo should not wait for torch
+    from speft_ds.tools.plan.make_plan import make_plan, print_plan
 
-    print_plan(
-        make_plan(load_recipe(recipe, overrides or []), world, gpu_gib=gpu_gib, num_rows=rows, device=device)
-    )
+    print_plan(make_plan(loaded, world, gpu_gib=gpu_gib, num_rows=rows, device=device))
 
 
-@command("speft data quickstart", "speft data quickstart data.max_length=128 --output rows.png")
+@command(
+    "speft data quickstart",
+    "speft data quickstart data.max_length=128 --output rows.png",
+    "speft data quickstart --left-out",
+)
 def data(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -75,6 +100,9 @@ def data(
         Path | None,
         typer.Option(metavar="FILE.png", help="the picture; default: runs/<recipe>-data.png"),
     ] = None,
+    left_out: Annotated[
+        bool, typer.Option("--left-out", help="list the rows that are left out, by file and line, and why")
+    ] = False,
 ) -> None:
     """Show what the rows of a recipe look like to the model: samples, lengths, what is left out.
 
@@ -82,7 +110,7 @@ def data(
     """
     from speft_ds.cli.commands.show_data import show_data  # late: it may import transformers
 
-    show_data(load_recipe(recipe, overrides or []), output)
+    show_data(load_recipe(recipe, overrides or []), output, left_out)
 
 
 @command("speft doctor", "DS_ACCELERATOR=cpu speft doctor")
@@ -103,6 +131,7 @@ def quickstart(
     overrides: Overrides = None,
     prepare_only: Annotated[bool, typer.Option("--prepare-only", help="make the inputs, and stop")] = False,
     ranks: Ranks = None,
+    verbose: Verbose = False,
 ) -> None:
     """Prepare a small model and data, then train and score it: the whole job in minutes, GPU or not."""
     overrides = overrides or []
@@ -113,16 +142,18 @@ def quickstart(
     if prepare_only:
         return
     fitting = fit_overrides("quickstart", overrides, ranks or default_ranks(count_gpus()))
-    raise typer.Exit(launch("train", "quickstart", fitting, ranks))
+    raise typer.Exit(launch("train", "quickstart", fitting, ranks, verbose))
 
 
 @command("speft score quickstart", "speft score quickstart mask.salience=snip mask.density=0.01 --ranks 2")
-def score(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = None) -> None:
+def score(
+    recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = None, verbose: Verbose = False
+) -> None:
     """Score the weights and select a mask; train nothing.
 
     Writes mask.safetensors, mask.png and score.json to the run folder, which mask.load=FOLDER trains with.
     """
-    raise typer.Exit(launch("score", recipe, overrides or [], ranks))
+    raise typer.Exit(launch("score", recipe, overrides or [], ranks, verbose))
 
 
 command(
@@ -175,6 +206,19 @@ def report(
     several = len(folders) > 1
     for path in write_comparison(folders, output) if several else write_report(folders[0], output):
         print(path)
+
+
+@command("speft runs", "speft runs runs/sweep /scratch/runs")
+def runs(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="FOLDER", help="folders of runs; default: runs", show_default=False),
+    ] = None,
+) -> None:
+    """List runs, the last one first: recipe, model, how far each is, scores before and after."""
+    from speft_ds.cli.commands.list_runs import print_runs  # late: it reads their scores
+
+    print_runs(folders or [Path("runs")])
 
 
 app.add_typer(adapters.app)

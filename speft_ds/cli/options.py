@@ -29,6 +29,9 @@ Overrides = Annotated[
 Ranks = Annotated[
     int | None, typer.Option(min=1, help="number of ranks; default: one per GPU, or 2 on the CPU")
 ]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="show what DeepSpeed's launcher says of its own work, too")
+]
 
 
 def examples(*commands: str) -> str:

@@ -26,9 +26,11 @@ def default_ranks(num_gpus: int) -> int:
     return num_gpus or 2
 
 
-def launch(job: Job, recipe: str, overrides: list[str], ranks: int | None) -> int:
+def launch(job: Job, recipe: str, overrides: list[str], ranks: int | None, is_verbose: bool = False) -> int:
     """Check a recipe, run the job on its ranks (None: the default), and return the launcher's exit code.
 
+    Args:
+        is_verbose: whether DeepSpeed's launcher says what it does.
     Raises:
         UserError: the recipe or its files are wrong; nothing is started then.
     """
@@ -44,7 +46,8 @@ def launch(job: Job, recipe: str, overrides: list[str], ranks: int | None) -> in
         num_gpus_flag = ["--include", f"localhost:{','.join(map(str, gpus[:world_size]))}"]
     script = [str(ROOT / "launch" / f"{job}.py"), "--recipe", recipe, *overrides]
     # The launcher's own port is always the same: a second run on the machine would find it taken.
-    command = [find_deepspeed(), *num_gpus_flag, "--master_port", str(free_port()), *script]
+    quiet = [] if is_verbose else ["--log_level", "warning"]
+    command = [find_deepspeed(), *num_gpus_flag, "--master_port", str(free_port()), *quiet, *script]
     print(f"$ {shlex.join(command)}", flush=True)
     # DeepSpeed compiles a small op on its first start and looks for ninja on the PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

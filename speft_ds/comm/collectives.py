@@ -6,9 +6,11 @@ Collectives are never called inside `if rank == 0`; each function here must be e
 from __future__ import annotations
 
 import functools
+import io
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -49,7 +51,8 @@ def init(timeout_minutes: float = 30.0) -> None:
         if device().type == "cpu":
             deepspeed_shm.wait_for_build(deepspeed_shm.extensions_folder() / deepspeed_shm.NAME)
         try:
-            deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
+            with redirect_stdout(io.StringIO()):  # every rank would print that DeepSpeed's op is built
+                deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationInfo, model_validator
 
 from speft_ds.config.section import ConfigSection, broken_rule, given_keys
-from speft_ds.config.values import Count, FilePath, Index, Text
+from speft_ds.config.values import Count, FilePath, Index, Limit, Text
 
 
 class EvalConfig(ConfigSection):
@@ -17,10 +17,10 @@ class EvalConfig(ConfigSection):
     """local copies of the tasks' data sets, by their hub ids: DIR/openai/gsm8k"""
     num_fewshot: Index | None = None
     """examples in a prompt; null: the task's own"""
-    limit: Count | None = None
-    """documents per task; null: all"""
+    limit: Limit | None = None
+    """documents per task, or a share of them, like 0.1; null: all"""
     batch_size: Count = 16
-    """documents that a rank scores at once"""
+    """documents that a rank scores at once: their logits, of all positions, are held in fp32"""
     chat_template: bool = True
     """wrap the prompts in the tokenizer's chat template"""
     mode: Literal["auto", "gathered", "sharded"] = "auto"
@@ -29,8 +29,8 @@ class EvalConfig(ConfigSection):
     """keep every document's prompt and answer beside the scores"""
     manual_fewshot: list[Index] = Field([])
     """the untouched base with so many examples in its prompts, as baselines"""
-    manual_fewshot_limit: Count | None = None
-    """documents per task for these baselines, where eval.limit is not less; null: as many"""
+    manual_fewshot_limit: Limit | None = None
+    """documents per task for these baselines, or a share, where eval.limit is not less; null: as many"""
     format_spread: Annotated[int, Field(ge=1, le=50)] = 1
     """equivalent prompt formats to score the tasks in, their own included (FormatSpread)"""
     forgetting_tasks: list[Text] = Field([])

@@ -34,6 +34,16 @@ def _path(value: str) -> str:
     return expand_path(value)
 
 
+def _limit(value: float) -> float:
+    if 0 < value < 1:
+        return value
+    if value >= 1 and value == int(value):
+        return int(value)
+    raise broken_rule(
+        f"{value} is neither a number of documents nor a share", "a number, like 100, or a share, like 0.1"
+    )
+
+
 def split_interval(value: int | str | None) -> tuple[int | None, float | None]:
     """An `Interval` as (steps, seconds), of which one at most is not None."""
     if isinstance(value, str):
@@ -56,3 +66,4 @@ Decay = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 Index = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Interval = Annotated[int | Text | None, BeforeValidator(_interval)]  # steps, text like `15 minutes`, or never
+Limit = Annotated[int | float, _NUMBER, AfterValidator(_limit)]  # documents, or below 1 the share of them

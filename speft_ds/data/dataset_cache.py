@@ -24,16 +24,24 @@ from speft_ds.config.data_config import DataConfig, Source
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.dataset import Row, TokenizedDataset, first_fit, write_dataset
 from speft_ds.data.formats import Classes, EmptyRow, Example, find_classes, make_example
-from speft_ds.data.readers import Located, ask_datasets, hash_file, hash_files, is_hub_dataset, iterate_rows
-from speft_ds.data.tokenize import CUT_PROMPT, CUT_RESPONSE, NO_LABELS, TOO_LONG, Encoder
+from speft_ds.data.readers import Located, hash_file, hash_files
+from speft_ds.data.row_counts import COUNTED, EMPTY, NOT_SELECTED
+from speft_ds.data.sources import (
+    ask_datasets,
+    files_without_split,
+    is_hub_dataset,
+    is_pattern,
+    iterate_rows,
+    some,
+    source_files,
+)
+from speft_ds.data.tokenize import Encoder
 from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
 
-FORMAT_VERSION = "2"  # of the file, and of what tokenising does: another version is another key
+FORMAT_VERSION = "3"  # of the file, and of what tokenising does: another version is another key
 BATCH = 1000  # rows tokenised in one call, on all cores
 NUM_SAMPLES = 3  # rows kept as text, to be shown
-EMPTY, NOT_SELECTED = "empty, left out", "not selected"
-COUNTED = ("rows", EMPTY, NO_LABELS, CUT_PROMPT, CUT_RESPONSE, TOO_LONG, NOT_SELECTED)
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,9 @@ def _hash_source(source: Source) -> str:
     if is_hub_dataset(source.path):
         return str(ask_datasets(source, "load_dataset_builder").cache_dir)
     path = Path(source.path)
+    if is_pattern(source.path):
+        files = [f"{file.name} {hash_file(file)}" for file in source_files(source)]
+        return hashlib.sha256("\n".join(files).encode()).hexdigest()
     if not path.is_dir():
         return hash_file(path)
     names = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
@@ -137,6 +148,9 @@ def prepare(
         from speft_ds.data.select import find_scorer
 
         find_scorer(spec.data.scorer)  # the same
+    for source in spec.data.sources:
+        if unread := files_without_split(source):
+            log(f"note: {some(unread)} in {source.path} belong to no split, and are not read")
     path = spec.path()
     if cached := find_cached(path):  # in a folder that may be shared, and not writable
         return cached
@@ -199,33 +213,65 @@ def _tokenize_source(
 ) -> _SourceRows:
     source, done = spec.data.sources[number], _SourceRows([], [], dict.fromkeys(COUNTED, 0))
     rows = tqdm(iterate_rows(source), desc=source.path, unit=" rows", disable=not sys.stderr.isatty())
-    examples = _make_examples(rows, source, spec, classes, done.counts)
-    while batch := list(islice(examples, BATCH)):
-        for (_, example), (row, change) in zip(batch, encoder.encode(batch), strict=True):
-            if change:
-                done.counts[change] += 1
-            if row is not None:
-                # A list of Python integers would take nine times the memory.
-                ids, loss_mask = np.asarray(row.ids, np.int32), np.asarray(row.loss_mask)
-                done.rows.append(replace(row, ids=ids, loss_mask=loss_mask))
-                if spec.data.select == "ifd":
-                    done.texts.append(_prompt_and_response(example))
+    for _, example, row, change in encode_rows(rows, source, spec, encoder, classes):
+        done.counts["rows"] += 1
+        if change:
+            done.counts[change] += 1
+        if row is not None:
+            # A list of Python integers would take nine times the memory.
+            ids, loss_mask = np.asarray(row.ids, np.int32), np.asarray(row.loss_mask)
+            done.rows.append(replace(row, ids=ids, loss_mask=loss_mask))
+            if spec.data.select == "ifd":
+                done.texts.append(_prompt_and_response(example))
     if not done.counts["rows"]:
         raise UserError(f"{source.path} has no rows", spec.where(number), "write at least one row into it")
     return done
 
 
+def encode_rows(
+    rows: Located, source: Source, spec: DatasetSpec, encoder: Encoder, classes: Classes | None
+) -> Iterator[tuple[str, Example | None, Row | None, str | None]]:
+    """For each row where it stands, its example, the row as tokens, and what was done to it, one of COUNTED.
+
+    An empty row has no example, and a row that is left out no tokens.
+
+    Raises:
+        UserError: a row that cannot be used.
+    """
+    examples = _make_examples(rows, source, spec, classes)
+    while batch := list(islice(examples, BATCH)):
+        encoded = iter(encoder.encode([(where, example) for where, example in batch if example is not None]))
+        for where, example in batch:
+            yield (where, example, *((None, EMPTY) if example is None else next(encoded)))
+
+
 def _make_examples(
-    rows: Located, source: Source, spec: DatasetSpec, classes: Classes | None, counts: dict[str, int]
-) -> Iterator[tuple[str, Example]]:
+    rows: Located, source: Source, spec: DatasetSpec, classes: Classes | None
+) -> Iterator[tuple[str, Example | None]]:
+    """Where each row stands, and its example; None: it is empty, and may be."""
     for where, row in rows:
-        counts["rows"] += 1
         try:
             yield where, make_example(row, where, source, classes, spec.classify)
         except EmptyRow:
             if spec.data.empty_rows == "refuse":
                 raise
-            counts[EMPTY] += 1
+            yield where, None
+
+
+def left_out_rows(spec: DatasetSpec, tokenizer: Any) -> Iterator[tuple[str, str]]:
+    """Where each row stands that is left out, and why; but for those that `data.select` does not take.
+
+    Reads and tokenises the rows once more: a dataset in the cache does not know the names of its files.
+
+    Raises:
+        UserError: a row that cannot be used.
+    """
+    classes = classes_of(spec.data)
+    encoder = Encoder(tokenizer, spec.data.max_length, spec.data.long_rows)
+    for source in spec.data.sources:
+        for where, _, row, change in encode_rows(iterate_rows(source), source, spec, encoder, classes):
+            if row is None:
+                yield where, change
 
 
 def _prompt_and_response(example: Example) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from speft_ds.config.eval_config import EvalConfig
 from speft_ds.evaluation.scores import JobKind
 
 Phase = Literal["before", "after"]
+SLICE = "slice"  # label of what is scored while training
 DESCRIPTOR = re.compile(r"^([A-Z][A-Za-z]*(?: [A-Za-z]+){0,2}):(?=[ \n]|$)", re.MULTILINE)
 CASES: tuple[Callable[[str], str], ...] = (str, str.upper, str.lower)
 SEPARATORS = (":", " :", "::", " -", " ->", ":\t", " |", ": :")
@@ -33,7 +34,7 @@ class EvalJob:
         kind: `main`; `fewshot`: the base with k examples in the prompt; `format`: the same prompts in another
             format; `extra`: asked for on the command line.
         num_fewshot: examples in each prompt; None: each task's own number.
-        limit: documents per task; None: all.
+        limit: documents per task, or below 1 the share of them; None: all.
         format: number of the prompt format; 0: the tasks' own.
         has_text: whether the perplexity of the forgetting text is measured, too.
     """
@@ -42,7 +43,7 @@ class EvalJob:
     kind: JobKind
     tasks: tuple[str, ...]
     num_fewshot: int | None
-    limit: int | None
+    limit: float | None
     format: int = 0
     has_text: bool = False
 
@@ -58,12 +59,25 @@ def jobs_of(section: EvalConfig, phase: Phase) -> list[EvalJob]:
     if tasks or forgetting or has_text:
         jobs.append(EvalJob(phase, "main", tasks + forgetting, shots, limit, has_text=has_text))
     if tasks and phase == "before":
-        limits = (limit, section.manual_fewshot_limit)
-        fewer = min((each for each in limits if each is not None), default=None)
+        fewer = _fewer(limit, section.manual_fewshot_limit)
         jobs += [EvalJob(f"before-{k}shot", "fewshot", tasks, k, fewer) for k in section.manual_fewshot]
     if tasks:
         jobs += _other_formats(EvalJob(phase, "format", tasks, shots, limit), section.format_spread)
     return jobs
+
+
+def _fewer(limit: float | None, own: float | None) -> float | None:
+    """The smaller of two limits; of a number and a share nobody knows it, and the baselines' own holds."""
+    if limit is None or own is None:
+        return limit if own is None else own
+    return min(limit, own) if (limit < 1) == (own < 1) else own
+
+
+def slice_jobs(section: EvalConfig) -> list[EvalJob]:
+    """What is scored now and then while training, if anything is."""
+    if not (section.slice and section.tasks):
+        return []
+    return [EvalJob(SLICE, "main", tuple(section.tasks), section.num_fewshot, section.slice)]
 
 
 def extra_jobs(section: EvalConfig, adapter: Path | None) -> list[EvalJob]:

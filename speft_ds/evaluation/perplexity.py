@@ -14,6 +14,7 @@ from speft_ds.evaluation.lm import EngineLM
 from speft_ds.evaluation.scores import Perplexity
 
 WINDOW = 1024  # tokens that a token is predicted from, at most: the same for models of any context length
+MAX_LOGITS = 2**28  # per batch (1 GiB in fp32): lm-eval keeps the logits of all positions
 
 
 def text_perplexity(lm: EngineLM, section: EvalConfig) -> Perplexity:
@@ -32,7 +33,9 @@ def text_perplexity(lm: EngineLM, section: EvalConfig) -> Perplexity:
 
     def compute() -> list[float]:
         requests = [(None, *window) for window in windows]
-        return [log_likelihood for log_likelihood, _ in lm._loglikelihood_tokens(requests)]
+        batch_size = max(1, MAX_LOGITS // (WINDOW * lm.vocab_size))
+        responses = lm._loglikelihood_tokens(requests, override_bs=batch_size)
+        return [log_likelihood for log_likelihood, _ in responses]
 
     nll = -math.fsum(lm.cached("windows", windows, compute))
     return Perplexity(

@@ -7,26 +7,29 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-from lm_eval import simple_evaluate
+from lm_eval import evaluator, simple_evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.models.utils import resolve_max_length
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import log_rank0, versions
-from speft_ds.evaluation.eval_jobs import EvalJob, prompt_formats
+from speft_ds.evaluation.eval_jobs import SLICE, EvalJob, prompt_formats, slice_jobs
 from speft_ds.evaluation.lm import EngineLM, ResponseCache
-from speft_ds.evaluation.perplexity import text_perplexity
+from speft_ds.evaluation.perplexity import read_text, text_perplexity
 from speft_ds.evaluation.results import Scored, asked, check_scores, scores_of
 from speft_ds.evaluation.scores import ScoreFile, Settings
+from speft_ds.evaluation.task_checks import check_tasks
 from speft_ds.evaluation.tasks import find_tasks, local_data
 from speft_ds.zero.shards import full_shape
 
@@ -34,17 +37,52 @@ MAX_SHARE = 0.5  # of the free memory, for a copy: activations, logits and the K
 
 
 class EvalRunner:
-    """The tasks of a recipe, ready to be scored. Raises UserError where lm-eval does not know a task.
+    """The tasks of some jobs, ready to be scored once `prepare` has passed.
 
     Args:
-        tokenizer: the base's; may be set later.
+        jobs: of the run, in order.
+    Raises:
+        UserError: lm-eval does not know a task.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None):
-        self.recipe, self.section, self.tokenizer = recipe, recipe.eval, tokenizer
-        names = [*self.section.tasks, *self.section.forgetting_tasks]
+    def __init__(self, recipe: Recipe, jobs: Sequence[EvalJob]):
+        self.recipe, self.section, self.jobs = recipe, recipe.eval, list(jobs)
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        names = list(dict.fromkeys(task for job in jobs for task in job.tasks))
         self.manager = find_tasks(names, self.section.include_path) if names else None
         self.formats = prompt_formats(self.section.format_spread)
+        self._notes: dict[tuple, list[str]] = {}  # by what the requests of a job depend on
+        self._told: set[str] = set()  # notes that were logged
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Load every task and build every request, so that what fails does so before the model is loaded.
+
+        Every rank enters this together.
+
+        Args:
+            tokenizer: the base's.
+        Raises:
+            UserError: lm-eval would not score a task; a task's data cannot be read.
+        """
+        self.tokenizer = tokenizer
+        config = AutoConfig.from_pretrained(self.recipe.model.name_or_path)
+        max_length = resolve_max_length(config, tokenizer)
+        templated = tokenizer if self.section.chat_template else None
+        if any(job.has_text for job in self.jobs):
+            read_text(Path(self.section.forgetting_text), self.section.forgetting_bytes)
+        for job in self.jobs:
+            if job.tasks and _requests_of(job) not in self._notes:
+                with undisturbed(), local_data(self.section.data_dir) as notes:
+                    found = check_tasks(job, self.manager, templated, max_length)
+                self._notes[_requests_of(job)] = sorted({*notes, *found})
+                self._tell(self._notes[_requests_of(job)])
+
+    def _tell(self, notes: Sequence[str]) -> None:
+        """Log notes, each once."""
+        for note in notes:
+            if note not in self._told:
+                log_rank0(f"note: {note}")
+        self._told.update(notes)
 
     def run(self, module: nn.Module, jobs: list[EvalJob], of: dict) -> Iterator[Scored | None]:
         """Run jobs one after the other; every rank enters this together.
@@ -61,39 +99,46 @@ class EvalRunner:
         """
         with model_to_score(module, self.section.mode) as (model, is_sharded):
             for job in jobs:
-                what = ", ".join(job.tasks) or "the forgetting text"
-                how = "sharded" if is_sharded else "a copy on every rank"
-                log_rank0(f"scoring {job.label}: {what}, {how}")
-                with _undisturbed():
+                if job.label != SLICE:
+                    log_rank0(self._round(job, of))
+                with undisturbed():
                     scored = self._score(model, is_sharded, job, of)
                 yield scored
 
+    def _round(self, job: EvalJob, of: dict) -> str:
+        """`round 1 of 4: quickstart_json, untouched`."""
+        what = ", ".join([*job.tasks, *(["the forgetting text"] if job.has_text else [])])
+        how = ["untouched" if _is_base(of) else "trained"]
+        how += [f"{job.num_fewshot} examples in the prompt"] if job.kind == "fewshot" else []
+        how += [f"prompt format {job.format}"] if job.format else []
+        return f"round {self.jobs.index(job) + 1} of {len(self.jobs)}: {what}, {', '.join(how)}"
+
     def slice_scores(self, module: nn.Module) -> dict[str, float]:
         """Task and metric -> score on the first `eval.slice` documents of each task, on every rank."""
-        section = self.section
-        job = EvalJob("slice", "main", tuple(section.tasks), section.num_fewshot, section.slice)
-        (scored,) = self.run(module, [job], {})
+        (scored,) = self.run(module, slice_jobs(self.section), {})
         scores = scored and {f"{s.task} {s.metric}": s.value for s in scored.file.main_scores()}
         return collectives.broadcast_object(scores)
 
     def _score(self, model: nn.Module, is_sharded: bool, job: EvalJob, of: dict) -> Scored | None:
         start, section = time.perf_counter(), self.section
-        is_base = "adapter" in of and of["adapter"] is None
+        is_base = _is_base(of)
         device = torch.cuda.get_device_name() if collectives.device().type == "cuda" else "cpu"
         run_by = {"batch_size": section.batch_size, "device": device, "is_sharded": is_sharded}
         cache = ResponseCache({**of, **run_by, "versions": versions()}) if is_base else None
         prompt_format = self.formats[job.format]
         lm = EngineLM(model, self.tokenizer, section.batch_size, is_sharded, prompt_format, cache)
-        results, notes = self._results(lm, job) if job.tasks else ({}, [])
+        results = self._results(lm, job) if job.tasks else {}
         perplexity = text_perplexity(lm, section) if job.has_text else None
         if collectives.rank() != 0:
             return None
         forgetting = [task for task in section.forgetting_tasks if task not in section.tasks]
         scores = scores_of(results, forgetting) if results else []
         scores, more_notes = check_scores(scores, job, lm.num_rewritten)
-        notes += more_notes
-        for note in notes:
-            log_rank0(f"note: {note}")
+        notes = [*self._notes.get(_requests_of(job), []), *more_notes, *lm.notes()]
+        if cache is not None and cache.problem:
+            notes.append(cache.problem)
+        if job.label != SLICE:
+            self._tell(notes)
         file = ScoreFile(
             label=job.label,
             kind=job.kind,
@@ -119,10 +164,10 @@ class EvalRunner:
         )
         return Scored(file, results)
 
-    def _results(self, lm: EngineLM, job: EvalJob) -> tuple[dict | None, list[str]]:
-        """lm-eval's results (on rank 0), with the prompts as the model got them; and notes on the tasks."""
+    def _results(self, lm: EngineLM, job: EvalJob) -> dict | None:
+        """lm-eval's results (on rank 0), with the prompts as the model got them."""
         # lm-eval seeds all generators with its own defaults, so that the prompts are those of stock lm-eval.
-        with local_data(self.section.data_dir) as notes:
+        with local_data(self.section.data_dir):
             results = simple_evaluate(
                 model=lm,
                 tasks=list(job.tasks),
@@ -134,24 +179,36 @@ class EvalRunner:
         if results is not None and lm.prompt_format is not None:
             for row in (row for rows in results["samples"].values() for row in rows):
                 row["arguments"] = [lm.prompt_format.rewrite_request(each) for each in row["arguments"]]
-        return results, sorted(set(notes))
+        return results
+
+
+def _is_base(of: dict) -> bool:
+    return "adapter" in of and of["adapter"] is None
+
+
+def _requests_of(job: EvalJob) -> tuple:
+    """What the requests of a job depend on, but for their format."""
+    return job.tasks, job.num_fewshot, job.limit
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Training continues with the random numbers that it would draw without an evaluation.
 
-    Without lm-eval's warnings of a ready-made model, and of tasks with few-shot settings of their own.
+    Without lm-eval's warnings: what they say of the scores is counted in the notes. It does not ask git
+    either, which complains wherever there is no repository.
     """
     python, numpy_state, device = random.getstate(), np.random.get_state(), collectives.device()
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)
+    ask_git, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         log.setLevel(level)
+        evaluator.get_git_commit_hash = ask_git
         random.setstate(python)
         np.random.set_state(numpy_state)
 

@@ -226,6 +226,15 @@ class Evaluations:
         return self.after or self.before
 
     @property
+    def notes(self) -> list[str]:
+        """What happened in scoring, once for all files that say it: `before, after: task: 3 of 9 ...`."""
+        labels: dict[str, list[str]] = {}
+        for found in self.all:
+            for note in found.notes:
+                labels.setdefault(note, []).append(found.label)
+        return [f"{', '.join(files)}: {note}" for note, files in labels.items()]
+
+    @property
     def perplexities(self) -> tuple[Perplexity | None, Perplexity | None]:
         """Before and after."""
         return tuple(each and each.perplexity for each in (self.before, self.after))
@@ -252,7 +261,9 @@ class Evaluations:
         named = {}
         for each in found:
             own = each.settings.limit
-            named[each.prompt if own in (None, limit) else f"{each.prompt} on {own} documents"] = each
+            fewer = f"{each.prompt} on {own:.0%} of the documents" if own and own < 1 else None
+            fewer = fewer or f"{each.prompt} on {own} documents"
+            named[each.prompt if own in (None, limit) else fewer] = each
         return named
 
     def best_prompts(self) -> list[tuple[str, ScoreChange]]:

@@ -7,20 +7,22 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from speft_ds.adapter.apply import another_base, check_weights, with_delta
 from speft_ds.adapter.format import Adapter, tensors_sha256
 from speft_ds.comm import collectives, watchdog
 from speft_ds.config.eval_config import EvalConfig
-from speft_ds.config.mask_config import mask_file
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import EvalJob, extra_jobs
 from speft_ds.evaluation.results import Scored, has_scored, keep_scores
 from speft_ds.evaluation.runner import EvalRunner
+from speft_ds.evaluation.scores import Score, read_evaluations
 from speft_ds.model.dtype import agree_on_dtype
-from speft_ds.sparse.mask import read_mask
+from speft_ds.report.tables import plain, print_table
 from speft_ds.training.checks import check_chat_template
 from speft_ds.training.setup import TrainContext, load_context, load_data, scored_model_facts
 from speft_ds.zero.shards import full_shape, own_elements, own_range, repartition
@@ -66,16 +68,17 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     recipe = agree_on_dtype(recipe)
     data = load_data(recipe)
     check_chat_template(recipe.eval, data.tokenizer)
-    evaluation = EvalRunner(recipe, data.tokenizer)
-    loaded = read_mask(mask_file(recipe.mask.load))[0] if recipe.mask.load else None
-    context = load_context(recipe, data, loaded, trains=False)
+    jobs = extra_jobs(recipe.eval, adapter)
+    evaluation = EvalRunner(recipe, jobs)
+    evaluation.prepare(data.tokenizer)
+    context = load_context(recipe, data, trains=False)
     if adapter is not None:
         apply_to_shards(context, adapter)
     folder = Path(recipe.output_dir) / "eval"
-    jobs = extra_jobs(recipe.eval, adapter)
     of = scored_model_facts(context, tensors_sha256(adapter))
-    jobs = collectives.broadcast_object([_with_free_label(folder, job, of, recipe) for job in jobs])
-    for scored in evaluation.run(context.engine.module, jobs, of):
+    jobs = [_with_free_label(folder, job, of, recipe) for job in jobs]
+    evaluation.jobs = collectives.broadcast_object(jobs)
+    for scored in evaluation.run(context.engine.module, evaluation.jobs, of):
         collectives.run_on_rank0(partial(_keep, folder, scored, recipe.eval))
     collectives.barrier()
     watchdog.close()
@@ -91,7 +94,21 @@ def _with_free_label(folder: Path, job: EvalJob, of: dict, recipe: Recipe) -> Ev
 
 
 def _keep(folder: Path, scored: Scored, recipe: EvalConfig) -> None:
+    """Write the scores and print them, beside those of the run's own two evaluations where it has any."""
     keep_scores(folder, scored, recipe)
+    found = read_evaluations(folder.parent)
+    own = {"before training": found.before, "after training": found.after}
+    own = {name: file for name, file in own.items() if file is not None}
+    table = Table("task, metric", "now", *own, box=SIMPLE_HEAD)
     for score in scored.file.main_scores("task") + scored.file.main_scores("forgetting"):
-        log_rank0(f"{score.name}: {score}, {score.num_documents} documents")
+        beside = (file.score(score.key) for file in own.values())
+        table.add_row(
+            plain(score.name), *("-" if each is None else _in_full(each) for each in (score, *beside))
+        )
+    print_table(table)
     log_rank0(str(folder / f"{scored.file.label}.json"))
+
+
+def _in_full(score: Score) -> str:
+    documents = "" if score.num_documents is None else f", {score.num_documents:,} documents"
+    return f"{score}{documents}" + (f", {score.num_fewshot}-shot" if score.num_fewshot else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -46,8 +46,22 @@ class Group:
 
     def mean_score(self, key: tuple[str, str, str], moment: str = "after") -> MeanScore | None:
         """The mean of a score `before` or `after`; None where no run has it."""
-        files = [getattr(run.evaluations, moment) for run in self.runs]
-        return mean_score([score for file in files if file and (score := file.score(key))])
+        by_seed: dict[Any, list[Score]] = {}
+        for number, run in enumerate(self.runs):
+            file = getattr(run.evaluations, moment)
+            if file and (score := file.score(key)):
+                by_seed.setdefault(_seed(run, number), []).append(score)
+        return mean_score(list(by_seed.values()))
+
+    @property
+    def num_seeds(self) -> int:
+        return len({_seed(run, number) for number, run in enumerate(self.runs)})
+
+
+def _seed(run: RunFolder, number: int) -> Any:
+    """The seed of a run or, where it is not known, one that no other run has; `number` tells them apart."""
+    seed = run.setting("seed")
+    return seed if is_number(seed) else f"run {number}"
 
 
 @dataclass(frozen=True)
@@ -55,9 +69,9 @@ class MeanScore:
     """A score over the runs of a group."""
 
     value: float
-    deviation: float | None  # the sample standard deviation over seeds; None of a single run
+    deviation: float | None  # the sample standard deviation over seeds; None of a single one
     stderr: float | None  # lm-eval's, over documents: the mean of the runs'; None where it is not known
-    num_runs: int
+    num_seeds: int
     is_share: bool
 
     @property
@@ -65,26 +79,32 @@ class MeanScore:
         """For comparing: documents and seeds together, √(stderr² + deviation²/n); None: not known."""
         if self.stderr is None and self.deviation is None:
             return None
-        return math.hypot(self.stderr or 0.0, (self.deviation or 0.0) / math.sqrt(self.num_runs))
+        return math.hypot(self.stderr or 0.0, (self.deviation or 0.0) / math.sqrt(self.num_seeds))
 
     def __str__(self) -> str:
         text = in_text(self.value, self.stderr, self.is_share)
         if self.deviation is None:
             return text
         deviation = f"{100 * self.deviation:.1f}" if self.is_share else f"{self.deviation:.2g}"
-        return f"{text}, sd {deviation} (n={self.num_runs})"
+        return f"{text}, sd {deviation} (n={self.num_seeds})"
 
 
-def mean_score(scores: Sequence[Score]) -> MeanScore | None:
-    """The mean of one score over runs; None where there is none."""
-    if not scores:
+def mean_score(by_seed: Sequence[Sequence[Score]]) -> MeanScore | None:
+    """The mean of one score over seeds; None where there is none.
+
+    Args:
+        by_seed: the scores of the runs of each seed: a run that was made twice counts once.
+    """
+    if not by_seed:
         return None
-    values, errors = [score.value for score in scores], [score.stderr for score in scores]
+    values = [mean(score.value for score in scores) for scores in by_seed]
+    scores = [score for each in by_seed for score in each]
+    errors = [score.stderr for score in scores]
     return MeanScore(
         value=mean(values),
         deviation=stdev(values) if len(values) > 1 else None,
         stderr=mean(errors) if all(map(is_number, errors)) else None,
-        num_runs=len(scores),
+        num_seeds=len(values),
         is_share=all(score.is_share for score in scores),
     )
 
@@ -131,12 +151,16 @@ def grouped(runs: Sequence[RunFolder]) -> list[Group]:
         members.setdefault(repr((recipe, run.fact("base.fingerprint"))), []).append((name, run))
     groups = []
     for named in members.values():
-        label, own = named[0][0], [run for _, run in named]
-        if len(own) > 1:
-            seeds = {seed for run in own if is_number(seed := run.setting("seed"))}
-            label += f" ({len(own)} {'seeds' if len(seeds) == len(own) else 'runs'})"
-        groups.append(Group(label, own, dict(_flat(own[0].recipe))))
+        own = [run for _, run in named]
+        group = Group(named[0][0], own, dict(_flat(own[0].recipe)))
+        groups.append(replace(group, label=group.label + _how_many(len(own), group.num_seeds)))
     return groups
+
+
+def _how_many(runs: int, seeds: int) -> str:
+    if runs == 1:
+        return ""
+    return f" ({seeds} seeds)" if seeds == runs else f" ({runs} runs of {seeds} seed{'s' * (seeds > 1)})"
 
 
 def _flat(recipe: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -157,6 +181,7 @@ def context_of(groups: Sequence[Group]) -> dict[str, Any]:
     tasks = {score.key: score for file in reversed(scored) for score in file.main_scores()}
     losses = [(mean(values), group.label) for group in groups if (values := group.values(_lowest_validation))]
     notes = [f"{run.folder}: {problem}" for run in runs for problem in run.problems]
+    notes += [f"{run.folder}: {note}" for run in runs for note in run.evaluations.notes]
     notes += [f"{run.folder}: the run is not finished" for run in runs if not run.is_finished]
     keys = dict.fromkeys(key for group in groups for key in group.recipe)
     settings = [(key, *(_setting(group, key) for group in groups)) for key in keys]
@@ -171,7 +196,7 @@ def context_of(groups: Sequence[Group]) -> dict[str, Any]:
         "labels": [group.label for group in groups],
         "scores": [(score.name, *(_from_to(g, key) for g in groups)) for key, score in tasks.items()],
         "scored": scored,
-        "has_seeds": len(groups) < len(runs),
+        "has_seeds": any(group.num_seeds > 1 for group in groups),
         "differing": [(key, *values) for key, *values in settings if len(set(values)) > 1],
         "costs": [
             (what, *(_mean_text(group.values(of), text) for group in groups)) for what, of, text in COSTS

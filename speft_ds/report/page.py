@@ -36,7 +36,7 @@ SMALL = {
     "accuracy": ("accuracy", "the share of the global batch that the classifier got right"),
 }
 STAGES = {
-    "tasks": "finding the tasks",
+    "tasks": "checking the tasks",
     "data": "reading and tokenizing rows",
     "model": "loading the model",
     "eval_before": "scoring before training",
@@ -51,9 +51,10 @@ STAGES = {
     "eval_after": "scoring after training",
     "other": "all else",
 }
+MIN_SHARE = 0.02  # of the total, for a stage that the table at the end names
 WITHIN = ("validation", "slices", "checkpoints")
 FILES = {
-    "report.html": "all of this and more, for a browser",
+    "report.html": "all of this, memory by kind, traffic and curves, for a browser",
     "adapter/": "the trained entries; apply them with speft_ds.apply_adapter(model, path)",
     "eval/": "scores before and after",
     "metrics.jsonl": "one line per step",
@@ -83,7 +84,7 @@ def context_of(run: RunFolder) -> dict[str, Any]:
     keys = list(changes[-1]) if changes else []
     return {
         "title": f"Run {run.name}",
-        "notes": run.problems,
+        "notes": [*run.problems, *run.evaluations.notes],
         "figures": key_figures(run, max_scores=2)[:6],
         "pictures": {**_curves(run), **heat_map, **_stages(run)},
         "small_curves": [(f"{key}.svg", *SMALL[key]) for key in SMALL if run.series(key)[0]],
@@ -114,10 +115,12 @@ def print_summary(folder: Path) -> None:
     """
     run = read_run(folder)
     table = Table(title=plain(str(folder)), show_header=False)
-    for row in [*key_figures(run), *(("note", problem, "") for problem in run.evaluations.problems)]:
+    for row in key_figures(run):
         table.add_row(*map(plain, row))
     console = Console()
     console.print(table)
+    for note in (*run.evaluations.problems, *run.evaluations.notes):
+        console.print(plain(f"  note: {note}"), soft_wrap=True)
     for name, what in FILES.items():
         if (folder / name).exists():
             console.print(f"  {folder / name}  {what}", highlight=False, soft_wrap=True)
@@ -146,7 +149,7 @@ def key_figures(run: RunFolder, max_scores: int | None = None) -> list[tuple[str
 
 
 def _sizes(run: RunFolder) -> list[tuple[str, str, str]]:
-    """Of adapter, mask and head, memory and communication."""
+    """Of adapter, mask and head; time by stage; memory."""
     trained, targets = run.fact("mask.num_trainable", 0), run.fact("mask.num_target_elements", 0)
     rows = []
     if run.adapter_bytes:
@@ -155,6 +158,8 @@ def _sizes(run: RunFolder) -> list[tuple[str, str, str]]:
         rows.append(("adapter", in_bytes(run.adapter_bytes), each))
     if trained and targets:
         rows.append(("trained entries", f"{trained:,}", f"of {targets:,} ({trained / targets:.4%})"))
+    if run.fact("data.rows_read", 0):
+        rows.append(_rows_trained(run))
     if head := run.fact("head", 0):
         rows.append(("fully trained head", f"{head:,}", "weights"))
     if changes := run.fact("mask.changes", []):
@@ -164,15 +169,18 @@ def _sizes(run: RunFolder) -> list[tuple[str, str, str]]:
         )
     if total := run.fact("timings_s.total", 0):
         rows.append(("total time", duration(total), "of the last start"))
-    peak, memory, sent = run.resources
-    for what, size, kinds in (
-        ("peak memory per rank", peak, memory),
-        ("sent per rank per step", sum(sent.values()), sent),
-    ):
-        largest = sorted(kinds, key=kinds.get, reverse=True)[:3]
-        named = ", ".join(f"{kind} {in_bytes(kinds[kind])}" for kind in largest)
-        rows += [(what, in_bytes(size), named)] if kinds else []
+        stages = _seconds_by_stage(run, MIN_SHARE).items()
+        rows += [(f"- {name}", duration(seconds), f"{seconds / total:.0%}") for name, seconds in stages]
+    if peak := run.resources[0]:
+        rows.append(("peak memory per rank", in_bytes(peak), "by kind in the report"))
     return rows
+
+
+def _rows_trained(run: RunFolder) -> tuple[str, str, str]:
+    left_out = [f"{number:,} {why}" for why, number in numbers(run.fact("data.left_out", {})).items()]
+    how = f"of {run.fact('data.rows_read', 0):,} read; left out: {', '.join(left_out) or 'none'}"
+    size = f"{run.fact('data.label_tokens', 0):,} label tokens, {run.fact('data.epochs', 0.0):.3g} epochs"
+    return "training rows", f"{run.fact('data.rows', 0):,}", f"{how}; {size}"
 
 
 def _before_after(found: Evaluations, scores: Iterable[Score]) -> Rows:
@@ -284,16 +292,21 @@ def _scores_while_training(run: RunFolder) -> list[Curve]:
     return lines
 
 
-def _stages(run: RunFolder) -> dict[str, Picture]:
-    """Seconds by stage, the longest first."""
+def _seconds_by_stage(run: RunFolder, min_share: float) -> dict[str, float]:
+    """Seconds of the last start, the longest stage first, without those below a share of the total."""
     timings = numbers(run.fact("timings_s"))
     if total := timings.pop("total", 0.0):
         known = sum(seconds for stage, seconds in timings.items() if stage not in WITHIN)
         timings["other"] = max(total - known, 0.0)
-    shown = {STAGES.get(stage, stage): s for stage, s in timings.items() if s >= 0.001 * total}
+    shown = {STAGES.get(stage, stage): s for stage, s in timings.items() if s >= min_share * total}
+    return dict(sorted(shown.items(), key=lambda pair: -pair[1]))
+
+
+def _stages(run: RunFolder) -> dict[str, Picture]:
+    """Seconds by stage, the longest first."""
+    shown = _seconds_by_stage(run, min_share=0.001)
     if not shown:
         return {}
-    shown = dict(sorted(shown.items(), key=lambda pair: -pair[1]))
     alt = "seconds by stage: " + ", ".join(f"{name} {_seconds(value)}" for name, value in shown.items())
     return {"time.svg": Picture(bars(list(shown), list(shown.values()), "seconds", _seconds), alt)}
 

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from speft_ds.comm import watchdog
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import log_rank0, rank
@@ -55,8 +53,11 @@ class MetricsLog:
     def __init__(self, path: Path | None, num_steps: int, done: int = 0, monitor: Monitor | None = None):
         self.num_steps, self.monitor = num_steps, monitor
         self.file = path.open("a", encoding="utf-8") if path else None
-        on_terminal = path and sys.stderr.isatty()
-        self.bar = tqdm(total=num_steps, initial=done, unit="step") if on_terminal else None
+        self.bar = None
+        if path and sys.stderr.isatty():
+            from tqdm import tqdm  # late: TQDM_DISABLE counts if it is set before this
+
+            self.bar = tqdm(total=num_steps, initial=done, unit="step")
 
     def log(self, values: dict) -> None:
         """Append one step's values (see `trainer.Trainer.train_step` for the keys)."""

@@ -65,6 +65,23 @@ def wait_for_lock(folder: Path) -> None:
             _lock(file, fcntl.LOCK_SH, folder)
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a run is writing to a folder, as far as this machine knows."""
+    try:
+        file = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(file)
+    return False
+
+
 class Lock:
     """Held by rank 0 while its run writes to the folder; the system lets go of it when the process ends."""
 
@@ -170,6 +187,7 @@ def run_facts(trainer: Trainer) -> dict:
         "global_batch": recipe.train.global_batch,
         "micro_batch": recipe.train.micro_batch,
         "num_steps": trainer.num_steps,
+        "data": trainer.row_counts,
         "mask": {
             "salience": recipe.mask.salience,
             "granularity": recipe.mask.granularity,

@@ -20,10 +20,11 @@ from speft_ds.config.mask_config import mask_file
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate, split_global_batch
 from speft_ds.data.dataset import Row
+from speft_ds.data.row_counts import row_counts
 from speft_ds.data.sampler import Sampler
 from speft_ds.env import log_rank0, versions
 from speft_ds.errors import UserError
-from speft_ds.evaluation.eval_jobs import EvalJob, Phase, jobs_of
+from speft_ds.evaluation.eval_jobs import EvalJob, Phase, jobs_of, slice_jobs
 from speft_ds.evaluation.results import keep_scores, still_to_score
 from speft_ds.evaluation.validation_loss import ValidationLoss
 from speft_ds.sparse.gradient import SparseGradient
@@ -76,6 +77,7 @@ class Trainer:
         context: the frozen, sharded base on its engine, and its rows.
         rows: tokenised training rows, the same on every rank.
         num_steps: of the run; `first_step`: of this process.
+        row_counts: see `row_counts.row_counts`.
         timings: stage -> seconds.
     """
 
@@ -86,25 +88,27 @@ class Trainer:
         self.timings = Timings()
         self.schedule: Schedule | None = None
         self.evaluation = None
-        jobs = jobs_of(recipe.eval, "before") + jobs_of(recipe.eval, "after")
-        if jobs or (recipe.eval.slice and recipe.eval.tasks):
+        jobs = jobs_of(recipe.eval, "before") + jobs_of(recipe.eval, "after") or slice_jobs(recipe.eval)
+        if jobs:
             from speft_ds.evaluation.runner import EvalRunner  # late: lm-eval takes its time
 
             with self.timings.stage("tasks"):  # an unknown task should not wait for the end of training
-                self.evaluation = EvalRunner(recipe)
+                self.evaluation = EvalRunner(recipe, jobs)
         with self.timings.stage("data"):
             data = load_data(recipe, needs_training=True, needs_calibration=True)
             checks.check_chat_template(recipe.eval, data.tokenizer)
-            if self.evaluation is not None:
-                self.evaluation.tokenizer = data.tokenizer
             self.rows, self.validation = data.training, None
             if recipe.eval.validation is not None:
                 rows = read_file(recipe, data, recipe.eval.validation, "eval.validation")
                 self.validation = ValidationLoss(rows, recipe.eval.batch_size, data.pad_id)
+        if self.evaluation is not None:
+            with self.timings.stage("tasks"):  # nor should what lm-eval does not score
+                self.evaluation.prepare(data.tokenizer)
         train = recipe.train
         self.order = Sampler(self.rows.sizes, recipe.data.weights, recipe.seed)
         self.num_steps = self.order.num_steps(train.global_batch, train.steps, train.epochs)
         checks.check_steps(recipe, self.num_steps)
+        self.row_counts = row_counts(self.rows, self.num_steps * train.global_batch / len(self.order))
         with self.timings.stage("model"):
             self.loaded, facts = read_mask(mask_file(recipe.mask.load)) if recipe.mask.load else (None, {})
             self.context = load_context(recipe, data, self.loaded)

@@ -16,16 +16,16 @@ from speft_ds.evaluation.eval_jobs import jobs_of
 def scores_and_answers(results: dict) -> dict:
     """lm-eval's scores, and each document's prompts and answers, by task."""
     samples = {
-        task: [(sample["doc_id"], sample["arguments"], sample["filtered_resps"]) for sample in rows]
+        task: [(sample["doc_id"], sample["arguments"], sample["resps"]) for sample in rows]
         for task, rows in results["samples"].items()
     }
     return {"results": results["results"], "samples": samples}
 
 
-def check_evaluation(recipe: Recipe) -> list[dict] | None:
+def check_evaluation(recipe: Recipe, of: dict | None = None) -> list[dict] | None:
     """lm-eval on the live engine: each job of `before`, with its documents; on rank 0."""
     trainer = make_trainer(recipe)
-    scored = list(trainer.evaluation.run(trainer.engine.module, jobs_of(recipe.eval, "before"), {}))
+    scored = list(trainer.evaluation.run(trainer.engine.module, jobs_of(recipe.eval, "before"), of or {}))
     if collectives.rank() != 0:
         return None
     return [{**scores_and_answers(each.results), "document": each.file.model_dump()} for each in scored]
@@ -38,7 +38,7 @@ def check_stock_evaluation(recipe: Recipe, num_fewshot: int | None = None) -> di
     model, section = plain_model(recipe), recipe.eval
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.name_or_path)
     results = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1),
+        model=HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=section.batch_size),
         tasks=list(section.tasks),
         limit=section.limit,
         num_fewshot=num_fewshot,

@@ -85,6 +85,18 @@ def test_every_baseline_is_there(run):
     assert "Question: " in prompts[0] and "Question: " not in prompts[1]
 
 
+def test_what_is_scored_is_said_by_rounds(run, folder):
+    said = [line for line in (folder / "log").read_text().splitlines() if line.startswith("round ")]
+    tasks, more = "tiny_generate, tiny_letters", ", tiny_choice, the forgetting text"
+    assert said == [
+        f"round 1 of 5: {tasks}{more}, untouched",
+        f"round 2 of 5: {tasks}, untouched, 2 examples in the prompt",
+        f"round 3 of 5: {tasks}, untouched, prompt format 1",
+        f"round 4 of 5: {tasks}{more}, trained",
+        f"round 5 of 5: {tasks}, trained, prompt format 1",
+    ]
+
+
 def test_slices_are_scored_while_training(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     scored = {line["step"]: line["scores"] for line in lines if "scores" in line}
@@ -177,6 +189,8 @@ def test_a_finished_run_is_scored_again(run, tiny, folder, what):
         arguments = ["--model", str(tiny["untied"]), "--adapter", str(run / "adapter")]
         arguments += [f"output_dir={home}", f"eval.include_path={tiny['tasks']}", "eval.chat_template=false"]
     finishes(LiveRun(folder / f"log-{what}", [*arguments, *asked, "eval.format_spread=1"], job="evaluate"))
+    shown = (folder / f"log-{what}").read_text()
+    assert ("before training" in shown) == (what == "run")  # the run's own scores, beside the new ones
     label = "tuned-tiny_generate+tiny_letters-limit7"
     wanted = [row for row in read(run, "after")["scores"] if row["role"] == "task"]
     got = read(home, label)

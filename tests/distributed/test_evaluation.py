@@ -1,55 +1,159 @@
 """lm-eval on the live engine against lm-eval's own HFLM on the plain model, document by document."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
+import yaml
+from tiny import make_model
 
 from distributed import evaluation_checks
 from distributed.reference import make_recipe
 
-TASKS = ["tiny_generate", "tiny_choice", "tiny_letters", "tiny_rolling"]
-METRICS = ("acc,none", "exact_match,none", "byte_perplexity,none")
-
-
-def recipe_for(tiny, folder, **more):
-    section = {"tasks": TASKS, "include_path": str(tiny["tasks"]), "batch_size": 4, "limit": 13}
-    return make_recipe(tiny, folder, eval={**section, **more})
+POSITIONS = 1024
+NUM_DOCUMENTS = 13
+TASKS = ["long_generate", "long_choice", "long_letters", "long_likelihood", "long_rolling"]
+ANSWERS = {
+    "long_generate": {
+        "output_type": "generate_until",
+        "generation_kwargs": {"until": ["</s>", "\n"], "max_gen_toks": 8, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+    "long_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_target": 0,
+        "doc_to_choice": ["{{response}}", "zebra", "yak 1", "ox"],
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "long_letters": {
+        "output_type": "multiple_choice",
+        "doc_to_target": 0,
+        "doc_to_choice": ["a", "b", "c", "d"],
+        "gen_prefix": "It is",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "long_likelihood": {"output_type": "loglikelihood", "metric_list": [{"metric": "acc"}]},
+    "long_rolling": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_target": "{{prompt}} {{prompt}} {{response}}",
+        "metric_list": [{"metric": "byte_perplexity"}],
+    },
+}
 
 
 @pytest.fixture(scope="module")
-def stock(ranks, tiny, tmp_path_factory):
-    """Stock scores without and with 3 examples in the prompts."""
-    recipe = recipe_for(tiny, tmp_path_factory.mktemp("stock"))
-    check = evaluation_checks.check_stock_evaluation
-    return [ranks(1)(check, recipe=recipe, num_fewshot=k)[0] for k in (None, 3)]
+def long(tmp_path_factory):
+    """Tasks with prompts of 342 to 700 tokens, examples in a split of their own, and a model for them."""
+    folder = tmp_path_factory.mktemp("long")
+    words = ["ant", "bear", "cat", "dromedary", "eel"]
+    for split, count in (("test", 17), ("train", 9)):
+        rows = [
+            {
+                "prompt": f"say {words[n % 5]} {'please ' * (49 + n * 3)}",
+                "response": f"{words[n % 5]} {n % 3}",
+            }
+            for n in range(count)
+        ]
+        for row in rows if split == "train" else ():
+            row["prompt"] = row["prompt"][:60]  # three of them and a question fit
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tasks").mkdir()
+    for name, answer in ANSWERS.items():
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {s: str(folder / f"{s}.jsonl") for s in ("test", "train")}},
+            "test_split": "test",
+            "fewshot_split": "train",
+            "doc_to_text": "{{prompt}}",
+            "doc_to_target": "{{response}}",
+        }
+        (folder / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump({**task, **answer}, sort_keys=False))
+    config = make_model(folder / "model") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": POSITIONS}))
+    return folder
+
+
+def recipe_for(tiny, long, folder, **more):
+    section = {"tasks": TASKS, "include_path": str(long / "tasks"), "batch_size": 4, "limit": NUM_DOCUMENTS}
+    return make_recipe({**tiny, "long": long / "model"}, folder, checkpoint="long", eval={**section, **more})
+
+
+@pytest.fixture(scope="module")
+def stock(ranks, tiny, long, tmp_path_factory):
+    """By whether in the chat template: stock scores without and with 3 examples in the prompts."""
+    check, folder = evaluation_checks.check_stock_evaluation, tmp_path_factory.mktemp("stock")
+    return {
+        chat: [
+            ranks(1)(check, recipe=recipe_for(tiny, long, folder, chat_template=chat), num_fewshot=shots)[0]
+            for shots in (None, 3)
+        ]
+        for chat in (True, False)
+    }
 
 
 @pytest.mark.parametrize(
-    ("world_size", "mode"), [(1, "sharded"), (2, "gathered"), (2, "sharded"), (4, "auto")]
+    ("world_size", "mode", "chat"),
+    [
+        (1, "sharded", True),
+        (1, "gathered", False),
+        (2, "gathered", True),
+        (2, "sharded", True),
+        (2, "sharded", False),
+        (4, "auto", True),
+    ],
 )
-def test_scores_are_those_of_stock_lm_eval(ranks, tiny, tmp_path, stock, world_size, mode):
-    """Every document once, the same prompts and answers, zero-shot and with examples."""
-    recipe = recipe_for(tiny, tmp_path, mode=mode, manual_fewshot=[3])
+def test_scores_are_those_of_stock_lm_eval(ranks, tiny, long, tmp_path, stock, world_size, mode, chat):
+    """Every document once, the same prompts and, bit for bit, the same answers, zero-shot and in turns."""
+    recipe = recipe_for(tiny, long, tmp_path, mode=mode, manual_fewshot=[3], chat_template=chat)
     results = ranks(world_size)(evaluation_checks.check_evaluation, recipe=recipe)
     assert results[1:] == [None] * (world_size - 1)
     assert [each["document"]["label"] for each in results[0]] == ["before", "before-3shot"]
-    for got, wanted in zip(results[0], stock, strict=True):
-        is_same_to_the_last_document(got, wanted)
+    for got, wanted in zip(results[0], stock[chat], strict=True):
+        assert got["samples"] == wanted["samples"] and got["results"] == wanted["results"]
         assert got["document"]["settings"]["mode"] == ("gathered" if mode == "auto" else mode)
+        documents = {task: [number for number, *_ in rows] for task, rows in got["samples"].items()}
+        assert documents == {task: list(range(NUM_DOCUMENTS)) for task in TASKS}
+    prompts = [got["samples"]["long_choice"][0][1][0][0] for got in results[0]]  # one token a byte
+    assert 341 < len(prompts[0]) < len(prompts[1]) < POSITIONS and ("<s>" in prompts[0]) == chat
 
 
-def is_same_to_the_last_document(got, wanted):
-    assert got["results"].keys() == wanted["results"].keys() == set(TASKS)
-    for task, values in wanted["results"].items():
-        for key in METRICS:
-            got_value = got["results"][task].get(key)
-            assert got_value == (pytest.approx(values[key], rel=1e-6) if key in values else None)
-        ours, theirs = got["samples"][task], wanted["samples"][task]
-        assert [doc for doc, *_ in ours] == [doc for doc, *_ in theirs] == list(range(13))
-        for (_, prompt, answer), (_, wanted_prompt, wanted_answer) in zip(ours, theirs, strict=True):
-            assert prompt == wanted_prompt
-            assert flatten(answer) == pytest.approx(flatten(wanted_answer), abs=1e-4)
+def test_what_happened_is_counted(ranks, tiny, tmp_path):
+    """Prompts that 256 positions do not hold, answers that the limit of tokens ends; from the cache, too."""
+    rows = [{"prompt": "x" * length, "response": "y"} for length in (10, 251, 252, 253, 400)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"test": str(tmp_path / "rows.jsonl")}
+    task = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+    task |= {"doc_to_text": "{{prompt}}", "doc_to_target": "abcd", "target_delimiter": ""}
+    settings = {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 4}}
+    for name, more in (("long_generate", settings), ("long_likelihood", {})):
+        own = {"task": name, **task, **ANSWERS[name], **more}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(own))
+    section = {"tasks": ["long_generate", "long_likelihood"], "include_path": str(tmp_path), "batch_size": 2}
+    recipe = make_recipe(tiny, tmp_path, eval={**section, "chat_template": False})
+    base = {"adapter": None, "of": str(tmp_path)}
+    for is_cached in (False, True):
+        ((scored,), _) = ranks(2)(evaluation_checks.check_evaluation, recipe=recipe, of=base)
+        document = scored["document"]
+        assert document["cached"] == is_cached
+        counted = [note.split(" ")[:4] for note in document["notes"]]
+        assert counted == [
+            ["long_generate:", "2", "of", "5"],  # 253 and 400: 252 leave room for 4
+            ["long_likelihood:", "1", "of", "5"],  # 400: one token more than 256 is predicted, not read
+            ["long_generate:", "5", "of", "5"],
+        ]
 
 
-def flatten(value):
-    if isinstance(value, list | tuple):
-        return [leaf for item in value for leaf in flatten(item)]
-    return [value] if isinstance(value, str) else [float(value)]
+def test_answers_that_cannot_be_kept_are_not_lost(ranks, tiny, long, tmp_path):
+    recipe = recipe_for(tiny, long, tmp_path, tasks=["long_choice"])
+    answers = Path(os.environ["SPEFT_DS_CACHE"]) / "answers"
+    if answers.exists():
+        answers.rename(tmp_path / "answers")
+    answers.write_text("no folder")
+    try:
+        ((scored,), _) = ranks(2)(evaluation_checks.check_evaluation, recipe=recipe, of={"adapter": None})
+    finally:
+        answers.unlink()
+    (note,) = scored["document"]["notes"]
+    assert str(answers) in note and scored["results"]["long_choice"]["acc,none"] >= 0

@@ -319,5 +319,6 @@ def open_folder(recipe: Recipe, start: Start) -> run_dir.Lock:
     starts = [*before.get("starts", []), {"step": step, "world_size": world_size()}]
     own_id = start.checkpoint.manifest["run_id"] if start.checkpoint and not forked else uuid.uuid4().hex
     facts = {"run_id": before.get("run_id") or own_id, "finished": False}
-    run_dir.write_facts(folder, {**facts, "starts": starts, "versions": versions()})
+    facts |= {"recipe": before.get("recipe") or recipe.name, "starts": starts, "versions": versions()}
+    run_dir.write_facts(folder, facts)
     return lock

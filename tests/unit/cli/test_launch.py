@@ -10,8 +10,9 @@ import pytest
 
 from speft_ds.cli import launch
 from speft_ds.cli.start_ranks import find_deepspeed
+from speft_ds.config.deepspeed_config import read_ds_config
 from speft_ds.config.load_recipe import ROOT
-from speft_ds.errors import UserError
+from speft_ds.errors import RecipeError, UserError
 from unit.written import write_inputs
 
 
@@ -100,6 +101,38 @@ def test_a_run_is_evaluated_under_its_own_name_and_in_its_folder(with_job, tmp_p
     assert launch.main("evaluate", launch.parse_arguments("evaluate", "")) == 0
     recipe, adapter = job.call_args.args
     assert (recipe.name, recipe.output_dir, adapter) == ("first", str(folder), folder / "adapter")
+
+
+GONE = """
+mask: {load: gone/mask.safetensors, targets: [odd], calibration_path: gone.jsonl}
+deepspeed: {config: gone/ds.json}
+eval: {tasks: [mine], include_path: gone, data_dir: gone, forgetting_text: gone.txt, validation: gone.jsonl}
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "problems"),
+    [
+        ([], 0),
+        (["eval.include_path=typo"], 1),  # what is asked for now is looked for
+        (["deepspeed.config=typo.json", "eval.data_dir=typo"], 2),
+    ],
+)
+def test_a_finished_run_is_scored_without_what_it_was_made_from(with_job, tmp_path, words, problems):
+    folder, job = tmp_path / "runs" / "first", mock.Mock()
+    (folder / "adapter").mkdir(parents=True)
+    own = (tmp_path / "mine.yaml").read_text() + GONE
+    (folder / "recipe.yaml").write_text(own)
+    (tmp_path / "rows.jsonl").unlink()
+    with_job("evaluate", job, "--run", str(folder), *words)
+    arguments = launch.parse_arguments("evaluate", "")
+    if problems:
+        with pytest.raises(RecipeError) as caught:
+            launch.checked_start("evaluate", arguments)
+        assert len(caught.value.problems) == problems
+    else:
+        recipe, _ = launch.checked_start("evaluate", arguments)
+        assert recipe.mask.load is recipe.mask.targets is None and not read_ds_config(recipe)[1]
 
 
 @pytest.mark.parametrize(

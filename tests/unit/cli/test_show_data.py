@@ -1,5 +1,7 @@
 """`speft data`: what the rows of a recipe look like to the model."""
 
+import json
+
 import pytest
 import tiny as made
 import yaml
@@ -19,3 +21,28 @@ def test_rows_lengths_and_steps_are_shown(tiny, tmp_path, capsys, monkeypatch, p
     assert "<s>say ant </s><s>[[ant 0</s>]]" in out and "4 steps of 8" in out
     assert ("packs" in out) == packing
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def pair(response):
+    return json.dumps({"prompt": "a", "response": response})
+
+
+@pytest.mark.parametrize("select", [{}, {"select": "longest", "select_rows": 1}])
+def test_rows_that_are_left_out_are_listed_by_line(tiny, tmp_path, capsys, monkeypatch, select):
+    rows, empty, long = pair("b"), pair(" "), pair("b" * 999)
+    (tmp_path / "a.jsonl").write_text("\n".join([rows, empty, "", rows]))
+    (tmp_path / "b.jsonl").write_text("\n".join([long, rows]))
+    data = {"path": f"{tmp_path}/[ab].jsonl", "empty_rows": "drop", **select}
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump(made.recipe_values(tiny, data=data)))
+    assert run(monkeypatch, "data", str(recipe), "--left-out") == 0
+    places = [line.partition(": ") for line in capsys.readouterr().out.splitlines()]
+    left_out = [where for where, mark, _ in places if mark]
+    assert left_out == [f"{tmp_path}/a.jsonl:2", f"{tmp_path}/b.jsonl:1"]
+
+
+def test_what_the_checks_find_is_found(tiny, tmp_path, capsys, monkeypatch):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump(made.recipe_values(tiny)))
+    assert run(monkeypatch, "data", str(recipe), "data.split=test") == 2
+    assert "data.split=train" in capsys.readouterr().err

@@ -53,8 +53,11 @@ def use(folder):
     (folder / "run.json").write_text("{}")
 
 
+QUIET = ["--log_level", "warning"]
+
+
 def script(job, recipe):
-    return ["--master_port", "4711", str(ROOT / "launch" / f"{job}.py"), "--recipe", recipe]
+    return ["--master_port", "4711", *QUIET, str(ROOT / "launch" / f"{job}.py"), "--recipe", recipe]
 
 
 TRAIN, SCORE = [*script("train", "quickstart"), "output_dir=runs/quickstart"], script("score", "mine.yaml")
@@ -78,6 +81,12 @@ def test_the_launchers_command_line(launched, tmp_path, typed, gpus, expected):
     assert command == ["deepspeed", *expected] and code == 0
     assert env.get("DS_ACCELERATOR") == (os.environ.get("DS_ACCELERATOR") if gpus else "cpu")
     assert env["PATH"].split(os.pathsep)[0] == os.path.dirname(sys.executable)
+
+
+@pytest.mark.parametrize("typed", ["quickstart", "score mine.yaml"])
+def test_deepspeeds_own_lines_are_shown_where_they_are_asked_for(launched, typed):
+    quiet, verbose = launched(typed)[0], launched(f"{typed} --verbose")[0]
+    assert verbose == [word for word in quiet if word not in QUIET]
 
 
 def test_ranks_that_cannot_share_the_batch_are_refused(launched, capsys):

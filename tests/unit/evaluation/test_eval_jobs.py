@@ -27,7 +27,19 @@ def test_every_baseline_before_and_what_can_change_after():
     assert [job.label for job in jobs_of(ALL, "after")] == ["after", "after-format-1", "after-format-2"]
 
 
-@pytest.mark.parametrize(("limit", "fewer", "scored"), [(9, 4, 4), (9, 20, 9), (None, 4, 4), (9, None, 9)])
+@pytest.mark.parametrize(
+    ("limit", "fewer", "scored"),
+    [
+        (9, 4, 4),
+        (9, 20, 9),
+        (None, 4, 4),
+        (9, None, 9),
+        (0.5, 0.1, 0.1),
+        (0.1, 0.5, 0.1),
+        (0.1, 4, 4),  # nobody knows which is less
+        (9, 0.1, 0.1),
+    ],
+)
 def test_baselines_are_scored_on_fewer_documents_never_on_more(limit, fewer, scored):
     recipe = ALL.model_copy(update={"limit": limit, "manual_fewshot_limit": fewer})
     limits = {job.kind: job.limit for job in jobs_of(recipe, "before")}
@@ -46,6 +58,20 @@ def test_jobs_apart_from_a_run():
     assert extra_jobs(ALL, Path("runs/a/adapter")) == [EvalJob(label, "extra", ("a", "b"), 2, 9), *formats]
     for adapter, label in ((None, "base-x_y"), (Path("adapters/before"), "adapter-before-x_y")):
         assert [job.label for job in extra_jobs(EvalConfig(tasks=["x/y"]), adapter)] == [label]
+
+
+@pytest.mark.parametrize(
+    ("typed", "limit"), [(3, 3), (3.0, 3), (0.1, 0.1), ("1e-1", 0.1), (1.0, 1), (None, None)]
+)
+def test_a_limit_is_a_number_or_a_share_as_in_lm_eval(typed, limit):
+    found = EvalConfig(tasks=["a"], limit=typed).limit
+    assert found == limit and type(found) is type(limit)
+
+
+@pytest.mark.parametrize("typed", [0, -1, 0.0, -0.5, 1.5, "many", float("nan"), float("inf"), True])
+def test_any_other_limit_is_refused(typed):
+    with pytest.raises(pydantic.ValidationError, match="limit"):
+        EvalConfig(tasks=["a"], limit=typed)
 
 
 @pytest.mark.parametrize("idle", [{"manual_fewshot": [1]}, {"format_spread": 2}, {"slice": 5}])

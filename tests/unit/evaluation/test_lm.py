@@ -3,35 +3,42 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lm_eval.models.utils import Collator
 
-from speft_ds.evaluation.lm import ResponseCache, make_batches, read_responses
+from speft_ds.evaluation.lm import ResponseCache, likelihood_batches, make_batches, read_responses
+
+TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=4)
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 30), st.integers(0, 6), st.sampled_from("ab"))),
-    st.integers(1, 5),
-    st.integers(20, 90),
-)
-def test_every_request_is_in_one_batch(requests, batch_size, max_tokens):
-    batches = make_batches(
+@given(st.lists(st.tuples(st.none(), TOKENS, TOKENS)), st.integers(1, 5))
+def test_likelihoods_are_batched_as_lm_eval_does(requests, batch_size):
+    batches = likelihood_batches(requests, batch_size)
+    assert sorted(position for batch in batches for position, _ in batch) == list(range(len(requests)))
+    assert [stock_forwards([r for _, r in batch], batch_size) for batch in batches] == [
+        [forward] for forward in stock_forwards(requests, batch_size)
+    ]
+
+
+def stock_forwards(requests, batch_size):
+    """The batches of requests that lm-eval runs, each for all that share its forward."""
+    collator = Collator(
         requests,
-        batch_size,
-        order=lambda request: -request[0],
-        length=lambda request: request[0],
-        forward=lambda request: request,
-        settings=lambda request: request[2],
-        max_tokens=max_tokens,
+        sort_fn=lambda request: (-len(request[1] + request[2]), tuple(request[1] + request[2])),
+        group_by="contexts",
+        group_fn=lambda request: request[1] + request[2][:-1],
+    )
+    return list(collator.get_batched(n=batch_size))
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from("ab"))), st.integers(1, 5))
+def test_requests_of_unlike_settings_are_never_in_one_batch(requests, batch_size):
+    batches = make_batches(
+        requests, batch_size, order=lambda request: -request[0], settings=lambda request: request[1]
     )
     assert sorted(position for batch in batches for position, _ in batch) == list(range(len(requests)))
-    forwards = [{request for _, request in batch} for batch in batches]
-    assert sum(map(len, forwards)) == len(set(requests))  # equal requests are in one batch
-    assert all(len({request[2] for request in each}) == 1 for each in forwards)
-    longest = [max(length for length, _, _ in each) for each in forwards]
-    settings = [min(name for _, _, name in each) for each in forwards]
-    in_order = sorted(zip(settings, longest, strict=True), key=lambda batch: (batch[0], -batch[1]))
-    assert list(zip(settings, longest, strict=True)) == in_order
-    for each, length in zip(forwards, longest, strict=True):
-        assert len(each) <= batch_size and (len(each) == 1 or len(each) * length <= max_tokens)
+    assert all(len({name for _, (_, name) in batch}) == 1 and len(batch) <= batch_size for batch in batches)
+    in_order = [request for batch in batches for _, request in batch]
+    assert in_order == sorted(requests, key=lambda request: (request[1], -request[0]))
 
 
 def test_without_more_said_every_request_is_a_forward():

@@ -6,7 +6,7 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from speft_ds.errors import UserError
-from speft_ds.evaluation.tasks import _local_copy, find_tasks, local_data
+from speft_ds.evaluation.tasks import _local_copy, find_tasks, load_tasks, local_data
 
 QUIZ = {
     "task": "quiz",
@@ -58,6 +58,33 @@ def test_data_that_are_nowhere_are_said_with_the_way_to_get_them(tmp_path, monke
         load(tmp_path)
     assert caught.value.where == "eval.data_dir"
     assert f"someone/quiz --local-dir {tmp_path}/hub/someone/quiz" in caught.value.fix
+
+
+def test_files_that_a_task_names_are_asked_for_not_the_hub(tmp_path):
+    files = {"dataset_path": "json", "dataset_kwargs": {"data_files": str(tmp_path / "gone.jsonl")}}
+    task = {**QUIZ, **files, "dataset_name": None, "validation_split": "train"}
+    (tmp_path / "quiz.yaml").write_text(yaml.safe_dump(task))
+    with local_data(None), pytest.raises(UserError, match=r"gone\.jsonl") as caught:
+        load_tasks(find_tasks(["quiz"], str(tmp_path)), ["quiz"])
+    assert caught.value.where == "eval.tasks" and "hf download" not in caught.value.fix
+
+
+@pytest.mark.parametrize("scored", ["validation_split", "test_split"])
+def test_a_copy_without_the_split_to_score_is_refused(tmp_path, scored):
+    with pytest.raises(UserError, match="quiz") as caught:
+        load(tmp_path, "train", "test", scored=scored)
+    assert caught.value.where == "eval.tasks" and "train, test" in caught.value.fix
+
+
+def test_a_task_that_is_scored_twice_is_refused(tmp_path):
+    load(tmp_path, "train", "validation")
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["quiz"]}))
+    manager = find_tasks(["quiz", "both"], str(tmp_path))
+    with local_data(str(tmp_path / "hub")):
+        assert list(load_tasks(manager, ["both"])) == list(load_tasks(manager, ["quiz", "quiz"])) == ["quiz"]
+        with pytest.raises(UserError) as caught:
+            load_tasks(manager, ["quiz", "both"])
+    assert caught.value.where == "eval.tasks"
 
 
 def test_an_unknown_task_is_refused():

@@ -12,7 +12,7 @@ from unit.written import problems_of
 MISSING = {  # a word that is wrong -> the jobs that look at it
     "model.name_or_path=./nowhere": {"train", "score", "evaluate"},
     "deepspeed.config=nowhere": {"train", "score", "evaluate"},
-    "mask.load=nowhere": {"train", "score", "evaluate"},
+    "mask.load=nowhere": {"train", "score"},
     "data.path=nowhere.jsonl": {"train", "score"},
     "mask.calibration_path=nowhere.jsonl": {"train", "score"},
     "data.max_length=9999": {"train", "score"},

@@ -42,17 +42,33 @@ def labels(runs):
 
 def test_runs_that_differ_only_in_their_seed_are_one_group(runs, tmp_path):
     assert labels(runs) == ["grad", "snip-0 (3 seeds)", "dense"]
-    assert labels([make_run(tmp_path / name) for name in "ab"]) == ["a (2 runs)"]  # of one seed
+    again = [make_run(tmp_path / name) for name in "ab"]
+    assert labels(again) == ["a (2 runs of 1 seed)"]
+    assert labels([*again, make_run(tmp_path / "c", seed=1)]) == ["a (3 runs of 2 seeds)"]
+
+
+def test_runs_of_one_seed_are_one_seed(tmp_path):
+    """They say nothing of how far seeds are apart, and do not count twice in the mean."""
+    key = ("arc_easy", "acc", "none")
+    again = [read_run(make_run(tmp_path / name, gain=gain)) for name, gain in (("a", 0.1), ("b", 0.3))]
+    (group,) = grouped(again)
+    found = group.mean_score(key)
+    assert found.value == pytest.approx(0.41 + 0.2) and (found.deviation, found.num_seeds) == (None, 1)
+    assert found.error == found.stderr and "sd" not in str(found)
+    (group,) = grouped([*again, read_run(make_run(tmp_path / "c", gain=0.4, seed=1))])
+    found = group.mean_score(key)
+    assert found.value == pytest.approx(0.41 + (0.2 + 0.4) / 2) and found.num_seeds == 2
+    assert found.deviation == pytest.approx(stdev([0.61, 0.81]))
 
 
 def test_mean_and_deviation_against_pythons_own():
     values = [0.41 + gain for gain in GAINS]
     pairs = zip(values, (0.02, 0.03, 0.04), strict=True)
-    found = mean_score([Score(**score("t", value, error)) for value, error in pairs])
-    assert (found.value, found.deviation, found.num_runs) == (mean(values), stdev(values), 3)
+    found = mean_score([[Score(**score("t", value, error))] for value, error in pairs])
+    assert (found.value, found.deviation, found.num_seeds) == (mean(values), stdev(values), 3)
     assert found.stderr == pytest.approx(0.03)
     assert found.error == pytest.approx((0.03**2 + stdev(values) ** 2 / 3) ** 0.5)
-    assert mean_score([Score(**score("t", 0.5, None))]).error is None
+    assert mean_score([[Score(**score("t", 0.5, None))]]).error is None
     assert mean_score([]) is None
 
 

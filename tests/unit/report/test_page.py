@@ -125,7 +125,25 @@ def test_the_table_at_the_end_has_scores_and_sizes(finished, capsys, monkeypatch
     assert all([what, *cells] in rows for what, cells in figures.items())
     assert figures["arc_easy acc"][0] == "61.0%" and "+20.0 points ± 3.1" in figures["arc_easy acc"][1]
     assert figures["trained entries"][0] == "720" and "60.0%" in figures["mask changes"][1]
+    number, how = figures["training rows"]
+    assert number == "1,000" and all(
+        text in how for text in ("1,050", "30 empty", "20 too long", "0.96 epochs")
+    )
     assert figures["peak memory per rank"][0] == "514.00 MiB" and figures["total time"][0] == "6 min 50 s"
+    assert figures["- training"] == ("4 min 20 s", "63%") and "- selecting the mask" not in figures
+    assert not [what for what in figures if "sent" in what]  # of the report
+
+
+def test_what_happened_in_scoring_is_in_the_table_and_in_the_report(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    for label in ("before", "after"):
+        document = json.loads((run / "eval" / f"{label}.json").read_text())
+        write_json(run / "eval" / f"{label}.json", {**document, "notes": ["arc_easy: 3 of 9 were cut"]})
+    print_summary(run)
+    assert capsys.readouterr().out.count("arc_easy: 3 of 9 were cut") == 1
+    write_report(run)
+    assert len(page_of(run).attributes("li", "class")) == 1
+    assert "after, before: arc_easy: 3 of 9 were cut" in page_of(run).text
 
 
 # What is missing or damaged

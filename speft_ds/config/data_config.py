@@ -1,7 +1,8 @@
 """The `data` section: which rows, in what format, and how they become sequences."""
 
+from datetime import date
 from string import Formatter
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -17,6 +18,12 @@ COLUMNS = {  # of each format
     "text": ("text",),
     "classification": ("text", "label"),
 }
+
+OWN_ARGUMENTS = {  # of apply_chat_template, which the rows or tokenising decide
+    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
+    "continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding",
+    "truncation", "max_length", "tokenizer_kwargs", "sanitize_control_tokens", "strftime_now",
+}  # fmt: skip
 
 
 def template_fields(template: str) -> list[str]:
@@ -48,6 +55,13 @@ def _readable_template(value: str) -> str:
 
 
 Template = Annotated[Text, AfterValidator(_readable_template)]
+
+
+def _readable_date(value: str) -> str:
+    try:
+        return date.fromisoformat(value).isoformat()
+    except ValueError:
+        raise broken_rule(f"{value!r} is no date", "like 2026-01-31") from None
 
 
 def _format_is(*names: str) -> Needs:
@@ -124,6 +138,15 @@ class DataConfig(ConfigSection):
         ),
     ] = True
     """wrap prompt and response in the tokenizer's chat template"""
+    chat_template_kwargs: Annotated[dict[str, Any], Field(default_factory=dict)]
+    """options for the chat template, like {enable_thinking: false}"""
+    system: str | None = None
+    """of conversations without a system prompt, '' for none; null: what the chat template writes by itself"""
+    turns: Literal["auto", "each", "last", "together"] = "auto"
+    """rows of a conversation: each turn of the assistant, the last alone, all together; auto: together if
+    the chat template writes a conversation's start alike when it goes on, each otherwise"""
+    date: Annotated[str, AfterValidator(_readable_date)] | None = None
+    """what chat templates take for today, like 2026-01-31; null: the day on which the run began"""
     labels: Annotated[Annotated[list[Text], Field(min_length=2)] | None, _format_is("classification")] = None
     """format classification: the classes in order; null: found in the rows"""
     max_length: Annotated[int, Field(ge=8)] = 1024
@@ -160,6 +183,22 @@ class DataConfig(ConfigSection):
                 fix = f"its columns are {', '.join(COLUMNS[chosen])}; or set data.format"
                 what = f"data.columns.{name} has no effect with data.format={chosen}"
                 raise broken_rule(what, fix, key=f"data.columns.{name}")
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _are_options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if own := sorted(value.keys() & OWN_ARGUMENTS):
+            what = f"data.chat_template_kwargs.{own[0]} is not for the recipe to give"
+            raise broken_rule(what, "remove it; tools and documents are columns of the rows")
+        return value
+
+    @field_validator("system")
+    @classmethod
+    def _has_a_chat_template(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and not info.data.get("chat_template", True) and not info.data.get("mixture"):
+            what = "data.system has no effect with data.chat_template=false"
+            raise broken_rule(what, "remove it, or data.chat_template=true")
         return value
 
     @field_validator("template_no_input")

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import date
 from importlib.metadata import version
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,24 @@ from tqdm import tqdm
 from speft_ds import hub
 from speft_ds.config.data_config import DataConfig, Source
 from speft_ds.config.recipe import Recipe
+from speft_ds.data.chat_template import writes_date
+from speft_ds.data.conversations import EmptyRow, Example
 from speft_ds.data.dataset import Row, TokenizedDataset, first_fit, write_dataset
-from speft_ds.data.formats import Classes, EmptyRow, Example, find_classes, make_example
+from speft_ds.data.formats import Classes, find_classes, make_example
 from speft_ds.data.readers import Located, ask_datasets, hash_file, hash_files, is_hub_dataset, iterate_rows
-from speft_ds.data.tokenize import CUT_PROMPT, CUT_RESPONSE, NO_LABELS, TOO_LONG, Encoder
+from speft_ds.data.tokenize import (
+    CUT_PROMPT,
+    CUT_RESPONSE,
+    NO_LABELS,
+    TOO_LONG,
+    Encoder,
+    batches,
+    stop_ids,
+)
 from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
 
-FORMAT_VERSION = "2"  # of the file, and of what tokenising does: another version is another key
-BATCH = 1000  # rows tokenised in one call, on all cores
+FORMAT_VERSION = "3"  # of the file, and of what tokenising does: another version is another key
 NUM_SAMPLES = 3  # rows kept as text, to be shown
 EMPTY, NOT_SELECTED = "empty, left out", "not selected"
 COUNTED = ("rows", EMPTY, NO_LABELS, CUT_PROMPT, CUT_RESPONSE, TOO_LONG, NOT_SELECTED)
@@ -62,6 +73,15 @@ class DatasetSpec:
         classify = recipe.model.task == "sequence_classification"
         return cls(recipe.data, recipe.model.name_or_path, classify, recipe.seed, recipe.where_rows)
 
+    @property
+    def date(self) -> date:
+        """What chat templates take for today."""
+        return date.fromisoformat(self.data.date) if self.data.date else date.today()
+
+    def encoder(self, tokenizer: Any) -> Encoder:
+        """What makes its rows."""
+        return Encoder(tokenizer, self.data, stop_ids(tokenizer, self.model), self.date)
+
     def path(self) -> Path:
         """The file that keeps the dataset, named by a hash of all that decides what is in it.
 
@@ -72,7 +92,8 @@ class DatasetSpec:
         parts = [
             FORMAT_VERSION,
             *(version(name) for name in ("transformers", "tokenizers")),
-            data.model_dump(mode="json", exclude={"path", "mixture"}),
+            data.model_dump(mode="json", exclude={"path", "mixture", "date"}),
+            self.date.isoformat() if writes_date(hub.model_folder(self.model)) else None,
             [source.model_dump(mode="json", exclude={"path", "weight"}) for source in data.sources],
             self.classify,
             self.seed if data.select == "random" else None,
@@ -139,7 +160,7 @@ def prepare(
         find_scorer(spec.data.scorer)  # the same
     path = spec.path()
     if cached := find_cached(path):  # in a folder that may be shared, and not writable
-        return cached
+        return _told(cached, log)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The rename at the end of writing makes it safe; the lock saves the others from doing the same work.
@@ -150,7 +171,13 @@ def prepare(
     except OSError as error:
         fix = "free space, or set SPEFT_DS_CACHE to a folder on another disk"
         raise UserError(f"cannot write the tokenised rows: {error}", str(path.parent), fix) from error
-    return TokenizedDataset(path)
+    return _told(TokenizedDataset(path), log)
+
+
+def _told(dataset: TokenizedDataset, log: Callable[[str], None]) -> TokenizedDataset:
+    for note in dataset.facts["notes"]:
+        log(f"note: {note}")
+    return dataset
 
 
 @dataclass
@@ -165,8 +192,8 @@ class _SourceRows:
 def make_dataset(spec: DatasetSpec, tokenizer: Any, path: Path) -> None:
     """Read, tokenise, select and pack the rows, and write them to `path`."""
     data, classes = spec.data, classes_of(spec.data)
-    encoder = Encoder(tokenizer, data.max_length, data.long_rows)
-    sources = [_tokenize_source(spec, number, encoder, classes) for number in range(len(data.sources))]
+    encoder, forms = spec.encoder(tokenizer), Counter()
+    sources = [_tokenize_source(spec, number, encoder, classes, forms) for number in range(len(data.sources))]
     if data.select != "all":
         _select(sources, spec)
     for number, source in enumerate(sources):
@@ -179,9 +206,17 @@ def make_dataset(spec: DatasetSpec, tokenizer: Any, path: Path) -> None:
     facts = {
         "sources": [source.counts for source in sources],
         "classes": classes.names if classes else None,
+        "notes": [*(f"{form}: {number:,} rows" for form, number in forms.items()), *encoder.turns.notes()],
+        "end_of_turn": _ends(sources, tokenizer),
         "samples": [row.as_text(tokenizer) for row in sources[0].rows[:NUM_SAMPLES]],
     }
     write_dataset(path, [source.rows for source in sources], packs, facts)
+
+
+def _ends(sources: list[_SourceRows], tokenizer: Any) -> dict[str, int]:
+    """The label tokens that rows end with, as text, and how many rows do."""
+    ends = Counter(int(row.ids[-1]) for source in sources for row in source.rows if row.loss_mask[-1])
+    return {tokenizer.convert_ids_to_tokens(token): number for token, number in ends.most_common(5)}
 
 
 def classes_of(data: DataConfig) -> Classes | None:
@@ -195,21 +230,23 @@ def classes_of(data: DataConfig) -> Classes | None:
 
 
 def _tokenize_source(
-    spec: DatasetSpec, number: int, encoder: Encoder, classes: Classes | None
+    spec: DatasetSpec, number: int, encoder: Encoder, classes: Classes | None, forms: Counter
 ) -> _SourceRows:
     source, done = spec.data.sources[number], _SourceRows([], [], dict.fromkeys(COUNTED, 0))
     rows = tqdm(iterate_rows(source), desc=source.path, unit=" rows", disable=not sys.stderr.isatty())
     examples = _make_examples(rows, source, spec, classes, done.counts)
-    while batch := list(islice(examples, BATCH)):
-        for (_, example), (row, change) in zip(batch, encoder.encode(batch), strict=True):
-            if change:
-                done.counts[change] += 1
-            if row is not None:
-                # A list of Python integers would take nine times the memory.
-                ids, loss_mask = np.asarray(row.ids, np.int32), np.asarray(row.loss_mask)
-                done.rows.append(replace(row, ids=ids, loss_mask=loss_mask))
-                if spec.data.select == "ifd":
-                    done.texts.append(_prompt_and_response(example))
+    for batch in batches(examples):
+        for (_, example), encoded in zip(batch, encoder.encode(batch), strict=True):
+            forms.update([example.form] if example.form else [])
+            for row, change, end in encoded:
+                if change:
+                    done.counts[change] += 1
+                if row is not None:
+                    # A list of Python integers would take nine times the memory.
+                    ids, loss_mask = np.asarray(row.ids, np.int32), np.asarray(row.loss_mask)
+                    done.rows.append(replace(row, ids=ids, loss_mask=loss_mask))
+                    if spec.data.select == "ifd":
+                        done.texts.append(_prompt_and_response(example, end))
     if not done.counts["rows"]:
         raise UserError(f"{source.path} has no rows", spec.where(number), "write at least one row into it")
     return done
@@ -228,9 +265,16 @@ def _make_examples(
             counts[EMPTY] += 1
 
 
-def _prompt_and_response(example: Example) -> tuple[str, str]:
-    *before, last = example.turns
-    return "".join(turn["content"] + "\n" for turn in before), last["content"]
+def _prompt_and_response(example: Example, end: int) -> tuple[str, str]:
+    *before, last = (_written(turn) for turn in example.turns[: end + 1])
+    return "".join(text + "\n" for text in before), last
+
+
+def _written(turn: dict) -> str:
+    """What a scorer reads of a turn."""
+    content, calls = turn.get("content") or "", turn.get("tool_calls")
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return text + (json.dumps(calls, ensure_ascii=False) if calls else "")
 
 
 def _select(sources: list[_SourceRows], spec: DatasetSpec) -> None:

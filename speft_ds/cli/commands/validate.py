@@ -20,7 +20,8 @@ from speft_ds.cli.options import Overrides, Ranks, RecipeName
 from speft_ds.cli.start_ranks import count_gpus, default_ranks
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.config.recipe import FIELDS, Recipe
-from speft_ds.data.formats import EmptyRow, make_example
+from speft_ds.data.conversations import EmptyRow
+from speft_ds.data.formats import make_example
 from speft_ds.data.readers import iterate_rows
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.jobs.preflight import CHECKS, resolve_offline
@@ -70,11 +71,11 @@ def gpus_found(recipe: Recipe, num_ranks: int) -> Found:
 
 def rows_found(recipe: Recipe, num_ranks: int) -> Found:
     """The first rows of each source as the model sees them."""
-    from speft_ds.data.dataset_cache import classes_of  # late: they import numpy
-    from speft_ds.data.tokenize import Encoder, load_tokenizer
+    from speft_ds.data.dataset_cache import DatasetSpec, classes_of  # late: they import numpy
+    from speft_ds.data.tokenize import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
-    encoder = Encoder(tokenizer, recipe.data.max_length, recipe.data.long_rows)
+    encoder = DatasetSpec.from_recipe(recipe).encoder(tokenizer)
     classes, classify = classes_of(recipe.data), recipe.model.task == "sequence_classification"
     examples = []
     for source in recipe.data.sources:
@@ -84,10 +85,10 @@ def rows_found(recipe: Recipe, num_ranks: int) -> Found:
             except EmptyRow:
                 if recipe.data.empty_rows == "refuse":
                     raise
-    rows = [row for row, _ in encoder.encode(examples) if row is not None]
+    rows = [made.row for some in encoder.encode(examples) for made in some if made.row is not None]
     if not rows:
         return NOTE, "the first rows are all left out: speft data tells why"
-    lines = ["the first ones; [[trained on]]"]
+    lines = ["the first ones; [[trained on]]", *(f"note: {note}" for note in encoder.turns.notes())]
     for number, row in enumerate(rows, 1):
         text = "".join(f"[[{part}]]" if is_label else part for part, is_label in row.as_text(tokenizer))
         lines.append(f"row {number}, {len(row.ids)} tokens: {text}")

@@ -1,5 +1,7 @@
 """What is in a dataset: rows, packs, classes, and what became of the rows that were read."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import tiny
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from speft_ds.config.data_config import Columns, DataConfig, Source
 from speft_ds.data.dataset import Row, first_fit, pack
+from speft_ds.data.tokenize import batches
 from unit.data.made import make, pairs, refusal, shown, without_chat, write
 
 
@@ -134,6 +137,6 @@ def test_no_row_left(tmp_path, model):
 def test_more_rows_than_are_tokenised_at_once(tmp_path, model, monkeypatch):
     path = write(tmp_path / "rows.jsonl", pairs(*(f"row {n}" for n in range(25))))
     at_once = make(without_chat(path), model)
-    monkeypatch.setattr("speft_ds.data.dataset_cache.BATCH", 4)
+    monkeypatch.setattr("speft_ds.data.dataset_cache.batches", partial(batches, num_characters=20))
     parts = make(without_chat(path, max_length=100), model)
     assert parts.path != at_once.path and list(parts) == list(at_once) and len(parts) == 25

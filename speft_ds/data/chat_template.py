@@ -281,7 +281,7 @@ def text_of(turn: Message) -> str:
 
 def _with_text_arguments(turns: list[Message]) -> list[Message]:
     def as_text(call: dict) -> dict:
-        arguments = call["function"]["arguments"]
+        arguments = call["function"].get("arguments", {})
         written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         return {**call, "function": {**call["function"], "arguments": written}}
 

@@ -91,11 +91,12 @@ def read_conversation(row: dict, columns: Sequence[str], where: str, source: Sou
         start = len(turns)
         for message in raw:
             turn, is_trained, form = _message(message, len(turns) + 1, where)
-            untrained |= set() if is_trained else {len(turns)}
+            untrained |= {len(turns)} if turn["role"] == "assistant" and not is_trained else set()
             turns.append(turn)
             forms += [form] if form else []
     if len(columns) > 1:
-        untrained |= set(range(start))  # what the assistant says in a prompt was given
+        # What the assistant says in a prompt was given.
+        untrained |= {number for number in range(start) if turns[number]["role"] == "assistant"}
     system = row.get("system")
     if isinstance(system, str) and system.strip() and turns and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": encodable(system, where)})
@@ -190,10 +191,11 @@ def _set_calls(turn: Message, number: int, where: str) -> None:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             fix = '{"type": "function", "function": {"name": "...", "arguments": {...}}}'
             raise UserError(f"message {number} calls a tool without naming it", where, fix)
-        arguments = function.get("arguments", {})
-        function = {**function, "arguments": _as_object(arguments)}
-        own = {} if "function" not in call else {k: v for k, v in call.items() if v is not None}
-        turn["tool_calls"].append({"type": "function", **own, "function": function})
+        if "arguments" in function:
+            function = {**function, "arguments": _as_object(function["arguments"])}
+        own = {key: value for key, value in call.items() if value is not None} if "function" in call else {}
+        kind = {} if "type" in own else {"type": "function"}
+        turn["tool_calls"].append({**kind, **own, "function": function})  # in the row's order
 
 
 def _as_object(arguments: Any) -> Any:

@@ -146,14 +146,22 @@ class Encoder:
             UserError: see `Turns.rows`.
         """
         rendered = [self._rendered(example, where) for where, example in examples]
-        windows = [window for rows in rendered for row in rows for window in self._windows(row.pieces)]
-        texts = list(dict.fromkeys(text for window in windows for text in window))
-        ids = dict(zip(texts, self._ids(texts) if texts else [], strict=True))
-        made = [
-            [self._row(row, self._split(row.pieces, ids), example) for row in rows]
-            for rows, (_, example) in zip(rendered, examples, strict=True)
-        ]
-        return [rows or [Encoded(None, NO_LABELS)] for rows in made]
+        split = self._split(rendered)
+        if self.data.turns == "auto":
+            # With a token over a border inside a conversation, later turns would not see what they do alone.
+            apart = [n for n, rows in enumerate(split) if any(not is_clean for _, is_clean in rows)]
+            for number in apart:
+                where, example = examples[number]
+                rendered[number] = self.turns.rows(example, where, is_apart=True)
+            for number, rows in zip(apart, self._split([rendered[n] for n in apart]), strict=True):
+                split[number] = rows
+        made = []
+        for rows, pieces, (_, example) in zip(rendered, split, examples, strict=True):
+            if rows:
+                self.turns.count(rows)
+            encoded = [self._row(row, ids, example) for row, (ids, _) in zip(rows, pieces, strict=True)]
+            made.append(encoded or [Encoded(None, NO_LABELS)])
+        return made
 
     def _rendered(self, example: Example, where: str) -> list[Rendered]:
         if example.is_chat:
@@ -204,15 +212,30 @@ class Encoder:
                 last = found.start()
             before = before[last:]
 
-    def _split(self, pieces: Pieces, ids: dict[str, list[int]]) -> list[list[int]]:
-        """The ids of each piece."""
-        split = []
-        for (text, _), (before, upto) in zip(pieces, self._windows(pieces), strict=True):
+    def _split(self, rendered: list[list[Rendered]]) -> list[list[tuple[list[list[int]], bool]]]:
+        """For each text the ids of its pieces, and whether no token stretches over a border inside it.
+
+        The last border does not count: there a prompt ends at inference, too.
+        """
+        windows = [[list(self._windows(row.pieces)) for row in rows] for rows in rendered]
+        texts = list(dict.fromkeys(t for rows in windows for row in rows for window in row for t in window))
+        ids = dict(zip(texts, self._ids(texts) if texts else [], strict=True))
+        return [
+            [self._cut(row.pieces, own, ids) for row, own in zip(rows, some, strict=True)]
+            for rows, some in zip(rendered, windows, strict=True)
+        ]
+
+    def _cut(
+        self, pieces: Pieces, windows: list[tuple[str, str]], ids: dict[str, list[int]]
+    ) -> tuple[list[list[int]], bool]:
+        cut, clean = [], []
+        for (text, _), (before, upto) in zip(pieces, windows, strict=True):
             # A token that would stretch over the border belongs to neither: then the piece stands alone.
             num_before = len(ids[before])
-            is_clean = ids[upto][:num_before] == ids[before]
-            split.append(ids[upto][num_before:] if is_clean else self._continued(text))
-        return split
+            clean.append(ids[upto][:num_before] == ids[before])
+            cut.append(ids[upto][num_before:] if clean[-1] else self._continued(text))
+        last = max((number for number, (_, is_label) in enumerate(pieces) if is_label), default=0)
+        return cut, all(clean[:last])
 
     def _continued(self, text: str) -> list[int]:
         """Ids of a text that follows another: without the space that some tokenizers put before a text."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from speft_ds.data.chat_template import ChatTemplate, text_of
@@ -27,11 +27,13 @@ class Rendered:
     Attributes:
         pieces: it, cut where the loss begins and ends.
         end: number of the turn, as the row has them, that it ends with.
+        num_turns: how many of the assistant's turns are learnt in it.
         is_marked: the template itself marks what the assistant generates: the loss is on that and no more.
     """
 
     pieces: Pieces
     end: int = 0
+    num_turns: int = 1
     is_marked: bool = False
 
 
@@ -46,9 +48,12 @@ class Turns:
     template: ChatTemplate
     num_rows: Counter = field(default_factory=Counter)  # (together?, what: conversations or rows) -> number
 
-    def rows(self, example: Example, where: str) -> list[Rendered]:
+    def rows(self, example: Example, where: str, is_apart: bool = False) -> list[Rendered]:
         """The texts of an example; empty where there is nothing to learn.
 
+        Args:
+            where: it stands, for errors.
+            is_apart: with `data.turns=auto`, one text per turn in any case.
         Raises:
             UserError: the template refuses the row, leaves a part of it out, or does not separate a prompt
                 from its response; `data.turns=together` with a template that cannot do that.
@@ -62,30 +67,31 @@ class Turns:
         if not trained:
             return []
         how, pieces = self.template.data.turns, None
-        if how in ("auto", "together") and len(trained) > 1:
+        if how in ("auto", "together") and len(trained) > 1 and not is_apart:
             pieces = talk.in_one(trained)
             if pieces is None and how == "together":
                 what = "the chat template writes a conversation's start otherwise once it goes on"
                 fix = "data.turns=auto, which makes a row of every turn of the assistant"
                 raise UserError(f"{what}: it cannot be one row", where, fix)
         if pieces is not None:
-            rows = [talk.marked(pieces, trained[-1])]
-        else:
-            rows = [talk.of_turn(number) for number in (trained[-1:] if how == "last" else trained)]
-        if len(trained) > 1:
-            self.num_rows.update(
-                {(pieces is not None, "conversations"): 1, (pieces is not None, "rows"): len(rows)}
-            )
-        return rows
+            return [replace(talk.marked(pieces, trained[-1]), num_turns=len(trained))]
+        return [talk.of_turn(number) for number in (trained[-1:] if how == "last" else trained)]
+
+    def count(self, rows: list[Rendered]) -> None:
+        """Count the rows that a conversation became, for the notes."""
+        is_one = rows[0].num_turns > 1
+        if is_one or len(rows) > 1:
+            self.num_rows[is_one, "conversations"] += 1
+            self.num_rows[is_one, "rows"] += len(rows)
 
     def notes(self) -> list[str]:
         """What a user should know of the rows so far, a line each."""
         how, lines = self.template.data.turns, []
         for is_one in (True, False):
             if number := self.num_rows[is_one, "conversations"]:
-                why = "the last turn alone" if how == "last" else "one per turn of the assistant"
+                why = "one per turn of the assistant"
                 if how == "auto":
-                    why += ": the chat template writes a conversation's start otherwise once it goes on"
+                    why += ": in one, the model would not read all of them as at inference"
                 rows = (
                     f"{number:,} conversations of several turns make {self.num_rows[is_one, 'rows']:,} rows"
                 )

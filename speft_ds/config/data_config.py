@@ -83,7 +83,7 @@ class Columns(ConfigSection):
     response: Text = "response"
     """format prompt_completion: the response"""
     messages: Text = "messages"
-    """format messages: a list of {role, content}"""
+    """format messages: a conversation, as a list of {role, content}"""
     text: Text = "text"
     """formats text and classification: the text"""
     label: Text = "label"
@@ -138,7 +138,7 @@ class DataConfig(ConfigSection):
         ),
     ] = True
     """wrap prompt and response in the tokenizer's chat template"""
-    chat_template_kwargs: Annotated[dict[str, Any], Field(default_factory=dict)]
+    chat_template_kwargs: dict[str, Any] | None = None
     """options for the chat template, like {enable_thinking: false}"""
     system: str | None = None
     """of conversations without a system prompt, '' for none; null: what the chat template writes by itself"""
@@ -187,18 +187,18 @@ class DataConfig(ConfigSection):
 
     @field_validator("chat_template_kwargs")
     @classmethod
-    def _are_options(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if own := sorted(value.keys() & OWN_ARGUMENTS):
+    def _are_options(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if own := sorted((value or {}).keys() & OWN_ARGUMENTS):
             what = f"data.chat_template_kwargs.{own[0]} is not for the recipe to give"
             raise broken_rule(what, "remove it; tools and documents are columns of the rows")
         return value
 
-    @field_validator("system")
+    @field_validator("system", "chat_template_kwargs")
     @classmethod
-    def _has_a_chat_template(cls, value: str | None, info: ValidationInfo) -> str | None:
+    def _has_a_chat_template(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None and not info.data.get("chat_template", True) and not info.data.get("mixture"):
-            what = "data.system has no effect with data.chat_template=false"
-            raise broken_rule(what, "remove it, or data.chat_template=true")
+            what = f"data.{info.field_name} has no effect with data.chat_template=false"
+            raise broken_rule(what, f"data.chat_template=true, or data.{info.field_name}=null")
         return value
 
     @field_validator("template_no_input")

@@ -111,7 +111,7 @@ class ChatTemplate:
         return spans
 
     def _options(self, example: Example | None) -> dict[str, Any]:
-        return {"documents": getattr(example, "documents", None), **self.data.chat_template_kwargs}
+        return {"documents": getattr(example, "documents", None), **(self.data.chat_template_kwargs or {})}
 
     def _written(self, tools: list[dict] | None) -> str:
         """The template, with the date of the run in place of today's."""
@@ -151,7 +151,7 @@ class ChatTemplate:
             fix = "data.chat_template=false"
             raise UserError("the tokenizer has no chat template", "data.chat_template", fix)
         template = self._written(None)
-        for name in self.data.chat_template_kwargs:
+        for name in self.data.chat_template_kwargs or ():
             if not re.search(rf"\b{re.escape(name)}\b", template):
                 what = f"the chat template reads no option {name!r}"
                 raise UserError(what, "data.chat_template_kwargs", f"remove {name}, or correct its name")

@@ -159,7 +159,7 @@ class _Conversation:
     def _by_thinking(self, number: int) -> Pieces | None:
         """The pieces where the template separates them for a model that thinks, or one that does not."""
         option = "enable_thinking"
-        if option in self.template.data.chat_template_kwargs:
+        if option in (self.template.data.chat_template_kwargs or ()):
             return None
         thinks = any(self.turns[number].get(name) for name in REASONING)
         prompt, spoken = (

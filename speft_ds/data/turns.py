@@ -92,9 +92,8 @@ class Turns:
                 why = "one per turn of the assistant"
                 if how == "auto":
                     why += ": in one, the model would not read all of them as at inference"
-                rows = (
-                    f"{number:,} conversations of several turns make {self.num_rows[is_one, 'rows']:,} rows"
-                )
+                num_rows = self.num_rows[is_one, "rows"]
+                rows = f"{number:,} conversations of several turns make {num_rows:,} rows"
                 lines.append(f"data.turns={how}: {rows}, {'all turns together' if is_one else why}")
         return [*lines, *self.template.notes()]
 
@@ -130,11 +129,9 @@ class _Conversation:
             return self.marked([(prompt, False), (spoken[len(prompt) :], True)], number)
         pieces = self._behind_thought(prompt, spoken, number) or self._by_thinking(number)
         if pieces is None:
-            what = (
-                f"the chat template's prompt ends with {prompt[-40:]!r}, and it writes no answer behind that"
-            )
+            what = f"the chat template writes no answer behind its prompt, which ends with {prompt[-40:]!r}"
             fix = "data.chat_template_kwargs that suit the rows, or another chat template"
-            raise UserError(f"{what}: the response cannot be told from the prompt", self.where, fix)
+            raise UserError(what, self.where, fix)
         return Rendered(pieces, number - self.shift)
 
     def _behind_thought(self, prompt: str, spoken: str, number: int) -> Pieces | None:
@@ -145,15 +142,16 @@ class _Conversation:
         if tag >= 0 and ">" not in prompt[tag:shared]:
             shared = tag  # two tags that begin alike
         opened, rest, turn = prompt[shared:], spoken[shared:], self.turns[number]
-        if opened.strip() == "<think>":
+        if opened.strip() not in ("", "<think>"):
+            return None
+        if prompt.rstrip().endswith("<think>"):
             inline = _THOUGHT.search(text_of(turn))
             thought = next((turn[name] for name in REASONING if turn.get(name)), inline and inline[1])
             self.template.mark_read(REASONING)
-            rest = f"{thought.strip() if thought else ''}\n</think>\n\n{rest.lstrip()}"
-        elif opened.strip():
-            return None
-        what = "the chat template's prompt opens a thought, which it does not write so in finished turns: "
-        self.template.said["thought"] = f"{what}rows close it, as a model has to"
+            closing = "" if rest.lstrip().startswith("</think>") else "\n</think>\n\n"
+            rest = f"{thought.strip() if thought else ''}{closing}{rest.lstrip()}"
+        what = "the chat template's prompt is not how it begins a finished turn: rows have that prompt"
+        self.template.said["prompt"] = f"{what}, and close the thought that it opens"
         return [(prompt, False), (rest, True)]
 
     def _by_thinking(self, number: int) -> Pieces | None:

@@ -170,6 +170,33 @@ def test_what_a_template_reads_not_is_said_once_by_name(styled):
     assert "userann" in reads_name.decode(rows[0].ids) and len(notes) == 1 and "'mood'" in notes[0]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "turn", "written"),
+    [
+        ("<think>", "</think>", "two and two</think>4"),  # the end of a thought that finished turns leave out
+        ("<think>\n", "", "two and two\n</think>\n\n4"),
+        ("<think>\n", "<think></think>", "two and two</think>4"),
+        ("\n", "", "4"),
+    ],
+)
+def test_a_prompt_that_finished_turns_do_not_begin_with(styled, prompt, turn, written):
+    tokenizer = copy.deepcopy(styled["qwen2.5"])
+    template = tokenizer.chat_template.replace(
+        "assistant\n{{ m.content }}", "assistant\n" + turn + "{{ m.content }}"
+    )
+    tokenizer.chat_template = template.replace(
+        "assistant\n{% endif", "assistant\n{{ '" + prompt + "' }}{% endif"
+    )
+    for thought, expected in (("two and two", written), ("", written.replace("two and two", ""))):
+        talk = [THINKING[0], {**THINKING[1], "reasoning_content": thought}]
+        (row,), notes = encode(tokenizer, talk)
+        start = ids_of(tokenizer, at_inference(tokenizer, talk[:1], add_generation_prompt=True))
+        assert (
+            row.ids[: len(start)] == start and labels(tokenizer, row, len(start)) == f"{expected}<|im_end|>"
+        )
+        assert any("prompt" in note for note in notes)
+
+
 # data.turns
 
 

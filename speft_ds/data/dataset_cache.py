@@ -41,7 +41,7 @@ from speft_ds.data.tokenize import (
 from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
 
-FORMAT_VERSION = "3"  # of the file, and of what tokenising does: another version is another key
+FORMAT_VERSION = "4"  # of the file, and of what tokenising does: another version is another key
 NUM_SAMPLES = 3  # rows kept as text, to be shown
 EMPTY, NOT_SELECTED = "empty, left out", "not selected"
 COUNTED = ("rows", EMPTY, NO_LABELS, CUT_PROMPT, CUT_RESPONSE, TOO_LONG, NOT_SELECTED)

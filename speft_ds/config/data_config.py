@@ -143,8 +143,7 @@ class DataConfig(ConfigSection):
     system: str | None = None
     """of conversations without a system prompt, '' for none; null: what the chat template writes by itself"""
     turns: Literal["auto", "each", "last", "together"] = "auto"
-    """rows of a conversation: each turn of the assistant, the last alone, all together; auto: together if
-    the chat template writes a conversation's start alike when it goes on, each otherwise"""
+    """rows of a conversation: each turn of the assistant, the last, all together; auto: together or each"""
     date: Annotated[str, AfterValidator(_readable_date)] | None = None
     """what chat templates take for today, like 2026-01-31; null: the day on which the run began"""
     labels: Annotated[Annotated[list[Text], Field(min_length=2)] | None, _format_is("classification")] = None

@@ -16,7 +16,7 @@ from speft_ds.config.section import rules_of
 from speft_ds.errors import UserError
 
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-TYPES = {"integer": "integer", "number": "number", "string": "text"}
+TYPES = {"integer": "integer", "number": "number", "string": "text", "object": "keys and values"}
 
 
 def schema(

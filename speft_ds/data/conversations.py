@@ -57,13 +57,15 @@ def conversation_columns(row: dict, source: Source) -> Sequence[str]:
     named, prompt = source.columns, source.columns.prompt
     if source.format not in ("messages", "prompt_completion") or source.template is not None:
         return ()
-    completion = next((name for name in (named.response, COMPLETION) if name in row), None)
-    if completion is not None and isinstance(row.get(prompt), list | tuple):
-        return prompt, completion
     if source.format == "messages" and named.messages in row:
         return (named.messages,)
-    # Only where the recipe names no column: a name with a typing error is not to be replaced by another.
-    if named not in (Columns(), Columns(input=None)) or (source.format != "messages" and prompt in row):
+    # Where the recipe names a column, one with a typing error is not to be replaced by another.
+    is_named = named not in (Columns(), Columns(input=None))
+    completion = next((name for name in (named.response, COMPLETION) if name in row), None)
+    is_pair = completion is not None and isinstance(row.get(prompt), list | tuple)
+    if is_pair and not (is_named and source.format == "messages"):
+        return prompt, completion
+    if is_named or (source.format != "messages" and prompt in row):
         return ()
     return tuple(name for name in COLUMNS if name in row)[:1]
 
@@ -80,36 +82,38 @@ def read_conversation(row: dict, columns: Sequence[str], where: str, source: Sou
         raise UserError(what, where, "data.chat_template=true")
     if row.get("images") or row.get("image"):
         raise UserError("the row has images", where, "train on rows of text alone")
-    found = [_list_of_objects(row[name], name, where) for name in columns]
-    forms = [form for _, form in found if form] + (["prompt and completion"] if len(columns) > 1 else [])
-    if len(columns) == 1 and columns[0] != source.columns.messages:
-        forms.insert(0, f"column {columns[0]}")
-    elif source.format != "messages" and len(columns) == 1:
-        forms.insert(0, "messages")
-    turns, untrained, start = [], set(), 0
-    for raw, _ in found:
-        start = len(turns)
+    turns, untrained, forms = [], set(), _forms(columns, source)
+    for column in columns:
+        # What the assistant says in a prompt was given.
+        untrained |= {number for number, turn in enumerate(turns) if turn["role"] == "assistant"}
+        raw, form = _list_of_objects(row[column], column, where, is_completion=bool(turns))
+        forms.append(form)
         for message in raw:
             turn, is_trained, form = _message(message, len(turns) + 1, where)
             untrained |= {len(turns)} if turn["role"] == "assistant" and not is_trained else set()
             turns.append(turn)
-            forms += [form] if form else []
-    if len(columns) > 1:
-        # What the assistant says in a prompt was given.
-        untrained |= {number for number in range(start) if turns[number]["role"] == "assistant"}
-    system = row.get("system")
-    if isinstance(system, str) and system.strip() and turns and turns[0]["role"] != "system":
-        turns.insert(0, {"role": "system", "content": encodable(system, where)})
-        untrained = {number + 1 for number in untrained}
-        forms.append("column system")
+            forms.append(form)
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
     if not any(says_something(turn) for turn in turns if turn["role"] == "assistant"):
         raise EmptyRow("the conversation has nothing that an assistant says", where, COMPLETE)
     _check_order(turns, where)
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": encodable(system, where)})
+        untrained = {number + 1 for number in untrained}
+        forms.append("column system")
     tools, documents = (_objects(row.get(name), name, where) for name in ("tools", "documents"))
-    form = ", ".join(dict.fromkeys(forms)) or None
+    form = ", ".join(dict.fromkeys(filter(None, forms))) or None
     return Example(turns, True, None, frozenset(untrained), tools, documents, form)
+
+
+def _forms(columns: Sequence[str], source: Source) -> list[str | None]:
+    """What is to be said of the columns, where they are not those of the format."""
+    if len(columns) > 1:
+        return ["prompt and completion"]
+    is_usual = source.format == "messages" and columns[0] == source.columns.messages
+    return [] if is_usual else [f"column {columns[0]}"]
 
 
 def says_something(turn: Message) -> bool:
@@ -119,12 +123,14 @@ def says_something(turn: Message) -> bool:
     return has_content or bool(turn.get("tool_calls")) or any(turn.get(name) for name in REASONING)
 
 
-def _list_of_objects(value: Any, column: str, where: str) -> tuple[list[dict], str | None]:
+def _list_of_objects(
+    value: Any, column: str, where: str, is_completion: bool
+) -> tuple[list[dict], str | None]:
     """Messages as a list, and the form that they are written in, if it is not that of `messages`."""
     form = None
     if value is None or value != value or (isinstance(value, str) and not value.strip()):
         raise EmptyRow(f"the row has an empty {column!r}", where, COMPLETE)
-    if column == COMPLETION and isinstance(value, str):
+    if is_completion and isinstance(value, str):
         return [{"role": "assistant", "content": value}], form
     if isinstance(value, str):
         value, form = _from_json(value, column, where), "JSON text"

@@ -60,6 +60,7 @@ FORMS = {
     "prompt and completion": {"prompt": TALK[:1], "completion": TALK[1:]},
     "prompt and response": {"prompt": TALK[:1], "response": TALK[1:]},
     "completion as text": {"prompt": TALK[:1], "completion": "world"},
+    "response as text": {"prompt": TALK[:1], "response": "world"},
     "fields without a value": {"messages": [{**turn, "tool_calls": None, "name": None} for turn in TALK]},
     "tuples": {"messages": tuple(TALK)},
 }
@@ -88,6 +89,9 @@ def test_named_columns_are_taken_and_no_others():
     assert example({"chat": TALK, "messages": CALLS}, **chat).turns == TALK
     (error,) = check_columns({"messages": TALK}, HERE, source(**chat))
     assert "data.columns.messages" in error.fix
+    assert check_columns({"prompt": TALK[:1], "completion": TALK[1:]}, HERE, source(**chat))
+    both = {"messages": CALLS, "prompt": TALK[:1], "completion": TALK[1:]}
+    assert example(both).turns == CALLS
     columns = {"prompt": "ask", "response": "answer"}
     assert example({"ask": TALK[:1], "answer": TALK[1:]}, columns=columns).turns == TALK
     assert check_columns({"messages": TALK}, HERE, source(columns=columns))
@@ -117,6 +121,8 @@ def test_the_roles_of_sharegpt():
     assert found.turns[0]["content"] == "be kind" and found.tools is None
     (call,) = found.turns[2]["tool_calls"]
     assert call["function"] == CALL["function"] and "content" not in found.turns[2]
+    error = refused({"conversations": [*SHAREGPT[:1], *SHAREGPT], "system": "be kind"})
+    assert "messages 1 and 2" in error.what  # as the row counts them
     masked = example({"conversations": [SHAREGPT[0], {**SHAREGPT[1], "weight": 0}], "system": "be kind"})
     assert masked.untrained == {2}
 

@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test test-ranks test-others lint clean
+.PHONY: quickstart test test-ranks test-others sweep lint clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/speft quickstart $(ARGS)
@@ -15,6 +15,9 @@ else
 	$(VENV)/bin/python -m pytest $(ARGS)
 endif
 
+# Tests start hundreds of processes, each of which would compile the package anew where this is set.
+export PYTHONDONTWRITEBYTECODE =
+
 # Two at a time: tests that run on ranks keep both cores busy only now and then. The launcher's port is one a
 # machine, so all that start it are on one side; of the rest, these make up for the difference.
 BESIDE := $(patsubst %,tests/distributed/test_%.py,gradient optimizers plan salience schedules)
@@ -24,6 +27,10 @@ test-ranks:
 
 test-others:
 	$(VENV)/bin/python -m pytest tests/unit tests/slurm $(BESIDE)
+
+# Every family of models, which takes half an hour; writes the table of docs/models.md.
+sweep: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -s tests/sweep
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/lint-imports

@@ -27,7 +27,8 @@ from markdown import print_table  # noqa: E402
 
 from speft_ds.env import machine_facts, versions  # noqa: E402
 from speft_ds.io import write_json  # noqa: E402
-from speft_ds.sparse.kernels.backends import available_backends, make_backend  # noqa: E402
+from speft_ds.sparse.kernels.backends import make_backend  # noqa: E402
+from speft_ds.sparse.kernels.triton_backends import is_available  # noqa: E402
 
 SHAPES = [(192, 576), (576, 576), (1536, 576), (576, 1536), (2048, 2048), (5632, 2048), (2048, 5632)]
 GPU_SHAPES = [(4096, 4096), (11008, 4096), (5120, 5120), (13824, 5120), (14336, 4096), (8192, 8192)]
@@ -45,6 +46,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, default=ROOT / "runs" / "benchmarks" / "kernels.json")
     return parser.parse_args()
+
+
+def available_backends(device: torch.device) -> list[str]:
+    """Those that can compute the entries of any mask on this device."""
+    if device.type == "cpu":
+        return ["dense", "sampled"]
+    return ["dense", "element"] if is_available() else ["dense"]
 
 
 def milliseconds(

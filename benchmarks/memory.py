@@ -25,7 +25,7 @@ from markdown import print_table  # noqa: E402
 
 from speft_ds.config.recipe import Recipe  # noqa: E402
 from speft_ds.io import write_json  # noqa: E402
-from speft_ds.tools.plan.geometry import geometry_file  # noqa: E402
+from speft_ds.tools.plan.geometry import GEOMETRIES_DIR  # noqa: E402
 from speft_ds.tools.plan.make_plan import make_plan  # noqa: E402
 from speft_ds.tools.plan.memory_model import GIB, PROCESS, total  # noqa: E402
 
@@ -52,7 +52,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def config_of(depth: int) -> dict:
-    config = json.loads(geometry_file(MODEL).read_text(encoding="utf-8"))
+    file = GEOMETRIES_DIR / f"{MODEL.replace('/', '--')}.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
     return {**config, "num_hidden_layers": depth}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from speft_ds.env import cache_folder
 from speft_ds.errors import UserError, did_you_mean
 from speft_ds.tools.plan.geometry import config_file, list_geometries
-from speft_ds.tools.quickstart.smollm2 import NAME, is_ready
+from speft_ds.tools.quickstart import NAME, is_ready
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
@@ -71,7 +71,7 @@ def config_of(name: str) -> dict:
         heads, of_keys, tied = HEADS[name]
         own = {"num_attention_heads": heads, "num_key_value_heads": of_keys, "tie_word_embeddings": tied}
         return LLAMA | SIZES[name] | own
-    file, _ = config_file(name)
+    file = config_file(name)
     if file is None:
         known = [*SIZES, *list_geometries()]
         raise UserError(f"there is no geometry {name}", "--geometry", did_you_mean(name, known))

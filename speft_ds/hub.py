@@ -97,8 +97,10 @@ def model_folder(name_or_path: str) -> Path | None:
 
 
 def missing_weights(folder: Path) -> list[str]:
-    """Files of weights that a model folder should have and has not."""
+    """Files of weights that a model folder should have and has not, of those that transformers would read."""
     for kind in WEIGHT_FILES:
+        if (folder / kind).is_file():
+            return []
         index = folder / f"{kind}.index.json"
         if index.is_file():
             try:
@@ -106,7 +108,7 @@ def missing_weights(folder: Path) -> list[str]:
             except (OSError, ValueError, KeyError, AttributeError):
                 return [f"a readable {index.name}"]
             return [shard for shard in shards if not (folder / shard).is_file()]
-    return [] if any((folder / kind).is_file() for kind in WEIGHT_FILES) else [WEIGHT_FILES[0]]
+    return [WEIGHT_FILES[0]]
 
 
 def has_dataset(name: str) -> bool:

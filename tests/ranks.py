@@ -39,20 +39,11 @@ def serve(rank: int, world_size: int, port: int, pipe, stack_path: str) -> None:
         check, arguments = job
         try:
             pipe.send((True, check(**arguments)))
-        except BaseException as error:
-            # Errors that tests look at travel as themselves, next to the text that people look at.
-            pipe.send((False, (error, traceback.format_exc())))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
 
 
 FAILED_S = 60  # for the other ranks to fail in, once one has; what they do then is short
-
-
-class RankFailure(AssertionError):
-    """A check failed on some rank; `errors` has each rank's exception or None."""
-
-    def __init__(self, text: str, errors: list[BaseException | None]):
-        super().__init__(text)
-        self.errors = errors
 
 
 class Ranks:
@@ -93,12 +84,11 @@ class Ranks:
         if all(ok for ok, _ in answers):
             return [value for _, value in answers]
         self.stop()
-        errors = [None if ok else value[0] for ok, value in answers]
-        text = "\n".join(f"rank {r}:\n{value[1]}" for r, (ok, value) in enumerate(answers) if not ok)
-        raise RankFailure(text, errors)
+        failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        raise AssertionError("\n".join(failed))
 
     def _collect(self) -> list[tuple]:
-        """By rank: (True, value), or (False, (exception, text)); a rank that hangs says where it stands."""
+        """By rank: (True, value), or (False, text); a rank that hangs says where it stands."""
         answers: dict[int, tuple] = {}
         deadline = time.monotonic() + HANG_S
         while len(answers) < self.world_size and time.monotonic() < deadline:
@@ -113,11 +103,10 @@ class Ranks:
     def _receive(self, rank: int) -> tuple:
         try:
             return self.pipes[rank].recv()
-        except EOFError as error:
-            return False, (error, "the process died")
+        except EOFError:
+            return False, "the process died"
 
     def _hanging(self, rank: int) -> tuple:
         os.kill(self.processes[rank].pid, signal.SIGUSR1)
         time.sleep(0.5)
-        problem = f"no answer; it stands at\n{self.stacks[rank].read_text()}"
-        return False, (TimeoutError(problem), problem)
+        return False, f"no answer; it stands at\n{self.stacks[rank].read_text()}"

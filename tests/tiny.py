@@ -45,29 +45,28 @@ def read_rows(path: Path) -> list:
     return rows
 
 
-def make_model(folder: Path, tied: bool = False, seed: int = 0, attention_bias: bool = False) -> Path:
+def make_model(folder: Path, tied: bool = False, seed: int = 0, **config) -> Path:
     """A two-layer fp32 Llama checkpoint: grouped-query attention, odd sizes (35 wide, 53 in the MLP)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=35,
-        intermediate_size=53,
-        num_hidden_layers=2,
-        num_attention_heads=5,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        attention_bias=attention_bias,
-        initializer_range=0.1,
-        eos_token_id=257,
-        bos_token_id=256,
-        pad_token_id=258,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 35,
+        "intermediate_size": 53,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.1,
+        "eos_token_id": 257,
+        "bos_token_id": 256,
+        "pad_token_id": 258,
+    }
+    LlamaForCausalLM(LlamaConfig(**{**sizes, **config})).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 

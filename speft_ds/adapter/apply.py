@@ -5,6 +5,7 @@ The model keeps the base's values that the active adapter replaces, so nothing i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,6 +161,11 @@ def _check_base(model: nn.Module, adapter: Adapter) -> None:
     dtype = adapter.facts["dtype"]
     if any(map(is_sharded, model.parameters())):
         raise UserError("the model is sharded by ZeRO-3", "apply_adapter", "load it without DeepSpeed")
+    if away := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        what = f"{len(away)} weights of the model are offloaded, or have no values: {away[0]}"
+        raise UserError(
+            what, "apply_adapter", "load it without device_map, or speft merge and load the merged model"
+        )
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
     if dtypes != {dtype}:
         what = f"the adapter was trained on {dtype} weights, the model has {', '.join(sorted(dtypes))}"
@@ -184,7 +190,8 @@ def check_weights(adapter: Adapter, shape: dict[str, tuple[int, ...]]) -> None:
             fix = f"load the base by AutoModelForSequenceClassification, num_labels={expected[0]}"
             raise UserError(what, str(adapter.folder), fix)
     for name, expected in adapter.shape.items():
-        if shape.get(name) != expected:
+        # A stack of experts is seen as one matrix.
+        if name not in shape or (math.prod(shape[name][:-1]), shape[name][-1]) != expected:
             has = f"of shape {shape[name]}" if name in shape else "not there"
             what = f"the adapter is for another model: {name} is {has}, it changes one of {expected}"
             raise UserError(what, str(adapter.folder), f"load {adapter.facts['base']}")

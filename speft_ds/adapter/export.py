@@ -128,6 +128,13 @@ def _summands(adapter: Adapter, base: str | Path | None) -> tuple[dict[str, Entr
         return {name: adapter.entries(name) for name in adapter.names}, None
     checkpoint = PretrainedCheckpoint(str(base or adapter.facts["base"]), adapter.num_classes)
     check_weights(adapter, checkpoint.shape)
+    for name in adapter.names:
+        if not isinstance(checkpoint.model.get_submodule(name.removesuffix(".weight")), torch.nn.Linear):
+            what, fix = (
+                f"PEFT trains linear layers only, and {name} is of another",
+                "speft merge, or apply_adapter",
+            )
+            raise UserError(what, str(adapter.folder), fix)
     dtype = DTYPES[adapter.facts["dtype"]]
     seen, read = Fingerprint(checkpoint.shape, dtype), checkpoint.reader(dtype)
     summands, num_missed = {}, 0

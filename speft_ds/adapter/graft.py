@@ -147,7 +147,7 @@ def _survey(pair: TunedPair) -> tuple[dict, Grafted]:
         "dtype": str(pair.dtype).removeprefix("torch."),
         "fingerprint": exact.hexdigest(),
         "fingerprint_bfloat16": rounded.hexdigest(),
-        "shapes": {name: list(shape[name]) for name in pair.targets},
+        "shapes": {name: [math.prod(shape[name][:-1]), shape[name][-1]] for name in pair.targets},
     }
     return facts, report
 

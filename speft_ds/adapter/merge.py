@@ -251,9 +251,12 @@ def _config(job: Merge) -> dict:
 
 
 def _copy_others(base: Path, folder: Path) -> None:
-    """Copy the tokenizer, generation settings, code and other small files that are not written yet."""
-    for path in sorted(base.iterdir()):
-        wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(LEFT_OUT)
-        if wanted and path.stat().st_size <= LARGEST_OTHER and not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
-            flush_to_disk(folder / path.name)
+    """Copy what is not written yet, of subfolders too: tokenizer, processor, templates, settings, code."""
+    for path in sorted(base.rglob("*")):
+        name = path.relative_to(base)
+        is_hidden = any(part.startswith(".") for part in name.parts)
+        wanted = path.is_file() and not is_hidden and not path.name.endswith(LEFT_OUT)
+        if wanted and path.stat().st_size <= LARGEST_OTHER and not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+            flush_to_disk(folder / name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from speft_ds.adapter.apply import another_base
 from speft_ds.adapter.format import FLOATS, Adapter
 from speft_ds.config.model_config import HEAD
 from speft_ds.errors import UserError
+from speft_ds.io import same_bits
 from speft_ds.model.fingerprint import element_hash
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -53,14 +54,17 @@ class PretrainedCheckpoint:
             self._auto_class, self._options = AutoModelForSequenceClassification, {"num_labels": num_classes}
         try:
             self.config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-            self.model = self._on_meta()
             if missing := hub.missing_weights(self.folder):
                 raise ValueError(f"it lacks {', '.join(missing)}")
             self._files = {file: safe_open(self.folder / file, framework="pt") for file in self._file_names()}
+            self.file_of = {key: file for file, opened in self._files.items() for key in opened.keys()}  # noqa: SIM118
+            self.model = self._on_meta()
+            if self._holds_another_head():  # than the configuration says; transformers goes by the files, too
+                self._options["tie_word_embeddings"] = False
+                self.model = self._on_meta()
         except (OSError, ValueError, SafetensorError) as error:
             raise _unreadable(self.folder, error) from error
         self.shape = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
-        self.file_of = {key: file for file, opened in self._files.items() for key in opened.keys()}  # noqa: SIM118
         self.weight: dict[str, str] = {}
         self.problem = self._find_weights()
 
@@ -90,7 +94,7 @@ class PretrainedCheckpoint:
             UserError: transformers cannot load it.
         """
         folder, options = folder or self.folder, self._options
-        if options:
+        if "num_labels" in options:
             options = options | {"ignore_mismatched_sizes": True}  # of the head, which is the adapter's
         try:
             return self._auto_class.from_pretrained(folder, dtype=dtype, **options)
@@ -115,18 +119,27 @@ class PretrainedCheckpoint:
             raise ValueError(f"{INDEX} names a file in another folder: {odd[0]!r}")
         return names
 
+    def _stored_weights(self) -> Iterator[tuple[str, list[str]]]:
+        """(name, keys in the files) of every weight; several keys where it is tied and stored twice."""
+        # A decoder's checkpoint omits this.
+        prefix = f"{self.model.base_model_prefix}."
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        for group in names.values():
+            stored_as = dict.fromkeys(k for n in group for k in (n, n.removeprefix(prefix)))
+            yield group[0], [key for key in stored_as if key in self.file_of]
+
+    def _holds_another_head(self) -> bool:
+        """Whether a weight that is tied is stored with several values."""
+        tied = [keys for _, keys in self._stored_weights() if len(keys) > 1]
+        return any(not same_bits(self.read(keys[0]), self.read(key)) for keys in tied for key in keys[1:])
+
     def _find_weights(self) -> str | None:
         """Fill `weight`; returns the problem, if there is one."""
         if not self._files:
             return "its weights are not in safetensors files"
-        # A decoder's checkpoint omits this.
-        prefix = f"{self.model.base_model_prefix}."
-        names: dict[int, list[str]] = {}  # of one weight, where it is tied
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        for first, *others in names.values():
-            stored_as = dict.fromkeys(k for n in (first, *others) for k in (n, n.removeprefix(prefix)))
-            keys = [key for key in stored_as if key in self.file_of]
+        for first, keys in self._stored_weights():
             if not keys and first != HEAD:
                 return f"its files have no {first}: its keys are converted as it loads"
             for key in keys:

@@ -1,5 +1,6 @@
 """The `speft` command: its commands, their arguments, their help. Imports no torch."""
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from speft_ds.cli.commands import adapters
+from speft_ds.cli.commands.new_recipe import new
 from speft_ds.cli.commands.recipes import cp, ls, show
 from speft_ds.cli.commands.schema_reference import schema
 from speft_ds.cli.commands.submit import submit
@@ -34,8 +36,12 @@ def command(*lines: str):
 command("speft ls", "COLUMNS=200 speft ls")(ls)
 command("speft show quickstart", "speft show quickstart optimizer.lr=5e-4 --plain")(show)
 command("speft cp quickstart mine.yaml", "speft cp smollm2_135m_static mine.yaml --force")(cp)
+command(
+    "speft new my_recipe.yaml --data faq.csv --model ./SmolLM2-135M-Instruct",
+    "speft new my_recipe.yaml --data rows.jsonl --model owner/name --prompt title --response body",
+)(new)
 command("speft schema mask.schedule", "speft schema mask", "speft schema --json > recipe.json")(schema)
-command("speft validate quickstart", "speft validate quickstart mask.density=0.01 --ranks 2")(validate)
+command("speft validate quickstart", "speft validate quickstart mask.density=0.01 --ranks 2 --all")(validate)
 
 
 @command(
@@ -59,14 +65,17 @@ def plan(
 
     Each number comes with its arithmetic. Needs the model's configuration, not its weights, and no GPU.
     """
-    from speft_ds.tools.plan.make_plan import make_plan, print_plan  # late: it may import torch
+    loaded = load_recipe(recipe, overrides or [])  # a typo should not wait for torch
+    from speft_ds.tools.plan.make_plan import make_plan, print_plan
 
-    print_plan(
-        make_plan(load_recipe(recipe, overrides or []), world, gpu_gib=gpu_gib, num_rows=rows, device=device)
-    )
+    print_plan(make_plan(loaded, world, gpu_gib=gpu_gib, num_rows=rows, device=device))
 
 
-@command("speft data quickstart", "speft data quickstart data.max_length=128 --output rows.png")
+@command(
+    "speft data quickstart",
+    "speft data quickstart data.max_length=128 --output rows.png",
+    "speft data quickstart --left-out",
+)
 def data(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -74,6 +83,9 @@ def data(
         Path | None,
         typer.Option(metavar="FILE.png", help="the picture; default: runs/<recipe>-data.png"),
     ] = None,
+    left_out: Annotated[
+        bool, typer.Option("--left-out", help="list the rows that are left out, by file and line, and why")
+    ] = False,
 ) -> None:
     """Show what the rows of a recipe look like to the model: samples, lengths, what is left out.
 
@@ -81,7 +93,7 @@ def data(
     """
     from speft_ds.cli.commands.show_data import show_data  # late: it may import transformers
 
-    show_data(load_recipe(recipe, overrides or []), output)
+    show_data(load_recipe(recipe, overrides or []), output, left_out)
 
 
 @command("speft doctor", "DS_ACCELERATOR=cpu speft doctor")
@@ -181,6 +193,9 @@ app.add_typer(adapters.app)
 
 def main() -> None:
     """Run the command line; a UserError is shown without a traceback, and exits with 2."""
+    for stream in (sys.stdout, sys.stderr):  # the text of a row may be more than a log can hold
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="speft")
     except UserError as error:

@@ -4,7 +4,7 @@ from datetime import date
 from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from speft_ds.config.section import ConfigSection, InPlaceOf, Needs, broken_rule, given_keys, rules_of
 from speft_ds.config.values import Count, FilePath, Positive, Text
@@ -64,6 +64,16 @@ def _readable_date(value: str) -> str:
         raise broken_rule(f"{value!r} is no date", "like 2026-01-31") from None
 
 
+def _quoted(value: Any) -> Any:
+    # YAML 1.1 reads a bare yes, no, on or off as a boolean.
+    if isinstance(value, list) and any(isinstance(name, bool | int | float) for name in value):
+        words = {True: "yes", False: "no"}
+        names = [f'"{words[name] if isinstance(name, bool) else name}"' for name in value]
+        what = "data.labels has names that YAML takes for booleans or numbers: they need quotes"
+        raise broken_rule(what, f"labels: [{', '.join(names)}] in the recipe, as the rows write them")
+    return value
+
+
 def _format_is(*names: str) -> Needs:
     # Of a mixture, each source may have a format of its own.
     return Needs("format", names, unless="mixture")
@@ -109,7 +119,7 @@ class Source(ConfigSection):
 
 class DataConfig(ConfigSection):
     path: FilePath | None = None
-    """training rows: .json, .jsonl, .csv or .parquet (also .gz, .zst), a folder, or a hub id"""
+    """training rows: .json, .jsonl, .csv, .tsv, .parquet (or .gz, .zst of them), a folder, or a hub id"""
     mixture: Annotated[
         Annotated[list[Source], Field(min_length=1)] | None, InPlaceOf("path", is_needed=False)
     ] = None
@@ -146,7 +156,11 @@ class DataConfig(ConfigSection):
     """rows of a conversation: each turn of the assistant, the last, all together; auto: together or each"""
     date: Annotated[str, AfterValidator(_readable_date)] | None = None
     """what chat templates take for today, like 2026-01-31; null: the day on which the run began"""
-    labels: Annotated[Annotated[list[Text], Field(min_length=2)] | None, _format_is("classification")] = None
+    labels: Annotated[
+        Annotated[list[Text], Field(min_length=2)] | None,
+        BeforeValidator(_quoted),
+        _format_is("classification"),
+    ] = None
     """format classification: the classes in order; null: found in the rows"""
     max_length: Annotated[int, Field(ge=8)] = 1024
     """the most tokens that a row, or a pack of rows, may have"""

@@ -42,6 +42,8 @@ def load_ds_config(recipe: Recipe, world_size: int, trains: bool = True) -> dict
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": batch // (micro * world_size),
         "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
+        # DeepSpeed's own linear rounds before it adds the bias: another model than the merged one.
+        "zero_optimization": {**config["zero_optimization"], "memory_efficient_linear": False},
     }
 
 
@@ -78,6 +80,11 @@ def _zero_problems(zero: Any, file: str) -> list[UserError]:
         "zero_quantized_weights": ((None, False), *not_supported),
         "zero_quantized_nontrainable_weights": ((None, False), *not_supported),
         "zero_hpz_partition_size": ((None, 1), *not_supported),
+        "memory_efficient_linear": (
+            (None, False),
+            "rounds before it adds a bias, so the trained model would not be the merged one",
+            "remove it",
+        ),
         "offload_param": (
             (None, "none", "cpu"),
             "is not supported: every step writes to the shards, which must be in memory",

@@ -141,6 +141,11 @@ class TokenizedDataset(Sequence[Row]):
         label = int(self._labels[number]) if len(self._labels) else None
         return Row(self._ids[start:stop].tolist(), self._loss_mask[start:stop].tolist(), label=label)
 
+    @property
+    def num_labels(self) -> int:
+        """Label tokens or, for sequence classification, classes of all rows."""
+        return len(self._labels) or int(self.num_label_tokens.sum())
+
     def rows(self) -> TokenizedDataset:
         """The same rows without packing, for calibration."""
         unpacked = copy.copy(self)

@@ -28,23 +28,23 @@ from speft_ds.data.chat_template import writes_date
 from speft_ds.data.conversations import EmptyRow, Example
 from speft_ds.data.dataset import Row, TokenizedDataset, first_fit, write_dataset
 from speft_ds.data.formats import Classes, find_classes, make_example
-from speft_ds.data.readers import Located, ask_datasets, hash_file, hash_files, is_hub_dataset, iterate_rows
-from speft_ds.data.tokenize import (
-    CUT_PROMPT,
-    CUT_RESPONSE,
-    NO_LABELS,
-    TOO_LONG,
-    Encoder,
-    batches,
-    stop_ids,
+from speft_ds.data.readers import Located, hash_file, hash_files
+from speft_ds.data.row_counts import COUNTED, EMPTY, NOT_SELECTED
+from speft_ds.data.sources import (
+    ask_datasets,
+    files_without_split,
+    is_hub_dataset,
+    is_pattern,
+    iterate_rows,
+    some,
+    source_files,
 )
+from speft_ds.data.tokenize import Encoded, Encoder, batches, stop_ids
 from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
 
 FORMAT_VERSION = "4"  # of the file, and of what tokenising does: another version is another key
 NUM_SAMPLES = 3  # rows kept as text, to be shown
-EMPTY, NOT_SELECTED = "empty, left out", "not selected"
-COUNTED = ("rows", EMPTY, NO_LABELS, CUT_PROMPT, CUT_RESPONSE, TOO_LONG, NOT_SELECTED)
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,9 @@ def _hash_source(source: Source) -> str:
     if is_hub_dataset(source.path):
         return str(ask_datasets(source, "load_dataset_builder").cache_dir)
     path = Path(source.path)
+    if is_pattern(source.path):
+        files = [f"{file.name} {hash_file(file)}" for file in source_files(source)]
+        return hashlib.sha256("\n".join(files).encode()).hexdigest()
     if not path.is_dir():
         return hash_file(path)
     names = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
@@ -158,6 +161,9 @@ def prepare(
         from speft_ds.data.select import find_scorer
 
         find_scorer(spec.data.scorer)  # the same
+    for source in spec.data.sources:
+        if unread := files_without_split(source):
+            log(f"note: {some(unread)} in {source.path} belong to no split, and are not read")
     path = spec.path()
     if cached := find_cached(path):  # in a folder that may be shared, and not writable
         return _told(cached, log)
@@ -234,35 +240,65 @@ def _tokenize_source(
 ) -> _SourceRows:
     source, done = spec.data.sources[number], _SourceRows([], [], dict.fromkeys(COUNTED, 0))
     rows = tqdm(iterate_rows(source), desc=source.path, unit=" rows", disable=not sys.stderr.isatty())
-    examples = _make_examples(rows, source, spec, classes, done.counts)
-    for batch in batches(examples):
-        for (_, example), encoded in zip(batch, encoder.encode(batch), strict=True):
-            forms.update([example.form] if example.form else [])
-            for row, change, end in encoded:
-                if change:
-                    done.counts[change] += 1
-                if row is not None:
-                    # A list of Python integers would take nine times the memory.
-                    ids, loss_mask = np.asarray(row.ids, np.int32), np.asarray(row.loss_mask)
-                    done.rows.append(replace(row, ids=ids, loss_mask=loss_mask))
-                    if spec.data.select == "ifd":
-                        done.texts.append(_prompt_and_response(example, end))
+    for _, example, encoded in encode_rows(rows, source, spec, encoder, classes):
+        done.counts["rows"] += 1
+        forms.update([example.form] if example is not None and example.form else [])
+        for row, change, end in encoded:
+            if change:
+                done.counts[change] += 1
+            if row is not None:
+                # A list of Python integers would take nine times the memory.
+                ids, loss_mask = np.asarray(row.ids, np.int32), np.asarray(row.loss_mask)
+                done.rows.append(replace(row, ids=ids, loss_mask=loss_mask))
+                if spec.data.select == "ifd":
+                    done.texts.append(_prompt_and_response(example, end))
     if not done.counts["rows"]:
         raise UserError(f"{source.path} has no rows", spec.where(number), "write at least one row into it")
     return done
 
 
+def encode_rows(
+    rows: Located, source: Source, spec: DatasetSpec, encoder: Encoder, classes: Classes | None
+) -> Iterator[tuple[str, Example | None, list[Encoded]]]:
+    """For each row where it stands, its example, and what it became: with what was done, one of COUNTED.
+
+    An empty row has no example, and a row that is left out no tokens. A conversation may become several rows.
+
+    Raises:
+        UserError: a row that cannot be used.
+    """
+    for batch in batches(_make_examples(rows, source, spec, classes)):
+        encoded = iter(encoder.encode([(where, example) for where, example in batch if example is not None]))
+        for where, example in batch:
+            yield where, example, [Encoded(None, EMPTY)] if example is None else next(encoded)
+
+
 def _make_examples(
-    rows: Located, source: Source, spec: DatasetSpec, classes: Classes | None, counts: dict[str, int]
-) -> Iterator[tuple[str, Example]]:
+    rows: Located, source: Source, spec: DatasetSpec, classes: Classes | None
+) -> Iterator[tuple[str, Example | None]]:
+    """Where each row stands, and its example; None: it is empty, and may be."""
     for where, row in rows:
-        counts["rows"] += 1
         try:
             yield where, make_example(row, where, source, classes, spec.classify)
         except EmptyRow:
             if spec.data.empty_rows == "refuse":
                 raise
-            counts[EMPTY] += 1
+            yield where, None
+
+
+def left_out_rows(spec: DatasetSpec, tokenizer: Any) -> Iterator[tuple[str, str]]:
+    """Where each row stands that is left out, and why; but for those that `data.select` does not take.
+
+    Reads and tokenises the rows once more: a dataset in the cache does not know the names of its files.
+
+    Raises:
+        UserError: a row that cannot be used.
+    """
+    classes = classes_of(spec.data)
+    encoder = spec.encoder(tokenizer)
+    for source in spec.data.sources:
+        for where, _, encoded in encode_rows(iterate_rows(source), source, spec, encoder, classes):
+            yield from ((where, made.change) for made in encoded if made.row is None)
 
 
 def _prompt_and_response(example: Example, end: int) -> tuple[str, str]:

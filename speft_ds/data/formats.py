@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +19,7 @@ from speft_ds.data.conversations import (
     encodable,
     read_conversation,
 )
+from speft_ds.data.readers import NamedClass, kind_of
 from speft_ds.errors import UserError, closest
 
 # format -> the column of the response, or of all that the loss is on
@@ -46,12 +51,16 @@ PLAIN = {
 CHAT = {**PLAIN, "alpaca": ("{instruction}\n\n{input}", "{instruction}")}
 
 
+# A number without a fraction, short enough to be one; 018 is a text.
+_INTEGRAL = re.compile(r"[+-]?(0|[1-9]\d{0,99})(\.0+)?")
+
+
 @dataclass(frozen=True)
 class Classes:
-    """The names of a classification's classes, and what a row's label column may hold -> its class."""
+    """The names of a classification's classes, and what a label is called (`label_text`) -> its class."""
 
     names: list[str]
-    numbers: Mapping[str | int, int]
+    numbers: Mapping[str, int]
 
     @classmethod
     def named(cls, names: list[str]) -> Classes:
@@ -59,10 +68,22 @@ class Classes:
 
         Where a name is itself a number, like that of five stars, a number in a row is a name.
         """
-        by_name = {name: i for i, name in enumerate(names)}
-        if any(name.isdecimal() for name in names):
-            return cls(names, by_name | {int(name): i for name, i in by_name.items() if name.isdecimal()})
-        return cls(names, {written: i for i in range(len(names)) for written in (i, str(i))} | by_name)
+        names = [name.strip() for name in names]
+        by_name = {label_text(name): i for i, name in enumerate(names)}
+        if len(by_name) < len(names) or None in by_name:
+            what = "data.labels has an empty name, or one name twice"
+            raise UserError(what, "data.labels", "remove it: trimmed, and as numbers, names have to differ")
+        if any(map(_is_number, by_name)):
+            return cls(names, by_name)
+        return cls(names, {str(i): i for i in range(len(names))} | by_name)
+
+    def number_of(self, label: Any) -> int | None:
+        """The class of a row's label; None: it is none of them."""
+        if isinstance(label, NamedClass) and not any(
+            label_text(name) in self.numbers for name in label.names
+        ):
+            label = int(label)  # the recipe has names of its own for all of them
+        return self.numbers.get(label_text(label))
 
 
 def columns_of(source: Source) -> dict[str, str]:
@@ -97,8 +118,14 @@ def check_columns(row: Any, where: str, source: Source) -> list[UserError]:
         return [UserError("a row is not a JSON object", where, "each row is like {column: text, ...}")]
     if conversation_columns(row, source):
         return []
-    missing = {column: key for column, key in columns_of(source).items() if column not in row}
-    return [_no_column(column, key, where, list(row)) for column, key in missing.items()]
+    needed = columns_of(source)
+    missing = {column: key for column, key in needed.items() if column not in row}
+    problems = [_no_column(column, key, where, list(row)) for column, key in missing.items()]
+    is_table = kind_of(where.rpartition(":")[0]) in (".csv", ".tsv")
+    if is_table and len(missing) == len(needed):
+        hint = f"; if the first line is a row, write a header above it: {','.join(needed)}"
+        return [UserError(problem.what, problem.where, problem.fix + hint) for problem in problems]
+    return problems
 
 
 def _no_column(column: str, key: str, where: str, columns: list[str]) -> UserError:
@@ -179,42 +206,81 @@ def _is_blank(value: Any) -> bool:
 def _class(value: Any, where: str, classes: Classes) -> int:
     if _is_blank(value):
         raise EmptyRow("the row has no label", where, COMPLETE)
-    if _may_be_label(value) and value in classes.numbers:
-        return classes.numbers[value]
-    names = ", ".join(classes.names)
-    fix = f"data.labels names the classes in order; a row holds a name or a number: {names}"
-    raise UserError(f"the label {value!r} is not one of data.labels", where, fix)
+    if (number := classes.number_of(value)) is not None:
+        return number
+    # As JSON, which is YAML too: a bare yes, no or 1 would be none of the names.
+    names = shlex.quote(f"data.labels={json.dumps(classes.names, ensure_ascii=False)}")
+    fix = f"correct the row, or name all classes in order; now they are {names}"
+    raise UserError(f"the label {_shown(value)} is not one of data.labels", where, fix)
 
 
-def _may_be_label(value: Any) -> bool:
-    return isinstance(value, str | int) and not isinstance(value, bool)
+def _shown(label: Any) -> str:
+    return repr(str(label)) if isinstance(label, str | NamedClass) else str(label)
+
+
+def label_text(value: Any) -> str | None:
+    """What a label is called: its trimmed text, and 1 for 1, 1.0 and "1.0"; None: no label can be like that.
+
+    True and False are called as in JSON.
+    """
+    if isinstance(value, bool | NamedClass | str):
+        text = str(value).strip()
+        if text.lower() in ("true", "false"):
+            return text.lower()
+        return str(int(text.partition(".")[0])) if _INTEGRAL.fullmatch(text) else text or None
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else repr(float(value))
+    return None
+
+
+def _is_number(text: str) -> bool:
+    """Whether a label's text is that of a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def find_classes(rows: Iterable[tuple[str, Any, str]]) -> Classes:
-    """The distinct labels of the rows, sorted (numbers by value), as classes; empty ones are left out.
+    """The distinct labels of the rows as classes, sorted (numbers by value; ClassLabel by its own numbers).
+
+    Empty labels are left out.
 
     Args:
         rows: where each stands, the row, and the column of its label.
     Raises:
         UserError: a label that is no class, labels of two kinds, or fewer than two labels.
     """
-    found: set[str | int] = set()
+    found: dict[str, Any] = {}  # a label of each text
+    has_values = False
     for where, row, column in rows:
         has_column = isinstance(row, dict) and column in row
         if has_column and _is_blank(row[column]):
             continue  # refused or left out when its row is read
-        if not has_column or not _may_be_label(row[column]):
+        text = label_text(row[column]) if has_column else None
+        if text is None:
             has = repr(row[column]) if has_column else "no such column"
-            fix = f"data.columns.label names a column of texts or whole numbers; the row has {has}"
+            fix = f"data.columns.label names a column of texts, numbers or true and false; the row has {has}"
             raise UserError(f"the row has no label in {column!r}", where, fix)
-        found.add(row[column])
+        found.setdefault(text, row[column])
+        has_values = has_values or not isinstance(row[column], str | NamedClass)
     where = "data.columns.label"
-    if len({type(value) for value in found}) > 1:
-        raise UserError("labels are numbers in some rows, texts in others", where, "name them: data.labels")
+    kinds = sorted({_kind_of_label(text) for text in found})
+    if has_values and len(kinds) > 1:
+        what = f"labels are {' in some rows, '.join(kinds)} in others"
+        raise UserError(what, where, "write them alike, or name the classes: data.labels")
     if len(found) < 2:
         fix = f"classification needs two or more; {where} names their column"
         raise UserError(f"the rows have {len(found)} different label(s)", where, fix)
-    values = sorted(found)
-    if all(str(value).isdecimal() for value in values):  # the numbers of a .csv file are texts
-        values.sort(key=int)
-    return Classes([str(value) for value in values], {value: i for i, value in enumerate(values)})
+    names = sorted(found)
+    if all(isinstance(label, NamedClass) for label in found.values()):
+        names.sort(key=lambda name: int(found[name]))
+    elif all(map(_is_number, names)):  # the numbers of a .csv file are texts
+        names.sort(key=float)
+    return Classes(names, {name: i for i, name in enumerate(names)})
+
+
+def _kind_of_label(text: str) -> str:
+    return "numbers" if _is_number(text) else "booleans" if text in ("true", "false") else "texts"

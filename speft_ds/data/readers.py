@@ -1,7 +1,6 @@
-"""Readers: training rows as they stand in a file, in a folder or on the hub. Imports no torch.
+"""Readers: training rows as they stand in a file. Imports no torch.
 
-Files are read by the standard library and pyarrow, so that an error names the line; folders and hub ids,
-with their subsets and splits, by `datasets`.
+The standard library and pyarrow read them, so that an error names the line.
 """
 
 from __future__ import annotations
@@ -9,24 +8,42 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from speft_ds import hub
-from speft_ds.config.data_config import Source
-from speft_ds.errors import UserError, did_you_mean
+from speft_ds.errors import UserError
 from speft_ds.io import sha256_of
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 Located = Iterator[tuple[str, Any]]  # where a row stands, and the row
 
 
-def is_hub_dataset(path: str) -> bool:
-    """Whether a path can only be meant as owner/name on the hub."""
-    return hub.is_hub_id(path) and not kind_of(path)
+class WrittenFloat(float):
+    """A number of a JSON file that is no integer; as text it stays as it is written: 1.50, 1e3."""
+
+    def __new__(cls, text: str):
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class NamedClass(int):
+    """A number of a ClassLabel column, whose classes have these names; as text it is its own name."""
+
+    def __new__(cls, number: int, names: list[str]):
+        self = super().__new__(cls, number)
+        self.names = names
+        return self
+
+    def __str__(self) -> str:
+        return self.names[self]
 
 
 def kind_of(path: str | Path) -> str | None:
@@ -37,35 +54,23 @@ def kind_of(path: str | Path) -> str | None:
     return name.suffix if name.suffix in SUFFIXES else None
 
 
-def iterate_rows(source: Source) -> Located:
-    """The rows of a source, each with where it stands.
-
-    Raises:
-        UserError: no such data, a row that cannot be read, or a data set without this subset or split.
-    """
-    if os.path.isdir(source.path):
-        files = folder_files(source)
-        # By our own readers where they can: `datasets` reads CSV by pandas, to which "018" is the number 18.
-        if all(kind_of(file) for file in files):
-            return (located for file in files for located in iterate_file(file))
-    elif not is_hub_dataset(source.path):
-        return iterate_file(Path(source.path))
-    rows = ask_datasets(source, "load_dataset", split=source.split)
-    return ((f"{source.path} ({source.split}), row {number}", row) for number, row in enumerate(rows, 1))
-
-
 def iterate_file(path: Path) -> Located:
-    """The rows of a file: .jsonl (one object per line), .json (a list), .csv (with a header), .parquet.
+    """The rows of a file: .jsonl (one object per line), .json (a list), .csv, .tsv (with a header), .parquet.
 
-    Each may be compressed (.gz, .zst); parquet compresses itself.
+    Each may be compressed (.gz, .zst); parquet compresses itself. A .csv may have semicolons or tabs between
+    its fields, where its header has no comma.
     """
     kind = kind_of(path)
     if kind is None:
         raise unknown_kind(path, str(path))
     try:
+        if kind != ".parquet":
+            _check_encoding(path)
         yield from _READERS[kind](path)
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        fix = "it must be readable, complete and, but for parquet, UTF-8 text"
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from None
+    except (OSError, EOFError) as error:
+        fix = "it must be readable and complete"
         raise UserError(f"cannot read the data file: {error}", str(path), fix) from error
 
 
@@ -74,13 +79,37 @@ def unknown_kind(path: Path, where: str) -> UserError:
     return UserError(what, where, "convert it, or rename it")
 
 
-def _open_text(path: Path) -> io.TextIOBase:
+def _open_text(path: Path, encoding: str = "utf-8-sig") -> io.TextIOBase:
     # utf-8-sig: spreadsheets write a byte order mark, which is no part of the first column's name.
     if path.suffix not in COMPRESSIONS:
-        return path.open(encoding="utf-8-sig", newline="")
+        return path.open(encoding=encoding, newline="")
     import pyarrow
 
-    return io.TextIOWrapper(pyarrow.input_stream(str(path)), encoding="utf-8-sig", newline="")
+    return io.TextIOWrapper(pyarrow.input_stream(str(path)), encoding=encoding, newline="")
+
+
+def _check_encoding(path: Path) -> None:
+    """Refuse UTF-16, half of whose bytes are zeros and may pass for UTF-8. Raises UserError."""
+    with _open_text(path, "latin-1") as file:
+        start = file.read(1024)
+    if start.startswith(("\xff\xfe", "\xfe\xff")) or "\0" in start:
+        raise UserError("the text is UTF-16 or binary, not UTF-8", f"{path}:1", "save it as UTF-8")
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
+    with _open_text(path, "latin-1") as file:  # a character per byte
+        for number, line in enumerate(file, 1):
+            try:
+                line.encode("latin-1").decode()
+            except UnicodeDecodeError as found:
+                byte = found.object[found.start]
+                what = f"the text is not UTF-8: byte 0x{byte:02x}, which cp1252 has for {_in_cp1252(byte)!r}"
+                return UserError(what, f"{path}:{number}", "save it as UTF-8")
+    return UserError(f"the text is not UTF-8: {error}", str(path), "save it as UTF-8")
+
+
+def _in_cp1252(byte: int) -> str:
+    return bytes([byte]).decode("cp1252", errors="replace")
 
 
 def _iterate_jsonl(path: Path) -> Located:
@@ -102,20 +131,47 @@ def _iterate_json(path: Path) -> Located:
 
 def _iterate_csv(path: Path) -> Located:
     csv.field_size_limit(2**31 - 1)  # the default refuses a text of more than 128 KiB
+    fix = 'put a field that holds a separator, a quote or a line end in quotes, and a quote twice: "a ""b"""'
     with _open_text(path) as file:
-        reader = csv.DictReader(file, strict=True)
-        fix, end = 'quote a field that holds a comma or a line end: "..."', 0
+        first = next(file, "")
+        reader = csv.reader(chain([first], file), strict=True, **_layout(first, kind_of(path)))
+        end = 0  # of the row before: an error comes after it
         try:
-            columns, end = reader.fieldnames, reader.line_num  # of the row before: an error comes after it
-            for row in reader:
+            columns = [name.strip() for name in next(reader, [])]
+            _check_names(columns, f"{path}:1")
+            end = reader.line_num
+            for fields in reader:
                 end = reader.line_num
-                where = f"{path}:{end}"
-                if None in row or None in row.values():
-                    what = f"the row has more or fewer fields than the header's {len(columns)}"
-                    raise UserError(what, where, fix)
-                yield where, row
+                if len(fields) not in (0, len(columns)):
+                    what = f"the row has {len(fields)} fields, the header {len(columns)}"
+                    raise UserError(what, f"{path}:{end}", fix)
+                if fields:
+                    yield f"{path}:{end}", dict(zip(columns, fields, strict=True))
         except csv.Error as error:
             raise UserError(f"not CSV: {error}", f"{path}:{end + 1}", fix) from error
+
+
+def _layout(header: str, kind: str) -> dict[str, Any]:
+    """What stands between the fields of a file with this first line, as options of `csv.reader`."""
+
+    def names(delimiter: str) -> list[str]:
+        try:
+            return next(csv.reader([header], strict=True, delimiter=delimiter), [])
+        except csv.Error:  # a name in quotes goes on in the next line
+            return []
+
+    others = [] if len(names(",")) > 1 else [mark for mark in ";\t" if len(names(mark)) > 1]
+    delimiter = "\t" if kind == ".tsv" else max(others, key=lambda mark: len(names(mark)), default=",")
+    behind = names(delimiter)[1:]
+    return {"delimiter": delimiter, "skipinitialspace": bool(behind) and all(n[:1] == " " for n in behind)}
+
+
+def _check_names(columns: list[str], where: str) -> None:
+    """Refuse two columns of one name: one would hide the other. Raises UserError."""
+    twice = [name for name, number in Counter(columns).items() if number > 1 and name]
+    if twice:
+        what = f"the name {twice[0]!r} stands for {columns.count(twice[0])} columns"
+        raise UserError(what, where, "rename all but one, or remove them")
 
 
 def _iterate_parquet(path: Path) -> Located:
@@ -126,8 +182,10 @@ def _iterate_parquet(path: Path) -> Located:
         is_plain = path.suffix not in COMPRESSIONS
         source = path if is_plain else pyarrow.BufferReader(pyarrow.input_stream(str(path)).read())
         with pyarrow.parquet.ParquetFile(source) as file:
+            _check_names(file.schema_arrow.names, str(path))
             rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
-            for number, row in enumerate(rows, 1):
+            names = class_names(_features_of(file.schema_arrow.metadata))
+            for number, row in enumerate(with_class_names(rows, names), 1):
                 yield f"{path}, row {number}", row
     except pyarrow.ArrowException as error:
         what = f"not a readable parquet file: {error}"
@@ -138,60 +196,52 @@ _READERS = {
     ".jsonl": _iterate_jsonl,
     ".json": _iterate_json,
     ".csv": _iterate_csv,
+    ".tsv": _iterate_csv,
     ".parquet": _iterate_parquet,
 }
 
 
 def _parse(text: str, where: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _check_names([key for key, _ in pairs], where)
+        return dict(pairs)
+
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=WrittenFloat, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         fix = ".jsonl holds one JSON object per line, .json one list of objects"
         raise UserError(f"not JSON: {error}", where, fix) from None
 
 
-def folder_files(source: Source) -> list[Path]:
-    """The files of a split of a folder. Raises UserError: no such subset or split, or no data at all."""
-    splits = ask_datasets(source, "load_dataset_builder").config.data_files or {}
-    if source.split not in splits:
-        what = f"{source.path} has no split {source.split!r}; it has {', '.join(map(str, splits)) or 'none'}"
-        raise UserError(what, source.path, did_you_mean(source.split, map(str, splits)))
-    return [Path(file) for file in splits[source.split]]
-
-
-def ask_datasets(source: Source, function: str, **options):
-    """The result of a function of `datasets`, `load_dataset` or `load_dataset_builder`, for a source.
-
-    Raises:
-        UserError: it is not there, the hub cannot be reached, or it has no such subset or split.
-    """
-    if is_hub_dataset(source.path) and not hub.has_dataset(source.path) and not hub.is_reachable():
-        raise hub.cannot_fetch(f"the data set {source.path}", source.path, hub.dataset_hint(source.path))
-    import datasets  # late: it takes a second
-    import pyarrow
-
-    path, subset, revision, fix = source.path, source.subset, source.revision, hub.dataset_hint(source.path)
-    if os.path.isdir(path):
-        # As an absolute path: what looks like a hub id would be looked for there first.
-        path, revision = os.path.abspath(path), None
-        fix = "its files must be readable and complete, and have the same columns"
-        # A subset is what the folder's README.md says it is or, where there is none, a folder in it.
-        if subset and os.path.isdir(f"{path}/{subset}") and not os.path.isfile(f"{path}/README.md"):
-            path, subset = f"{path}/{subset}", None
-    verbosity = datasets.utils.logging.get_verbosity()
-    datasets.utils.logging.set_verbosity_error()
+def _features_of(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """The features of `datasets`, which it writes into a parquet file; empty where there are none."""
     try:
-        return getattr(datasets, function)(path, subset, revision=revision, **options)
-    except RuntimeError as error:  # a data set that is a program
-        problem, fix = error, "set data.path to its files of rows, or to a copy of it as parquet"
-    except (OSError, datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException) as error:
-        problem = error.__cause__ or error
-    except (ValueError, KeyError) as error:  # no such subset or split: the message lists those there are
-        problem = error
-        fix = "data.subset and data.split name one part of it, data.revision a version on the hub"
-    finally:
-        datasets.utils.logging.set_verbosity(verbosity)
-    raise UserError(f"cannot load the data set {source.path}: {problem}", source.path, fix) from problem
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of the classes of each ClassLabel column."""
+    found = {}
+    for column, feature in features.items():
+        is_plain = isinstance(feature, dict)  # of JSON; else an object of `datasets`
+        kind = feature.get("_type") if is_plain else type(feature).__name__
+        names = feature.get("names") if is_plain else getattr(feature, "names", None)
+        if kind == "ClassLabel" and names:
+            found[column] = [str(name) for name in names]
+    return found
+
+
+def with_class_names(rows: Iterator[dict], names: dict[str, list[str]]) -> Iterator[dict]:
+    """The rows with `NamedClass` for the numbers of ClassLabel columns; -1 there means no label."""
+    for row in rows:
+        for column, of_column in names.items():
+            number = row.get(column)
+            if isinstance(number, int) and number < len(of_column):
+                row[column] = NamedClass(number, of_column) if number >= 0 else None
+        yield row
 
 
 def hash_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:

@@ -87,13 +87,14 @@ def stop_ids(tokenizer: object, model: str) -> frozenset[int]:
 
 
 def batches(
-    examples: Iterable[tuple[str, Example]], num_characters: int = 2_000_000
-) -> Iterator[list[tuple[str, Example]]]:
-    """Examples in lists of about so many characters: to be tokenised in one call, on all cores."""
+    examples: Iterable[tuple[str, Example | None]], num_characters: int = 2_000_000
+) -> Iterator[list[tuple[str, Example | None]]]:
+    """Examples (None: an empty row) in lists of about so many characters, each tokenised in one call."""
     batch, size = [], 0
     for located in examples:
         batch.append(located)
-        size += sum(len(str(turn.get("content", ""))) for turn in located[1].turns)
+        turns = located[1].turns if located[1] is not None else ()
+        size += 1 + sum(len(str(turn.get("content", ""))) for turn in turns)
         if size >= num_characters:
             yield batch
             batch, size = [], 0

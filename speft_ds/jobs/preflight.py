@@ -1,6 +1,5 @@
 """Every check of a recipe before its ranks start: what can be known of its files without torch."""
 
-import json
 import os
 from collections.abc import Callable
 from itertools import islice
@@ -8,12 +7,14 @@ from pathlib import Path
 from typing import get_args
 
 from speft_ds import hub
+from speft_ds.config.check_model import model_problems
 from speft_ds.config.data_config import Source
 from speft_ds.config.deepspeed_config import batch_problems, read_ds_config
 from speft_ds.config.mask_config import ScoredOnWeights, mask_file
 from speft_ds.config.recipe import FIELDS, Job, Recipe
 from speft_ds.data.formats import check_columns
-from speft_ds.data.readers import SUFFIXES, folder_files, is_hub_dataset, iterate_file, kind_of, unknown_kind
+from speft_ds.data.readers import SUFFIXES, kind_of, unknown_kind
+from speft_ds.data.sources import is_hub_dataset, is_pattern, is_saved, iterate_rows, keys_without_effect
 from speft_ds.env import CACHE, expand_path
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.training.metrics import monitor_problems
@@ -51,22 +52,13 @@ def _right_path(path: str, key: str) -> str:
 
 
 def check_model(recipe: Recipe, job: Job, world_size: int) -> Problems:
-    """The folder or the hub id of the model, and whether it has positions for the longest rows."""
-    name, limit = recipe.model.name_or_path, recipe.data.max_length
+    """The folder or the hub id of the model, and what its config.json tells."""
+    name = recipe.model.name_or_path
     problems = _model_problems(recipe, "model.name_or_path", name)
     folder = hub.model_folder(name)
-    if problems or folder is None or job == "evaluate":
+    if problems or folder is None:
         return problems
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return [UserError(f"not readable as JSON: {error}", str(file), "download or copy it again")]
-    most = config.get("max_position_embeddings") if isinstance(config, dict) else None
-    if not isinstance(most, int) or limit <= most:
-        return []
-    what = f"data.max_length={limit} is more than the {most} positions of the model"
-    return [UserError(what, recipe.where("data.max_length"), f"data.max_length={most}, or less")]
+    return model_problems(recipe, folder / "config.json", job != "evaluate")
 
 
 def _model_problems(recipe: Recipe, key: str, name: str) -> Problems:
@@ -105,14 +97,34 @@ def check_data(recipe: Recipe, job: Job, world_size: int) -> Problems:
         problems.append(UserError(what, recipe.where("mask.salience"), fix))
     if reads_data and data.scorer is not None:
         problems += _model_problems(recipe, "data.scorer", data.scorer)
-    for number, source in enumerate(data.sources if reads_data else ()):
-        problems += _source_problems(recipe, "data.path", source, recipe.where_rows(number))
+    if reads_data:
+        problems += check_training_rows(recipe)
     others = {"mask.calibration_path": mask.calibration_path if mask.needs_calibration else None}
     if job == "train" and data.sources:
         others["eval.validation"] = recipe.eval.validation
     for key, path in others.items():
         if path is not None:
             problems += _source_problems(recipe, key, data.of_file(path).sources[0], recipe.where(key))
+    return problems
+
+
+def check_training_rows(recipe: Recipe) -> Problems:
+    """Each source of the training rows, going by its first ones."""
+    problems, unused = [], [keys_without_effect(source) for source in recipe.data.sources]
+    for number, source in enumerate(recipe.data.sources):
+        own = recipe.data if recipe.data.mixture is None else recipe.data.mixture[number]
+        for key in unused[number]:
+            if getattr(own, key) is not None:
+                section = "data" if recipe.data.mixture is None else f"data.mixture[{number}]"
+            elif number == 0 and all(key in keys for keys in unused):  # of the section, and no source's
+                section = "data"
+            else:
+                continue
+            name, reset = f"{section}.{key}", "data.split=train" if key == "split" else f"data.{key}=null"
+            what = f"{name} has no effect: {source.path} has no such parts or versions to choose from"
+            fix = reset if section == "data" else "remove it"
+            problems.append(UserError(what, recipe.where(name), fix))
+        problems += _source_problems(recipe, "data.path", source, recipe.where_rows(number))
     return problems
 
 
@@ -123,23 +135,21 @@ def _source_problems(recipe: Recipe, key: str, source: Source, where: str) -> Pr
         if hub.has_dataset(source.path) or hub.is_reachable():
             return []
         return [hub.cannot_fetch(f"the data set {path}", where, hub.dataset_hint(source.path))]
-    if path.is_dir():
-        if not any(kind_of(file) for file in path.rglob("*")):
-            return [UserError(f"the folder {path} has no file of rows ({', '.join(SUFFIXES)})", where, fix)]
-        try:
-            path = folder_files(source)[0]
-        except UserError as error:
-            return [UserError(error.what, where, error.fix)]
-    elif not kind_of(path):
+    has_several = path.is_dir() or is_pattern(source.path)
+    if path.is_dir() and not is_saved(source.path) and not any(kind_of(file) for file in path.rglob("*")):
+        return [UserError(f"the folder {path} has no file of rows ({', '.join(SUFFIXES)})", where, fix)]
+    if not has_several and not kind_of(path):
         return [unknown_kind(path, where)]
-    elif not path.is_file():
+    if not has_several and not path.is_file():
         return [UserError(f"no data file {path}", where, fix)]
     try:
-        rows = list(islice(iterate_file(path), 5))
+        rows = list(islice(iterate_rows(source), 5))
     except UserError as error:
-        return [error]
+        # What concerns all of it is a matter of the recipe's key; else the file and line are named.
+        is_of_all = has_several and error.where == source.path
+        return [UserError(error.what, where, error.fix) if is_of_all else error]
     if not rows:
-        return [UserError(f"the data file {path} has no rows", where, fix)]
+        return [UserError(f"{path} has no rows", where, fix)]
     found = ((row, check_columns(row, place, source)) for place, row in rows)
     row, problems = next(((row, problems) for row, problems in found if problems), (None, []))
     if problems and key != "data.path" and recipe.data.sources:

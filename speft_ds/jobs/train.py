@@ -8,6 +8,7 @@ from pathlib import Path
 from speft_ds.adapter.card import write_card
 from speft_ds.comm import collectives, watchdog
 from speft_ds.config.recipe import Recipe
+from speft_ds.data.row_counts import in_words
 from speft_ds.env import log_rank0
 from speft_ds.evaluation.scores import card_scores
 from speft_ds.model.dtype import agree_on_dtype
@@ -39,6 +40,8 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     trainer = Trainer(recipe, start)
     num_ranks = collectives.world_size()
     log_rank0(f"{recipe.name}: {len(trainer.rows):,} rows, {trainer.num_steps} steps, {num_ranks} rank(s)")
+    hint = "; speft data --left-out names those left out" if trainer.row_counts["left_out"] else ""
+    log_rank0(in_words(trainer.row_counts) + hint)
     lock = collectives.run_on_rank0(lambda: open_folder(recipe, start))  # noqa: F841 - held by rank 0
     trainer.run_id = collectives.broadcast_object(read_facts(folder).get("run_id"))
     check_space(trainer.context, trainer.num_steps)

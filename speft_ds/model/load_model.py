@@ -6,7 +6,10 @@ import torch
 from torch import nn
 
 from speft_ds.config.model_config import HEAD
+from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
+from speft_ds.model.plain_load import PlainLoad
+from speft_ds.model.targets import shorten
 from speft_ds.zero.shards import full_shape, is_sharded, own_elements
 
 
@@ -19,44 +22,70 @@ def load_base(name_or_path: str, dtype: str, ds_config: dict, num_classes: int |
         ds_config: the complete DeepSpeed configuration.
         num_classes: None for a causal language model; else it classifies, and its head is new: see `HEAD`.
     Raises:
-        UserError: the checkpoint cannot be read, or lacks weights of the model.
+        UserError: the checkpoint cannot be read, or lacks weights of the model; or, sharded, it would be
+            another model than loaded plainly.
     """
     import transformers
     from transformers.integrations import HfDeepSpeedConfig
 
-    kind, options = transformers.AutoModelForCausalLM, {}
+    auto_class, options = transformers.AutoModelForCausalLM, {}
     if num_classes is not None:
         # Whatever head a checkpoint brings is for other classes.
         options = {"num_labels": num_classes, "ignore_mismatched_sizes": True}
-        kind = transformers.AutoModelForSequenceClassification
-    # Must be alive while from_pretrained runs, or every rank loads the full model.
-    zero3 = HfDeepSpeedConfig(ds_config)
+        auto_class = transformers.AutoModelForSequenceClassification
+    where, torch_dtype, zero3 = f"model.name_or_path: {name_or_path}", getattr(torch, dtype), None
     try:
-        model, info = kind.from_pretrained(
-            name_or_path, dtype=getattr(torch, dtype), output_loading_info=True, **options
+        plain = PlainLoad(auto_class, name_or_path, torch_dtype, options)
+        if plain.is_untied:
+            log_rank0(
+                "note: the configuration ties the head to the embedding, the files hold another head: untied"
+            )
+            options["tie_word_embeddings"] = False
+        # Must be alive while from_pretrained runs, or every rank loads the full model.
+        zero3 = HfDeepSpeedConfig(ds_config)
+        model, info = auto_class.from_pretrained(
+            name_or_path, dtype=torch_dtype, output_loading_info=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot load the model: {error}",
-            where="model.name_or_path",
-            fix="give a folder with config.json and weights, or the name of a model on the hub",
-        ) from error
+        raise _unreadable(error, where) from error
     finally:
         del zero3
     if num_classes is not None:
         _check_head(model, name_or_path)
-    for problem in ("missing_keys", "mismatched_keys"):
-        odd = {key if isinstance(key, str) else key[0] for key in info[problem]}
-        if odd := sorted(odd - ({HEAD} if num_classes is not None else set())):
-            raise UserError(
-                f"the checkpoint has {problem.replace('_', ' ')}: {odd[:5]}",
-                where=f"model.name_or_path: {name_or_path}",
-                fix="use a complete checkpoint of this architecture; training random weights is refused",
-            )
+    _check_keys(info, where, {HEAD} if num_classes is not None else set())
     if not all(is_sharded(parameter) for parameter in model.parameters()):
         raise RuntimeError("the base was not sharded by ZeRO-3")
+    plain.check(model, where)
     model.requires_grad_(False)
     return model
+
+
+def _unreadable(error: Exception, where: str) -> UserError:
+    text = str(error)
+    if "trust_remote_code" in text:
+        what = "the model brings code of its own, which is not run here"
+        return UserError(what, where, "a model that transformers itself has")
+    if "Unrecognized configuration class" in text:
+        what = (
+            f"transformers has no decoder for this model: {text.splitlines()[0].split(' for this kind')[0]}"
+        )
+        return UserError(what, where, "a causal language model")
+    fix = "give a folder with config.json and weights, or the name of a model on the hub"
+    return UserError(f"cannot load the model: {text}", where, fix)
+
+
+def _check_keys(info: dict, where: str, expected: set[str]) -> None:
+    """Refuse weights that the checkpoint lacks, and count those that the model does not have."""
+    for problem in ("missing_keys", "mismatched_keys"):
+        odd = {key if isinstance(key, str) else key[0] for key in info[problem]}
+        if odd := sorted(odd - expected):
+            raise UserError(
+                f"the checkpoint has {problem.replace('_', ' ')}: {odd[:5]}",
+                where,
+                "use a complete checkpoint of this architecture; training random weights is refused",
+            )
+    if unused := sorted(info["unexpected_keys"]):
+        log_rank0(f"note: {len(unused)} weights of the files are no part of this model: {shorten(unused)}")
 
 
 def _check_head(model: nn.Module, name_or_path: str) -> None:

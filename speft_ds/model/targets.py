@@ -2,55 +2,66 @@
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatch
 
 from torch import nn
 
 from speft_ds.config.model_config import HEAD
 from speft_ds.errors import UserError
-from speft_ds.zero.shards import full_shape
+from speft_ds.model.kinds import find_weights
+from speft_ds.model.kinds.target import Target
+
+
+def all_weights(model: nn.Module) -> dict[str, Target]:
+    """Every weight of a kind that may be trained, by name, in model order; a classifier's head left out."""
+    found = {}
+    for name, module in model.named_modules():
+        for attribute, target in find_weights(module).items():
+            found[f"{name}.{attribute}"] = target
+    found.pop(HEAD, None)
+    return found
 
 
 def find_targets(
     model: nn.Module, patterns: list[str] | None, layers: list[int] | None = None
-) -> dict[str, nn.Linear]:
-    """The linears whose weights may be trained, by weight name, in model order.
+) -> dict[str, Target]:
+    """The weights that may be trained, by name, in model order.
 
     Args:
-        patterns: shell patterns on the module name or its last part (`q_proj`, `*.mlp.*`); None stands
-            for every `nn.Linear` of the decoder layers, that is, inside a `ModuleList`.
+        patterns: shell patterns on the weight's name without `.weight`, or on its last part (`q_proj`,
+            `*.mlp.*`, `gate_up_proj`); None stands for all of the decoder layers, that is, inside a
+            `ModuleList`.
         layers: first and last decoder layer, both included, to restrict to; None: all.
     Raises:
         UserError: a pattern, the default or the range matches nothing.
     """
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and f"{name}.weight" != HEAD
-    }
-    inside = {name: module for name, module in linears.items() if layer_number(name) is not None}
+    weights = all_weights(model)
+    short = {name: name.removesuffix(".weight") for name in weights}
     if patterns is None:
-        found, unmatched = inside, [] if inside else ["every nn.Linear of the decoder layers"]
+        found = {name: target for name, target in weights.items() if layer_number(name) is not None}
+        unmatched = [] if found else ["every linear layer of the decoder"]
     else:
-        matches = {p: [n for n in linears if fnmatch(n, p) or fnmatch(n.split(".")[-1], p)] for p in patterns}
+        matches = {
+            p: [n for n, s in short.items() if fnmatch(s, p) or fnmatch(s.split(".")[-1], p)]
+            for p in patterns
+        }
         unmatched = [pattern for pattern, names in matches.items() if not names]
         wanted = {name for names in matches.values() for name in names}
-        found = {name: module for name, module in linears.items() if name in wanted}
+        found = {name: target for name, target in weights.items() if name in wanted}
     if unmatched:
-        known = sorted({name.split(".")[-1] for name in linears})
+        known = sorted({name.split(".")[-1] for name in short.values()})
         raise UserError(
             f"no linear layer matches {', '.join(unmatched)}",
             where="mask.targets",
-            fix=f"this model's linear layers are named: {', '.join(known) or '(none: it has no nn.Linear)'}",
+            fix=f"this model's linear layers are named: {', '.join(known) or '(it has none)'}",
         )
-    if layers is not None:
-        found = in_layers(found, layers)
-    return {f"{name}.weight": module for name, module in found.items()}
+    return found if layers is None else in_layers(found, layers)
 
 
-def in_layers(linears: dict[str, nn.Linear], layers: list[int]) -> dict[str, nn.Linear]:
+def in_layers(targets: dict[str, Target], layers: list[int]) -> dict[str, Target]:
     """Those of the decoder layers from the first to the last of `layers`."""
-    numbers = sorted({number for name in linears if (number := layer_number(name)) is not None})
+    numbers = sorted({number for name in targets if (number := layer_number(name)) is not None})
     if not numbers or not numbers[0] <= layers[0] <= layers[1] <= numbers[-1]:
         there = f"{numbers[0]} to {numbers[-1]}" if numbers else "none"
         raise UserError(
@@ -58,7 +69,7 @@ def in_layers(linears: dict[str, nn.Linear], layers: list[int]) -> dict[str, nn.
             where="mask.layers",
             fix=f"mask.layers=[{numbers[0]}, {numbers[-1]}], or less" if numbers else "mask.layers=null",
         )
-    return {name: m for name, m in linears.items() if layer_number(name) in range(layers[0], layers[1] + 1)}
+    return {name: t for name, t in targets.items() if layer_number(name) in range(layers[0], layers[1] + 1)}
 
 
 def layer_number(name: str) -> int | None:
@@ -66,19 +77,19 @@ def layer_number(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
-def target_shapes(targets: dict[str, nn.Linear]) -> dict[str, tuple[int, int]]:
-    """Weight name -> (out, in), whether or not the weights are gathered."""
-    return {name: tuple(full_shape(linear.weight)) for name, linear in targets.items()}
+def target_shapes(targets: dict[str, Target]) -> dict[str, tuple[int, int]]:
+    """Weight name -> (rows, columns), whether or not the weights are gathered."""
+    return {name: target.shape for name, target in targets.items()}
 
 
-def tied_targets(model: nn.Module, targets: dict[str, nn.Linear]) -> list[str]:
+def tied_targets(model: nn.Module, targets: dict[str, Target]) -> list[str]:
     """Targets whose weight another module shares; training them would also change that module."""
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return [name for name, linear in targets.items() if owners[id(linear.weight)] > 1]
+    return [name for name, target in targets.items() if owners[id(target.weight)] > 1]
 
 
 def place(name: str) -> tuple[int | None, str]:
@@ -94,3 +105,9 @@ def place(name: str) -> tuple[int | None, str]:
         return None, ".".join(parts)
     module = parts[numbers[0] + 1 :] or parts
     return int(parts[numbers[0]]), ".".join("*" if part.isdecimal() else part for part in module)
+
+
+def shorten(names: list[str], most: int = 4) -> str:
+    """The first of some weights' names, numbers as `*`, and how many more there are."""
+    patterns = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight")) for name in names))
+    return ", ".join(patterns[:most]) + (f" and {len(patterns) - most} more" if len(patterns) > most else "")

@@ -154,6 +154,8 @@ def _sizes(run: RunFolder) -> list[tuple[str, str, str]]:
         rows.append(("adapter", in_bytes(run.adapter_bytes), each))
     if trained and targets:
         rows.append(("trained entries", f"{trained:,}", f"of {targets:,} ({trained / targets:.4%})"))
+    if run.fact("data.rows_read", 0):
+        rows.append(_rows_trained(run))
     if head := run.fact("head", 0):
         rows.append(("fully trained head", f"{head:,}", "weights"))
     if changes := run.fact("mask.changes", []):
@@ -172,6 +174,13 @@ def _sizes(run: RunFolder) -> list[tuple[str, str, str]]:
         named = ", ".join(f"{kind} {in_bytes(kinds[kind])}" for kind in largest)
         rows += [(what, in_bytes(size), named)] if kinds else []
     return rows
+
+
+def _rows_trained(run: RunFolder) -> tuple[str, str, str]:
+    left_out = [f"{number:,} {why}" for why, number in numbers(run.fact("data.left_out", {})).items()]
+    how = f"of {run.fact('data.rows_read', 0):,} read; left out: {', '.join(left_out) or 'none'}"
+    size = f"{run.fact('data.label_tokens', 0):,} label tokens, {run.fact('data.epochs', 0.0):.3g} epochs"
+    return "training rows", f"{run.fact('data.rows', 0):,}", f"{how}; {size}"
 
 
 def _before_after(found: Evaluations, scores: Iterable[Score]) -> Rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,15 @@ from speft_ds.comm import collectives, watchdog
 from speft_ds.data.collate import collate
 from speft_ds.data.dataset import Row
 from speft_ds.errors import UserError
-from speft_ds.model.linear import WeightGradHook, weight_grad_hooks
-from speft_ds.sparse.kernels.dense import matmul_fp32
+from speft_ds.model.kinds.target import Target
+from speft_ds.model.weight_grad_hooks import WeightGradHook, weight_grad_hooks
+from speft_ds.sparse.kernels.torch_backends import matmul_fp32
 from speft_ds.zero.engine import SparseEngine
 from speft_ds.zero.shards import own_elements, shard_numel
 
 Scores = dict[str, Tensor]
-# (x [rows, tokens, in], grad_y [rows, tokens, out], labels [rows, tokens]) -> dense [out, in]
-Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (labels [rows, tokens], x [rows, tokens, in], grad_y [rows, tokens, out]) -> dense [out, in]
+Dense = Callable[..., Tensor]
 
 
 @dataclass
@@ -29,15 +31,13 @@ class CalibrationSet:
     The batches are the same at every world size, and so is what is summed over them.
 
     Attributes:
-        rows: in order; cut into batches of `batch_size`.
-        pad_id: any token id, see `collate.collate`.
         may_stop: whether a rank that is asked to stop stops here. Between steps it may; within one, what the
             steps before have learnt would be lost.
     """
 
-    rows: list[Row]
+    rows: list[Row]  # in order; cut into batches of `batch_size`
     batch_size: int
-    pad_id: int
+    pad_id: int  # any token id, see `collate.collate`
     may_stop: bool = False
 
     @property
@@ -63,27 +63,18 @@ class CalibrationSet:
 
 @dataclass
 class Scorer:
-    """What a salience metric may look at.
+    """What a salience metric may look at."""
 
-    Attributes:
-        engine: the engine over the frozen base; its weights are those of the moment.
-        targets: weight name -> adapted linear.
-        recipe: the `mask` section of a recipe.
-        seed: of this scoring (a later one of the same run has another).
-        calibration: the rows; None where the recipe gives none, which only data-free metrics accept.
-        loss: (module, batch, temperature) -> summed token loss.
-    """
-
-    engine: SparseEngine
-    targets: dict[str, nn.Linear]
-    recipe: object
-    seed: int
-    calibration: CalibrationSet | None
-    loss: Callable[[nn.Module, dict[str, Tensor], float], Tensor]
+    engine: SparseEngine  # over the frozen base; its weights are those of the moment
+    targets: dict[str, Target]  # weight name -> adapted target
+    recipe: object  # the `mask` section of a recipe
+    seed: int  # of this scoring (a later one of the same run has another)
+    calibration: CalibrationSet | None  # None where the recipe gives no rows: only for metrics without data
+    loss: Callable[[nn.Module, dict[str, Tensor], float], Tensor]  # (module, batch, temperature) -> token sum
 
     def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, linear in self.targets.items():
-            yield name, linear.weight
+        for name, target in self.targets.items():
+            yield name, target.weight
 
     def device_of(self, weight: nn.Parameter) -> torch.device:
         """Where the scores of this weight are kept: with its shard, or in host memory."""
@@ -92,11 +83,10 @@ class Scorer:
     def gradient(self, temperature: float = 1.0) -> Scores:
         """Gradient of the mean token loss over the calibration set, of this rank's shards.
 
-        Args:
-            temperature: the logits are divided by it.
+        The logits are divided by `temperature`.
         """
         scale = 1.0 / self.rows().num_labels
-        return self.accumulate(lambda x, grad_y, labels: weight_gradient(x, grad_y), scale, temperature)
+        return self.accumulate(lambda labels, *factors: weight_gradient(*factors), scale, temperature)
 
     def rows(self) -> CalibrationSet:
         """The calibration set. Raises UserError where there is none."""
@@ -109,11 +99,11 @@ class Scorer:
         return self.calibration
 
     def accumulate(self, dense: Dense, scale: float = 1.0, temperature: float = 1.0) -> Scores:
-        """Sum `dense(x, grad_y, labels)` of every target over the calibration batches of all ranks.
+        """Sum `dense(labels, *factors)` of every target over the calibration batches of all ranks.
 
         Args:
-            dense: what one backward of one layer contributes; the loss is the batch's summed token loss
-                times `scale`.
+            dense: what one backward of one layer contributes, from the factors that its hook is called with
+                (see `WeightGradHook`); the loss is the batch's summed token loss times `scale`.
         Returns:
             weight -> [local elements] fp32 sum, this rank's shard of it. The weights do not change.
         Raises:
@@ -122,10 +112,10 @@ class Scorer:
         sums = {name: ShardSum(weight, self.device_of(weight)) for name, weight in self.weights()}
         batch: dict[str, Tensor] = {}
 
-        def make_sink(name: str) -> WeightGradHook:
-            return lambda x, grad_y: sums[name].add(dense(x, grad_y, batch["labels"]))
+        def make_hook(total: ShardSum) -> WeightGradHook:
+            return lambda *factors: total.add(dense(batch["labels"], *factors))
 
-        with weight_grad_hooks(self.targets, {name: make_sink(name) for name in sums}):
+        with weight_grad_hooks(self.targets, {name: make_hook(total) for name, total in sums.items()}):
             for batch, mine in self.rows().batches():
                 loss = self.loss(self.engine.module, batch, temperature)
                 (loss * (scale if mine else 0.0)).backward()
@@ -133,12 +123,18 @@ class Scorer:
         return {name: total.value for name, total in sums.items()}
 
 
-def weight_gradient(x: Tensor, grad_y: Tensor) -> Tensor:
+def weight_gradient(x: Tensor, grad_y: Tensor, ends: Tensor | None = None) -> Tensor:
     """The dense [out, in] gradient of a linear's weight from x [..., in] and grad_y [..., out]: fp32.
 
     On a CPU in bfloat16 it is rounded to bfloat16, as autograd's is: torch has no product with an fp32
     result there but that of fp32 copies. Sums over batches and ranks are fp32 all the same.
+
+    Args:
+        ends: [experts] of a stack: where each expert's tokens end; the gradients are on top of each other.
     """
+    if ends is not None:
+        bounds = [0, *ends.tolist()]
+        return torch.cat([weight_gradient(x[a:b], grad_y[a:b]) for a, b in pairwise(bounds)])
     x, grad_y = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
     return matmul_fp32(grad_y.t(), x) if x.is_cuda else grad_y.t() @ x
 

@@ -52,13 +52,12 @@ def find_thresholds(
     """
     wanted = torch.tensor(counts, dtype=torch.int64)
     prefix = torch.full((len(counts),), LOWEST_KEY, dtype=torch.int64)
-    survivors: dict[str, tuple[Tensor, Tensor | None]] = {}  # weight -> keys and sizes still in question
+    # Weight -> scores (later, keys) still in question, and their sizes.
+    survivors = {name: (score, sizes[name] if sizes else None) for name, score in scores.items()}
     for shift, bits in DIGITS:
         histogram = torch.zeros(len(counts), 2**bits, dtype=torch.int64)
-        for name, score in scores.items():
-            keys, size = survivors.get(name, (None, sizes[name] if sizes else None))
-            counted = count_digits(score if keys is None else keys, shift, bits, size)
-            histogram[group[name]] += counted
+        for name, (values, size) in survivors.items():
+            histogram[group[name]] += count_digits(values, shift, bits, size)
         histogram = collectives.all_reduce(histogram.to(collectives.device())).cpu()
         # at_least[g, d]: survivors of group g with this digit >= d
         at_least = histogram.flip(1).cumsum(1).flip(1)
@@ -66,10 +65,9 @@ def find_thresholds(
         above = at_least.gather(1, digit[:, None])[:, 0] - histogram.gather(1, digit[:, None])[:, 0]
         wanted = (wanted - above).clamp(min=0)
         prefix = prefix + (digit << shift)
-        for name, score in scores.items():
-            keys, size = survivors.get(name, (None, sizes[name] if sizes else None))
+        for name, (values, size) in survivors.items():
             first = int(prefix[group[name]])
-            survivors[name] = within(score if keys is None else keys, first, first + 2**shift - 1, size)
+            survivors[name] = within(values, first, first + 2**shift - 1, size)
     nothing = torch.tensor(counts) == 0
     wanted[nothing] = 0
     limits = [math.inf if none else score_of(key) for none, key in zip(nothing, prefix.tolist(), strict=True)]

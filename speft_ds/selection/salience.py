@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from speft_ds.comm import collectives
 from speft_ds.data.collate import IGNORED
 from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import mix64
-from speft_ds.model.linear import WeightGradHook, weight_grad_hooks
+from speft_ds.model.weight_grad_hooks import weight_grad_hooks
 from speft_ds.selection.calibration import Scorer, Scores, weight_gradient
 from speft_ds.selection.synflow import absolute_weights, linear_network
 from speft_ds.zero.shards import (
@@ -124,8 +125,8 @@ def fisher(scorer: Scorer) -> Scores:
     """
     num_samples = len(scorer.rows().rows)
 
-    def squares(x: Tensor, grad_y: Tensor, labels: Tensor) -> Tensor:
-        if x.dim() != 3 or x.shape[0] != labels.shape[0]:
+    def squares(labels: Tensor, x: Tensor, grad_y: Tensor, ends: Tensor | None = None) -> Tensor:
+        if ends is not None or x.dim() != 3 or x.shape[0] != labels.shape[0]:
             raise UserError(
                 "a layer sees several samples mixed, so their gradients cannot be told apart",
                 where="mask.salience=fisher",
@@ -152,20 +153,17 @@ def synflow(scorer: Scorer) -> Scores:
     """
     model, found = scorer.engine.module, {}
 
-    def make_sink(name: str, weight: nn.Parameter) -> WeightGradHook:
-        def keep(x: Tensor, grad_y: Tensor) -> None:  # every rank has the same gradient: keep our part
-            start, stop = own_range(weight)
-            own = weight_gradient(x, grad_y).reshape(-1)[start:stop]
-            found[name] = own.to(scorer.device_of(weight), torch.float32)
+    def keep(name: str, weight: nn.Parameter, *factors: Tensor) -> None:
+        start, stop = own_range(weight)  # every rank has the same gradient: keep our part
+        own = weight_gradient(*factors).reshape(-1)[start:stop]
+        found[name] = own.to(scorer.device_of(weight), torch.float32)
 
-        return keep
-
-    sinks = {name: make_sink(name, weight) for name, weight in scorer.weights()}
+    hooks = {name: partial(keep, name, weight) for name, weight in scorer.weights()}
     in_training = model.training
     model.eval()
     try:
         with (
-            weight_grad_hooks(scorer.targets, sinks),
+            weight_grad_hooks(scorer.targets, hooks),
             absolute_weights(list(model.parameters())),
             linear_network(model) as all_ones,
         ):
@@ -197,7 +195,7 @@ def grasp(scorer: Scorer) -> Scores:
     step = 2.0 ** round(math.log2(GRASP_PROBE * size / length))
     try:
         set_weights(scorer, saved, direction, step)
-        change = norm(difference(scorer.gradient(GRASP_TEMPERATURE), direction)) / length
+        change = norm(combine(Tensor.sub_, scorer.gradient(GRASP_TEMPERATURE), dict(direction))) / length
         step *= 2.0 ** round(math.log2(GRASP_CHANGE / change)) if change else 1.0
         set_weights(scorer, saved, direction, step)
         product = scorer.gradient(GRASP_TEMPERATURE)
@@ -206,11 +204,6 @@ def grasp(scorer: Scorer) -> Scores:
     finally:
         set_weights(scorer, saved, direction, 0.0)
     return combine(lambda w, hg: hg.mul_(w).div_(2 * step), saved, product)
-
-
-def difference(one: Scores, two: Scores) -> Scores:
-    """one - two; `one` is used up."""
-    return {name: one[name].sub_(value) for name, value in two.items()}
 
 
 def norm(values: Scores) -> float:
@@ -231,10 +224,10 @@ def set_weights(scorer: Scorer, origin: Scores, direction: Scores, step: float) 
 @metric
 def random(scorer: Scorer) -> Scores:
     """Uniform in [0, 1), a function of (seed, weight name, global index) alone: the control. No data."""
-    scores = {}
-    for name, weight in scorer.weights():
-        scores[name] = uniform(scorer.seed, name, *own_range(weight), scorer.device_of(weight))
-    return scores
+    return {
+        name: uniform(scorer.seed, name, *own_range(weight), scorer.device_of(weight))
+        for name, weight in scorer.weights()
+    }
 
 
 def uniform(seed: int, name: str, start: int, stop: int, device: torch.device) -> Tensor:
@@ -270,10 +263,14 @@ def lift(scorer: Scorer) -> Scores:
 
 
 def low_rank_shards(shards: Tensor, shape: torch.Size, rank: int) -> Tensor:
-    """[world_size, shard] pieces of a weight -> the same pieces of abs(its rank-r approximation), fp32."""
+    """[world_size, shard] pieces of a weight -> the same pieces of abs(its rank-r approximation), fp32.
+
+    Of a stack [experts, out, in], each expert is approximated by itself.
+    """
     numel = shape.numel()
     scores = shards.new_zeros(shards.numel(), dtype=torch.float32)
-    scores[:numel] = low_rank(shards.reshape(-1)[:numel].view(shape), rank).abs().reshape(-1)
+    weight = shards.reshape(-1)[:numel].view(-1, *shape[-2:])
+    scores[:numel] = torch.cat([low_rank(matrix, rank).abs().reshape(-1) for matrix in weight])
     return scores.view_as(shards)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,7 +23,7 @@ ACTIVATION_MODULES = ("transformers.activations", "torch.nn.modules.activation")
 def absolute_weights(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Every ZeRO-3 shard holds absolute values inside the block, and its own bits again after it."""
     repartition(parameters)
-    signs = [pack(torch.signbit(shard_of(parameter))) for parameter in parameters]
+    signs = [np.packbits(torch.signbit(shard_of(parameter)).cpu().numpy()) for parameter in parameters]
     for parameter in parameters:
         shard_of(parameter).abs_()
     try:
@@ -32,22 +33,8 @@ def absolute_weights(parameters: list[nn.Parameter]) -> Iterator[None]:
         repartition(parameters)
         for parameter, packed in zip(parameters, signs, strict=True):
             shard = shard_of(parameter)
-            shard.copy_(torch.where(unpack(packed, shard.numel()), -shard, shard))
-
-
-def pack(bits: Tensor) -> Tensor:
-    """[n] bool -> [ceil(n / 8)] uint8."""
-    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.numel() % 8)).view(-1, 8)
-    return (padded << _places(bits.device)).sum(1, dtype=torch.uint8)
-
-
-def unpack(packed: Tensor, length: int) -> Tensor:
-    """The [length] bool that `pack` was given."""
-    return (packed[:, None] >> _places(packed.device) & 1).view(-1)[:length].bool()
-
-
-def _places(device: torch.device) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=device)
+            is_negative = torch.from_numpy(np.unpackbits(packed, count=shard.numel())).to(shard.device).bool()
+            shard.copy_(torch.where(is_negative, -shard, shard))
 
 
 @contextmanager
@@ -70,7 +57,7 @@ def linear_network(model: nn.Module) -> Iterator[Tensor]:
             where="mask.salience=synflow",
             fix="choose another metric",
         )
-    config, changed = model.config, [*activations, *norms]
+    config = model.config
     capping = getattr(config, "final_logit_softcapping", None)  # a tanh, which would stop the flow
     for module in activations:
         module.forward = nn.Identity.forward.__get__(module)
@@ -84,7 +71,7 @@ def linear_network(model: nn.Module) -> Iterator[Tensor]:
         with sdpa_kernel(SDPBackend.MATH):
             yield torch.ones(1, 1, width, dtype=dtype, device=collectives.device(), requires_grad=True)
     finally:
-        for module in changed:
+        for module in [*activations, *norms]:
             del module.forward  # the class's own shows again
         if capping is not None:
             config.final_logit_softcapping = capping

@@ -225,9 +225,8 @@ def select_tiles(
     chosen = gather_indices(chosen, {name: tile.num_tiles for name, tile in tiles.items()})
     shape = {name: tile.shape for name, tile in tiles.items()}
     dtype = index_dtype(max(rows * columns for rows, columns in shape.values()))
-    return assert_same_mask(
-        Mask({name: tile.entries(chosen[name]).to(dtype) for name, tile in tiles.items()}, shape)
-    )
+    index = {name: tile.entries(chosen[name]).to(dtype) for name, tile in tiles.items()}
+    return assert_same_mask(Mask(index, shape))
 
 
 def select_per_row(
@@ -253,7 +252,10 @@ def select_per_row(
             chosen[inside] = top_of_rows(score[inside].view(-1, columns), quota[name]).view(-1)
         edges = [shard_range(rows * columns, other, world_size)[0] for other in range(1, world_size)]
         cut = sorted({edge // columns for edge in edges if edge % columns})
-        pieces = {str(row): _overlap(row * columns, (row + 1) * columns, start, stop) for row in cut}
+        pieces = {}  # what of these rows lies in our shard, as local indices
+        for row in cut:
+            bounds = (min(max(edge, start), stop) - start for edge in (row * columns, (row + 1) * columns))
+            pieces[str(row)] = slice(*bounds)
         if pieces:
             group = {row: number for number, row in enumerate(pieces)}
             parts = {row: score[piece] for row, piece in pieces.items()}
@@ -261,12 +263,6 @@ def select_per_row(
                 chosen[found + pieces[row].start] = True
         selected[name] = chosen.nonzero()[:, 0]
     return selected
-
-
-def _overlap(first: int, last: int, start: int, stop: int) -> slice:
-    """What of [first, last) lies in the shard [start, stop), as local indices."""
-    low, high = max(first, start), min(last, stop)
-    return slice(low - start, max(high, low) - start)
 
 
 def top_of_rows(scores: Tensor, k: int) -> Tensor:

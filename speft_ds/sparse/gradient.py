@@ -18,9 +18,10 @@ from torch import Tensor
 
 from speft_ds.comm import collectives
 from speft_ds.errors import UserError
-from speft_ds.model.linear import WeightGradHook
+from speft_ds.model.weight_grad_hooks import WeightGradHook
 from speft_ds.sparse.kernels.backends import Backend, make_backend
-from speft_ds.sparse.layout import Layout
+from speft_ds.sparse.kernels.stacked import make_stacked
+from speft_ds.sparse.layout import Layout, RankShards
 from speft_ds.sparse.mask import Mask
 from speft_ds.sparse.tiles import Tiles
 
@@ -29,20 +30,13 @@ IN_FLIGHT = 2  # buckets under way between the ranks, at most
 
 @dataclass(frozen=True)
 class GradientOptions:
-    """How a gradient is computed and collected.
+    """How a gradient is computed and collected."""
 
-    Attributes:
-        backend: as `train.sparse_backend`.
-        granularity, block_size: what the mask was chosen by.
-        bucket: entries of one reduce-scatter, over all ranks.
-        overlap: False reduces after the backward: any number of backwards may come before `finish`.
-    """
-
-    backend: str = "auto"
-    granularity: str = "element"
+    backend: str = "auto"  # as `train.sparse_backend`
+    granularity: str = "element"  # with `block_size`, what the mask was chosen by
     block_size: int = 1
-    bucket: int = 2**22
-    overlap: bool = True
+    bucket: int = 2**22  # entries of one reduce-scatter, over all ranks
+    overlap: bool = True  # False reduces after the backward: any number of them may come before `finish`
 
     @classmethod
     def of(cls, mask, train, overlap: bool = True) -> GradientOptions:
@@ -53,20 +47,13 @@ class GradientOptions:
 
 @dataclass
 class Bucket:
-    """Neighbouring weights whose gradients are reduced in one call.
+    """Neighbouring weights whose gradients are reduced in one call."""
 
-    Attributes:
-        names: in the mask's order, so that each rank's part is one slice of its flat buffers.
-        starts, lengths: rank -> where that slice starts, and its entries.
-        buffer: [world_size, longest] what was added and not sent yet; None where nothing was.
-        views: weight -> its parts in the rows of `buffer`.
-    """
-
-    names: list[str]
-    starts: list[int]
-    lengths: list[int]
-    buffer: Tensor | None = None
-    views: dict[str, list[Tensor]] = field(default_factory=dict)
+    names: list[str]  # in the mask's order, so that each rank's part is one slice of its flat buffers
+    starts: list[int]  # rank -> where that slice starts
+    lengths: list[int]  # rank -> its entries
+    buffer: Tensor | None = None  # [world_size, longest] what was added and not sent yet
+    views: dict[str, list[Tensor]] = field(default_factory=dict)  # weight -> its parts in the buffer's rows
 
 
 class SparseGradient:
@@ -85,10 +72,17 @@ class SparseGradient:
     Args:
         mask: what is trained, the same on every rank.
         device: of the activations.
+        num_stacked: weight -> matrices in a stack of experts; 1 where it is not named.
     """
 
-    def __init__(self, mask: Mask, device: torch.device, options: GradientOptions):
-        self.mask, self.device, self.options = mask, device, options
+    def __init__(
+        self,
+        mask: Mask,
+        device: torch.device,
+        options: GradientOptions,
+        num_stacked: dict[str, int] | None = None,
+    ):
+        self.mask, self.device, self.options, self.num_stacked = mask, device, options, num_stacked or {}
         self.world_size, rank = collectives.world_size(), collectives.rank()
         layout = Layout.of(mask.index, {name: mask.numel(name) for name in mask.shape}, self.world_size)
         self.layout = layout
@@ -118,25 +112,24 @@ class SparseGradient:
                 total = 0
             groups[-1].insert(0, name)
             total += count
-        ranks = range(self.world_size)
         return [
             Bucket(
                 names,
-                [self.layout.offsets[names[0]][rank] for rank in ranks],
-                [sum(self.counts[name][rank] for name in names) for rank in ranks],
+                starts=self.layout.offsets[names[0]],
+                lengths=[sum(counts) for counts in zip(*(self.counts[n] for n in names), strict=True)],
             )
             for names in groups
         ]
 
     def _start_backward(self) -> None:
         self.uses: Counter[str] = Counter()
-        self.waiting = deque(self.buckets)  # that were not sent yet
+        self.waiting = deque(self.buckets)  # those not sent yet
         self.in_flight: deque[tuple[Bucket, Tensor, Callable[[], Tensor]]] = deque()
 
     def local_index(self) -> dict[str, Tensor]:
         """Weight -> sorted indices of this rank's entries into its shard."""
-        rank = collectives.rank()
-        return {name: self.layout.local_index(name, i, rank) for name, i in self.mask.index.items()}
+        shards = RankShards({name: self.mask.numel(name) for name in self.mask.index})
+        return shards.to_local(shards.select(self.mask.index))
 
     def _make_hook(self, name: str) -> WeightGradHook | None:
         """What an adapted linear calls in its backward; None where the mask has no entry of this weight."""
@@ -145,9 +138,13 @@ class SparseGradient:
             return None
         options, shape = self.options, self.mask.shape[name]
         tiles = Tiles.of(options.granularity, options.block_size, shape)
-        self.backends[name], backend = make_backend(options.backend, index.to(self.device), shape, tiles)
+        index, num_stacked = index.to(self.device), self.num_stacked.get(name, 1)
+        if num_stacked > 1:
+            self.backends[name], backend = make_stacked(options.backend, index, shape, tiles, num_stacked)
+        else:
+            self.backends[name], backend = make_backend(options.backend, index, shape, tiles)
         self.kernels[name] = backend
-        return lambda x, grad_y: self.add(name, backend(x, grad_y))
+        return lambda *factors: self.add(name, backend(*factors))
 
     def add(self, name: str, values: Tensor) -> None:
         """Add the [k] fp32 gradient of one weight's entries, in index order."""
@@ -157,36 +154,28 @@ class SparseGradient:
         bucket = self.bucket_of[name]
         self.uses[name] += 1
         if self.options.overlap and self.uses[name] > self.expected[name] and not self.is_profiling:
-            self._refuse_change(name)
+            raise UserError(
+                f"{name} was used {self.uses[name]} times in one forward, {self.expected[name]} times before",
+                where="training",
+                fix="train.overlap=false: this model's forwards are not all alike",
+            )
         if bucket.buffer is None:
             self._allocate(bucket)
         torch._foreach_add_(bucket.views[name], list(values.split(self.counts[name])))
         # Always in the one order, which all ranks keep, whatever their backwards do.
-        while self.options.overlap and self.waiting and self._is_complete(self.waiting[0]):
+        while self.options.overlap and self.waiting:
+            if any(self.uses[name] < self.expected[name] for name in self.waiting[0].names):
+                break
             self._send(self.waiting.popleft())
-
-    def _is_complete(self, bucket: Bucket) -> bool:
-        return all(self.uses[name] >= self.expected[name] for name in bucket.names)
-
-    def _refuse_change(self, name: str) -> None:
-        raise UserError(
-            f"{name} was used {self.uses[name]} times in one forward, {self.expected[name]} times before",
-            where="training",
-            fix="train.overlap=false: this model's forwards are not all alike",
-        )
 
     def _allocate(self, bucket: Bucket) -> None:
         shape = (self.world_size, max(bucket.lengths))
         bucket.buffer = torch.zeros(shape, dtype=torch.float32, device=self.device)
-        bucket.views = {
-            name: [
-                row[offset - start : offset - start + count]
-                for row, offset, start, count in zip(
-                    bucket.buffer, self.layout.offsets[name], bucket.starts, self.counts[name], strict=True
-                )
-            ]
-            for name in bucket.names
-        }
+        bucket.views = {name: [] for name in bucket.names}
+        for rank, row in enumerate(bucket.buffer):
+            counts = [self.counts[name][rank] for name in bucket.names]
+            for name, view in zip(bucket.names, row[: sum(counts)].split(counts), strict=True):
+                bucket.views[name].append(view)
         filling = [other.buffer for other in self.buckets if other.buffer is not None]
         alive = [*filling, *(buffer for _, buffer, _ in self.in_flight)]
         self.peak_buffer_bytes = max(self.peak_buffer_bytes, sum(buffer.nbytes for buffer in alive))

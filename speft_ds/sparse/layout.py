@@ -15,7 +15,7 @@ shards start at key 100 and whose slices of the flat buffers start at place 7:
 `mask.index` holds global indices, `SparseState.index` local ones. Keys compare entries of two masks. Deltas,
 base values, gradients and moments lie at their places; a kernel returns gradients in kernel order.
 
-    global index -> local index   Layout.local_index, RankShards.to_local
+    global index -> local index   RankShards.select, RankShards.to_local
     local index  -> global index  RankShards.to_global
     local index <-> key           RankShards.keys, RankShards.from_keys
     weight       -> places        Layout.places
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -40,19 +40,6 @@ INT32_ELEMENTS = 2**31
 def index_dtype(numel: int) -> torch.dtype:
     """int32 where a flat index into `numel` elements fits, else int64."""
     return torch.int32 if numel < INT32_ELEMENTS else torch.int64
-
-
-def owner_bounds(index: Tensor, numel: int, world_size: int) -> list[int]:
-    """Where each rank's entries start in a sorted global index.
-
-    Args:
-        index: [k] sorted global flat indices into a weight of `numel` elements.
-    Returns:
-        world_size + 1 positions; rank r owns index[bounds[r]:bounds[r + 1]].
-    """
-    starts = [shard_range(numel, rank, world_size)[0] for rank in range(world_size)] + [numel]
-    edges = torch.tensor(starts, dtype=torch.int64, device=index.device)
-    return torch.searchsorted(index.to(torch.int64), edges).tolist()
 
 
 def locate(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,21 +61,23 @@ class Layout:
     A rank's flat buffers hold its entries weight by weight (in the mask's order), sorted within a weight.
     """
 
-    bounds: dict[str, list[int]]  # weight -> owner_bounds
+    bounds: dict[str, list[int]]  # weight -> edges: rank r owns index[edges[r] : edges[r + 1]]
     offsets: dict[str, list[int]]  # weight -> start of its slice in the flat buffers of each rank
     lengths: list[int]  # entries that each rank owns, over all weights
-    numel: dict[str, int]  # weight -> its elements
 
     @classmethod
     def of(cls, index: dict[str, Tensor], numel: dict[str, int], world_size: int) -> Layout:
+        """The layout of a mask's `index`: weight -> [k] sorted global flat indices."""
         lengths = [0] * world_size
         bounds, offsets = {}, {}
         for name, positions in index.items():
-            bounds[name] = owner_bounds(positions, numel[name], world_size)
+            starts = [shard_range(numel[name], rank, world_size)[0] for rank in range(world_size)]
+            edges = torch.tensor([*starts, numel[name]], dtype=torch.int64, device=positions.device)
+            bounds[name] = torch.searchsorted(positions.to(torch.int64), edges).tolist()
             offsets[name] = list(lengths)
             for rank, (start, stop) in enumerate(pairwise(bounds[name])):
                 lengths[rank] += stop - start
-        return cls(bounds, offsets, lengths, numel)
+        return cls(bounds, offsets, lengths)
 
     def counts(self, name: str) -> list[int]:
         """Entries of this weight that each rank owns: how its kernel order is cut."""
@@ -99,21 +88,12 @@ class Layout:
         start = self.offsets[name][rank]
         return slice(start, start + self.counts(name)[rank])
 
-    def local_index(self, name: str, index: Tensor, rank: int) -> Tensor:
-        """The entries of `rank` among a weight's [k] global indices, counted from the start of its shard."""
-        own = index[self.bounds[name][rank] : self.bounds[name][rank + 1]]
-        return own - shard_range(self.numel[name], rank, len(self.lengths))[0]
-
 
 @dataclass(frozen=True)
 class RankShards:
-    """This rank's shards of some weights, laid end to end in the order of `numel`.
+    """This rank's shards of some weights, laid end to end in the order of `numel`."""
 
-    Attributes:
-        numel: weight -> its elements.
-    """
-
-    numel: dict[str, int]
+    numel: dict[str, int]  # weight -> its elements
     rank: int = field(default_factory=collectives.rank)
     world_size: int = field(default_factory=collectives.world_size)
 
@@ -125,11 +105,8 @@ class RankShards:
     @cached_property
     def starts(self) -> dict[str, int]:
         """Weight -> the key at which its shard starts."""
-        starts, total = {}, 0
-        for name, count in self.numel.items():
-            starts[name] = total
-            total += shard_numel(count, self.world_size)
-        return starts
+        lengths = [shard_numel(count, self.world_size) for count in self.numel.values()]
+        return dict(zip(self.numel, accumulate(lengths, initial=0), strict=False))  # the last is the end
 
     def keys(self, local: dict[str, Tensor], device: torch.device) -> Tensor:
         """[n] sorted int64 keys of sorted local indices of all weights."""
@@ -161,12 +138,7 @@ class RankShards:
 
 @dataclass
 class EntryTable:
-    """Values at some entries of some weights, in global coordinates.
+    """Values at some entries of some weights, in global coordinates."""
 
-    Attributes:
-        index: weight -> [n] sorted global indices.
-        columns: name -> [sum of n] values, weight by weight.
-    """
-
-    index: dict[str, Tensor]
-    columns: dict[str, Tensor] = field(default_factory=dict)
+    index: dict[str, Tensor]  # weight -> [n] sorted global indices
+    columns: dict[str, Tensor] = field(default_factory=dict)  # name -> [sum of n] values, weight by weight

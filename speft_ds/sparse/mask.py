@@ -22,20 +22,15 @@ from speft_ds.io import write_safetensors
 from speft_ds.sparse.layout import index_dtype, locate
 
 FORMAT_VERSION = "1"
-INDEX_DTYPES = {"I32": torch.int32, "I64": torch.int64}  # by safetensors' names
+INDEX_DTYPES = ("I32", "I64")  # by safetensors' names
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Sorted global flat indices per weight.
+    """Entries of weights; both dicts name every target, also one without entries."""
 
-    Attributes:
-        index: weight name -> [k] sorted global flat indices (int32, or int64 from 2^31 elements on).
-        shape: weight name -> (out_features, in_features); names every target, also one without entries.
-    """
-
-    index: dict[str, Tensor]
-    shape: dict[str, tuple[int, int]]
+    index: dict[str, Tensor]  # name -> [k] sorted global flat indices (int32, int64 from 2^31 elements on)
+    shape: dict[str, tuple[int, int]]  # name -> (out_features, in_features)
 
     @cached_property
     def num_trainable(self) -> int:
@@ -127,21 +122,22 @@ def _read_metadata(
         _refuse(path, "not a mask: its metadata has no format_version")
     if version != FORMAT_VERSION:
         _refuse(path, f"mask format {version}, this version reads {FORMAT_VERSION}")
-    documents = {}
+    documents = []
     for key in ("shape", "facts"):
         try:
-            documents[key] = json.loads(metadata[key])
+            document = json.loads(metadata[key])
         except (KeyError, ValueError, RecursionError):
-            documents[key] = None
-        if not isinstance(documents[key], dict):
+            document = None
+        if not isinstance(document, dict):
             _refuse(path, f"the mask is damaged: its metadata has no {key}, or not as a JSON object")
-    if not documents["shape"]:
+        documents.append(document)
+    shape, facts = documents
+    if not shape:
         _refuse(path, "the mask is damaged: it names no weight")
-    for name, sizes in documents["shape"].items():
+    for name, sizes in shape.items():
         if not name.isprintable() or not _is_shape(sizes):
             _refuse(path, f"the mask is damaged: {name!r} has no shape (out_features, in_features)")
-    shape = {name: (rows, columns) for name, (rows, columns) in documents["shape"].items()}
-    return shape, metadata.get("sha256", ""), documents["facts"]
+    return {name: tuple(sizes) for name, sizes in shape.items()}, metadata.get("sha256", ""), facts
 
 
 def _is_shape(sizes: object) -> bool:
@@ -166,23 +162,13 @@ def _read_index(path: str | Path, file: safe_open, shape: dict[str, tuple[int, i
         if header.get_dtype() not in INDEX_DTYPES or len(header.get_shape()) != 1:
             _refuse(path, f"{name}: the index is {header.get_dtype()} of shape {header.get_shape()}")
         index = file.get_tensor(f"{name}.index")
-        if problem := index_problem(index, rows * columns):
-            _refuse(path, f"{name}: {problem}")
+        first, last = map(int, index.aminmax()) if index.numel() else (0, 0)
+        if first < 0 or last >= rows * columns:
+            _refuse(path, f"{name}: indices from {first} to {last}, the weight has {rows * columns} elements")
+        if not (index[1:] > index[:-1]).all():
+            _refuse(path, f"{name}: indices are not strictly increasing")
         indices[name] = index.to(dtype)
     return indices
-
-
-def index_problem(index: Tensor, numel: int | None = None) -> str | None:
-    """What is wrong with [k] flat indices into a weight of `numel` elements (None: unknown), if anything."""
-    if index.dtype not in INDEX_DTYPES.values() or index.ndim != 1:
-        return f"the index is {index.dtype} of shape {tuple(index.shape)}"
-    if index.numel() == 0:
-        return None
-    if int(index.min()) < 0 or (numel is not None and int(index.max()) >= numel):
-        return f"indices from {int(index.min())} to {int(index.max())}, the weight has {numel} elements"
-    if not bool((index[1:] > index[:-1]).all()):
-        return "indices are not strictly increasing"
-    return None
 
 
 def overlap(a: Mask, b: Mask) -> int:

@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from speft_ds.comm import collectives
 from speft_ds.sparse.layout import EntryTable, Layout, RankShards, index_dtype, locate
 from speft_ds.sparse.mask import Mask
-from speft_ds.zero.shards import shard_range
 
 
 @dataclass
 class Entries:
-    """Some entries of this rank's shards: sorted keys (see `layout`), pretrained values, deltas."""
+    """Some entries of this rank's shards."""
 
-    key: Tensor  # [n] int64
-    base: Tensor  # [n] base dtype
+    key: Tensor  # [n] int64, sorted; see `layout`
+    base: Tensor  # [n] pretrained values in base dtype
     delta: Tensor  # [n] fp32
 
     @classmethod
@@ -42,10 +41,13 @@ class Entries:
 
 def with_heads(mask: Mask, heads: dict[str, tuple[int, int]]) -> Mask:
     """The mask and, behind it, every entry of the heads."""
-    everything = {name: torch.arange(rows * columns) for name, (rows, columns) in heads.items()}
-    device = next(iter(mask.index.values())).device
-    index = {name: i.to(device, index_dtype(i.numel())) for name, i in everything.items()}
-    return Mask(mask.index | index, mask.shape | heads) if heads else mask
+    if not heads:
+        return mask
+    index = dict(mask.index)
+    device = next(iter(index.values())).device
+    for name, (rows, columns) in heads.items():
+        index[name] = torch.arange(rows * columns, dtype=index_dtype(rows * columns), device=device)
+    return Mask(index, mask.shape | heads)
 
 
 class SparseState:
@@ -87,10 +89,8 @@ class SparseState:
         self.num_local = self.layout.lengths[rank]
         self.slices = {name: self.layout.places(name, rank) for name in trained.shape}
         # Where the shards are, which may be host memory; base and delta where the optimizer is.
-        self.index = {
-            name: self.layout.local_index(name, index, rank).to(self.shards[name].device)
-            for name, index in trained.index.items()
-        }
+        local = self.rank_shards.to_local(self.rank_shards.select(trained.index))
+        self.index = {name: local[name].to(self.shards[name].device) for name in trained.index}
         zeros = torch.zeros(self.num_local, dtype=torch.float32, device=self.device)
         entries = Entries(self.keys(), self._read(self.index), zeros)
         nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
@@ -120,10 +120,9 @@ class SparseState:
 
     def gather_heads(self) -> dict[str, Tensor]:
         """The heads as they are now, [out, in] in base dtype; every rank calls this."""
-        gathered, world_size = {}, self.rank_shards.world_size
+        gathered = {}
         for name, shape in self.heads.items():
-            ranges = [shard_range(self.trained.numel(name), rank, world_size) for rank in range(world_size)]
-            lengths = [stop - start for start, stop in ranges]
+            lengths = self.layout.counts(name)
             own = self.shards[name][: lengths[self.rank_shards.rank]].to(self.device)
             gathered[name] = torch.cat(collectives.all_gather_padded(own, lengths)).view(shape)
         return gathered

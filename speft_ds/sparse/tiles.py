@@ -1,8 +1,4 @@
-"""What is chosen as one: the tiles of a weight, that is, its blocks, rows or columns.
-
-Units are numbered row by row of the grid that they form. Where the block size does not divide a weight, the
-blocks at its right and lower edge are smaller.
-"""
+"""What is chosen as one: the tiles of a weight, that is, its blocks, rows or columns."""
 
 from __future__ import annotations
 
@@ -20,13 +16,12 @@ SUM_BITS = 61  # of the fixed-point sums, one less than would overflow
 
 @dataclass(frozen=True)
 class Tiles:
-    """A weight cut into rectangles of `height` x `width`.
+    """A weight cut into rectangles of `height` x `width`, numbered row by row of the grid that they form.
 
-    Attributes:
-        shape: (out, in) of the weight.
+    Where the block size does not divide a weight, the blocks at its right and lower edge are smaller.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # (out, in) of the weight
     height: int
     width: int
 
@@ -65,6 +60,11 @@ class Tiles:
         heights = (self.shape[0] - row * self.height).clamp_(max=self.height)
         return heights * (self.shape[1] - column * self.width).clamp_(max=self.width)
 
+    def are_full(self, index: Tensor) -> bool:
+        """Whether [k] sorted flat indices are every entry of each tile that they touch."""
+        tile, counts = self.tile_of(index).unique(return_counts=True)
+        return torch.equal(counts, self.sizes(tile))
+
     def entries(self, tile: Tensor) -> Tensor:
         """[n] tile numbers -> sorted int64 flat indices of all their entries."""
         row, column = _divmod(tile.to(torch.int64), self.grid[1])
@@ -100,6 +100,7 @@ def tile_scores(scores: dict[str, Tensor], tiles: dict[str, Tiles]) -> dict[str,
 
 
 def _means(score: Tensor, tiles: Tiles, shift: int) -> Tensor:
+    """`tile_scores` of one weight, whose scores are multiplied by 2^shift to be summed."""
     rank, world_size = collectives.rank(), collectives.world_size()
     numel = tiles.shape[0] * tiles.shape[1]
     start, stop = shard_range(numel, rank, world_size)

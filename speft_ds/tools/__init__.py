@@ -1,1 +1,1 @@
-"""Commands beside training: `speft doctor`, `speft quickstart`."""
+"""Commands beside training: `speft plan`, `speft doctor`, `speft quickstart`."""

@@ -24,10 +24,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from importlib import metadata
-from itertools import repeat
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
 import psutil
@@ -43,14 +42,12 @@ MIB, GIB = 2**20, 2**30
 GROUP_S = 120  # limit of a group
 TOOL_S = 60  # limit of a compiler or nvidia-smi, and of one collective
 SHM_MIB = 2 * 66  # what DeepSpeed's collectives of 2 CPU ranks map
-QUICKSTART_GIB = 10  # 2 CPU ranks, 4.8 GiB each
+QUICKSTART_GIB = 10  # 2 CPU ranks with 4.8 GiB each in float32; in bfloat16 they take 3.0 each
 PIP = f"{sys.executable} -m pip install --constraint {ROOT / 'constraints.txt'}"
 # As DeepSpeed's op; torch 2.13 compiles extensions as C++20, which has `concepts`.
 HELLO = "#include <Python.h>\n#include <omp.h>\n#include <concepts>\nint hello() { return 0; }\n"
-
-Status = Literal["ok", "warning", "problem", "skipped"]
 CHOICES = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")  # with which a user may leave GPUs out
-COLORS = {"ok": "green", "warning": "yellow", "problem": "bold red", "skipped": "dim"}
+COLORS = {"ok": "green", "warning": "yellow", "problem": "bold red", "skipped": "dim"}  # of every status
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,12 @@ class Check:
     """One line of the report, and what to type where something is wrong."""
 
     name: str
-    status: Status
+    status: str
     what: str
     fix: str | None = None
 
 
-def judge(name: str, is_fine: object, what: str, fix: str, otherwise: Status = "problem") -> Check:
+def judge(name: str, is_fine: object, what: str, fix: str, otherwise: str = "problem") -> Check:
     """A check that is `ok`, or `otherwise` and comes with a fix."""
     return Check(name, "ok", what) if is_fine else Check(name, otherwise, what, fix)
 
@@ -74,7 +71,8 @@ def judge(name: str, is_fine: object, what: str, fix: str, otherwise: Status = "
 def examine(limit_s: float = GROUP_S) -> list[Check]:
     """Run all groups of checks at the same time, each for so many seconds at most."""
     with ThreadPoolExecutor(len(GROUPS)) as pool:
-        return [check for checks in pool.map(run_group, GROUPS, repeat(limit_s)) for check in checks]
+        groups = pool.map(partial(run_group, limit_s=limit_s), GROUPS)
+        return [check for checks in groups for check in checks]
 
 
 def run_group(group: str, limit_s: float) -> list[Check]:
@@ -93,21 +91,22 @@ def run_tool(*command: str, limit_s: float = TOOL_S) -> tuple[str, str | None]:
     except OSError as error:
         return "", str(error)
     output, messages = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
-    return output, why_failed(done.returncode, messages or output) if done.returncode else None
+    if done.returncode < 0:
+        return output, f"killed by {signal.Signals(-done.returncode).name}"
+    failure = find_error(messages or output) or f"exit code {done.returncode}"
+    return output, failure if done.returncode else None
 
 
-def why_failed(code: int, messages: str) -> str:
-    """Why a process failed: the signal, the last line that looks like an error, or the last line."""
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
+def find_error(messages: str) -> str:
+    """The last line that looks like an error, or the last line."""
     lines = [line.strip() for line in messages.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\berror:|\w(Error|Exception)\b", line)]
-    return (errors or lines or [f"exit code {code}"])[-1][:300]
+    return (errors or lines or [""])[-1][:300]
 
 
 def print_report(checks: list[Check]) -> None:
     """Print one line per check, its fix below it, and a verdict; in color on a terminal, else plain text."""
-    width = max((len(check.name) for check in checks), default=0) + 2
+    width = max(len(check.name) for check in checks) + 2
     console = Console(highlight=False, force_terminal=sys.stdout.isatty())  # FORCE_COLOR is not for files
     console.print(f"speft doctor: speft_ds {__version__}, {platform.platform()}", soft_wrap=True)
     for check in checks:
@@ -179,11 +178,9 @@ def check_torch() -> Iterator[Check]:
     what = "; ".join([f"torch sees {num_gpus} of {len(listed)}", *listed[:1], *why])
     fix = f"see nvidia-smi -q and dmesg; install a driver for {built_for}, or a torch for this driver"
     yield judge("GPUs", num_gpus >= len(listed) or choice, what, fix, "warning" if num_gpus else "problem")
-    if multiplies_bfloat16("cuda" if num_gpus else "cpu"):
-        yield Check("bf16", "ok", "in hardware")
-    else:
-        fix = "set model.dtype=float32, or auto: bfloat16 takes many times as long"
-        yield Check("bf16", "warning", "not in hardware", fix)
+    multiplies = multiplies_bfloat16("cuda" if num_gpus else "cpu")
+    fix = "set model.dtype=float32, or auto: bfloat16 takes many times as long"
+    yield judge("bf16", multiplies, "in hardware" if multiplies else "not in hardware", fix, "warning")
     for i in range(num_gpus):  # one too new for this torch, or in another's exclusive use, raises
         torch.ones(8, device=f"cuda:{i}").sum().item()
         yield Check(f"GPU {i}", "ok", f"{torch.cuda.get_device_name(i)} computes")
@@ -205,21 +202,18 @@ def check_deepspeed() -> Iterator[Check]:
 
     device, backend = get_accelerator().device_name(), get_accelerator().communication_backend_name()
     yield Check("DeepSpeed", "ok", f"imports; accelerator {device}, collectives over {backend}")
-    yield check_folder("torch extensions", deepspeed_shm.extensions_folder(), "TORCH_EXTENSIONS_DIR", 0.1)
-    yield check_build_lock(deepspeed_shm.extensions_folder() / deepspeed_shm.NAME)
+    extensions = deepspeed_shm.extensions_folder()
+    yield check_folder("torch extensions", extensions, "TORCH_EXTENSIONS_DIR", 0.1)
+    # A killed build leaves its lock behind.
+    age_s = deepspeed_shm.lock_age_s(extensions / deepspeed_shm.NAME)
+    what = "none" if age_s is None else f"a build of DeepSpeed's op took it {age_s:.0f} s ago"
+    fix = f"that build was killed, and every other one waits for it: rm -r {extensions / deepspeed_shm.NAME}"
+    yield judge("build lock", age_s is None or age_s < deepspeed_shm.STALE_S, what, fix, "warning")
     # A rank that finds no space is killed by SIGBUS.
     free_mib = shutil.disk_usage("/dev/shm").free / MIB if os.path.isdir("/dev/shm") else 0
     what = f"{free_mib:,.0f} MiB free; 2 CPU ranks map {SHM_MIB}"
     fix = "in a container: docker run --shm-size=2g; where no run is on: rm /dev/shm/deepspeed_allreduce_*"
     yield judge("/dev/shm", free_mib >= SHM_MIB, what, fix, "problem" if device == "cpu" else "warning")
-
-
-def check_build_lock(folder: Path) -> Check:
-    """The lock of DeepSpeed's shared-memory op, which a killed build leaves behind."""
-    age_s = deepspeed_shm.lock_age_s(folder)
-    what = "none" if age_s is None else f"a build of DeepSpeed's op took it {age_s:.0f} s ago"
-    fix = f"that build was killed, and every other one waits for it: rm -r {folder}"
-    return judge("build lock", age_s is None or age_s < deepspeed_shm.STALE_S, what, fix, "warning")
 
 
 def check_collectives() -> Iterator[Check]:
@@ -234,7 +228,7 @@ def check_collectives() -> Iterator[Check]:
         try:
             torch.multiprocessing.spawn(add_as_rank, (backend, env.free_port()), nprocs=2)
         except Exception as failure:  # of one of the ranks; its traceback is the text
-            error = why_failed(1, str(failure))
+            error = find_error(str(failure))
         yield judge(f"2 ranks, {backend}", error is None, error or "all_reduce and reduce_scatter", fix)
 
 
@@ -281,7 +275,7 @@ def check_machine() -> Iterator[Check]:
     yield check_folder("speft_ds cache", env.cache_folder(), "SPEFT_DS_CACHE", 1)
     group_bytes, group_cores = cgroup_limits(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
     memory_gib = min(psutil.virtual_memory().available, group_bytes) / GIB
-    fix = f"end other work, or take smaller batches: the quickstart's 2 CPU ranks need {QUICKSTART_GIB} GiB"
+    fix = f"end other work, or take smaller batches: the quickstart needs {QUICKSTART_GIB} GiB in float32"
     yield judge("memory", memory_gib >= QUICKSTART_GIB, f"{memory_gib:.1f} GiB available", fix, "warning")
 
     cores, threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS", "")
@@ -314,17 +308,19 @@ def cgroup_limits(root: Path, own: Path) -> tuple[float, float]:
     Args:
         root, own: /sys/fs/cgroup and /proc/self/cgroup.
     """
-    folder = root / _text_of(own).rpartition("::/")[2].strip()
-    groups = (folder, *folder.parents)
-    sizes = [_text_of(group / "memory.max").strip() for group in groups]
-    quotas = [_text_of(group / "cpu.max").split() for group in groups]  # microseconds, of how many
-    memory = [int(size) for size in sizes if size.isdigit()]
-    cores = [int(quota[0]) / int(quota[1]) for quota in quotas if quota and quota[0].isdigit()]
-    return min(memory, default=math.inf), min(cores, default=math.inf)
 
+    def read(file: Path) -> str:
+        return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
 
-def _text_of(file: Path) -> str:
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
+    folder = root / read(own).rpartition("::/")[2]
+    memory, cores = [math.inf], [math.inf]
+    for group in (folder, *folder.parents):
+        if (size := read(group / "memory.max")).isdigit():
+            memory.append(int(size))
+        microseconds, _, period = read(group / "cpu.max").partition(" ")
+        if microseconds.isdigit():
+            cores.append(int(microseconds) / int(period))
+    return min(memory), min(cores)
 
 
 # Group -> its checks, what to type if they crash or hang

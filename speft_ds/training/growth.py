@@ -13,7 +13,7 @@ from torch import Tensor
 
 from speft_ds.comm import collectives
 from speft_ds.env import log_rank0
-from speft_ds.model.linear import WeightGradHook
+from speft_ds.model.weight_grad_hooks import WeightGradHook
 from speft_ds.selection.calibration import ShardSum, weight_gradient
 from speft_ds.selection.radix import Groups
 from speft_ds.selection.topk import gather_mask, groups_by, select_local
@@ -129,7 +129,7 @@ class AccumulatedGradient(DropGrow):
             return None
         weight = self.context.targets[name].weight
         total = self.dense[name] = ShardSum(weight, own_elements(weight)[0].device)
-        return lambda x, grad_y: total.add(weight_gradient(x, grad_y))
+        return lambda *factors: total.add(weight_gradient(*factors))
 
     def after_step(self, step: int, skipped: bool = False) -> None:
         dense, self.dense = {name: total.value for name, total in self.dense.items()}, {}
@@ -153,7 +153,7 @@ class AccumulatedGradient(DropGrow):
 
     def _collect(self, candidates: Mask) -> None:
         options = GradientOptions.of(self.recipe, self.context.recipe.train, overlap=False)
-        self.candidates = SparseGradient(candidates, collectives.device(), options)
+        self.candidates = SparseGradient(candidates, collectives.device(), options, self.context.num_stacked)
 
     def grow(self, group: Groups, wanted: list[int]) -> Grown:
         local = self.candidates.local_index()

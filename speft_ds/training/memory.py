@@ -15,7 +15,7 @@ from torch import Tensor
 from speft_ds.comm import collectives
 from speft_ds.env import log_rank0
 from speft_ds.sparse.gradient import SparseGradient
-from speft_ds.sparse.optim.flat import FlatOptimizer
+from speft_ds.sparse.optim.optimizers import FlatOptimizer
 from speft_ds.sparse.state import SparseState
 from speft_ds.zero.engine import SparseEngine
 

@@ -157,6 +157,7 @@ def run_facts(trainer: Trainer) -> dict:
         "global_batch": recipe.train.global_batch,
         "micro_batch": recipe.train.micro_batch,
         "num_steps": trainer.num_steps,
+        "data": trainer.row_counts,
         "mask": {
             "salience": recipe.mask.salience,
             "granularity": recipe.mask.granularity,

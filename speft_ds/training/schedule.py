@@ -16,16 +16,15 @@ from speft_ds.comm import collectives
 from speft_ds.config.mask_config import MaskConfig
 from speft_ds.data.sampler import permutation
 from speft_ds.env import log_rank0
-from speft_ds.model.linear import WeightGradHook, chain_hooks
 from speft_ds.model.targets import layer_number, target_shapes
+from speft_ds.model.weight_grad_hooks import WeightGradHook, chain_hooks
 from speft_ds.selection.topk import select_local
 from speft_ds.sparse.gradient import GradientOptions, SparseGradient
 from speft_ds.sparse.layout import EntryTable, RankShards, locate
 from speft_ds.sparse.mask import Mask, jaccard, overlap
 from speft_ds.sparse.optim.clipping import Clip
-from speft_ds.sparse.optim.flat import OptimizerState
 from speft_ds.sparse.optim.lr_schedule import make_lr_schedule
-from speft_ds.sparse.optim.make import make_optimizer
+from speft_ds.sparse.optim.optimizers import OptimizerState, make_optimizer
 from speft_ds.sparse.state import SparseState
 from speft_ds.training.checkpoint.parts import Parts, Snapshot
 from speft_ds.training.setup import TrainContext
@@ -105,7 +104,8 @@ class Schedule:
     def _attach(self) -> None:
         recipe = self.context.recipe
         options = GradientOptions.of(recipe.mask, recipe.train)
-        self.gradient = SparseGradient(self.state.trained, self.state.device, options)
+        stacks = self.context.num_stacked
+        self.gradient = SparseGradient(self.state.trained, self.state.device, options, stacks)
         clip = Clip(recipe.optimizer.clip, recipe.optimizer.clip_norm)
         self.context.engine.attach(
             Trainable(self.state, self.gradient, self.optimizer, self.lr_schedule, clip, self.on_gradient)

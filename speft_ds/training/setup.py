@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from speft_ds import hub
 from speft_ds.comm import collectives
+from speft_ds.config.check_model import read_config, rope_switch
 from speft_ds.config.data_config import DataConfig
 from speft_ds.config.deepspeed_config import load_ds_config
 from speft_ds.config.model_config import HEAD
@@ -26,16 +27,20 @@ from speft_ds.data.tokenize import load_tokenizer
 from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import fingerprint
-from speft_ds.model.linear import adapt, weight_grad_hooks
+from speft_ds.model.kinds import find_weights
+from speft_ds.model.kinds.target import Target
 from speft_ds.model.load_model import fill_head, load_base
 from speft_ds.model.loss import NextToken, RowClass
-from speft_ds.model.targets import find_targets, target_shapes, tied_targets
+from speft_ds.model.reach import find_reach
+from speft_ds.model.targets import all_weights, find_targets, target_shapes, tied_targets
+from speft_ds.model.weight_grad_hooks import weight_grad_hooks
 from speft_ds.selection.calibration import CalibrationSet, Scorer
 from speft_ds.selection.salience import score
 from speft_ds.selection.topk import num_trainable, select
 from speft_ds.sparse.mask import Mask
 from speft_ds.training.metrics import Timings
 from speft_ds.zero.engine import SparseEngine, build_engine
+from speft_ds.zero.shards import stack_size
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,8 @@ class TrainContext:
     """A recipe's model, sharded by ZeRO-3 and frozen, on its engine; nothing trains yet.
 
     Attributes:
-        targets: weight name -> linear whose weight may be trained; `shapes`: weight name -> (out, in).
-        heads: weight name -> linear that is trained in full: a classifier's head.
+        targets: weight name -> weight that may be trained; `shapes`: weight name -> (rows, columns).
+        heads: weight name -> weight that is trained in full: of a classifier's head.
         num_trainable: entries that are asked for, over all ranks; what a selection comes to may differ by
             the rounding of tiles and row quotas.
         fingerprint: of the weights as they are loaded.
@@ -80,8 +85,8 @@ class TrainContext:
     recipe: Recipe
     data: RunData
     engine: SparseEngine
-    targets: dict[str, nn.Linear]
-    heads: dict[str, nn.Linear]
+    targets: dict[str, Target]
+    heads: dict[str, Target]
     shapes: dict[str, tuple[int, int]]
     num_trainable: int
     fingerprint: str
@@ -89,8 +94,13 @@ class TrainContext:
     objective: NextToken | RowClass
 
     @property
-    def trained(self) -> dict[str, nn.Linear]:
+    def trained(self) -> dict[str, Target]:
         return self.targets | self.heads
+
+    @property
+    def num_stacked(self) -> dict[str, int]:
+        """Weight -> matrices on top of each other: experts; 1 in a plain one."""
+        return {name: stack_size(target.weight) for name, target in self.trained.items()}
 
     def loss(self, module: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
         """Summed loss of a batch; `module` is the engine or its module."""
@@ -196,7 +206,21 @@ def read_rows(
     if not collectives.same_on_all_ranks(dataset.facts["sha256"]):
         fix = "have one copy of the data and of the tokenizer for all nodes, or the same everywhere"
         raise UserError("the ranks' nodes have different rows", where(0), fix)
+    _refuse_mixed_rope(recipe.model.name_or_path, dataset, where(0))
     return dataset
+
+
+def _refuse_mixed_rope(name: str, dataset: TokenizedDataset, where: str) -> None:
+    """Refuse rows on both sides of LongRoPE's switch: the longest of a batch would decide for the others."""
+    folder = hub.model_folder(name)
+    switch = rope_switch(read_config(folder / "config.json")) if folder else None
+    num_long = 0 if switch is None else int((dataset.lengths > switch).sum())
+    if 0 < num_long < dataset.num_rows:
+        what = (
+            f"the model rotates rows of over {switch} tokens by other factors (LongRoPE): {num_long} of "
+            f"{dataset.num_rows} rows are longer"
+        )
+        raise UserError(what, where, f"data.max_length={switch}, or rows that are all longer")
 
 
 def load_context(
@@ -213,15 +237,17 @@ def load_context(
     train, ds_config = recipe.train, load_ds_config(recipe, collectives.world_size(), trains)
     model, heads = _load_model(recipe, data, ds_config)
     targets = _find_targets(model, loaded, recipe)
-    _note_dropout(model)
+    _note_noise(model)
     if train.activation_checkpointing != "none":
         model.gradient_checkpointing_enable({"use_reentrant": train.activation_checkpointing == "reentrant"})
-    shapes = target_shapes(targets)
     own = fingerprint(model)
     rounded = own if recipe.model.dtype == "bfloat16" else fingerprint(model, torch.bfloat16)
     engine = build_engine(model, ds_config, targets | heads, recipe.walks_all_layers)
-    for linear in (targets | heads).values():
-        adapt(linear, recomputes_input=train.activation_checkpointing == "none")
+    # All, not the targets alone: torch's own linear would keep the gathered weight alive until its backward.
+    for target in (all_weights(model) | heads).values():
+        target.adapt(recomputes_input=train.activation_checkpointing == "none")
+    targets = keep_reached(engine, targets, loaded, recipe)
+    shapes = target_shapes(targets)
     return TrainContext(
         recipe=recipe,
         data=data,
@@ -236,7 +262,45 @@ def load_context(
     )
 
 
-def _load_model(recipe: Recipe, data: RunData, ds_config: dict) -> tuple[nn.Module, dict[str, nn.Linear]]:
+def keep_reached(
+    engine: SparseEngine, targets: dict[str, Target], loaded: Mask | None, recipe: Recipe
+) -> dict[str, Target]:
+    """The targets that a backward feeds; rank 0 says how far they reach.
+
+    Raises:
+        UserError: none is, or a loaded mask has entries in one that is not; or the model is not causal.
+    """
+    reach = find_reach(engine.module, targets, engine.after_plain_backward)
+    engine.forget_trace()
+    if reach.looks_ahead and not classifies(recipe):
+        raise UserError(
+            f"{type(engine.module).__name__} is not causal: a prediction depends on the tokens after it",
+            recipe.where("model.name_or_path"),
+            "a decoder model; or is_decoder: true in its config.json, where it can be one",
+        )
+    kept = {name: target for name, target in targets.items() if name in reach.fed}
+    starved = [name for name in targets if name not in kept]
+    if loaded is not None and (masked := [name for name in starved if loaded.index[name].numel()]):
+        what = (
+            f"the mask has entries in {masked[0]}, which this model's forward does not use as a linear layer"
+        )
+        raise UserError(what, f"mask.load: {recipe.mask.load}", "choose another mask: speft score RECIPE")
+    if not kept:
+        what = f"none of the targets takes part in a text forward: {starved[0]} and so on"
+        raise UserError(what, recipe.where("mask.targets"), "mask.targets=null")
+    stacks = [name for name, target in kept.items() if stack_size(target.weight) > 1]
+    if stacks and loaded is None and recipe.mask.salience == "fisher":
+        others = sorted({name.removesuffix(".weight").split(".")[-1] for name in kept if name not in stacks})
+        what = f"{stacks[0]} sees the tokens of several rows mixed, whose gradients fisher has to tell apart"
+        fix = f"mask.targets=[{','.join(others)}], or another mask.salience"
+        raise UserError(what, recipe.where("mask.salience"), fix)
+    are_chosen = bool(loaded or recipe.mask.targets or recipe.mask.layers)
+    for line in reach.lines(kept, starved if loaded is None else [], are_chosen):
+        log_rank0(line)
+    return targets if loaded is not None else kept
+
+
+def _load_model(recipe: Recipe, data: RunData, ds_config: dict) -> tuple[nn.Module, dict[str, Target]]:
     """The model, and weight name -> a classifier's head, filled."""
     name, dtype = recipe.model.name_or_path, recipe.model.dtype
     if not classifies(recipe):
@@ -249,11 +313,11 @@ def _load_model(recipe: Recipe, data: RunData, ds_config: dict) -> tuple[nn.Modu
     config.pad_token_id = data.pad_id  # what the model takes for padding when it looks for a row's end
     std = getattr(config, "initializer_range", None) or getattr(config, "init_std", 0.02)
     fill_head(model.score, std, hash_seed(recipe.seed, "head"))
-    return model, {HEAD: model.score}
+    return model, {HEAD: find_weights(model.score)["weight"]}
 
 
-def _find_targets(model: nn.Module, loaded: Mask | None, recipe: Recipe) -> dict[str, nn.Linear]:
-    """The linears that a loaded mask is of, or else that the recipe names.
+def _find_targets(model: nn.Module, loaded: Mask | None, recipe: Recipe) -> dict[str, Target]:
+    """The weights that a loaded mask is of, or else that the recipe names.
 
     Raises:
         UserError: the mask is of another model, or a target shares its weight with another module.
@@ -261,8 +325,8 @@ def _find_targets(model: nn.Module, loaded: Mask | None, recipe: Recipe) -> dict
     if loaded is None:
         targets = find_targets(model, recipe.mask.targets, recipe.mask.layers)
     else:
-        linears = find_targets(model, ["*"])
-        targets = {name: linears[name] for name in loaded.shape if name in linears}
+        weights = all_weights(model)
+        targets = {name: weights[name] for name in loaded.shape if name in weights}
         shapes = target_shapes(targets)
         if odd := [name for name in loaded.shape if shapes.get(name) != loaded.shape[name]]:
             raise UserError(
@@ -277,10 +341,16 @@ def _find_targets(model: nn.Module, loaded: Mask | None, recipe: Recipe) -> dict
     return targets
 
 
-def _note_dropout(model: nn.Module) -> None:
-    values = model.config.to_dict().items()
-    if dropout := {name: value for name, value in values if "drop" in name and value}:
-        log_rank0(f"note: the model trains with dropout {dropout}: other world sizes draw other masks")
+def _note_noise(model: nn.Module) -> None:
+    """Say which noise the model trains with."""
+    values = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}.items()
+    noise = {
+        name: value
+        for name, value in values
+        if isinstance(value, float) and value and any(word in name for word in ("drop", "jitter", "noise"))
+    }
+    if noise:
+        log_rank0(f"note: the model trains with noise {noise}: other world sizes draw other values")
 
 
 def base_facts(context: TrainContext) -> dict:

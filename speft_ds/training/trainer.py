@@ -20,6 +20,7 @@ from speft_ds.config.mask_config import mask_file
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate, split_global_batch
 from speft_ds.data.dataset import Row
+from speft_ds.data.row_counts import row_counts
 from speft_ds.data.sampler import Sampler
 from speft_ds.env import log_rank0, versions
 from speft_ds.errors import UserError
@@ -76,6 +77,7 @@ class Trainer:
         context: the frozen, sharded base on its engine, and its rows.
         rows: tokenised training rows, the same on every rank.
         num_steps: of the run; `first_step`: of this process.
+        row_counts: see `row_counts.row_counts`.
         timings: stage -> seconds.
     """
 
@@ -105,6 +107,7 @@ class Trainer:
         self.order = Sampler(self.rows.sizes, recipe.data.weights, recipe.seed)
         self.num_steps = self.order.num_steps(train.global_batch, train.steps, train.epochs)
         checks.check_steps(recipe, self.num_steps)
+        self.row_counts = row_counts(self.rows, self.num_steps * train.global_batch / len(self.order))
         with self.timings.stage("model"):
             self.loaded, facts = read_mask(mask_file(recipe.mask.load)) if recipe.mask.load else (None, {})
             self.context = load_context(recipe, data, self.loaded)

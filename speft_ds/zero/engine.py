@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
@@ -22,59 +22,29 @@ from torch import Tensor, nn
 from speft_ds.comm import collectives
 from speft_ds.zero.shards import global_norm, repartition, shard_of
 
-
-class TrainableState(Protocol):
-    """The values that are trained, flat, of this rank: see `sparse.state.SparseState`."""
-
-    delta: nn.Parameter  # [num_local] fp32
-    shards: dict[str, Tensor]  # weight -> its shard, which `write_through` writes to
-    slices: dict[str, slice]  # weight -> where its entries lie in `delta`
-
-    def write_through(self) -> None:
-        """Write the deltas into the shards."""
-
-
-class TrainableGradient(Protocol):
-    """The gradient of `delta`: see `sparse.gradient.SparseGradient`."""
-
-    def finish(self) -> None:
-        """Called after every micro-batch's backward: reduce what was not reduced during it."""
-
-    def pop(self) -> Tensor:
-        """The [num_local] fp32 sum over ranks and micro-batches; starts anew."""
-
-
-class DeltaOptimizer(Protocol):
-    """An optimizer whose one parameter is `delta`: see `sparse.optim.flat.FlatOptimizer`."""
-
-    param_groups: list[dict]
-
-    def step(self, active: Tensor | None = None) -> None:
-        """One step of all entries, or of those where [num_local] bool `active` is True."""
+if TYPE_CHECKING:  # what is trained lies above the engine
+    from speft_ds.sparse.gradient import SparseGradient
+    from speft_ds.sparse.optim.optimizers import FlatOptimizer
+    from speft_ds.sparse.state import SparseState
 
 
 @dataclass
 class Trainable:
-    """What an engine trains.
+    """What an engine trains: this rank's flat `state.delta`."""
 
-    Attributes:
-        clip: (gradient [num_local], its global norm, slices) clips in place.
-        on_gradient: sees the summed gradient [num_local] of this rank's entries before each step, and says
-            which of them step ([num_local] bool; None: all).
-    """
-
-    state: TrainableState
-    gradient: TrainableGradient
-    optimizer: DeltaOptimizer
-    lr_scheduler: object
-    clip: Callable[[Tensor, float, dict[str, slice]], None]
-    on_gradient: Callable[[Tensor], Tensor | None] = lambda gradient: None
+    state: SparseState
+    gradient: SparseGradient
+    optimizer: FlatOptimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    clip: Callable[[Tensor, float, dict[str, slice]], None]  # (gradient, its global norm, slices), in place
+    # Sees the summed gradient [num_local] before each step; which entries step ([num_local] bool; None: all).
+    on_gradient: Callable[[Tensor], Tensor | None]
 
 
 class SparseZeroOptimizer(ZeROOptimizer):
     """Stands where ZeRO-3's optimizer stands; everything it does not know goes to the wrapped offload.
 
-    Before `attach` it can only run forwards (evaluation) and plain backwards (calibration).
+    Before `SparseEngine.attach` it can only run forwards (evaluation) and plain backwards (calibration).
     """
 
     custom_loss_scaler = False
@@ -86,7 +56,7 @@ class SparseZeroOptimizer(ZeROOptimizer):
         super().__init__()
         self.offload = offload
         self.trained: Trainable | None = None
-        self.weights: list[nn.Parameter] = []
+        self.weights: list[nn.Parameter] = []  # those whose shards `trained` writes to
         self.overflow = False  # whether the last step was skipped, which DeepSpeed looks for
         self.skip_step = False  # whether to skip the next one
         self.is_unpartitioned = False  # whether no weight is ever gathered or released
@@ -98,10 +68,6 @@ class SparseZeroOptimizer(ZeROOptimizer):
     @property
     def param_groups(self) -> list:
         return self.trained.optimizer.param_groups if self.trained else []
-
-    def attach(self, trained: Trainable, weights: list[nn.Parameter]) -> None:
-        """Train this from here on; `weights` are those whose shards it writes to."""
-        self.trained, self.weights = trained, weights
 
     def keep_unpartitioned(self) -> None:
         """Keep the weights of a single rank, which are complete, and take ZeRO-3's hooks off all modules.
@@ -175,9 +141,13 @@ class SparseEngine(DeepSpeedEngine):
     def attach(self, trained: Trainable) -> None:
         """Train this from here on: at the start, and after every change of the mask."""
         parameters = dict(self.module.named_parameters())
-        self.optimizer.attach(trained, [parameters[name] for name in trained.state.shards])
+        self.optimizer.trained = trained
+        self.optimizer.weights = [parameters[name] for name in trained.state.shards]
         self.lr_scheduler = trained.lr_scheduler
-        # Backwards may end elsewhere from here on: ZeRO-3 must not prefetch for the layers below.
+        self.forget_trace()  # backwards may end elsewhere from here on
+
+    def forget_trace(self) -> None:
+        """Have ZeRO-3 learn anew in which order modules are used, and prefetch by that."""
         coordinator = self.optimizer.offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
@@ -188,14 +158,14 @@ class SparseEngine(DeepSpeedEngine):
 
 
 def build_engine(
-    model: nn.Module, ds_config: dict, targets: dict[str, nn.Linear], walks_all_layers: bool = False
+    model: nn.Module, ds_config: dict, targets: dict, walks_all_layers: bool = False
 ) -> SparseEngine:
     """A `SparseEngine` over a frozen model; trained weights are never persistent.
 
     Args:
         model: frozen, loaded under `zero.Init`.
         ds_config: as `deepspeed_config.load_ds_config` returns it.
-        targets: weight name -> linear, of all that is trained.
+        targets: weight name -> what has it as its `weight`, of all that is trained.
         walks_all_layers: have a backward go down to the embedding, not just to the lowest layer that is
             trained: where that is another one every step, or inputs must need a gradient (re-entrant
             activation checkpointing).
@@ -205,8 +175,8 @@ def build_engine(
     config = DeepSpeedConfig(ds_config)
     engine = SparseEngine(args=None, model=model, config=ds_config, config_class=config)
     # Small weights stay gathered ("persistent") and would go stale when their shard changes.
-    for linear in targets.values():
-        linear.weight.ds_persist = False
+    for target in targets.values():
+        target.weight.ds_persist = False
     offload = engine.optimizer.offload
     offload.persistent_parameters = [p for p in offload.persistent_parameters if p.ds_persist]
     on_device = all(shard_of(p).device.type == engine.device.type for p in model.parameters())

@@ -59,6 +59,18 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     return parameter.ds_shape if is_sharded(parameter) else parameter.shape
 
 
+def matrix_shape(parameter: nn.Parameter) -> tuple[int, int]:
+    """(rows, columns) of a weight seen as a matrix as it is stored: the last dimension is the columns."""
+    shape = full_shape(parameter)
+    return shape[:-1].numel(), shape[-1]
+
+
+def stack_size(parameter: nn.Parameter) -> int:
+    """Matrices on top of each other in a weight: experts; 1 in a plain one."""
+    shape = full_shape(parameter)
+    return shape[0] if len(shape) == 3 else 1
+
+
 def repartition(parameters: list[nn.Parameter]) -> None:
     """Free gathered copies of these weights: their shards are about to change, a copy would be stale."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # late: not all readers train

@@ -1,18 +1,19 @@
-"""What runs on every rank to test checkpoints: a run in pieces, each by a fresh engine."""
+"""Runs in pieces: what each rank does, by a fresh engine, and what the pieces are compared by."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-from distributed.reference import whole_weights
+from distributed.reference import start, whole_weights
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.training.checkpoint.folder import inspect
 from speft_ds.training.checkpoint.parts import Parts
 from speft_ds.training.checkpoint.resume import Start
-from speft_ds.training.trainer import Trainer
 
 
 def run_piece(recipe: Recipe, stop: int, checkpoint: Path | None = None) -> dict:
@@ -22,10 +23,7 @@ def run_piece(recipe: Recipe, stop: int, checkpoint: Path | None = None) -> dict
         `ids`: the rows of each step; `losses`; `changes` of the mask; `checkpoint`: its path;
         `weights`: the path of the whole weights.
     """
-    start = Start("resumed", inspect(checkpoint)) if checkpoint else None
-    trainer = Trainer(recipe, start)
-    trainer.folder.mkdir(parents=True, exist_ok=True)
-    trainer.choose_mask()
+    trainer = start(recipe, Start("resumed", inspect(checkpoint)) if checkpoint else None)
     trainer._restore_random_states()
     trainer.engine.train()
     ids, losses = [], []
@@ -50,11 +48,39 @@ def run_piece(recipe: Recipe, stop: int, checkpoint: Path | None = None) -> dict
 
 def check_takes_up_weights(recipe: Recipe, checkpoint: Path, weights: Path) -> None:
     """Right after taking up a checkpoint, the weights are those that the run had, bit for bit."""
-    trainer = Trainer(recipe, Start("resumed", inspect(checkpoint)))
-    trainer.choose_mask()
+    trainer = start(recipe, Start("resumed", inspect(checkpoint)))
     expected = torch.load(weights)
     for name, weight in whole_weights(trainer.engine.module).items():
         assert torch.equal(weight, expected[name]), name
+
+
+# In the process of the test
+
+
+def assert_resumed_is_uninterrupted(ranks, recipe_of, stop: int) -> dict:
+    """A run on two ranks that stops after step `stop` and goes on is the undisturbed one, bit for bit.
+
+    Args:
+        recipe_of: name of a folder -> the run's recipe with its output there.
+    Returns:
+        What the undisturbed run made.
+    """
+
+    def piece(folder, stop, checkpoint=None):
+        return ranks(2)(run_piece, recipe=recipe_of(folder), stop=stop, checkpoint=checkpoint)[0]
+
+    steps = recipe_of("whole").train.steps
+    whole, first = piece("whole", steps), piece("first", stop)
+    second = piece("second", steps, first["checkpoint"])
+    assert first["losses"] + second["losses"] == whole["losses"]
+    assert first["ids"] + second["ids"] == whole["ids"]
+    assert second["changes"] == whole["changes"]
+    assert_same(contents(second["checkpoint"]), contents(whole["checkpoint"]))
+    assert_same(torch.load(second["weights"]), torch.load(whole["weights"]), "weights")
+    storage = (own_storage(made["checkpoint"]) for made in (second, whole))
+    for rank, (got, wanted) in enumerate(zip(*storage, strict=True)):
+        assert_same(got, wanted, f"storage of rank {rank}")
+    return whole
 
 
 def contents(checkpoint: Path) -> dict:
@@ -73,7 +99,27 @@ def contents(checkpoint: Path) -> dict:
 
 
 def names(path: Path) -> list[str]:
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         return list(file.keys())
+
+
+def own_storage(checkpoint: Path) -> list[dict[str, torch.Tensor]]:
+    """What each rank's optimizer wrote for itself."""
+    parts = [load_file(path) for path in sorted(checkpoint.glob("part_*.safetensors"))]
+    return [{n: v for n, v in part.items() if n.startswith("own.optimizer.")} for part in parts]
+
+
+def assert_same(got, wanted, path: str = "checkpoint", tolerance: float | None = None) -> None:
+    """Two nested documents are equal, floats of tensors to a tolerance where there is one."""
+    assert type(got) is type(wanted), path
+    if isinstance(wanted, dict):
+        assert got.keys() == wanted.keys(), path
+        for key in wanted:
+            assert_same(got[key], wanted[key], f"{path}.{key}", tolerance)
+    elif not isinstance(wanted, torch.Tensor):
+        assert got == wanted, path
+    elif tolerance is None or not wanted.is_floating_point():
+        assert torch.equal(got, wanted), path
+    else:
+        assert got.shape == wanted.shape, path
+        assert torch.allclose(got, wanted, rtol=0, atol=tolerance), (path, (got - wanted).abs().max())

@@ -1,18 +1,22 @@
-"""What runs on every rank. Each function is one check, called through the `ranks` fixture."""
+"""What runs on every rank, of whole runs. Each function is one check, called through the `ranks` fixture."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from distributed.reference import (
+    Dense,
+    assert_as_dense,
     batch_of,
-    make_trainer,
     plain_model,
-    train_like_reference,
+    start,
+    whole_entries,
     whole_weights,
 )
 from speft_ds.adapter.apply import apply_adapter
@@ -25,96 +29,104 @@ from speft_ds.model.fingerprint import fingerprint
 from speft_ds.training.trainer import Trainer
 
 
-def check_dense_reference(recipe: Recipe) -> None:
-    """Invariant 5: the run equals dense autograd with the gradient masked to the same entries."""
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
-    train_like_reference(recipe, trainer)
-
-
-def check_write_through(recipe: Recipe) -> None:
-    """Invariant 1: (base + delta).to(dtype) at the mask, the pretrained bits elsewhere, after every step."""
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
-    pretrained = dict(plain_model(recipe).named_parameters())
-    moved = 0
-    for step in range(3):
-        trainer.train_step(step)
-        state, trained = trainer.state, whole_weights(trainer.engine.module)
-        by_rank = collectives.all_gather_padded(state.delta.detach(), state.layout.lengths)
-        for name, weight in trained.items():
-            expected = pretrained[name].detach().clone()
-            if name in trainer.mask.index:
-                index = trainer.mask.index[name].to(torch.int64)
-                parts = [
-                    by_rank[r][state.layout.places(name, r)] for r in range(state.rank_shards.world_size)
-                ]
-                flat = expected.view(-1)
-                flat[index] = (flat[index].float() + torch.cat(parts)).to(flat.dtype)
-                moved += int((flat != pretrained[name].view(-1)).sum())
-            assert torch.equal(weight, expected), f"{name} differs after step {step}"
-    assert moved > 0
-    assert sum(state.layout.lengths) == trainer.mask.num_trainable
-
-
-def check_adapter(recipe: Recipe) -> None:
-    """Invariant 2: base + saved adapter = the trained weights, and the engine's logits, bit for bit."""
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
-    for step in range(3):
-        trainer.train_step(step)
-    trainer.save()
-    collectives.barrier()
-    folder = trainer.folder / "adapter"
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter.json", "adapter.safetensors"]
-    applied = apply_adapter(plain_model(recipe), folder)
-    trained = whole_weights(trainer.engine.module)
-    for name, parameter in applied.named_parameters():
-        assert torch.equal(parameter, trained[name]), name
-    batch = batch_of(trainer, 0)
-    with torch.no_grad():
-        trainer.engine.eval()
-        live = trainer.engine(input_ids=batch["input_ids"]).logits
-        plain = applied.eval()(input_ids=batch["input_ids"]).logits
-    assert torch.equal(live, plain)
+def check_run(recipe: Recipe) -> dict:
+    """A run holds the invariants 1, 2 and, in fp32, 5; what it makes, to compare with other runs."""
+    trainer = start(recipe)
+    pretrained = {name: p.detach() for name, p in plain_model(recipe).named_parameters()}
+    lines = []
+    for step in range(recipe.train.steps):
+        lines.append(trainer.train_step(step))
+        assert_written_through(trainer, pretrained, step)
+    if recipe.model.dtype == "float32":
+        assert_as_dense(trainer, lines)
+    assert_adapter_is_the_run(trainer)
+    return {
+        **result_of(trainer, lines),
+        "lengths": trainer.state.layout.lengths,
+        "counts": [count for name in trainer.mask.index for count in trainer.state.layout.counts(name)],
+        "per_weight": [index.numel() for index in trainer.mask.index.values()],
+    }
 
 
 def check_losses(recipe: Recipe) -> dict:
-    """A run's losses, gradient norms, mask and adapter, to compare between world sizes and splits."""
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
-    steps = [trainer.train_step(step) for step in range(recipe.train.steps)]
+    """A run as users make it, and what it makes."""
+    trainer = start(recipe)
+    lines = [trainer.train_step(step) for step in range(recipe.train.steps)]
     trainer.save()
     collectives.barrier()
+    return result_of(trainer, lines)
+
+
+def result_of(trainer: Trainer, lines: list[dict]) -> dict:
     return {
         "sha256": trainer.mask.sha256,
         "fingerprint": trainer.context.fingerprint,
-        "losses": [step["loss"] for step in steps],
-        "grad_norms": [step["grad_norm"] for step in steps],
-        "num_tokens": [step["num_tokens"] for step in steps],
+        **{key: [line[key] for line in lines] for key in ("loss", "grad_norm", "num_tokens")},
     }
+
+
+def assert_written_through(trainer: Trainer, pretrained: Dense, step: int) -> None:
+    """Invariant 1: (base + delta).to(dtype) at the mask, the pretrained bits elsewhere."""
+    deltas, moved = whole_entries(trainer, trainer.state.delta.detach()), 0
+    for name, weight in whole_weights(trainer.engine.module).items():
+        expected = pretrained[name].clone()
+        if name in deltas:
+            index, flat = trainer.mask.index[name].to(torch.int64), expected.view(-1)
+            flat[index] = (flat[index].float() + deltas[name]).to(flat.dtype)
+            moved += int((expected != pretrained[name]).sum())
+        assert torch.equal(weight, expected), f"{name} differs after step {step}"
+    assert moved > 0, f"nothing moved in step {step}"
+    assert sum(trainer.state.layout.lengths) == trainer.mask.num_trainable, "not all entries have an owner"
+
+
+def assert_adapter_is_the_run(trainer: Trainer) -> None:
+    """Invariant 2: base + saved adapter = the trained weights, and the engine's logits, bit for bit."""
+    trainer.save()
+    collectives.barrier()
+    folder = trainer.folder / "adapter"
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == ["adapter.json", "adapter.safetensors"], files
+    applied = apply_adapter(plain_model(trainer.recipe), folder)
+    trained = whole_weights(trainer.engine.module)
+    for name, parameter in applied.named_parameters():
+        assert torch.equal(parameter, trained[name]), f"{name}: the adapter makes another weight"
+    assert_same_logits(trainer, applied)
+
+
+def assert_same_logits(trainer: Trainer, plain) -> None:
+    """The engine computes what a plain model with its weights does, bit for bit."""
+    ids = batch_of(trainer, 0)["input_ids"]
+    trainer.engine.eval()
+    with torch.no_grad():
+        live, expected = (model(input_ids=ids).logits for model in (trainer.engine, plain.eval()))
+    trainer.engine.train()
+    assert torch.equal(live, expected), "other logits"
 
 
 def check_nothing_dense(recipe: Recipe) -> None:
     """Invariant 6: no tensor of a weight's size besides the weights, at any linear's backward or after it."""
-    # Engines of earlier checks in this process are not ours to judge. Held, so that no id is used twice.
-    earlier = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
+    gc.collect()
+    gc.freeze()  # engines of earlier checks in this process are not ours to judge: `gc` passes them over
+    try:
+        assert_nothing_dense(start(recipe))
+    finally:
+        gc.unfreeze()
+
+
+def assert_nothing_dense(trainer: Trainer) -> None:
     trainer.train_step(0)
     parameters = list(trainer.engine.module.parameters())
     sizes = {rows * columns for rows, columns in trainer.mask.shape.values()}
     weights = {id(item) for parameter in parameters for item in (parameter, parameter.ds_tensor)}
-    weights |= {id(item) for item in earlier}
 
     def strays() -> list:
-        found = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+        found = [item for item in gc.get_objects() if isinstance(item, Tensor)]
         dense = [tensor for tensor in found if tensor.layout == torch.strided and tensor.numel() in sizes]
         return [
             tuple(t.shape) for t in dense if id(t) not in weights and not isinstance(t, torch.nn.Parameter)
         ]
 
-    def watch(name: str, sink):
+    def watch(name: str, sink: Callable) -> Callable:
         def watched(x, grad_y):
             before_this_layer.append((name, strays()))
             sink(x, grad_y)
@@ -133,12 +145,13 @@ def check_nothing_dense(recipe: Recipe) -> None:
     assert not kept, kept
     saved.clear()
     trainer.engine.backward(loss / 100, scale_wrt_gas=False)
-    assert len(before_this_layer) == sum(index.numel() > 0 for index in trainer.mask.index.values())
+    num_seen = len(before_this_layer)
+    assert num_seen == sum(index.numel() > 0 for index in trainer.mask.index.values()), num_seen
     dirty = [(name, found) for name, found in before_this_layer if found]
     assert not dirty, dirty
     assert not strays(), strays()
     for name, linear in trainer.targets.items():
-        assert linear.weight.grad is None
+        assert linear.weight.grad is None, f"{name} has a dense gradient"
         if collectives.world_size() == 1:  # nothing is gathered: the weight is its shard
             assert linear.weight.data_ptr() == linear.weight.ds_tensor.data_ptr(), f"two copies of {name}"
         else:
@@ -147,30 +160,14 @@ def check_nothing_dense(recipe: Recipe) -> None:
 
 def check_no_stale_copy(recipe: Recipe) -> None:
     """Weights under the persistence threshold are refreshed: a forward after a step sees the new values."""
-    trainer = make_trainer(recipe)
-    assert any(parameter.ds_persist for parameter in trainer.engine.module.parameters())
-    assert not any(linear.weight.ds_persist for linear in trainer.targets.values())
-    trainer.choose_mask()
+    trainer = start(recipe)
+    assert any(parameter.ds_persist for parameter in trainer.engine.module.parameters()), "none is small"
+    assert not any(linear.weight.ds_persist for linear in trainer.targets.values()), "a target persists"
+    reference = plain_model(recipe)
     for step in range(3):
         trainer.train_step(step)
-        reference = plain_model(recipe).eval()
         reference.load_state_dict(whole_weights(trainer.engine.module), strict=False)
-        batch = batch_of(trainer, 0)
-        trainer.engine.eval()
-        with torch.no_grad():
-            live = trainer.engine(input_ids=batch["input_ids"]).logits
-            assert torch.equal(live, reference(input_ids=batch["input_ids"]).logits)
-        trainer.engine.train()
-
-
-def check_empty_slices(recipe: Recipe) -> None:
-    """A rank that owns no entry of a weight, and weights without any entry, train like the rest."""
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
-    counts = [count for name in trainer.mask.index for count in trainer.state.layout.counts(name)]
-    assert 0 in counts, "this recipe should leave some rank without an entry of some weight"
-    assert any(index.numel() == 0 for index in trainer.mask.index.values())
-    train_like_reference(recipe, trainer)
+        assert_same_logits(trainer, reference)
 
 
 def check_refused(recipe: Recipe) -> str:
@@ -178,22 +175,26 @@ def check_refused(recipe: Recipe) -> str:
     try:
         run(recipe)
     except UserError as error:
-        assert not Path(recipe.output_dir).exists()
+        assert not Path(recipe.output_dir).exists(), "there is a run folder"
         return str(error)
     return ""
 
 
-def check_ranks_without_entries(recipe: Recipe) -> list[int]:
-    """With fewer entries than ranks, a rank that owns none takes part in every step."""
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
-    train_like_reference(recipe, trainer)
-    trainer.save()
-    return trainer.state.layout.lengths
-
-
-def refused_first_step(trainer: Trainer) -> str:
-    """The message of the UserError that step 1 raises; the weights are as they were."""
+def check_nonfinite(recipe: Recipe, of_gradient: bool) -> str:
+    """The message of the UserError that step 1 raises, where a loss is infinite, or finite with a gradient
+    that is NaN, on rank 0 alone; the weights are as they were.
+    """
+    trainer = start(recipe)
+    is_spoilt = collectives.rank() == 0
+    if of_gradient:
+        sinks = trainer.gradient.hooks
+        name = next(name for name, sink in sinks.items() if sink)
+        sink, scale = sinks[name], float("nan") if is_spoilt else 1.0
+        sinks[name] = lambda x, grad_y: sink(x, grad_y * scale)
+    else:
+        real, scale = trainer.context.objective, float("inf") if is_spoilt else 1.0
+        spoilt = lambda module, batch: (real(module, batch)[0] * scale, None)  # noqa: E731
+        trainer.context = replace(trainer.context, objective=spoilt)
     before = fingerprint(trainer.engine.module)
     try:
         trainer.train_step(0)
@@ -203,45 +204,27 @@ def refused_first_step(trainer: Trainer) -> str:
     return ""
 
 
-def check_nonfinite_gradient(recipe: Recipe) -> str:
-    """A finite loss with a gradient that is NaN on rank 0 alone stops every rank."""
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
-    sinks = trainer.gradient.hooks
-    name = next(name for name, sink in sinks.items() if sink)
-    sink, scale = sinks[name], float("nan") if collectives.rank() == 0 else 1.0
-    sinks[name] = lambda x, grad_y: sink(x, grad_y * scale)
-    return refused_first_step(trainer)
+def counting_saved(linear, name: str, saved: dict[str, int]) -> Callable:
+    """The linear's forward, noting how many tensors it saves for its backward at most."""
+    forward = linear.forward
 
+    def watched(x: Tensor) -> Tensor:
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = forward(x)
+        saved[name] = max(saved.get(name, 0), len(kept))
+        return y
 
-def check_nonfinite(recipe: Recipe) -> str:
-    """A loss that overflows on rank 0 alone stops every rank."""
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
-    real, scale = trainer.context.objective, float("inf") if collectives.rank() == 0 else 1.0
-    spoilt = lambda module, batch: (real(module, batch)[0] * scale, None)  # noqa: E731
-    trainer.context = replace(trainer.context, objective=spoilt)
-    return refused_first_step(trainer)
+    return watched
 
 
 def check_inputs_are_made_again(recipe: Recipe) -> list[str]:
     """Linears whose backward has a saved input, once ZeRO-3 knows the order of the modules."""
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
+    trainer = start(recipe)
     for step in range(recipe.train.steps - 1):
         trainer.train_step(step)
-    saved = []
+    saved: dict[str, int] = {}
     for name, linear in trainer.targets.items():
-        forward = linear.forward
-
-        def watched(x, name=name, forward=forward):
-            kept = []
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-                y = forward(x)
-            if len(kept) > 1:  # more than the weight
-                saved.append(name)
-            return y
-
-        linear.forward = watched
+        linear.forward = counting_saved(linear, name, saved)
     trainer.train_step(recipe.train.steps - 1)
-    return sorted({name.split(".", 2)[2] for name in saved})
+    return sorted({name.split(".", 2)[2] for name, count in saved.items() if count > 1})  # beside the weight

@@ -1,4 +1,7 @@
-"""What a rank of a live run is made to suffer: hooks that it calls before it starts."""
+"""What a rank of a live run is made to suffer: hooks that it calls before it starts.
+
+A hook is picklable: a function of this module, or a `functools.partial` of one.
+"""
 
 from __future__ import annotations
 
@@ -55,17 +58,8 @@ def dies_after_step_9() -> None:
     _before_step(10, lambda trainer: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def nan_in_step_3() -> None:
-    _spoil(lambda step: step == 3)
-
-
-def nan_from_step_6_on() -> None:
-    # The checkpoint of step 6 is written all the same: a skipped step leaves the weights whole.
-    _spoil(lambda step: step >= 6)
-
-
-def _spoil(is_bad: Callable[[int], bool]) -> None:
-    """Make the loss of this rank NaN in some steps (from 1)."""
+def nan_in_steps(first: int, last: int) -> None:
+    """Make the loss of this rank NaN in these steps (from 1)."""
     from speft_ds.training.trainer import Trainer
 
     train_step = Trainer.train_step
@@ -76,7 +70,7 @@ def _spoil(is_bad: Callable[[int], bool]) -> None:
         def spoilt(*arguments):
             loss, num_correct = objective(*arguments)
             in_training = len(arguments) == 2  # scoring gives a temperature, too
-            return (loss * math.nan if in_training and is_bad(step + 1) else loss), num_correct
+            return (loss * math.nan if in_training and first <= step + 1 <= last else loss), num_correct
 
         self.context = replace(context, objective=spoilt)
         try:
@@ -121,19 +115,36 @@ def _until_asked() -> None:
         time.sleep(0.01)
 
 
-def asked_while_selecting() -> None:
-    """A new mask is chosen when this rank has been asked to stop."""
+def _asked_in(owner, name: str, what: str, when: Callable[..., bool] = lambda *arguments: True) -> None:
+    """This rank says what it is about to do, and waits to be asked to stop, before `owner.name` is called."""
+    call = getattr(owner, name)
+
+    def asked(*arguments):
+        if when(*arguments):
+            print(what, flush=True)
+            _until_asked()
+        return call(*arguments)
+
+    setattr(owner, name, asked)
+
+
+def asked_while_loading() -> None:
     from speft_ds.training import trainer
 
-    choose_mask = trainer.choose_mask
+    _asked_in(trainer, "load_context", "loading")
 
-    def choose(context, timings, number=0):
-        if number:
-            print("choosing anew", flush=True)
-            _until_asked()
-        return choose_mask(context, timings, number)
 
-    trainer.choose_mask = choose
+def asked_while_selecting() -> None:
+    """When the mask is chosen anew."""
+    from speft_ds.training import trainer
+
+    _asked_in(trainer, "choose_mask", "choosing anew", lambda context, timings, number=0: number > 0)
+
+
+def asked_while_scoring() -> None:
+    from speft_ds.evaluation.runner import EvalRunner
+
+    _asked_in(EvalRunner, "slice_scores", "scoring a slice")
 
 
 def endless_steps() -> None:
@@ -152,20 +163,6 @@ def endless_steps() -> None:
     Trainer.train_step = endless
 
 
-def asked_while_loading() -> None:
-    """The model is loaded when this rank has been asked to stop."""
-    from speft_ds.training import trainer
-
-    load = trainer.load_context
-
-    def asked(*arguments):
-        print("loading", flush=True)
-        _until_asked()
-        return load(*arguments)
-
-    trainer.load_context = asked
-
-
 def port_is_taken() -> None:
     sockets.append(socket.create_server(("", int(os.environ["MASTER_PORT"]))))
 
@@ -180,29 +177,7 @@ def stale_build_lock() -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(own)
 
 
-def asked_while_scoring() -> None:
-    """A slice is scored when this rank has been asked to stop."""
-    from speft_ds.evaluation.runner import EvalRunner
-
-    score = EvalRunner.slice_scores
-
-    def asked(self, module):
-        print("scoring a slice", flush=True)
-        _until_asked()
-        return score(self, module)
-
-    EvalRunner.slice_scores = asked
-
-
-def multiplies_bfloat16() -> None:
-    _answer_for_the_hardware(True)
-
-
-def emulates_bfloat16() -> None:
-    _answer_for_the_hardware(False)
-
-
-def _answer_for_the_hardware(multiplies: bool) -> None:
+def answers_for_the_hardware(multiplies_bfloat16: bool) -> None:
     from speft_ds.model import dtype
 
-    dtype.multiplies_bfloat16 = lambda device: multiplies
+    dtype.multiplies_bfloat16 = lambda device: multiplies_bfloat16

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distributed.reference import make_trainer, plain_model, read_entries, whole_weights
+from distributed.checks import assert_adapter_is_the_run, counting_saved
+from distributed.reference import Dense, plain_model, read_entries, start, whole_weights
 from distributed.schedule_reference import count, entries, sha256
-from speft_ds.adapter.apply import apply_adapter
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.sparse.mask import Mask, save_mask
@@ -16,8 +16,6 @@ from speft_ds.training.run_dir import run_facts
 from speft_ds.training.setup import base_facts
 from speft_ds.training.trainer import Trainer
 from speft_ds.zero.shards import shard_range
-
-Dense = dict[str, Tensor]  # weight -> [out, in]
 
 
 def dense_mask(mask: Mask) -> Dense:
@@ -63,8 +61,7 @@ def moment(trainer: Trainer) -> dict[str, Dense]:
 
 def check_schedule(recipe: Recipe) -> dict:
     """A run; rank 0 leaves every fifth step's moment in moments.pt, and the adapter, in the run folder."""
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
+    trainer = start(recipe)
     steps, moments = [], []
     for step in range(recipe.train.steps):
         steps.append(trainer.train_step(step))
@@ -85,8 +82,7 @@ def check_changing_mask(recipe: Recipe) -> dict:
     Returns:
         Numbers that say whether the run was worth looking at: changes, entries moved, returned, reverted.
     """
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
+    trainer = start(recipe)
     reverts = recipe.mask.schedule == "drop_grow"
     pretrained = {name: p.detach() for name, p in plain_model(recipe).named_parameters()}
     mask, size = dense_mask(trainer.mask), trainer.mask.num_trainable
@@ -128,32 +124,21 @@ def check_changing_mask(recipe: Recipe) -> dict:
         assert count(now) == num_live == size or recipe.mask.granularity == "block", (step, num_live)
         hashes = collectives.all_gather_objects(trainer.mask.sha256)
         assert set(hashes) == {sha256(now)}, (hashes, step)
-    trainer.save()
-    collectives.barrier()
-    check_applied(trainer, recipe, touched)
-    return {"changes": len(trainer.schedule.changes), **seen}
-
-
-def check_applied(trainer: Trainer, recipe: Recipe, touched: Dense) -> None:
-    """The saved adapter has every touched entry, and turns the pretrained model into the live one."""
-    folder = trainer.folder / "adapter"
-    entries = read_entries(trainer.folder)
+    assert_adapter_is_the_run(trainer)
+    saved = read_entries(trainer.folder)
     for name, where in touched.items():
-        index, _ = entries.get(name, (torch.empty(0), None))
-        assert index.tolist() == where.view(-1).nonzero()[:, 0].tolist(), name
-    trained = whole_weights(trainer.engine.module)
-    for name, parameter in apply_adapter(plain_model(recipe), folder).named_parameters():
-        assert torch.equal(parameter, trained[name]), name
+        index, _ = saved.get(name, (torch.empty(0), None))
+        assert index.tolist() == where.view(-1).nonzero()[:, 0].tolist(), f"{name}: not what was touched"
+    return {"changes": len(trainer.schedule.changes), **seen}
 
 
 def check_ties(recipe: Recipe) -> tuple[dict[str, list[int]], list]:
     """What `grad_topk` does with tied gradients: the indices that may step, and the sorted ones that do."""
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
+    trainer = start(recipe)
     state, gradient = trainer.state, torch.empty(trainer.state.num_local)
     for number, (name, own) in enumerate(state.slices.items()):
-        start, _ = shard_range(state.mask.numel(name), state.rank_shards.rank, state.rank_shards.world_size)
-        gradient[own] = tied_gradient(number, state.index[name] + start)
+        first, _ = shard_range(state.mask.numel(name), state.rank_shards.rank, state.rank_shards.world_size)
+        gradient[own] = tied_gradient(number, state.index[name] + first)
     active = trainer.schedule.on_gradient(gradient)
     is_open = trainer.schedule.layers.is_active
     index = {name: index.tolist() if is_open(name) else [] for name, index in trainer.mask.index.items()}
@@ -167,14 +152,14 @@ def tied_gradient(number: int, index: Tensor) -> Tensor:
 
 def check_shut_weights(recipe: Recipe) -> list[int]:
     """What is shut has no sink and saves no activation. Returns how many weights were open in each step."""
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
+    trainer = start(recipe)
     saved: dict[str, int] = {}
     for name, linear in trainer.targets.items():
         linear.forward = counting_saved(linear, name, saved)
     num_open = []
     for step in range(recipe.train.steps):
         before = live_deltas(trainer.state)
+        saved.clear()
         trainer.train_step(step)
         after = live_deltas(trainer.state)
         shut = [name for name, linear in trainer.targets.items() if linear.weight_grad_hook is None]
@@ -188,8 +173,7 @@ def check_shut_weights(recipe: Recipe) -> list[int]:
 
 def check_growth_window(recipe: Recipe) -> list[int]:
     """The steps (from 1) in which anything but the mask's own entries looks at a backward."""
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
+    trainer = start(recipe)
     steps = []
     for step in range(recipe.train.steps):
         own = trainer.gradient.hooks
@@ -199,24 +183,9 @@ def check_growth_window(recipe: Recipe) -> list[int]:
     return steps
 
 
-def counting_saved(linear, name: str, saved: dict[str, int]):
-    """The linear's forward, noting how many tensors it saves for its backward."""
-    forward = linear.forward
-
-    def watched(x: Tensor) -> Tensor:
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            y = forward(x)
-        saved[name] = len(kept)
-        return y
-
-    return watched
-
-
 def check_nothing_open(recipe: Recipe) -> None:
     """Where no open weight has an entry, a step moves nothing."""
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
+    trainer = start(recipe)
     paused = 0
     for step in range(recipe.train.steps):
         before = moment(trainer)
@@ -232,16 +201,14 @@ def check_nothing_open(recipe: Recipe) -> None:
 
 def write_mask(recipe: Recipe, path) -> str:
     """Score and select as `speft score` does, and write the mask. Returns its sha256."""
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
+    trainer = start(recipe)
     collectives.run_on_rank0(lambda: save_mask(path, trainer.mask, base_facts(trainer.context)))
     return trainer.mask.sha256
 
 
 def run_steps(recipe: Recipe) -> dict:
     """Losses and masks of a run: the first one's hash, all sizes, the targets."""
-    trainer = make_trainer(recipe)
-    trainer.choose_mask()
+    trainer = start(recipe)
     first, sizes, losses = trainer.mask.sha256, [trainer.mask.num_trainable], []
     for step in range(recipe.train.steps):
         losses.append(trainer.train_step(step)["loss"])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,11 @@ import tiny
 import torch
 from torch import Tensor
 
-from distributed.reference import plain_model, reference_loss
+from distributed.reference import Dense, plain_model, reference_loss
+from distributed.selection_checks import shares
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate
 from speft_ds.data.sampler import Sampler, permutation
-
-Dense = dict[str, Tensor]  # weight -> [out, in]
 
 
 def best(scores: Dense, allowed: Dense, groups: list[list[str]], counts: list[int]) -> Dense:
@@ -38,16 +36,6 @@ def best(scores: Dense, allowed: Dense, groups: list[list[str]], counts: list[in
         for _, number, position in sorted(ranked)[:count]:
             chosen[names[number]].view(-1)[position] = True
     return chosen
-
-
-def shares(sizes: list[int], count: int) -> list[int]:
-    """`count` in proportion to the sizes; what rounding leaves goes to the largest remainders."""
-    exact = [Fraction(size * count, sum(sizes)) for size in sizes]
-    whole = [math.floor(share) for share in exact]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: (whole[i] - exact[i], i))
-    for i in by_remainder[: count - sum(whole)]:
-        whole[i] += 1
-    return whole
 
 
 def entries(mask: Dense) -> set[tuple[str, int]]:

@@ -6,32 +6,21 @@ import json
 import re
 
 import pytest
-import yaml
 from live import finishes, is_refused
 from tiny import recipe_values
 
-from distributed import classification_checks
-from distributed.test_launch import live
+from distributed.test_classification import make_rows
 
 
 @pytest.fixture
-def recipe(tiny, tmp_path):
+def values(tiny, tmp_path):
     train = {"steps": 3, "global_batch": 4, "micro_batch": 1}
-    values = recipe_values(
-        tiny, mask={"calibration_samples": 8}, train=train, output_dir=str(tmp_path / "run")
-    )
-    values["data"] = {"max_length": 256}
-
-    def write(**sections):
-        path = tmp_path / "recipe.yaml"
-        merged = {name: {**values.get(name, {}), **section} for name, section in sections.items()}
-        path.write_text(yaml.safe_dump({**values, **merged}))
-        return path
-
-    return write
+    mask = {"calibration_samples": 8}
+    made = recipe_values(tiny, mask=mask, train=train, output_dir=str(tmp_path / "run"))
+    return {**made, "data": {"max_length": 256}}
 
 
-def test_a_packed_mixture(recipe, tiny, tmp_path):
+def test_a_packed_mixture(values, start, tiny, tmp_path):
     tasks = [{"instruction": "add", "input": f"{i} and 1" * (i % 2), "output": str(i)} for i in range(20)]
     with gzip.open(tmp_path / "tasks.csv.gz", "wt", newline="") as file:
         writer = csv.DictWriter(file, list(tasks[0]))
@@ -51,13 +40,11 @@ def test_a_packed_mixture(recipe, tiny, tmp_path):
         {"path": str(tmp_path / "tasks.csv.gz"), "weight": 1, "format": "alpaca", "chat_template": False},
         {"path": str(tmp_path / "chats.jsonl"), "weight": 1, "format": "messages"},
     ]
-    path = recipe(
-        data={"mixture": mixture, "packing": True, "max_length": 256, "long_rows": "truncate_prompt"}
-    )
+    values["data"] |= {"mixture": mixture, "packing": True, "long_rows": "truncate_prompt"}
     runs = []
     for ranks in (1, 2):
         folder = tmp_path / f"run{ranks}"
-        finishes(live(path, f"output_dir={folder}", num_ranks=ranks))
+        finishes(start(f"output_dir={folder}", num_ranks=ranks))
         runs.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
     for one, two in zip(*runs, strict=True):
         assert one["num_tokens"] == two["num_tokens"]
@@ -65,14 +52,12 @@ def test_a_packed_mixture(recipe, tiny, tmp_path):
     assert len({step["num_tokens"] for step in runs[0]}) > 1
 
 
-def test_a_classifier_is_scored_and_trained_with_that_mask(recipe, tmp_path):
-    rows = classification_checks.make_rows(tmp_path)
-    model = {"task": "sequence_classification"}
-    path = recipe(
-        model=model, data={"path": str(rows), "format": "classification", "columns": {"text": "sentence"}}
-    )
-    finishes(live(path, f"output_dir={tmp_path / 'mask'}", job="score"))
-    printed = finishes(live(path, f"mask.load={tmp_path / 'mask'}"))
+def test_a_classifier_is_scored_and_trained_with_that_mask(values, start, tmp_path):
+    values["model"]["task"] = "sequence_classification"
+    path = str(make_rows(tmp_path))
+    values["data"] |= {"path": path, "format": "classification", "columns": {"text": "sentence"}}
+    finishes(start(f"output_dir={tmp_path / 'mask'}", job="score"))
+    printed = finishes(start(f"mask.load={tmp_path / 'mask'}"))
     assert re.search(r"fully trained head\W+70\W+weights", printed)
     facts = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
     assert (facts["task"], facts["classes"]) == ("sequence_classification", ["0", "1"])
@@ -80,25 +65,12 @@ def test_a_classifier_is_scored_and_trained_with_that_mask(recipe, tmp_path):
     assert all(0 <= step["accuracy"] <= 1 and step["accuracy"] * 4 % 1 == 0 for step in steps)
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"max_length": 8}, "too long, left out"),
-        ({"select": "longest", "select_rows": 99}, "data.select_rows=99 is more than the 48 rows"),
-    ],
-)
-def test_rows_that_cannot_be_used_end_every_rank(recipe, tiny, tmp_path, data, message):
-    run = live(recipe(data={"path": str(tiny["data"]), **data}))
-    is_refused(run)
-    assert run.text().count(message) == 1, run.text()
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_row_without_a_response_is_named(recipe, tmp_path):
+def test_a_row_without_a_response_is_named(values, start, tmp_path):
     rows = [{"prompt": "a", "response": "b"}] * 20 + [{"prompt": "a", "response": ""}]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = live(recipe(data={"path": str(path)}))
+    values["data"]["path"] = str(path)
+    run = start()
     is_refused(run)
     assert run.text().count("has an empty 'response'") == 1 and f"{path}:21" in run.text(), run.text()
     assert not (tmp_path / "run").exists()

@@ -6,71 +6,85 @@ import torch
 from distributed import checks
 from distributed.reference import make_recipe, read_entries
 
-TARGET_SPLITS = [(1, 2), (2, 2), (4, 1), (4, 2)]
+EVERY = [(1, 2), (2, 2), (4, 2), (4, 1)]  # ranks, micro-batch
+RANKS, MANY, TWO, ONE_OR_TWO = EVERY[:3], EVERY[1:3], EVERY[1:2], EVERY[:2]
+BFLOAT16 = {"model": {"dtype": "bfloat16"}}
 
 
-@pytest.mark.parametrize("checkpoint", ["untied", "tied", "bias"])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_dense_reference_agrees(ranks, tiny, tmp_path, world_size, checkpoint):
-    ranks(world_size)(checks.check_dense_reference, recipe=make_recipe(tiny, tmp_path, checkpoint))
+def salience(name, budget):
+    return {"mask": {"salience": name, "budget": budget}}
 
 
-@pytest.mark.parametrize("reentrant", ["reentrant", "non_reentrant"])
-@pytest.mark.parametrize("backend", ["dense", "sampled"])
-def test_dense_reference_agrees_with_checkpointing(ranks, tiny, tmp_path, reentrant, backend):
-    train = {"activation_checkpointing": reentrant, "sparse_backend": backend}
-    recipe = make_recipe(tiny, tmp_path, train=train)
-    ranks(2)(checks.check_dense_reference, recipe=recipe)
+RUNS = {  # checkpoint, sections, splits
+    "untied": ("untied", {}, EVERY),
+    "tied": ("tied", {}, RANKS),
+    "bias": ("bias", {}, RANKS),
+    "untied bfloat16": ("untied", BFLOAT16, RANKS),
+    "tied bfloat16": ("tied", BFLOAT16, RANKS),
+    "per_layer": ("untied", salience("gradient", "per_layer"), EVERY),
+    "magnitude": ("untied", salience("magnitude", "global"), ONE_OR_TWO),
+    "magnitude per_layer": ("untied", salience("magnitude", "per_layer"), ONE_OR_TWO),
+    "random": ("untied", salience("random", "global"), ONE_OR_TWO),
+    "random per_layer": ("untied", salience("random", "per_layer"), ONE_OR_TWO),
+    "weight decay": ("untied", {"optimizer": {"weight_decay": 0.1}}, TWO),
+    # 892 entries in buckets of 50 over all ranks: many, and the last one is short.
+    "small buckets": ("untied", {"train": {"reduce_bucket": 50}}, MANY),
+    "few entries": ("untied", {"mask": {"density": None, "num_trainable": 9}}, MANY),
+    "one entry": ("untied", {"mask": {"density": None, "num_trainable": 1}}, MANY),
+}
+RUNS |= {
+    f"{checkpointing} {backend}": (
+        "untied",
+        {"train": {"activation_checkpointing": checkpointing, "sparse_backend": backend}},
+        TWO,
+    )
+    for checkpointing in ("reentrant", "non_reentrant")
+    for backend in ("dense", "sampled")
+}
 
 
-def test_weight_decay_and_schedule_agree_with_the_reference(ranks, tiny, tmp_path):
-    recipe = make_recipe(tiny, tmp_path, optimizer={"weight_decay": 0.1})
-    ranks(2)(checks.check_dense_reference, recipe=recipe)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpoint", ["untied", "tied"])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_write_through_is_exact(ranks, tiny, tmp_path, world_size, checkpoint, dtype):
-    recipe = make_recipe(tiny, tmp_path, checkpoint, model={"dtype": dtype})
-    ranks(world_size)(checks.check_write_through, recipe=recipe)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpoint", ["untied", "tied"])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_the_adapter_is_the_run(ranks, tiny, tmp_path, world_size, checkpoint, dtype):
-    recipe = make_recipe(tiny, tmp_path, checkpoint, model={"dtype": dtype})
-    ranks(world_size)(checks.check_adapter, recipe=recipe)
-
-
-@pytest.mark.parametrize("salience", ["gradient", "magnitude", "random"])
-@pytest.mark.parametrize("budget", ["global", "per_layer"])
-def test_world_size_and_split_are_no_input(ranks, tiny, tmp_path, salience, budget):
-    """One mask, one loss curve, one adapter over ranks x micro-batch x accumulation."""
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run(ranks, tiny, tmp_path, name):
+    """It is what dense autograd makes, exactly written through; base + adapter = the run; and it is one mask,
+    one loss curve and one adapter over ranks x micro-batch x accumulation.
+    """
+    checkpoint, sections, splits = RUNS[name]
     runs, adapters = [], []
-    for world_size, micro_batch in TARGET_SPLITS if salience == "gradient" else TARGET_SPLITS[:2]:
+    for world_size, micro_batch in splits:
         folder = tmp_path / f"{world_size}x{micro_batch}"
-        recipe = make_recipe(
-            tiny,
-            folder,
-            mask={"salience": salience, "budget": budget},
-            train={"micro_batch": micro_batch},
-        )
-        results = ranks(world_size)(checks.check_losses, recipe=recipe)
+        train = {**sections.get("train", {}), "micro_batch": micro_batch}
+        recipe = make_recipe(tiny, folder, checkpoint, **{**sections, "train": train})
+        results = ranks(world_size)(checks.check_run, recipe=recipe)
         assert all(result == results[0] for result in results)
         runs.append(results[0])
         adapters.append(read_entries(folder))
+        if name == "few entries":  # some weight has none, and some rank has none of some weight
+            assert 0 in runs[-1]["counts"] and 0 in runs[-1]["per_weight"]
+        if name == "one entry":
+            assert sorted(runs[-1]["lengths"]) == [0] * (world_size - 1) + [1]
     for run, adapter in zip(runs[1:], adapters[1:], strict=True):
-        assert run["sha256"] == runs[0]["sha256"]
-        assert run["fingerprint"] == runs[0]["fingerprint"]
-        assert run["num_tokens"] == runs[0]["num_tokens"]
-        assert run["losses"] == pytest.approx(runs[0]["losses"], abs=1e-5)
-        assert run["grad_norms"] == pytest.approx(runs[0]["grad_norms"], rel=1e-4)
+        for key in ("sha256", "fingerprint", "num_tokens"):
+            assert run[key] == runs[0][key], key
+        if "bfloat16" in name:
+            continue
+        assert run["loss"] == pytest.approx(runs[0]["loss"], abs=1e-5)
+        assert run["grad_norm"] == pytest.approx(runs[0]["grad_norm"], rel=1e-4)
         assert adapter.keys() == adapters[0].keys()
-        for name, (index, delta) in adapter.items():
-            assert torch.equal(index, adapters[0][name][0])
-            assert (delta - adapters[0][name][1]).abs().max() <= 1e-5
+        for weight, (index, delta) in adapter.items():
+            assert torch.equal(index, adapters[0][weight][0])
+            assert (delta - adapters[0][weight][1]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("schedule", [{}, {"schedule": "drop_grow", "update_every": 2, "growth_steps": 1}])
+def test_two_runs_write_the_same_bytes(ranks, tiny, tmp_path, schedule):
+    """One recipe on one machine: adapter and metrics do not depend on chance."""
+    made = []
+    for name in ("first", "second"):
+        sections = {**BFLOAT16, "mask": schedule, "train": {"reduce_bucket": 200}}
+        recipe = make_recipe(tiny, tmp_path / name, **sections)
+        (losses, _) = ranks(2)(checks.check_losses, recipe=recipe)
+        made.append((losses, (tmp_path / name / "adapter" / "adapter.safetensors").read_bytes()))
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -84,46 +98,25 @@ def test_persistent_weights_are_not_stale(ranks, tiny, tmp_path, world_size):
     ranks(world_size)(checks.check_no_stale_copy, recipe=make_recipe(tiny, tmp_path))
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_empty_slices(ranks, tiny, tmp_path, world_size):
-    recipe = make_recipe(tiny, tmp_path, mask={"density": None, "num_trainable": 9})
-    ranks(world_size)(checks.check_empty_slices, recipe=recipe)
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_without_any_entry(ranks, tiny, tmp_path, world_size):
-    recipe = make_recipe(tiny, tmp_path, mask={"density": None, "num_trainable": 1})
-    lengths = ranks(world_size)(checks.check_ranks_without_entries, recipe=recipe)[0]
-    assert sorted(lengths) == [0] * (world_size - 1) + [1]
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_small_reduce_buckets(ranks, tiny, tmp_path, world_size):
-    """892 entries in buckets of 50 over all ranks: many, and the last one is short."""
-    recipe = make_recipe(tiny, tmp_path, train={"reduce_bucket": 50})
-    ranks(world_size)(checks.check_dense_reference, recipe=recipe)
-
-
-def test_bf16_mask_is_the_same_at_every_world_size(ranks, tiny, tmp_path):
-    masks = set()
-    for world_size in (1, 2, 4):
-        recipe = make_recipe(tiny, tmp_path / str(world_size), model={"dtype": "bfloat16"})
-        masks |= {result["sha256"] for result in ranks(world_size)(checks.check_losses, recipe=recipe)}
-    assert len(masks) == 1
-
-
+@pytest.mark.parametrize(
+    ("of_gradient", "parts"), [(False, ["the loss is", "step 1"]), (True, ["the gradient norm nan"])]
+)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_nonfinite_loss_stops_every_rank(ranks, tiny, tmp_path, world_size):
+def test_what_is_not_finite_stops_every_rank(ranks, tiny, tmp_path, world_size, of_gradient, parts):
     recipe = make_recipe(tiny, tmp_path, train={"max_nonfinite": 1})
-    messages = ranks(world_size)(checks.check_nonfinite, recipe=recipe)
-    assert all("the loss is" in message and "step 1" in message for message in messages)
+    messages = ranks(world_size)(checks.check_nonfinite, recipe=recipe, of_gradient=of_gradient)
+    assert all(part in message for message in messages for part in parts), messages
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_nonfinite_gradient_stops_every_rank(ranks, tiny, tmp_path, world_size):
-    recipe = make_recipe(tiny, tmp_path, train={"max_nonfinite": 1})
-    messages = ranks(world_size)(checks.check_nonfinite_gradient, recipe=recipe)
-    assert all("the gradient norm nan" in message for message in messages)
+def test_inputs_are_made_again_behind_zero3s_hooks(ranks, tiny, tmp_path, world_size, dtype):
+    """Only what no frozen layer saves either way: attention's output (it does), the lowest layer's norm."""
+    mask = {"budget": "per_layer"}  # every weight has entries
+    recipe = make_recipe(tiny, tmp_path, model={"dtype": dtype}, mask=mask)
+    lowest = [f"0.self_attn.{name}_proj.weight" for name in ("k", "o", "q", "v")]
+    for saved in ranks(world_size)(checks.check_inputs_are_made_again, recipe=recipe):
+        assert saved == [*lowest, "1.self_attn.o_proj.weight"]
 
 
 REFUSED = {
@@ -149,7 +142,11 @@ REFUSED = {
     "no entry of a row": ({"mask": {"budget": "per_row", "density": 1e-2}}, "to give every row anything"),
     "no block": ({"mask": {"granularity": "block", "density": 0.01}}, "mask.granularity=block"),
     "long rows": ({"data": {"max_length": 8}}, "none is left: 48 too long, left out"),
-    "unknown task": ({"eval": {"tasks": ["nosuchtask"]}}, "no task nosuchtask"),
+    "too many rows": (
+        {"data": {"select": "longest", "select_rows": 99}},
+        "data.select_rows=99 is more than the 48 rows",
+    ),
+    "unknown task": ({"eval": {"tasks": ["nosuchtask"]}}, "lm-eval knows no task nosuchtask"),
 }
 
 
@@ -159,27 +156,3 @@ def test_bad_input_is_refused_on_every_rank(ranks, tiny, tmp_path, name):
     recipe = make_recipe(tiny, tmp_path / "run", "tied", **sections)
     messages = ranks(2)(checks.check_refused, recipe=recipe)
     assert all(message in text for text in messages), messages
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_inputs_are_made_again_behind_zero3s_hooks(ranks, tiny, tmp_path, world_size, dtype):
-    """Only what no frozen layer saves either way: attention's output (it does), the lowest layer's norm."""
-    mask = {"budget": "per_layer"}  # every weight has entries
-    recipe = make_recipe(tiny, tmp_path, model={"dtype": dtype}, mask=mask)
-    lowest = [f"0.self_attn.{name}_proj.weight" for name in ("k", "o", "q", "v")]
-    for saved in ranks(world_size)(checks.check_inputs_are_made_again, recipe=recipe):
-        assert saved == [*lowest, "1.self_attn.o_proj.weight"]
-
-
-@pytest.mark.parametrize("schedule", [{}, {"schedule": "drop_grow", "update_every": 2, "growth_steps": 1}])
-def test_two_runs_write_the_same_bytes(ranks, tiny, tmp_path, schedule):
-    """One recipe on one machine: adapter and metrics do not depend on chance."""
-    adapters = []
-    for name in ("first", "second"):
-        recipe = make_recipe(
-            tiny, tmp_path / name, model={"dtype": "bfloat16"}, mask=schedule, train={"reduce_bucket": 200}
-        )
-        ranks(2)(checks.check_losses, recipe=recipe)
-        adapters.append((tmp_path / name / "adapter" / "adapter.safetensors").read_bytes())
-    assert adapters[0] == adapters[1]

@@ -1,5 +1,9 @@
-"""Every command of these pages runs: as it stands, or shortened by overrides that come behind it."""
+"""Every command of these pages runs: as it stands, or shortened by overrides that come behind it.
 
+The commands find a tiny model where the quickstart's would be; `make quickstart` trains the real one.
+"""
+
+import json
 import os
 import re
 import shlex
@@ -8,8 +12,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
+import torch
 from limits import HANG_S
+from tiny import make_model
+from transformers import AutoModelForCausalLM
+
+import speft_ds
+from speft_ds.tools import quickstart
+from speft_ds.tools.inbox_data import write_data, write_task
+from speft_ds.tools.quickstart import default_cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHORT = [
@@ -19,6 +32,7 @@ SHORT = [
     "train.micro_batch=2",
     "mask.calibration_samples=2",
     "eval.tasks=[]",
+    "data.max_length=1024",  # of bytes, which are the tiny model's tokens
 ]
 PAGES = [
     "README.md",
@@ -28,23 +42,23 @@ PAGES = [
 # How a command is run, by its beginning, the first that fits: what is added behind it and the exit codes
 # that it may have; or why it is not run here.
 HOW = {
-    "make quickstart": "tests/distributed/test_quickstart.py runs it, shortened",
+    "make quickstart": "test_quickstart_trains_the_real_model",
     "make test": "this is it",
     "source": "of the shell",
     "deepspeed launch/train.py --recipe llama2": ([], {2}),  # refused: the weights are not here
     "deepspeed launch/evaluate.py --model": "not with these weights; test_evaluated_runs.py has others",
     "deepspeed --num_gpus 2 launch/evaluate.py": (["--limit", "2"], {0}),
     "deepspeed": (SHORT, {0}),
-    "speft score": (["mask.calibration_samples=2"], {0}),
+    "speft score": (["mask.calibration_samples=2", "data.max_length=1024"], {0}),
     "speft compare-masks": ([], {0}),
     "speft validate llama2": ([], {2}),  # says what is missing
     "speft": ([], {0}),
 }
 
 
-def commands() -> list[str]:
+def commands(pages: list[str] = PAGES) -> list[str]:
     found = []
-    for page in PAGES:
+    for page in pages:
         text = (ROOT / page).read_text(encoding="utf-8")
         for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S):
             lines = block.replace("\\\n", " ").splitlines()
@@ -58,17 +72,21 @@ def how(command: str):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where a user would be: the repository's files, and a `runs` of its own."""
+    """Where a user would be: the repository's files, its own `runs`, and what the quickstart prepares."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("launch", "recipes", "ds_configs", "speft_ds"):
         (folder / name).symlink_to(ROOT / name)
+    cache = folder / "cache" / "speft_ds"
+    make_model(cache / quickstart.NAME, max_position_embeddings=2048)
+    write_task(cache / "quickstart" / "tasks", *write_data(cache / "quickstart"))
     return folder
 
 
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
     beside = str(Path(sys.executable).parent)
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "DS_ACCELERATOR": "cpu"}
-    env = {**os.environ, **offline, "PATH": f"{beside}:{os.environ['PATH']}"}
+    own = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "XDG_CACHE_HOME": str(folder / "cache")}
+    own |= {"DS_ACCELERATOR": "cpu", "MPLCONFIGDIR": matplotlib.get_cachedir()}
+    env = {**os.environ, **own, "PATH": f"{beside}:{os.environ['PATH']}"}
     env.pop("HF_HUB_CACHE", None)
     return subprocess.run(
         command, cwd=folder, env=env, capture_output=True, text=True, timeout=HANG_S, check=False
@@ -83,6 +101,31 @@ def test_the_commands_are_found():
     assert sum(command.startswith("deepspeed") for command in found) >= 2
 
 
+def test_quickstart_trains_the_real_model(tmp_path):
+    """`make quickstart`, shortened."""
+    short = ["model.dtype=float32", "train.steps=3", "optimizer.warmup_steps=1", "train.global_batch=4"]
+    short += ["train.micro_batch=2", "mask.calibration_samples=4", "eval.before=false", "eval.limit=2"]
+    made = tmp_path / "run"
+    command = [str(Path(sys.executable).with_name("speft")), "quickstart", f"output_dir={made}", *short]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * HANG_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [json.loads(line)["loss"] for line in (made / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 3 and losses[2] < losses[0]
+    facts = json.loads((made / "run.json").read_text())
+    assert facts["mask"]["num_trainable"] == 530_842  # 0.5% of 210 linears, 106,168,320 entries
+    assert (made / "adapter" / "adapter.safetensors").stat().st_size < 5.5 * 530_842
+    (row,) = json.loads((made / "eval" / "after.json").read_text())["scores"]
+    assert (row["task"], row["num_documents"]) == ("quickstart_json", 2)
+    assert (made / "report.html").stat().st_size > 50_000
+    # The adapter fits the checkpoint that was downloaded, and changes at most the masked entries.
+    folder = default_cache_dir() / "SmolLM2-135M-Instruct"
+    base, model = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    speft_ds.apply_adapter(model, made / "adapter")
+    pairs = zip(model.parameters(), base.parameters(), strict=True)
+    changed = sum(int((one != two).sum()) for one, two in pairs)
+    assert 0.9 * 530_842 < changed <= 530_842
+
+
 @pytest.mark.parametrize("command", [c for c in commands() if not isinstance(how(c), str)])
 def test_a_command_runs(command, folder):
     more, codes = how(command)
@@ -90,7 +133,10 @@ def test_a_command_runs(command, folder):
         make_masks(folder)
     if "runs/quickstart" in command or "--resume" in command:
         make_run(folder)
-    done = run([*shlex.split(command), *more], folder)
+    words = shlex.split(command)
+    if codes == {2} and words[0] == "deepspeed":
+        words[0] = sys.executable  # one rank is refused as two are, and sooner
+    done = run([*words, *more], folder)
     assert done.returncode in codes, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     if codes == {2}:  # for no other reason than that the weights and the rows are not here
@@ -113,7 +159,7 @@ def make_run(folder: Path) -> None:
 def make_masks(folder: Path) -> None:
     """The two runs that the README compares; here they are the same."""
     if not (masks := list(folder.glob("runs/*/mask.safetensors"))):  # of the command before
-        command = ["speft", "score", "quickstart", "mask.salience=random"]
+        command = ["speft", "score", "quickstart", "mask.salience=random", "data.max_length=1024"]
         done = run(command, folder)
         assert done.returncode == 0, done.stdout + done.stderr
         masks = list(folder.glob("runs/*/mask.safetensors"))

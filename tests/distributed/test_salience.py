@@ -1,23 +1,265 @@
-"""Scores of the weights against dense ones in one process, and what scoring leaves behind: nothing."""
+"""Scores of the weights against dense ones in one process, and what scoring leaves behind: nothing.
 
+The checks, which run on every rank, come first.
+"""
+
+import hashlib
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from distributed import salience_checks as checks
-from distributed.reference import make_recipe
+from distributed import dense_scores
+from distributed.dense_scores import Llama, Weights
+from distributed.reference import make_trainer, plain_model, whole_weights
+from speft_ds.comm import collectives
+from speft_ds.config.mask_config import NEEDS_DATA
+from speft_ds.config.recipe import Recipe
+from speft_ds.data.dataset import Row
+from speft_ds.data.sampler import permutation
+from speft_ds.errors import UserError
+from speft_ds.model.fingerprint import fingerprint
+from speft_ds.selection.calibration import Scorer
+from speft_ds.selection.salience import score
+from speft_ds.training.setup import choose_mask, make_scorer
+from speft_ds.training.trainer import Trainer
+from speft_ds.zero.shards import own_elements, shard_of
 
-OF_GRADIENT = ["gradient", "snip", "force", "taylor_fo", "grad_low_magnitude"]
+# What fp32 makes of a gradient and of all that is computed from it, relative to the largest of its weight.
+# Seen: 1.1e-6; the hand-written forward is in fp64.
+ROUNDING = 5e-6
+# Relative to the largest score of all weights. Two errors of central differences meet here: one falls with
+# the square of the step; the other, fp32's rounding of two almost equal gradients, grows as the step shrinks.
+# Seen, at the step where the gradient changes by about 1%: 2.3e-4.
+GRASP_ERROR = 5e-4
+LIFT_RANK = 3
+
+# score of weight w with gradient g; the error that an error of g makes grows with abs(g)
+OF_GRADIENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gradient": lambda w, g: g.abs(),
+    "snip": lambda w, g: (w * g).abs(),
+    "force": lambda w, g: -w * g,
+    "taylor_fo": lambda w, g: (w * g) ** 2,
+    "grad_low_magnitude": lambda w, g: g.abs() / (w.abs() + 1e-8),
+}
+
+
+def calibration_rows(trainer: Trainer) -> list[Row]:
+    """The rows that a run calibrates on."""
+    recipe = trainer.recipe
+    order = permutation(len(trainer.rows), recipe.seed, "calibration")
+    return [trainer.rows[number] for number in order[: recipe.mask.calibration_samples]]
+
+
+def scorer_of(trainer: Trainer, **changes) -> Scorer:
+    """The run's scorer with other keys in its mask section; metrics without data get none."""
+    scorer = make_scorer(trainer.context)
+    mask = scorer.recipe.model_copy(update={"lift_rank": LIFT_RANK, **changes})
+    calibration = scorer.calibration if mask.salience in NEEDS_DATA else None
+    return replace(scorer, recipe=mask, calibration=calibration)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A copy of the tensor's bits: two zeros of unlike sign differ."""
+    return tensor.detach().clone().view({4: torch.int32, 2: torch.int16}[tensor.element_size()])
+
+
+def never(x: Tensor, grad_y: Tensor) -> None:
+    raise AssertionError("a sink of training was fed while scoring")
+
+
+@contextmanager
+def untouched(trainer: Trainer) -> Iterator[None]:
+    """What runs inside leaves the weights' bits, the sinks, the modules and their modes as they were."""
+    model, sinks = trainer.engine.module, {name: partial(never) for name in trainer.targets}
+    before = {name: bits(shard_of(parameter)) for name, parameter in model.named_parameters()}
+    modes = [(module.training, vars(module).get("forward")) for module in model.modules()]
+    for name, linear in trainer.targets.items():
+        linear.weight_grad_hook = sinks[name]
+    yield
+    for name, linear in trainer.targets.items():
+        assert linear.weight_grad_hook is sinks[name], f"{name}: another sink"
+        linear.weight_grad_hook = None
+    for (name, module), mode in zip(model.named_modules(), modes, strict=True):
+        assert (module.training, vars(module).get("forward")) == mode, f"{name}: another mode or forward"
+    for name, parameter in model.named_parameters():
+        assert torch.equal(bits(shard_of(parameter)), before[name]), f"{name}: the shard changed"
+    assert fingerprint(model) == trainer.context.fingerprint, "another fingerprint"
+    whole = whole_weights(model)  # what the next forward would see: no copy of changed weights is left
+    for name, parameter in plain_model(trainer.recipe).named_parameters():
+        assert torch.equal(bits(whole[name]), bits(parameter)), f"{name}: a stale copy"
+
+
+def expected_scores(metric: str, llama: Llama, rows: list[Row]) -> tuple[Weights, Weights]:
+    """The scores in fp64, and how far fp32 ones may be from them, of whole weights."""
+    weights = {name: weight.detach() for name, weight in llama.targets.items()}
+    if metric in OF_GRADIENT:
+        function, scores, slack = OF_GRADIENT[metric], {}, {}
+        for name, gradient in llama.gradient(rows).items():
+            scores[name] = function(weights[name], gradient)
+            off = gradient.abs() + ROUNDING * gradient.abs().max()
+            slack[name] = function(weights[name], off).abs() - scores[name].abs() + 1e-6 * scores[name].abs()
+        return scores, slack
+    if metric in ("magnitude", "low_magnitude"):
+        sign = {"magnitude": 1, "low_magnitude": -1}[metric]
+        return {n: sign * w.abs() for n, w in weights.items()}, {n: 0 * w for n, w in weights.items()}
+    if metric == "lift":
+        scores = dense_scores.lift(llama, LIFT_RANK)  # 1e-7 each: both are in fp64 and rounded to fp32
+        return scores, {name: 1e-7 * s + 1e-12 for name, s in scores.items()}
+    scores = getattr(dense_scores, metric)(llama, rows)
+    largest = {name: s.abs().max() for name, s in scores.items()}
+    if metric == "grasp":
+        return scores, dict.fromkeys(scores, GRASP_ERROR * max(largest.values()))
+    return scores, {name: ROUNDING * most for name, most in largest.items()}  # synflow: of no flow, exactly 0
+
+
+def compare(trainer: Trainer, got: dict[str, Tensor], expected: Weights, slack: Weights) -> None:
+    """This rank's scores against its part of whole weights' expected ones."""
+    assert list(got) == list(trainer.targets), list(got)
+    for name, linear in trainer.targets.items():
+        own, start = own_elements(linear.weight)
+        mine = slice(start, start + own.numel())
+        assert got[name].dtype == torch.float32 and got[name].shape == own.shape, name
+        error = (got[name].double() - expected[name].reshape(-1)[mine]).abs()
+        allowed = slack[name].expand_as(expected[name]).reshape(-1)[mine]
+        assert bool((error <= allowed).all()), (
+            f"{name}: {float((error / allowed).max())} times what is allowed"
+        )
+
+
+def check_scores(recipe: Recipe, metrics: list[str]) -> None:
+    """Scores equal dense ones, and scoring changes nothing; `score_device=host` gives the same scores."""
+    trainer = make_trainer(recipe)
+    trainer.engine.module.train()  # without dropout it computes the same, and has to be found so again
+    llama, rows = Llama(recipe.model.name_or_path, list(trainer.targets)), calibration_rows(trainer)
+    for metric in metrics:
+        with untouched(trainer):
+            scores = score(scorer_of(trainer, salience=metric))
+        try:
+            compare(trainer, scores, *expected_scores(metric, llama, rows))
+        except AssertionError as error:
+            raise AssertionError(f"{metric}: {error}") from error
+        on_host = score(scorer_of(trainer, salience=metric, score_device="host"))
+        for name, value in scores.items():
+            assert on_host[name].device.type == "cpu" and torch.equal(on_host[name], value.cpu()), metric
+
+
+class Interrupted(Exception):
+    pass
+
+
+def failing_at(scorer: Scorer, call: int) -> Scorer:
+    """The scorer, whose loss raises when it is computed for the `call`-th time, counted from 1."""
+    calls = []
+
+    def loss(module, batch, temperature=1.0):
+        calls.append(None)
+        value = scorer.loss(module, batch, temperature)
+        if len(calls) == call:
+            raise Interrupted
+        return value
+
+    return replace(scorer, loss=loss)
+
+
+def is_interrupted(scorer: Scorer) -> bool:
+    """Whether scoring ends by `Interrupted`."""
+    try:
+        score(scorer)
+    except Interrupted:
+        return True
+    return False
+
+
+def check_interrupted(recipe: Recipe) -> None:
+    """`grasp` with a loss that raises, `synflow` with a layer that raises: all is as it was.
+
+    Scoring again afterwards gives what it gave before.
+    """
+    trainer = make_trainer(recipe)
+    trainer.engine.module.train()
+    scorers = {metric: scorer_of(trainer, salience=metric) for metric in ("grasp", "synflow")}
+    scores = {metric: score(scorer) for metric, scorer in scorers.items()}
+    call, again = 2, True
+    while again:  # at every third batch: some in each of the gradients that are taken
+        with untouched(trainer):
+            again = is_interrupted(failing_at(scorers["grasp"], call))
+        call += 3
+    assert call >= 11, "to be interrupted at calls 2 and 5 at least"
+
+    def interrupt(*_) -> None:
+        raise Interrupted
+
+    layers = trainer.engine.module.model.layers
+    for module in (layers[0].self_attn.o_proj, layers[1].mlp.act_fn, trainer.engine.module.lm_head):
+        hook = module.register_forward_hook(interrupt)
+        with untouched(trainer):
+            assert is_interrupted(scorers["synflow"]), "the module was not called"
+        hook.remove()
+    for metric, expected in scores.items():
+        again = score(scorers[metric])
+        assert all(torch.equal(again[name], value) for name, value in expected.items()), metric
+
+
+def check_zero_gradient(recipe: Recipe) -> str:
+    """The message of the UserError that `grasp` raises where the loss is flat; nothing has changed."""
+    trainer = make_trainer(recipe)
+    scorer = scorer_of(trainer, salience="grasp")
+    flat = replace(scorer, loss=lambda *arguments: scorer.loss(*arguments) * 0.0)
+    with untouched(trainer):
+        try:
+            score(flat)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def check_bits(recipe: Recipe, changes: dict[str, dict]) -> dict[str, str]:
+    """Hashes of the whole scores' bits with other keys in the mask section, by name."""
+    trainer = make_trainer(recipe)
+    hashes = {}
+    for name, change in changes.items():
+        digest = hashlib.sha256()
+        for value in score(scorer_of(trainer, **change)).values():
+            for piece in collectives.all_gather_objects(value.numpy().tobytes()):
+                digest.update(piece)
+        hashes[name] = digest.hexdigest()
+    return hashes
+
+
+def check_masks(recipe: Recipe, choices: dict[str, dict]) -> dict[str, str]:
+    """The hashes of the masks that a run chooses with other keys in its mask section, by name."""
+    trainer = make_trainer(recipe)
+    masks = {}
+    with untouched(trainer):
+        for name, choice in choices.items():
+            mask = recipe.mask.model_copy(update={"lift_rank": LIFT_RANK, **choice})
+            context = replace(trainer.context, recipe=recipe.model_copy(update={"mask": mask}))
+            masks[name] = choose_mask(context, trainer.timings)
+    assert all(mask.num_trainable > 0 for mask in masks.values()), "an empty mask"
+    return {name: mask.sha256 for name, mask in masks.items()}
+
+
+def check_calibration(recipe: Recipe) -> list[str]:
+    """The hashes of the first two masks that a run chooses, the second on fresh rows."""
+    trainer = make_trainer(recipe)
+    return [choose_mask(trainer.context, trainer.timings, number).sha256 for number in (0, 1)]
+
+
 METRICS = [*OF_GRADIENT, "fisher", "magnitude", "low_magnitude", "synflow", "lift"]
 # In batches of 3: on 2 and 4 ranks some get a filler, and the last batch is short.
 SAMPLES = {"calibration_samples": 13, "calibration_batch": 3}
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tiny):
-    """`tiny`, and `rich`: biases, norm weights of both signs, zeros of both signs in every matrix."""
+@pytest.fixture(scope="session", autouse=True)
+def rich(tiny):
+    """A checkpoint more: biases, norm weights of both signs, zeros of both signs in every matrix."""
     model = AutoModelForCausalLM.from_pretrained(tiny["bias"], dtype=torch.float32)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -29,51 +271,47 @@ def checkpoints(tiny):
     folder = tiny["folder"] / "rich"
     shutil.copytree(tiny["bias"], folder)
     model.save_pretrained(folder)
-    return {**tiny, "rich": folder}
+    tiny["rich"] = folder
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_scores_are_the_dense_ones(ranks, checkpoints, tmp_path, world_size):
-    recipe = make_recipe(checkpoints, tmp_path, "rich", mask=SAMPLES)
-    ranks(world_size)(checks.check_scores, recipe=recipe, metrics=METRICS)
+def test_scores_are_the_dense_ones(ranks, recipe, world_size):
+    ranks(world_size)(check_scores, recipe=recipe("rich", mask=SAMPLES), metrics=METRICS)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("checkpoint", ["untied", "rich"])
-def test_grasp_has_the_exact_hessian(ranks, checkpoints, tmp_path, world_size, checkpoint):
-    recipe = make_recipe(checkpoints, tmp_path, checkpoint, mask=SAMPLES)
-    ranks(world_size)(checks.check_scores, recipe=recipe, metrics=["grasp"])
+def test_grasp_has_the_exact_hessian(ranks, recipe, world_size, checkpoint):
+    ranks(world_size)(check_scores, recipe=recipe(checkpoint, mask=SAMPLES), metrics=["grasp"])
 
 
 @pytest.mark.parametrize("checkpoint", ["tied", "bias"])
-def test_scores_of_other_checkpoints(ranks, tiny, tmp_path, checkpoint):
-    recipe = make_recipe(tiny, tmp_path, checkpoint, mask=SAMPLES)
-    ranks(2)(checks.check_scores, recipe=recipe, metrics=[*OF_GRADIENT, "fisher", "synflow"])
+def test_scores_of_other_checkpoints(ranks, recipe, checkpoint):
+    metrics = [*OF_GRADIENT, "fisher", "synflow"]
+    ranks(2)(check_scores, recipe=recipe(checkpoint, mask=SAMPLES), metrics=metrics)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_scores_of_the_head(ranks, tiny, tmp_path, world_size):
+def test_scores_of_the_head(ranks, recipe, world_size):
     """It sees the hidden states of the labels alone."""
-    recipe = make_recipe(tiny, tmp_path, mask={**SAMPLES, "targets": ["lm_head", "o_proj"]})
-    ranks(world_size)(checks.check_scores, recipe=recipe, metrics=METRICS)
+    mask = {**SAMPLES, "targets": ["lm_head", "o_proj"]}
+    ranks(world_size)(check_scores, recipe=recipe(mask=mask), metrics=METRICS)
 
 
 @pytest.mark.parametrize("checkpointing", ["reentrant", "non_reentrant"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_scores_with_activation_checkpointing(ranks, tiny, tmp_path, world_size, checkpointing):
-    train = {"activation_checkpointing": checkpointing}
-    recipe = make_recipe(tiny, tmp_path, mask=SAMPLES, train=train)
-    ranks(world_size)(checks.check_scores, recipe=recipe, metrics=["gradient", "fisher"])
+def test_scores_with_activation_checkpointing(ranks, recipe, world_size, checkpointing):
+    made = recipe(mask=SAMPLES, train={"activation_checkpointing": checkpointing})
+    ranks(world_size)(check_scores, recipe=made, metrics=["gradient", "fisher"])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_interrupted_scoring_restores_the_weights(ranks, checkpoints, tmp_path, world_size):
-    recipe = make_recipe(checkpoints, tmp_path, "rich", mask=SAMPLES)
-    ranks(world_size)(checks.check_interrupted, recipe=recipe)
+def test_interrupted_scoring_restores_the_weights(ranks, recipe, world_size):
+    ranks(world_size)(check_interrupted, recipe=recipe("rich", mask=SAMPLES))
 
 
-def test_grasp_refuses_a_flat_loss(ranks, tiny, tmp_path):
-    messages = ranks(2)(checks.check_zero_gradient, recipe=make_recipe(tiny, tmp_path))
+def test_grasp_refuses_a_flat_loss(ranks, recipe):
+    messages = ranks(2)(check_zero_gradient, recipe=recipe())
     assert all("the calibration gradient is zero" in message for message in messages), messages
 
 
@@ -85,15 +323,15 @@ def at_every_world_size(ranks, check, **arguments) -> list[dict]:
     return [answer for world_size in (1, 2, 4) for answer in ranks(world_size)(check, **arguments)]
 
 
-def test_scores_have_the_same_bits_at_every_world_size(ranks, checkpoints, tmp_path):
+def test_scores_have_the_same_bits_at_every_world_size(ranks, recipe):
     """Batches are dealt and summed in one order, whoever computes them."""
-    recipe = make_recipe(checkpoints, tmp_path, "rich", mask=SAMPLES)
-    answers = at_every_world_size(ranks, checks.check_bits, recipe=recipe, changes=ALL)
+    made = recipe("rich", mask=SAMPLES)
+    answers = at_every_world_size(ranks, check_bits, recipe=made, changes=ALL)
     for metric in ALL:
         assert len({answer[metric] for answer in answers}) == 1, metric
     assert len(set(answers[0].values())) == len(ALL)
-    other_seed = recipe.model_copy(update={"seed": 4})
-    (other,) = ranks(1)(checks.check_bits, recipe=other_seed, changes={"random": ALL["random"]})
+    other_seed = made.model_copy(update={"seed": 4})
+    (other,) = ranks(1)(check_bits, recipe=other_seed, changes={"random": ALL["random"]})
     assert other["random"] != answers[0]["random"]
 
 
@@ -112,24 +350,21 @@ ROWS = {f"{salience} per_row": {"salience": salience, "budget": "per_row"} for s
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_masks_are_the_same_at_every_world_size(ranks, checkpoints, tmp_path, dtype):
+def test_masks_are_the_same_at_every_world_size(ranks, recipe, dtype):
     choices = {**ALL, **UNITS, **ROWS}
     if dtype == "bfloat16":
         choices = {name: choice for name, choice in ALL.items() if name != "grasp"}
-    recipe = make_recipe(
-        checkpoints, tmp_path, "rich", mask={**SAMPLES, "density": 0.2}, model={"dtype": dtype}
-    )
-    answers = at_every_world_size(ranks, checks.check_masks, recipe=recipe, choices=choices)
+    made = recipe("rich", mask={**SAMPLES, "density": 0.2}, model={"dtype": dtype})
+    answers = at_every_world_size(ranks, check_masks, recipe=made, choices=choices)
     for name in choices:
         assert len({answer[name] for answer in answers}) == 1, name
     distinct = [sha256 for name, sha256 in answers[0].items() if name != "taylor_fo"]
     assert len(set(distinct)) == len(distinct)  # `taylor_fo` has the order of `snip`
 
 
-def test_calibration_rows_are_the_ones_asked_for(ranks, tiny, tmp_path):
+def test_calibration_rows_are_the_ones_asked_for(ranks, recipe, tiny, tmp_path):
     def masks(**mask) -> list[str]:
-        recipe = make_recipe(tiny, tmp_path, mask={**SAMPLES, **mask})  # its seed is 3
-        return ranks(2)(checks.check_calibration, recipe=recipe)[0]
+        return ranks(2)(check_calibration, recipe=recipe(mask={**SAMPLES, **mask}))[0]  # its seed is 3
 
     same_rows, other_rows = tmp_path / "same.jsonl", tmp_path / "other.jsonl"
     shutil.copy(tiny["data"], same_rows)
@@ -138,6 +373,5 @@ def test_calibration_rows_are_the_ones_asked_for(ranks, tiny, tmp_path):
     assert first[0] != first[1]
     assert masks(calibration_seed=3) == first and masks(calibration_path=str(same_rows)) == first
     assert masks(calibration_seed=4)[0] not in first
-    elsewhere = masks(calibration_path=str(other_rows))
-    assert elsewhere[0] not in first
+    assert masks(calibration_path=str(other_rows))[0] not in first
     assert masks(calibration_samples=12)[0] not in first

@@ -138,9 +138,9 @@ FOUR_RANKS = ["periodic", "sft_ag", "periodic few", "sft_ag few"]
 @pytest.mark.parametrize(
     ("case", "world_size"), [(case, 2) for case in CHANGING] + [(case, 4) for case in FOUR_RANKS]
 )
-def test_invariants_under_a_changing_mask(ranks, tiny, tmp_path, case, world_size, dtype):
-    recipe = make_recipe(tiny, tmp_path, mask=CHANGING[case], model={"dtype": dtype}, train={"steps": 7})
-    seen = ranks(world_size)(schedule_checks.check_changing_mask, recipe=recipe)[0]
+def test_invariants_under_a_changing_mask(ranks, recipe, case, world_size, dtype):
+    made = recipe(mask=CHANGING[case], model={"dtype": dtype}, train={"steps": 7})
+    seen = ranks(world_size)(schedule_checks.check_changing_mask, recipe=made)[0]
     assert seen["moved"] > 0
     assert seen["changes"] == (3 if "update_every" in CHANGING[case] else 0)
     assert (seen["returned"] > 0) == ("periodic" in case)
@@ -148,29 +148,27 @@ def test_invariants_under_a_changing_mask(ranks, tiny, tmp_path, case, world_siz
 
 
 @pytest.mark.parametrize("salience", ["synflow", "grasp"])
-def test_scoring_in_mid_run_gives_the_trained_weights_back(ranks, tiny, tmp_path, salience):
+def test_scoring_in_mid_run_gives_the_trained_weights_back(ranks, recipe, salience):
     """These two change the weights to score them."""
-    recipe = make_recipe(tiny, tmp_path, mask={"schedule": "periodic", **TWO, "salience": salience})
-    seen = ranks(2)(schedule_checks.check_changing_mask, recipe=recipe)[0]
+    made = recipe(mask={"schedule": "periodic", **TWO, "salience": salience})
+    seen = ranks(2)(schedule_checks.check_changing_mask, recipe=made)[0]
     assert seen["changes"] == 2 and seen["moved"] > 0
 
 
 @pytest.mark.parametrize("growth", [{"growth": "sft_ag", "growth_steps": 2}, {"growth": "sft_ma"}])
-def test_nothing_left_to_grow(ranks, tiny, tmp_path, growth):
+def test_nothing_left_to_grow(ranks, recipe, growth):
     """A mask of all entries stays as it is."""
     mask = {"schedule": "drop_grow", **TWO, **growth, "density": 1.0, "drop_rate": 0.5}
-    recipe = make_recipe(tiny, tmp_path, mask=mask)
-    for run in ranks(2)(schedule_checks.run_steps, recipe=recipe):
+    for run in ranks(2)(schedule_checks.run_steps, recipe=recipe(mask=mask)):
         assert [(change["dropped"], change["grown"]) for change in run["changes"]] == [(0, 0), (0, 0)]
 
 
 @pytest.mark.parametrize("gate", [{}, HALF])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_equal_gradients_step_by_global_index(ranks, tiny, tmp_path, world_size, gate):
+def test_equal_gradients_step_by_global_index(ranks, recipe, world_size, gate):
     """The edge cuts through gradients of one size and either sign; shut entries never step."""
     mask = {"schedule": "grad_topk", "topk_fraction": 0.3, "salience": "random", **gate}
-    recipe = make_recipe(tiny, tmp_path, mask=mask)
-    answers = ranks(world_size)(schedule_checks.check_ties, recipe=recipe)
+    answers = ranks(world_size)(schedule_checks.check_ties, recipe=recipe(mask=mask))
     ranked = []
     for number, (name, index) in enumerate(answers[0][0].items()):
         sizes = schedule_checks.tied_gradient(number, torch.tensor(index)).abs().tolist()
@@ -187,17 +185,16 @@ def test_equal_gradients_step_by_global_index(ranks, tiny, tmp_path, world_size,
     ("gate", "num_open"),
     [({"layer_gate": "sampled", "gate_layers": 1}, 7), ({"layer_gate": "half"}, 7)],
 )
-def test_shut_weights_cost_nothing_and_stay(ranks, tiny, tmp_path, gate, num_open):
-    recipe = make_recipe(tiny, tmp_path, mask={**gate, "gate_every": 2, "budget": "per_layer"})
-    for answer in ranks(2)(schedule_checks.check_shut_weights, recipe=recipe):
+def test_shut_weights_cost_nothing_and_stay(ranks, recipe, gate, num_open):
+    made = recipe(mask={**gate, "gate_every": 2, "budget": "per_layer"})
+    for answer in ranks(2)(schedule_checks.check_shut_weights, recipe=made):
         assert answer == [num_open] * 5
 
 
-def test_candidates_cost_something_in_their_window_alone(ranks, tiny, tmp_path):
+def test_candidates_cost_something_in_their_window_alone(ranks, recipe):
     """Two steps before each change; none before the end, where the mask does not change any more."""
     mask = {"schedule": "drop_grow", "update_every": 5, "growth": "sft_ag", "growth_steps": 2}
-    recipe = make_recipe(tiny, tmp_path, mask=mask, train={"steps": 15})
-    for steps in ranks(2)(schedule_checks.check_growth_window, recipe=recipe):
+    for steps in ranks(2)(schedule_checks.check_growth_window, recipe=recipe(mask=mask, train={"steps": 15})):
         assert steps == [4, 5, 9, 10]
 
 
@@ -226,85 +223,87 @@ def with_entries_in(path, source, keep):
 
 
 @pytest.mark.parametrize("schedule", [{}, {"schedule": "grad_topk"}])
-def test_a_step_with_nothing_open_moves_nothing(ranks, tiny, tmp_path, scored, schedule):
+def test_a_step_with_nothing_open_moves_nothing(ranks, recipe, tmp_path, scored, schedule):
     """The sampled gate opens a layer without entries every now and then."""
     path = with_entries_in(tmp_path / "mask.safetensors", scored(), lambda name: ".layers.0." in name)
     gate = {"layer_gate": "sampled", "gate_every": 1, "gate_layers": 1}
     mask = {"load": str(path), **gate, **schedule}
     # Weight decay and moments would move what steps, even by a gradient of zero.
-    recipe = make_recipe(tiny, tmp_path, mask=mask, optimizer={"weight_decay": 0.1}, train={"steps": 8})
-    ranks(2)(schedule_checks.check_nothing_open, recipe=recipe)
+    made = recipe(mask=mask, optimizer={"weight_decay": 0.1}, train={"steps": 8})
+    ranks(2)(schedule_checks.check_nothing_open, recipe=made)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("case", ["static", "periodic", "sft_ag"])
-def test_a_loaded_mask_trains_as_a_chosen_one(ranks, tiny, tmp_path, scored, case, world_size):
+def test_a_loaded_mask_trains_as_a_chosen_one(ranks, recipe, scored, case, world_size):
     where = {"layers": [1, 1], "density": 0.03}
     schedule = CHANGING.get(case, {})
-    chosen = make_recipe(tiny, tmp_path / "chosen", mask={**where, **schedule})
+    chosen = recipe(folder="chosen", mask={**where, **schedule})
     # Its own density, layers and so on are the file's, not the recipe's.
-    loaded = make_recipe(tiny, tmp_path / "loaded", mask={"load": str(scored(**where)), **schedule})
+    loaded = recipe(folder="loaded", mask={"load": str(scored(**where)), **schedule})
     expected = ranks(world_size)(schedule_checks.run_steps, recipe=chosen)
     runs = ranks(world_size)(schedule_checks.run_steps, recipe=loaded)
     assert runs == expected
     assert set(runs[0]["sizes"]) == {round(0.03 * 17850 / 2)} and len(runs[0]["shape"]) == 7
 
 
-def test_a_folder_is_a_mask_file_too(ranks, tiny, tmp_path, scored):
-    recipe = make_recipe(tiny, tmp_path, mask={"load": str(scored().parent)})
-    assert ranks(2)(schedule_checks.run_steps, recipe=recipe)[0]["first"] == read_mask(scored())[0].sha256
+def test_a_folder_is_a_mask_file_too(ranks, recipe, scored):
+    run = ranks(2)(schedule_checks.run_steps, recipe=recipe(mask={"load": str(scored().parent)}))[0]
+    assert run["first"] == read_mask(scored())[0].sha256
 
 
-def test_a_mask_of_fp32_loads_in_bf16(ranks, tiny, tmp_path, scored):
+def test_a_mask_of_fp32_loads_in_bf16(ranks, recipe, scored):
     """One checkpoint, two dtypes: its weights rounded to bf16 are the same."""
-    recipe = make_recipe(tiny, tmp_path, mask={"load": str(scored())}, model={"dtype": "bfloat16"})
-    run = ranks(2)(schedule_checks.run_steps, recipe=recipe)[0]
+    made = recipe(mask={"load": str(scored())}, model={"dtype": "bfloat16"})
+    run = ranks(2)(schedule_checks.run_steps, recipe=made)[0]
     assert run["first"] == read_mask(scored())[0].sha256 and run["losses"][0] != run["losses"][-1]
 
 
-def test_periodic_keeps_the_number_of_entries_of_a_loaded_mask(ranks, tiny, tmp_path, scored):
+def test_periodic_keeps_the_number_of_entries_of_a_loaded_mask(ranks, recipe, scored):
     path = scored(density=None, num_trainable=300)
-    recipe = make_recipe(tiny, tmp_path, mask={"load": str(path), "schedule": "periodic", **TWO})
-    run = ranks(2)(schedule_checks.run_steps, recipe=recipe)[0]
+    made = recipe(mask={"load": str(path), "schedule": "periodic", **TWO})
+    run = ranks(2)(schedule_checks.run_steps, recipe=made)[0]
     assert set(run["sizes"]) == {300}
     assert all(change["grown"] > 0 for change in run["changes"]) and len(run["changes"]) == 2
 
 
+@pytest.fixture
+def refuses(ranks, recipe):
+    """refuses(path, parts of the message, checkpoint, mask section): a mask file that every rank refuses."""
+
+    def check(path, *parts, checkpoint="untied", **mask):
+        made = recipe(checkpoint, mask={"load": str(path), **mask})
+        messages = ranks(2)(checks.check_refused, recipe=made)
+        assert all(part in message for message in messages for part in parts), messages
+
+    return check
+
+
 @pytest.mark.parametrize("checkpoint", ["bias", "tied"])  # weights of the same shapes, from other seeds
-def test_a_mask_of_another_base_is_refused(ranks, tiny, tmp_path, scored, checkpoint):
-    recipe = make_recipe(tiny, tmp_path / "run", checkpoint, mask={"load": str(scored())})
-    messages = ranks(2)(checks.check_refused, recipe=recipe)
-    assert all("the mask was scored on another base" in message for message in messages), messages
-    assert all(str(scored()) in message for message in messages), messages
+def test_a_mask_of_another_base_is_refused(scored, refuses, checkpoint):
+    refuses(scored(), "the mask was scored on another base", str(scored()), checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize(
     "facts", [{"salience": "gradient"}, {"base": "owner/name"}, {"fingerprint_bfloat16": None}]
 )
-def test_a_mask_that_names_no_base_is_refused(ranks, tiny, tmp_path, scored, facts):
+def test_a_mask_that_names_no_base_is_refused(tmp_path, scored, refuses, facts):
     path = tmp_path / "mask.safetensors"
     save_mask(path, read_mask(scored())[0], facts)
-    recipe = make_recipe(tiny, tmp_path / "run", mask={"load": str(path)})
-    messages = ranks(2)(checks.check_refused, recipe=recipe)
-    assert all("the mask was scored on another base" in message for message in messages), messages
+    refuses(path, "the mask was scored on another base")
 
 
-def test_a_mask_without_entries_is_refused(ranks, tiny, tmp_path, scored):
+def test_a_mask_without_entries_is_refused(tmp_path, scored, refuses):
     """A run would train nothing."""
     path = with_entries_in(tmp_path / "mask.safetensors", scored(), lambda name: False)
-    recipe = make_recipe(tiny, tmp_path / "run", mask={"load": str(path)})
-    messages = ranks(2)(checks.check_refused, recipe=recipe)
-    assert all(str(path) in message for message in messages), messages
+    refuses(path, str(path))
 
 
 @pytest.mark.parametrize("how", [{"granularity": "row"}, {"budget": "per_row"}])
-def test_a_loaded_mask_too_small_to_be_chosen_anew_is_refused(ranks, tiny, tmp_path, scored, how):
+def test_a_loaded_mask_too_small_to_be_chosen_anew_is_refused(scored, refuses, how):
     """30 entries are no row of 35 or 53, and less than one in each row: later there would be none."""
     path = scored(density=None, num_trainable=30)
-    mask = {"load": str(path), "schedule": "periodic", **TWO, **how}
-    recipe = make_recipe(tiny, tmp_path / "run", mask=mask)
-    messages = ranks(2)(checks.check_refused, recipe=recipe)
-    assert all(str(path) in message for message in messages), messages
+    refuses(path, str(path), schedule="periodic", **TWO, **how)
 
 
 OTHER_MODELS = {
@@ -315,22 +314,18 @@ OTHER_MODELS = {
 
 
 @pytest.mark.parametrize("kind", OTHER_MODELS)
-def test_a_mask_of_another_model_is_refused(ranks, tiny, tmp_path, kind):
+def test_a_mask_of_another_model_is_refused(tmp_path, refuses, kind):
     name, shape = OTHER_MODELS[kind]
     path = tmp_path / "mask.safetensors"
     save_mask(path, Mask({name: torch.tensor([1, 4])}, {name: shape}), {})
-    recipe = make_recipe(tiny, tmp_path / "run", mask={"load": str(path)})
-    messages = ranks(2)(checks.check_refused, recipe=recipe)
-    assert all(f"the mask is for another model: {name}" in message for message in messages), messages
+    refuses(path, f"the mask is for another model: {name}")
 
 
-def test_a_mask_with_indices_out_of_range_is_refused(ranks, tiny, tmp_path, scored):
+def test_a_mask_with_indices_out_of_range_is_refused(tmp_path, scored, refuses):
     mask, facts = read_mask(scored())
     name = next(iter(mask.shape))
     beyond = torch.tensor([3, mask.numel(name)], dtype=torch.int32)
     path = tmp_path / "mask.safetensors"
     save_mask(path, Mask({**mask.index, name: beyond}, mask.shape), facts)
-    recipe = make_recipe(tiny, tmp_path / "run", mask={"load": str(path)})
-    messages = ranks(2)(checks.check_refused, recipe=recipe)
-    wanted = f"{name}: indices from 3 to {mask.numel(name)}, the weight has {mask.numel(name)} elements"
-    assert all(wanted in message for message in messages), messages
+    size = mask.numel(name)
+    refuses(path, f"{name}: indices from 3 to {size}, the weight has {size} elements")

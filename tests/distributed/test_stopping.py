@@ -1,61 +1,35 @@
 """Stopped by a signal, moved to other ranks, gone on with: live runs of the real command."""
 
+import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from limits import HANG_S
-from live import LiveRun, metrics, whole_steps
+from live import finishes, metrics, whole_steps
 from tiny import recipe_values
 
 from distributed import rank_hooks
 from distributed.reference import read_entries
-from speft_ds.env import free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30
 
 
 @pytest.fixture
-def recipe(tiny, tmp_path):
-    """The path of a recipe; its run folder is tmp_path/run."""
+def values(tiny, tmp_path):
     train = {"steps": STEPS, "global_batch": 16, "micro_batch": 4, "checkpoint_every": None}
-    values = recipe_values(tiny, optimizer={"eps": 1e-5}, train=train, output_dir=str(tmp_path / "run"))
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-@pytest.fixture
-def start(recipe, tmp_path):
-    """start(more arguments, ranks): a live run of the recipe."""
-    runs = []
-
-    def begin(*more, num_ranks=2, hooks=None):
-        run = LiveRun(tmp_path / f"log{len(runs)}", ["--recipe", str(recipe), *more], num_ranks, hooks)
-        runs.append(run)
-        return run
-
-    yield begin
-    for run in runs:
-        run.kill()
-
-
-def after_step(run, step):
-    run.wait_for(f"step {step:>5}/")
+    return recipe_values(tiny, optimizer={"eps": 1e-5}, train=train, output_dir=str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0), (signal.SIGINT, 0)])
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(start, tmp_path, number, rank):
     run = start("train.steps=100_000")  # more than it can make before the signal
-    after_step(run, 3)
+    run.wait_for("step     3/")
     run.signal(number, rank)
     assert run.codes() == [85, 85], run.text()
     done = metrics(tmp_path / "run")[-1]["step"]
@@ -77,16 +51,14 @@ def test_a_signal_while_the_mask_is_chosen_anew(start, tmp_path):
 
 def test_from_2_ranks_to_1_to_4(start, tmp_path):
     """Equal to the undisturbed run: the rows, the losses and the deltas, to the order of sums."""
-    whole = start(f"output_dir={tmp_path / 'whole'}")
-    assert whole.codes() == [0, 0], whole.text()
+    finishes(start(f"output_dir={tmp_path / 'whole'}"))
     run = start(hooks={0: partial(rank_hooks.asked_in_step, 5, signal.SIGUSR1)})
     assert run.codes() == [85, 85], run.text()
     run = start("--resume", num_ranks=1, hooks={0: partial(rank_hooks.asked_in_step, 12, signal.SIGTERM)})
     assert run.codes() == [85], run.text()
     first, second = whole_steps(tmp_path / "run")[::-1]
-    run = start("--resume", num_ranks=4)
-    assert run.codes() == [0] * 4, run.text()
-    assert f"step {second} of {STEPS}, on 4 rank(s), it was written by 1" in run.text()
+    said = finishes(start("--resume", num_ranks=4))
+    assert f"step {second} of {STEPS}, on 4 rank(s), it was written by 1" in said
     assert 4 <= first < 12 <= second < STEPS
     got, wanted = metrics(tmp_path / "run"), metrics(tmp_path / "whole")
     assert [line["step"] for line in got] == list(range(1, STEPS + 1))
@@ -97,11 +69,12 @@ def test_from_2_ranks_to_1_to_4(start, tmp_path):
         assert torch.equal(index, expected[name][0]) and (delta - expected[name][1]).abs().max() < 1e-5, name
 
 
-def test_a_micro_batch_that_does_not_fit_the_ranks_is_made_to(start, tmp_path):
-    run = start("train.micro_batch=8", hooks={1: partial(rank_hooks.asked_in_step, 2, signal.SIGTERM)})
+def test_a_micro_batch_that_does_not_fit_the_ranks_is_made_to(start):
+    short = ["train.micro_batch=8", "train.steps=4"]
+    run = start(*short, hooks={1: partial(rank_hooks.asked_in_step, 2, signal.SIGTERM)})
     assert run.codes() == [85, 85], run.text()
-    run = start("train.micro_batch=8", "--resume", num_ranks=4)
-    assert run.codes() == [0] * 4 and "for 4 rank(s) train.micro_batch=4 (it was 8)" in run.text()
+    said = finishes(start(*short, "--resume", num_ranks=4))
+    assert "for 4 rank(s) train.micro_batch=4 (it was 8)" in said
 
 
 def test_a_second_ctrl_c_leaves_at_once(start, tmp_path):
@@ -123,68 +96,77 @@ def test_stopped_before_its_first_step(start, tmp_path):
     run.signal(signal.SIGTERM, 0)
     assert run.codes() == [85, 85], run.text()
     assert not (tmp_path / "run" / "checkpoints").exists() and "--resume auto" in run.text()
-    run = start("train.steps=3", "--resume", "auto")
-    assert run.codes() == [0, 0], run.text()
+    finishes(start("train.steps=3", "--resume", "auto"))
     assert len(metrics(tmp_path / "run")) == 3
 
 
-def test_validation_loss_and_the_best_checkpoint(start, tiny, tmp_path):
-    """The loss rises from some point on, by a rate that is far too high; the best checkpoint is kept."""
-    common = ["train.keep_best=true", f"eval.validation={tiny['data']}", "eval.every=2", "train.keep_last=1"]
-    common += ["train.checkpoint_every=5", "optimizer.lr=0.3"]
+def test_validation_loss_and_the_best_checkpoint(start, tmp_path):
+    """The loss on bytes that are not trained rises from some point on; the best checkpoint is kept."""
+    rows = tmp_path / "others.jsonl"
+    rows.write_text("".join(f'{{"prompt": "say", "response": "{text}"}}\n' for text in ("ZQXJ", "KWV")))
+    common = ["train.keep_best=true", f"eval.validation={rows}", "eval.every=2", "train.keep_last=1"]
+    common += ["train.checkpoint_every=5", "optimizer.lr=0.3", "train.steps=16"]
     run = start(*common, hooks={0: partial(rank_hooks.asked_in_step, 10, signal.SIGTERM)})
     assert run.codes() == [85, 85], run.text()
-    run = start(*common, "--resume")
-    assert run.codes() == [0, 0], run.text()
+    finishes(start(*common, "--resume"))
     lines = [line for line in metrics(tmp_path / "run") if "validation_loss" in line]
-    assert [line["step"] for line in lines] == list(range(2, STEPS + 1, 2))
+    assert [line["step"] for line in lines] == list(range(2, 17, 2))
     best = min(lines, key=lambda line: line["validation_loss"])["step"]
-    assert sorted(whole_steps(tmp_path / "run")) == sorted({best, STEPS})
-    whole = start(*common, f"output_dir={tmp_path / 'w'}")
-    assert whole.codes() == [0, 0]
+    assert best < 16 and sorted(whole_steps(tmp_path / "run")) == [best, 16]
+    finishes(start(*common, f"output_dir={tmp_path / 'w'}"))
     assert metrics(tmp_path / "w") == metrics(tmp_path / "run")
 
 
-def test_the_launcher_is_stopped_and_the_run_resumed_at_once(recipe, tmp_path):
+def test_the_launcher_is_stopped_and_the_run_resumed_at_once(launcher, write, tmp_path):
     """`deepspeed` dies of SIGUSR1 without a word: its ranks notice, and a resume waits for them to end."""
-    env = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    command = [launcher, "--num_gpus", "2", "--master_port", str(free_port()), str(ROOT / "launch/train.py")]
+    command, env = launcher()
     first = tmp_path / "first.log"
     with first.open("w") as log:
-        process = subprocess.Popen(
-            [*command, "--recipe", str(recipe), "train.steps=100_000"], env=env, stdout=log, stderr=log
-        )
+        command += ["--recipe", str(write()), "train.steps=100_000"]
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
     deadline = time.monotonic() + HANG_S
     while "step     5/" not in first.read_text():
         assert process.poll() is None and time.monotonic() < deadline, first.read_text()
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(HANG_S) == -signal.SIGUSR1
-    command[4] = str(free_port())
-    resumed = subprocess.Popen(
-        [*command, "--resume", str(tmp_path / "run")],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    lines = []
-    for line in resumed.stdout:
-        lines.append(line)
-        if "resuming from" in line:
-            break
-    number = int(lines[-1].partition("step ")[2].split()[0])
+    command, env = launcher()
+    command += ["--resume", str(tmp_path / "run")]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    resumed = subprocess.Popen(command, env=env, **pipe)
+    line = next(line for line in resumed.stdout if "resuming from" in line)
+    number = int(line.partition("step ")[2].split()[0])
     assert "the launcher has ended" in first.read_text() and number >= 5
     assert f"step_{number:06d}; go on with" in first.read_text()
-    ranks = subprocess.run(
-        ["pgrep", "-f", f"launch/train.py.*--resume {tmp_path / 'run'}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for pid in ranks.stdout.split():  # the launchers and the ranks, as `pkill -USR1 -f` would
+    pattern = f"launch/train.py.*--resume {tmp_path / 'run'}"
+    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True)
+    for pid in found.stdout.split():  # the launchers and the ranks, as `pkill -USR1 -f` would
         os.kill(int(pid), signal.SIGUSR1)
     resumed.stdout.read()
     resumed.wait(HANG_S)
     assert max(whole_steps(tmp_path / "run")) > number
+
+
+def test_ranks_that_are_not_alike_run_in_one_dtype_and_a_resumed_run_keeps_it(values, start, tmp_path):
+    values["model"]["dtype"] = "auto"
+
+    def run(*more, multiplies_bfloat16):
+        answer = rank_hooks.answers_for_the_hardware
+        hooks = {rank: partial(answer, answers) for rank, answers in enumerate(multiplies_bfloat16)}
+        said = finishes(start("train.steps=4", "train.checkpoint_every=4", *more, hooks=hooks))
+        return [line for line in said.splitlines() if "model.dtype" in line]
+
+    def dtypes(folder):
+        facts = json.loads((folder / "adapter" / "adapter.json").read_text())
+        return yaml.safe_load((folder / "recipe.yaml").read_text())["model"]["dtype"], facts["dtype"]
+
+    (said,) = run(multiplies_bfloat16=[True, False])
+    assert "float32" in said and dtypes(tmp_path / "run") == ("float32", "float32")
+    (said,) = run(f"output_dir={tmp_path / 'fast'}", multiplies_bfloat16=[True, True])
+    assert "bfloat16" in said and dtypes(tmp_path / "fast") == ("bfloat16", "bfloat16")
+    # On ranks that would take bfloat16, from the run's own first checkpoint.
+    first = tmp_path / "run" / "checkpoints" / "step_000004"
+    assert first.is_dir()
+    branch = ["--resume", str(first), f"output_dir={tmp_path / 'branch'}"]
+    (said,) = run(*branch, multiplies_bfloat16=[True, True])
+    assert "float32" in said and dtypes(tmp_path / "branch") == ("float32", "float32")

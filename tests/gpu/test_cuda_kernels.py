@@ -3,17 +3,14 @@
 import pytest
 import torch
 
-from speft_ds.sparse.kernels import triton_launch
-from speft_ds.sparse.kernels.dense import matmul_fp32
-from speft_ds.sparse.kernels.element import ElementGradient
-from speft_ds.sparse.kernels.tiled import BlockGradient, ColumnGradient, RowGradient, make_tiled
+from speft_ds.sparse.kernels.backends import make_backend
+from speft_ds.sparse.kernels.torch_backends import ColumnGradient, RowGradient, matmul_fp32
+from speft_ds.sparse.kernels.triton_backends import BlockGradient, ElementGradient, is_available
 from speft_ds.sparse.tiles import Tiles
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        not triton_launch.is_available(), reason="needs Triton and an NVIDIA GPU, 8.0 or later"
-    ),
+    pytest.mark.skipif(not is_available(), reason="needs Triton and an NVIDIA GPU, 8.0 or later"),
 ]
 SHAPES = [(5120, 5120), (13824, 5120), (4096, 14336), (1024, 4096)]
 
@@ -78,8 +75,8 @@ def test_entries_of_any_shape(shape, dtype, tokens):
 @pytest.mark.parametrize("shape", [(512, 768), (301, 1001)])
 def test_blocks_of_any_shape(size, shape, dtype):
     tiles = Tiles.of("block", size, shape)
-    chosen = uniform((1, tiles.num_units), 0.2).long()
-    last = torch.tensor([tiles.num_units - 1], device="cuda")
+    chosen = uniform((1, tiles.num_tiles), 0.2).long()
+    last = torch.tensor([tiles.num_tiles - 1], device="cuda")
     index = tiles.entries(torch.cat([chosen, last]).unique())
     check(BlockGradient(index, shape, tiles), index, shape, 1111, dtype)
 
@@ -89,8 +86,8 @@ def test_blocks_of_any_shape(size, shape, dtype):
 def test_rows_and_columns(granularity, kind, dtype):
     shape = (301, 1024)
     tiles = Tiles.of(granularity, 0, shape)
-    index = tiles.entries(torch.arange(0, tiles.num_units, 37, device="cuda"))
-    backend = make_tiled(index, shape, tiles)
+    index = tiles.entries(torch.arange(0, tiles.num_tiles, 37, device="cuda"))
+    _, backend = make_backend("tiled", index, shape, tiles)
     assert isinstance(backend, kind)
     check(backend, index, shape, 1111, dtype)
 
@@ -118,7 +115,7 @@ def test_faster_than_the_dense_product_where_it_says_it_pays(shape):
     slower = []
     for density in [0.001, 0.0035, 0.01, 0.03]:
         every = round(1 / density)
-        blocks = tiles.entries(torch.arange(0, tiles.num_units, every, device="cuda"))
+        blocks = tiles.entries(torch.arange(0, tiles.num_tiles, every, device="cuda"))
         backends = {
             "uniform": ElementGradient(uniform(shape, density), shape),
             "crowded": ElementGradient(crowded(shape, density), shape),

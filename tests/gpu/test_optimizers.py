@@ -30,7 +30,7 @@ def run(make, device="cuda"):
 
 
 def ours(delta):
-    from speft_ds.sparse.optim.adamw_8bit import AdamW8bit
+    from speft_ds.sparse.optim.optimizers import AdamW8bit
 
     return AdamW8bit(delta, **SETTINGS, entry_steps=False)
 

@@ -19,10 +19,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 from limits import HANG_S
 
 PACKAGES = "slurmctld slurmd slurm-client munge"
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv", "unshare")
 NODES = ("node1", "node2")
 HOSTS, MARK = Path("/etc/hosts"), "# tests/slurm"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -100,19 +101,21 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm_"))
         self.folder.chmod(0o755)
         self.env = {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        self.requeue_exit = requeue_exit
         try:
-            self._write_files(requeue_exit)
+            self._write_files()
             self._start_daemons()
         except BaseException:
             self.stop()
             raise
 
-    def restart(self, requeue_exit: str | None) -> None:
-        """Start it anew; `scontrol reconfigure` would do, but can leave a slurmd that hears nothing."""
-        self.stop()
-        self.start(requeue_exit)
+    def use(self, requeue_exit: str | None) -> None:
+        """Start it anew if need be; `scontrol reconfigure` can leave a slurmd that hears nothing."""
+        if requeue_exit != self.requeue_exit:
+            self.stop()
+            self.start(requeue_exit)
 
-    def _write_files(self, requeue_exit: str | None) -> None:
+    def _write_files(self) -> None:
         for name in ("state", "munge", "gpus", *(f"spool.{node}" for node in NODES)):
             (self.folder / name).mkdir()
         (self.folder / "cgroup.conf").write_text(CGROUP_CONF)
@@ -120,8 +123,25 @@ class Cluster:
             (self.folder / "gpus" / f"gpu{number}").symlink_to("/dev/null")
         gpus = f"NodeName=node[1-2] Name=gpu File={self.folder}/gpus/gpu[0-1]\n"
         (self.folder / "gres.conf").write_text(gpus)
-        self._write_conf(requeue_exit)
+        (self.folder / "slurm.conf").write_text(self._conf())
         _set_hosts("".join(f"127.0.0.1 {node} {MARK}\n" for node in NODES))
+
+    def _conf(self) -> str:
+        host = socket.gethostname().partition(".")[0]
+        port, *node_ports = free_ports(1 + len(NODES))
+        nodes = [
+            f"NodeName={node} NodeAddr=127.0.0.1 NodeHostname={node if _has_own_nodes() else host} "
+            f"Port={node_port} CPUs=8 RealMemory=64000 Gres=gpu:2 State=UNKNOWN"
+            for node, node_port in zip(NODES, node_ports, strict=True)
+        ]
+        return SLURM_CONF.format(
+            host=host,
+            port=port,
+            folder=self.folder,
+            proctrack=_proctrack(),
+            requeue_exit=f"RequeueExit={self.requeue_exit}" if self.requeue_exit else "",
+            nodes="\n".join(nodes),
+        )
 
     def _start_daemons(self) -> None:
         self._start_munge()
@@ -131,24 +151,6 @@ class Cluster:
             own = [*NODE_OF_ITS_OWN, "sh", "-c", f"hostname {node}; exec slurmd -D -N {node}"]
             self._daemon(*(own if _has_own_nodes() else ["slurmd", "-D", "-N", node]))
         wait_for(self._is_idle, "the nodes")
-
-    def _write_conf(self, requeue_exit: str | None) -> None:
-        host = socket.gethostname().partition(".")[0]
-        port, *node_ports = free_ports(1 + len(NODES))
-        nodes = [
-            f"NodeName={node} NodeAddr=127.0.0.1 NodeHostname={node if _has_own_nodes() else host} "
-            f"Port={node_port} CPUs=8 RealMemory=64000 Gres=gpu:2 State=UNKNOWN"
-            for node, node_port in zip(NODES, node_ports, strict=True)
-        ]
-        text = SLURM_CONF.format(
-            host=host,
-            port=port,
-            folder=self.folder,
-            proctrack=_proctrack(),
-            requeue_exit=f"RequeueExit={requeue_exit}" if requeue_exit else "",
-            nodes="\n".join(nodes),
-        )
-        (self.folder / "slurm.conf").write_text(text)
 
     def _start_munge(self) -> None:
         key = self.folder / "munge" / "key"
@@ -161,16 +163,9 @@ class Cluster:
     def _daemon(self, *command: str) -> None:
         """Start a program that ends when this process does."""
         with (self.folder / f"{Path(command[0]).name}.out").open("ab") as output:
-            self.daemons.append(
-                subprocess.Popen(
-                    ["setpriv", "--pdeathsig", "KILL", *command],
-                    env=self.env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
+            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+            words = ["setpriv", "--pdeathsig", "KILL", *command]
+            self.daemons.append(subprocess.Popen(words, env=self.env, start_new_session=True, **streams))
 
     def _is_idle(self) -> bool:
         states = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split()
@@ -181,7 +176,8 @@ class Cluster:
         if len(self.daemons) > 1:  # there is a controller
             self.run("scancel", "--full", "--signal=KILL", "--user=root", check=False)
             self.run("scancel", "--user=root", check=False)
-            _wait(lambda: not self.run("squeue", "-h", check=False).strip())
+            with contextlib.suppress(AssertionError):  # not at the cost of the rest
+                wait_for(lambda: not self.run("squeue", "-h", check=False).strip(), "the jobs to end")
         for daemon in reversed(self.daemons):  # the nodes, the controller, munge
             daemon.kill()
             daemon.wait()
@@ -205,9 +201,6 @@ class Cluster:
         words = self.run("scontrol", "show", "job", "-o", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def state(self, job: str) -> str:
-        return self.job(job)["JobState"]
-
     def submit(self, *arguments: object, folder: Path, **env: object) -> str:
         """`sbatch` in a folder; the job's number."""
         words = ["sbatch", "--parsable", *map(str, arguments)]
@@ -215,7 +208,7 @@ class Cluster:
 
     def wait_until(self, job: str, *states: str) -> dict[str, str]:
         """Wait for one of these states; what there is to know then."""
-        wait_for(lambda: self.state(job) in states, f"job {job} to be {' or '.join(states)}")
+        wait_for(lambda: self.job(job)["JobState"] in states, f"job {job} to be {' or '.join(states)}")
         return self.job(job)
 
     def wait_for_end(self, job: str) -> tuple[str, str, int]:
@@ -227,7 +220,7 @@ class Cluster:
         """Wait for something that happens before a job ends."""
 
         def holds() -> bool:
-            assert self.state(job) not in ENDED, f"job {job} ended before {what}"
+            assert self.job(job)["JobState"] not in ENDED, f"job {job} ended before {what}"
             return bool(condition())
 
         wait_for(holds, what)
@@ -235,36 +228,20 @@ class Cluster:
     def ranks(self, job: str) -> dict[int, int]:
         """The processes of a job's ranks on this machine: process id by rank."""
         found = {}
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdigit() and (rank := _rank_in(folder, job)) is not None:
-                found[rank] = int(folder.name)
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):  # it has ended
+                env, script = process.environ(), process.cmdline()[1:2]
+                if env.get("SLURM_JOB_ID") == job and script and script[0].endswith("launch/train.py"):
+                    found[int(env["SLURM_PROCID"])] = process.pid
         return found
-
-
-def _rank_in(process: Path, job: str) -> int | None:
-    """The rank that a process is of a job; None: it is none, or a child of one."""
-    try:
-        words = (process / "cmdline").read_bytes().split(b"\0")
-        variables = (process / "environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return None
-    env = dict(variable.split("=", 1) for variable in variables if "=" in variable)
-    is_rank = len(words) > 1 and words[1].endswith(b"launch/train.py")
-    return int(env["SLURM_PROCID"]) if is_rank and env.get("SLURM_JOB_ID") == job else None
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
     """Wait until a condition holds; AssertionError if it never does."""
-    assert _wait(condition), f"waited {HANG_S} s for {what}"
-
-
-def _wait(condition: Callable[[], object]) -> bool:
     deadline = time.monotonic() + HANG_S
     while not condition():
-        if time.monotonic() > deadline:
-            return False
+        assert time.monotonic() < deadline, f"waited {HANG_S} s for {what}"
         time.sleep(0.05)
-    return True
 
 
 def free_ports(count: int) -> list[int]:
@@ -297,7 +274,4 @@ def _remove_cgroups() -> None:
 @functools.cache
 def _has_own_nodes() -> bool:
     """Whether a node can have a name and processes of its own here."""
-    try:
-        return subprocess.run([*NODE_OF_ITS_OWN, "true"], capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        return False
+    return subprocess.run([*NODE_OF_ITS_OWN, "true"], capture_output=True, check=False).returncode == 0

@@ -1,12 +1,12 @@
 """The batch scripts on a real Slurm; what the ranks do is played by `stand_in.py`."""
 
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+from distributed.test_readme import commands
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = ROOT / "launch" / "slurm"
@@ -70,9 +70,10 @@ SIGNALS = {
 @pytest.fixture(params=["1,85", None])
 def requeue_exit(cluster, request):
     """Whether Slurm requeues by itself (RequeueExit), or the script has to ask for it."""
-    cluster.restart(requeue_exit=request.param)
+    cluster.use(request.param)
     yield request.param
-    cluster.restart(requeue_exit="85")
+    if request.param is None:  # the last
+        cluster.use("85")
 
 
 def test_a_stopped_run_is_run_again(cluster, requeue_exit, start):
@@ -127,14 +128,8 @@ def test_an_evaluation_gets_its_run(cluster, start, folder):
     job, log = start("exit 0", script="eval", arguments=["run", "--tasks", "a,b", "--limit", "3"])
     assert cluster.wait_for_end(job) == ("COMPLETED", "0:0", 0)
     script, *words = said(log, "argv")[0]
-    assert script.endswith("launch/evaluate.py") and words == [
-        "--run",
-        "run",
-        "--tasks",
-        "a,b",
-        "--limit",
-        "3",
-    ]
+    assert script.endswith("launch/evaluate.py")
+    assert words == ["--run", "run", "--tasks", "a,b", "--limit", "3"]
 
 
 MISTAKES = {
@@ -158,16 +153,9 @@ def test_mistakes_are_told_in_the_log(cluster, folder):
         assert MISTAKES[name][-1] in told and "Traceback" not in told, told
 
 
-def readme_commands():
-    text = (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
-    lines = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines]
-
-
 def test_every_sbatch_command_of_the_readme_would_be_taken(cluster, folder):
-    commands = [words for words in readme_commands() if "sbatch" in words]
-    assert len(commands) >= 4
-    for words in commands:
-        at = words.index("sbatch")
-        options = [word for word in words[at + 1 :] if not word.startswith("--dependency")]
+    found = [words.partition("sbatch ")[2] for words in commands(["launch/README.md"]) if "sbatch " in words]
+    assert len(found) >= 4
+    for words in found:
+        options = [word for word in shlex.split(words) if not word.startswith("--dependency")]
         cluster.run("sbatch", "--test-only", *options, folder=ROOT)

@@ -42,12 +42,6 @@ def run(script: str, *arguments: str) -> str:
     return finished.stdout
 
 
-def read(path: Path) -> dict:
-    document = json.loads(path.read_text())
-    assert document["machine"]["num_cores"] >= 1
-    return document
-
-
 def test_peak_is_all_that_lives_at_once():
     device, held = torch.device("cpu"), torch.zeros(MIB)  # 4 MiB that were there before
 
@@ -143,28 +137,24 @@ def test_step_runs(tiny, tmp_path):
     arguments = ["--model", str(tiny["tied"]), "--rows", "2", "--length", "16", "--ranks", "2"]
     methods = ["--methods", "speft_ds", "shira", "supertuning"]
     out = run("step.py", *arguments, *methods, "--json", str(tmp_path / "step.json"))
-    floor, ours, shira, supertuning = read(tmp_path / "step.json")["rows"]
+    floor, ours, shira, supertuning = json.loads((tmp_path / "step.json").read_text())["rows"]
     assert out.count("\n| ") == 2 + 4
     for row in (floor, ours, shira):
-        assert row["error"] is None
-        assert row["step_over_floor"] > 0
-        assert row["tokens"] == 32
+        assert row["error"] is None and row["step_over_floor"] > 0 and row["tokens"] == 32
     assert floor["sent_bytes"] == 0
-    assert (
-        ours["num_trainable"] * 2 <= ours["sent_bytes"] <= ours["num_trainable"] * 2 + 100
-    )  # half of 4 bytes
+    half = 2 * ours["num_trainable"]  # of 4 bytes
+    assert half <= ours["sent_bytes"] <= half + 100
     assert ours["saved_over_floor"] < shira["saved_over_floor"]
     assert "0 elements" in supertuning["error"]  # it looks for the largest of weights that are elsewhere
     assert supertuning["step_over_floor"] is None
 
 
 def test_scale_runs(tiny, tmp_path):
-    config = tmp_path / "small.json"
+    config, json_file = tmp_path / "small.json", tmp_path / "scale.json"
     config.write_text((tiny["untied"] / "config.json").read_text())
     arguments = ["--sizes", str(config), "--ranks", "1", "--densities", "0.005"]
-    json_file = tmp_path / "scale.json"
     out = run("scale.py", *arguments, "--rows", "2", "--length", "16", "--json", str(json_file))
-    document = read(json_file)
+    document = json.loads(json_file.read_text())
     (row,) = document["rows"]
     assert (row["model"], row["density"], row["world_size"]) == ("small", 0.005, 1)
     assert row["extra_ms"] == row["step_ms"] - row["floor_ms"]
@@ -176,7 +166,9 @@ def test_selection_runs(tiny, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_values(tiny)))
     out = run("selection.py", "--recipe", str(recipe), "--json", str(tmp_path / "selection.json"))
-    rows = {row["what"]: row for row in read(tmp_path / "selection.json")["rows"]}
+    document = json.loads((tmp_path / "selection.json").read_text())
+    assert document["machine"]["num_cores"] >= 1
+    rows = {row["what"]: row for row in document["rows"]}
     assert rows["frozen forward and backward"]["over_floor"] == 1.0
     assert rows["salience + selection"]["seconds"] >= rows["salience"]["seconds"] > 0
     assert "16 rows" in out

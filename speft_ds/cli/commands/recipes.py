@@ -119,19 +119,45 @@ def cp(
     """Copy a recipe's file, comments and all, as the start of your own."""
     source = find_recipe(recipe)
     new = file / source.name if file.is_dir() else file
-    if new.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{new} is not a .yaml file", "command line", f"name it {new}.yaml")
-    if new.exists() and not force:
-        raise UserError(f"{new} is there already", "command line", "choose another name, or add --force")
+    check_new(new, force)
     try:
-        text = _moved(source.read_text(encoding="utf-8"), source.parent, new.absolute().parent)
+        text = source.read_text(encoding="utf-8")
+        kept = _without_own_tasks(text) if source.parent == RECIPES_DIR else text
+        moved = _moved(kept, source.parent, new.absolute().parent)
         new.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(text, encoding="utf-8")
+        new.write_text(moved, encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot copy {shown(source)} to {new}: {error}", "command line") from None
-    name, script = shlex.quote(str(new)), shlex.quote(shown(ROOT / "launch" / "train.py"))
-    typer.echo(f"copied to {new}\nedit {name}   (speft schema explains the keys)")
+    if kept != text:
+        typer.echo(f"without its section eval, whose tasks score the data of {source.stem} alone")
+    typer.echo(f"copied to {new}")
+    print_next_steps(new)
+
+
+def check_new(file: Path, force: bool) -> None:
+    """Whether a recipe may be written to a file. Raises UserError."""
+    if file.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{file} is not a .yaml file", "command line", f"name it {file}.yaml")
+    if file.exists() and not force:
+        raise UserError(f"{file} is there already", "command line", "choose another name, or add --force")
+
+
+def print_next_steps(file: Path) -> None:
+    """What to type next, from where the user stands."""
+    name, script = shlex.quote(str(file)), shlex.quote(shown(ROOT / "launch" / "train.py"))
+    typer.echo(f"edit {name}   (speft schema explains the keys)")
     typer.echo(f"check it:  speft validate {name}\ntrain:     deepspeed {script} --recipe {name}")
+
+
+def _without_own_tasks(text: str) -> str:
+    """A recipe's text without its section eval where that has tasks of its own, which score its data."""
+    pairs = yaml.compose(text, Loader=yaml.SafeLoader).value
+    starts = [key.start_mark.index for key, _ in pairs] + [len(text)]
+    for (key, section), start, end in zip(pairs, starts, starts[1:], strict=False):
+        own = [name.value for name, _ in section.value] if isinstance(section, yaml.MappingNode) else ()
+        if key.value == "eval" and "include_path" in own:
+            return text[:start] + text[end:]
+    return text
 
 
 def _moved(text: str, old: Path, new: Path) -> str:

@@ -1,5 +1,6 @@
 """`speft data`: what the rows of a recipe look like to the model. A second look imports no torch."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,31 +11,38 @@ from rich.text import Text
 
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.dataset import TokenizedDataset, first_fit
-from speft_ds.data.dataset_cache import DatasetSpec, prepare
+from speft_ds.data.dataset_cache import DatasetSpec, left_out_rows, prepare
+from speft_ds.data.row_counts import in_words, row_counts
 from speft_ds.data.sampler import Sampler
 from speft_ds.data.tokenize import load_tokenizer
-from speft_ds.errors import UserError
-from speft_ds.jobs.preflight import resolve_offline
+from speft_ds.errors import RecipeError, UserError
+from speft_ds.jobs.preflight import check_training_rows, resolve_offline
 
 NUM_BINS = 12
 WIDEST_BAR = 40
 
 
-def show_data(recipe: Recipe, output: Path | None) -> None:
+def show_data(recipe: Recipe, output: Path | None, left_out: bool = False) -> None:
     """Tokenise the rows of a recipe, or take them from the cache, and show them.
 
-    The picture goes to `output`, or runs/<recipe>-data.png. Raises UserError.
+    The picture goes to `output`, or runs/<recipe>-data.png. With `left_out`, list the rows that are left out
+    instead, each by its place and why. Raises UserError.
     """
     console = Console()
     if note := resolve_offline(recipe):
         print(note)
     spec = DatasetSpec.from_recipe(recipe)
+    if problems := check_training_rows(recipe):
+        raise RecipeError(problems, f"recipe {recipe.name}")
+    if left_out:
+        list_left_out(recipe, spec)
+        return
     dataset = prepare(spec, lambda: load_tokenizer(recipe.model.name_or_path), print)
     for number, pieces in enumerate(dataset.facts["samples"], 1):
         console.print(sample_text(f"row {number}", pieces), "", sep="\n", soft_wrap=True)
     console.print(_sources_table(recipe, dataset))
     console.print(_lengths_table(dataset.lengths))
-    console.print(summary(recipe, dataset), highlight=False, markup=False)
+    console.print(summary(recipe, dataset), highlight=False, markup=False, soft_wrap=True)
     from speft_ds.report.plots import length_histogram, save_picture  # late: it takes a second
 
     path = output or Path("runs") / f"{recipe.name}-data.png"
@@ -45,6 +53,17 @@ def show_data(recipe: Recipe, output: Path | None) -> None:
         fix = "name another: --output FILE.png"
         raise UserError(f"cannot write the picture: {error}", str(path), fix) from error
     console.print(f"picture: {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def list_left_out(recipe: Recipe, spec: DatasetSpec) -> None:
+    """Print a line for each row that is left out, and how many there are."""
+    reasons = Counter()
+    for where, why in left_out_rows(spec, load_tokenizer(recipe.model.name_or_path)):
+        print(f"{where}: {why}")
+        reasons[why] += 1
+    print(f"{reasons.total():,} rows left out")
+    if recipe.data.select != "all":
+        print(f"of the others, data.select={recipe.data.select} takes {recipe.data.select_rows:,}")
 
 
 def sample_text(title: str, pieces: Sequence[tuple[str, bool]]) -> Text:
@@ -73,6 +92,7 @@ def summary(recipe: Recipe, dataset: TokenizedDataset) -> str:
         f"an epoch: {len(sampler):,} {kind}",
         f"the run: {num_steps:,} steps of {train.global_batch} {kind}",
         f"packing: {packing} {packs:,} sequences of {data.max_length} tokens, {filled:.1%} filled",
+        in_words(row_counts(dataset, num_steps * train.global_batch / len(sampler))),
     ]
     if ends := dataset.facts["end_of_turn"]:
         told = (f"{token} ({number:,} rows)" for token, number in ends.items())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -18,19 +19,22 @@ from speft_ds import hub
 from speft_ds.cli.launch import EXIT_USER_ERROR
 from speft_ds.cli.options import Overrides, Ranks, RecipeName
 from speft_ds.cli.start_ranks import count_gpus, default_ranks
-from speft_ds.config.load_recipe import load_recipe
+from speft_ds.config.data_config import Source
+from speft_ds.config.load_recipe import ROOT, load_recipe, shown
 from speft_ds.config.recipe import FIELDS, Recipe
-from speft_ds.data.conversations import EmptyRow
-from speft_ds.data.formats import make_example
-from speft_ds.data.readers import iterate_rows
+from speft_ds.data.sources import iterate_rows
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.jobs.preflight import CHECKS, resolve_offline
 from speft_ds.training.checkpoint.folder import checkpoint_entry, num_checkpoints
 from speft_ds.training.run_dir import check_output_dir
 
-NUM_ROWS = 3
-OK, NOTE, PROBLEM, SKIPPED = "[green]✓[/green]", "[yellow]![/yellow]", "[red]✗[/red]", "-"
+NUM_ROWS = 1000  # that are read of each source, unless all are
+NUM_SHOWN, MOST_NAMED = 3, 20  # rows as text, and rows that are left out by name
+ROWS = "rows as the model sees them"
+OK, NOTE, PROBLEM, SKIPPED = "ok", "note", "problem", "skipped"  # in a log; on a terminal:
+SIGNS = {OK: "[green]✓[/green]", NOTE: "[yellow]![/yellow]", PROBLEM: "[red]✗[/red]", SKIPPED: "-"}
 Found = tuple[str, str]  # a mark, and what was found
+Check = Callable[[Recipe, int], Found]
 
 
 def keys_found(recipe: Recipe, num_ranks: int) -> Found:
@@ -69,30 +73,40 @@ def gpus_found(recipe: Recipe, num_ranks: int) -> Found:
     return NOTE, "none on this machine: here it would run on CPU ranks (gloo)"
 
 
-def rows_found(recipe: Recipe, num_ranks: int) -> Found:
-    """The first rows of each source as the model sees them."""
-    from speft_ds.data.dataset_cache import DatasetSpec, classes_of  # late: they import numpy
+def rows_found(recipe: Recipe, num_ranks: int, most: int | None = NUM_ROWS) -> Found:
+    """The first rows of each source as the model sees them, up to `most`; those that are left out by line."""
+    from speft_ds.data.dataset_cache import DatasetSpec, classes_of, encode_rows  # late: they import numpy
     from speft_ds.data.tokenize import load_tokenizer
 
+    spec, classes = DatasetSpec.from_recipe(recipe), classes_of(recipe.data)
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
-    encoder = DatasetSpec.from_recipe(recipe).encoder(tokenizer)
-    classes, classify = classes_of(recipe.data), recipe.model.task == "sequence_classification"
-    examples = []
-    for source in recipe.data.sources:
-        for where, row in islice(iterate_rows(source), NUM_ROWS):
-            try:
-                examples.append((where, make_example(row, where, source, classes, classify)))
-            except EmptyRow:
-                if recipe.data.empty_rows == "refuse":
-                    raise
-    rows = [made.row for some in encoder.encode(examples) for made in some if made.row is not None]
+    encoder = spec.encoder(tokenizer)
+    num_read, rows, left_out, reads_all = 0, [], [], True
+    for source in _sources(recipe):
+        located = iterate_rows(source)
+        for where, _, encoded in encode_rows(islice(located, most), source, spec, encoder, classes):
+            num_read += 1
+            left_out += [f"{where}: {made.change}" for made in encoded if made.row is None]
+            rows += [made.row for made in encoded if made.row is not None][: NUM_SHOWN - len(rows)]
+        reads_all = reads_all and next(located, None) is None
+    scope = "all" if reads_all else f"the first {most:,} of each source; --all reads all"
+    lines = [f"{num_read:,} rows read ({scope}), {len(left_out):,} left out", *left_out[:MOST_NAMED]]
+    if len(left_out) > MOST_NAMED:
+        lines.append("and more: speft data --left-out lists them all")
     if not rows:
-        return NOTE, "the first rows are all left out: speft data tells why"
-    lines = ["the first ones; [[trained on]]", *(f"note: {note}" for note in encoder.turns.notes())]
+        return NOTE, "\n     ".join([*lines, "none is left: see data.max_length and data.empty_rows"])
+    lines += [*(f"note: {note}" for note in encoder.turns.notes()), "the first ones; [[trained on]]"]
     for number, row in enumerate(rows, 1):
         text = "".join(f"[[{part}]]" if is_label else part for part, is_label in row.as_text(tokenizer))
         lines.append(f"row {number}, {len(row.ids)} tokens: {text}")
-    return OK, "\n     ".join(lines)
+    return NOTE if left_out else OK, "\n     ".join(lines)
+
+
+def _sources(recipe: Recipe) -> list[Source]:
+    """Of all rows that a run reads: to train on first, then to validate and to calibrate on."""
+    mask = recipe.mask
+    files = [recipe.eval.validation, mask.calibration_path if mask.needs_calibration else None]
+    return recipe.data.sources + [recipe.data.of_file(file).sources[0] for file in files if file is not None]
 
 
 def targets_found(recipe: Recipe, num_ranks: int) -> Found:
@@ -113,24 +127,31 @@ def targets_found(recipe: Recipe, num_ranks: int) -> Found:
     disk = f"adapter and checkpoints (up to {number} at a time) take {sizes}"
     if needed > free:
         raise UserError(f"the disk is too full: {disk}", str(existing), "free space there")
-    return OK, (
-        f"{len(geometry.targets)} linears, {geometry.num_target_elements:,} weights; "
-        f"{geometry.num_entries:,} of them trained ({share:.3%}); {disk}"
+    trained = (
+        f"{geometry.num_entries:,} of their {geometry.num_target_elements:,} elements trained ({share:.3%})"
     )
+    return OK, "\n     ".join([*geometry.reach, f"{trained}; {disk}"])
 
 
-CHECKED: dict[str, Callable[[Recipe, int], Found]] = {
+CHECKED: dict[str, Check] = {
     "recipe": keys_found,
     **{title: partial(input_found, title) for title in CHECKS},
     "run folder": run_folder_found,
     "GPUs": gpus_found,
-    "rows as the model sees them": rows_found,
+    ROWS: rows_found,
     "targets and disk": targets_found,
 }
-NEEDED = {"rows as the model sees them": ("model", "data"), "targets and disk": ("model", "mask")}
+NEEDED = {ROWS: ("model", "data"), "targets and disk": ("model", "mask")}
 
 
-def validate(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = None) -> None:
+def validate(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    all_rows: Annotated[
+        bool, typer.Option("--all", help=f"read all rows, not the first {NUM_ROWS:,} of each source")
+    ] = False,
+) -> None:
     """Check a recipe, its model, its data and this machine, as far as that goes without training.
 
     Every check says what it found; exits with 2 where something has to be fixed.
@@ -142,21 +163,23 @@ def validate(recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = Non
         _print(console, "1. recipe", PROBLEM, recipe, error.problems)
         num_problems = len(error.problems)
     else:
-        num_problems = _print_checks(console, loaded, ranks or default_ranks(count_gpus()))
+        checks = CHECKED | ({ROWS: partial(rows_found, most=None)} if all_rows else {})
+        num_problems = _print_checks(console, checks, loaded, ranks or default_ranks(count_gpus()))
     if num_problems:
         console.print(f"[red]{num_problems} problem{'' if num_problems == 1 else 's'} to fix[/red]")
         raise typer.Exit(EXIT_USER_ERROR)
-    command = shlex.join(["deepspeed", "launch/train.py", "--recipe", recipe, *overrides])
+    script = shown(ROOT / "launch" / "train.py")  # it is typed where the user stands
+    command = shlex.join(["deepspeed", script, "--recipe", recipe, *overrides])
     console.print("[green]ready[/green]; ", end="")
     console.print(f"start it: {command}", markup=False)
 
 
-def _print_checks(console: Console, recipe: Recipe, num_ranks: int) -> int:
+def _print_checks(console: Console, checks: dict[str, Check], recipe: Recipe, num_ranks: int) -> int:
     """Run and print every check; returns the number of problems."""
     if note := resolve_offline(recipe):
         console.print(note, markup=False)
     marks, num_problems = {}, 0
-    for number, (title, find) in enumerate(CHECKED.items(), 1):
+    for number, (title, find) in enumerate(checks.items(), 1):
         problems, needed = [], NEEDED.get(title, ())
         try:
             if all(marks[other] == OK for other in needed):
@@ -172,7 +195,7 @@ def _print_checks(console: Console, recipe: Recipe, num_ranks: int) -> int:
 
 
 def _print(console: Console, title: str, mark: str, found: str, problems: Sequence[UserError]) -> None:
-    console.print(f"{mark} {title}:", end=" ")
+    console.print(f"{SIGNS[mark] if console.is_terminal else f'{mark:<7}'} {title}:", end=" ")
     console.print(found, markup=False)
     for line in "\n".join(map(str, problems)).splitlines():
         console.print(f"     {line}", markup=False)

@@ -16,24 +16,15 @@ import torch
 from torch import Tensor
 
 from speft_ds.errors import UserError
-from speft_ds.sparse.kernels import triton_launch
-from speft_ds.sparse.kernels.dense import DenseGradient
-from speft_ds.sparse.kernels.element import ElementGradient
-from speft_ds.sparse.kernels.sampled import SampledGradient
-from speft_ds.sparse.kernels.tiled import BlockGradient, is_tiled, make_tiled
+from speft_ds.sparse.kernels import triton_backends
+from speft_ds.sparse.kernels.torch_backends import ColumnGradient, DenseGradient, RowGradient, SampledGradient
+from speft_ds.sparse.kernels.triton_backends import BlockGradient, ElementGradient
 from speft_ds.sparse.tiles import Tiles
 
 Backend = Callable[[Tensor, Tensor], Tensor]
 
 # To this density `sampled` is faster than `dense` at every shape of benchmarks/kernels.py.
 MAX_SAMPLED_DENSITY = 0.1
-
-
-def available_backends(device: torch.device) -> list[str]:
-    """Those that can compute the entries of any mask on this device."""
-    if device.type == "cpu":
-        return ["dense", "sampled"]
-    return ["dense", "element"] if triton_launch.is_available() else ["dense"]
 
 
 def make_backend(
@@ -53,14 +44,7 @@ def make_backend(
     """
     if name == "auto":
         return _best(index, shape, tiles)
-    on_cpu = index.device.type == "cpu"
-    if name == "dense":
-        return name, DenseGradient(index, shape)
-    if name == "sampled" and on_cpu:
-        return name, SampledGradient(index, shape)
-    if name == "element" and triton_launch.is_available():
-        return name, ElementGradient(index, shape)
-    if name == "tiled" and (backend := _tiled(index, shape, tiles)):
+    if backend := _make(name, index, shape, tiles):
         return name, backend
     where = {"sampled": "a CPU", "element": "an NVIDIA GPU with Triton"}.get(name, "masks of full tiles")
     raise UserError(
@@ -68,26 +52,33 @@ def make_backend(
     )
 
 
+def _make(name: str, index: Tensor, shape: tuple[int, int], tiles: Tiles | None):
+    """The named backend; None where it does not run on this device, or not with this mask."""
+    if name == "dense":
+        return DenseGradient(index, shape)
+    if name == "sampled" and index.device.type == "cpu":
+        return SampledGradient(index, shape)
+    if name == "element" and triton_backends.is_available():
+        return ElementGradient(index, shape)
+    if name == "tiled" and tiles is not None and tiles.largest > 1 and tiles.are_full(index):
+        if tiles.width == shape[1]:
+            return RowGradient(index, shape)
+        if tiles.height == shape[0]:
+            return ColumnGradient(index, shape)
+        if triton_backends.is_available():
+            return BlockGradient(index, shape, tiles)
+    return None
+
+
 def _best(index: Tensor, shape: tuple[int, int], tiles: Tiles | None) -> tuple[str, Backend]:
-    tiled = _tiled(index, shape, tiles)
-    if tiled is not None and tiled.pays:
-        return "tiled", tiled
-    if index.device.type == "cpu":
-        if index.numel() <= MAX_SAMPLED_DENSITY * shape[0] * shape[1]:
-            return "sampled", SampledGradient(index, shape)
-    elif triton_launch.is_available():
-        element = ElementGradient(index, shape)
-        if element.pays:
-            return "element", element
-    return "dense", DenseGradient(index, shape)
-
-
-def _tiled(index: Tensor, shape: tuple[int, int], tiles: Tiles | None):
-    """The backend of full tiles, where the mask is made of them and the device can."""
-    if tiles is None or tiles.largest == 1 or not is_tiled(index, tiles):
-        return None
-    backend = make_tiled(index, shape, tiles)
-    return None if isinstance(backend, BlockGradient) and not triton_launch.is_available() else backend
+    on_cpu = index.device.type == "cpu"
+    for name in ("tiled",) if on_cpu else ("tiled", "element"):
+        backend = _make(name, index, shape, tiles)
+        if backend is not None and backend.pays:
+            return name, backend
+    is_sparse = index.numel() <= MAX_SAMPLED_DENSITY * shape[0] * shape[1]
+    name = "sampled" if on_cpu and is_sparse else "dense"
+    return name, _make(name, index, shape, tiles)
 
 
 def expected_backend(
@@ -95,7 +86,7 @@ def expected_backend(
 ) -> str:
     """What `make_backend` should come to for an even mask of this density, to plan with.
 
-    On a GPU by the break-even densities that `triton_launch.BREAK_EVEN` comes to.
+    On a GPU by the break-even densities that `triton_backends.BREAK_EVEN` comes to.
     """
     if name != "auto":
         return name

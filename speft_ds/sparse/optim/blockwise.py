@@ -5,18 +5,10 @@ from __future__ import annotations
 import logging
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 256
-
-
-def dynamic_map(is_signed: bool) -> Tensor:
-    """[256] fp32, ascending: the numbers in [-1, 1] or [0, 1] that the codes stand for (Dettmers, 2016)."""
-    # It warns of a kernel for 4-bit products, which we do not use.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from bitsandbytes.functional import create_dynamic_map
-
-    return create_dynamic_map(signed=is_signed)
 
 
 class Blockwise:
@@ -29,12 +21,17 @@ class Blockwise:
     are less than a thousandth of the largest of its block takes shorter steps, not longer ones.
 
     Attributes:
+        map: [256] fp32, ascending: the numbers in [-1, 1] or [0, 1] that the codes stand for.
         code: [num_blocks * BLOCK] uint8.
         absmax: [num_blocks] fp32.
     """
 
     def __init__(self, is_signed: bool, num_blocks: int, device: torch.device):
-        self.map = dynamic_map(is_signed).to(device)
+        # It warns of a kernel for 4-bit products, which we do not use.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+        from bitsandbytes.functional import create_dynamic_map
+
+        self.map = create_dynamic_map(signed=is_signed).to(device)
         self.edges = (self.map[1:] + self.map[:-1]) / 2
         if not is_signed:
             self.edges[0] = 0.0
@@ -67,9 +64,8 @@ class Blockwise:
 
     def grow(self, num_blocks: int) -> None:
         """Add blocks of zeros."""
-        more = self.absmax.new_zeros(num_blocks)
-        self.code = torch.cat([self.code, self.code.new_full((num_blocks * BLOCK,), self.zero)])
-        self.absmax = torch.cat([self.absmax, more])
+        self.code = F.pad(self.code, (0, num_blocks * BLOCK), value=self.zero)
+        self.absmax = F.pad(self.absmax, (0, num_blocks))
 
 
 def slots_of(blocks: slice) -> slice:

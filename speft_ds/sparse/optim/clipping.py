@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +40,9 @@ class Clip:
         if self.mode == "global":
             gradient.mul_(clip_factor(norm, self.clip_norm))
             return
-        keys = {name: self._group(name) for name in slices}
+        layers = {name: place(name)[0] for name in slices}
+        by_weight = self.mode == "per_component"
+        keys = {name: name if by_weight or layer is None else layer for name, layer in layers.items()}
         number = {key: n for n, key in enumerate(dict.fromkeys(keys.values()))}
         squared = torch.zeros(len(number), dtype=torch.float64, device=gradient.device)
         for name, own in slices.items():
@@ -50,7 +51,3 @@ class Clip:
         norms = collectives.all_reduce(squared).sqrt().tolist()
         for name, own in slices.items():
             gradient[own].mul_(clip_factor(norms[number[keys[name]]], self.clip_norm))
-
-    def _group(self, name: str) -> Hashable:
-        layer, _ = place(name)
-        return name if self.mode == "per_component" or layer is None else layer

@@ -9,47 +9,37 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from speft_ds.model.linear import AdaptedLinear, adapt
-from speft_ds.sparse.kernels import sampled, triton_launch
-from speft_ds.sparse.kernels.dense import BLOCK_ELEMENTS
+from speft_ds.model.fake_tensors import fake_tensors, reads_packing
+from speft_ds.model.targets import all_weights
+from speft_ds.sparse.kernels import triton_backends
+from speft_ds.sparse.kernels.torch_backends import BLOCK_ELEMENTS, split_for_cache
 from speft_ds.tools.plan.gathered_weights import BACKWARD, FORWARD, RECOMPUTE, ModuleUse
 from speft_ds.tools.plan.geometry import Geometry, build_model
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward and backward.
-
-    Attributes:
-        rows, length: of the micro-batch; every row is as long as it may be.
-        checkpointing: as `train.activation_checkpointing`; packing: as `data.packing`.
-        collects: what the backward of a target computes: `entries` (the sparse gradient, by `backend`),
-            `gradient` (the dense one, to score by) or `squares` (one dense gradient per row).
-        walks_all_layers: see `schema.Recipe`.
-        device: `cuda` or `cpu`, where it is going to run; is_partitioned: on more than one rank.
-    """
+    """One forward and backward: all that its activations depend on, besides the geometry."""
 
     rows: int
-    length: int
+    length: int  # tokens of every row
+    collects: str  # by the backward of a target: `entries`, `gradient` (dense), `squares` (dense, per row)
     checkpointing: str
-    collects: str
     packing: bool
     walks_all_layers: bool
-    backend: str
-    device: str
-    is_partitioned: bool
+    backend: str  # of the sparse gradient
+    device: str  # `cuda` or `cpu`, where it is going to run
+    is_partitioned: bool  # on more than one rank
 
 
 class LiveBytes(TorchDispatchMode):
@@ -95,7 +85,7 @@ def run_pass(geometry: Geometry, one: Pass, fake: bool = True) -> list[ModuleUse
     Args:
         fake: False for real tensors, with all their memory, to check the count by.
     """
-    with FakeTensorMode() if fake else nullcontext(), _packed(one.packing):
+    with fake_tensors(one.packing) if fake else reads_packing(one.packing):
         model = build_model(geometry.config, geometry.task, geometry.dtype).requires_grad_(False)
         live = LiveBytes()
         live.ignore([*model.parameters(), *model.buffers()])
@@ -126,11 +116,12 @@ def _record_uses(model: nn.Module, live: LiveBytes) -> list[ModuleUse]:
 
     def after_forward(module: nn.Module, _inputs, output) -> None:
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if tensors and not hasattr(tensors[0], "made_by"):
+        if not tensors:
+            return
+        if not hasattr(tensors[0], "made_by"):
             tensors[0].made_by = made_by = []  # nested modules with one output, the outermost first
             tensors[0].register_hook(lambda _: before_backward(made_by))
-        if tensors:
-            tensors[0].made_by.insert(0, module)
+        tensors[0].made_by.insert(0, module)
 
     def before_backward(made_by: list[nn.Module]) -> None:
         for module in made_by:
@@ -142,19 +133,6 @@ def _record_uses(model: nn.Module, live: LiveBytes) -> list[ModuleUse]:
     return uses
 
 
-@contextmanager
-def _packed(packing: bool) -> Iterator[None]:
-    """Say whether rows are packed: transformers reads it from positions, and fake ones have no values."""
-    from transformers import masking_utils
-
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = original if packing else lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
-
-
 def _prepare(model: nn.Module, geometry: Geometry, one: Pass, live: LiveBytes) -> None:
     """Bring the model into the state in which the engine runs it."""
     model.train(one.collects == "entries" or one.checkpointing != "none")
@@ -162,34 +140,26 @@ def _prepare(model: nn.Module, geometry: Geometry, one: Pass, live: LiveBytes) -
         with warnings.catch_warnings():  # of its new name, which older transformers do not have
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": one.checkpointing == "reentrant"})
-    for name, linear in model.named_modules():
-        if type(linear) is not nn.Linear:
-            continue
-        is_target = f"{name}.weight" in geometry.targets
-        adapt(linear, recomputes_input=one.checkpointing == "none" and is_target)
-        if is_target:
-            linear.weight_grad_hook = _sink(geometry.density, one, live)
-        else:
-            linear.__class__ = _Zero3Linear
+    for name, target in all_weights(model).items():
+        target.adapt(recomputes_input=one.checkpointing == "none")
+        if name in geometry.targets:
+            target.weight_grad_hook = _temporaries_hook(geometry.density, one, live)
 
 
-class _Zero3Linear(AdaptedLinear):
-    """DeepSpeed's own, which saves its input, needed or not (`zero3_linear_wrap`), if any gradient passes."""
+def _temporaries_hook(density: float, one: Pass, live: LiveBytes) -> Callable[[Tensor, Tensor], None]:
+    """Counts what the real hook of a target allocates while it runs."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.weight_grad_hook = (lambda x, grad_y: None) if x.requires_grad else None
-        return super().forward(x)
-
-
-def _sink(density: float, one: Pass, live: LiveBytes) -> Callable[[Tensor, Tensor], None]:
-    """Counts what the real sink of a target allocates while it runs."""
-
-    def count(x: Tensor, grad_y: Tensor) -> None:
-        rows, columns = grad_y.shape[-1], x.shape[-1]
-        if one.collects == "entries":
-            num_bytes = _kernel_bytes(x, grad_y, round(density * rows * columns), one)
-        else:
-            num_bytes = _dense_bytes(rows * columns, x.dtype.itemsize, one)
+    def count(x: Tensor, grad_y: Tensor, ends: Tensor | None = None) -> None:
+        numel, num_experts = grad_y.shape[-1] * x.shape[-1], 1 if ends is None else len(ends)
+        num_entries = round(density * numel)
+        if one.collects != "entries":
+            num_bytes = _dense_bytes(numel * num_experts, x.dtype.itemsize, one)
+        elif ends is None:
+            num_bytes = _kernel_bytes(x, grad_y, num_entries, one)
+        else:  # one expert after the other, with its share of the tokens
+            share = -(-x.shape[0] // num_experts)
+            num_bytes = _kernel_bytes(x[:share], grad_y[:share], num_entries, one)
+            num_bytes += 4 * num_entries * num_experts
         live.peak = max(live.peak, live.now + num_bytes)
 
     return count
@@ -200,10 +170,10 @@ def _kernel_bytes(x: Tensor, grad_y: Tensor, num_entries: int, one: Pass) -> int
     rows, columns = grad_y.shape[-1], x.shape[-1]
     tokens = x.numel() // columns
     if one.backend == "sampled":  # the fp32 copy of x is complete; the pattern is copied with its sums
-        part = sampled.split_for_cache(grad_y, columns)[0].shape[0]
+        part = split_for_cache(grad_y, columns)[0].shape[0]
         return 4 * (x.numel() + part * rows) + 8 * num_entries + 4 * num_entries * (part < tokens)
     if one.backend == "element":
-        splits, _ = triton_launch.split_tokens(tokens, columns, x.dtype.itemsize, num_entries)
+        splits, _ = triton_backends.split_tokens(tokens, columns, x.dtype.itemsize, num_entries)
         return x.nbytes + 4 * (splits + 1) * num_entries
     block = min(max(1, BLOCK_ELEMENTS // columns), rows)
     copies = tokens * (block + columns) if one.device == "cpu" else 0

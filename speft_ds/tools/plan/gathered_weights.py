@@ -19,34 +19,23 @@ FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
 
 @dataclass
 class ModuleUse:
-    """One use of a module in a pass, up to the next one.
+    """One use of a module in a pass, up to the next one."""
 
-    Attributes:
-        kind: `forward`, `recompute` (a forward inside the backward: activation checkpointing) or `backward`.
-        weights: names of the module's own weights.
-        start, peak: bytes of activations at the start, and at most until the next use.
-    """
-
-    kind: str
-    weights: tuple[str, ...]
-    start: int
-    peak: int = 0
+    kind: str  # `forward`, `backward`, or `recompute`: a forward inside the backward (checkpointing)
+    weights: tuple[str, ...]  # names of the module's own weights
+    peak: int  # bytes of activations, at most
 
 
 @dataclass
 class PassPeak:
-    """The moment of a pass that takes most memory, and what the pass gathers.
+    """The moment of a pass that takes most memory, and what the pass gathers."""
 
-    Attributes:
-        activations, gathered: bytes at that moment.
-        traffic: `forward`, `recompute`, `backward` -> elements gathered.
-        most_gathered: the most elements gathered at a time, without persistent weights and buffers.
-    """
-
-    activations: int = 0
-    gathered: int = 0
-    traffic: dict[str, int] = field(default_factory=lambda: {FORWARD: 0, RECOMPUTE: 0, BACKWARD: 0})
-    most_gathered: int = 0
+    activations: int = 0  # bytes at that moment
+    gathered: int = 0  # bytes at that moment
+    traffic: dict[str, int] = field(
+        default_factory=lambda: {FORWARD: 0, RECOMPUTE: 0, BACKWARD: 0}
+    )  # elements
+    most_gathered: int = 0  # elements at a time, without persistent weights and buffers
 
 
 def pass_peak(uses: list[ModuleUse], setup: Setup) -> PassPeak:

@@ -1,9 +1,11 @@
-"""The geometry of a model, from its configuration alone: weights by name, targets, entries to train."""
+"""The geometry of a model, from its configuration alone: weights by name, targets, entries to train.
+
+Imports torch and transformers late.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,25 +21,17 @@ GEOMETRIES_DIR = Path(__file__).resolve().parent / "geometries"
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """A model without its weights. Two geometries are equal if they are one: runs are cached by geometry.
+    """A model without its weights. Two geometries are equal if they are one: runs are cached by geometry."""
 
-    Attributes:
-        config: of `transformers`; source: where it came from, in words.
-        task, dtype: as in a recipe's `model` section; `auto` is planned as bfloat16.
-        numel: elements of every weight, by name; tied ones once.
-        targets: (out, in) of the weights that the mask chooses from, by name.
-        num_entries: entries of the mask.
-        num_head: weights of a classification head, all trained; 0 without one.
-    """
-
-    config: object
-    source: str
+    config: object  # of `transformers`
+    source: str  # where it came from, in words
     task: str
-    dtype: str
-    numel: dict[str, int]
-    targets: dict[str, tuple[int, int]]
-    num_entries: int
-    num_head: int
+    dtype: str  # as in a recipe; `auto` is planned as bfloat16
+    numel: dict[str, int]  # elements of every weight, by name; tied ones once
+    targets: dict[str, tuple[int, int]]  # (out, in) of the weights that the mask chooses from, by name
+    num_entries: int  # of the mask
+    num_head: int  # weights of a classification head, all trained; 0 without one
+    reach: list[str]  # what to say of how far training reaches, see `Reach.lines`
 
     @property
     def num_weights(self) -> int:
@@ -64,22 +58,18 @@ class Geometry:
 
 
 def read_geometry(recipe: Recipe) -> Geometry:
-    """The geometry of a recipe's model.
+    """The geometry of a recipe's model. Never asks the network.
 
     Raises:
         UserError: no configuration is cached; targets that the model does not have; too many or few entries.
     """
     import torch
 
-    # DeepSpeed's import says that there is no GPU, which a plan does not need.
-    logging.disable(logging.WARNING)
-    try:
-        from speft_ds.model.targets import find_targets, target_shapes
-        from speft_ds.selection.topk import num_trainable
-        from speft_ds.sparse.mask import read_mask
-    finally:
-        logging.disable(logging.NOTSET)
-    config, source = find_config(recipe)
+    from speft_ds.model.targets import all_weights, find_targets, target_shapes
+    from speft_ds.selection.topk import num_trainable
+    from speft_ds.sparse.mask import read_mask
+
+    config, source = _read_config(recipe)
     task, dtype = recipe.model.task, recipe.model.dtype
     dtype = "bfloat16" if dtype == "auto" else dtype
     if task != "causal_lm":
@@ -88,26 +78,50 @@ def read_geometry(recipe: Recipe) -> Geometry:
     with torch.device("meta"):
         model = build_model(config, task, dtype)
     numel = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    are_chosen = bool(recipe.mask.load or recipe.mask.targets or recipe.mask.layers)
     if recipe.mask.load is None:
-        targets = target_shapes(find_targets(model, recipe.mask.targets, recipe.mask.layers))
+        found = find_targets(model, recipe.mask.targets, recipe.mask.layers)
+        kept, reach = _keep_reached(config, task, dtype, found, are_chosen)
+        targets = target_shapes(kept)
         num_entries = num_trainable(recipe.mask, targets)
     else:
         mask, _ = read_mask(mask_file(recipe.mask.load, recipe.where("mask.load")))
+        found = {name: target for name, target in all_weights(model).items() if name in mask.shape}
+        _, reach = _keep_reached(config, task, dtype, found, are_chosen)
         targets, num_entries = mask.shape, mask.num_trainable
     num_head = 0 if task == "causal_lm" else numel.get(HEAD, 0)
-    return Geometry(config, source, task, dtype, numel, targets, num_entries, num_head)
+    return Geometry(config, source, task, dtype, numel, targets, num_entries, num_head, reach)
 
 
-def find_config(recipe: Recipe) -> tuple[object, str]:
-    """The model's configuration and where it came from: its folder, the hub cache, or this package.
+def _keep_reached(config, task: str, dtype: str, targets: dict, are_chosen: bool) -> tuple[dict, list[str]]:
+    """The targets that a text forward reaches, and what to say of it."""
+    import torch
 
-    Never asks the network.
+    from speft_ds.model.fake_tensors import fake_tensors, reads_packing
+    from speft_ds.model.reach import find_reach
+    from speft_ds.model.targets import all_weights
 
-    Raises:
-        UserError: it is in none of these, or cannot be read.
-    """
+    reach = None
+    for device in (fake_tensors(), torch.device("meta")):  # a model may be made on one, and run on the other
+        try:
+            with device, reads_packing(False):
+                model = build_model(config, task, dtype).requires_grad_(False)
+                weights = all_weights(model)
+                for target in weights.values():
+                    target.adapt()
+                reach = reach or find_reach(model, {name: weights[name] for name in targets})
+        except RuntimeError:  # the model computes with values, which neither has
+            continue
+    if reach is None:
+        return targets, ["note: how far training reaches in this model, a run will tell"]
+    kept = {name: target for name, target in targets.items() if name in reach.fed}
+    return kept, reach.lines(kept, [name for name in targets if name not in kept], are_chosen)
+
+
+def _read_config(recipe: Recipe) -> tuple[object, str]:
+    """The model's configuration and where it came from, in words. Raises UserError."""
     name, where = recipe.model.name_or_path, recipe.where("model.name_or_path")
-    file, source = config_file(name)
+    file = config_file(name)
     if file is None:
         raise UserError(
             f"no configuration of {name} is cached: a plan needs its config.json, and downloads nothing",
@@ -118,25 +132,20 @@ def find_config(recipe: Recipe) -> tuple[object, str]:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8"))), source
+        config = AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = f"cannot read the configuration: {error}"
         raise UserError(what, f"{file} ({where})", "a model of another library, or a damaged file") from error
+    if file.parent == GEOMETRIES_DIR:
+        return config, f"built in (geometries/{file.name})"
+    return config, str(file) if os.path.isdir(name) else "the hub cache"
 
 
-def config_file(name: str) -> tuple[Path | None, str]:
-    """The config.json of a model, and where it is, in words; None where there is none."""
-    if os.path.isdir(name):
-        file = Path(name) / "config.json"
-        return (file if file.is_file() else None), str(file)
-    if cached := hub.model_folder(name):
-        return cached / "config.json", "the hub cache"
-    file = geometry_file(name)
-    return (file if file.is_file() else None), f"built in (geometries/{file.name})"
-
-
-def geometry_file(name: str) -> Path:
-    return GEOMETRIES_DIR / f"{name.replace('/', '--')}.json"
+def config_file(name: str) -> Path | None:
+    """The config.json of a model, in its folder, the hub's cache or this package; None: in none of them."""
+    folder = hub.model_folder(name)
+    file = folder / "config.json" if folder else GEOMETRIES_DIR / f"{name.replace('/', '--')}.json"
+    return file if file.is_file() else None
 
 
 def list_geometries() -> list[str]:

@@ -1,12 +1,14 @@
 """The plan of a run, from its recipe and the model's configuration: no weights, no GPU.
 
 Memory per rank by kind and phase, traffic, steps, files, whether it fits, and what to change if not. Every
-line shows its arithmetic. Imports no torch before the recipe is checked.
+line shows its arithmetic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,41 +17,32 @@ from rich.table import Table
 from speft_ds.config.deepspeed_config import load_ds_config
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.dataset_cache import DatasetSpec, find_cached
-from speft_ds.data.readers import iterate_rows
 from speft_ds.data.sampler import Sampler
+from speft_ds.data.sources import iterate_rows
 from speft_ds.errors import UserError
+from speft_ds.model.dtype import multiplies_bfloat16, resolve_dtype
 from speft_ds.tools.plan.geometry import read_geometry
-from speft_ds.tools.plan.memory_model import GIB, Line, Setup, host, phases, total
-from speft_ds.tools.plan.suggestions import Suggestion, smallest_world_size, suggest
+from speft_ds.tools.plan.memory_model import GIB, Line, Setup, host, peak_bytes, phases, total
 from speft_ds.training.checkpoint.folder import checkpoint_entry
 
 MARGIN = 0.1  # of the GPU, left to the allocator: what it holds beyond what is asked for
+MAX_RANKS = 4096
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What each rank will need, and the complete run.
-
-    Attributes:
-        setup: what is planned; gpu_gib: memory of each GPU, or of each rank on a CPU.
-        memory: phase -> memory per rank at its peak; host: what lies in host memory besides.
-        traffic: what a rank receives per optimizer step; files: what the run leaves on disk.
-        steps: the length of the run, as name -> (value or None if unknown, arithmetic).
-        notes: what the reader should know.
-        smallest_world_size: fewest ranks that fit with this recipe; None where no number does.
-        suggestions: what to change, best first; empty where it fits.
-    """
+    """What each rank will need, and the complete run."""
 
     setup: Setup
-    gpu_gib: float
-    memory: dict[str, list[Line]]
-    host: list[Line]
-    traffic: list[Line]
-    steps: dict[str, tuple[int | None, str]]
-    files: list[Line]
+    gpu_gib: float  # memory of each GPU, or of each rank on a CPU
+    memory: dict[str, list[Line]]  # phase -> memory per rank at its peak
+    host: list[Line]  # what lies in host memory besides
+    traffic: list[Line]  # what a rank receives per optimizer step
+    steps: dict[str, tuple[int | None, str]]  # name -> value, or None if unknown, and its arithmetic
+    files: list[Line]  # what the run leaves on disk
     notes: list[str]
-    smallest_world_size: int | None = None
-    suggestions: list[Suggestion] = field(default_factory=list)
+    smallest_world_size: int | None = None  # that fits with this recipe; None: no number does
+    suggestions: dict[str, int] = field(default_factory=dict)  # what to change, best first -> the peak then
 
     @property
     def peak_phase(self) -> str:
@@ -88,8 +81,6 @@ def make_plan(
         UserError: no configuration of the model is cached, or it does not go with the recipe.
         RecipeError: the batch cannot be shared among so many ranks, or the DeepSpeed configuration is wrong.
     """
-    from speft_ds.model.dtype import multiplies_bfloat16, resolve_dtype  # late: it imports torch
-
     is_auto = recipe.model.dtype == "auto"
     recipe = resolve_dtype(recipe, device == "cuda" or multiplies_bfloat16("cpu"))
     zero = load_ds_config(recipe, world_size)["zero_optimization"]
@@ -105,13 +96,13 @@ def make_plan(
         notes=notes(setup, is_auto),
     )
     smallest = smallest_world_size(setup, plan.limit)
-    suggestions = [] if plan.fits else suggest(setup, plan.num_bytes, plan.limit, smallest)
+    suggestions = {} if plan.fits else suggest(setup, plan.limit, smallest)
     return replace(plan, smallest_world_size=smallest, suggestions=suggestions)
 
 
 def traffic(setup: Setup) -> list[Line]:
     """What a rank receives per optimizer step."""
-    train, data, ranks, b = setup.recipe.train, setup.recipe.data, setup.world_size, setup.itemsize
+    train, ranks, b = setup.recipe.train, setup.world_size, setup.itemsize
     if ranks == 1:
         return [Line("weights and gradient", 0, "a single rank has all of them")]
     rounds = train.global_batch // (train.micro_batch * ranks)
@@ -120,7 +111,7 @@ def traffic(setup: Setup) -> list[Line]:
         formula = f"{count:,} {what} x {size} B x {ranks - 1}/{ranks} x {rounds} micro-batches"
         return Line(kind, count * size * (ranks - 1) // ranks * rounds, formula)
 
-    gathered = setup.pass_peak("entries", train.micro_batch, data.max_length).traffic
+    gathered = setup.pass_peak("entries", train.micro_batch, setup.recipe.data.max_length).traffic
     weights = [line(f"weights, {kind}", count, "weights", b) for kind, count in gathered.items() if count]
     return [*weights, line("gradient", setup.num_trained, "entries", 4)]
 
@@ -139,8 +130,7 @@ def steps(recipe: Recipe, world_size: int, num_rows: int | None) -> dict[str, tu
         number = order.num_steps(train.global_batch, None, train.epochs)
         how = f"{len(order):,} sequences x {train.epochs:g} epochs / {batch}"
     per_step = train.global_batch * length
-    tokens = None if number is None else number * per_step
-    at_most = "" if number is None else f"at most: {number:,} "
+    tokens, at_most = (None, "") if number is None else (number * per_step, f"at most: {number:,} ")
     return {
         "sequences per epoch": (len(order) if order else None, why),
         "accumulation": (accumulation, f"{batch} / ({train.micro_batch} x {world_size} ranks)"),
@@ -153,7 +143,6 @@ def steps(recipe: Recipe, world_size: int, num_rows: int | None) -> dict[str, tu
 def find_order(recipe: Recipe) -> tuple[Sampler | None, str]:
     """The order of the rows that are on this machine, and how they were counted; None where they are not."""
     data = recipe.data
-    paths = ", ".join(source.path for source in data.sources)
     try:
         if corpus := find_cached(DatasetSpec.from_recipe(recipe).path()):
             kind = "packs" if corpus.is_packed else "rows"
@@ -161,6 +150,7 @@ def find_order(recipe: Recipe) -> tuple[Sampler | None, str]:
         sizes = [sum(1 for _ in iterate_rows(source)) for source in data.sources]
     except UserError as error:
         return None, f"{error.what}: --rows N"
+    paths = ", ".join(source.path for source in data.sources)
     weights, why = data.weights, f"rows as they are in {paths}"
     if data.select != "all":
         sizes, weights = [min(data.select_rows, sum(sizes))], None
@@ -198,6 +188,91 @@ def notes(setup: Setup, is_auto: bool) -> list[str]:
     return found
 
 
+# What would fit
+
+
+def smallest_world_size(setup: Setup, limit: int) -> int | None:
+    """The fewest ranks that fit and share the global batch; None where no number does."""
+    train = setup.recipe.train
+    micro_batches = train.global_batch // train.micro_batch
+    for ranks in range(1, min(micro_batches, MAX_RANKS) + 1):
+        if micro_batches % ranks == 0 and peak_bytes(replace(setup, world_size=ranks)) <= limit:
+            return ranks
+    return None
+
+
+def suggest(setup: Setup, limit: int, smallest: int | None) -> dict[str, int]:
+    """Changes that help -> the peak after each, best first; then, if none is enough, several together.
+
+    Args:
+        limit: bytes there are; smallest: the smallest world size.
+    """
+    needed = best = peak_bytes(setup)
+    helpful = []
+    for text, change in _changes(setup, smallest):
+        size = peak_bytes(change(setup))
+        if size < 0.99 * needed:
+            helpful.append((size, text, change))
+    helpful.sort(key=lambda one: one[0])
+    found = {text: size for size, text, _ in helpful}
+    if not helpful or helpful[0][0] <= limit:
+        return found
+    together, texts = setup, []
+    for _, text, change in helpful:
+        size = peak_bytes(change(together))
+        if size < best:
+            together, best = change(together), size
+            texts.append(text)
+        if best <= limit:
+            break
+    return found | {" ".join(texts): best}
+
+
+def _changes(setup: Setup, smallest: int | None) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
+    """Everything that could take less memory with this recipe: what to type, and how it changes a setup."""
+    train, data, mask, ranks = setup.recipe.train, setup.recipe.data, setup.recipe.mask, setup.world_size
+    if smallest is not None and smallest > ranks:
+        yield f"--world {smallest}", partial(replace, world_size=smallest)
+    elif train.global_batch // train.micro_batch % (2 * ranks) == 0:
+        yield f"--world {2 * ranks}", partial(replace, world_size=2 * ranks)
+    one_row = {"train.micro_batch": 1} if train.micro_batch > 1 else {}
+    if mask.needs_calibration and mask.calibration_batch > 1:
+        one_row["mask.calibration_batch"] = 1
+    keys = [one_row]
+    if train.activation_checkpointing == "none":
+        keys.insert(0, {"train.activation_checkpointing": "non_reentrant"})
+    if data.max_length >= 64:
+        keys.append({"data.max_length": data.max_length // 2})
+    if mask.is_scored and mask.score_device == "device" and setup.device == "cuda":
+        keys.append({"mask.score_device": "host"})
+    for values in filter(None, keys):
+        yield (
+            " ".join(f"{name}={value}" for name, value in values.items()),
+            partial(_with_keys, values=values),
+        )
+    if not setup.is_offloaded and setup.device == "cuda":
+        yield "DeepSpeed: offload_param.device=cpu", partial(_with_zero, offload_param={"device": "cpu"})
+    small = {"stage3_prefetch_bucket_size": 1_000_000, "stage3_max_reuse_distance": 0}
+    text = ", ".join(f"{key}={value}" for key, value in small.items())
+    yield f"DeepSpeed: {text}", partial(_with_zero, **small)
+
+
+def _with_keys(setup: Setup, values: dict[str, object]) -> Setup:
+    recipe = setup.recipe
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        changed = getattr(recipe, section).model_copy(update={key: value})
+        recipe = recipe.model_copy(update={section: changed})
+    return replace(setup, recipe=recipe)
+
+
+def _with_zero(setup: Setup, **values) -> Setup:
+    return replace(setup, zero={**setup.zero, **values})
+
+
+# What is printed
+
+
 def gib(num_bytes: int) -> str:
     """Bytes as people read them."""
     return f"{num_bytes / 2**20:.2f} MiB" if num_bytes < 0.01 * GIB else f"{num_bytes / GIB:.2f} GiB"
@@ -207,10 +282,10 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print a plan, 80 columns wide."""
     console = console or Console()
     setup, recipe = plan.setup, plan.setup.recipe
-    console.print(
-        f"{recipe.name}: {recipe.model.name_or_path} on {setup.world_size} rank(s)", highlight=False
-    )
-    console.print(f"configuration: {setup.geometry.source}", highlight=False)
+    title = f"{recipe.name}: {recipe.model.name_or_path} on {setup.world_size} rank(s)"
+    console.print(f"{title}\nconfiguration: {setup.geometry.source}", highlight=False)
+    for line in setup.geometry.reach:
+        console.print(line, highlight=False)
     first, *others = plan.memory.values()
     always = [line for line in first if all(line in lines for lines in others)]
     _print_lines(console, "memory per rank, all the time", always, total(always))
@@ -231,8 +306,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(f"smallest world size that fits: {plan.smallest_world_size or 'none, with this recipe'}")
     if plan.suggestions:
         rows = [
-            (gib(one.num_bytes), "fits" if one.num_bytes <= plan.limit else "", one.change)
-            for one in plan.suggestions
+            (gib(num_bytes), "fits" if num_bytes <= plan.limit else "", change)
+            for change, num_bytes in plan.suggestions.items()
         ]
         _print_table(console, "what would help: the peak after each change", rows)
     for note in plan.notes:

@@ -1,4 +1,4 @@
-"""Bytes per rank by kind and phase of a run: the arithmetic, with its numbers. Imports no torch by itself.
+"""Bytes per rank by kind and phase of a run: the arithmetic, with its numbers.
 
 Buffers whose sizes follow from the configuration are exact; activations come from a run on fake tensors,
 gathered weights from ZeRO-3's rules; what is estimated says "about".
@@ -10,12 +10,16 @@ import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from speft_ds.config.recipe import Recipe
+from speft_ds.sparse.gradient import IN_FLIGHT
+from speft_ds.sparse.kernels.backends import expected_backend
+from speft_ds.tools.plan.activations import Pass, run_pass
 from speft_ds.tools.plan.gathered_weights import PassPeak, pass_peak
 from speft_ds.tools.plan.geometry import Geometry
 
 GIB = 2**30
-ITEMSIZE = {"bfloat16": 2, "float32": 4}
 INT32_ELEMENTS = 2**31  # from here on, flat indices are int64
 MOMENT_BLOCK = 256  # 8-bit moments that share a scale
 # Measured on Linux: Python, torch, DeepSpeed, transformers and gloo, without a model. On a GPU the CUDA
@@ -54,22 +58,17 @@ def total(lines: list[Line]) -> int:
 
 @dataclass(frozen=True)
 class Setup:
-    """All that the memory per rank depends on.
-
-    Attributes:
-        zero: the `zero_optimization` section of the DeepSpeed configuration.
-        device: `cuda` or `cpu`.
-    """
+    """All that the memory per rank depends on."""
 
     recipe: Recipe
     geometry: Geometry
-    zero: dict
+    zero: dict  # the `zero_optimization` section of the DeepSpeed configuration
     world_size: int
-    device: str
+    device: str  # `cuda` or `cpu`
 
     @property
     def itemsize(self) -> int:
-        return ITEMSIZE[self.geometry.dtype]
+        return getattr(torch, self.geometry.dtype).itemsize
 
     @property
     def index_size(self) -> int:
@@ -99,12 +98,8 @@ class Setup:
     @property
     def backend(self) -> str:
         """The sparse gradient's backend, as it should be chosen."""
-        import torch  # only names a device here
-
-        from speft_ds.sparse.kernels.backends import expected_backend
-
-        mask, device = self.recipe.mask, torch.device(self.device)
-        wanted, density = self.recipe.train.sparse_backend, self.geometry.density
+        mask, wanted = self.recipe.mask, self.recipe.train.sparse_backend
+        device, density = torch.device(self.device), self.geometry.density
         return expected_backend(wanted, density, device, mask.granularity, mask.block_size)
 
     def zero_value(self, key: str) -> int:
@@ -123,14 +118,12 @@ class Setup:
 
     def pass_peak(self, collects: str, rows: int, length: int) -> PassPeak:
         """The peak of one forward and backward; `collects` as for `activations.Pass`."""
-        from speft_ds.tools.plan.activations import Pass, run_pass  # late: they import torch
-
         recipe = self.recipe
         one = Pass(
             rows=rows,
             length=length,
-            checkpointing=recipe.train.activation_checkpointing,
             collects=collects,
+            checkpointing=recipe.train.activation_checkpointing,
             packing=recipe.data.packing,
             walks_all_layers=recipe.walks_all_layers,
             backend=self.backend,
@@ -147,9 +140,13 @@ def peak_bytes(setup: Setup) -> int:
 
 def phases(setup: Setup) -> dict[str, list[Line]]:
     """Memory per rank at the peak of each phase, on the device that computes."""
-    always, state, mask = frozen(setup), trained(setup), setup.recipe.mask
-    step = Line.of("step's temporaries", setup.num_own, 28, "own entries", " (about)")
-    found = {"training": [*always, *state, *training(setup)], "optimizer step": [*always, *state, step]}
+    train, mask = setup.recipe.train, setup.recipe.mask
+    always, state = frozen(setup), trained(setup)
+    is_dense = mask.schedule == "drop_grow" and mask.growth == "sft_ag"
+    collects = "gradient" if is_dense else "entries"
+    step = one_pass(setup, collects, train.micro_batch, setup.recipe.data.max_length)
+    update = Line.of("step's temporaries", setup.num_own, 28, "own entries", " (about)")
+    found = {"training": [*always, *state, *step], "optimizer step": [*always, *state, update]}
     if not mask.is_scored:
         return found
     again = state if mask.schedule == "periodic" else []
@@ -160,11 +157,11 @@ def frozen(setup: Setup) -> list[Line]:
     """What is there all the time, besides what is trained."""
     numel, persistent, b = setup.geometry.numel, setup.persistent, setup.itemsize
     how = "measured" if setup.device == "cpu" else "assumed: CUDA context, NCCL buffers"
-    lines = [Line("process", PROCESS[setup.device], f"{how}; the same for any model")]
-    if setup.is_offloaded:
-        lines.append(setup.shards("base shard", persistent, b, " (the others are offloaded)"))
-    else:
-        lines.append(setup.shards("base shard", numel, b))
+    kept, note = (persistent, " (the others are offloaded)") if setup.is_offloaded else (numel, "")
+    lines = [
+        Line("process", PROCESS[setup.device], f"{how}; the same for any model"),
+        setup.shards("base shard", kept, b, note),
+    ]
     if setup.world_size > 1 and persistent:
         what = f"weights in tensors of at most {setup.zero_value('param_persistence_threshold'):,}"
         lines.append(Line.of("small weights, gathered", sum(numel[name] for name in persistent), b, what))
@@ -173,7 +170,8 @@ def frozen(setup: Setup) -> list[Line]:
 
 def trained(setup: Setup) -> list[Line]:
     """The trainable state: what `sparse.SparseState` and the optimizer allocate."""
-    return [
+    mask = setup.recipe.mask
+    lines = [
         Line.of("mask", setup.num_trained, setup.index_size, "entries", " (all ranks')"),
         setup.per_entry("gradient", 4),
         *gradient_buckets(setup),
@@ -182,8 +180,11 @@ def trained(setup: Setup) -> list[Line]:
         setup.per_entry("base values", setup.itemsize),
         setup.per_entry("delta", 4),
         *optimizer_state(setup),
-        *growth(setup),
     ]
+    if mask.schedule == "drop_grow":
+        size, what = (4, "scores") if mask.growth == "sft_ma" else (8, "gradient and scores")
+        lines.append(setup.shards("growth", setup.geometry.targets, size, f" ({what} at a change)"))
+    return lines
 
 
 def optimizer_state(setup: Setup) -> list[Line]:
@@ -205,8 +206,6 @@ def optimizer_state(setup: Setup) -> list[Line]:
 
 def gradient_buckets(setup: Setup) -> list[Line]:
     """Gradients on their way to their owners: see `gradient.SparseGradient`."""
-    from speft_ds.sparse.gradient import IN_FLIGHT
-
     train, k = setup.recipe.train, setup.num_trained
     if setup.world_size == 1:
         return []
@@ -219,30 +218,13 @@ def gradient_buckets(setup: Setup) -> list[Line]:
 def gradient_pattern(setup: Setup) -> list[Line]:
     """What the sparse gradient keeps of the mask in its backend's own layout."""
     k, i = setup.geometry.num_entries, setup.index_size
-    starts = sum(rows + 1 for rows, _ in setup.geometry.targets.values())
     if setup.backend == "sampled":
+        starts = sum(rows + 1 for rows, _ in setup.geometry.targets.values())
         formula = f"{k:,} entries x ({i} + 4) B + {starts:,} rows x {i} B (CSR)"
         return [Line("gradient pattern", k * (i + 4) + starts * i, formula)]
     if setup.backend == "element":
         return [Line.of("gradient pattern", k, 13, "entries", " (at most: slots of 5 + 8 B)")]
     return []
-
-
-def growth(setup: Setup) -> list[Line]:
-    """What `drop_grow` looks for new entries with, at most at a change of the mask."""
-    mask = setup.recipe.mask
-    if mask.schedule != "drop_grow":
-        return []
-    size, what = (4, "scores") if mask.growth == "sft_ma" else (8, "gradient and scores")
-    return [setup.shards("growth", setup.geometry.targets, size, f" ({what} at a change)")]
-
-
-def training(setup: Setup) -> list[Line]:
-    """What the forward and backward of a micro-batch add."""
-    recipe, mask = setup.recipe, setup.recipe.mask
-    is_dense = mask.schedule == "drop_grow" and mask.growth == "sft_ag"
-    collects = "gradient" if is_dense else "entries"
-    return one_pass(setup, collects, recipe.train.micro_batch, recipe.data.max_length)
 
 
 def one_pass(setup: Setup, collects: str, rows: int, length: int) -> list[Line]:
@@ -284,7 +266,8 @@ def scores(setup: Setup) -> Line:
 
 def host(setup: Setup) -> list[Line]:
     """What lies in host memory besides the process, where the device is a GPU."""
-    geometry, mask, b, lines = setup.geometry, setup.recipe.mask, setup.itemsize, []
+    geometry, mask, b = setup.geometry, setup.recipe.mask, setup.itemsize
+    lines = []
     if setup.is_offloaded:
         lines.append(setup.shards("offloaded shard", geometry.numel.keys() - setup.persistent, b))
     if mask.is_scored and mask.score_device == "host":

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from speft_ds.adapter.format import Adapter, write_adapter
 from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import fingerprint
-from speft_ds.model.targets import find_targets
+from speft_ds.model.targets import find_targets, target_shapes
 
 SHAPES = {
     "model.layers.0.self_attn.q_proj.weight": [24, 16],
@@ -98,7 +98,7 @@ def facts_of(folder, model):
 def make_adapter(folder, of, dtype=torch.float32, seed=0, scale=0.05, model=None, heads=None, **changes):
     """An adapter for the checkpoint `of`, with about 2% of the entries, of one weight 20%."""
     model = load(of, dtype) if model is None else model
-    shapes = {name: linear.weight.shape for name, linear in find_targets(model, None).items()}
+    shapes = target_shapes(find_targets(model, None))
     dense = matrices(seed, 0.02, shapes)
     dense[min(shapes)] = matrices(seed, 0.2, shapes)[min(shapes)]
     dense = {name: deltas * scale for name, deltas in dense.items()}

@@ -104,12 +104,32 @@ def test_annotated_recipes_load_again_as_the_same(tmp_path, text, overrides):
 
 
 def test_cp_copies_with_comments_and_says_what_next(tmp_path):
-    done = speft("cp", "quickstart", "new folder/mine.yaml")
+    done = speft("cp", "smollm2_135m_alpaca", "new folder/mine.yaml")
     assert done.returncode == 0, done.stderr
     new = tmp_path / "new folder" / "mine.yaml"
-    assert new.read_text() == (RECIPES_DIR / "quickstart.yaml").read_text()
+    assert new.read_text() == (RECIPES_DIR / "smollm2_135m_alpaca.yaml").read_text()
     for next_one in ("edit ", "speft validate ", "train.py --recipe "):
         assert f"{next_one}'new folder/mine.yaml'" in done.stdout
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_copy_has_all_but_tasks_that_score_the_data_of_the_original(tmp_path, name):
+    cp(name, tmp_path / "mine.yaml")
+    original, copy = (load_recipe(path, ["output_dir=x"]) for path in (name, "mine.yaml"))
+    both = [recipe.model_dump(exclude={"name"}) for recipe in (original, copy)]
+    own_tasks = original.eval.include_path is not None
+    assert own_tasks == (name == "quickstart") and copy.eval.include_path is None
+    if own_tasks:
+        assert copy.eval == type(copy.eval)() and both[0].pop("eval") != both[1].pop("eval")
+        text = (RECIPES_DIR / f"{name}.yaml").read_text()
+        assert text.startswith((tmp_path / "mine.yaml").read_text())  # with its comments
+    assert both[0] == both[1]
+
+
+def test_a_copy_of_ones_own_recipe_keeps_its_tasks(tmp_path):
+    (tmp_path / "mine.yaml").write_text(MINIMAL + "eval: {include_path: tasks}\n")
+    cp("./mine.yaml", tmp_path / "copy.yaml")
+    assert (tmp_path / "copy.yaml").read_text() == (tmp_path / "mine.yaml").read_text()
 
 
 def test_cp_keeps_a_file_that_is_there(tmp_path, monkeypatch, capsys):

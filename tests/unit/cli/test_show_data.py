@@ -37,3 +37,28 @@ def test_what_conversations_are_taken_for_is_said(tiny, tmp_path, capsys, monkey
             assert "ShareGPT" in out and "'mood'" in out and f"data.turns={turns}" in out
             assert f"{num_rows} rows, " in out and f"</s> ({num_rows} rows)" in out
     assert "<s>hello</s><s>[[ant</s>]]" in out and "<s>hello</s><s>ant</s><s>more</s><s>[[bear</s>]]" in out
+
+
+def pair(response):
+    return json.dumps({"prompt": "a", "response": response})
+
+
+@pytest.mark.parametrize("select", [{}, {"select": "longest", "select_rows": 1}])
+def test_rows_that_are_left_out_are_listed_by_line(tiny, tmp_path, capsys, monkeypatch, select):
+    rows, empty, long = pair("b"), pair(" "), pair("b" * 999)
+    (tmp_path / "a.jsonl").write_text("\n".join([rows, empty, "", rows]))
+    (tmp_path / "b.jsonl").write_text("\n".join([long, rows]))
+    data = {"path": f"{tmp_path}/[ab].jsonl", "empty_rows": "drop", **select}
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump(made.recipe_values(tiny, data=data)))
+    assert run(monkeypatch, "data", str(recipe), "--left-out") == 0
+    places = [line.partition(": ") for line in capsys.readouterr().out.splitlines()]
+    left_out = [where for where, mark, _ in places if mark]
+    assert left_out == [f"{tmp_path}/a.jsonl:2", f"{tmp_path}/b.jsonl:1"]
+
+
+def test_what_the_checks_find_is_found(tiny, tmp_path, capsys, monkeypatch):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump(made.recipe_values(tiny)))
+    assert run(monkeypatch, "data", str(recipe), "data.split=test") == 2
+    assert "data.split=train" in capsys.readouterr().err

@@ -1,11 +1,16 @@
 """`speft validate`: what is found, what is said of it, and the exit code."""
 
 import json
+import re
+import shlex
+from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny
 
-from unit.commands import run
+from speft_ds.cli.commands import validate as checks
+from unit.commands import run, speft
 from unit.written import load
 
 ROW = '{"prompt": "say a", "response": "b"}\n'
@@ -29,12 +34,12 @@ def checked(tmp_path, own_folder, capsys, monkeypatch):
 def test_a_recipe_that_is_ready(checked):
     shown = checked("mask.targets=[q_proj]")
     assert "<s>say a</s><s>[[b</s>]]" in shown
-    assert "2 linears, 2,800 weights; 14 of them trained" in shown
+    assert "targets: 2 of" in shown and "14 of their 2,800 elements" in shown
     assert "16 = 4 x 2 ranks x 2 accumulated" in shown
     # What to type next can be pasted: brackets are no markup, and the shell's signs are quoted.
     assert "launch/train.py --recipe mine.yaml model.name_or_path=./model" in shown
     assert "'mask.targets=[q_proj]'" in shown
-    numbers = [line[2:].partition(".")[0] for line in shown.splitlines() if line[0] in "✓!"]
+    numbers = re.findall(r"^(?:ok|note) +(\d+)\. ", shown, re.M)
     assert numbers == [str(number) for number in range(1, len(numbers) + 1)] and len(numbers) >= 9
 
 
@@ -42,7 +47,7 @@ def test_everything_that_is_missing_is_said_at_once(checked):
     words = ["data.path=none.jsonl", "deepspeed.config=zero3_cup", "mask.load=none", "train.micro_batch=16"]
     shown = checked(*words, code=2)
     assert all(f"command line: {word}" in shown for word in words[:3]) and "(train.global_batch)" not in shown
-    assert shown.count("fix: ") == 4 and shown.count("\n- ") == 2  # rows, targets
+    assert shown.count("fix: ") == 4 and shown.count("\nskipped ") == 2  # rows, targets
 
 
 @pytest.mark.parametrize(
@@ -59,8 +64,38 @@ def test_a_recipe_that_is_not_ready(checked, words, said):
 
 def test_first_rows_that_are_all_left_out(checked, tmp_path):
     (tmp_path / "rows.jsonl").write_text(ROW.replace('"b"', '""'))
-    assert "speft data" in checked("data.empty_rows=drop")
+    assert "rows.jsonl:1: " in checked("data.empty_rows=drop")
     assert "rows.jsonl:1" in checked(code=2)
+
+
+def test_how_many_rows_are_read_and_which_are_left_out(checked, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "CHECKED", {checks.ROWS: partial(checks.rows_found, most=6)})
+    monkeypatch.setattr(checks, "NEEDED", {})
+    long, empty, broken = ROW.replace("b", "b" * 99), ROW.replace('"b"', '""'), "{"
+    (tmp_path / "rows.jsonl").write_text(ROW + long + ROW + "\n" + empty + ROW * 2 + long + ROW)
+    words = ["data.empty_rows=drop", "mask.salience=magnitude"]
+    shown = checked(*words)
+    assert "6 rows read" in shown and "--all" in shown and "2 left out" in shown
+    assert re.findall(r"rows\.jsonl:\d+", shown) == ["rows.jsonl:2", "rows.jsonl:5"]
+    shown = checked(*words, "--all")
+    assert "8 rows read" in shown and "--all" not in shown and "rows.jsonl:8" in shown
+    # What only --all can find; rows to validate on are read, too.
+    (tmp_path / "validation.jsonl").write_text(ROW * 7 + broken)
+    checked(*words, "eval.validation=validation.jsonl")
+    assert "validation.jsonl:8" in checked(*words, "eval.validation=validation.jsonl", "--all", code=2)
+
+
+def test_a_log_holds_no_signs_and_any_row(checked, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(ROW.replace("say a", "\u4e16\u754c") * 4, encoding="utf-8")
+    words = ["validate", "mine.yaml", "model.name_or_path=./model", "data.max_length=64"]
+    done = speft(*words, "deepspeed.config=nowhere", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout.isascii()
+    assert re.findall(r"^(\w+) +(?:2|6)\. ", done.stdout, re.M) == ["ok", "problem"]
+
+
+def test_the_command_can_be_typed_from_where_the_user_stands(checked, tmp_path):
+    words = shlex.split(checked().rpartition("start it: ")[2])
+    assert words[0] == "deepspeed" and Path(words[1]).is_file()
 
 
 def test_a_damaged_tokenizer(checked, tmp_path):

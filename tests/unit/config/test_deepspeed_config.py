@@ -17,7 +17,7 @@ def test_ds_config_is_merged_with_what_the_recipe_owns(ready):
     assert config["bf16"] == {"enabled": False}
     assert config["steps_per_print"] >= 10**9
     file = json.loads((DS_CONFIGS_DIR / "zero3_bf16.json").read_text())
-    assert config["zero_optimization"] == file["zero_optimization"]
+    assert config["zero_optimization"] == {**file["zero_optimization"], "memory_efficient_linear": False}
     with pytest.raises(RecipeError, match=r"train\.global_batch"):
         load_ds_config(ready(), 3)
     config = load_ds_config(ready(), 3, trains=False)  # takes no steps, so any number of ranks will do
@@ -71,6 +71,7 @@ def test_keys_that_recipes_own_are_refused(ready, tmp_path, key):
         ({"stage": 3, "zero_quantized_weights": True}, ".zero_quantized_weights"),
         ({"stage": 3, "zero_quantized_nontrainable_weights": True}, ".zero_quantized_nontrainable_weights"),
         ({"stage": 3, "zero_hpz_partition_size": 8}, ".zero_hpz_partition_size"),
+        ({"stage": 3, "memory_efficient_linear": True}, ".memory_efficient_linear"),
         ({"stage": 3, "offload_param": {"device": "nvme"}}, ".offload_param"),
         ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, ".offload_optimizer"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from speft_ds.config.load_recipe import RECIPES_DIR, list_recipes, load_recipe
 from speft_ds.data.dataset_cache import DatasetSpec
 from speft_ds.data.formats import Classes, make_example
-from speft_ds.data.readers import is_hub_dataset, iterate_rows
+from speft_ds.data.sources import is_hub_dataset, iterate_rows
 from speft_ds.jobs.preflight import check_inputs
 from unit.written import problems_of
 
@@ -72,7 +72,7 @@ def local(tmp_path):
     def make(name):
         row = ROWS[data_set(load_recipe(name))][0]
         (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-        return load_recipe(name, ["model.name_or_path=./model", "data.path=rows.jsonl"])
+        return load_recipe(name, ["model.name_or_path=./model", "data.path=rows.jsonl", "data.subset=null"])
 
     return make
 

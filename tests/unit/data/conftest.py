@@ -40,3 +40,13 @@ def style(request):
 @pytest.fixture
 def tokenizer(style, tokenizers):
     return tokenizers[style.name]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of rows; what `datasets` makes of it is thrown away."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    (tmp_path / "rows").mkdir()
+    return tmp_path / "rows"

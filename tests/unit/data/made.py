@@ -1,9 +1,13 @@
 """Rows, conversations and datasets that the tests of this folder make."""
 
+import csv
+import gzip
 import json
 from contextlib import contextmanager
 from itertools import groupby
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tiny
 
@@ -13,12 +17,24 @@ from speft_ds.data.formats import Example
 from speft_ds.data.tokenize import Encoder
 from speft_ds.errors import UserError
 
+COMPRESS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": lambda text: pyarrow.compress(text, "zstd", asbytes=True),
+}
+ROWS = [
+    {"prompt": "one", "response": 'say "two",\nthree'},
+    {"prompt": "\u4e16\u754c \U0001f98a", "response": "a\u2028b\u2029c\x85d\x0be"},
+    {"prompt": "  ", "response": "tab\tand back\\slash, {braces}"},
+    {"prompt": "long", "response": "word " * 40_000},
+]
+
 
 @contextmanager
 def refusal(where, *fixes, what=""):
     """The block raises a UserError for this place, with these words in what to type and in what is wrong."""
     with pytest.raises(UserError) as caught:
-        yield
+        yield caught
     assert caught.value.where == (where and str(where)) and caught.value.fix
     assert all(fix in caught.value.fix for fix in fixes), caught.value.fix
     assert what in caught.value.what, caught.value.what
@@ -37,6 +53,28 @@ def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def write_kind(path, rows, kind):
+    """The rows in a file of a kind, by the kind's own writer; compressed as its suffix says."""
+    plain = path.parent.parent / f"plain.{kind}"
+    if kind == "jsonl":
+        write(plain, rows)
+    elif kind == "json":
+        plain.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), plain)
+    else:
+        with plain.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    path.write_bytes(COMPRESS[path.suffix if path.suffix in COMPRESS else ""](plain.read_bytes()))
+    return path
+
+
+def source(path, **data):
+    return DataConfig(path=str(path), **data).sources[0]
 
 
 def pairs(*responses, prompt="p"):

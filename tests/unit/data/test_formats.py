@@ -1,9 +1,14 @@
 """From a row of a data set to a conversation: by its format, and what is wrong with a row."""
 
+import math
+import re
+
 import pytest
+import yaml
 
 from speft_ds.config.data_config import COLUMNS, Columns, DataConfig, template_fields
 from speft_ds.data.formats import Classes, EmptyRow, check_columns, columns_of, find_classes, make_example
+from speft_ds.data.readers import NamedClass
 from speft_ds.errors import UserError
 from unit.data.made import refusal
 
@@ -122,6 +127,14 @@ def test_every_format_needs_its_columns(format, needed):
     assert columns == {name: f"data.columns.{name}" for name in needed}
 
 
+@pytest.mark.parametrize(("file", "is_table"), [("a.csv", True), ("a.tsv.gz", True), ("a.jsonl", False)])
+def test_a_table_without_a_header(file, is_table):
+    problems = check_columns({"what is it?": "who?", "a dog": "me"}, f"{file}:2", source())
+    assert ["prompt,response" in problem.fix for problem in problems] == [is_table] * 2
+    (problem,) = check_columns({"prompt": "who?", "a dog": "me"}, f"{file}:2", source())
+    assert "header" not in problem.fix
+
+
 # Alpaca
 
 
@@ -191,7 +204,17 @@ def test_bad_messages_are_refused(messages):
 # Classification
 
 
-@pytest.mark.parametrize(("label", "number"), [("no", 0), ("yes", 1), (0, 0), (1, 1), ("1", 1), ("0", 0)])
+NAMED = [
+    ("no", 0),
+    ("yes", 1),
+    (" yes ", 1),
+    (NamedClass(0, ["yes", "no"]), 1),
+    (NamedClass(1, ["bad", "good"]), 1),
+]
+NUMBERED = [(0, 0), (1, 1), ("1", 1), ("0", 0), (1.0, 1), ("1.0", 1)]
+
+
+@pytest.mark.parametrize(("label", "number"), NAMED + NUMBERED)
 def test_a_label_is_a_name_or_a_number(label, number):
     row = {"text": "a", "label": label}
     shown = example(row, NO_YES, True, format="classification")
@@ -201,10 +224,13 @@ def test_a_label_is_a_name_or_a_number(label, number):
     assert shown.turns == [says("user", "a?"), says("assistant", ["no", "yes"][number])]
 
 
-@pytest.mark.parametrize("label", ["maybe", 2, -1, "2", True, 1.0, ["yes"], "Yes"])
+@pytest.mark.parametrize(
+    "label", ["maybe", 2, -1, "2", True, 0.5, ["yes"], "Yes", NamedClass(1, ["no", "x"])]
+)
 def test_a_label_that_is_none_of_the_classes_is_refused(label):
     error = refused({"text": "a", "label": label}, classes=NO_YES, format="classification")
-    assert "data.labels" in error.fix and "no, yes" in error.fix
+    (typed,) = re.findall(r"data\.labels=(\[.*\])", error.fix)
+    assert yaml.safe_load(typed) == ["no", "yes"]  # and not [False, True]
 
 
 def test_where_classes_are_named_by_numbers_a_number_is_a_name():
@@ -212,6 +238,17 @@ def test_where_classes_are_named_by_numbers_a_number_is_a_name():
     for label, number in ((1, 0), ("1", 0), ("3", 2)):
         assert example({"text": "a", "label": label}, stars, True, **data).label == number
     refused({"text": "a", "label": 0}, classes=stars, **data)
+
+
+def test_booleans_have_the_classes_of_their_names():
+    for names in (["true", "false"], ["True", "False"]):
+        assert [Classes.named(names).number_of(label) for label in (True, False, "TRUE")] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("names", [["a", "a "], ["1", "1.0"], ["a", " "]])
+def test_names_that_are_the_same_once_trimmed_are_refused(names):
+    with refusal("data.labels", "trimmed"):
+        Classes.named(names)
 
 
 def rows(*labels):
@@ -222,22 +259,36 @@ def rows(*labels):
     ("labels", "found"),
     [
         (["b", None, "a", "", "b", NAN], {"a": 0, "b": 1}),
-        ([10, 9, -1, 9], {-1: 0, 9: 1, 10: 2}),
+        ([10, 9, -1, 9], {"-1": 0, "9": 1, "10": 2}),
         (["10", "9", "1"], {"1": 0, "9": 1, "10": 2}),
+        (["-2", "-10", "+3"], {"-10": 0, "-2": 1, "3": 2}),
+        ([1.0, 0.0, 1, "1"], {"0": 0, "1": 1}),
+        ([4.5, 10.0, 0.5], {"0.5": 0, "4.5": 1, "10": 2}),
+        ([True, False, "True"], {"false": 0, "true": 1}),
+        (["bad ", " bad", "good"], {"bad": 0, "good": 1}),
+        ([NamedClass(1, ["omega", "alpha"]), NamedClass(0, ["omega", "alpha"])], {"omega": 0, "alpha": 1}),
+        (["018", "18", 0.5], {"0.5": 0, "018": 1, "18": 2}),
+        (["b", "1"], {"1": 0, "b": 1}),
+        (["1" * 25, "1" * 24 + "2"], {"1" * 25: 0, "1" * 24 + "2": 1}),
     ],
 )
 def test_classes_are_found_in_the_rows(labels, found):
     classes = find_classes(iter(rows(*labels)))
-    assert classes.numbers == found and classes.names == [str(label) for label in found]
+    assert classes.numbers == found and classes.names == list(found)
+    given = [label for label in labels if label not in (None, "", NAN)]
+    # Named as they were found, they are numbered alike: rows to validate on are read so.
+    assert [Classes.named(classes.names).number_of(label) for label in given] == [
+        classes.number_of(label) for label in given
+    ]
 
 
-@pytest.mark.parametrize("labels", [("a", 1), ("a", "a"), (None,)])
+@pytest.mark.parametrize("labels", [("a", 1), (1, True), ("true", 0), ("a", "a "), (1, 1.0), (None,)])
 def test_labels_that_make_no_two_classes_are_refused(labels):
     with refusal("data.columns.label", "data."):
         find_classes(rows(*labels))
 
 
-@pytest.mark.parametrize("row", [{"label": 0.5}, {"label": True}, {"label": ["b"]}, {"x": 1}, [1]])
+@pytest.mark.parametrize("row", [{"label": math.inf}, {"label": ["b"]}, {"x": 1}, [1]])
 def test_a_row_without_a_label_is_refused(row):
     with refusal("rows:3", "data.columns.label"):
         find_classes([*rows("a", "b"), ("rows:3", row, "label")])

@@ -1,67 +1,22 @@
 """Rows as they stand in files and folders: the same in every kind of file, and each bad one is named."""
 
-import csv
-import gzip
 import json
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from speft_ds.config.data_config import DataConfig
-from speft_ds.data.readers import is_hub_dataset, iterate_file, iterate_rows, kind_of
+from speft_ds.data.readers import iterate_file, kind_of
+from speft_ds.data.sources import is_hub_dataset, iterate_rows
 from speft_ds.errors import UserError
-from unit.data.made import refusal
-from unit.data.made import write as write_jsonl
+from unit.data.made import COMPRESS, ROWS, refusal, source
+from unit.data.made import write_kind as write
 
 KINDS = ("json", "jsonl", "csv", "parquet")
-COMPRESS = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".zst": lambda text: pyarrow.compress(text, "zstd", asbytes=True),
-}
-ROWS = [
-    {"prompt": "one", "response": 'say "two",\nthree'},
-    {"prompt": "\u4e16\u754c \U0001f98a", "response": "a\u2028b\u2029c\x85d\x0be"},
-    {"prompt": "  ", "response": "tab\tand back\\slash, {braces}"},
-    {"prompt": "long", "response": "word " * 40_000},
-]
-
-
-def write(path, rows, kind):
-    """The rows in a file of a kind, by the kind's own writer; compressed as its suffix says."""
-    plain = path.parent.parent / f"plain.{kind}"
-    if kind == "jsonl":
-        write_jsonl(plain, rows)
-    elif kind == "json":
-        plain.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    elif kind == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), plain)
-    else:
-        with plain.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    path.write_bytes(COMPRESS[path.suffix if path.suffix in COMPRESS else ""](plain.read_bytes()))
-    return path
 
 
 def read(path):
     return [row for _, row in iterate_file(path)]
-
-
-def source(path, **data):
-    return DataConfig(path=str(path), **data).sources[0]
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder of rows; what `datasets` makes of it is thrown away."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    (tmp_path / "rows").mkdir()
-    return tmp_path / "rows"
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
@@ -136,8 +91,22 @@ def test_what_cannot_be_read_is_named_by_its_line(folder, name, text, where):
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv"])
 def test_text_that_is_not_utf8_is_refused(folder, kind, compression):
     path = folder / f"rows.{kind}{compression}"
-    path.write_bytes(COMPRESS[compression](b'[{"a": "caf\xe9"}]' if kind != "csv" else b"a\ncaf\xe9\n"))
-    with refusal(path, "UTF-8"):
+    if kind == "csv":
+        text, line = b"a\ncaf\xc3\xa9\ncaf\xe9\n", 3
+    else:
+        text, line = b'[{"a":\n"caf\xe9"}]', 2 - (kind == "jsonl")
+        text = text.replace(b"\n", b"") if kind == "jsonl" else text
+    path.write_bytes(COMPRESS[compression](text))
+    with refusal(f"{path}:{line}", "UTF-8", what="0xe9"):
+        read(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "tsv"])
+def test_text_in_wide_characters_is_refused(folder, kind, encoding):
+    path = folder / f"rows.{kind}"
+    path.write_bytes((',"'[kind[0] == "j"] + "\u4e16 prompt,response\na,b\n").encode(encoding))
+    with refusal(f"{path}:1", "UTF-8", what="UTF-16"):
         read(path)
 
 
@@ -174,61 +143,62 @@ def test_what_a_name_says(folder, monkeypatch):
     assert not any(map(is_hub_dataset, here))
 
 
-# Folders
-
-
-def rows_of(folder, **data):
-    return [row for _, row in iterate_rows(source(folder, **data))]
+# What stands between fields, names of columns, numbers and classes
 
 
 @pytest.mark.parametrize(
-    ("kind", "compression"), [("json", ""), ("jsonl", ".gz"), ("csv", ".gz"), ("parquet", "")]
+    ("name", "text", "rows"),
+    [
+        ("a.csv", "p;r\na, b;c\n", [{"p": "a, b", "r": "c"}]),
+        ("a.csv", 'p\tr\n"a\tb"\tc;d,e\n', [{"p": "a\tb", "r": "c;d,e"}]),
+        ("a.tsv", "p, q\tr\n1\t2\n", [{"p, q": "1", "r": "2"}]),
+        ("a.tsv", "p\na, b\n", [{"p": "a, b"}]),
+        ("a.csv", 'p,"r;s;t"\na;b,c\n', [{"p": "a;b", "r;s;t": "c"}]),
+        ("a.csv", "text\na;b\n", [{"text": "a;b"}]),
+        ("a.csv", 'p, r\na, "b, c"\n', [{"p": "a", "r": "b, c"}]),
+        ("a.csv", " p ,r\n a, b\n", [{"p": " a", "r": " b"}]),
+        ("a.csv", '"p\nq";r\n1;2\n', None),  # a name of two lines: not looked into
+        ("a.csv", "p,r,,\n1,2,,\n", [{"p": "1", "r": "2", "": ""}]),  # as spreadsheets write empty columns
+    ],
 )
-def test_the_splits_of_a_folder_are_read_anew(folder, kind, compression):
-    write(folder / f"train.{kind}{compression}", ROWS[:1], kind)
-    write(folder / f"validation.{kind}{compression}", ROWS[1:2], kind)
-    assert rows_of(folder) == ROWS[:1]
-    assert rows_of(folder, split="validation") == ROWS[1:2]
-    ((where, _),) = iterate_rows(source(folder))
-    assert where.startswith(f"{folder}/train.{kind}{compression}")
-    write(folder / f"train.{kind}{compression}", ROWS[1:2], kind)
-    assert rows_of(folder) == ROWS[1:2]
-    with refusal(folder, "train"):
-        rows_of(folder, split="trian")
+def test_what_stands_between_the_fields_of_a_table(folder, name, text, rows):
+    (folder / name).write_text(text)
+    if rows is None:
+        with pytest.raises(UserError):
+            read(folder / name)
+    else:
+        assert read(folder / name) == rows
 
 
-@pytest.mark.parametrize("has_readme", [False, True])
-def test_the_subsets_of_a_folder(folder, has_readme):
-    for subset, row in (("main", ROWS[0]), ("other", ROWS[2])):
-        (folder / subset).mkdir()
-        write(folder / subset / "train.jsonl", [row], "jsonl")
-        write(folder / subset / "test.jsonl", [row, row], "jsonl")
-    if has_readme:
-        configs = [{"config_name": name, "data_dir": name} for name in ("main", "other")]
-        (folder / "README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\n")
-    assert rows_of(folder, subset="main") == ROWS[:1]
-    assert rows_of(folder, subset="other", split="test") == [ROWS[2]] * 2
-    with refusal(folder, "data.subset", "data.split"):
-        rows_of(folder, subset="nope")
+def test_two_columns_of_one_name_are_refused(folder):
+    (folder / "a.csv").write_text("p,r, r\n1,2,3\n")
+    (folder / "a.jsonl").write_text('{"p": 1}\n{"p": [{"r": 1, "r": 2}]}\n')
+    (folder / "a.json").write_text('[{"p": 1, "p": 2}]')
+    table = pyarrow.table([pyarrow.array([1])] * 3, names=["p", "r", "r"])
+    pyarrow.parquet.write_table(table, folder / "a.parquet")
+    for where in ("a.csv:1", "a.jsonl:2", "a.json", "a.parquet"):
+        with refusal(folder / where, "rename", what="'p'" if where == "a.json" else "'r'"):
+            read(folder / where.partition(":")[0])
 
 
-def test_numbers_in_a_csv_of_a_folder_stay_as_they_are_written(folder):
-    (folder / "train.csv").write_text("prompt,response\n018,NA\n")
-    assert rows_of(folder) == [{"prompt": "018", "response": "NA"}]
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_a_number_of_a_json_file_keeps_its_text(folder, kind):
+    texts = ["1.50", "1e3", "-0.10", "2.0", "7", "12345678901234567890123", "0.1000000000000000055", "1E400"]
+    path = folder / f"a.{kind}"
+    path.write_text("[" * (kind == "json") + f'{{"a": [{", ".join(texts)}]}}' + "]" * (kind == "json"))
+    (row,) = read(path)
+    assert [str(number) for number in row["a"]] == texts
+    assert row["a"] == json.loads(f"[{', '.join(texts)}]")
 
 
-def test_a_folder_named_like_a_hub_id_is_not_looked_for_there(folder, monkeypatch):
-    monkeypatch.chdir(folder.parent)
-    (folder / "set").mkdir()
-    write(folder / "set" / "train.jsonl", ROWS[:1], "jsonl")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    assert rows_of("rows/set") == ROWS[:1]
+def test_the_classes_of_a_parquet_file_have_their_names(folder, monkeypatch):
+    import datasets
 
-
-def test_a_hub_data_set_without_a_network(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
-    with refusal("owner/name", "hf download --repo-type dataset owner/name", what="HF_HUB_OFFLINE"):
-        list(iterate_rows(source("owner/name")))
+    label = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": label})
+    rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
+    rows.to_parquet(folder / "a.parquet")
+    rows.save_to_disk(folder / "saved")
+    for found in (read(folder / "a.parquet"), [row for _, row in iterate_rows(source(folder / "saved"))]):
+        assert [row["label"] for row in found] == [1, 0, None]
+        assert [str(row["label"]) for row in found[:2]] == ["good", "bad"]

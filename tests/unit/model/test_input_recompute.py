@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from speft_ds.model.linear import adapt
+from speft_ds.model.kinds.linear import adapt
 
 SIZES = {
     "vocab_size": 64,

@@ -87,6 +87,10 @@ def facts(**changes):
         "versions": {"python": "3.11.7", "speft_ds": "0.1.0", "torch": "2.13.0", "lm_eval": "0.4.13"},
         "machine": {"device": "cpu", "cpu": "AMD EPYC", "num_cores": 2, "gpu": None},
         "world_size": 2, "global_batch": 16, "micro_batch": 4, "num_steps": NUM_STEPS,
+        "data": {
+            "rows_read": 1050, "left_out": {"empty": 30, "too long": 20}, "truncated": {}, "rows": 1000,
+            "packs": None, "label_tokens": 54_321, "epochs": 0.96,
+        },
         "mask": {
             "salience": "gradient", "granularity": "element", "budget": "global", "schedule": "periodic",
             "layer_gate": "none", "loaded_from": None, "calibration_samples": 32, "sha256": "ab" * 32,

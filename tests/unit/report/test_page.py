@@ -125,6 +125,10 @@ def test_the_table_at_the_end_has_scores_and_sizes(finished, capsys, monkeypatch
     assert all([what, *cells] in rows for what, cells in figures.items())
     assert figures["arc_easy acc"][0] == "61.0%" and "+20.0 points ± 3.1" in figures["arc_easy acc"][1]
     assert figures["trained entries"][0] == "720" and "60.0%" in figures["mask changes"][1]
+    number, how = figures["training rows"]
+    assert number == "1,000" and all(
+        text in how for text in ("1,050", "30 empty", "20 too long", "0.96 epochs")
+    )
     assert figures["peak memory per rank"][0] == "514.00 MiB" and figures["total time"][0] == "6 min 50 s"
 
 

@@ -85,7 +85,7 @@ def test_fisher_refuses_layers_that_see_samples_mixed():
         labels = torch.zeros(2, 3, dtype=torch.int64)
         calibration = SimpleNamespace(rows=[None, None])
         return SimpleNamespace(
-            rows=lambda: calibration, accumulate=lambda dense: dense(x, torch.zeros(*x.shape[:-1], 5), labels)
+            rows=lambda: calibration, accumulate=lambda dense: dense(labels, x, torch.zeros(*x.shape[:-1], 5))
         )
 
     assert torch.equal(SALIENCE["fisher"](scorer(torch.ones(2, 3, 4))), torch.zeros(5, 4))

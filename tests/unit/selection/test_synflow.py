@@ -2,21 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from speft_ds.comm import collectives
 from speft_ds.errors import UserError
-from speft_ds.selection.synflow import linear_network, only_scale, pack, unpack
-
-
-@given(st.lists(st.booleans(), max_size=70))
-def test_packed_bits_come_back(bits):
-    packed = pack(torch.tensor(bits, dtype=torch.bool))
-    assert packed.dtype == torch.uint8 and packed.numel() == -(-len(bits) // 8)
-    assert unpack(packed, len(bits)).tolist() == bits
+from speft_ds.selection.synflow import linear_network, only_scale
 
 
 @pytest.fixture(params=["llama", "gemma2", "gpt2"])
@@ -28,17 +19,9 @@ def model(request, tiny, monkeypatch):
         return AutoModelForCausalLM.from_pretrained(tiny["untied"], dtype=torch.float32)
     if request.param == "gpt2":
         return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=24, n_layer=2, n_head=2)).eval()
-    config = Gemma2Config(
-        vocab_size=50,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        final_logit_softcapping=1.0,
-    )
-    return Gemma2ForCausalLM(config).eval()
+    sizes = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    return Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=1.0)).eval()
 
 
 def logits(model) -> torch.Tensor:
@@ -112,9 +95,9 @@ def test_nothing_flows_through_queries_and_keys(model, dtype):
 
 
 def test_a_network_without_activation_modules_is_refused():
-    with pytest.raises(UserError, match="outside of modules") as caught, linear_network(nn.Linear(2, 2)):
+    with pytest.raises(UserError) as caught, linear_network(nn.Linear(2, 2)):
         pass
-    assert "mask.salience=synflow" in str(caught.value)
+    assert caught.value.where == "mask.salience=synflow"
 
 
 class RMSNorm(nn.Module):

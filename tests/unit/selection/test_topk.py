@@ -6,13 +6,13 @@ from fractions import Fraction
 import pytest
 import torch
 from distributed.selection_checks import cut, shares
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speft_ds.config.mask_config import MaskConfig
 from speft_ds.errors import UserError
 from speft_ds.selection.radix import sortable_key
-from speft_ds.selection.topk import _overlap, budget_counts, min_trainable, num_trainable, top_of_rows
+from speft_ds.selection.topk import budget_counts, min_trainable, num_trainable, top_of_rows
 
 SHAPE = st.tuples(st.integers(1, 40), st.integers(1, 40))
 SHAPES = st.lists(SHAPE, min_size=1, max_size=5).map(lambda s: {f"w{i}": shape for i, shape in enumerate(s)})
@@ -29,7 +29,7 @@ def numel(shapes: dict) -> dict[str, int]:
 def test_a_density_is_one_of_the_targeted_weights(shapes, density):
     total = sum(numel(shapes).values())
     if round(density * total) == 0:
-        with pytest.raises(UserError, match="comes to 0 entries"):
+        with pytest.raises(UserError):
             num_trainable(MaskConfig(density=density), shapes)
     else:
         assert num_trainable(MaskConfig(density=density), shapes) == round(density * total)
@@ -38,8 +38,9 @@ def test_a_density_is_one_of_the_targeted_weights(shapes, density):
 def test_more_entries_than_there_are_is_refused():
     shapes = {"a": (3, 4), "b": (1, 5)}
     assert num_trainable(MaskConfig(num_trainable=17), shapes) == 17
-    with pytest.raises(UserError, match="18 entries are asked for, the targeted weights have 17"):
+    with pytest.raises(UserError) as caught:
         num_trainable(MaskConfig(num_trainable=18), shapes)
+    assert "mask.num_trainable=17" in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -57,15 +58,10 @@ def test_more_entries_than_there_are_is_refused():
 def test_too_few_for_all_parts_is_refused(choice, least, part):
     """Any tile; a tile of `small`, which has 410 of the 4,410 entries; more than half an entry of 82."""
     shapes = {"large": (40, 100), "small": (5, 82)}
-    mask = MaskConfig(**choice)
     with pytest.raises(UserError) as caught:
-        num_trainable(mask, shapes)
-    message, total = str(caught.value), 4410
-    given = choice.get("num_trainable", round(choice.get("density", 0) * total))
-    assert f"comes to {given:,} entries, too few to give {part} anything" in message
-    assert f"mask.granularity={mask.granularity}, mask.budget={mask.budget}" in message
-    assert f"mask.num_trainable={least} at least" in message
-    assert ("where: mask.density" in message) == ("density" in choice)
+        num_trainable(MaskConfig(**choice), shapes)
+    assert caught.value.where == ("mask.density" if "density" in choice else "mask.num_trainable")
+    assert part in caught.value.what and f"mask.num_trainable={least} at least" in caught.value.fix
     changed = MaskConfig(**{**choice, "density": None, "num_trainable": least})
     assert num_trainable(changed, shapes) == least
 
@@ -110,20 +106,12 @@ def test_keys_have_the_order_of_the_scores(values):
 
 
 def test_keys_at_the_edges_of_fp32():
-    tiny = 2.0**-149
-    ascending = [-math.inf, -3.4e38, -1.0, -tiny, 0.0, tiny, 1.0, 3.4e38, math.inf]
+    ascending = [-math.inf, -3.4e38, -1.0, -(2.0**-149), 0.0, 2.0**-149, 1.0, 3.4e38, math.inf]
     keys = sortable_key(torch.tensor(ascending)).tolist()
     assert keys == sorted(set(keys)) and keys[4] == sortable_key(torch.tensor([-0.0])).item()
 
 
-@given(*[st.integers(0, 30)] * 4)
-def test_overlap_is_what_two_ranges_share(first, length, start, width):
-    shared = set(range(first, first + length)) & set(range(start, start + width))
-    found = _overlap(first, first + length, start, start + width)
-    assert {start + local for local in range(width)[found]} == shared
-    assert found.stop - found.start == len(shared)
-
-
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 12), st.data())
 def test_top_of_rows_is_a_sort_of_each(rows, columns, data):
     value = st.sampled_from([-2.0, -0.0, 0.0, 0.5, 2.0])  # few values: many ties

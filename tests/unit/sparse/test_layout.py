@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speft_ds.sparse.layout import Layout, index_dtype, locate, owner_bounds
+from speft_ds.sparse.layout import Layout, RankShards, index_dtype, locate
 from speft_ds.zero.shards import shard_numel, shard_range
 
 WORLDS = st.integers(1, 70)
@@ -17,17 +17,6 @@ def test_shards_tile_the_weight(numel, world_size):
     covered = [index for start, stop in ranges for index in range(start, stop)]
     assert covered == list(range(numel))
     assert shard_numel(numel, world_size) * world_size - numel < world_size
-
-
-@given(st.integers(1, 2**36), WORLDS, st.data())
-def test_bounds_name_the_owner(numel, world_size, data):
-    values = sorted(data.draw(st.sets(st.integers(0, numel - 1), max_size=30)))
-    index = torch.tensor(values, dtype=index_dtype(numel))
-    bounds = owner_bounds(index, numel, world_size)
-    assert len(bounds) == world_size + 1 and bounds[0] == 0 and bounds[-1] == len(values)
-    for rank in range(world_size):
-        for value in values[bounds[rank] : bounds[rank + 1]]:
-            assert value // shard_numel(numel, world_size) == rank
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=1, max_size=6), WORLDS)
@@ -56,7 +45,10 @@ def test_local_indices_count_from_the_start_of_the_shard(numel, world_size, data
     size = -(-numel // world_size)
     for rank in range(world_size):
         expected = [value - rank * size for value in values if rank * size <= value < (rank + 1) * size]
-        found = layout.local_index("w", index, rank)
+        shards = RankShards({"w": numel}, rank, world_size)
+        own = shards.select({"w": index})
+        found = shards.to_local(own)["w"]
+        assert torch.equal(own["w"], index[layout.bounds["w"][rank] : layout.bounds["w"][rank + 1]])
         assert found.dtype == index.dtype and found.tolist() == expected
         assert layout.counts("w")[rank] == layout.lengths[rank] == len(expected)
 

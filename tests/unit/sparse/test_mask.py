@@ -72,17 +72,13 @@ def test_indices_beyond_int32(tmp_path):
     assert overlap(read, other) == 2 and jaccard(read, other) == 2 / 8
 
 
-def test_int64_indices_of_a_small_weight_become_int32(tmp_path):
-    save_mask(tmp_path / "mask.safetensors", make({Q: {1, 2}}, dtype=torch.int64), {})
+@pytest.mark.parametrize("entries", [{Q: {1, 2}}, {}])
+def test_int64_indices_of_a_small_weight_become_int32(tmp_path, entries):
+    save_mask(tmp_path / "mask.safetensors", make(entries, dtype=torch.int64), {})
     mask, _ = read_mask(tmp_path / "mask.safetensors")
-    assert {index.dtype for index in mask.index.values()} == {torch.int32}
-    assert pairs(mask) == {(Q, 1), (Q, 2)}
-
-
-def test_a_mask_without_entries(tmp_path):
-    save_mask(tmp_path / "mask.safetensors", make({}), {})
-    mask, _ = read_mask(tmp_path / "mask.safetensors")
-    assert mask.num_trainable == 0 and list(mask.index) == list(SHAPE)
+    assert {index.dtype for index in mask.index.values()} == {torch.int32} and list(mask.index) == list(SHAPE)
+    assert pairs(mask) == {(name, place) for name, places in entries.items() for place in places}
+    assert overlap(mask, make({Q: {2, 3}}, dtype=torch.int64)) == len(pairs(mask)) / 2
 
 
 def metadata_of(mask, **changes):
@@ -111,9 +107,7 @@ def refuse(path, *messages):
         (torch.tensor([[1, 2]], dtype=torch.int32), "the index is I32 of shape [1, 2]"),
         (torch.tensor(1, dtype=torch.int32), "the index is I32 of shape []"),
         (torch.tensor([1.0, 2.0]), "the index is F32"),
-        (torch.tensor([1, 2], dtype=torch.int16), "the index is I16"),
         (torch.tensor([1, 2], dtype=torch.uint64), "the index is U64"),
-        (torch.tensor([True, False]), "the index is BOOL"),
         (torch.tensor([1.0], dtype=torch.float8_e4m3fn), "the index is F8_E4M3"),
     ],
 )
@@ -131,7 +125,6 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path, index, message):
         ({"shape": None}, "no shape"),
         ({"shape": "{"}, "no shape"),
         ({"shape": "[" * 100_000}, "no shape"),
-        ({"shape": '["a"]'}, "no shape"),
         ({"shape": "{}"}, "names no weight"),
         ({"facts": None}, "no facts"),
         ({"facts": "1"}, "no facts"),
@@ -140,12 +133,10 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path, index, message):
         ({"shape": json.dumps({UP: [7, 9], K: [2, 4]})}, f"{Q}.index"),
         ({"shape": json.dumps({**SHAPE, "b": 3})}, "'b' has no shape"),
         ({"shape": json.dumps({**SHAPE, "b": [3]})}, "'b' has no shape"),
-        ({"shape": json.dumps({**SHAPE, "b": [0, 3]})}, "'b' has no shape"),
-        ({"shape": json.dumps({**SHAPE, "b": [3, -1]})}, "'b' has no shape"),
+        ({"shape": json.dumps({**SHAPE, "b": [3, 0]})}, "'b' has no shape"),
         ({"shape": json.dumps({**SHAPE, "b": [2.5, True]})}, "'b' has no shape"),
         ({"shape": json.dumps({**SHAPE, "b": [2**40, 2**40]})}, "'b' has no shape"),
         ({"shape": json.dumps({**SHAPE, "b": ["3", None]})}, "'b' has no shape"),
-        ({"shape": json.dumps({**SHAPE, "b": [[[]], {}]})}, "'b' has no shape"),
         ({"shape": f'{{"b": [{"9" * 5000}, 1]}}'}, "no shape"),
         ({"shape": json.dumps({**SHAPE, "b\n": [2, 2]})}, "'b\\n' has no shape"),
         ({"shape": '{"\\ud800": [2, 2]}'}, "has no shape"),
@@ -155,26 +146,23 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path, index, message):
 def test_damaged_metadata_is_refused(tmp_path, changes, message):
     path = tmp_path / "mask.safetensors"
     tensors = {f"{name}.index": index for name, index in MASK.index.items() if index.numel()}
-    if changes.get("shape") == '{"\\ud800": [2, 2]}':
-        tensors = {}
     save_file(tensors, path, metadata_of(MASK, **changes))
     refuse(path, message)
 
 
-def test_other_tensors_and_files_are_refused(tmp_path):
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 100, b"\x02" + b"\0" * 7 + b"[]", bytes(4096)])
+def test_other_tensors_and_files_are_refused(tmp_path, content):
     path = tmp_path / "mask.safetensors"
+    path.write_bytes(content)
+    refuse(path, "not a readable mask")
     save_file({f"{Q}.index": torch.tensor([14]), f"{Q}.delta": torch.tensor([0.5])}, path, metadata_of(MASK))
     refuse(path, f"{Q}.delta")
+    save_file({f"{UP}.index": MASK.index[UP]}, path, metadata_of(MASK))  # those of Q are missing
+    refuse(path, "hash")
     save_file({"weight": torch.zeros(3)}, path)
     refuse(path, "not a mask")
     refuse(tmp_path / "none.safetensors", "not a readable mask")
     refuse(tmp_path, "not a readable mask")
-
-
-def test_a_missing_entry_is_noticed(tmp_path):
-    path = tmp_path / "mask.safetensors"
-    save_file({f"{UP}.index": MASK.index[UP]}, path, metadata_of(MASK))
-    refuse(path, "hash")
 
 
 def test_truncated_and_flipped_files_are_refused(tmp_path):
@@ -197,13 +185,6 @@ def test_truncated_and_flipped_files_are_refused(tmp_path):
         assert mask.sha256 == MASK.sha256  # the byte was of the facts, of a name of nothing, or of padding
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 100, b"\x02" + b"\0" * 7 + b"[]", bytes(4096)])
-def test_garbage_is_refused(tmp_path, content):
-    path = tmp_path / "mask.safetensors"
-    path.write_bytes(content)
-    refuse(path)
-
-
 positions = st.dictionaries(
     st.sampled_from(["a", "b", "c"]), st.sets(st.sampled_from([*range(12), 2**31, 2**32, 2**32 + 1]))
 )
@@ -216,10 +197,6 @@ def test_overlap_and_jaccard_against_sets(left, right):
     both, either = pairs(a) & pairs(b), pairs(a) | pairs(b)
     assert overlap(a, b) == overlap(b, a) == len(both)
     assert jaccard(a, b) == jaccard(b, a) == (len(both) / len(either) if either else 1.0)
-
-
-def test_masks_of_different_index_dtypes_overlap():
-    assert overlap(make({Q: {1, 2}}), make({Q: {2, 3}}, dtype=torch.int64)) == 1
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):

@@ -1,4 +1,4 @@
-"""Units of weights: the arithmetic of blocks, rows and columns, for any shape and beyond 2^31 entries."""
+"""The arithmetic of blocks, rows and columns, for any shape and beyond 2^31 entries."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def rectangles(shape, granularity, block_size) -> list[tuple[range, range]]:
 
 
 @given(GRANULARITIES, st.integers(2, 25), SHAPES)
-def test_units_are_the_rectangles_of_the_weight(granularity, block_size, shape):
+def test_tiles_are_the_rectangles_of_the_weight(granularity, block_size, shape):
     tiles = Tiles.of(granularity, block_size, shape)
     expected = [
         [row * shape[1] + column for row in rows for column in columns]
@@ -43,18 +43,21 @@ def test_units_are_the_rectangles_of_the_weight(granularity, block_size, shape):
 
 
 @given(GRANULARITIES, st.integers(2, 25), SHAPES, st.data())
-def test_entries_of_several_units_are_sorted(granularity, block_size, shape, data):
+def test_entries_of_several_tiles_are_sorted(granularity, block_size, shape, data):
     tiles = Tiles.of(granularity, block_size, shape)
     chosen = data.draw(st.lists(st.integers(0, tiles.num_tiles - 1), unique=True))
     together = tiles.entries(torch.tensor(chosen, dtype=torch.int32))
     one_by_one = [index for tile in chosen for index in tiles.entries(torch.tensor([tile])).tolist()]
     assert together.dtype == torch.int64 and together.tolist() == sorted(one_by_one)
     assert set(tiles.tile_of(together).tolist()) == set(chosen)
+    assert tiles.are_full(together)
+    if chosen and tiles.sizes(tiles.tile_of(together[:1])) > 1:
+        assert not tiles.are_full(together[1:])
 
 
 @settings(max_examples=40, deadline=None)
 @given(GRANULARITIES, st.integers(2, 128), BIG_SHAPES, st.data())
-def test_units_of_big_weights(granularity, block_size, shape, data):
+def test_tiles_of_big_weights(granularity, block_size, shape, data):
     """Exact, where 32-bit integers or floats would not be."""
     rows, columns = shape
     height = {"element": 1, "block": block_size, "row": 1, "column": rows}[granularity]
@@ -81,7 +84,7 @@ def test_units_of_big_weights(granularity, block_size, shape, data):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_unit_numbers_of_either_width_reach_beyond_2_31(dtype):
+def test_tile_numbers_of_either_width_reach_beyond_2_31(dtype):
     tiles = Tiles.of("block", 16, (2**16, 2**16))  # 2^24 blocks, of 2^32 entries
     last = torch.tensor([2**24 - 1], dtype=dtype)
     assert tiles.entries(last)[-1] == 2**32 - 1 and tiles.sizes(last).tolist() == [256]

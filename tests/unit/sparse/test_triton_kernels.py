@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from speft_ds.sparse.kernels.element import ElementGradient
-from speft_ds.sparse.kernels.tiled import BlockGradient, ColumnGradient, RowGradient, is_tiled, make_tiled
+from speft_ds.sparse.kernels.torch_backends import ColumnGradient, RowGradient
+from speft_ds.sparse.kernels.triton_backends import BlockGradient, ElementGradient
 from speft_ds.sparse.tiles import Tiles
 from unit.sparse import triton_checks
 
@@ -181,7 +181,7 @@ def test_blocks_equal_the_dense_gradient(interpreter, size, dtype):
     """Blocks at the edges are smaller; tall ones are cut into strips, many columns into segments."""
     for shape in [(size * 2, size * 3), (size * 2 + 1, size * 4 - 1)]:
         tiles, index = tiles_of("block", size, shape, 5)
-        assert is_tiled(index, tiles)
+        assert tiles.are_full(index)
         compare(interpreter, index.to(torch.int32), shape, 70, dtype, block=size)
 
 
@@ -197,35 +197,11 @@ def test_blocks_of_long_sequences_are_split_and_added_in_order(interpreter):
     compare_split(interpreter, tiles_of("block", 16, (64, 160), 7)[1], (64, 160), "bfloat16", block=16)
 
 
-@pytest.mark.parametrize("granularity, kind", [("row", RowGradient), ("column", ColumnGradient)])
-@pytest.mark.parametrize("shape", [(1, 1), (37, 53), (1, 9), (9, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_and_columns_equal_the_dense_gradient(granularity, kind, shape, dtype):
-    tiles, index = tiles_of(granularity, 0, shape, 3)
-    generator = torch.Generator().manual_seed(0)
-    x, grad_y = (torch.randn(2, 13, features, generator=generator).to(dtype) for features in reversed(shape))
-    expected = torch.einsum("bto,bti->oi", grad_y.double(), x.double()).view(-1)[index]
-    backend = make_tiled(index.to(torch.int32), shape, tiles)
-    if 1 not in shape:
-        assert isinstance(backend, kind)
-    values = backend(x, grad_y)
-    assert values.dtype == torch.float32 and torch.allclose(values.double(), expected, atol=1e-4)
-
-
-def test_an_index_is_tiled_if_each_unit_is_whole():
-    tiles, index = tiles_of("block", 4, (10, 11), 4)
-    assert is_tiled(index, tiles)
-    assert not is_tiled(index[1:], tiles)
-    assert not is_tiled(torch.cat([index, torch.tensor([0])]).unique()[:-1], tiles)
-    assert is_tiled(index, Tiles.of("element", 0, (10, 11)))
-    assert not is_tiled(index, Tiles.of("row", 0, (10, 11)))
-
-
 def test_triton_is_imported_only_for_a_gradient():
     code = """if True:
         import sys
-        import speft_ds.sparse.kernels.element, speft_ds.sparse.kernels.tiled, speft_ds.sparse.state
-        speft_ds.sparse.kernels.element.is_available()
+        import speft_ds.sparse.kernels.backends, speft_ds.sparse.state
+        speft_ds.sparse.kernels.triton_backends.is_available()
         assert "triton" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", code], check=True)

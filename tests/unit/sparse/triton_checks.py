@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
-from speft_ds.sparse.kernels import element, tiled, triton_launch
+from speft_ds.sparse.kernels import triton_backends
 from speft_ds.sparse.tiles import Tiles
 
 
 def is_interpreted() -> bool:
     """Whether programs run in Triton's interpreter."""
-    from speft_ds.sparse.kernels import programs
+    from speft_ds.sparse.kernels import triton_programs
 
     _teach_bfloat16()
-    return type(programs.slot_products).__name__ == "InterpretedFunction"
+    return type(triton_programs.slot_products).__name__ == "InterpretedFunction"
 
 
 def _teach_bfloat16() -> None:
@@ -46,32 +47,27 @@ def gradient(
 ) -> tuple[np.ndarray, dict]:
     """Values of one call of a backend, and facts of it: `splits`, `rows` of a group or strip, `segments`."""
     dtype = getattr(torch, dtype)
-    index, x, grad_y = (
-        torch.from_numpy(index),
-        torch.from_numpy(x).to(dtype),
-        torch.from_numpy(grad_y).to(dtype),
-    )
-    triton_launch.SLAB_BYTES, slab = slab_bytes or triton_launch.SLAB_BYTES, triton_launch.SLAB_BYTES
-    element.GROUP_ROWS, group_rows = (rows,) if rows else element.GROUP_ROWS, element.GROUP_ROWS
-    try:
+    index = torch.from_numpy(index)
+    x, grad_y = (torch.from_numpy(array).to(dtype) for array in (x, grad_y))
+    slab_bytes = slab_bytes or triton_backends.SLAB_BYTES
+    group_rows = (rows,) if rows else triton_backends.GROUP_ROWS
+    with patch.multiple(triton_backends, SLAB_BYTES=slab_bytes, GROUP_ROWS=group_rows):
         if block is None:
-            backend = element.ElementGradient(index, shape)
+            backend = triton_backends.ElementGradient(index, shape)
             facts = {"rows": backend.slots.rows, "segments": backend.slots.segment_group.numel()}
         else:
-            backend = tiled.BlockGradient(index, shape, Tiles.of("block", block, shape))
+            backend = triton_backends.BlockGradient(index, shape, Tiles.of("block", block, shape))
             facts = {"rows": backend.rows, "segments": backend.segments.shape[0]}
         tokens = x.reshape(-1, shape[1]).shape[0]
-        facts["splits"], _ = triton_launch.split_tokens(tokens, shape[1], dtype.itemsize, index.numel())
+        facts["splits"], _ = triton_backends.split_tokens(tokens, shape[1], dtype.itemsize, index.numel())
         values = backend(x, grad_y)
-        assert values.dtype == torch.float32
-        return values.numpy(), facts
-    finally:
-        triton_launch.SLAB_BYTES, element.GROUP_ROWS = slab, group_rows
+    assert values.dtype == torch.float32
+    return values.numpy(), facts
 
 
 def transposed(x: np.ndarray, dtype: str) -> np.ndarray:
-    """`triton_launch.transpose`, as fp32."""
-    return triton_launch.transpose(torch.from_numpy(x).to(getattr(torch, dtype))).float().numpy()
+    """`transpose`, as fp32."""
+    return triton_backends.transpose(torch.from_numpy(x).to(getattr(torch, dtype))).float().numpy()
 
 
 def _untouched(*shape: int) -> torch.Tensor:
@@ -81,14 +77,14 @@ def _untouched(*shape: int) -> torch.Tensor:
 
 def far_apart() -> tuple[list[float], list[float]]:
     """Values and what they should be, where the activations' last elements are more than 2^31 away."""
-    tokens, features = triton_launch.TOKENS + 3, 2**25 + 5
-    x_t = _untouched(features, 2 * triton_launch.TOKENS)
+    tokens, features = triton_backends.TOKENS + 3, 2**25 + 5
+    x_t = _untouched(features, 2 * triton_backends.TOKENS)
     grad_y = _untouched(tokens, features)
     x_t[-1, :tokens], grad_y[-3:, -1] = 2.0, torch.tensor([1.0, 3.0, 5.0])
     x_t[0, :tokens], grad_y[-3:, 0] = 4.0, torch.tensor([7.0, 1.0, 1.0])
     index = torch.tensor([0, features - 1, features * features - 1])
     x = torch.zeros(1, dtype=torch.bfloat16).expand(tokens, features)
-    values = element.ElementGradient(index, (features, features))(x, grad_y, x_t)
+    values = triton_backends.ElementGradient(index, (features, features))(x, grad_y, x_t)
     return values.tolist(), [36.0, 18.0, 18.0]
 
 
@@ -98,11 +94,11 @@ def compile_for(capability: int, dtype: str) -> dict[str, str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from speft_ds.sparse.kernels import programs
+    from speft_ds.sparse.kernels import triton_programs
 
     assert not is_interpreted()
     target = GPUTarget("cuda", capability, 32)
-    options = triton_launch.options(getattr(torch, dtype))
+    options = triton_backends.options(getattr(torch, dtype))
     constants = {name: options.pop(name) for name in ("SLOTS", "TOKENS")}
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
     activations = {name: f"*{short}" for name in ("x", "x_t", "grad_y")}
@@ -120,14 +116,14 @@ def compile_for(capability: int, dtype: str) -> dict[str, str]:
         return triton.compile(source, target=target, options=options).asm["ptx"]
 
     compiled = {
-        f"slot_products {rows}": ptx(programs.slot_products, ROWS=rows, **constants)
-        for rows in element.GROUP_ROWS
+        f"slot_products {rows}": ptx(triton_programs.slot_products, ROWS=rows, **constants)
+        for rows in triton_backends.GROUP_ROWS
     }
-    block = partial(ptx, programs.block_products, ROW_ALIGN=16, **constants)
-    for rows in (16, tiled.MOST_ROWS):
+    block = partial(ptx, triton_programs.block_products, ROW_ALIGN=16, **constants)
+    for rows in (16, triton_backends.MOST_ROWS):
         compiled[f"block_products {rows}"] = block(ROWS=rows, WIDTH=rows, COLUMN_ALIGN=16)
     compiled["transpose_tile"] = ptx(
-        programs.transpose_tile, TOKENS=triton_launch.TOKENS, FEATURES=triton_launch.TOKENS
+        triton_programs.transpose_tile, TOKENS=triton_backends.TOKENS, FEATURES=triton_backends.TOKENS
     )
-    compiled["sum_splits"] = ptx(programs.sum_splits, ORDERED=True, BLOCK=triton_launch.SUM_BLOCK)
+    compiled["sum_splits"] = ptx(triton_programs.sum_splits, ORDERED=True, BLOCK=triton_backends.SUM_BLOCK)
     return compiled

@@ -29,7 +29,7 @@ def test_live_bytes_counts_storages_while_they_live():
 def test_a_fake_run_counts_what_a_real_run_holds(recipe, checkpointing):
     """The same code on real tensors: the same uses of modules, and the storages that live, to the byte."""
     walks = checkpointing == "reentrant"
-    one = Pass(3, 24, checkpointing, "entries", False, walks, "sampled", "cpu", True)
+    one = Pass(3, 24, "entries", checkpointing, False, walks, "sampled", "cpu", True)
     geometry = read_geometry(recipe())
     uses = run_pass(geometry, one)
     assert uses == run_pass(geometry, one, fake=False)
@@ -43,7 +43,7 @@ def peak(recipe):
     """
 
     def run(order, checkpointing="none", persistent="", world_size=2, device="cuda", **zero) -> tuple:
-        uses = [ModuleUse(kind, (weight,), 0, 100) for kind, weight in (use.split() for use in order)]
+        uses = [ModuleUse(kind, (weight,), 100) for kind, weight in (use.split() for use in order)]
         zero = {"prefetch_bucket_size": 0, "max_reuse_distance": 0, **zero}
         geometry = SimpleNamespace(
             numel=dict.fromkeys("abc", 10), trained=set("abc") - set(persistent), dtype="float32"

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from speft_ds.comm import deepspeed_shm
 from speft_ds.config.load_recipe import ROOT
 from speft_ds.tools import doctor
 from speft_ds.tools.doctor import Check, run_group
@@ -54,8 +55,8 @@ def found(checks, name):
 # The report
 
 
-@pytest.fixture(scope="module")
-def report():
+def test_this_machine_is_ready():
+    """A piped report: plain text, without the token."""
     code = f"""
 import sys
 from speft_ds.tools import doctor
@@ -66,10 +67,7 @@ sys.exit(doctor.exit_code(checks))
 """
     env = {key: value for key, value in os.environ.items() if not STRANGE.fullmatch(key)}
     env |= {"HF_TOKEN": TOKEN, "FORCE_COLOR": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-
-
-def test_this_machine_is_ready(report):
+    report = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert report.returncode == 0, report.stdout + report.stderr
     lines = report.stdout.splitlines()
     status = {line[9:].split("  ")[0]: line[:9].strip() for line in lines[1:-1] if line[:1].strip()}
@@ -77,10 +75,7 @@ def test_this_machine_is_ready(report):
         assert status[name] == "ok"
     assert not {"pytest", "peft"} & status.keys()  # extras
     assert status.keys() >= {"ninja", "GPUs", "build lock", "/dev/shm", "hub", "memory", "cores", "SLURM"}
-    assert lines[0].startswith("speft doctor: speft_ds ") and lines[-1].startswith("verdict: ready")
-
-
-def test_a_piped_report_is_plain_text_without_the_token(report):
+    assert lines[-1].startswith("verdict: ready")
     assert report.stdout.isascii() and "\x1b" not in report.stdout and "hub token" in report.stdout
     assert TOKEN not in report.stdout + report.stderr
 
@@ -99,6 +94,7 @@ def test_a_terminal_gets_the_same_lines_in_color(capsys):
     marks = [line.split()[0] for line in plain[1:-1]]
     assert marks == ["ok", "warning", "fix:", "skipped", "problem", "fix:"]
     assert "[red]so so[/red]" in plain[2] and "type this" in plain[3] and plain[-1].startswith("verdict: NOT")
+    assert doctor.exit_code(CHECKS) == 1 and doctor.exit_code(CHECKS[:3]) == 0  # a warning does not fail
 
     main, terminal = pty.openpty()
     code = f"from speft_ds.tools.doctor import *; print_report({CHECKS!r})"
@@ -111,10 +107,6 @@ def test_a_terminal_gets_the_same_lines_in_color(capsys):
     without_color = re.sub(r"\x1b\[[\d;]*m", "", shown)
     assert without_color != shown
     assert [line.rstrip() for line in without_color.splitlines()] == plain
-
-
-def test_only_problems_fail():
-    assert doctor.exit_code(CHECKS) == 1 and doctor.exit_code(CHECKS[:3]) == 0
 
 
 # The installation
@@ -245,21 +237,20 @@ def test_an_nvidia_smi_that_fails(tmp_path, monkeypatch):
 # DeepSpeed and two ranks
 
 
-def test_the_lock_of_a_build(tmp_path):
-    assert doctor.check_build_lock(tmp_path).status == "ok"
-    lock = tmp_path / "lock"
-    lock.touch()
-    assert doctor.check_build_lock(tmp_path).status == "ok"
-    os.utime(lock, (time.time() - 3600,) * 2)
-    check = doctor.check_build_lock(tmp_path)
-    assert check.status == "warning" and check.fix.endswith(f"rm -r {tmp_path}")
-
-
-def test_shared_memory_that_is_too_small(monkeypatch):
+def test_the_lock_of_a_build_and_shared_memory(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert found(doctor.check_deepspeed(), "build lock").status == "ok"
+    lock = tmp_path / deepspeed_shm.NAME / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    assert found(doctor.check_deepspeed(), "build lock").status == "ok"
+    os.utime(lock, (time.time() - 3600,) * 2)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=131 * 2**20))
-    check = found(doctor.check_deepspeed(), "/dev/shm")
-    assert check.status == "problem" and "--shm-size=2g" in check.fix
+    checks = list(doctor.check_deepspeed())
+    stale, memory = found(checks, "build lock"), found(checks, "/dev/shm")
+    assert stale.status == "warning" and stale.fix.endswith(f"rm -r {lock.parent}")
+    assert memory.status == "problem" and "--shm-size=2g" in memory.fix
 
 
 def die_as_rank_1(rank, backend, port):
@@ -321,7 +312,7 @@ def test_the_hubs_folder_and_token(tmp_path, monkeypatch):
     assert check.status == "problem" and "export HF_HOME=" in check.fix
 
 
-def test_folders(tmp_path, monkeypatch):
+def test_folders_that_are_small_or_cannot_be_written(tmp_path, monkeypatch):
     assert doctor.check_folder("cache", tmp_path / "a" / "b", "CACHE", 0).status == "ok"
     assert not list(tmp_path.iterdir())
     assert doctor.check_folder("cache", tmp_path, "CACHE", 1e9).status == "warning"
@@ -332,17 +323,14 @@ def test_folders(tmp_path, monkeypatch):
 
 
 def test_limits_of_control_groups(tmp_path):
-    def write(path, text):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
     root, own = tmp_path / "root", tmp_path / "own"
-    write(own, "0::/job/step\n")
+    own.write_text("0::/job/step\n")
     assert doctor.cgroup_limits(root, own) == (float("inf"), float("inf"))
-    write(root / "job" / "memory.max", "4294967296\n")
-    write(root / "job" / "step" / "memory.max", "max\n")
-    write(root / "job" / "cpu.max", "max 100000\n")
-    write(root / "job" / "step" / "cpu.max", "150000 100000\n")
+    (root / "job" / "step").mkdir(parents=True)
+    (root / "job" / "memory.max").write_text("4294967296\n")
+    (root / "job" / "step" / "memory.max").write_text("max\n")
+    (root / "job" / "cpu.max").write_text("max 100000\n")
+    (root / "job" / "step" / "cpu.max").write_text("150000 100000\n")
     assert doctor.cgroup_limits(root, own) == (2**32, 1.5)
 
 

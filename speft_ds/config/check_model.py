@@ -1,0 +1,103 @@
+"""What a model's config.json tells without torch: whether, and on how long rows, it can be trained."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+from speft_ds.config.recipe import Recipe
+from speft_ds.errors import UserError
+
+# What configurations call the number of positions, in the order in which they are looked for.
+POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_sequence_length",
+    "seq_length",
+)
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+UNQUANTISED = "name the model that it was made from; a quantised base cannot be trained yet"
+
+
+def model_problems(recipe: Recipe, file: Path, trains: bool) -> list[UserError]:
+    """What is wrong with the model of a recipe, by its config.json.
+
+    Args:
+        trains: False for a job that reads no rows: positions do not matter then.
+    """
+    where = recipe.where("model.name_or_path")
+    try:
+        config = read_config(file)
+    except UserError as error:
+        return [error]
+    problems = []
+    if config.get("quantization_config"):
+        what = f"the model is quantised: {quantization(config['quantization_config'])}"
+        problems.append(UserError(what, where, UNQUANTISED))
+    if config.get("is_encoder_decoder") is True:
+        what = "the model is an encoder-decoder, of which a causal language model is only a part"
+        problems.append(UserError(what, where, "a decoder model, as Llama, Qwen, Gemma or Mistral"))
+    if config.get("auto_map") and not is_known(config.get("model_type")):
+        what = f"the model brings code of its own ({config.get('model_type')}), which is never run here"
+        problems.append(UserError(what, where, "a model whose type transformers itself has"))
+    limit, most = recipe.data.max_length, num_positions(config)
+    if trains and most is not None and limit > most:
+        what = f"data.max_length={limit} is more than the {most} positions of the model"
+        problems.append(UserError(what, recipe.where("data.max_length"), f"data.max_length={most}, or less"))
+    return problems
+
+
+def read_config(file: Path) -> dict:
+    """A config.json. Raises UserError where it cannot be read."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"not readable as JSON: {error}", str(file), "download or copy it again") from error
+    return config
+
+
+def quantization(section: object) -> str:
+    """What a quantization_config says of the weights, in words: `bitsandbytes, 4 bits, nf4`."""
+    if not isinstance(section, dict):
+        return "its quantization_config does not say how"
+    bits = section.get("bits") or section.get("w_bit")
+    bits = bits or next((n for n in (4, 8) if section.get(f"load_in_{n}bit")), None)
+    kind = section.get("bnb_4bit_quant_type") if bits == 4 else section.get("fmt")
+    parts = [section.get("quant_method", "by an unnamed method"), f"{bits} bits" if bits else None, kind]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def sections(config: dict) -> list[dict]:
+    """A configuration, and those of its language model in it."""
+    return [part for part in (config, *map(config.get, TEXT_CONFIGS)) if isinstance(part, dict)]
+
+
+def num_positions(config: dict) -> int | None:
+    """How long a row may be; None: the configuration does not say."""
+    values = [section.get(key) for section in sections(config) for key in POSITIONS]
+    return next((value for value in values if type(value) is int and value > 0), None)
+
+
+def is_known(model_type: object) -> bool:
+    """Whether transformers has this type of model; its list is read: an import would be one of torch."""
+    package = Path(find_spec("transformers").submodule_search_locations[0])
+    listed = package / "models" / "auto" / "auto_mappings.py"
+    return isinstance(model_type, str) and f'"{model_type}"' in listed.read_text(encoding="utf-8")
+
+
+def rope_switch(config: dict) -> int | None:
+    """The length up to which LongRoPE rotates by its short factors; None: it is no LongRoPE.
+
+    Ding et al., 2024. transformers chooses by the longest row of a batch.
+    """
+    for section in sections(config):
+        rope = section.get("rope_parameters") or section.get("rope_scaling")
+        if isinstance(rope, dict) and "longrope" in (rope.get("rope_type"), rope.get("type")):
+            switch = (section | rope).get("original_max_position_embeddings")
+            return switch if type(switch) is int else None
+    return None

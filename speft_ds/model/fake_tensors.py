@@ -1,0 +1,39 @@
+"""A model's own code run on fake tensors, which have shapes and no data: nothing is computed or allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
+
+
+class _GroupedProducts(TorchDispatchMode):
+    """Products by group in every dtype: torch knows their shape for bfloat16 alone."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._grouped_mm.default:
+            x, weight = args[:2]
+            return x.new_empty(x.shape[0], weight.shape[-1])
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def fake_tensors(packing: bool = False) -> Iterator[None]:
+    """Tensors that are made inside the block are fake; `packing`: see `reads_packing`."""
+    with FakeTensorMode(), _GroupedProducts(), reads_packing(packing):
+        yield
+
+
+@contextmanager
+def reads_packing(packing: bool) -> Iterator[None]:
+    """Say whether rows are packed: transformers reads it from positions, and fake ones have no values."""
+    original = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = original if packing else lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original

@@ -1,0 +1,140 @@
+"""What a text forward reaches: which weights it uses, and which of them hand over their gradient's factors.
+
+A vision tower, cross-attention or a head for later tokens is never used; a fused kernel may take a module's
+weight and bypass the module. Neither can be trained, so neither may get a part of the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+
+from speft_ds.model.kinds.target import Target
+from speft_ds.model.targets import layer_number, place, shorten
+from speft_ds.model.weight_grad_hooks import weight_grad_hooks
+from speft_ds.zero.shards import full_shape
+
+WARN_BELOW = 0.9  # share of the decoder's elements
+PROBE = [0, 1, 0, 1]  # tokens that every vocabulary has
+MIN_NAMED, MAX_NAMED = 1e-2, 6  # share of a place that is worth a word, and how many are named
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far training can reach.
+
+    Attributes:
+        fed: targets whose module hands over its gradient's factors.
+        used: weights that the forward uses, of any kind.
+        elements: weight -> its elements, of all weights.
+        looks_ahead: whether a token's logits depend on the tokens after it, as those of BERT do.
+    """
+
+    fed: frozenset[str]
+    used: frozenset[str]
+    elements: dict[str, int]
+    looks_ahead: bool
+
+    @property
+    def decoder(self) -> list[str]:
+        """The weights of the decoder: those that the forward uses, in its layers."""
+        return [name for name in self.elements if name in self.used and layer_number(name) is not None]
+
+    def coverage(self, targets: dict[str, Target]) -> float:
+        """Share of the decoder's elements that are in targets."""
+        decoder = self.decoder
+        total = sum(self.elements[name] for name in decoder)
+        return sum(self.elements[name] for name in decoder if name in targets) / max(1, total)
+
+    def lines(self, targets: dict[str, Target], starved: list[str], are_chosen: bool) -> list[str]:
+        """What a run says of it: how many weights, what share, what is left out, and a warning if it is much.
+
+        Args:
+            starved: what would be a target, but that no backward feeds.
+            are_chosen: whether the recipe names the targets.
+        """
+        decoder, share = self.decoder, self.coverage(targets)
+        inside = [name for name in decoder if name in targets]
+        lines = [f"targets: {len(inside)} of {len(decoder)} weights, {share:.1%} of the decoder's elements"]
+        if left := self._left_out(targets):
+            lines[0] += f"; not trained: {', '.join(left)}"
+        if unused := [name for name in starved if name not in self.used]:
+            lines.append(f"note: {len(unused)} weights have no part in a text forward: {shorten(unused)}")
+        if bypassed := [name for name in starved if name in self.used]:
+            lines.append(f"note: not used as linear layers, so not trained: {shorten(bypassed)}")
+        if share < WARN_BELOW:
+            more = "mask.targets=null mask.layers=null trains more" if are_chosen else "see docs/models.md"
+            lines.append(f"warning: {1 - share:.0%} of the decoder is never trained: {more}")
+        return lines
+
+    def _left_out(self, targets: dict[str, Target]) -> list[str]:
+        """Places in the decoder without a target, the largest first: `mamba.dt_proj (24 weights, 3.1%)`."""
+        total, places = sum(self.elements[name] for name in self.decoder), {}
+        for name in self.decoder:
+            if name not in targets:
+                places.setdefault(place(name)[1], []).append(self.elements[name] / total)
+        named = [(where, shares) for where, shares in places.items() if sum(shares) >= MIN_NAMED]
+        named.sort(key=lambda item: -sum(item[1]))
+        return [f"{where} ({len(shares)} weights, {sum(shares):.1%})" for where, shares in named[:MAX_NAMED]]
+
+
+class _Uses(TorchFunctionMode):
+    """Records which of some weights are arguments of anything but a view."""
+
+    def __init__(self, weights: dict[str, nn.Parameter]):
+        super().__init__()
+        self.names = {id(weight): name for name, weight in weights.items()}
+        self.used: set[str] = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for value in (*args, *(kwargs or {}).values()):
+            if isinstance(value, Tensor) and isinstance(out, Tensor):
+                for tensor in (value, value._base):
+                    if id(tensor) in self.names and out._base is not tensor:
+                        self.used.add(self.names[id(tensor)])
+        return out
+
+
+def find_reach(
+    model: nn.Module, targets: dict[str, Target], after_backward: Callable[[], None] = lambda: None
+) -> Reach:
+    """Ask the model itself: the first token's logits of one row, and their gradient, in evaluation mode.
+
+    Args:
+        model: adapted (see `Target.adapt`), of real or of fake tensors; sharded, it is in its engine, and
+            all ranks call this.
+        after_backward: called after the backward.
+    Raises:
+        RuntimeError: of fake tensors, a forward that depends on values.
+    """
+    weights, fed, embedded = dict(model.named_parameters()), set(), []
+    elements = {name: full_shape(weight).numel() for name, weight in weights.items()}
+    hooks = {name: lambda *factors, n=name: fed.add(n) for name in targets}
+    uses, was_training = _Uses(weights), model.training
+    device = next(model.parameters()).device
+
+    def keep(module: nn.Module, inputs, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_(True))
+        return embedded[-1].clone()  # which the model may scale in place
+
+    handle = model.get_input_embeddings().register_forward_hook(keep)
+    model.eval()
+    try:
+        with weight_grad_hooks(targets, hooks):
+            with uses:
+                logits = model(input_ids=torch.tensor([PROBE], device=device), use_cache=False).logits
+            logits[:, 0].float().sum().backward()
+            after_backward()
+    finally:
+        handle.remove()
+        model.train(was_training)
+    gradient = embedded[0].grad
+    has_values = gradient is not None and not (gradient.is_meta or isinstance(gradient, FakeTensor))
+    looks_ahead = has_values and bool(gradient[:, 1:].any())
+    return Reach(frozenset(fed), frozenset(uses.used | fed), elements, looks_ahead)

@@ -1,0 +1,43 @@
+"""Hooks for the gradients of frozen weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from speft_ds.model.kinds.target import Target
+
+# (columns, rows) of a weight's gradient sum_t rows[t, i] * columns[t, j]: of a linear x and grad_y. Of a
+# stack of experts, the tokens are sorted by expert, and a third argument [experts] says where each expert's
+# end.
+WeightGradHook = Callable[..., None]
+
+
+@contextmanager
+def weight_grad_hooks(targets: dict[str, Target], hooks: dict[str, WeightGradHook | None]) -> Iterator[None]:
+    """Inside the block, the backward of each target calls this hook of it and not the one before."""
+    before = {name: target.weight_grad_hook for name, target in targets.items()}
+    try:
+        for name, target in targets.items():
+            target.weight_grad_hook = hooks[name]
+        yield
+    finally:
+        for name, target in targets.items():
+            target.weight_grad_hook = before[name]
+
+
+def chain_hooks(*hooks: WeightGradHook | None) -> WeightGradHook | None:
+    """One hook that calls all that are not None; None where all are."""
+    present = [hook for hook in hooks if hook is not None]
+    if len(present) < 2:
+        return present[0] if present else None
+
+    def call_all(*factors: Tensor) -> None:
+        for hook in present:
+            hook(*factors)
+
+    return call_all

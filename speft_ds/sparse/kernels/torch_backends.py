@@ -1,0 +1,141 @@
+"""Backends in plain torch: dense products on any device, sampled ones (SDDMM) on a CPU."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+
+import torch
+from torch import Tensor
+
+# Elements of the dense gradient alive at once: a full-size weight gradient never is.
+BLOCK_ELEMENTS = 2**21
+# Of one sampled product, at most: what is longer falls out of the cache before it is used again.
+TOKENS, INPUT_BYTES = 1024, 6 * 2**20
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with fp32 accumulation and an fp32 result, whatever the inputs' dtype."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+class DenseGradient:
+    """The reference: the dense weight gradient, a block of rows at a time, and a gather.
+
+    Args:
+        index: [k] sorted flat indices.
+        shape: (out_features, in_features) of the weight.
+    """
+
+    def __init__(self, index: Tensor, shape: tuple[int, int]):
+        self.out_features, self.in_features = shape
+        self.index = index
+        self.block = max(1, BLOCK_ELEMENTS // self.in_features)
+        edges = torch.arange(0, self.out_features, self.block, dtype=torch.int64) * self.in_features
+        positions = torch.searchsorted(index.to("cpu", torch.int64), edges)
+        self.bounds = [*positions.tolist(), index.numel()]
+
+    def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
+        x, grad_y = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
+        values = torch.empty(self.index.numel(), dtype=torch.float32, device=x.device)
+        for number, row in enumerate(range(0, self.out_features, self.block)):
+            start, stop = self.bounds[number], self.bounds[number + 1]
+            if start == stop:
+                continue
+            gradient = matmul_fp32(grad_y[:, row : row + self.block].t(), x)  # [block, in]
+            local = self.index[start:stop].to(torch.int64) - row * self.in_features
+            torch.take(gradient, local, out=values[start:stop])
+        return values
+
+
+class RowGradient:
+    """Gradient of full rows; `pays`: whether it should be faster than the dense product."""
+
+    def __init__(self, index: Tensor, shape: tuple[int, int]):
+        self.rows = torch.div(index[:: shape[1]], shape[1], rounding_mode="floor")
+        self.pays = 2 * self.rows.numel() <= shape[0]
+
+    def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
+        chosen = grad_y.reshape(-1, grad_y.shape[-1])[:, self.rows]
+        return matmul_fp32(chosen.t(), x.reshape(-1, x.shape[-1])).view(-1)
+
+
+class ColumnGradient:
+    """Gradient of full columns; `pays`: whether it should be faster than the dense product."""
+
+    def __init__(self, index: Tensor, shape: tuple[int, int]):
+        self.columns = index[: index.numel() // shape[0]].clone()  # of the first row, not a view of them all
+        self.pays = 2 * self.columns.numel() <= shape[1]
+
+    def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
+        chosen = x.reshape(-1, x.shape[-1])[:, self.columns]
+        return matmul_fp32(grad_y.reshape(-1, grad_y.shape[-1]).t(), chosen).view(-1)
+
+
+class SharedTranspose:
+    """The transposed copy of one tensor for all that ask for it in a row; it goes when the tensor goes.
+
+    Args:
+        make: tensor -> its copy.
+    """
+
+    def __init__(self, make):
+        self.make, self.of, self.copy = make, None, None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.of is None or self.of() is not x:
+            self.copy = None  # before the next one is made
+            self.copy, self.of = self.make(x), weakref.ref(x, self._forget)
+        return self.copy
+
+    def _forget(self, of: weakref.ref) -> None:
+        if of is self.of:
+            self.of = self.copy = None
+
+
+def transpose_fp32(x: Tensor) -> Tensor:
+    """[..., features] -> [features, tokens] fp32: transposed first, while it is narrow."""
+    return x.reshape(-1, x.shape[-1]).t().contiguous().float()
+
+
+def split_for_cache(x: Tensor, in_features: int) -> tuple[Tensor, ...]:
+    """[..., features], input or gradient of a layer -> views [tokens of one product, features]."""
+    flat = x.reshape(-1, x.shape[-1])
+    num_tokens = flat.shape[0]
+    num_parts = max(1, -(-num_tokens // TOKENS), -(-4 * num_tokens * in_features // INPUT_BYTES))
+    return flat.chunk(num_parts)
+
+
+shared_transpose = SharedTranspose(
+    lambda x: [transpose_fp32(part) for part in split_for_cache(x, x.shape[-1])]
+)
+
+
+class SampledGradient:
+    """`torch.sparse.sampled_addmm` on a CSR pattern that is laid out once a mask, for a CPU.
+
+    The product takes the dot product of two rows of [features, tokens] for each entry. torch has it in fp32
+    only; the casts also give fp32 accumulation to bf16 activations. Arguments as for `DenseGradient`.
+    """
+
+    def __init__(self, index: Tensor, shape: tuple[int, int]):
+        out_features, in_features = shape
+        rows = torch.div(index, in_features, rounding_mode="floor")
+        columns = index - rows * in_features
+        row_starts = torch.zeros(out_features + 1, dtype=index.dtype, device=index.device)
+        row_starts[1:] = torch.cumsum(torch.bincount(rows, minlength=out_features), 0)
+        zeros = torch.zeros(index.numel(), dtype=torch.float32, device=index.device)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            self.pattern = torch.sparse_csr_tensor(
+                row_starts, columns, zeros, size=shape, check_invariants=True
+            )
+
+    def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
+        total = None
+        for x_t, part in zip(shared_transpose(x), split_for_cache(grad_y, x.shape[-1]), strict=True):
+            product = torch.sparse.sampled_addmm(self.pattern, transpose_fp32(part), x_t.t(), beta=0.0)
+            total = product.values() if total is None else total.add_(product.values())
+        return total

@@ -1,5 +1,6 @@
 """The `data` section: which rows, in what format, and how they become sequences."""
 
+from datetime import date
 from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
@@ -17,6 +18,12 @@ COLUMNS = {  # of each format
     "text": ("text",),
     "classification": ("text", "label"),
 }
+
+OWN_ARGUMENTS = {  # of apply_chat_template, which the rows or tokenising decide
+    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
+    "continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding",
+    "truncation", "max_length", "tokenizer_kwargs", "sanitize_control_tokens", "strftime_now",
+}  # fmt: skip
 
 
 def template_fields(template: str) -> list[str]:
@@ -50,6 +57,13 @@ def _readable_template(value: str) -> str:
 Template = Annotated[Text, AfterValidator(_readable_template)]
 
 
+def _readable_date(value: str) -> str:
+    try:
+        return date.fromisoformat(value).isoformat()
+    except ValueError:
+        raise broken_rule(f"{value!r} is no date", "like 2026-01-31") from None
+
+
 def _quoted(value: Any) -> Any:
     # YAML 1.1 reads a bare yes, no, on or off as a boolean.
     if isinstance(value, list) and any(isinstance(name, bool | int | float) for name in value):
@@ -79,7 +93,7 @@ class Columns(ConfigSection):
     response: Text = "response"
     """format prompt_completion: the response"""
     messages: Text = "messages"
-    """format messages: a list of {role, content}"""
+    """format messages: a conversation, as a list of {role, content}"""
     text: Text = "text"
     """formats text and classification: the text"""
     label: Text = "label"
@@ -134,6 +148,14 @@ class DataConfig(ConfigSection):
         ),
     ] = True
     """wrap prompt and response in the tokenizer's chat template"""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """options for the chat template, like {enable_thinking: false}"""
+    system: str | None = None
+    """of conversations without a system prompt, '' for none; null: what the chat template writes by itself"""
+    turns: Literal["auto", "each", "last", "together"] = "auto"
+    """rows of a conversation: each turn of the assistant, the last, all together; auto: together or each"""
+    date: Annotated[str, AfterValidator(_readable_date)] | None = None
+    """what chat templates take for today, like 2026-01-31; null: the day on which the run began"""
     labels: Annotated[
         Annotated[list[Text], Field(min_length=2)] | None,
         BeforeValidator(_quoted),
@@ -174,6 +196,22 @@ class DataConfig(ConfigSection):
                 fix = f"its columns are {', '.join(COLUMNS[chosen])}; or set data.format"
                 what = f"data.columns.{name} has no effect with data.format={chosen}"
                 raise broken_rule(what, fix, key=f"data.columns.{name}")
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _are_options(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if own := sorted((value or {}).keys() & OWN_ARGUMENTS):
+            what = f"data.chat_template_kwargs.{own[0]} is not for the recipe to give"
+            raise broken_rule(what, "remove it; tools and documents are columns of the rows")
+        return value
+
+    @field_validator("system", "chat_template_kwargs")
+    @classmethod
+    def _has_a_chat_template(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and not info.data.get("chat_template", True) and not info.data.get("mixture"):
+            what = f"data.{info.field_name} has no effect with data.chat_template=false"
+            raise broken_rule(what, f"data.chat_template=true, or data.{info.field_name}=null")
         return value
 
     @field_validator("template_no_input")

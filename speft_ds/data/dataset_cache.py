@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import date
 from importlib.metadata import version
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from tqdm import tqdm
 from speft_ds import hub
 from speft_ds.config.data_config import DataConfig, Source
 from speft_ds.config.recipe import Recipe
+from speft_ds.data.chat_template import writes_date
+from speft_ds.data.conversations import EmptyRow, Example
 from speft_ds.data.dataset import Row, TokenizedDataset, first_fit, write_dataset
-from speft_ds.data.formats import Classes, EmptyRow, Example, find_classes, make_example
+from speft_ds.data.formats import Classes, find_classes, make_example
 from speft_ds.data.readers import Located, hash_file, hash_files
 from speft_ds.data.row_counts import COUNTED, EMPTY, NOT_SELECTED
 from speft_ds.data.sources import (
@@ -35,12 +39,11 @@ from speft_ds.data.sources import (
     some,
     source_files,
 )
-from speft_ds.data.tokenize import Encoder
+from speft_ds.data.tokenize import Encoded, Encoder, batches, stop_ids
 from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
 
-FORMAT_VERSION = "3"  # of the file, and of what tokenising does: another version is another key
-BATCH = 1000  # rows tokenised in one call, on all cores
+FORMAT_VERSION = "4"  # of the file, and of what tokenising does: another version is another key
 NUM_SAMPLES = 3  # rows kept as text, to be shown
 
 
@@ -70,6 +73,15 @@ class DatasetSpec:
         classify = recipe.model.task == "sequence_classification"
         return cls(recipe.data, recipe.model.name_or_path, classify, recipe.seed, recipe.where_rows)
 
+    @property
+    def date(self) -> date:
+        """What chat templates take for today."""
+        return date.fromisoformat(self.data.date) if self.data.date else date.today()
+
+    def encoder(self, tokenizer: Any) -> Encoder:
+        """What makes its rows."""
+        return Encoder(tokenizer, self.data, stop_ids(tokenizer, self.model), self.date)
+
     def path(self) -> Path:
         """The file that keeps the dataset, named by a hash of all that decides what is in it.
 
@@ -80,7 +92,8 @@ class DatasetSpec:
         parts = [
             FORMAT_VERSION,
             *(version(name) for name in ("transformers", "tokenizers")),
-            data.model_dump(mode="json", exclude={"path", "mixture"}),
+            data.model_dump(mode="json", exclude={"path", "mixture", "date"}),
+            self.date.isoformat() if writes_date(hub.model_folder(self.model)) else None,
             [source.model_dump(mode="json", exclude={"path", "weight"}) for source in data.sources],
             self.classify,
             self.seed if data.select == "random" else None,
@@ -153,7 +166,7 @@ def prepare(
             log(f"note: {some(unread)} in {source.path} belong to no split, and are not read")
     path = spec.path()
     if cached := find_cached(path):  # in a folder that may be shared, and not writable
-        return cached
+        return _told(cached, log)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The rename at the end of writing makes it safe; the lock saves the others from doing the same work.
@@ -164,7 +177,13 @@ def prepare(
     except OSError as error:
         fix = "free space, or set SPEFT_DS_CACHE to a folder on another disk"
         raise UserError(f"cannot write the tokenised rows: {error}", str(path.parent), fix) from error
-    return TokenizedDataset(path)
+    return _told(TokenizedDataset(path), log)
+
+
+def _told(dataset: TokenizedDataset, log: Callable[[str], None]) -> TokenizedDataset:
+    for note in dataset.facts["notes"]:
+        log(f"note: {note}")
+    return dataset
 
 
 @dataclass
@@ -179,8 +198,8 @@ class _SourceRows:
 def make_dataset(spec: DatasetSpec, tokenizer: Any, path: Path) -> None:
     """Read, tokenise, select and pack the rows, and write them to `path`."""
     data, classes = spec.data, classes_of(spec.data)
-    encoder = Encoder(tokenizer, data.max_length, data.long_rows)
-    sources = [_tokenize_source(spec, number, encoder, classes) for number in range(len(data.sources))]
+    encoder, forms = spec.encoder(tokenizer), Counter()
+    sources = [_tokenize_source(spec, number, encoder, classes, forms) for number in range(len(data.sources))]
     if data.select != "all":
         _select(sources, spec)
     for number, source in enumerate(sources):
@@ -193,9 +212,17 @@ def make_dataset(spec: DatasetSpec, tokenizer: Any, path: Path) -> None:
     facts = {
         "sources": [source.counts for source in sources],
         "classes": classes.names if classes else None,
+        "notes": [*(f"{form}: {number:,} rows" for form, number in forms.items()), *encoder.turns.notes()],
+        "end_of_turn": _ends(sources, tokenizer),
         "samples": [row.as_text(tokenizer) for row in sources[0].rows[:NUM_SAMPLES]],
     }
     write_dataset(path, [source.rows for source in sources], packs, facts)
+
+
+def _ends(sources: list[_SourceRows], tokenizer: Any) -> dict[str, int]:
+    """The label tokens that rows end with, as text, and how many rows do."""
+    ends = Counter(int(row.ids[-1]) for source in sources for row in source.rows if row.loss_mask[-1])
+    return {tokenizer.convert_ids_to_tokens(token): number for token, number in ends.most_common(5)}
 
 
 def classes_of(data: DataConfig) -> Classes | None:
@@ -209,20 +236,22 @@ def classes_of(data: DataConfig) -> Classes | None:
 
 
 def _tokenize_source(
-    spec: DatasetSpec, number: int, encoder: Encoder, classes: Classes | None
+    spec: DatasetSpec, number: int, encoder: Encoder, classes: Classes | None, forms: Counter
 ) -> _SourceRows:
     source, done = spec.data.sources[number], _SourceRows([], [], dict.fromkeys(COUNTED, 0))
     rows = tqdm(iterate_rows(source), desc=source.path, unit=" rows", disable=not sys.stderr.isatty())
-    for _, example, row, change in encode_rows(rows, source, spec, encoder, classes):
+    for _, example, encoded in encode_rows(rows, source, spec, encoder, classes):
         done.counts["rows"] += 1
-        if change:
-            done.counts[change] += 1
-        if row is not None:
-            # A list of Python integers would take nine times the memory.
-            ids, loss_mask = np.asarray(row.ids, np.int32), np.asarray(row.loss_mask)
-            done.rows.append(replace(row, ids=ids, loss_mask=loss_mask))
-            if spec.data.select == "ifd":
-                done.texts.append(_prompt_and_response(example))
+        forms.update([example.form] if example is not None and example.form else [])
+        for row, change, end in encoded:
+            if change:
+                done.counts[change] += 1
+            if row is not None:
+                # A list of Python integers would take nine times the memory.
+                ids, loss_mask = np.asarray(row.ids, np.int32), np.asarray(row.loss_mask)
+                done.rows.append(replace(row, ids=ids, loss_mask=loss_mask))
+                if spec.data.select == "ifd":
+                    done.texts.append(_prompt_and_response(example, end))
     if not done.counts["rows"]:
         raise UserError(f"{source.path} has no rows", spec.where(number), "write at least one row into it")
     return done
@@ -230,19 +259,18 @@ def _tokenize_source(
 
 def encode_rows(
     rows: Located, source: Source, spec: DatasetSpec, encoder: Encoder, classes: Classes | None
-) -> Iterator[tuple[str, Example | None, Row | None, str | None]]:
-    """For each row where it stands, its example, the row as tokens, and what was done to it, one of COUNTED.
+) -> Iterator[tuple[str, Example | None, list[Encoded]]]:
+    """For each row where it stands, its example, and what it became: with what was done, one of COUNTED.
 
-    An empty row has no example, and a row that is left out no tokens.
+    An empty row has no example, and a row that is left out no tokens. A conversation may become several rows.
 
     Raises:
         UserError: a row that cannot be used.
     """
-    examples = _make_examples(rows, source, spec, classes)
-    while batch := list(islice(examples, BATCH)):
+    for batch in batches(_make_examples(rows, source, spec, classes)):
         encoded = iter(encoder.encode([(where, example) for where, example in batch if example is not None]))
         for where, example in batch:
-            yield (where, example, *((None, EMPTY) if example is None else next(encoded)))
+            yield where, example, [Encoded(None, EMPTY)] if example is None else next(encoded)
 
 
 def _make_examples(
@@ -267,16 +295,22 @@ def left_out_rows(spec: DatasetSpec, tokenizer: Any) -> Iterator[tuple[str, str]
         UserError: a row that cannot be used.
     """
     classes = classes_of(spec.data)
-    encoder = Encoder(tokenizer, spec.data.max_length, spec.data.long_rows)
+    encoder = spec.encoder(tokenizer)
     for source in spec.data.sources:
-        for where, _, row, change in encode_rows(iterate_rows(source), source, spec, encoder, classes):
-            if row is None:
-                yield where, change
+        for where, _, encoded in encode_rows(iterate_rows(source), source, spec, encoder, classes):
+            yield from ((where, made.change) for made in encoded if made.row is None)
 
 
-def _prompt_and_response(example: Example) -> tuple[str, str]:
-    *before, last = example.turns
-    return "".join(turn["content"] + "\n" for turn in before), last["content"]
+def _prompt_and_response(example: Example, end: int) -> tuple[str, str]:
+    *before, last = (_written(turn) for turn in example.turns[: end + 1])
+    return "".join(text + "\n" for text in before), last
+
+
+def _written(turn: dict) -> str:
+    """What a scorer reads of a turn."""
+    content, calls = turn.get("content") or "", turn.get("tool_calls")
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return text + (json.dumps(calls, ensure_ascii=False) if calls else "")
 
 
 def _select(sources: list[_SourceRows], spec: DatasetSpec) -> None:

@@ -11,6 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from speft_ds.config.data_config import Columns, Source, template_fields
+from speft_ds.data.conversations import (
+    COMPLETE,
+    EmptyRow,
+    Example,
+    conversation_columns,
+    encodable,
+    read_conversation,
+)
 from speft_ds.data.readers import NamedClass, kind_of
 from speft_ds.errors import UserError, closest
 
@@ -41,22 +49,6 @@ PLAIN = {
     "classification": ("{text}", None),
 }
 CHAT = {**PLAIN, "alpaca": ("{instruction}\n\n{input}", "{instruction}")}
-_COMPLETE = "complete or delete the row, or drop all such rows: data.empty_rows=drop"
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row as a conversation; the loss is on what the assistant says, or on the label.
-
-    Attributes:
-        turns: `{"role": ..., "content": ...}` in order. Plain text is a user's turn and an assistant's.
-        is_chat: whether the tokenizer's chat template goes around the turns.
-        label: the class, for sequence classification: then there is no assistant's turn.
-    """
-
-    turns: list[dict[str, str]]
-    is_chat: bool
-    label: int | None = None
 
 
 # A number without a fraction, short enough to be one; 018 is a text.
@@ -94,10 +86,6 @@ class Classes:
         return self.numbers.get(label_text(label))
 
 
-class EmptyRow(UserError):
-    """A row without a prompt or without a response."""
-
-
 def columns_of(source: Source) -> dict[str, str]:
     """The columns that every row needs -> the recipe key that names each."""
     roles = [OUTPUT[source.format]]
@@ -128,6 +116,8 @@ def check_columns(row: Any, where: str, source: Source) -> list[UserError]:
     """What is wrong with the columns of a row."""
     if not isinstance(row, dict):
         return [UserError("a row is not a JSON object", where, "each row is like {column: text, ...}")]
+    if conversation_columns(row, source):
+        return []
     needed = columns_of(source)
     missing = {column: key for column, key in needed.items() if column not in row}
     problems = [_no_column(column, key, where, list(row)) for column, key in missing.items()]
@@ -161,9 +151,9 @@ def make_example(row: Any, where: str, source: Source, classes: Classes | None, 
     """
     if problems := check_columns(row, where, source):
         raise problems[0]
+    if columns := conversation_columns(row, source):
+        return read_conversation(row, columns, where, source)
     column = _column(source, OUTPUT[source.format])
-    if source.format == "messages":
-        return Example(_messages(row[column], where), is_chat=True)
     if source.format == "text":
         return Example([_response(row, column, where)], is_chat=False)
     prompt = _turn("user", _prompt(row, where, source))
@@ -185,7 +175,7 @@ def _prompt(row: dict, where: str, source: Source) -> str:
         template = with_input[0]
     values = {name: _text(row, _column(source, name), where) for name in template_fields(template)}
     if values and not any(values.values()):
-        raise EmptyRow(f"the prompt is empty: {', '.join(values)}", where, _COMPLETE)
+        raise EmptyRow(f"the prompt is empty: {', '.join(values)}", where, COMPLETE)
     return template.format_map(values)  # braces of a value stay as they are
 
 
@@ -195,7 +185,7 @@ def _text(row: dict, column: str, where: str) -> str:
     if _is_blank(value):
         return ""
     if isinstance(value, str):
-        return _encodable(value, where)
+        return encodable(value, where)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     kind = type(value).__name__
@@ -205,7 +195,7 @@ def _text(row: dict, column: str, where: str) -> str:
 def _response(row: dict, column: str, where: str) -> dict[str, str]:
     if text := _text(row, column, where):
         return _turn("assistant", text)
-    raise EmptyRow(f"the row has an empty {column!r}", where, _COMPLETE)
+    raise EmptyRow(f"the row has an empty {column!r}", where, COMPLETE)
 
 
 def _is_blank(value: Any) -> bool:
@@ -213,37 +203,9 @@ def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip()) or value != value
 
 
-def _encodable(text: str, where: str) -> str:
-    r"""Raises UserError for half of a surrogate pair, like the JSON "\\ud83d" of a text that was cut."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        what = f"the text has half a character at position {error.start}: {text[error.start]!a}"
-        raise UserError(what, where, "complete or delete it") from None
-    return text
-
-
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
-    """A checked conversation, cut after what the assistant says last."""
-    fix = 'like [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
-    if not isinstance(value, list | tuple) or not all(isinstance(turn, dict) for turn in value):
-        raise UserError("the messages are not a list of objects", where, fix)
-    turns = []
-    for number, turn in enumerate(value, 1):
-        role, content = turn.get("role"), turn.get("content")
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise UserError(f"message {number} has no role and content as text", where, fix)
-        turns.append(_turn(role, _encodable(content, where)))
-    while turns and turns[-1]["role"] != "assistant":
-        turns.pop()
-    if not turns or not any(turn["content"].strip() for turn in turns if turn["role"] == "assistant"):
-        raise EmptyRow("the conversation has nothing that an assistant says", where, _COMPLETE)
-    return turns
-
-
 def _class(value: Any, where: str, classes: Classes) -> int:
     if _is_blank(value):
-        raise EmptyRow("the row has no label", where, _COMPLETE)
+        raise EmptyRow("the row has no label", where, COMPLETE)
     if (number := classes.number_of(value)) is not None:
         return number
     # As JSON, which is YAML too: a bare yes, no or 1 would be none of the names.

@@ -7,18 +7,24 @@ response is a label token. Imports no torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import date as Date
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 from speft_ds import hub
+from speft_ds.config.data_config import DataConfig
+from speft_ds.data.chat_template import ChatTemplate
+from speft_ds.data.conversations import Example
 from speft_ds.data.dataset import Row
-from speft_ds.data.formats import Example
+from speft_ds.data.turns import Pieces, Rendered, Turns
 from speft_ds.errors import UserError
 
 _PROBE = "Hello  world, 12 \u00e9\n\u4e16 x"  # by which a loaded tokenizer is compared with SentencePiece
-Pieces = list[tuple[str, bool]]  # text, and whether the loss is on it
 MIN_PROMPT = 4  # tokens that a cut prompt keeps; a row that would have fewer is left out
 NO_LABELS = "nothing to learn, left out"
 CUT_PROMPT, CUT_RESPONSE, TOO_LONG = "truncated prompt", "truncated response", "too long, left out"
@@ -65,122 +71,194 @@ def _load_sentencepiece(folder: Path) -> object:
     raise UserError(what, str(folder), fix)
 
 
+def stop_ids(tokenizer: object, model: str) -> frozenset[int]:
+    """The tokens by which generation ends: EOS, and what the model's generation_config.json adds."""
+    names = tokenizer.special_tokens_map
+    named = [names[key] for key in ("eot_token", "eom_token") if isinstance(names.get(key), str)]
+    found = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(named)}
+    folder = hub.model_folder(model)
+    try:
+        file = folder / "generation_config.json" if folder else None
+        own = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file else None
+    except (OSError, ValueError, AttributeError):  # there need not be one
+        own = None
+    found |= set(own if isinstance(own, list) else [own])
+    return frozenset(number for number in found if isinstance(number, int))
+
+
+def batches(
+    examples: Iterable[tuple[str, Example | None]], num_characters: int = 2_000_000
+) -> Iterator[list[tuple[str, Example | None]]]:
+    """Examples (None: an empty row) in lists of about so many characters, each tokenised in one call."""
+    batch, size = [], 0
+    for located in examples:
+        batch.append(located)
+        turns = located[1].turns if located[1] is not None else ()
+        size += 1 + sum(len(str(turn.get("content", ""))) for turn in turns)
+        if size >= num_characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class Encoded(NamedTuple):
+    """What became of an example: a row, or None and why; `end`: the number of the turn that it ends with."""
+
+    row: Row | None
+    change: str | None
+    end: int = 0
+
+
 @dataclass(frozen=True)
 class Encoder:
-    """What turns examples into rows; `max_length` and `long_rows` are those of the recipe.
+    """What turns examples into rows, as the `data` section says.
 
+    Attributes:
+        stops: the tokens by which a model ends its turn, of `stop_ids`; EOS is one of them.
+        date: that chat templates take for today.
     Raises:
         UserError: the tokenizer has no end-of-sequence token.
     """
 
     tokenizer: object
-    max_length: int
-    long_rows: str
+    data: DataConfig
+    stops: frozenset[int] = frozenset()
+    date: Date = field(default_factory=Date.today)
 
     def __post_init__(self):
         if self.tokenizer.eos_token_id is None:
             fix = "set eos_token in the model's tokenizer_config.json"
             raise UserError("the tokenizer has no end-of-sequence token", "model.name_or_path", fix)
 
-    def encode(self, examples: list[tuple[str, Example]]) -> list[tuple[Row | None, str | None]]:
-        """For each example its row, None if it is left out, and what was done to it.
+    @cached_property
+    def turns(self) -> Turns:
+        """What makes texts of conversations, and has something to say of the rows so far."""
+        return Turns(ChatTemplate(self.tokenizer, self.data, self.date))
+
+    def encode(self, examples: list[tuple[str, Example]]) -> list[list[Encoded]]:
+        """For each example its rows, several where each turn of it is one, and what was done to them.
 
         That is NO_LABELS, CUT_PROMPT, CUT_RESPONSE or TOO_LONG; None for a row as it is.
 
         Args:
             examples: where each stands, for errors, and what it is.
         Raises:
-            UserError: no chat template, or one that does not separate a prompt from its response.
+            UserError: see `Turns.rows`.
         """
-        pieces = [self._pieces(example, where) for where, example in examples]
-        # Each row up to the end of each of its pieces.
-        texts = [text for row in pieces for text in accumulate(text for text, _ in row)]
-        encoded = iter(self._ids(texts) if texts else [])
-        return [
-            self._row(row, [next(encoded) for _ in row], example)
-            for row, (_, example) in zip(pieces, examples, strict=True)
-        ]
+        rendered = [self._rendered(example, where) for where, example in examples]
+        split = self._split(rendered)
+        if self.data.turns == "auto":
+            # With a token over a border inside a conversation, later turns would not see what they do alone.
+            apart = [n for n, rows in enumerate(split) if any(not is_clean for _, is_clean in rows)]
+            for number in apart:
+                where, example = examples[number]
+                rendered[number] = self.turns.rows(example, where, is_apart=True)
+            for number, rows in zip(apart, self._split([rendered[n] for n in apart]), strict=True):
+                split[number] = rows
+        made = []
+        for rows, pieces, (_, example) in zip(rendered, split, examples, strict=True):
+            if rows:
+                self.turns.count(rows)
+            encoded = [self._row(row, ids, example) for row, (ids, _) in zip(rows, pieces, strict=True)]
+            made.append(encoded or [Encoded(None, NO_LABELS)])
+        return made
 
-    def _pieces(self, example: Example, where: str) -> Pieces:
-        """The conversation as one text, cut where the speaker changes."""
-        if not example.is_chat:
-            return [(turn["content"], turn["role"] == "assistant") for turn in example.turns]
-        if not self.tokenizer.chat_template:
-            fix = "data.chat_template=false"
-            raise UserError("the tokenizer has no chat template", "data.chat_template", fix)
-        if example.label is not None:
-            return [(self._render(example.turns, where, prompt=False), False)]
-        pieces, text = [], ""
-        for number, turn in enumerate(example.turns):
-            if turn["role"] != "assistant":
-                continue
-            prompt = self._render(example.turns[:number], where, prompt=True)
-            spoken = self._render(example.turns[: number + 1], where, prompt=False)
-            if not prompt.startswith(text) or not spoken.startswith(prompt):
-                what = "the chat template writes a conversation's start otherwise once it goes on"
-                fix = "one prompt and response per row, or data.chat_template=false with data.template"
-                raise UserError(f"{what}: the response cannot be told from the prompt", where, fix)
-            pieces += [(prompt[len(text) :], False), (spoken[len(prompt) :], True)]
-            text = spoken
-        return pieces
-
-    def _render(self, turns: list[dict], where: str, prompt: bool) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(turns, add_generation_prompt=prompt, tokenize=False)
-        except Exception as error:  # a template is a program that may raise what it likes
-            fix = "change the row, or data.chat_template=false"
-            raise UserError(f"the tokenizer's chat template refuses the row: {error}", where, fix) from error
+    def _rendered(self, example: Example, where: str) -> list[Rendered]:
+        if example.is_chat:
+            return self.turns.rows(example, where)
+        pieces = [(turn["content"], turn["role"] == "assistant") for turn in example.turns]
+        return [Rendered(pieces, len(pieces) - 1)]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # Special tokens are written by the chat template, or below: added here, they would be doubled.
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _row(
-        self, pieces: Pieces, encoded: list[list[int]], example: Example
-    ) -> tuple[Row | None, str | None]:
-        """A row and what was done to it, from the ids up to the end of each of its pieces."""
+    def _row(self, rendered: Rendered, split: list[list[int]], example: Example) -> Encoded:
+        """A row and what was done to it, from the ids of its pieces."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids: list[int] = [bos] if self._adds_bos else []
         loss_mask = [False] * len(ids)
-        for (_, is_label), own in zip(pieces, self._split(pieces, encoded), strict=True):
+        for (_, is_label), own in zip(rendered.pieces, split, strict=True):
             while ids == [bos] and own[:1] == [bos] and self._adds_bos:
                 own = own[1:]  # one BOS, whatever the text or the template writes
             # A template may write a line end behind the EOS, which nobody would ever generate.
-            num_labels = self._up_to_last_eos(own) if is_label else 0
+            num_labels = (len(own) if rendered.is_marked else self._up_to_stop(own)) if is_label else 0
             ids += own
             loss_mask += [True] * num_labels + [False] * (len(own) - num_labels)
-            num_behind = len(own) - num_labels
-        if example.label is None:
-            end = len(ids) - num_behind
-            del ids[end:], loss_mask[end:]
-        if ids[-1:] != [eos]:
+        if example.label is None and any(loss_mask):
+            num_kept = len(ids) - loss_mask[::-1].index(True)
+            del ids[num_kept:], loss_mask[num_kept:]
+        ends = {eos} if example.label is not None else {eos, *self.stops}
+        if not rendered.is_marked and (not ids or ids[-1] not in ends):
             ids.append(eos)
             loss_mask.append(example.label is None)
-        loss_mask[0] = False  # there is no token before it that could predict it
+        loss_mask[:1] = [False]  # there is no token before it that could predict it
         if example.label is None and not any(loss_mask):
-            return None, NO_LABELS
-        return self._fit(ids, loss_mask, example.label)
+            return Encoded(None, NO_LABELS, rendered.end)
+        return Encoded(*self._fit(ids, loss_mask, example.label), rendered.end)
 
-    def _split(self, pieces: Pieces, encoded: list[list[int]]) -> list[list[int]]:
-        """The ids of each piece."""
-        split, before = [], []
-        for number, upto in enumerate(encoded):
+    def _windows(self, pieces: Pieces) -> Iterator[tuple[str, str]]:
+        """For each piece what stands before it, and that with the piece.
+
+        Not all that stands before it: a tokenizer cuts every text at its special tokens, so that what is
+        before the last one decides nothing, and a conversation takes linear time.
+        """
+        before = ""
+        for text, _ in pieces:
+            yield before, before + text
+            before += text
+            last = 0
+            for found in self._special.finditer(before):
+                last = found.start()
+            before = before[last:]
+
+    def _split(self, rendered: list[list[Rendered]]) -> list[list[tuple[list[list[int]], bool]]]:
+        """For each text the ids of its pieces, and whether no token stretches over a border inside it.
+
+        The last border does not count: there a prompt ends at inference, too.
+        """
+        windows = [[list(self._windows(row.pieces)) for row in rows] for rows in rendered]
+        texts = list(dict.fromkeys(t for rows in windows for row in rows for window in row for t in window))
+        ids = dict(zip(texts, self._ids(texts) if texts else [], strict=True))
+        return [
+            [self._cut(row.pieces, own, ids) for row, own in zip(rows, some, strict=True)]
+            for rows, some in zip(rendered, windows, strict=True)
+        ]
+
+    def _cut(
+        self, pieces: Pieces, windows: list[tuple[str, str]], ids: dict[str, list[int]]
+    ) -> tuple[list[list[int]], bool]:
+        cut, clean = [], []
+        for (text, _), (before, upto) in zip(pieces, windows, strict=True):
             # A token that would stretch over the border belongs to neither: then the piece stands alone.
-            is_clean = upto[: len(before)] == before
-            split.append(upto[len(before) :] if is_clean else self._continued(pieces[number][0]))
-            before = upto
-        return split
+            num_before = len(ids[before])
+            clean.append(ids[upto][:num_before] == ids[before])
+            cut.append(ids[upto][num_before:] if clean[-1] else self._continued(text))
+        last = max((number for number, (_, is_label) in enumerate(pieces) if is_label), default=0)
+        return cut, all(clean[:last])
 
     def _continued(self, text: str) -> list[int]:
         """Ids of a text that follows another: without the space that some tokenizers put before a text."""
         line_end, after_it, alone = self._ids(["\n", f"\n{text}", text])
         return after_it[len(line_end) :] if after_it[: len(line_end)] == line_end else alone
 
-    def _up_to_last_eos(self, ids: list[int]) -> int:
-        """How many of a response's tokens are labels: all, but for white space behind its last EOS."""
-        eos = self.tokenizer.eos_token_id
-        end = next((n for n in range(len(ids), 0, -1) if ids[n - 1] == eos), len(ids))
-        return len(ids) if self.tokenizer.decode(ids[end:]).strip() else end
+    @cached_property
+    def _special(self) -> re.Pattern:
+        """The tokens that cut a text, wherever they stand in it."""
+        tokens = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        cutting = [token.content for token in tokens if not (token.normalized or token.single_word)]
+        return re.compile("|".join(map(re.escape, sorted(cutting, key=len, reverse=True))) or "(?!)")
+
+    def _up_to_stop(self, ids: list[int]) -> int:
+        """How many of a response's tokens are labels: all up to the first stop that no more text follows."""
+        stops, end = self.stops | {self.tokenizer.eos_token_id}, len(ids)
+        for number in range(len(ids) - 1, -1, -1):
+            if ids[number] in stops:
+                end = number + 1
+            elif self.tokenizer.decode(ids[number : number + 1]).strip():
+                break
+        return end
 
     @cached_property
     def _adds_bos(self) -> bool:
@@ -190,13 +268,13 @@ class Encoder:
 
     def _fit(self, ids: list[int], loss_mask: list[bool], label: int | None) -> tuple[Row | None, str | None]:
         """The row as it is or cut to max_length, and what was done to it."""
-        excess, end = len(ids) - self.max_length, self.max_length
+        excess, end = len(ids) - self.data.max_length, self.data.max_length
         if excess <= 0:
             return Row(ids, loss_mask, label=label), None
-        if self.long_rows == "truncate_response" and any(loss_mask[:end]):
+        if self.data.long_rows == "truncate_response" and any(loss_mask[:end]):
             return Row(ids[:end], loss_mask[:end]), CUT_RESPONSE  # cut, it has no end to learn: no EOS
         num_prompt = len(ids) - 1 if label is not None else loss_mask.index(True)
-        if self.long_rows == "truncate_prompt" and num_prompt - excess >= MIN_PROMPT:
+        if self.data.long_rows == "truncate_prompt" and num_prompt - excess >= MIN_PROMPT:
             # In the middle: a template's start (BOS, whose turn it is) and end stay.
             head = (num_prompt - excess + 1) // 2
             del ids[head : head + excess], loss_mask[head : head + excess]

@@ -16,6 +16,7 @@ from speft_ds.report.page import print_summary, write_report
 from speft_ds.training.checkpoint.resume import Start, open_folder, resume_hint, verified_start
 from speft_ds.training.checks import check_space
 from speft_ds.training.run_dir import check_output_dir, read_facts, run_facts, write_facts
+from speft_ds.training.setup import agree_on_date
 from speft_ds.training.trainer import Trainer
 
 
@@ -33,7 +34,7 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     folder = Path(recipe.output_dir)
     collectives.start_watchdog(recipe.train.timeout_minutes, lambda: resume_hint(folder))
     start = verified_start(collectives.broadcast_object(start or Start()))
-    recipe = agree_on_dtype(recipe, start.dtype)
+    recipe = agree_on_date(agree_on_dtype(recipe, start.dtype), start.date)
     if start.state == "new":
         collectives.run_on_rank0(lambda: check_output_dir(recipe))
     trainer = Trainer(recipe, start)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import date
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from speft_ds.config.data_config import DataConfig
 from speft_ds.config.deepspeed_config import load_ds_config
 from speft_ds.config.model_config import HEAD
 from speft_ds.config.recipe import Recipe
+from speft_ds.data.chat_template import writes_date
 from speft_ds.data.dataset import TokenizedDataset
 from speft_ds.data.dataset_cache import DatasetSpec, prepare
 from speft_ds.data.sampler import Sampler, hash_seed
@@ -107,6 +109,19 @@ class TrainContext:
 
 def classifies(recipe: Recipe) -> bool:
     return recipe.model.task == "sequence_classification"
+
+
+def agree_on_date(recipe: Recipe, recorded: str | None = None) -> Recipe:
+    """The recipe with the day that its chat template writes, alike on all ranks, which all call this.
+
+    Args:
+        recorded: of the run that is resumed, whose rows it keeps; None: of a new run.
+    """
+    writes = writes_date(hub.model_folder(recipe.model.name_or_path))
+    if recipe.data.date is not None or not any(collectives.all_gather_objects(writes)):
+        return recipe
+    today = collectives.broadcast_object(recorded or date.today().isoformat())
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": today})})
 
 
 def choose_pad_id(tokenizer: PreTrainedTokenizerBase, classifies: bool) -> int:

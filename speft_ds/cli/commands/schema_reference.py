@@ -16,7 +16,7 @@ from speft_ds.errors import UserError
 from speft_ds.terminal import Console
 
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-TYPES = {"integer": "integer", "number": "number", "string": "text"}
+TYPES = {"integer": "integer", "number": "number", "string": "text", "object": "keys and values"}
 
 
 def schema(

@@ -94,6 +94,9 @@ def summary(recipe: Recipe, dataset: TokenizedDataset) -> str:
         f"packing: {packing} {packs:,} sequences of {data.max_length} tokens, {filled:.1%} filled",
         in_words(row_counts(dataset, num_steps * train.global_batch / len(sampler))),
     ]
+    if ends := dataset.facts["end_of_turn"]:
+        told = (f"{token} ({number:,} rows)" for token, number in ends.items())
+        lines.append(f"a response ends with: {', '.join(told)}")
     if dataset.facts["classes"]:
         lines.append(f"classes: {', '.join(dataset.facts['classes'])}")
     return "\n".join(lines)

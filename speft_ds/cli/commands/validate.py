@@ -76,20 +76,18 @@ def gpus_found(recipe: Recipe, num_ranks: int) -> Found:
 def rows_found(recipe: Recipe, num_ranks: int, most: int | None = NUM_ROWS) -> Found:
     """The first rows of each source as the model sees them, up to `most`; those that are left out by line."""
     from speft_ds.data.dataset_cache import DatasetSpec, classes_of, encode_rows  # late: they import numpy
-    from speft_ds.data.tokenize import Encoder, load_tokenizer
+    from speft_ds.data.tokenize import load_tokenizer
 
     spec, classes = DatasetSpec.from_recipe(recipe), classes_of(recipe.data)
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
-    encoder = Encoder(tokenizer, recipe.data.max_length, recipe.data.long_rows)
+    encoder = spec.encoder(tokenizer)
     num_read, rows, left_out, reads_all = 0, [], [], True
     for source in _sources(recipe):
         located = iterate_rows(source)
-        for where, _, row, change in encode_rows(islice(located, most), source, spec, encoder, classes):
+        for where, _, encoded in encode_rows(islice(located, most), source, spec, encoder, classes):
             num_read += 1
-            if row is None:
-                left_out.append(f"{where}: {change}")
-            elif len(rows) < NUM_SHOWN:
-                rows.append(row)
+            left_out += [f"{where}: {made.change}" for made in encoded if made.row is None]
+            rows += [made.row for made in encoded if made.row is not None][: NUM_SHOWN - len(rows)]
         reads_all = reads_all and next(located, None) is None
     scope = "all" if reads_all else f"the first {most:,} of each source; --all reads all"
     lines = [f"{num_read:,} rows read ({scope}), {len(left_out):,} left out", *left_out[:MOST_NAMED]]
@@ -97,7 +95,7 @@ def rows_found(recipe: Recipe, num_ranks: int, most: int | None = NUM_ROWS) -> F
         lines.append("and more: speft data --left-out lists them all")
     if not rows:
         return NOTE, "\n     ".join([*lines, "none is left: see data.max_length and data.empty_rows"])
-    lines.append("the first ones; [[trained on]]")
+    lines += [*(f"note: {note}" for note in encoder.turns.notes()), "the first ones; [[trained on]]"]
     for number, row in enumerate(rows, 1):
         text = "".join(f"[[{part}]]" if is_label else part for part, is_label in row.as_text(tokenizer))
         lines.append(f"row {number}, {len(row.ids)} tokens: {text}")

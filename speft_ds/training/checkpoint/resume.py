@@ -51,6 +51,8 @@ SAFE_TO_CHANGE = {
     "eval.batch_size",
     "output_dir",
 }
+# Values with which a key keeps what is recorded.
+KEEPS_RECORDED = (("model.dtype", "auto"), ("data.date", None))
 # What may name the same thing elsewhere, which fingerprints and hashes see, or says what is scored.
 NEEDS_FLAG = {
     "model.name_or_path",
@@ -90,6 +92,7 @@ class Start:
         source: the run folder that it is of.
         is_chosen: the user named this checkpoint: no other will do.
         dtype: of the base in the run that is resumed, which `model.dtype: auto` keeps; None: of a new run.
+        date: that chat templates took for today in it; None: of a new run, or they took none.
     """
 
     state: Literal["new", "resumed", "finished"] = "new"
@@ -97,6 +100,7 @@ class Start:
     source: Path | None = None
     is_chosen: bool = False
     dtype: str | None = None
+    date: str | None = None
 
 
 def run_folder_of(path: Path) -> Path:
@@ -141,7 +145,7 @@ def find_start(recipe: Recipe, resume: Resume) -> Start:
     else:
         return start
     check_unchanged(recorded, recipe, resume.allowed, where)
-    return replace(start, dtype=_value(recorded, "model.dtype"))
+    return replace(start, dtype=_value(recorded, "model.dtype"), date=_value(recorded, "data.date"))
 
 
 def _named(path: Path, folder: Path) -> Start:
@@ -226,7 +230,7 @@ def check_unchanged(recorded: dict[str, Any], recipe: Recipe, allowed: Sequence[
     refused = {}
     for key in sorted(FIELDS):
         before, after = _value(recorded, key), _value(now, key)
-        if before == after or (key, after) == ("model.dtype", "auto"):  # auto keeps what is recorded
+        if before == after or (key, after) in KEEPS_RECORDED:
             continue
         line = f"{key}: {json.dumps(before)} in the run, {json.dumps(after)} now"
         if key not in SAFE_TO_CHANGE and not (key in NEEDS_FLAG and key in consented):
@@ -318,7 +322,7 @@ def open_folder(recipe: Recipe, start: Start) -> run_dir.Lock:
     before = {} if forked else read_facts(folder)
     starts = [*before.get("starts", []), {"step": step, "world_size": world_size()}]
     own_id = start.checkpoint.manifest["run_id"] if start.checkpoint and not forked else uuid.uuid4().hex
-    facts = {"run_id": before.get("run_id") or own_id, "finished": False}
+    facts = {"run_id": before.get("run_id") or own_id, "finished": False, "template_date": recipe.data.date}
     facts |= {"recipe": before.get("recipe") or recipe.name, "starts": starts, "versions": versions()}
     run_dir.write_facts(folder, facts)
     return lock

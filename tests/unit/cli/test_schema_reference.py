@@ -40,6 +40,7 @@ def test_the_reference_has_every_key():
         ("data.mixture", "list of 1 or more: source section, or null; default null"),
         ("data.mixture[].path", "path; required"),
         ("data.mixture[].columns", "columns section, or null; default null"),
+        ("data.chat_template_kwargs", "keys and values, or null; default null"),
         ("extends", "text; default null"),
     ],
 )

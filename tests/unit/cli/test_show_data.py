@@ -23,6 +23,22 @@ def test_rows_lengths_and_steps_are_shown(tiny, tmp_path, capsys, monkeypatch, p
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_conversations_are_taken_for_is_said(tiny, tmp_path, capsys, monkeypatch):
+    talk = [("human", "hello"), ("gpt", "ant"), ("human", "more"), ("gpt", "bear")]
+    row = {"conversations": [{"from": role, "value": text, "mood": "glad"} for role, text in talk]}
+    (tmp_path / "talks.jsonl").write_text(json.dumps(row) + "\n")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump(made.recipe_values(tiny, data={"path": str(tmp_path / "talks.jsonl")})))
+    for turns, num_rows in (("auto", 1), ("each", 2)):  # a second look takes the rows from the cache
+        for _ in range(2):
+            words = [f"data.turns={turns}", "--output", str(tmp_path / "data.png")]
+            assert run(monkeypatch, "data", str(recipe), *words) == 0
+            out = capsys.readouterr().out
+            assert "ShareGPT" in out and "'mood'" in out and f"data.turns={turns}" in out
+            assert f"{num_rows} rows, " in out and f"</s> ({num_rows} rows)" in out
+    assert "<s>hello</s><s>[[ant</s>]]" in out and "<s>hello</s><s>ant</s><s>more</s><s>[[bear</s>]]" in out
+
+
 def pair(response):
     return json.dumps({"prompt": "a", "response": response})
 

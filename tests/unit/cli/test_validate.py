@@ -1,5 +1,6 @@
 """`speft validate`: what is found, what is said of it, and the exit code."""
 
+import json
 import re
 import shlex
 from functools import partial
@@ -100,3 +101,12 @@ def test_the_command_can_be_typed_from_where_the_user_stands(checked, tmp_path):
 def test_a_damaged_tokenizer(checked, tmp_path):
     (tmp_path / "model" / "tokenizer.json").write_text('{"a": 1}')
     assert "tokenizer" in checked(code=2)
+
+
+def test_a_conversation_that_could_not_have_been_held(checked, tmp_path):
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    rows = [json.dumps({"messages": talk}) for talk in (turns, [turns[0], *turns])]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows[:1]))
+    assert "<s>a</s><s>[[a</s>]]" in checked("data.format=messages")
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    assert "rows.jsonl:2" in checked("data.format=messages", code=2)

@@ -92,6 +92,8 @@ COMBINATIONS = [  # the last word is to blame
     ["optimizer.name=lion", "optimizer.eps=1e-6"],
     ["optimizer.name=lion", "optimizer.momentum=0.9"],
     ["optimizer.clip_norm=null", "optimizer.clip=per_layer"],
+    ["data.chat_template=false", "data.system=x"],
+    ["data.chat_template=false", "data.chat_template_kwargs={a: 1}"],
 ]
 
 
@@ -103,6 +105,14 @@ def test_combinations_that_are_refused(tmp_path, overrides):
     assert ways
     for way in ways:
         load(tmp_path, "", *overrides, way)  # each fix does, as typed
+
+
+@pytest.mark.parametrize("word", ["data.date=tomorrow", "data.chat_template_kwargs={tools: 1}"])
+def test_what_a_chat_template_is_given_is_checked(tmp_path, word):
+    (problem,) = refused(tmp_path, "", word).problems
+    assert problem.where == f"command line: {word}" and problem.fix
+    section = load(tmp_path, "", "data.date=2026-01-31", "data.chat_template_kwargs={a: [1]}").data
+    assert (section.date, section.chat_template_kwargs) == ("2026-01-31", {"a": [1]})
 
 
 def test_a_default_that_does_not_fit_is_refused_too(tmp_path):

@@ -99,8 +99,9 @@ def responses(row):
 
 def encode(tokenizer, example, max_length=1000, long_rows="drop"):
     """The row of one example and what was done to it."""
-    (encoded,) = Encoder(tokenizer, max_length, long_rows).encode([("here", example)])
-    return encoded
+    data = DataConfig(max_length=max_length, long_rows=long_rows)
+    (((row, change, _),),) = Encoder(tokenizer, data).encode([("here", example)])
+    return row, change
 
 
 def chat(turns, is_chat=True, label=None):

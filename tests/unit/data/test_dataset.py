@@ -1,5 +1,7 @@
 """What is in a dataset: rows, packs, classes, and what became of the rows that were read."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import tiny
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from speft_ds.config.data_config import Columns, DataConfig, Source
 from speft_ds.data.dataset import Row, first_fit, pack
+from speft_ds.data.tokenize import batches
 from unit.data.made import make, pairs, refusal, shown, without_chat, write
 
 
@@ -134,6 +137,33 @@ def test_no_row_left(tmp_path, model):
 def test_more_rows_than_are_tokenised_at_once(tmp_path, model, monkeypatch):
     path = write(tmp_path / "rows.jsonl", pairs(*(f"row {n}" for n in range(25))))
     at_once = make(without_chat(path), model)
-    monkeypatch.setattr("speft_ds.data.dataset_cache.BATCH", 4)
+    monkeypatch.setattr("speft_ds.data.dataset_cache.batches", partial(batches, num_characters=20))
     parts = make(without_chat(path, max_length=100), model)
     assert parts.path != at_once.path and list(parts) == list(at_once) and len(parts) == 25
+
+
+def test_the_rows_of_conversations_stay_in_order_and_are_told(tmp_path, model):
+    talks = [
+        {"conversations": [{"from": ("human", "gpt")[n % 2], "value": f"{c}{n}"} for n in range(2 * c)]}
+        for c in (1, 2, 3)
+    ]
+    path = write(tmp_path / "talks.jsonl", talks)
+    lines = []
+    dataset = make(
+        DataConfig(path=str(path), turns="each", select="longest", select_rows=6), model, log=lines.append
+    )
+    asked = [text.split("<s>")[-2].removesuffix("</s>") for text in map("".join, rows_of_text(dataset))]
+    assert asked == ["10", "20", "22", "30", "32", "34"]
+    assert dataset.facts["sources"][0]["rows"] == 3 and dataset.facts["end_of_turn"] == {"</s>": 6}
+    notes = dataset.facts["notes"]
+    assert any("ShareGPT" in note and "3 rows" in note for note in notes)
+    assert any("2 conversations" in note and "5 rows" in note for note in notes)
+    assert all(any(note in line for line in lines) for note in notes)
+    again = []
+    make(DataConfig(path=str(path), turns="each", select="longest", select_rows=6), model, log=again.append)
+    assert again == lines[-len(notes) :]  # a start from the cache says them, too
+
+
+def rows_of_text(dataset):
+    tokenizer = tiny.make_tokenizer()
+    return [[text for text, _ in row.as_text(tokenizer)] for row in dataset]

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,9 @@ def test_whatever_shapes_the_rows_changes_the_key(path, model, monkeypatch):
         key(changed(data, empty_rows="drop"), model),
         key(changed(data, packing=True), model),
         key(changed(data, format="text"), model),
+        key(changed(data, turns="each"), model),
+        key(changed(data, system=""), model),
+        key(changed(data, chat_template_kwargs={"enable_thinking": False}), model),
         key(data, model, classify=True),
         key(longest, model),
         key(changed(longest, select_rows=4), model),
@@ -153,9 +157,20 @@ def test_whatever_shapes_the_rows_changes_the_key(path, model, monkeypatch):
         key(changed(scored, scorer=model), model),
     ]
     assert len(set(keys)) == len(keys)
+    assert key(changed(data, date="2026-01-31"), model) == keys[0]  # no template writes it
     assert key(data, model, seed=1) == keys[0]  # the seed is that of a random selection
     monkeypatch.setattr("speft_ds.data.select.IFD_VERSION", 99)
     assert key(data, model) == keys[0] and key(changed(scored, scorer=model), model) not in keys
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_date_that_the_template_writes_is_of_the_key(path, model, name):
+    data = DataConfig(path=str(path))
+    file = Path(model) / name
+    file.write_text(file.read_text() + "{# strftime_now('%Y') #}" if file.is_file() else "{# strftime_now #}")
+    days = [key(changed(data, date=day), model) for day in ("2026-01-31", "2026-02-01")]
+    today = key(changed(data, date=date.today().isoformat()), model)
+    assert len({*days, today}) == 3 and key(data, model) == today
 
 
 def test_the_bytes_of_data_tokenizer_and_scorer_change_the_key(tmp_path, path, model):

@@ -93,6 +93,7 @@ def test_an_empty_prompt_or_response_is_an_empty_row(empty):
         ({"text": "a", "label": empty}, {"format": "classification", "classes": NO_YES}),
         ({"messages": [says("user", "a")]}, {"format": "messages"}),
         ({"messages": []}, {"format": "messages"}),
+        ({"messages": empty}, {"format": "messages"}),
         ({"messages": [says("user", "a"), says("assistant", " ")]}, {"format": "messages"}),
     ):
         assert "data.empty_rows=drop" in refused(row, EmptyRow, **data).fix
@@ -180,20 +181,21 @@ def test_a_conversation_ends_with_what_the_assistant_says_last_and_text_is_the_a
     expected = [("system", "s"), ("user", "a"), ("assistant", "b")]
     assert turns({"messages": talk}, format="messages") == expected
     assert turns({"chat": tuple(talk)}, format="messages", columns={"messages": "chat"}) == expected
-    assert turns({"messages": [{**turn, "name": "x"} for turn in talk]}, format="messages") == expected
+    named = [{**turn, "name": "x"} for turn in talk]
+    assert example({"messages": named}, format="messages").turns == named[:3]
     assert turns({"text": "a"}, format="text") == [("assistant", "a")]
     assert not example({"text": "a"}, format="text").is_chat
 
 
-BAD_TURNS = [[1], ["user: a"], [{"from": "human", "value": "a"}], [says(1, "a")]]
+BAD_TURNS = [[1], ["user: a"], [{"speaker": "human", "value": "a"}], [says(1, "a")]]
 
 
-BAD_CONTENTS = [None, ["a"], "\udc00"]  # the last is half a character
+BAD_CONTENTS = [None, [1], "\udc00"]  # the last is half a character
 
 
 @pytest.mark.parametrize(
     "messages",
-    ["text", None, says("user", "a"), *BAD_TURNS, *([says("assistant", bad)] for bad in BAD_CONTENTS)],
+    ["text", says("user", "a"), *BAD_TURNS, *([says("assistant", bad)] for bad in BAD_CONTENTS)],
 )
 def test_bad_messages_are_refused(messages):
     refused({"messages": messages}, format="messages")

@@ -6,6 +6,7 @@ import pytest
 import sentencepiece
 import tiny
 
+from speft_ds.config.data_config import DataConfig
 from speft_ds.data.tokenize import CUT_PROMPT, CUT_RESPONSE, TOO_LONG, Encoder, load_tokenizer
 from speft_ds.training.setup import choose_pad_id
 from unit.data.made import chat, encode, plain, refusal, responses
@@ -58,13 +59,12 @@ def test_the_loss_is_on_every_turn_of_the_assistant_and_on_no_other(style, token
 
 
 def test_what_a_chat_template_cannot_write_is_named(tokenizers, monkeypatch):
-    with refusal("here", "data.chat_template=false"):
-        encode(tokenizers["gemma"], chat(TURNS))  # it refuses a system prompt
-    later = "{% for m in messages %}{{ m.content }}{% endfor %}{% if not add_generation_prompt %}!{% endif %}"
-    for template, where in ((later, "here"), (None, "data.chat_template")):
+    other = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+    refuses = "{{ raise_exception('no') }}"
+    for template, where in ((other, "here"), (refuses, "here"), (None, "data.chat_template")):
         monkeypatch.setattr(tokenizers["qwen2"], "chat_template", template)
-        with refusal(where, "data.chat_template=false"):
-            encode(tokenizers["qwen2"], chat(TURNS))
+        with refusal(where, "data.chat_template"):
+            encode(tokenizers["qwen2"], chat(TURNS[-2:]))
 
 
 def test_a_template_without_a_bos_gets_the_one_that_the_tokenizer_writes(tokenizers):
@@ -119,8 +119,8 @@ def test_the_ids_of_a_prompt_are_those_that_it_has_alone(style, tokenizer, promp
 def test_many_rows_at_once_are_as_each_alone(tokenizer):
     examples = [("here", plain(f"{PROMPT} {n} ", f"{n} the {RESPONSE}")) for n in range(20)]
     examples += [("here", chat(TURNS[1:])), ("here", chat(TURNS[1:3]))]
-    together = Encoder(tokenizer, 1000, "drop").encode(examples)
-    assert together == [encode(tokenizer, example) for _, example in examples]
+    together = Encoder(tokenizer, DataConfig()).encode(examples)
+    assert [made[:2] for (made,) in together] == [encode(tokenizer, example) for _, example in examples]
 
 
 @pytest.mark.parametrize("is_chat", [True, False])
@@ -231,7 +231,7 @@ def test_a_tokenizer_without_an_eos_is_refused():
     tokenizer = tiny.make_tokenizer()
     tokenizer.eos_token = None
     with refusal("model.name_or_path", "eos_token"):
-        Encoder(tokenizer, 10, "drop")
+        Encoder(tokenizer, DataConfig())
 
 
 # Padding

@@ -84,7 +84,7 @@ def test_a_harmless_key_changes_only_with_consent(tmp_path, capsys, key):
 
 @pytest.mark.parametrize("key", OTHERS)
 def test_any_other_key_is_refused_even_with_consent(tmp_path, key):
-    now = load(tmp_path)
+    now = load(tmp_path, "", "data.date=2026-01-31")  # null keeps what is recorded
     before = with_value(recorded(now), key, "before")
     for allowed in ((), (f"{key}=as it is now",)):
         error = refusal(before, now, *allowed)

@@ -72,7 +72,7 @@ class SparseGradient:
     Args:
         mask: what is trained, the same on every rank.
         device: of the activations.
-        num_stacked: weight -> matrices in a stack of experts; 1 where it is not named.
+        num_stacked: weight that is a stack -> matrices in it: experts.
     """
 
     def __init__(
@@ -138,11 +138,11 @@ class SparseGradient:
             return None
         options, shape = self.options, self.mask.shape[name]
         tiles = Tiles.of(options.granularity, options.block_size, shape)
-        index, num_stacked = index.to(self.device), self.num_stacked.get(name, 1)
-        if num_stacked > 1:
-            self.backends[name], backend = make_stacked(options.backend, index, shape, tiles, num_stacked)
+        arguments = (options.backend, index.to(self.device), shape, tiles)
+        if name in self.num_stacked:
+            self.backends[name], backend = make_stacked(*arguments, self.num_stacked[name])
         else:
-            self.backends[name], backend = make_backend(options.backend, index, shape, tiles)
+            self.backends[name], backend = make_backend(*arguments)
         self.kernels[name] = backend
         return lambda *factors: self.add(name, backend(*factors))
 

@@ -99,8 +99,9 @@ class TrainContext:
 
     @property
     def num_stacked(self) -> dict[str, int]:
-        """Weight -> matrices on top of each other: experts; 1 in a plain one."""
-        return {name: stack_size(target.weight) for name, target in self.trained.items()}
+        """Weight that is a stack -> matrices on top of each other: experts."""
+        sizes = {name: stack_size(target.weight) for name, target in self.trained.items()}
+        return {name: size for name, size in sizes.items() if size is not None}
 
     def loss(self, module: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
         """Summed loss of a batch; `module` is the engine or its module."""
@@ -288,7 +289,7 @@ def keep_reached(
     if not kept:
         what = f"none of the targets takes part in a text forward: {starved[0]} and so on"
         raise UserError(what, recipe.where("mask.targets"), "mask.targets=null")
-    stacks = [name for name, target in kept.items() if stack_size(target.weight) > 1]
+    stacks = [name for name, target in kept.items() if stack_size(target.weight)]
     if stacks and loaded is None and recipe.mask.salience == "fisher":
         others = sorted({name.removesuffix(".weight").split(".")[-1] for name in kept if name not in stacks})
         what = f"{stacks[0]} sees the tokens of several rows mixed, whose gradients fisher has to tell apart"

@@ -65,10 +65,10 @@ def matrix_shape(parameter: nn.Parameter) -> tuple[int, int]:
     return shape[:-1].numel(), shape[-1]
 
 
-def stack_size(parameter: nn.Parameter) -> int:
-    """Matrices on top of each other in a weight: experts; 1 in a plain one."""
+def stack_size(parameter: nn.Parameter) -> int | None:
+    """Matrices on top of each other in a weight: experts; None: it is no stack."""
     shape = full_shape(parameter)
-    return shape[0] if len(shape) == 3 else 1
+    return shape[0] if len(shape) == 3 else None
 
 
 def repartition(parameters: list[nn.Parameter]) -> None:

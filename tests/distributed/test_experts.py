@@ -16,6 +16,7 @@ MODELS = {  # with so many experts, some have no token in a micro-batch, or in t
     "transposed": ("gpt_oss", {"num_local_experts": 8}),
     "shared": ("deepseek_v3", {"n_routed_experts": 8}),
     "one by one": ("jetmoe", {"num_local_experts": 8}),
+    "a stack of one": ("inkling_text", {}),  # its shared expert
 }
 RUNS = {  # model, sections, ranks
     **{name: (name, {}, (1, 2)) for name in MODELS},

@@ -120,7 +120,8 @@ def trained(folder, weights, alpha=1.0, dtype=None):
     """Name -> weight with the adapter, by dense fp32 sums of complete matrices; of weights by name."""
     deltas, result = read(folder), {}
     for name, weight in weights.items():
-        total = weight.detach().float() + alpha * deltas.get(name, torch.zeros(weight.shape))
+        delta = deltas.get(name, torch.zeros(weight.shape)).view(weight.shape)  # of a stack, as a matrix
+        total = weight.detach().float() + alpha * delta
         result[name] = total.to(dtype or weight.dtype)
     return result
 

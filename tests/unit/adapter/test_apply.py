@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from speft_ds import apply_adapter, remove_adapter, switch_adapter
 from unit.adapter.samples import (
@@ -69,6 +70,10 @@ def test_what_does_not_belong_is_refused(tiny, tmp_path, adapter):
     for name, shape in ((UP1, [35, 53]), ("model.layers.7.mlp.up_proj.weight", [53, 35])):
         misfit = write(tmp_path / "misfit", {name: torch.ones(shape)})
         refused_on(model, apply_adapter, misfit, where=misfit, what=name)
+    config = AutoConfig.from_pretrained(tiny["untied"])
+    with torch.device("meta"):  # as what `device_map` offloads
+        away = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    refused(lambda: apply_adapter(away, adapter), "apply_adapter", "no values")
     apply_adapter(model, adapter)
     refused_on(model, apply_adapter, adapter, where=adapter, what="'default'")  # a second time
     other = make_adapter(tmp_path / "other", tiny["untied"], fingerprint="0" * 64)

@@ -73,6 +73,18 @@ def test_interpolated_in_another_dtype(tiny, tmp_path, alpha, dtype):
     assert config["dtype"] == dtype and "torch_dtype" not in config
 
 
+def test_what_else_a_base_has_is_carried_along(tiny, tmp_path):
+    base = shutil.copytree(tiny["untied"], tmp_path / "base")
+    kept = ["processor_config.json", "additional_chat_templates/tool_use.jinja", "1_Pooling/config.json"]
+    left = ["README.md", ".cache/x.json", "original/consolidated.00.pth", "onnx/model.onnx"]
+    for name in kept + left:
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(name)
+    merge(base, make_adapter(tmp_path / "a", base), tmp_path / "merged")
+    assert all((tmp_path / "merged" / name).read_text() == name for name in kept)
+    assert not any((tmp_path / "merged" / name).exists() for name in left)
+
+
 def test_files_are_split_as_the_bases_or_as_asked_for(tiny, tmp_path):
     load(tiny["untied"]).save_pretrained(tmp_path / "base", max_shard_size="50KB")
     names = {path.name for path in (tmp_path / "base").glob("*.safetensors")}

@@ -1,6 +1,5 @@
 """`speft new`: a recipe for one's own data, proposed from the model and the rows."""
 
-import json
 import math
 import re
 from itertools import islice
@@ -12,6 +11,7 @@ import typer
 from speft_ds import hub
 from speft_ds.cli.commands.recipes import check_new, in_line, print_next_steps
 from speft_ds.cli.start_ranks import count_gpus, default_ranks
+from speft_ds.config.check_model import num_positions, read_config
 from speft_ds.config.load_recipe import load_recipe, recipe_of
 from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
@@ -158,7 +158,7 @@ def look_at(entries: list[Entry]) -> list[Seen]:
     """
     from speft_ds.data.dataset_cache import DatasetSpec, classes_of, encode_rows  # late: they import numpy
     from speft_ds.data.sources import iterate_rows
-    from speft_ds.data.tokenize import Encoder, load_tokenizer
+    from speft_ds.data.tokenize import load_tokenizer
 
     draft = _recipe(entries)
     if problems := check_training_rows(draft):
@@ -168,11 +168,15 @@ def look_at(entries: list[Entry]) -> list[Seen]:
         entries.append(("data.chat_template", False, "the tokenizer has none"))
         if draft.data.format == "prompt_completion":
             entries.append(("data.template", "{prompt}\n\n", "a blank line before the response"))
-    data = _recipe([*entries, ("data.empty_rows", "drop", "")]).data
-    encoder = Encoder(tokenizer, _positions(draft.model.name_or_path), "drop")
+    longest = ("data.max_length", _positions(draft.model.name_or_path), "")
+    data = _recipe([*entries, longest, ("data.empty_rows", "drop", ""), ("data.long_rows", "drop", "")]).data
     spec, rows = DatasetSpec(data, draft.model.name_or_path), iterate_rows(data.sources[0])
-    encoded = encode_rows(islice(rows, MOST_ROWS), data.sources[0], spec, encoder, classes_of(data))
-    seen = [(where, len(row.ids) if row else 0, None if row else why) for where, _, row, why in encoded]
+    arguments = (data.sources[0], spec, spec.encoder(tokenizer), classes_of(data))
+    seen = [
+        (where, len(made.row.ids) if made.row else 0, None if made.row else made.change)
+        for where, _, encoded in encode_rows(islice(rows, MOST_ROWS), *arguments)
+        for made in encoded
+    ]
     if not any(tokens for _, tokens, _ in seen):
         where, _, why = seen[0]
         raise UserError(f"no row can be trained on; the first one is {why}", where, "complete the rows")
@@ -182,12 +186,8 @@ def look_at(entries: list[Entry]) -> list[Seen]:
 def _positions(model: str) -> int:
     """The most tokens that a row may have. Raises UserError where the model has no configuration here."""
     folder = hub.model_folder(model)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read config.json: {error}", model, "download or copy it again") from error
-    most = config.get("max_position_embeddings")
-    return min(most, MOST_POSITIONS) if isinstance(most, int) else 2048
+    most = num_positions(read_config(folder / "config.json")) if folder else None
+    return 2048 if most is None else min(most, MOST_POSITIONS)
 
 
 def propose(seen: list[Seen], positions: int, num_ranks: int) -> list[Entry]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from speft_ds.data.collate import IGNORED, num_logits
 from speft_ds.errors import UserError
+from speft_ds.model.probe import embedding_gradient
 
 
 class NextToken:
@@ -17,14 +20,15 @@ class NextToken:
     Args:
         model: the causal language model; sharded, it is in its engine.
         packing: whether rows may be packed.
+        after_backward: called after a backward that asks the model about packed rows.
     Raises:
         UserError: rows are packed and the model takes no positions, from which it could tell them apart.
     """
 
-    def __init__(self, model: nn.Module, packing: bool):
+    def __init__(self, model: nn.Module, packing: bool, after_backward: Callable[[], None] = lambda: None):
         arguments = inspect.signature(model.forward).parameters
         self.can_keep_logits = "logits_to_keep" in arguments
-        if packing and not ("position_ids" in arguments and tells_rows_apart(model)):
+        if packing and not ("position_ids" in arguments and tells_rows_apart(model, after_backward)):
             what = f"{type(model).__name__} does not tell packed rows apart: they would see each other"
             raise UserError(what, "data.packing", "data.packing=false")
 
@@ -46,21 +50,16 @@ class NextToken:
         return summed_loss(logits, batch["labels"][:, -keep:], temperature), None
 
 
-@torch.no_grad()
-def tells_rows_apart(model: nn.Module) -> bool:
+def tells_rows_apart(model: nn.Module, after_backward: Callable[[], None]) -> bool:
     """Whether a row's logits do not depend on the row that is packed before it. Asks the model itself.
 
     Some models take position_ids and make no attention mask of them.
     """
-    was_training = model.training
-    model.eval()
-    positions = torch.tensor([[0, 1, 0, 1]], device=model.device)
-    logits = []
-    for first in (0, 1):  # one by one: two rows of a batch may be rounded differently
-        ids = torch.tensor([[first, 1, 1, 1]], device=model.device)
-        logits.append(model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 2:])
-    model.train(was_training)
-    return torch.equal(*logits)
+    device = next(model.parameters()).device
+    ids, positions = torch.tensor([[[0, 1, 1, 1]], [[0, 1, 0, 1]]], device=device)
+    gradient = embedding_gradient(model, nullcontext(), slice(2, 4), input_ids=ids, position_ids=positions)
+    after_backward()
+    return not gradient[:, :2].any()
 
 
 class RowClass:

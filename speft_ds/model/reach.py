@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from speft_ds.model.kinds.target import Target
+from speft_ds.model.probe import embedding_gradient
 from speft_ds.model.targets import layer_number, place, shorten
 from speft_ds.model.weight_grad_hooks import weight_grad_hooks
 from speft_ds.zero.shards import full_shape
@@ -113,28 +114,14 @@ def find_reach(
     Raises:
         RuntimeError: of fake tensors, a forward that depends on values.
     """
-    weights, fed, embedded = dict(model.named_parameters()), set(), []
+    weights, fed = dict(model.named_parameters()), set()
     elements = {name: full_shape(weight).numel() for name, weight in weights.items()}
     hooks = {name: lambda *factors, n=name: fed.add(n) for name in targets}
-    uses, was_training = _Uses(weights), model.training
-    device = next(model.parameters()).device
-
-    def keep(module: nn.Module, inputs, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_(True))
-        return embedded[-1].clone()  # which the model may scale in place
-
-    handle = model.get_input_embeddings().register_forward_hook(keep)
-    model.eval()
-    try:
-        with weight_grad_hooks(targets, hooks):
-            with uses:
-                logits = model(input_ids=torch.tensor([PROBE], device=device), use_cache=False).logits
-            logits[:, 0].float().sum().backward()
-            after_backward()
-    finally:
-        handle.remove()
-        model.train(was_training)
-    gradient = embedded[0].grad
-    has_values = gradient is not None and not (gradient.is_meta or isinstance(gradient, FakeTensor))
+    uses = _Uses(weights)
+    ids = torch.tensor([PROBE], device=next(model.parameters()).device)
+    with weight_grad_hooks(targets, hooks):
+        gradient = embedding_gradient(model, uses, slice(0, 1), input_ids=ids)
+        after_backward()
+    has_values = not (gradient.is_meta or isinstance(gradient, FakeTensor))
     looks_ahead = has_values and bool(gradient[:, 1:].any())
     return Reach(frozenset(fed), frozenset(uses.used | fed), elements, looks_ahead)

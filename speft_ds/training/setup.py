@@ -259,8 +259,16 @@ def load_context(
         num_trainable=loaded.num_trainable if loaded else num_trainable(recipe.mask, shapes),
         fingerprint=own,
         fingerprint_bfloat16=rounded,
-        objective=RowClass() if classifies(recipe) else NextToken(model, recipe.data.packing),
+        objective=_make_objective(engine, recipe),
     )
+
+
+def _make_objective(engine: SparseEngine, recipe: Recipe) -> NextToken | RowClass:
+    if classifies(recipe):
+        return RowClass()
+    objective = NextToken(engine.module, recipe.data.packing, engine.after_plain_backward)
+    engine.forget_trace()
+    return objective
 
 
 def keep_reached(

@@ -58,7 +58,7 @@ def check_family(recipe: Recipe) -> dict:
 
 def works_packed(trainer) -> bool:
     try:
-        NextToken(trainer.engine.module, packing=True)
+        NextToken(trainer.engine.module, True, trainer.engine.after_plain_backward)
     except UserError:
         return False
     return True

@@ -60,8 +60,8 @@ def test_output_in_any_encoding(own_folder, tmp_path, encoding):
     done = encoded(encoding, "validate", "mine.yaml")
     assert b"Traceback" not in done.stderr and done.returncode == 2  # the model is none
     text = done.stdout.decode(encoding)
-    marks = {"ascii": ("ok", "X"), "latin-1": ("ok", "X"), "utf-8": ("✓", "✗")}[encoding]
-    assert all(any(line.startswith(f"{mark} ") for line in text.splitlines()) for mark in marks)
+    for mark in ("ok", "problem"):  # which are words in a log
+        assert any(line.startswith(f"{mark} ") for line in text.splitlines())
     done = encoded(encoding, "report", b"n\xff\xc3\xb6")  # a name that is no text
     assert b"Traceback" not in done.stderr and done.returncode == 2
     assert "report" in done.stderr.decode(encoding) or done.stderr.decode(encoding)

@@ -46,7 +46,9 @@ def load_base(name_or_path: str, dtype: str, ds_config: dict, num_classes: int |
         model, info = auto_class.from_pretrained(
             name_or_path, dtype=torch_dtype, output_loading_info=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # any type: the code of hundreds of families loads and initialises
         raise _unreadable(error, where) from error
     finally:
         del zero3
@@ -71,7 +73,8 @@ def _unreadable(error: Exception, where: str) -> UserError:
         )
         return UserError(what, where, "a causal language model")
     fix = "give a folder with config.json and weights, or the name of a model on the hub"
-    return UserError(f"cannot load the model: {text}", where, fix)
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return UserError(f"cannot load the model: {kind}{text}", where, fix)
 
 
 def _check_keys(info: dict, where: str, expected: set[str]) -> None:

@@ -224,7 +224,7 @@ def check_inputs_are_made_again(recipe: Recipe) -> list[str]:
     for step in range(recipe.train.steps - 1):
         trainer.train_step(step)
     saved: dict[str, int] = {}
-    for name, linear in trainer.targets.items():
-        linear.forward = counting_saved(linear, name, saved)
+    for name, target in trainer.targets.items():
+        target.module.forward = counting_saved(target.module, name, saved)
     trainer.train_step(recipe.train.steps - 1)
     return sorted({name.split(".", 2)[2] for name, count in saved.items() if count > 1})  # beside the weight

@@ -154,8 +154,8 @@ def check_shut_weights(recipe: Recipe) -> list[int]:
     """What is shut has no sink and saves no activation. Returns how many weights were open in each step."""
     trainer = start(recipe)
     saved: dict[str, int] = {}
-    for name, linear in trainer.targets.items():
-        linear.forward = counting_saved(linear, name, saved)
+    for name, target in trainer.targets.items():
+        target.module.forward = counting_saved(target.module, name, saved)
     num_open = []
     for step in range(recipe.train.steps):
         before = live_deltas(trainer.state)

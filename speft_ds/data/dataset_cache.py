@@ -26,7 +26,7 @@ from speft_ds.config.data_config import DataConfig, Source
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.chat_template import writes_date
 from speft_ds.data.conversations import EmptyRow, Example
-from speft_ds.data.dataset import Row, TokenizedDataset, first_fit, write_dataset
+from speft_ds.data.dataset import Row, TokenizedDataset, write_dataset
 from speft_ds.data.formats import Classes, find_classes, make_example
 from speft_ds.data.readers import Located, hash_file, hash_files
 from speft_ds.data.row_counts import COUNTED, EMPTY, NOT_SELECTED
@@ -43,7 +43,7 @@ from speft_ds.data.tokenize import Encoded, Encoder, batches, stop_ids
 from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
 
-FORMAT_VERSION = "4"  # of the file, and of what tokenising does: another version is another key
+FORMAT_VERSION = "5"  # of the file, and of what tokenising does: another version is another key
 NUM_SAMPLES = 3  # rows kept as text, to be shown
 
 
@@ -188,11 +188,19 @@ def _told(dataset: TokenizedDataset, log: Callable[[str], None]) -> TokenizedDat
 
 @dataclass
 class _SourceRows:
-    """The rows of one source, and what became of those that it had."""
+    """What became of the rows of one source.
 
-    rows: list[Row]
+    Attributes:
+        groups: for each row of the source those that it became, one or, of a conversation, several.
+    """
+
+    groups: list[list[Row]]
     texts: list[tuple[str, str]]  # (prompt, response), where the selection scores them
     counts: dict[str, int]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for group in self.groups for row in group]
 
 
 def make_dataset(spec: DatasetSpec, tokenizer: Any, path: Path) -> None:
@@ -203,12 +211,11 @@ def make_dataset(spec: DatasetSpec, tokenizer: Any, path: Path) -> None:
     if data.select != "all":
         _select(sources, spec)
     for number, source in enumerate(sources):
-        if not source.rows:
+        if not source.groups:
             left_out = [f"{n} {what}" for what, n in source.counts.items() if what != "rows" and n]
             what = f"of {source.counts['rows']} rows none is left: {', '.join(left_out)}"
             fix = "data.max_length, data.long_rows, data.empty_rows and data.select_rows leave rows out"
             raise UserError(what, spec.where(number), fix)
-    packs = [first_fit([len(row.ids) for row in s.rows], data.max_length) for s in sources if data.packing]
     facts = {
         "sources": [source.counts for source in sources],
         "classes": classes.names if classes else None,
@@ -216,7 +223,7 @@ def make_dataset(spec: DatasetSpec, tokenizer: Any, path: Path) -> None:
         "end_of_turn": _ends(sources, tokenizer),
         "samples": [row.as_text(tokenizer) for row in sources[0].rows[:NUM_SAMPLES]],
     }
-    write_dataset(path, [source.rows for source in sources], packs, facts)
+    write_dataset(path, [s.groups for s in sources], data.max_length if data.packing else None, facts)
 
 
 def _ends(sources: list[_SourceRows], tokenizer: Any) -> dict[str, int]:
@@ -243,15 +250,17 @@ def _tokenize_source(
     for _, example, encoded in encode_rows(rows, source, spec, encoder, classes):
         done.counts["rows"] += 1
         forms.update([example.form] if example is not None and example.form else [])
+        group = []
         for row, change, end in encoded:
             if change:
                 done.counts[change] += 1
             if row is not None:
                 # A list of Python integers would take nine times the memory.
                 ids, loss_mask = np.asarray(row.ids, np.int32), np.asarray(row.loss_mask)
-                done.rows.append(replace(row, ids=ids, loss_mask=loss_mask))
+                group.append(replace(row, ids=ids, loss_mask=loss_mask))
                 if spec.data.select == "ifd":
                     done.texts.append(_prompt_and_response(example, end))
+        done.groups += [group] if group else []
     if not done.counts["rows"]:
         raise UserError(f"{source.path} has no rows", spec.where(number), "write at least one row into it")
     return done
@@ -321,6 +330,7 @@ def _select(sources: list[_SourceRows], spec: DatasetSpec) -> None:
     texts = [text for source in sources for text in source.texts]
     chosen, numbers = select_rows(rows, texts, spec.data, spec.seed), count()
     for source in sources:
-        kept = [row for row in source.rows if next(numbers) in chosen]
-        source.counts[NOT_SELECTED] = len(source.rows) - len(kept)
-        source.rows = kept
+        num_rows = len(source.rows)
+        kept = [[row for row in group if next(numbers) in chosen] for group in source.groups]
+        source.groups = list(filter(None, kept))
+        source.counts[NOT_SELECTED] = num_rows - len(source.rows)

@@ -21,7 +21,6 @@ from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate, split_global_batch
 from speft_ds.data.dataset import Row
 from speft_ds.data.row_counts import row_counts
-from speft_ds.data.sampler import Sampler
 from speft_ds.env import log_rank0, versions
 from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import EvalJob, Phase, jobs_of, slice_jobs
@@ -105,10 +104,10 @@ class Trainer:
             with self.timings.stage("tasks"):  # nor should what lm-eval does not score
                 self.evaluation.prepare(data.tokenizer)
         train = recipe.train
-        self.order = Sampler(self.rows.sizes, recipe.data.weights, recipe.seed)
+        self.order = self.rows.order(recipe.data.weights, recipe.seed)
         self.num_steps = self.order.num_steps(train.global_batch, train.steps, train.epochs)
         checks.check_steps(recipe, self.num_steps)
-        self.row_counts = row_counts(self.rows, self.num_steps * train.global_batch / len(self.order))
+        self.row_counts = row_counts(self.rows, self.order.num_epochs(self.num_steps * train.global_batch))
         with self.timings.stage("model"):
             self.loaded, facts = read_mask(mask_file(recipe.mask.load)) if recipe.mask.load else (None, {})
             self.context = load_context(recipe, data, self.loaded)
@@ -364,7 +363,7 @@ class Trainer:
 
     def _manifest(self, done: int, validation_loss: float | None) -> dict:
         """What a checkpoint says of the run."""
-        epoch, row = divmod(done * self.recipe.train.global_batch, len(self.order))
+        epoch, row = self.order.locate(done * self.recipe.train.global_batch)
         return {
             "run_id": self.run_id,
             "recipe": self.recipe.model_dump(mode="json", exclude={"name"}),

@@ -40,7 +40,7 @@ def test_a_packed_mixture(values, start, tiny, tmp_path):
         {"path": str(tmp_path / "tasks.csv.gz"), "weight": 1, "format": "alpaca", "chat_template": False},
         {"path": str(tmp_path / "chats.jsonl"), "weight": 1, "format": "messages"},
     ]
-    values["data"] |= {"mixture": mixture, "packing": True, "long_rows": "truncate_prompt"}
+    values["data"] |= {"mixture": mixture, "packing": True, "long_rows": "truncate_prompt", "turns": "each"}
     runs = []
     for ranks in (1, 2):
         folder = tmp_path / f"run{ranks}"

@@ -9,10 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from speft_ds.config.recipe import Recipe
-from speft_ds.data.dataset import TokenizedDataset, first_fit
+from speft_ds.data.dataset import TokenizedDataset
 from speft_ds.data.dataset_cache import DatasetSpec, left_out_rows, prepare
 from speft_ds.data.row_counts import in_words, row_counts
-from speft_ds.data.sampler import Sampler
 from speft_ds.data.tokenize import load_tokenizer
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.jobs.preflight import check_training_rows, resolve_offline
@@ -78,21 +77,21 @@ def summary(recipe: Recipe, dataset: TokenizedDataset) -> str:
     """What a run makes of the rows, as lines of text."""
     data, train = recipe.data, recipe.train
     tokens, labels = int(dataset.lengths.sum()), int(dataset.num_label_tokens.sum())
-    sampler = Sampler(dataset.sizes, data.weights, recipe.seed)
-    num_steps = sampler.num_steps(train.global_batch, train.steps, train.epochs)
+    order = dataset.order(data.weights, recipe.seed)
+    num_steps = order.num_steps(train.global_batch, train.steps, train.epochs)
     if dataset.is_packed:
         kind, packs, packing = "packs", len(dataset), "on"
     else:
-        packs = len(first_fit(dataset.lengths.tolist(), data.max_length))
+        packs = dataset.num_packs(data.max_length)
         kind, packing = "rows", "off; data.packing=true would make"
     filled = tokens / (packs * data.max_length)
     share = f"{labels:,} of them label tokens ({labels / tokens:.1%})"
     lines = [
         f"{dataset.num_rows:,} rows, {tokens:,} tokens; {share}",
-        f"an epoch: {len(sampler):,} {kind}",
+        f"an epoch: {len(order):,} {kind}",
         f"the run: {num_steps:,} steps of {train.global_batch} {kind}",
         f"packing: {packing} {packs:,} sequences of {data.max_length} tokens, {filled:.1%} filled",
-        in_words(row_counts(dataset, num_steps * train.global_batch / len(sampler))),
+        in_words(row_counts(dataset, order.num_epochs(num_steps * train.global_batch))),
     ]
     if ends := dataset.facts["end_of_turn"]:
         told = (f"{token} ({number:,} rows)" for token, number in ends.items())

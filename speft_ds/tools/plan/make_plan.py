@@ -146,7 +146,7 @@ def find_order(recipe: Recipe) -> tuple[Sampler | None, str]:
     try:
         if corpus := find_cached(DatasetSpec.from_recipe(recipe).path()):
             kind = "packs" if corpus.is_packed else "rows"
-            return Sampler(corpus.sizes, data.weights, recipe.seed), f"tokenised before: {kind}"
+            return corpus.order(data.weights, recipe.seed), f"tokenised before: {kind}"
         sizes = [sum(1 for _ in iterate_rows(source)) for source in data.sources]
     except UserError as error:
         return None, f"{error.what}: --rows N"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speft_ds.config.data_config import Columns, DataConfig, Source
-from speft_ds.data.dataset import Row, first_fit, pack
+from speft_ds.data.dataset import Row, first_fit, pack, pack_groups
 from speft_ds.data.tokenize import batches
 from unit.data.made import make, pairs, refusal, shown, without_chat, write
 
@@ -66,6 +66,30 @@ def naive_first_fit(lengths, capacity):
 def test_each_row_goes_into_the_first_pack_with_room(case):
     lengths, capacity = case
     assert first_fit(lengths, capacity) == naive_first_fit(lengths, capacity)
+
+
+lengths_of_talks = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), max_size=20)
+
+
+@given(lengths_of_talks)
+def test_the_rows_of_a_conversation_share_a_pack_or_have_packs_of_their_own(talks):
+    together = pack_groups(talks, 9)
+    lengths = [length for talk in talks for length in talk]
+    packs = [pack for some in together for pack in some]
+    assert sorted(row for pack in packs for row in pack) == list(range(len(lengths)))
+    assert all(pack and sum(lengths[row] for row in pack) <= 9 for pack in packs)
+    first = 0
+    for talk in talks:
+        rows = [*range(first, first + len(talk))]
+        first += len(talk)
+        touched = [pack for some in together for pack in some if set(pack) & set(rows)]
+        (own,) = (some for some in together if any(pack in some for pack in touched))
+        own = [pack for pack in own if pack in touched]
+        assert [row for pack in own for row in pack if row in rows] == rows  # together and in order
+        assert len(own) == 1 or sum(talk) > 9
+        if len(own) > 1:  # others only behind it
+            assert [row for pack in own for row in pack][: len(rows)] == rows
+    assert pack_groups([[length] for length in lengths], 9) == [[p] for p in naive_first_fit(lengths, 9)]
 
 
 def test_a_mixture_keeps_its_sources_apart(tmp_path, path, model):
@@ -162,6 +186,30 @@ def test_the_rows_of_conversations_stay_in_order_and_are_told(tmp_path, model):
     again = []
     make(DataConfig(path=str(path), turns="each", select="longest", select_rows=6), model, log=again.append)
     assert again == lines[-len(notes) :]  # a start from the cache says them, too
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_conversations_in_a_weighted_mixture(tmp_path, path, model, packing):
+    def talk(turns):
+        return {
+            "messages": [{"role": ("user", "assistant")[n % 2], "content": "x" * 9} for n in range(turns)]
+        }
+
+    write(tmp_path / "talks.jsonl", [talk(2 * n) for n in (1, 4, 2, 7)])
+    mixture = [
+        Source(path=str(path), weight=3),
+        Source(path=str(tmp_path / "talks.jsonl"), format="messages", weight=1),
+    ]
+    data = DataConfig(mixture=mixture, turns="each", packing=packing, max_length=256)
+    dataset = make(data, model)
+    assert dataset.row_sizes == (30, 14)
+    order = dataset.order(data.weights, 5)
+    epochs = [[dataset[number] for number in order.epoch(epoch)] for epoch in range(3)]
+    # A conversation counts once, whatever it became; one pack may have several.
+    assert order.shares == [12, 4] and sum(order.counts) == 34
+    assert dataset.num_packs(256) <= len(dataset) if packing else len(epochs[0]) == 12 + 14
+    later = [row for epoch in epochs for row in epoch][5:]
+    assert [dataset[number] for number in dataset.order(data.weights, 5).ids(5, len(later))] == later
 
 
 def rows_of_text(dataset):

@@ -1,8 +1,9 @@
 """Which rows a step trains on: every row as often as it should, from any position."""
 
 import hashlib
+import math
 from collections import Counter
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -32,15 +33,61 @@ def test_every_row_of_every_source_once_an_epoch_and_epochs_follow_each_other():
 
 
 mixtures = st.lists(st.tuples(st.integers(1, 30), st.floats(0.1, 10)), min_size=1, max_size=4)
+# Of each source the rows of its conversations, and its weight.
+talks = st.lists(
+    st.tuples(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.floats(0.1, 10)),
+    min_size=1,
+    max_size=3,
+)
 
 
-@given(mixtures, st.booleans(), st.integers(0, 300), st.integers(0, 100))
+def of_talks(sources, weighted, seed=7):
+    groups, weights = zip(*sources, strict=True)
+    edges = [*accumulate((rows for source in groups for rows in source), initial=0)]
+    sizes = tuple(map(sum, groups))
+    return Sampler(sizes, weights if weighted else None, seed, edges=edges), groups, edges
+
+
+@given(talks, st.booleans(), st.integers(0, 300), st.integers(0, 100))
 def test_it_can_start_anywhere(sources, weighted, first, count):
-    sizes, weights = zip(*sources, strict=True)
-    sampler = Sampler(sizes, weights if weighted else None, 7)
+    sampler, _, edges = of_talks(sources, weighted)
     complete = sampler.ids(0, first + count)
-    assert sampler.ids(first, count) == complete[first:]
-    assert all(0 <= number < sum(sizes) for number in complete)
+    fresh = Sampler(sampler.sizes, sampler.weights, 7, edges=edges)  # which has seen no epoch so far
+    assert fresh.ids(first, count) == complete[first:]
+    assert all(0 <= number < edges[-1] for number in complete)
+    epoch, row = fresh.locate(first)
+    assert sum(len(fresh.epoch(number)) for number in range(epoch)) + row == first
+    assert row < len(fresh.epoch(epoch)) and fresh.num_epochs(first) == epoch + row / len(fresh.epoch(epoch))
+
+
+@given(talks, st.booleans())
+def test_conversations_stay_together_and_weights_count_them(sources, weighted):
+    sampler, groups, edges = of_talks(sources, weighted)
+    single = Sampler(tuple(map(len, groups)), sampler.weights, 7)
+    for epoch in range(3):  # as if each were one row
+        expected = [row for talk in single.epoch(epoch) for row in range(*edges[talk : talk + 2])]
+        assert sampler.epoch(epoch) == expected
+    lengths = [len(sampler.epoch(epoch)) for epoch in range(3)]
+    assert len(sampler) == lengths[0] and sampler.num_steps(4, None, 3.0) == math.ceil(sum(lengths) / 4)
+    assert sampler.num_steps(1, None, 2.5) == math.ceil(sum(lengths[:2]) + lengths[2] / 2)
+
+
+@given(talks)
+def test_groups_count_as_much_as_is_in_them(sources):
+    """As packs do, of several conversations each."""
+    counts, weights = zip(*sources, strict=True)
+    edges = range(sum(map(len, counts)) + 1)
+    sizes, flat = tuple(map(len, counts)), [count for source in counts for count in source]
+    sampler, num_epochs = Sampler(sizes, weights, 3, edges=edges, counts=flat), 12
+    shares = epoch_shares([sum(source) for source in counts], weights)
+    seen = Counter(row for epoch in range(num_epochs) for row in sampler.epoch(epoch))
+    first = 0
+    for source, share in zip(counts, shares, strict=True):
+        rows = range(first, first + len(source))
+        first += len(source)
+        assert max(seen[row] for row in rows) - min(seen[row] for row in rows) <= 1
+        taken = sum(seen[row] * flat[row] for row in rows)
+        assert num_epochs * share <= taken < num_epochs * share + max(source)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ class _GroupedProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._grouped_mm.default:
-            x, weight = args[:2]
-            return x.new_empty(x.shape[0], weight.shape[-1])
+            x, weight, *ends = args
+            groups = ends[0].shape if x.dim() == weight.dim() == 2 else ()  # of a weight's gradient
+            return x.new_empty(*groups, x.shape[0], weight.shape[-1])
         return function(*args, **(kwargs or {}))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def embedding_gradient(
-    model: nn.Module, forward_context: AbstractContextManager, tokens: slice, **inputs: Tensor
+    model: nn.Module, forward_context: AbstractContextManager, asked: Tensor, **inputs: Tensor
 ) -> Tensor:
     """How the summed logits of some tokens change with each embedded token: exactly 0 where it is not seen.
 
@@ -17,7 +17,7 @@ def embedding_gradient(
 
     Args:
         forward_context: entered around the forward.
-        tokens: whose logits.
+        asked: [rows, tokens] 1.0 where a token's logits are summed, else 0.0.
         inputs: `input_ids` [rows, tokens], and what else the model takes.
     Returns:
         [rows, tokens, width] the gradient.
@@ -33,7 +33,7 @@ def embedding_gradient(
     try:
         with forward_context:
             logits = model(**inputs, use_cache=False).logits
-        logits[:, tokens].float().sum().backward()
+        (logits.float().sum(-1) * asked).sum().backward()
     finally:
         handle.remove()
         model.train(was_training)

@@ -17,11 +17,12 @@ from torch.overrides import TorchFunctionMode
 from speft_ds.model.kinds.target import Target
 from speft_ds.model.probe import embedding_gradient
 from speft_ds.model.targets import layer_number, place, shorten
-from speft_ds.model.weight_grad_hooks import weight_grad_hooks
+from speft_ds.model.weight_grad_hooks import gradients_past_hooks, weight_grad_hooks
 from speft_ds.zero.shards import full_shape
 
 WARN_BELOW = 0.9  # share of the decoder's elements
-PROBE = [0, 1, 0, 1]  # tokens that every vocabulary has
+PROBE = [[0, 1, 0, 1], [0, 1, 0, 1]]  # tokens that every vocabulary has
+ASKED = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]  # whose logits: does the first depend on later tokens?
 MIN_NAMED, MAX_NAMED = 1e-2, 6  # share of a place that is worth a word, and how many are named
 
 
@@ -30,7 +31,7 @@ class Reach:
     """How far training can reach.
 
     Attributes:
-        fed: targets whose module hands over its gradient's factors.
+        fed: targets whose module hands over its gradient's factors, all there are.
         used: weights that the forward uses, of any kind.
         elements: weight -> its elements, of all weights.
         looks_ahead: whether a token's logits depend on the tokens after it, as those of BERT do.
@@ -67,7 +68,7 @@ class Reach:
         if unused := [name for name in starved if name not in self.used]:
             lines.append(f"note: {len(unused)} weights have no part in a text forward: {shorten(unused)}")
         if bypassed := [name for name in starved if name in self.used]:
-            lines.append(f"note: not used as linear layers, so not trained: {shorten(bypassed)}")
+            lines.append(f"note: not used as linear layers alone, so not trained: {shorten(bypassed)}")
         if share < WARN_BELOW:
             more = "mask.targets=null mask.layers=null trains more" if are_chosen else "see docs/models.md"
             lines.append(f"warning: {1 - share:.0%} of the decoder is never trained: {more}")
@@ -105,7 +106,7 @@ class _Uses(TorchFunctionMode):
 def find_reach(
     model: nn.Module, targets: dict[str, Target], after_backward: Callable[[], None] = lambda: None
 ) -> Reach:
-    """Ask the model itself: the first token's logits of one row, and their gradient, in evaluation mode.
+    """Ask the model itself: the logits of two rows, and their gradient, in evaluation mode.
 
     Args:
         model: adapted (see `Target.adapt`), of real or of fake tensors; sharded, it is in its engine, and
@@ -118,10 +119,12 @@ def find_reach(
     elements = {name: full_shape(weight).numel() for name, weight in weights.items()}
     hooks = {name: lambda *factors, n=name: fed.add(n) for name in targets}
     uses = _Uses(weights)
-    ids = torch.tensor([PROBE], device=next(model.parameters()).device)
-    with weight_grad_hooks(targets, hooks):
-        gradient = embedding_gradient(model, uses, slice(0, 1), input_ids=ids)
+    device = next(model.parameters()).device
+    ids = torch.tensor(PROBE, device=device)
+    asked = torch.tensor(ASKED, device=device)
+    with weight_grad_hooks(targets, hooks), gradients_past_hooks(targets) as past:
+        gradient = embedding_gradient(model, uses, asked, input_ids=ids)
         after_backward()
     has_values = not (gradient.is_meta or isinstance(gradient, FakeTensor))
-    looks_ahead = has_values and bool(gradient[:, 1:].any())
-    return Reach(frozenset(fed), frozenset(uses.used | fed), elements, looks_ahead)
+    looks_ahead = has_values and bool(gradient[0, 1:].any())
+    return Reach(frozenset(fed - past), frozenset(uses.used | fed), elements, looks_ahead)

@@ -30,6 +30,27 @@ def weight_grad_hooks(targets: dict[str, Target], hooks: dict[str, WeightGradHoo
             target.weight_grad_hook = before[name]
 
 
+@contextmanager
+def gradients_past_hooks(targets: dict[str, Target]) -> Iterator[set[str]]:
+    """Inside the block, names of targets are put into a set whose weight gets a gradient by autograd itself.
+
+    The products that hand their factors to a hook give their weight none. What autograd finds is of another
+    use: a norm, a penalty, a slice, a copy, another module.
+    """
+    past: set[str] = set()
+    handles = []
+    try:
+        for name, target in targets.items():
+            weight = target.weight.requires_grad_(True)
+            handles.append(weight.register_hook(lambda grad, n=name: None if grad is None else past.add(n)))
+        yield past
+    finally:
+        for handle in handles:
+            handle.remove()
+        for target in targets.values():
+            target.weight.requires_grad_(False).grad = None
+
+
 def chain_hooks(*hooks: WeightGradHook | None) -> WeightGradHook | None:
     """One hook that calls all that are not None; None where all are."""
     present = [hook for hook in hooks if hook is not None]

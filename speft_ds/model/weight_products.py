@@ -21,9 +21,13 @@ PRODUCTS = {
     torch.Tensor.matmul: (0, 1),
     torch.Tensor.__matmul__: (0, 1),
     torch.mm: (0, 1),
+    torch.Tensor.mm: (0, 1),
     torch.bmm: (0, 1),
+    torch.Tensor.bmm: (0, 1),
     torch.addmm: (1, 2),
+    torch.Tensor.addmm: (1, 2),
     torch.baddbmm: (1, 2),
+    torch.Tensor.baddbmm: (1, 2),
     torch._grouped_mm: (0, 1),
     torch.nn.functional.grouped_mm: (0, 1),
 }
@@ -55,28 +59,30 @@ class _Factors:
 
     Attributes:
         num_open: products whose backward is still to come.
-        parts: expert -> (columns, rows), where the products are with one expert at a time.
+        parts: expert -> its (columns, rows), where the products are with one expert at a time.
     """
 
     hook: Callable[..., None]
     num_experts: int | None
     num_open: int = 0
-    parts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    parts: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def add(self, expert: int | None, columns: Tensor, rows: Tensor, ends: Tensor | None) -> None:
         if expert is None:
             self.hook(columns, rows, *([] if ends is None else [ends]))
             return
         self.num_open -= 1
-        self.parts[expert] = (columns, rows)
+        self.parts.setdefault(expert, []).append((columns, rows))
         if self.num_open:
             return
-        counts = torch.zeros(self.num_experts, dtype=torch.int64)
-        for number, (part, _) in self.parts.items():
-            counts[number] = part.shape[0]
-        columns, rows = (torch.cat([pair[side] for _, pair in sorted(self.parts.items())]) for side in (0, 1))
+        pairs = [self.parts.get(number, []) for number in range(self.num_experts)]
         self.parts = {}
-        self.hook(columns, rows, counts.cumsum(0).to(columns.device))
+        columns, rows = (
+            torch.cat([pair[side].reshape(-1, pair[side].shape[-1]) for own in pairs for pair in own])
+            for side in (0, 1)
+        )
+        counts = [sum(part.shape[:-1].numel() for part, _ in own) for own in pairs]
+        self.hook(columns, rows, torch.tensor(counts).cumsum(0).to(columns.device))
 
 
 @dataclass(frozen=True)
@@ -92,14 +98,23 @@ class _Operand:
     rows_are_inputs: bool
 
     @classmethod
-    def of(cls, operand: Tensor, weight: Tensor, is_linear: bool) -> _Operand:
-        stored = weight.shape[-2:] == operand.shape[-2:] and (
-            operand.stride(-1) == 1 or weight.stride(-1) != 1
-        )
-        expert = None
+    def of(cls, operand: Tensor, weight: Tensor, is_linear: bool) -> _Operand | None:
+        """None where it is not the weight, an expert of it, or the transpose of one of these, as they lie."""
+        if operand.dim() not in (2, 3) or operand.dtype != weight.dtype:
+            return None
+        offset, expert = operand.storage_offset() - weight.storage_offset(), None
+        layout = list(zip(weight.shape, weight.stride(), strict=True))
         if weight.dim() == 3 and operand.dim() == 2:
-            expert = (operand.storage_offset() - weight.storage_offset()) // weight.stride(0)
-        return cls(expert, stored != is_linear)
+            (_, size), *layout = layout
+            expert, offset = divmod(offset, size)
+        if offset:
+            return None
+        own = list(zip(operand.shape, operand.stride(), strict=True))
+        if own == layout:
+            return cls(expert, not is_linear)
+        if own == [*layout[:-2], layout[-1], layout[-2]]:
+            return cls(expert, is_linear)
+        return None
 
     def to_inputs(self, weight: Tensor) -> Tensor:
         """[..., out, in], by which a gradient of the output is multiplied."""
@@ -140,10 +155,23 @@ class _Product(torch.autograd.Function):
         return grad_x, None, None, None, None, None, None
 
 
-def _is_full(operand: Tensor, weight: Tensor) -> bool:
-    """Whether it is the weight, an expert of it, or the transpose of one of these; not some part of it."""
-    shapes = (weight.shape, weight.transpose(-2, -1).shape) if weight.dim() in (2, 3) else ()
-    return operand.shape in shapes or (weight.dim() == 3 and operand.shape in [shape[1:] for shape in shapes])
+def _is_plain(function, places: tuple[int, int], args: tuple, kwargs: dict) -> bool:
+    """Whether nothing but the left operand needs a gradient, and each row is multiplied as it is, once."""
+    left, right = places
+    x, weight = args[left], args[right]
+    others = [*args[:left], *args[right + 1 :], *kwargs.values()]
+    if not kwargs.keys() <= {"offs", "bias", "beta", "alpha", "out_dtype"} or kwargs.get("alpha", 1) != 1:
+        return False
+    if kwargs.get("out_dtype") not in (None, x.dtype):
+        return False
+    if any(isinstance(other, Tensor) and other.requires_grad for other in others):
+        return False
+    if "grouped_mm" in function.__name__:
+        if len(args) != 2 or weight.dim() != 3:
+            return False
+        if kwargs.get("offs") is not None:
+            return x.dim() == 2
+    return weight.dim() == 2 or (x.dim() == 3 and x.shape[0] == weight.shape[0])
 
 
 class _WeightProducts(TorchFunctionMode):
@@ -158,15 +186,15 @@ class _WeightProducts(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if (places := PRODUCTS.get(function)) and len(args) > places[1]:
-            operand = args[places[1]]
-            weight = operand if id(operand) in self.names else getattr(operand, "_base", None)
-            if id(weight) in self.names and _is_full(operand, weight):
-                return self._product(function, places, args, kwargs, weight)
+            value = args[places[1]]
+            weight = value if id(value) in self.names else getattr(value, "_base", None)
+            if id(weight) in self.names:
+                operand = _Operand.of(value, weight, function is torch.nn.functional.linear)
+                if operand is not None and _is_plain(function, places, args, kwargs):
+                    return self._product(function, places[0], args, kwargs, weight, operand)
         return function(*args, **kwargs)
 
-    def _product(self, function, places: tuple[int, int], args: tuple, kwargs: dict, weight: nn.Parameter):
-        left, right = places
-        operand = _Operand.of(args[right], weight, function is torch.nn.functional.linear)
+    def _product(self, function, left: int, args: tuple, kwargs: dict, weight: Tensor, operand: _Operand):
         factors = self._factors(self.names[id(weight)], weight)
         if factors is not None and operand.expert is not None:
             factors.num_open += 1

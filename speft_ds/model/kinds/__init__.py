@@ -19,5 +19,6 @@ def find_weights(module: nn.Module) -> dict[str, Target]:
     """The weights of a module itself, not of its children, that may be trained, by attribute."""
     for kind in KINDS:
         if found := kind.find(module):
-            return {name: Target(module, name, kind) for name in found}
+            # A computed one, as of a weight norm, is no parameter.
+            return {name: Target(module, name, kind) for name in found if name in module._parameters}
     return {}

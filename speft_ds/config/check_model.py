@@ -88,16 +88,3 @@ def is_known(model_type: object) -> bool:
     package = Path(find_spec("transformers").submodule_search_locations[0])
     listed = package / "models" / "auto" / "auto_mappings.py"
     return isinstance(model_type, str) and f'"{model_type}"' in listed.read_text(encoding="utf-8")
-
-
-def rope_switch(config: dict) -> int | None:
-    """The length up to which LongRoPE rotates by its short factors; None: it is no LongRoPE.
-
-    Ding et al., 2024. transformers chooses by the longest row of a batch.
-    """
-    for section in sections(config):
-        rope = section.get("rope_parameters") or section.get("rope_scaling")
-        if isinstance(rope, dict) and "longrope" in (rope.get("rope_type"), rope.get("type")):
-            switch = (section | rope).get("original_max_position_embeddings")
-            return switch if type(switch) is int else None
-    return None

@@ -28,7 +28,8 @@ def collate(rows: list[Row], pad_id: int, device: torch.device) -> dict[str, Ten
     """Right-padded [rows, longest] int64 `input_ids`, and `labels` (IGNORED where the loss is not).
 
     Where rows are packed, also `position_ids`, which restart at each of them: from these the model's
-    attention tells the rows apart. For sequence classification `labels` is [rows], the classes.
+    attention tells the rows apart. For sequence classification `labels` is [rows], the classes. `lengths` is
+    [rows], on the CPU: the rows' tokens without padding.
 
     No attention mask: under causal attention no real token sees the padding behind it.
     """
@@ -44,7 +45,8 @@ def collate(rows: list[Row], pad_id: int, device: torch.device) -> dict[str, Ten
     batch = {"input_ids": input_ids, "labels": labels}
     if any(len(row.starts) > 1 for row in rows):
         batch["position_ids"] = torch.stack([_positions(row, longest) for row in rows])
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    return batch | {"lengths": torch.tensor([len(row.ids) for row in rows])}
 
 
 def _positions(row: Row, length: int) -> Tensor:

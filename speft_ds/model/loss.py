@@ -20,12 +20,20 @@ class NextToken:
     Args:
         model: the causal language model; sharded, it is in its engine.
         packing: whether rows may be packed.
+        switch: see `longrope.rotate_by_row`.
         after_backward: called after a backward that asks the model about packed rows.
     Raises:
         UserError: rows are packed and the model takes no positions, from which it could tell them apart.
     """
 
-    def __init__(self, model: nn.Module, packing: bool, after_backward: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        model: nn.Module,
+        packing: bool,
+        after_backward: Callable[[], None] = lambda: None,
+        switch: int | None = None,
+    ):
+        self.switch = switch
         arguments = inspect.signature(model.forward).parameters
         self.can_keep_logits = "logits_to_keep" in arguments
         if packing and not ("position_ids" in arguments and tells_rows_apart(model, after_backward)):
@@ -44,10 +52,24 @@ class NextToken:
         """
         # Logits over the prompts would be thrown away, and cost a fifth of a small model's step.
         keep = num_logits(batch["labels"]) if self.can_keep_logits else 0
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         options = {"logits_to_keep": keep} if keep else {}
-        logits = module(**inputs, use_cache=False, **options).logits
+        logits = module(**_inputs(batch, self.switch), use_cache=False, **options).logits
         return summed_loss(logits, batch["labels"][:, -keep:], temperature), None
+
+
+def _inputs(batch: dict[str, Tensor], switch: int | None) -> dict[str, Tensor]:
+    """What a model is given of a batch.
+
+    Args:
+        switch: of LongRoPE. A batch with rows on both sides has positions, which end a row at its padding.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    lengths = batch["lengths"]
+    if switch is not None and "position_ids" not in batch and lengths.min() <= switch < lengths.max():
+        places, lengths = torch.arange(batch["input_ids"].shape[1]), lengths[:, None]
+        positions = torch.where(places < lengths, places, places - lengths)
+        inputs["position_ids"] = positions.to(batch["input_ids"].device)
+    return inputs
 
 
 def tells_rows_apart(model: nn.Module, after_backward: Callable[[], None]) -> bool:
@@ -64,13 +86,20 @@ def tells_rows_apart(model: nn.Module, after_backward: Callable[[], None]) -> bo
 
 
 class RowClass:
-    """Predict the class of a row: from the hidden state of its last token, which is an EOS."""
+    """Predict the class of a row: from the hidden state of its last token, which is an EOS.
+
+    Args:
+        switch: see `longrope.rotate_by_row`.
+    """
+
+    def __init__(self, switch: int | None = None):
+        self.switch = switch
 
     def __call__(
         self, module: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Summed loss of a batch (fp32 scalar), and the number of rows whose class was the most likely."""
-        logits = module(input_ids=batch["input_ids"], use_cache=False).logits
+        logits = module(**_inputs(batch, self.switch), use_cache=False).logits
         num_correct = (logits.argmax(-1) == batch["labels"]).sum()
         return summed_class_loss(logits, batch["labels"], temperature), num_correct
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from speft_ds import hub
 from speft_ds.comm import collectives
-from speft_ds.config.check_model import read_config, rope_switch
 from speft_ds.config.data_config import DataConfig
 from speft_ds.config.deepspeed_config import load_ds_config
 from speft_ds.config.model_config import HEAD
@@ -30,6 +29,7 @@ from speft_ds.model.fingerprint import fingerprint
 from speft_ds.model.kinds import find_weights
 from speft_ds.model.kinds.target import Target
 from speft_ds.model.load_model import fill_head, load_base
+from speft_ds.model.longrope import rotate_by_row
 from speft_ds.model.loss import NextToken, RowClass
 from speft_ds.model.reach import find_reach
 from speft_ds.model.targets import all_weights, find_targets, target_shapes, tied_targets
@@ -207,21 +207,7 @@ def read_rows(
     if not collectives.same_on_all_ranks(dataset.facts["sha256"]):
         fix = "have one copy of the data and of the tokenizer for all nodes, or the same everywhere"
         raise UserError("the ranks' nodes have different rows", where(0), fix)
-    _refuse_mixed_rope(recipe.model.name_or_path, dataset, where(0))
     return dataset
-
-
-def _refuse_mixed_rope(name: str, dataset: TokenizedDataset, where: str) -> None:
-    """Refuse rows on both sides of LongRoPE's switch: the longest of a batch would decide for the others."""
-    folder = hub.model_folder(name)
-    switch = rope_switch(read_config(folder / "config.json")) if folder else None
-    num_long = 0 if switch is None else int((dataset.lengths > switch).sum())
-    if 0 < num_long < dataset.num_rows:
-        what = (
-            f"the model rotates rows of over {switch} tokens by other factors (LongRoPE): {num_long} of "
-            f"{dataset.num_rows} rows are longer"
-        )
-        raise UserError(what, where, f"data.max_length={switch}, or rows that are all longer")
 
 
 def load_context(
@@ -264,9 +250,10 @@ def load_context(
 
 
 def _make_objective(engine: SparseEngine, recipe: Recipe) -> NextToken | RowClass:
+    switch = rotate_by_row(engine.module)
     if classifies(recipe):
-        return RowClass()
-    objective = NextToken(engine.module, recipe.data.packing, engine.after_plain_backward)
+        return RowClass(switch)
+    objective = NextToken(engine.module, recipe.data.packing, engine.after_plain_backward, switch)
     engine.forget_trace()
     return objective
 

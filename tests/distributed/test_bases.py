@@ -90,6 +90,4 @@ def test_rows_on_both_sides_of_longropes_switch(ranks, recipe, tmp_path):
     factors = {"short_factor": [1.0] * 4, "long_factor": [3.0, 5.0, 9.0, 17.0], "partial_rotary_factor": 1.0}
     rope = {"rope_parameters": rope | factors, "original_max_position_embeddings": 30}
     base = make_family(tmp_path / "base", "phi3", **rope)
-    for text in ranks(2)(checks.check_refused, recipe=recipe(base)):
-        assert "data.max_length=30" in text
-    assert_one_model(ranks, recipe(base, data={"max_length": 30}))
+    assert assert_one_model(ranks, recipe(base))["gradient_error"] < 1e-5, "of each row alone"

@@ -4,10 +4,8 @@ import json
 
 import pytest
 
-from speft_ds.config.check_model import model_problems, num_positions, rope_switch
+from speft_ds.config.check_model import model_problems, num_positions
 from speft_ds.config.recipe import Recipe
-
-LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
 
 
 @pytest.fixture
@@ -76,17 +74,3 @@ def test_rows_are_no_longer_than_the_positions_by_any_name(problems, config):
 @pytest.mark.parametrize("config", [{}, {"n_positions": 0}, {"n_positions": True}, {"n_positions": "32"}])
 def test_a_configuration_may_not_say(problems, config):
     assert num_positions(config) is None and problems(config) == []
-
-
-@pytest.mark.parametrize(
-    ("config", "switch"),
-    [
-        ({"rope_parameters": LONGROPE}, 4096),
-        ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 4096}, 4096),
-        ({"text_config": {"rope_scaling": LONGROPE}}, 4096),
-        ({"rope_parameters": {"rope_type": "default"}}, None),
-        ({}, None),
-    ],
-)
-def test_where_longrope_switches(config, switch):
-    assert rope_switch(config) == switch

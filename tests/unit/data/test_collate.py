@@ -25,7 +25,7 @@ def test_rows_are_padded_on_the_right_and_labels_are_where_the_loss_is():
     no = IGNORED
     labels = [[no, no, 7, 8, 9], [no, 11, 5, no, no], [no] * 5, [no, 3, no, no, no]]
     assert batch["input_ids"].tolist() == ids and batch["labels"].tolist() == labels
-    assert set(batch) == {"input_ids", "labels"} and batch["input_ids"].dtype == torch.int64
+    assert set(batch) == {"input_ids", "labels", "lengths"} and batch["input_ids"].dtype == torch.int64
 
 
 def test_positions_restart_at_each_packed_row_and_at_the_padding():
@@ -42,7 +42,7 @@ def test_positions_restart_at_each_packed_row_and_at_the_padding():
 def test_a_batch_to_classify_has_one_label_per_row():
     batch = collate([Row([5, 6, 2], [0] * 3, label=1), Row([7, 2], [0] * 2, label=0)], 0, CPU)
     assert batch["labels"].tolist() == [1, 0] and batch["input_ids"].tolist() == [[5, 6, 2], [7, 2, 0]]
-    assert set(batch) == {"input_ids", "labels"}
+    assert set(batch) == {"input_ids", "labels", "lengths"} and batch["lengths"].tolist() == [3, 2]
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 8), (1, 2), (2, 2), (4, 1), (4, 2)])

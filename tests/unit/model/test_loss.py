@@ -5,6 +5,7 @@ import torch
 
 from speft_ds.data.collate import IGNORED, collate, num_logits
 from speft_ds.data.dataset import Row, pack
+from speft_ds.model.longrope import rotate_by_row
 from speft_ds.model.loss import NextToken, RowClass, summed_class_loss, summed_loss
 from unit.data.made import refusal
 from unit.data.test_collate import CPU, ROWS
@@ -58,6 +59,11 @@ def make_model(family, attention=None, task="CausalLM"):
         own = dict(intermediate_size=40, num_key_value_heads=2, head_dim=8, initializer_range=0.3)
     if family == "Gemma2":  # a window that is shorter than a pack, in every second layer
         own |= dict(sliding_window=8, query_pre_attn_scalar=8)
+    if family == "Phi3":  # rows of 3 and of 4 tokens are rotated by the short factors, the others by the long
+        factors = dict(short_factor=[1.0] * 3, long_factor=[3.0, 5.0, 9.0])
+        own.pop("head_dim")
+        own |= dict(rope_parameters=dict(rope_type="longrope", rope_theta=1e4, **factors))
+        own |= dict(original_max_position_embeddings=4)
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**sizes, **own)
     name = f"{family}For{task}"
@@ -109,14 +115,17 @@ def test_padding_changes_no_logits(family, attention):
         torch.testing.assert_close(padded[: len(row.ids)], alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "OPT"])
+@pytest.mark.parametrize("family", [*FAMILIES, "OPT", "Phi3"])
 def test_the_loss_of_a_batch_and_its_gradient_are_the_sums_over_its_rows(family):
     model = make_model(family)
+    switch = rotate_by_row(model)
+    assert switch == (4 if family == "Phi3" else None)
     packed = [pack(ROWS[:3]), pack(ROWS[3:])] if family != "OPT" else ROWS
-    weight = next(p for name, p in model.named_parameters() if name.endswith("q_proj.weight"))
+    ends = ("q_proj.weight", "qkv_proj.weight")
+    weight = next(p for name, p in model.named_parameters() if name.endswith(ends))
 
     def loss_of(rows):
-        objective = NextToken(model, packing=family != "OPT")
+        objective = NextToken(model, packing=family != "OPT", switch=switch)
         loss, num_correct = objective(model, collate(rows, 0, CPU))
         assert num_correct is None
         return loss, torch.autograd.grad(loss, weight)[0]
@@ -124,16 +133,17 @@ def test_the_loss_of_a_batch_and_its_gradient_are_the_sums_over_its_rows(family)
     loss, gradient = loss_of(packed)
     parts = [loss_of([row]) for row in ROWS]
     by_hand = 0.0
-    for row, logits in zip(ROWS, one_by_one(model, ROWS), strict=True):
+    for row, logits in zip(ROWS, one_by_one(make_model(family), ROWS), strict=True):
         for place, is_label in enumerate(row.loss_mask):
             if is_label:
                 by_hand -= logits[place - 1].log_softmax(0)[row.ids[place]].item()
     assert loss.item() == pytest.approx(by_hand, rel=1e-5)
-    assert loss.item() == pytest.approx(sum(part.item() for part, _ in parts), rel=1e-5)
-    torch.testing.assert_close(gradient, sum(part for _, part in parts), atol=1e-4, rtol=1e-4)
+    for found, grad in ((loss, gradient), loss_of(ROWS)):
+        assert found.item() == pytest.approx(sum(part.item() for part, _ in parts), rel=1e-5)
+        torch.testing.assert_close(grad, sum(part for _, part in parts), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "OPT"])
+@pytest.mark.parametrize("family", [*FAMILIES, "OPT", "Phi3"])
 @torch.no_grad()
 def test_a_class_is_predicted_from_the_last_token_of_a_row(family):
     model = make_model(family, task="SequenceClassification")
@@ -141,7 +151,7 @@ def test_a_class_is_predicted_from_the_last_token_of_a_row(family):
         Row([*row.ids, 2], [False] * (len(row.ids) + 1), label=number % 2) for number, row in enumerate(ROWS)
     ]
     alone = torch.cat([model(input_ids=torch.tensor([row.ids])).logits for row in rows])
-    loss, num_correct = RowClass()(model, collate(rows, 0, CPU))
+    loss, num_correct = RowClass(rotate_by_row(model))(model, collate(rows, 0, CPU))
     labels = torch.tensor([row.label for row in rows])
     expected = torch.nn.functional.cross_entropy(alone, labels, reduction="sum")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

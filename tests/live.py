@@ -1,12 +1,8 @@
-"""Live runs for tests: the real command on real ranks, in processes that can be killed at any moment.
-
-Ranks are forked from a server that has imported the package, so a run starts in a second instead of ten.
-"""
+"""Live runs for tests: the real command on real ranks, in processes that can be killed at any moment."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -14,30 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from forked import server
 from limits import HANG_S
 
 from speft_ds.env import free_port, rank_env
 from speft_ds.training.checkpoint.folder import list_checkpoints
-
-PRELOAD = [
-    "speft_ds.jobs.train",
-    "speft_ds.report",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.backends.backend_svg",
-    "matplotlib.figure",
-    "speft_ds.evaluation.runner",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.tokenization_utils_tokenizers",
-    "torch.distributed.tensor",
-]
-
-
-def server():
-    """Where processes are forked from."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    return context
 
 
 def _rank(

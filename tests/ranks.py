@@ -18,6 +18,7 @@ from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 
+from forked import server
 from limits import HANG_S
 
 from speft_ds.env import free_port, rank_env
@@ -47,20 +48,24 @@ FAILED_S = 60  # for the other ranks to fail in, once one has; what they do then
 
 
 class Ranks:
-    """A started group of `world_size` ranks; call it with a check and its arguments."""
+    """A started group of `world_size` ranks; call it with a check and its arguments.
 
-    def __init__(self, world_size: int):
+    Args:
+        is_fresh: in processes of their own, for what a fork shares: memory, settings of the C library.
+    """
+
+    def __init__(self, world_size: int, is_fresh: bool = False):
         self.world_size = world_size
+        self.context = multiprocessing.get_context("spawn") if is_fresh else server()
         self.processes: list = []
 
     def start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         port = free_port()
         self.stacks = [Path(tempfile.mkdtemp()) / f"rank{rank}" for rank in range(self.world_size)]
-        pipes = [context.Pipe() for _ in range(self.world_size)]
+        pipes = [self.context.Pipe() for _ in range(self.world_size)]
         self.pipes = [ours for ours, _ in pipes]
         self.processes = [
-            context.Process(
+            self.context.Process(
                 target=serve, args=(rank, self.world_size, port, theirs, str(self.stacks[rank])), daemon=True
             )
             for rank, (_, theirs) in enumerate(pipes)

@@ -135,7 +135,7 @@ def test_the_planned_memory_is_what_a_deeper_run_takes(tmp_path, monkeypatch):
         )
 
     for depth in (shallow, middle):
-        fresh = Ranks(2)
+        fresh = Ranks(2, is_fresh=True)
         try:
             by_rank = fresh(plan_checks.check_memory, recipe=recipe_of(depth))
         finally:

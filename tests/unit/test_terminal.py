@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from speft_ds.config.load_recipe import ROOT
 from speft_ds.terminal import ASCII, Console
-from unit.commands import speft
+from unit.commands import run, speft
 from unit.written import write_inputs
 
 HOSTILE = "say [/red] \x1b[2J\x1b]0;owned\x07 [bold]x[/bold] [link=http://evil]c[/link] :smile:"
@@ -30,41 +29,52 @@ def test_the_console_takes_texts_as_they_are(is_terminal):
     assert written.count("[link=http://evil]c[/link] :smile:") >= 3  # the title is wrapped
 
 
-def test_rows_and_names_on_the_terminal(own_folder, tmp_path, tiny):
-    """`speft data` and `speft validate` show the rows, `plan` the names; by the real commands."""
+def test_rows_and_names_on_the_terminal(own_folder, tmp_path, tiny, monkeypatch, capsys):
+    """`speft data` and `speft validate` show the rows, `plan` the names."""
+    monkeypatch.setenv("COLUMNS", "200")
     write_inputs(tmp_path)
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps({'prompt': HOSTILE, 'response': HOSTILE})}\n" * 20)
     model = f"model.name_or_path={tiny['untied']}"
     for command in ("data", "validate"):
-        done = speft(command, "mine.yaml", model, "data.max_length=256")
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "[link=http://evil]c[/link]" in done.stdout
-        assert not set("\x1b\x07") & set(done.stdout + done.stderr)
+        code, said = run(monkeypatch, command, "mine.yaml", model, "data.max_length=256"), capsys.readouterr()
+        assert code == 0 and "[link=http://evil]c[/link]" in said.out, said
+        assert not set("\x1b\x07") & set(said.out + said.err)
     named = tmp_path / "[bold]x[/nothing]"
     named.mkdir(parents=True)
     (named / "mine.yaml").write_text((tmp_path / "mine.yaml").read_text())
-    done = speft("plan", f"{named}/mine.yaml", "model.name_or_path=meta-llama/Llama-2-[/b]x", "--world", "1")
-    assert done.returncode == 2 and "Llama-2-[/b]x" in done.stderr
+    hostile = ["model.name_or_path=meta-llama/Llama-2-[/b]x", "--world", "1"]
+    assert run(monkeypatch, "plan", f"{named}/mine.yaml", *hostile) == 2
+    assert "Llama-2-[/b]x" in capsys.readouterr().err
 
 
-def encoded(encoding, *words, **environment):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "COLUMNS": "100"} | environment
-    command = [sys.executable, "-m", "speft_ds.cli.main", *words]
-    return subprocess.run(command, env=env, capture_output=True, check=False)
+def encoded(monkeypatch, encoding, *words):
+    """Exit code, stdout and stderr of a command at a terminal of this encoding, which must hold them all."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", streams[0])
+        patched.setattr(sys, "stderr", streams[1])
+        code = run(patched, *words)
+    for stream in streams:
+        stream.flush()
+    return code, *(stream.buffer.getvalue().decode(encoding) for stream in streams)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_output_in_any_encoding(own_folder, tmp_path, encoding):
+def test_output_in_any_encoding(own_folder, tmp_path, monkeypatch, encoding):
     write_inputs(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "ä → ±", "response": "漢"}\n' * 9, encoding="utf-8")
-    done = encoded(encoding, "validate", "mine.yaml")
-    assert b"Traceback" not in done.stderr and done.returncode == 2  # the model is none
-    text = done.stdout.decode(encoding)
+    code, text, _ = encoded(monkeypatch, encoding, "validate", "mine.yaml")
+    assert code == 2  # the model is none
     for mark in ("ok", "problem"):  # which are words in a log
         assert any(line.startswith(f"{mark} ") for line in text.splitlines())
-    done = encoded(encoding, "report", b"n\xff\xc3\xb6")  # a name that is no text
-    assert b"Traceback" not in done.stderr and done.returncode == 2
-    assert "report" in done.stderr.decode(encoding) or done.stderr.decode(encoding)
+    code, _, said = encoded(monkeypatch, encoding, "report", os.fsdecode(b"n\xff\xc3\xb6"))  # no text
+    assert code == 2 and "recipe.yaml" in said
+
+
+def test_the_command_itself_in_ascii():
+    """By the real command: a name that is no text, and a letter that ASCII does not have."""
+    done = speft("runs", b"n\xff\xc3\xb6", PYTHONIOENCODING="ascii")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "n??" in done.stderr
 
 
 def test_every_mark_of_ours_has_its_ascii():

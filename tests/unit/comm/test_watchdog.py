@@ -5,8 +5,9 @@ import signal
 import time
 
 import pytest
+from forked import server
 from limits import HANG_S
-from live import LiveRun, server
+from live import LiveRun
 
 from speft_ds.comm import watchdog
 from unit.comm import watchdog_rank

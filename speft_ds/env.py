@@ -8,14 +8,19 @@ import platform
 import random
 import re
 import socket
+import subprocess
+import sys
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 from speft_ds import __version__
-from speft_ds.untrusted import printable
+from speft_ds.errors import shell
+from speft_ds.untrusted import printable, without_secrets
 
 PORTS = range(10_000, 30_000)  # for a run to take one; below those that the system hands out
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "lm_eval", "tokenizers")
+GIT_S = 5  # that git has to answer
 CPU_INFO = Path("/proc/cpuinfo")
 CACHE = "~/.cache/speft_ds"
 
@@ -112,6 +117,40 @@ def machine_facts() -> dict:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(),
     }
+
+
+def origin() -> dict:
+    """Of what is started now: the date, the command line, the commits of the code."""
+    now = datetime.now(UTC).isoformat(" ", "minutes").removesuffix("+00:00")
+    return {"date": f"{now} UTC", "command": _command_line(), "commits": _commits()}
+
+
+def _command_line() -> str:
+    """As a shell takes it: without secrets and what a launcher adds."""
+    script, *words = sys.argv
+    words = [word for word in words if not word.startswith("--local_rank")]
+    return without_secrets(shell("/".join(Path(script).parts[-2:]), *words))
+
+
+def _commits() -> dict[str, str]:
+    """`git describe` of the working folder and of this package, as far as they are in repositories.
+
+    `-dirty` says that files were changed since.
+    """
+    own = Path(__file__).parents[1]
+    folders = {"working folder": Path.cwd()} | ({"speft_ds": own} if (own / ".git").exists() else {})
+    found = {name: commit for name, folder in folders.items() if (commit := _commit(folder))}
+    return {"speft_ds": found["speft_ds"]} if len(set(found.values())) < len(found) else found
+
+
+def _commit(folder: Path) -> str | None:
+    describe = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    quiet = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # it writes nothing to the repository
+    try:
+        done = subprocess.run(describe, capture_output=True, text=True, timeout=GIT_S, env=quiet, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def _cpu_name() -> str:

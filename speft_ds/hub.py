@@ -32,6 +32,11 @@ def is_hub_id(name: str) -> bool:
     return HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
 
 
+def public_name(name_or_path: str) -> str:
+    """A hub id as it is; of a local file or folder its last part, which says nothing of the machine."""
+    return name_or_path if is_hub_id(name_or_path) else Path(name_or_path).name or name_or_path
+
+
 def is_offline_by_choice() -> bool:
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
     return any(os.environ.get(name, "").upper() in _TRUE for name in names)
@@ -91,15 +96,24 @@ def _hub_cache() -> Path:
 
 def model_folder(name_or_path: str) -> Path | None:
     """A local model folder, or where the hub's cache has the model's config; None: neither."""
+    folder = _folder(name_or_path, "models")
+    return folder if folder and (os.path.isdir(name_or_path) or (folder / "config.json").is_file()) else None
+
+
+def dataset_folder(name_or_path: str) -> Path | None:
+    """A local folder of data, or where the hub's cache has files of the data set; None: neither."""
+    return _folder(name_or_path, "datasets")
+
+
+def _folder(name_or_path: str, kind: str) -> Path | None:
     if os.path.isdir(name_or_path):
         return Path(name_or_path)
-    repo = _hub_cache() / f"models--{name_or_path.replace('/', '--')}"
+    repo = _hub_cache() / f"{kind}--{name_or_path.replace('/', '--')}"
     try:
         commit = (repo / "refs" / "main").read_text(encoding="utf-8").strip()
-    except OSError:
+    except (OSError, ValueError):
         return None
-    snapshot = repo / "snapshots" / commit
-    return snapshot if (snapshot / "config.json").is_file() else None
+    return repo / "snapshots" / commit
 
 
 def missing_weights(folder: Path) -> list[str]:

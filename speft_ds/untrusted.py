@@ -10,6 +10,7 @@ TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # environment 
 MIN_TOKEN = 8  # characters: a shorter value is none, and would be found inside of words
 _CREDENTIALS = re.compile(r"(?<=://)[^\s/?#]*@")  # of a URL: user:password@
 _HUB_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}")
+_FOLDERS = re.compile(r"(?<![\w.:/])(?:~[\w.-]*)?/(?:[^/'\",:=\]}]+/)+")  # above what a path names
 _KEPT = "\n\t\u200c\u200d"  # besides what is printable: the joiners of scripts and of emoji
 # An underscore inside a word marks nothing up: names of tasks stay legible.
 _MARKUP = re.compile(r"[\\`*\[\]<>|~$&#]|(?<!\w)_|_(?!\w)")
@@ -41,6 +42,11 @@ def without_secrets(text: str) -> str:
     for token in filter(None, map(os.environ.get, TOKENS)):
         text = text.replace(token, "***") if len(token) >= MIN_TOKEN else text
     return text
+
+
+def without_folders(word: str) -> str:
+    """A word of a command line in which paths from / or ~ say nothing of this machine: `.../rows.jsonl`."""
+    return _FOLDERS.sub(".../", word)
 
 
 def printable(text: object) -> str:

@@ -1,9 +1,13 @@
-"""The adapter's card: README.md with the hub's metadata, what was trained, scores, how to load it."""
+"""The card of an adapter, or of a checkpoint merged with it: README.md with the hub's metadata.
+
+It says what was trained, its scores, what it is for and what is not known, the licences, and how to load it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +16,38 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from speft_ds.adapter.format import CARD, Adapter
-from speft_ds.hub import is_hub_id
+from speft_ds.config.limited_yaml import load, read_text
+from speft_ds.hub import dataset_folder, is_hub_id, model_folder, public_name
 from speft_ds.io import write_text
-from speft_ds.untrusted import in_markdown
+from speft_ds.untrusted import in_markdown, printable
 
 TASKS = {  # by name: the hub's pipeline, and the class that loads the base
     "causal_lm": ("text-generation", "AutoModelForCausalLM"),
     "sequence_classification": ("text-classification", "AutoModelForSequenceClassification"),
 }
-# Keys of the recipe that the card shows: (section, key, what it is).
-SHOWN = (
-    ("mask", "salience", "weights chosen by"),
-    ("mask", "schedule", "mask schedule"),
-    ("optimizer", "lr", "learning rate"),
-    ("train", "global_batch", "rows per step"),
-    ("train", "steps", "steps"),
-    ("train", "epochs", "epochs"),
-)
+# Keys of the recipe that make most of a result, and what they are.
+HYPERPARAMETERS = {
+    "mask.salience": "weights chosen by",
+    "mask.density": "density",
+    "mask.granularity": "granularity",
+    "mask.budget": "budget",
+    "mask.schedule": "mask schedule",
+    "mask.layer_gate": "layer gate",
+    "mask.calibration_samples": "calibration rows",
+    "optimizer.name": "optimizer",
+    "optimizer.lr": "learning rate",
+    "optimizer.schedule": "learning rate schedule",
+    "optimizer.warmup_steps": "warmup steps",
+    "optimizer.weight_decay": "weight decay",
+    "optimizer.clip_norm": "gradient clipping",
+    "train.steps": "steps",
+    "train.epochs": "epochs",
+    "train.global_batch": "rows per step",
+    "data.max_length": "tokens per row, at most",
+    "data.packing": "packing",
+    "model.dtype": "dtype",
+    "seed": "seed",
+}
 
 
 def write_card(folder: str | Path, scores: Sequence[dict[str, Any]]) -> None:
@@ -42,55 +61,96 @@ def write_card(folder: str | Path, scores: Sequence[dict[str, Any]]) -> None:
     write_text(adapter.folder / CARD, card_text(adapter.facts, scores, adapter.num_bytes))
 
 
-def card_text(facts: dict, scores: Sequence[dict[str, Any]], num_bytes: int) -> str:
-    """A model card in markdown.
+def card_text(
+    facts: dict, scores: Sequence[dict[str, Any]], num_bytes: int, merged: str | None = None
+) -> str:
+    """A model card in markdown, whose metadata huggingface_hub accepts.
 
     Args:
         facts: of adapter.json.
-        scores: rows of the table: `task`, `metric`, `before`, `after` and `stderr`, each None where unknown.
-        num_bytes: of adapter.safetensors.
+        scores: of the run, by `evaluation.scores.card_scores`.
+        num_bytes: of the weights that the card is of.
+        merged: None: the card is of the adapter; else of a merged checkpoint: how it was made.
     """
     environment = Environment(trim_blocks=True, keep_trailing_newline=True, finalize=_as_markdown)
     environment.filters["code"] = lambda value: Markup(json.dumps(value).replace("`", "\\u0060"))
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
-    base, name = _public_name(facts["base"]), _of_recipe(facts, "name")
+    base, name = public_name(facts["base"]), _of_recipe(facts, "name")
+    title = f"{name}: sparse fine-tuning of {base}" if name else f"Sparse fine-tuning of {base}"
     return environment.from_string(template).render(
         facts=facts,
-        scores=scores,
-        metadata=Markup(_metadata(facts)),
-        title=f"{name}: sparse fine-tuning of {base}" if name else f"Sparse fine-tuning of {base}",
-        rows=_rows(facts, base, num_bytes),
+        scores=[score for score in scores if score["role"] == "task"],
+        forgetting=[score for score in scores if score["role"] == "forgetting"],
+        metadata=Markup(_metadata(facts, scores, title, merged is not None)),
+        title=title,
+        rows=_rows(facts, base, num_bytes, merged),
+        licences=_licences(facts),
         auto_class=TASKS.get(facts.get("task"), TASKS["causal_lm"])[1],
         base=base,
+        data=data_names(facts.get("recipe")),
+        seed=_of_recipe(facts, "seed"),
+        is_merged=merged is not None,
     )
 
 
-def _metadata(facts: dict) -> str:
+def hyperparameters(recipe: Any) -> list[tuple[str, Any]]:
+    """(what, value) of the main ones of a nested recipe; without those that are not set, or switched off."""
+    found = [(what, _of_recipe({"recipe": recipe}, *key.split("."))) for key, what in HYPERPARAMETERS.items()]
+    return [(what, value) for what, value in found if value not in (None, "none", False)]
+
+
+def data_names(recipe: Any) -> list[str]:
+    """The data sets of a nested recipe, as `hub.public_name` has them."""
+    return [public_name(path) for path in _data_paths({"recipe": recipe})]
+
+
+def _metadata(facts: dict, scores: Sequence[dict[str, Any]], title: str, is_merged: bool) -> str:
     """The card's YAML, but for the licence, which is the user's to choose."""
-    metadata: dict[str, Any] = {"library_name": "speft_ds"}
-    if is_hub_id(facts["base"]):
-        metadata |= {"base_model": facts["base"], "base_model_relation": "adapter"}
-    if facts.get("task") in TASKS:
-        metadata["pipeline_tag"] = TASKS[facts["task"]][0]
-    metadata["tags"] = ["sparse-fine-tuning", "speft", "adapter"]
-    if datasets := [path for path in _data_paths(facts) if is_hub_id(path)]:
-        metadata["datasets"] = datasets
-    return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    from huggingface_hub import EvalResult, ModelCardData  # late: it takes its time
+
+    pipeline = TASKS[facts["task"]][0] if facts.get("task") in TASKS else None
+    results = [
+        EvalResult(
+            task_type=pipeline or "other",
+            dataset_type=_one_line(score["task"]),
+            dataset_name=_one_line(score["task"]),
+            metric_type=_one_line(score["metric"]),
+            metric_value=score["value"],
+            dataset_args={"num_few_shot": score["num_fewshot"]} if score["num_fewshot"] is not None else None,
+        )
+        for score in scores
+        if math.isfinite(score["value"])
+    ]
+    related = {"base_model": facts["base"], "base_model_relation": "finetune" if is_merged else "adapter"}
+    return ModelCardData(
+        library_name="transformers" if is_merged else "speft_ds",
+        pipeline_tag=pipeline,
+        tags=["sparse-fine-tuning", "speft", *([] if is_merged else ["adapter"])],
+        datasets=[path for path in _data_paths(facts) if is_hub_id(path)] or None,
+        model_name=_one_line(title) if results else None,
+        eval_results=results or None,
+        **(related if is_hub_id(facts["base"]) else {}),
+    ).to_yaml(line_break="\n")
 
 
-def _rows(facts: dict, base: str, num_bytes: int) -> list[tuple[str, Any]]:
+def _one_line(text: object) -> str:
+    return " ".join(printable(text).split()) or "-"
+
+
+def _rows(facts: dict, base: str, num_bytes: int, merged: str | None) -> list[tuple[str, Any]]:
     """What was trained, from what, and how large it is."""
     count, targets = facts["num_entries"], (facts.get("mask") or {}).get("num_target_elements")
     share = f" of {targets:,} ({count / targets:.3%})" if isinstance(targets, int) and targets else ""
     rows = [("base", f"{base}, in {facts['dtype']}"), ("changed weights", f"{count:,}{share}")]
     if facts.get("classes"):
         rows.append(("classes", ", ".join(facts["classes"])))
-    rows.append(("size", f"{num_bytes / 2**20:.2f} MiB, {num_bytes / max(count, 1):.2f} bytes per entry"))
-    if paths := _data_paths(facts):
-        rows.append(("data", ", ".join(path if is_hub_id(path) else Path(path).name for path in paths)))
-    shown = [(what, _of_recipe(facts, section, key)) for section, key, what in SHOWN]
-    rows += [(what, str(value)) for what, value in shown if value is not None]
-    return rows + [("made by", _step(step)) for step in _list(facts.get("history"))]
+    each = "" if merged else f", {num_bytes / max(count, 1):.2f} bytes per entry"
+    rows.append(("size", f"{num_bytes / 2**20:.2f} MiB{each}"))
+    if names := data_names(facts.get("recipe")):
+        rows.append(("data", ", ".join(names)))
+    rows += [(what, str(value)) for what, value in hyperparameters(facts.get("recipe"))]
+    rows += [("made by", _step(step)) for step in _list(facts.get("history"))]
+    return rows + ([("merged", merged)] if merged else [])
 
 
 def _step(step: object) -> str:
@@ -103,16 +163,33 @@ def _step(step: object) -> str:
     return f"{step.get('command')} {options}" + (f" of {', '.join(sources)}" if sources else "")
 
 
+def _licences(facts: dict) -> list[tuple[str, str]]:
+    """(of what, which) for base and data, as far as cards on this machine say."""
+    found = [(f"base, {public_name(facts['base'])}", _licence_in(model_folder(facts["base"])))]
+    for path in _data_paths(facts):
+        found.append((f"data, {public_name(path)}", _licence_in(dataset_folder(path))))
+    unknown = "not known: no card on the machine that wrote this names one"
+    return [(what, f"{licence}, as its card says" if licence else unknown) for what, licence in found]
+
+
+def _licence_in(folder: Path | None) -> str | None:
+    """The licence that the card in a folder names; None where there is no card, or it names none."""
+    try:
+        text = read_text(folder / CARD) if folder else ""
+        front = load(text.split("---\n", 2)[1]) if text.startswith("---\n") else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    named = front if isinstance(front, Mapping) else {}
+    licence = named.get("license_name") if named.get("license") == "other" else named.get("license")
+    names = [name for name in (licence if isinstance(licence, list) else [licence]) if isinstance(name, str)]
+    return ", ".join(names) or None
+
+
 def _as_markdown(value: object) -> str:
     """What a file says is text, and never markup."""
     if isinstance(value, Markup):
         return value
-    return in_markdown("-" if value is None else f"{value:.4f}" if isinstance(value, float) else value)
-
-
-def _public_name(base: str) -> str:
-    """A hub name as it is; of a local folder its last part, which says nothing of the machine."""
-    return base if is_hub_id(base) else Path(base).name or base
+    return in_markdown("-" if value is None else f"{value:,}" if type(value) is int else value)
 
 
 def _data_paths(facts: dict) -> list[str]:

@@ -21,13 +21,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from speft_ds.adapter.apply import check_weights, classifier_config, set_config, with_delta
-from speft_ds.adapter.format import DTYPES, FLOATS, Adapter, open_adapter
+from speft_ds.adapter.card import card_text
+from speft_ds.adapter.format import CARD, DTYPES, FLOATS, Adapter, open_adapter
 from speft_ds.adapter.pretrained import INDEX, SINGLE, Fingerprint, Header, PretrainedCheckpoint
 from speft_ds.adapter.save import check_output
 from speft_ds.errors import UserError
-from speft_ds.io import flush_to_disk, new_folder, same_bits, write_json
+from speft_ds.io import flush_to_disk, new_folder, same_bits, write_json, write_text
 
-# Not part of the merged checkpoint: other copies of the base's weights, and its card.
+# Not part of the merged checkpoint: other copies of the base's weights, and its card, which is not its own.
 LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".md")
 LARGEST_OTHER = 2**28  # bytes of a tokenizer, a configuration and so on
 
@@ -114,6 +115,8 @@ def merge(
         write = _merge_in_memory if checkpoint.problem else _merge_by_weight
         num_bytes = write(job, temporary, max_bytes)
         _copy_others(checkpoint.folder, temporary)
+        how = f"base + {alpha:g} x the adapter's differences, in {job.dtype}".replace("torch.", "")
+        write_text(temporary / CARD, card_text(opened.facts, [], num_bytes, merged=how))
     return Merged(opened.num_entries, num_bytes, checkpoint.problem)
 
 

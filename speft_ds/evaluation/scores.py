@@ -300,11 +300,22 @@ def read_evaluations(run: Path) -> Evaluations:
 
 
 def card_scores(folder: Path) -> list[dict]:
-    """Rows for the card of a run's adapter: the main scores, before and after."""
+    """Rows for the card of a run's adapter: the main scores, `before` and `after` as texts, None: not made.
+
+    The `value` is that of after.
+    """
     found = read_evaluations(folder)
-    rows = []
-    for new in found.after.main_scores() if found.after else []:
-        old, _ = found.both(new)
-        values = {"before": old and old.value, "after": new.value, "stderr": new.stderr}
-        rows.append({"task": new.task, "metric": new.metric, **values})
-    return rows
+    return [
+        {
+            "role": role,
+            "task": new.task,
+            "metric": new.name.removeprefix(f"{new.task} "),
+            "documents": new.num_documents,
+            "before": (old := found.both(new)[0]) and str(old),
+            "after": str(new),
+            "value": new.value,
+            "num_fewshot": new.num_fewshot,
+        }
+        for role in ("task", "forgetting")
+        for new in (found.after.main_scores(role) if found.after else [])
+    ]

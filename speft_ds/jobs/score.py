@@ -12,10 +12,10 @@ from speft_ds.comm import collectives, watchdog
 from speft_ds.config.mask_config import MASK_FILE
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import log_rank0, machine_facts, versions
-from speft_ds.io import write_json
+from speft_ds.io import write_bytes, write_json
 from speft_ds.model.dtype import agree_on_dtype
 from speft_ds.model.fingerprint import fingerprint
-from speft_ds.report.plots import mask_heat_map, save_picture
+from speft_ds.report.plots import mask_heat_map
 from speft_ds.report.tables import print_mask_table
 from speft_ds.sparse.mask import save_mask
 from speft_ds.training.checks import check_shapes
@@ -61,7 +61,7 @@ def run(recipe: Recipe) -> None:
         start_folder(recipe)
         save_mask(folder / MASK_FILE, mask, facts)
         title = f"{recipe.name}: density by {recipe.mask.salience}"
-        save_picture(folder / "mask.png", mask_heat_map(mask, title))
+        write_bytes(folder / "mask.png", mask_heat_map(mask, title))
         memory = {"peak_memory_gib": peak_gib()}
         write_json(folder / "score.json", {**facts, "mask": mask.facts(), "timings_s": timings, **memory})
         print_mask_table(mask)

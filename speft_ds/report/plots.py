@@ -10,10 +10,8 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from speft_ds.io import flush_to_disk, replacing
 from speft_ds.report.tables import density_table, jaccard_text, short_modules
 
 if TYPE_CHECKING:
@@ -142,13 +140,6 @@ def length_histogram(lengths: Array, num_label_tokens: Array, max_length: int, t
         axes.legend()
 
     return _draw(6.4, 4.0, draw, "png")
-
-
-def save_picture(path: Path, content: bytes) -> None:
-    """Write a picture, or leave the file as it was. Raises OSError."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-        flush_to_disk(temporary)
 
 
 def running_mean(values: Sequence[float], size: int) -> list[float]:

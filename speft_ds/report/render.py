@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from speft_ds.errors import UserError
-from speft_ds.report.plots import save_picture
+from speft_ds.io import write_bytes
 from speft_ds.report.tables import duration, in_bytes
 from speft_ds.untrusted import in_markdown, printable
 
@@ -51,7 +51,7 @@ def write_pages(folder: Path, content: str, pictures: dict[str, Picture], **fact
         files[folder / name] = render(name, content, pictures=pictures, **facts).encode(errors="replace")
     try:
         for path, written in files.items():
-            save_picture(path, written)
+            write_bytes(path, written)
     except OSError as error:
         fix = "free space, or name another folder: --output FOLDER"
         raise UserError(f"the report cannot be written: {error}", str(folder), fix) from error

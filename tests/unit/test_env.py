@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+from datetime import UTC, datetime, timedelta
 from unittest import mock
 
 import pytest
@@ -100,6 +102,33 @@ def test_two_steps_of_a_job_and_two_jobs_have_different_ports():
     ports = [port_of(SLURM_STEP_ID=f"{step}") for step in range(8)]
     ports += [port_of(SLURM_JOB_ID=f"{job}") for job in (4712, 4713)]
     assert len(set(ports)) == len(ports)
+
+
+def git(folder, *words):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    command = ["git", "-C", str(folder), *identity, *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_a_start_is_recorded_with_its_command_line_and_commits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    words = ["--local_rank=1", "--recipe", "a b", "x=https://me:secret@host/y"]
+    monkeypatch.setattr("sys.argv", ["/home/me/launch/train.py", *words])
+    found = env.origin()
+    assert found["command"] == "launch/train.py --recipe 'a b' x=https://host/y"
+    assert datetime.now(UTC) - datetime.fromisoformat(found["date"].replace(" UTC", "Z")) < timedelta(hours=1)
+    assert "working folder" not in found["commits"]  # which is in no repository
+    git(tmp_path, "init", "-q")
+    (tmp_path / "file").write_text("a")
+    git(tmp_path, "add", "file")
+    git(tmp_path, "commit", "-qm", "a")
+    commit = git(tmp_path, "rev-parse", "HEAD")[:12]
+    assert env.origin()["commits"]["working folder"] == commit
+    (tmp_path / "file").write_text("b")
+    assert env.origin()["commits"]["working folder"] == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert env.origin()["commits"] == {}  # without git
 
 
 @pytest.mark.parametrize("job", [0, 1, 67_108_863, 2**32 - 1])

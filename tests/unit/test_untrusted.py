@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 
 from speft_ds.config.load_recipe import as_override, load_recipe
 from speft_ds.errors import RecipeError, UserError, shell
-from speft_ds.untrusted import in_markdown, printable, without_secrets
+from speft_ds.untrusted import in_markdown, printable, without_folders, without_secrets
 
 CONTROLS = {chr(code) for code in (*range(32), *range(127, 160))} - set("\n\t")
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
@@ -49,6 +49,23 @@ def test_secrets_are_left_out(monkeypatch, text, shown):
     assert without_secrets(text) == printable(text) == shown
     error = UserError(text, text, text)
     assert str(error) == f"{shown}\n    where: {shown}\n    fix: {shown}"
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("data.path=/home/me/my rows/a.jsonl", "data.path=.../a.jsonl"),
+        ("~/models/llama", ".../llama"),
+        ("~me/models/llama", ".../llama"),
+        ("[{path: /a/b}, {path: ~/c/d/e}]", "[{path: .../b}, {path: .../e}]"),
+        ("https://host/a/b", "https://host/a/b"),
+        ("owner/name", "owner/name"),
+        ("../rows/a.jsonl", "../rows/a.jsonl"),
+        ("/", "/"),
+    ],
+)
+def test_machine_paths_are_left_out_of_a_command_line(word, shown):
+    assert without_folders(word) == shown
 
 
 @pytest.mark.parametrize("value", [f"https://me:{TOKEN}@host/rows.jsonl", f"rows-{TOKEN}.jsonl"])

@@ -24,6 +24,7 @@ from speft_ds.adapter.inspect import (
 )
 from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
+from speft_ds.io import write_bytes
 from speft_ds.model.targets import place
 from speft_ds.report.tables import (
     OTHER,
@@ -68,11 +69,11 @@ def print_inspection(source: Path, against: Path | None, output: Path | None) ->
         )
         print(_agreement(overlap))
     if output is not None:
-        from speft_ds.report.plots import mask_heat_map, save_picture  # late: it takes a second
+        from speft_ds.report.plots import mask_heat_map  # late: it takes a second
 
         title = f"{adapter.folder}: {mask.num_trainable:,} entries ({mask.density:.3%})"
         try:
-            save_picture(output, mask_heat_map(mask, title))
+            write_bytes(output, mask_heat_map(mask, title))
         except OSError as error:
             raise UserError(f"cannot write: {error}", str(output), "choose another file") from error
         print(f"  {output}")

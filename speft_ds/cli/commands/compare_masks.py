@@ -13,7 +13,8 @@ from speft_ds.adapter.format import TENSORS as ADAPTER_FILE
 from speft_ds.adapter.format import Adapter
 from speft_ds.config.mask_config import MASK_FILE
 from speft_ds.errors import UserError
-from speft_ds.report.plots import jaccard_picture, save_picture
+from speft_ds.io import write_bytes
+from speft_ds.report.plots import jaccard_picture
 from speft_ds.report.tables import jaccard_text, percent, print_table, unique_tails
 from speft_ds.sparse.mask import Mask, jaccard, read_mask
 
@@ -51,7 +52,7 @@ def compare(paths: list[Path], output: Path | None) -> None:
     if output is None:
         return
     try:
-        save_picture(output, jaccard_picture(names, matrix))
+        write_bytes(output, jaccard_picture(names, matrix))
     except OSError as error:
         raise UserError(f"cannot write: {error}", str(output), "choose another file") from error
     print(f"  {output}")

@@ -14,6 +14,7 @@ from speft_ds.data.dataset_cache import DatasetSpec, left_out_rows, prepare
 from speft_ds.data.row_counts import in_words, row_counts
 from speft_ds.data.tokenize import load_tokenizer
 from speft_ds.errors import RecipeError, UserError
+from speft_ds.io import write_bytes
 from speft_ds.jobs.preflight import check_training_rows, resolve_offline
 from speft_ds.terminal import Console
 
@@ -42,12 +43,12 @@ def show_data(recipe: Recipe, output: Path | None, left_out: bool = False) -> No
     console.print(_sources_table(recipe, dataset))
     console.print(_lengths_table(dataset.lengths))
     console.print(summary(recipe, dataset), highlight=False, soft_wrap=True)
-    from speft_ds.report.plots import length_histogram, save_picture  # late: it takes a second
+    from speft_ds.report.plots import length_histogram  # late: it takes a second
 
     path = output or Path("runs") / f"{recipe.name}-data.png"
     try:
         counts = (dataset.lengths, dataset.num_label_tokens, recipe.data.max_length)
-        save_picture(path, length_histogram(*counts, recipe.name))
+        write_bytes(path, length_histogram(*counts, recipe.name))
     except OSError as error:
         fix = "name another: --output FILE.png"
         raise UserError(f"cannot write the picture: {error}", str(path), fix) from error

@@ -19,7 +19,7 @@ import yaml
 from speft_ds.config.limited_yaml import read_yaml
 from speft_ds.config.load_recipe import as_override, load_recipe
 from speft_ds.config.recipe import FIELDS, Recipe, resolve
-from speft_ds.env import log_rank0, versions, world_size
+from speft_ds.env import log_rank0, origin, versions, world_size
 from speft_ds.errors import UserError, shell
 from speft_ds.training import run_dir
 from speft_ds.training.checkpoint.folder import (
@@ -320,7 +320,7 @@ def open_folder(recipe: Recipe, start: Start) -> run_dir.Lock:
         run_dir.copy_scores(start.source, folder)
     run_dir.start_folder(recipe)
     before = {} if forked else read_facts(folder)
-    starts = [*before.get("starts", []), {"step": step, "world_size": world_size()}]
+    starts = [*before.get("starts", []), {"step": step, "world_size": world_size(), **origin()}]
     own_id = start.checkpoint.manifest["run_id"] if start.checkpoint and not forked else uuid.uuid4().hex
     facts = {"run_id": before.get("run_id") or own_id, "finished": False, "template_date": recipe.data.date}
     facts |= {"recipe": before.get("recipe") or recipe.name, "starts": starts, "versions": versions()}

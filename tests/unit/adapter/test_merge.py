@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -57,7 +58,9 @@ def test_a_merged_checkpoint_is_the_trained_model(tiny, tmp_path, checkpoint, dt
     assert torch.equal(model(ids).logits, live(ids).logits)
     tokens = [AutoTokenizer.from_pretrained(folder)("a b").input_ids for folder in (base, merged)]
     assert tokens[0] == tokens[1]
-    assert {path.name for path in merged.iterdir()} == {path.name for path in base.iterdir()}
+    assert {path.name for path in merged.iterdir()} == {path.name for path in base.iterdir()} | {"README.md"}
+    card = ModelCard.load(merged / "README.md").data
+    assert (card.library_name, card.pipeline_tag) == ("transformers", "text-generation")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "merged"]
 
 
@@ -76,13 +79,14 @@ def test_interpolated_in_another_dtype(tiny, tmp_path, alpha, dtype):
 def test_what_else_a_base_has_is_carried_along(tiny, tmp_path):
     base = shutil.copytree(tiny["untied"], tmp_path / "base")
     kept = ["processor_config.json", "additional_chat_templates/tool_use.jinja", "1_Pooling/config.json"]
-    left = ["README.md", ".cache/x.json", "original/consolidated.00.pth", "onnx/model.onnx"]
-    for name in kept + left:
+    left = [".cache/x.json", "original/consolidated.00.pth", "onnx/model.onnx"]
+    for name in [*kept, *left, "README.md"]:
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text(name)
     merge(base, make_adapter(tmp_path / "a", base), tmp_path / "merged")
     assert all((tmp_path / "merged" / name).read_text() == name for name in kept)
     assert not any((tmp_path / "merged" / name).exists() for name in left)
+    assert (tmp_path / "merged" / "README.md").read_text().startswith("---\n")  # not the base's
 
 
 def test_files_are_split_as_the_bases_or_as_asked_for(tiny, tmp_path):

@@ -78,7 +78,6 @@ WIDE = [f"block.0.module_{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(3
         lambda: mask_heat_map(decoder(80, "lm_head.weight"), ""),
         lambda: mask_heat_map(Mask({NAME: torch.arange(0)}, {NAME: (3, 3)}), "costs $5 or $6_{"),
         lambda: mask_heat_map(Mask({NAME: torch.arange(9)}, {NAME: (3, 3)}), "x" * 300),
-        lambda: mask_heat_map(Mask({n: torch.arange(2) for n in WIDE}, dict.fromkeys(WIDE, (3, 3))), ""),
         lambda: jaccard_picture(["a", ODD], [[1.0, 0.5], [0.5, 1.0]]),
         lambda: jaccard_picture([f"mask {n}" for n in range(60)], [[0.5] * 60] * 60),
         lambda: length_histogram(torch.tensor([3, 5]).numpy(), torch.tensor([0, 5]).numpy(), 8, ODD),
@@ -88,20 +87,20 @@ def test_odd_pictures_are_complete(draw):
     with Image.open(io.BytesIO(draw())) as image:
         image.load()
         assert image.format == "PNG" and len(image.convert("L").getcolors()) > 2
-        assert 400 < image.width <= 6000 and 400 < image.height < 2500
+        assert 400 < image.width < 3000 and 400 < image.height < 3000
 
 
-def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "jaccard.png"
-    plots.save_picture(path, b"old")
-
-    def full(_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(plots, "flush_to_disk", full)
-    with pytest.raises(OSError):
-        plots.save_picture(path, b"new")
-    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
+@pytest.mark.parametrize(
+    ("mask", "limited"),
+    [
+        (Mask({n: torch.arange(2) for n in WIDE}, dict.fromkeys(WIDE, (3, 3))), "width"),
+        (decoder(400), "height"),
+    ],
+)
+def test_a_picture_of_a_very_large_mask_has_the_largest_size(mask, limited):
+    with Image.open(io.BytesIO(mask_heat_map(mask, ""))) as image:
+        sizes = {"width": image.width, "height": image.height}
+    assert sizes.pop(limited) == plots.LARGEST * 150 and 400 < min(sizes.values()) < 3000
 
 
 def test_matplotlib_is_imported_for_drawing_only():

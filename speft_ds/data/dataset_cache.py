@@ -24,12 +24,14 @@ from tqdm import tqdm
 from speft_ds import hub
 from speft_ds.config.data_config import DataConfig, Source
 from speft_ds.config.recipe import Recipe
+from speft_ds.data.bad_rows import BadRows
 from speft_ds.data.chat_template import writes_date
 from speft_ds.data.conversations import EmptyRow, Example
 from speft_ds.data.dataset import Row, TokenizedDataset, write_dataset
 from speft_ds.data.formats import Classes, find_classes, make_example
 from speft_ds.data.readers import Located, hash_file, hash_files
-from speft_ds.data.row_counts import COUNTED, EMPTY, NOT_SELECTED
+from speft_ds.data.row_counts import COUNTED, DUPLICATE, EMPTY, NOT_SELECTED
+from speft_ds.data.row_ids import RowIds
 from speft_ds.data.sources import (
     ask_datasets,
     files_without_split,
@@ -205,9 +207,12 @@ class _SourceRows:
 
 def make_dataset(spec: DatasetSpec, tokenizer: Any, path: Path) -> None:
     """Read, tokenise, select and pack the rows, and write them to `path`."""
-    data, classes = spec.data, classes_of(spec.data)
+    data, bad = spec.data, BadRows()
+    classes = classes_of(data, bad)
     encoder, forms = spec.encoder(tokenizer), Counter()
-    sources = [_tokenize_source(spec, number, encoder, classes, forms) for number in range(len(data.sources))]
+    numbers = range(len(data.sources))
+    sources = [_tokenize_source(spec, number, encoder, classes, forms, bad) for number in numbers]
+    bad.check()
     if data.select != "all":
         _select(sources, spec)
     for number, source in enumerate(sources):
@@ -219,7 +224,7 @@ def make_dataset(spec: DatasetSpec, tokenizer: Any, path: Path) -> None:
     facts = {
         "sources": [source.counts for source in sources],
         "classes": classes.names if classes else None,
-        "notes": [*(f"{form}: {number:,} rows" for form, number in forms.items()), *encoder.turns.notes()],
+        "notes": [*(f"{form}: {number:,} rows" for form, number in forms.items()), *encoder.notes()],
         "end_of_turn": _ends(sources, tokenizer),
         "samples": [row.as_text(tokenizer) for row in sources[0].rows[:NUM_SAMPLES]],
     }
@@ -232,22 +237,29 @@ def _ends(sources: list[_SourceRows], tokenizer: Any) -> dict[str, int]:
     return {tokenizer.convert_ids_to_tokens(token): number for token, number in ends.most_common(5)}
 
 
-def classes_of(data: DataConfig) -> Classes | None:
-    """The classes that the recipe names or its rows have; None for other formats. Raises UserError."""
+def classes_of(data: DataConfig, bad: BadRows | None = None) -> Classes | None:
+    """The classes that the recipe names or its rows have; None for other formats.
+
+    Args:
+        bad: takes the errors of rows that cannot be used, in place of raising the first.
+    Raises:
+        UserError: see `find_classes`.
+    """
     sources = [source for source in data.sources if source.format == "classification"]
     if not sources:
         return None
     if data.labels is not None:
         return Classes.named(data.labels)
-    return find_classes((*row, source.columns.label) for source in sources for row in iterate_rows(source))
+    rows = ((*row, source.columns.label) for source in sources for row in iterate_rows(source, bad))
+    return find_classes(rows, bad)
 
 
 def _tokenize_source(
-    spec: DatasetSpec, number: int, encoder: Encoder, classes: Classes | None, forms: Counter
+    spec: DatasetSpec, number: int, encoder: Encoder, classes: Classes | None, forms: Counter, bad: BadRows
 ) -> _SourceRows:
     source, done = spec.data.sources[number], _SourceRows([], [], dict.fromkeys(COUNTED, 0))
-    rows = tqdm(iterate_rows(source), desc=source.path, unit=" rows", disable=not sys.stderr.isatty())
-    for _, example, encoded in encode_rows(rows, source, spec, encoder, classes):
+    rows = tqdm(iterate_rows(source, bad), desc=source.path, unit=" rows", disable=not sys.stderr.isatty())
+    for _, example, encoded in encode_rows(rows, source, spec, encoder, classes, bad):
         done.counts["rows"] += 1
         forms.update([example.form] if example is not None and example.form else [])
         group = []
@@ -261,38 +273,52 @@ def _tokenize_source(
                 if spec.data.select == "ifd":
                     done.texts.append(_prompt_and_response(example, end))
         done.groups += [group] if group else []
-    if not done.counts["rows"]:
+    if not done.counts["rows"] and not bad.errors:
         raise UserError(f"{source.path} has no rows", spec.where(number), "write at least one row into it")
     return done
 
 
 def encode_rows(
-    rows: Located, source: Source, spec: DatasetSpec, encoder: Encoder, classes: Classes | None
+    rows: Located, source: Source, spec: DatasetSpec, encoder: Encoder, classes: Classes | None, bad: BadRows
 ) -> Iterator[tuple[str, Example | None, list[Encoded]]]:
     """For each row where it stands, its example, and what it became: with what was done, one of COUNTED.
 
-    An empty row has no example, and a row that is left out no tokens. A conversation may become several rows.
+    A row that is left out has no tokens; an empty one, or one that was there before, no example. A
+    conversation may become several rows.
 
+    Args:
+        bad: takes the errors of rows that cannot be used. Where there are some, nothing more is tokenised.
     Raises:
-        UserError: a row that cannot be used.
+        UserError: the rows cannot be read, or the tokenizer cannot be used for them.
     """
-    for batch in batches(_make_examples(rows, source, spec, classes)):
-        encoded = iter(encoder.encode([(where, example) for where, example in batch if example is not None]))
-        for where, example in batch:
-            yield where, example, [Encoded(None, EMPTY)] if example is None else next(encoded)
+    for batch in batches(_make_examples(rows, source, spec, encoder, classes, bad)):
+        examples = [(where, found) for where, found in batch if isinstance(found, Example)]
+        encoded = iter(encoder.encode(examples, bad))
+        for where, found in batch:
+            if isinstance(found, Example):
+                yield where, found, next(encoded)
+            else:
+                yield where, None, [Encoded(None, found)]
 
 
 def _make_examples(
-    rows: Located, source: Source, spec: DatasetSpec, classes: Classes | None
-) -> Iterator[tuple[str, Example | None]]:
-    """Where each row stands, and its example; None: it is empty, and may be."""
+    rows: Located, source: Source, spec: DatasetSpec, encoder: Encoder, classes: Classes | None, bad: BadRows
+) -> Iterator[tuple[str, Example | str]]:
+    """Where each row stands, and its example or, of one that is left out, why."""
+    ids = RowIds(encoder.said)
     for where, row in rows:
+        if ids.is_duplicate(row, where):
+            yield where, DUPLICATE
+            continue
         try:
             yield where, make_example(row, where, source, classes, spec.classify)
-        except EmptyRow:
-            if spec.data.empty_rows == "refuse":
-                raise
-            yield where, None
+        except EmptyRow as error:
+            if spec.data.empty_rows == "drop":
+                yield where, EMPTY
+            else:
+                bad.add(error)
+        except UserError as error:
+            bad.add(error)
 
 
 def left_out_rows(spec: DatasetSpec, tokenizer: Any) -> Iterator[tuple[str, str]]:
@@ -303,11 +329,12 @@ def left_out_rows(spec: DatasetSpec, tokenizer: Any) -> Iterator[tuple[str, str]
     Raises:
         UserError: a row that cannot be used.
     """
-    classes = classes_of(spec.data)
-    encoder = spec.encoder(tokenizer)
+    bad = BadRows()
+    classes, encoder = classes_of(spec.data, bad), spec.encoder(tokenizer)
     for source in spec.data.sources:
-        for where, _, encoded in encode_rows(iterate_rows(source), source, spec, encoder, classes):
+        for where, _, encoded in encode_rows(iterate_rows(source, bad), source, spec, encoder, classes, bad):
             yield from ((where, made.change) for made in encoded if made.row is None)
+    bad.check()
 
 
 def _prompt_and_response(example: Example, end: int) -> tuple[str, str]:

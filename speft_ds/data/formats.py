@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from speft_ds.config.data_config import Columns, Source, template_fields
+from speft_ds.data.bad_rows import BadRows, report
 from speft_ds.data.conversations import (
     COMPLETE,
     EmptyRow,
@@ -150,7 +151,8 @@ def make_example(row: Any, where: str, source: Source, classes: Classes | None, 
         UserError: a column is missing or does not hold what the format says.
     """
     if problems := check_columns(row, where, source):
-        raise problems[0]
+        fixes = "; ".join(problem.fix for problem in problems)
+        raise UserError("; ".join(problem.what for problem in problems), where, fixes)
     if columns := conversation_columns(row, source):
         return read_conversation(row, columns, where, source)
     column = _column(source, OUTPUT[source.format])
@@ -243,13 +245,14 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def find_classes(rows: Iterable[tuple[str, Any, str]]) -> Classes:
+def find_classes(rows: Iterable[tuple[str, Any, str]], bad: BadRows | None = None) -> Classes:
     """The distinct labels of the rows as classes, sorted (numbers by value; ClassLabel by its own numbers).
 
     Empty labels are left out.
 
     Args:
         rows: where each stands, the row, and the column of its label.
+        bad: takes the errors of rows with a label that is no class, in place of raising the first.
     Raises:
         UserError: a label that is no class, labels of two kinds, or fewer than two labels.
     """
@@ -263,7 +266,8 @@ def find_classes(rows: Iterable[tuple[str, Any, str]]) -> Classes:
         if text is None:
             has = repr(row[column]) if has_column else "no such column"
             fix = f"data.columns.label names a column of texts, numbers or true and false; the row has {has}"
-            raise UserError(f"the row has no label in {column!r}", where, fix)
+            report(UserError(f"the row has no label in {column!r}", where, fix), bad)
+            continue
         found.setdefault(text, row[column])
         has_values = has_values or not isinstance(row[column], str | NamedClass)
     where = "data.columns.label"

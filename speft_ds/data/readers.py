@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from speft_ds.data.bad_rows import BadRows, report
 from speft_ds.errors import UserError
 from speft_ds.io import sha256_of
 
@@ -54,11 +55,14 @@ def kind_of(path: str | Path) -> str | None:
     return name.suffix if name.suffix in SUFFIXES else None
 
 
-def iterate_file(path: Path) -> Located:
+def iterate_file(path: Path, bad: BadRows | None = None) -> Located:
     """The rows of a file: .jsonl (one object per line), .json (a list), .csv, .tsv (with a header), .parquet.
 
     Each may be compressed (.gz, .zst); parquet compresses itself. A .csv may have semicolons or tabs between
     its fields, where its header has no comma.
+
+    Args:
+        bad: takes the errors of lines that cannot be read, in place of raising the first.
     """
     kind = kind_of(path)
     if kind is None:
@@ -66,7 +70,7 @@ def iterate_file(path: Path) -> Located:
     try:
         if kind != ".parquet":
             _check_encoding(path)
-        yield from _READERS[kind](path)
+        yield from _READERS[kind](path, bad)
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from None
     except (OSError, EOFError) as error:
@@ -112,14 +116,20 @@ def _in_cp1252(byte: int) -> str:
     return bytes([byte]).decode("cp1252", errors="replace")
 
 
-def _iterate_jsonl(path: Path) -> Located:
+def _iterate_jsonl(path: Path, bad: BadRows | None) -> Located:
     with _open_text(path) as file:
         for number, line in enumerate(file, 1):  # line by line: U+2028 inside a string is no line end
-            if line.strip():
-                yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+            if not line.strip():
+                continue
+            try:
+                row = _parse(line, f"{path}:{number}")
+            except UserError as error:
+                report(error, bad)
+                continue
+            yield f"{path}:{number}", row
 
 
-def _iterate_json(path: Path) -> Located:
+def _iterate_json(path: Path, bad: BadRows | None) -> Located:
     with _open_text(path) as file:
         text = file.read()
     rows = _parse(text, str(path)) if text.strip() else []
@@ -129,26 +139,31 @@ def _iterate_json(path: Path) -> Located:
         yield f"{path}, row {number}", row
 
 
-def _iterate_csv(path: Path) -> Located:
+def _iterate_csv(path: Path, bad: BadRows | None) -> Located:
     csv.field_size_limit(2**31 - 1)  # the default refuses a text of more than 128 KiB
     fix = 'put a field that holds a separator, a quote or a line end in quotes, and a quote twice: "a ""b"""'
     with _open_text(path) as file:
         first = next(file, "")
         reader = csv.reader(chain([first], file), strict=True, **_layout(first, kind_of(path)))
-        end = 0  # of the row before: an error comes after it
         try:
             columns = [name.strip() for name in next(reader, [])]
-            _check_names(columns, f"{path}:1")
-            end = reader.line_num
-            for fields in reader:
-                end = reader.line_num
-                if len(fields) not in (0, len(columns)):
-                    what = f"the row has {len(fields)} fields, the header {len(columns)}"
-                    raise UserError(what, f"{path}:{end}", fix)
-                if fields:
-                    yield f"{path}:{end}", dict(zip(columns, fields, strict=True))
         except csv.Error as error:
-            raise UserError(f"not CSV: {error}", f"{path}:{end + 1}", fix) from error
+            raise UserError(f"not CSV: {error}", f"{path}:1", fix) from error
+        _check_names(columns, f"{path}:1")
+        while True:
+            end = reader.line_num  # of the row before: an error comes after it
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:
+                report(UserError(f"not CSV: {error}", f"{path}:{end + 1}", fix), bad)
+                continue
+            if fields is None:
+                return
+            if len(fields) not in (0, len(columns)):
+                what = f"the row has {len(fields)} fields, the header {len(columns)}"
+                report(UserError(what, f"{path}:{reader.line_num}", fix), bad)
+            elif fields:
+                yield f"{path}:{reader.line_num}", dict(zip(columns, fields, strict=True))
 
 
 def _layout(header: str, kind: str) -> dict[str, Any]:
@@ -174,7 +189,7 @@ def _check_names(columns: list[str], where: str) -> None:
         raise UserError(what, where, "rename all but one, or remove them")
 
 
-def _iterate_parquet(path: Path) -> Located:
+def _iterate_parquet(path: Path, bad: BadRows | None) -> Located:
     import pyarrow
     import pyarrow.parquet
 

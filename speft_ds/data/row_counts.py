@@ -5,9 +5,24 @@ from typing import Any
 from speft_ds.data.dataset import TokenizedDataset
 from speft_ds.data.tokenize import CUT_PROMPT, CUT_RESPONSE, NO_LABELS, TOO_LONG
 
-EMPTY, NOT_SELECTED = "empty, left out", "not selected"
-COUNTED = ("rows", EMPTY, NO_LABELS, CUT_PROMPT, CUT_RESPONSE, TOO_LONG, NOT_SELECTED)  # of each source
-LEFT_OUT = {EMPTY: "empty", NO_LABELS: "nothing to learn", TOO_LONG: "too long", NOT_SELECTED: NOT_SELECTED}
+EMPTY, DUPLICATE, NOT_SELECTED = "empty, left out", "duplicate id, left out", "not selected"
+COUNTED = (
+    "rows",
+    EMPTY,
+    DUPLICATE,
+    NO_LABELS,
+    CUT_PROMPT,
+    CUT_RESPONSE,
+    TOO_LONG,
+    NOT_SELECTED,
+)  # of each source
+LEFT_OUT = {
+    EMPTY: "empty",
+    DUPLICATE: "duplicate id",
+    NO_LABELS: "nothing to learn",
+    TOO_LONG: "too long",
+    NOT_SELECTED: NOT_SELECTED,
+}
 
 
 def row_counts(dataset: TokenizedDataset, epochs: float) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from speft_ds import hub
 from speft_ds.config.data_config import Source
+from speft_ds.data.bad_rows import BadRows
 from speft_ds.data.readers import Located, class_names, iterate_file, kind_of, unknown_kind, with_class_names
 from speft_ds.errors import UserError, did_you_mean
 
@@ -27,14 +28,16 @@ def is_hub_dataset(path: str) -> bool:
     return hub.is_hub_id(path) and not kind_of(path)
 
 
-def iterate_rows(source: Source) -> Located:
+def iterate_rows(source: Source, bad: BadRows | None = None) -> Located:
     """The rows of a source, each with where it stands: what checks, `speft data` and a run all read.
 
+    Args:
+        bad: see `iterate_file`.
     Raises:
         UserError: no such data, a row that cannot be read, or a data set without this subset or split.
     """
     if (files := source_files(source)) is not None:
-        return (located for file in files for located in iterate_file(file))
+        return (located for file in files for located in iterate_file(file, bad))
     rows = _load_saved(source) if is_saved(source.path) else ask_datasets(source, split=source.split)
     split = "" if has_one_part(source.path) else f" ({source.split})"
     named = with_class_names(rows, class_names(rows.features))

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from speft_ds import hub
 from speft_ds.config.data_config import DataConfig
+from speft_ds.data.bad_rows import BadRows, report
 from speft_ds.data.chat_template import ChatTemplate
 from speft_ds.data.conversations import Example
 from speft_ds.data.dataset import Row
@@ -87,13 +88,13 @@ def stop_ids(tokenizer: object, model: str) -> frozenset[int]:
 
 
 def batches(
-    examples: Iterable[tuple[str, Example | None]], num_characters: int = 2_000_000
-) -> Iterator[list[tuple[str, Example | None]]]:
-    """Examples (None: an empty row) in lists of about so many characters, each tokenised in one call."""
+    examples: Iterable[tuple[str, Example | str]], num_characters: int = 2_000_000
+) -> Iterator[list[tuple[str, Example | str]]]:
+    """Examples (or why there is none) in lists of about so many characters, each tokenised in one call."""
     batch, size = [], 0
     for located in examples:
         batch.append(located)
-        turns = located[1].turns if located[1] is not None else ()
+        turns = located[1].turns if isinstance(located[1], Example) else ()
         size += 1 + sum(len(str(turn.get("content", ""))) for turn in turns)
         if size >= num_characters:
             yield batch
@@ -117,6 +118,7 @@ class Encoder:
     Attributes:
         stops: the tokens by which a model ends its turn, of `stop_ids`; EOS is one of them.
         date: that chat templates take for today.
+        said: what a user should know of the rows beside what `turns` says; see `notes`.
     Raises:
         UserError: the tokenizer has no end-of-sequence token.
     """
@@ -125,6 +127,7 @@ class Encoder:
     data: DataConfig
     stops: frozenset[int] = frozenset()
     date: Date = field(default_factory=Date.today)
+    said: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.tokenizer.eos_token_id is None:
@@ -136,17 +139,25 @@ class Encoder:
         """What makes texts of conversations, and has something to say of the rows so far."""
         return Turns(ChatTemplate(self.tokenizer, self.data, self.date))
 
-    def encode(self, examples: list[tuple[str, Example]]) -> list[list[Encoded]]:
+    def notes(self) -> list[str]:
+        """What a user should know of the rows so far, a line each."""
+        return [*self.said.values(), *self.turns.notes()]
+
+    def encode(self, examples: list[tuple[str, Example]], bad: BadRows | None = None) -> list[list[Encoded]]:
         """For each example its rows, several where each turn of it is one, and what was done to them.
 
         That is NO_LABELS, CUT_PROMPT, CUT_RESPONSE or TOO_LONG; None for a row as it is.
 
         Args:
             examples: where each stands, for errors, and what it is.
+            bad: takes the errors of examples that cannot be used, in place of raising the first. Where there
+                are some, no example has rows: nothing will be trained on.
         Raises:
             UserError: see `Turns.rows`.
         """
-        rendered = [self._rendered(example, where) for where, example in examples]
+        rendered = [self._rendered(example, where, bad) for where, example in examples]
+        if bad is not None and bad.errors:
+            return [[] for _ in examples]
         split = self._split(rendered)
         if self.data.turns == "auto":
             # With a token over a border inside a conversation, later turns would not see what they do alone.
@@ -164,9 +175,15 @@ class Encoder:
             made.append(encoded or [Encoded(None, NO_LABELS)])
         return made
 
-    def _rendered(self, example: Example, where: str) -> list[Rendered]:
+    def _rendered(self, example: Example, where: str, bad: BadRows | None) -> list[Rendered]:
         if example.is_chat:
-            return self.turns.rows(example, where)
+            try:
+                return self.turns.rows(example, where)
+            except UserError as error:
+                if error.where != where:  # of the recipe or the model
+                    raise
+                report(error, bad)
+                return []
         pieces = [(turn["content"], turn["role"] == "assistant") for turn in example.turns]
         return [Rendered(pieces, len(pieces) - 1)]
 

@@ -12,6 +12,7 @@ from speft_ds.config.data_config import Source
 from speft_ds.config.deepspeed_config import batch_problems, read_ds_config
 from speft_ds.config.mask_config import ScoredOnWeights, mask_file
 from speft_ds.config.recipe import FIELDS, Job, Recipe
+from speft_ds.data.bad_rows import BadRow, BadRows
 from speft_ds.data.formats import check_columns
 from speft_ds.data.readers import SUFFIXES, kind_of, unknown_kind
 from speft_ds.data.sources import is_hub_dataset, is_pattern, is_saved, iterate_rows, keys_without_effect
@@ -143,12 +144,15 @@ def _source_problems(recipe: Recipe, key: str, source: Source, where: str) -> Pr
         return [unknown_kind(path, where)]
     if not has_several and not path.is_file():
         return [UserError(f"no data file {path}", where, fix)]
+    bad = BadRows()
     try:
-        rows = list(islice(iterate_rows(source), 5))
+        rows = list(islice(iterate_rows(source, bad), 5))
     except UserError as error:
         # What concerns all of it is a matter of the recipe's key; else the file and line are named.
         is_of_all = has_several and error.where == source.path
         return [UserError(error.what, where, error.fix) if is_of_all else error]
+    if bad.errors:
+        return list(bad.errors.values())
     if not rows:
         return [UserError(f"{path} has no rows", where, fix)]
     found = ((row, check_columns(row, place, source)) for place, row in rows)
@@ -157,7 +161,7 @@ def _source_problems(recipe: Recipe, key: str, source: Source, where: str) -> Pr
         columns = ", ".join(map(str, row)) if isinstance(row, dict) else "a list of objects"
         fix = f"data.columns holds for the training rows too: rename this file's ({columns})"
         return [UserError(problem.what, problem.where, fix) for problem in problems]
-    return problems
+    return [BadRow(problem.what, problem.where, problem.fix) for problem in problems]
 
 
 def check_mask(recipe: Recipe, job: Job, world_size: int) -> Problems:

@@ -21,6 +21,8 @@ from speft_ds.cli.start_ranks import count_gpus, default_ranks
 from speft_ds.config.data_config import Source
 from speft_ds.config.load_recipe import ROOT, load_recipe, shown
 from speft_ds.config.recipe import FIELDS, Recipe
+from speft_ds.data.bad_rows import MOST as MOST_BAD
+from speft_ds.data.bad_rows import MOST_NAMED, BadRow, BadRows
 from speft_ds.data.sources import iterate_rows
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.jobs.preflight import CHECKS, resolve_offline
@@ -29,7 +31,7 @@ from speft_ds.training.checkpoint.folder import checkpoint_entry, num_checkpoint
 from speft_ds.training.run_dir import check_output_dir
 
 NUM_ROWS = 1000  # that are read of each source, unless all are
-NUM_SHOWN, MOST_NAMED = 3, 20  # rows as text, and rows that are left out by name
+NUM_SHOWN = 3  # rows as text
 ROWS = "rows as the model sees them"
 OK, NOTE, PROBLEM, SKIPPED = "ok", "note", "problem", "skipped"  # in a log; on a terminal:
 SIGNS = {OK: "[green]✓[/green]", NOTE: "[yellow]![/yellow]", PROBLEM: "[red]✗[/red]", SKIPPED: "-"}
@@ -78,24 +80,26 @@ def rows_found(recipe: Recipe, num_ranks: int, most: int | None = NUM_ROWS) -> F
     from speft_ds.data.dataset_cache import DatasetSpec, classes_of, encode_rows  # late: they import numpy
     from speft_ds.data.tokenize import load_tokenizer
 
-    spec, classes = DatasetSpec.from_recipe(recipe), classes_of(recipe.data)
+    spec, bad = DatasetSpec.from_recipe(recipe), BadRows()
+    classes = classes_of(recipe.data, bad)
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
     encoder = spec.encoder(tokenizer)
     num_read, rows, left_out, reads_all = 0, [], [], True
     for source in _sources(recipe):
-        located = iterate_rows(source)
-        for where, _, encoded in encode_rows(islice(located, most), source, spec, encoder, classes):
+        located = iterate_rows(source, bad)
+        for where, _, encoded in encode_rows(islice(located, most), source, spec, encoder, classes, bad):
             num_read += 1
             left_out += [f"{where}: {made.change}" for made in encoded if made.row is None]
             rows += [made.row for made in encoded if made.row is not None][: NUM_SHOWN - len(rows)]
         reads_all = reads_all and next(located, None) is None
+    bad.check(MOST_NAMED if most else MOST_BAD)
     scope = "all" if reads_all else f"the first {most:,} of each source; --all reads all"
     lines = [f"{num_read:,} rows read ({scope}), {len(left_out):,} left out", *left_out[:MOST_NAMED]]
     if len(left_out) > MOST_NAMED:
         lines.append("and more: speft data --left-out lists them all")
     if not rows:
         return NOTE, "\n     ".join([*lines, "none is left: see data.max_length and data.empty_rows"])
-    lines += [*(f"note: {note}" for note in encoder.turns.notes()), "the first ones; [[trained on]]"]
+    lines += [*(f"note: {note}" for note in encoder.notes()), "the first ones; [[trained on]]"]
     for number, row in enumerate(rows, 1):
         text = "".join(f"[[{part}]]" if is_label else part for part, is_label in row.as_text(tokenizer))
         lines.append(f"row {number}, {len(row.ids)} tokens: {text}")
@@ -189,6 +193,8 @@ def _print_checks(console: Console, checks: dict[str, Check], recipe: Recipe, nu
         except UserError as error:
             marks[title], found = PROBLEM, ""
             problems = error.problems if isinstance(error, RecipeError) else [error]
+            if title == "data" and marks.get("model") == OK and all(isinstance(p, BadRow) for p in problems):
+                marks[title], found, problems = OK, "its files are there", []  # all bad rows are named below
         _print(console, f"{number}. {title}", marks[title], found, problems)
         num_problems += len(problems)
     return num_problems

@@ -108,5 +108,10 @@ def test_a_conversation_that_could_not_have_been_held(checked, tmp_path):
     rows = [json.dumps({"messages": talk}) for talk in (turns, [turns[0], *turns])]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows[:1]))
     assert "<s>a</s><s>[[a</s>]]" in checked("data.format=messages")
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    assert "rows.jsonl:2" in checked("data.format=messages", code=2)
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(["{}", *rows, "{", rows[1]] + [rows[0]] * 30 + ["[]"] * 30)
+    )
+    for words, last in ([], 51), (["--all"], 65):  # all are named at once, with what the first ones lack
+        shown = checked("data.format=messages", *words, code=2)
+        assert re.findall(r"rows\.jsonl:(\d+):", shown) == [*map(str, (1, 3, 4, 5, *range(36, last + 1)))]
+        assert "34 rows" in shown and "1 problem " in shown and (("14 more" in shown) != bool(words))

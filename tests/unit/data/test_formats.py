@@ -116,7 +116,7 @@ def test_a_missing_column_is_named_with_the_closest():
     keys = ["data.columns.prompt", "data.columns.response"]
     for key, error in zip(keys, errors, strict=True):
         assert key in error.what and key in error.fix and "x, y" in error.fix
-    assert refused({"x": 1}).what == errors[0].what
+    assert all(error.what in refused({"x": 1}).what for error in errors)
     (error,) = check_columns({"ask": "a", "response": "b"}, "here", source(template="{question}"))
     assert "data.template" in error.what and "ask, response" in error.fix
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from speft_ds.errors import UserError
 
 MOST = 1000  # that are collected: a file of another kind has nothing else
-MOST_NAMED = 20
+MOST_NAMED, NUM_PLACES = 20, 3  # reasons, and rows for each, unless all are named
 
 
 class BadRow(UserError):
@@ -24,20 +24,30 @@ class BadRows:
         if len(self.errors) >= MOST:
             self.check()
 
-    def check(self, most_named: int = MOST_NAMED) -> None:
-        """Raises UserError, with up to so many rows by name, where there are bad rows."""
+    def check(self, names_all: bool = False) -> None:
+        """Raises BadRow where there are bad rows: with some by name for each reason, or with all."""
         errors = list(self.errors.values())
         if len(errors) == 1:
             raise errors[0]
         if not errors:
             return
-        lines = [f"{error.where}: {error.what}" for error in errors[:most_named]]
-        if (more := len(errors) - most_named) > 0:
-            lines.append(f"and {more:,} more: speft validate RECIPE --all lists them")
+        places: dict[str, list[str]] = {}
+        for error in errors:
+            places.setdefault(error.what, []).append(error.where)
+        lines = [f"{_some(where, names_all)}: {what}" for what, where in places.items()]
+        if not names_all:
+            more = f"and {len(lines) - MOST_NAMED:,} other reasons; " if len(lines) > MOST_NAMED else ""
+            lines = [*lines[:MOST_NAMED], f"{more}speft validate RECIPE --all names all of them"]
         number = f"{len(errors):,} rows" + (" or more" if len(errors) >= MOST else "")
-        fixes = dict.fromkeys(error.fix for error in errors[:most_named] if error.fix)
+        fixes = list(dict.fromkeys(error.fix for error in errors if error.fix))
         what = "\n  ".join([f"{number} cannot be used:", *lines])
-        raise UserError(what, errors[0].where, "; ".join(list(fixes)[:3]))
+        raise BadRow(what, errors[0].where, "; ".join(fixes[:3]))
+
+
+def _some(places: list[str], names_all: bool) -> str:
+    more = 0 if names_all else len(places) - NUM_PLACES
+    named = places[:NUM_PLACES] if more > 0 else places
+    return ", ".join(named) + (f" and {more:,} more" if more > 0 else "")
 
 
 def report(error: UserError, bad: BadRows | None) -> None:

@@ -129,6 +129,13 @@ def check_columns(row: Any, where: str, source: Source) -> list[UserError]:
     return problems
 
 
+def check_row(row: Any, where: str, source: Source) -> None:
+    """Raises UserError where something is wrong with the columns of a row."""
+    if problems := check_columns(row, where, source):
+        fixes = "; ".join(problem.fix for problem in problems)
+        raise UserError("; ".join(problem.what for problem in problems), where, fixes)
+
+
 def _no_column(column: str, key: str, where: str, columns: list[str]) -> UserError:
     if key == "data.template":
         what = f"the row has no column {column!r}, a field of data.template"
@@ -150,9 +157,7 @@ def make_example(row: Any, where: str, source: Source, classes: Classes | None, 
         EmptyRow: prompt or response is empty.
         UserError: a column is missing or does not hold what the format says.
     """
-    if problems := check_columns(row, where, source):
-        fixes = "; ".join(problem.fix for problem in problems)
-        raise UserError("; ".join(problem.what for problem in problems), where, fixes)
+    check_row(row, where, source)
     if columns := conversation_columns(row, source):
         return read_conversation(row, columns, where, source)
     column = _column(source, OUTPUT[source.format])

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import get_args
 
@@ -12,8 +11,8 @@ from speft_ds.config.data_config import Source
 from speft_ds.config.deepspeed_config import batch_problems, read_ds_config
 from speft_ds.config.mask_config import ScoredOnWeights, mask_file
 from speft_ds.config.recipe import FIELDS, Job, Recipe
-from speft_ds.data.bad_rows import BadRow, BadRows
-from speft_ds.data.formats import check_columns
+from speft_ds.data.bad_rows import BadRows
+from speft_ds.data.formats import check_row
 from speft_ds.data.readers import SUFFIXES, kind_of, unknown_kind
 from speft_ds.data.sources import is_hub_dataset, is_pattern, is_saved, iterate_rows, keys_without_effect
 from speft_ds.env import CACHE, expand_path
@@ -22,6 +21,7 @@ from speft_ds.evaluation.task_files import task_file_problems
 from speft_ds.training.metrics import monitor_problems
 
 Problems = list[UserError]
+NUM_CHECKED = 5  # rows of a source
 
 
 def check_inputs(recipe: Recipe, job: Job, world_size: int) -> None:
@@ -144,24 +144,27 @@ def _source_problems(recipe: Recipe, key: str, source: Source, where: str) -> Pr
         return [unknown_kind(path, where)]
     if not has_several and not path.is_file():
         return [UserError(f"no data file {path}", where, fix)]
-    bad = BadRows()
+    bad, columns, number = BadRows(), "", 0
     try:
-        rows = list(islice(iterate_rows(source, bad), 5))
+        for number, (place, row) in enumerate(iterate_rows(source, bad), 1):
+            if number > NUM_CHECKED and not bad.errors:
+                break  # else all of them are read, to be counted
+            try:
+                check_row(row, place, source)
+            except UserError as error:
+                columns = columns or (
+                    ", ".join(map(str, row)) if isinstance(row, dict) else "a list of objects"
+                )
+                bad.add(error)
+        bad.check()
     except UserError as error:
+        if columns and key != "data.path" and recipe.data.sources:
+            fix = f"data.columns holds for the training rows too: rename this file's ({columns})"
+            return [UserError(error.what, error.where, fix)]
         # What concerns all of it is a matter of the recipe's key; else the file and line are named.
         is_of_all = has_several and error.where == source.path
         return [UserError(error.what, where, error.fix) if is_of_all else error]
-    if bad.errors:
-        return list(bad.errors.values())
-    if not rows:
-        return [UserError(f"{path} has no rows", where, fix)]
-    found = ((row, check_columns(row, place, source)) for place, row in rows)
-    row, problems = next(((row, problems) for row, problems in found if problems), (None, []))
-    if problems and key != "data.path" and recipe.data.sources:
-        columns = ", ".join(map(str, row)) if isinstance(row, dict) else "a list of objects"
-        fix = f"data.columns holds for the training rows too: rename this file's ({columns})"
-        return [UserError(problem.what, problem.where, fix) for problem in problems]
-    return [BadRow(problem.what, problem.where, problem.fix) for problem in problems]
+    return [] if number else [UserError(f"{path} has no rows", where, fix)]
 
 
 def check_mask(recipe: Recipe, job: Job, world_size: int) -> Problems:

@@ -28,7 +28,7 @@ from speft_ds.config.load_recipe import (
     shown,
 )
 from speft_ds.config.recipe import FIELDS, SECTIONS, Recipe
-from speft_ds.env import expand_path
+from speft_ds.env import expand_path, log_rank0
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.io import write_text
 from speft_ds.terminal import Console
@@ -108,9 +108,16 @@ def _origin(recipe: Recipe, key: str, value: Any) -> str:
 
 
 def in_line(value: Any) -> str:
-    """A plain value as YAML on one line."""
+    """A plain value as YAML on one line, without control characters."""
     written = yaml.safe_dump([value], default_flow_style=True, width=10**9, allow_unicode=True)[1:-2]
-    return written if len(written.splitlines()) <= 1 else json.dumps(value)  # a text with line breaks
+    if written.isprintable():
+        return written
+    return re.sub(r"[^ -~]", _escaped, json.dumps(value, ensure_ascii=False))
+
+
+def _escaped(found: re.Match) -> str:
+    letter, number = found[0], ord(found[0])
+    return letter if letter.isprintable() else f"\\u{number:04x}" if number < 2**16 else f"\\U{number:08x}"
 
 
 def cp(
@@ -145,8 +152,8 @@ def check_new(file: Path, force: bool) -> None:
 def print_next_steps(file: Path) -> None:
     """What to type next, from where the user stands."""
     name, script = shlex.quote(str(file)), shlex.quote(shown(ROOT / "launch" / "train.py"))
-    typer.echo(f"edit {name}   (speft schema explains the keys)")
-    typer.echo(f"check it:  speft validate {name}\ntrain:     deepspeed {script} --recipe {name}")
+    log_rank0(f"edit {name}   (speft schema explains the keys)")
+    log_rank0(f"check it:  speft validate {name}\ntrain:     deepspeed {script} --recipe {name}")
 
 
 def _without_own_tasks(text: str) -> str:

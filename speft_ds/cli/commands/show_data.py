@@ -13,6 +13,7 @@ from speft_ds.data.dataset import TokenizedDataset
 from speft_ds.data.dataset_cache import DatasetSpec, left_out_rows, prepare
 from speft_ds.data.row_counts import in_words, row_counts
 from speft_ds.data.tokenize import load_tokenizer
+from speft_ds.env import log_rank0
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.io import write_bytes
 from speft_ds.jobs.preflight import check_training_rows, resolve_offline
@@ -30,14 +31,14 @@ def show_data(recipe: Recipe, output: Path | None, left_out: bool = False) -> No
     """
     console = Console()
     if note := resolve_offline(recipe):
-        print(note)
+        log_rank0(note)
     spec = DatasetSpec.from_recipe(recipe)
     if problems := check_training_rows(recipe):
         raise RecipeError(problems, f"recipe {recipe.name}")
     if left_out:
         list_left_out(recipe, spec)
         return
-    dataset = prepare(spec, lambda: load_tokenizer(recipe.model.name_or_path), print)
+    dataset = prepare(spec, lambda: load_tokenizer(recipe.model.name_or_path), log_rank0)
     for number, pieces in enumerate(dataset.facts["samples"], 1):
         console.print(sample_text(f"row {number}", pieces), "", sep="\n", soft_wrap=True)
     console.print(_sources_table(recipe, dataset))
@@ -59,11 +60,11 @@ def list_left_out(recipe: Recipe, spec: DatasetSpec) -> None:
     """Print a line for each row that is left out, and how many there are."""
     reasons = Counter()
     for where, why in left_out_rows(spec, load_tokenizer(recipe.model.name_or_path)):
-        print(f"{where}: {why}")
+        log_rank0(f"{where}: {why}")
         reasons[why] += 1
-    print(f"{reasons.total():,} rows left out")
+    log_rank0(f"{reasons.total():,} rows left out")
     if recipe.data.select != "all":
-        print(f"of the others, data.select={recipe.data.select} takes {recipe.data.select_rows:,}")
+        log_rank0(f"of the others, data.select={recipe.data.select} takes {recipe.data.select_rows:,}")
 
 
 def sample_text(title: str, pieces: Sequence[tuple[str, bool]]) -> Text:

@@ -21,8 +21,7 @@ from speft_ds.cli.start_ranks import count_gpus, default_ranks
 from speft_ds.config.data_config import Source
 from speft_ds.config.load_recipe import ROOT, load_recipe, shown
 from speft_ds.config.recipe import FIELDS, Recipe
-from speft_ds.data.bad_rows import MOST as MOST_BAD
-from speft_ds.data.bad_rows import MOST_NAMED, BadRow, BadRows
+from speft_ds.data.bad_rows import BadRow, BadRows
 from speft_ds.data.sources import iterate_rows
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.jobs.preflight import CHECKS, resolve_offline
@@ -31,7 +30,7 @@ from speft_ds.training.checkpoint.folder import checkpoint_entry, num_checkpoint
 from speft_ds.training.run_dir import check_output_dir
 
 NUM_ROWS = 1000  # that are read of each source, unless all are
-NUM_SHOWN = 3  # rows as text
+NUM_SHOWN, MOST_NAMED = 3, 20  # rows as text, and rows that are left out by name
 ROWS = "rows as the model sees them"
 OK, NOTE, PROBLEM, SKIPPED = "ok", "note", "problem", "skipped"  # in a log; on a terminal:
 SIGNS = {OK: "[green]✓[/green]", NOTE: "[yellow]![/yellow]", PROBLEM: "[red]✗[/red]", SKIPPED: "-"}
@@ -92,7 +91,7 @@ def rows_found(recipe: Recipe, num_ranks: int, most: int | None = NUM_ROWS) -> F
             left_out += [f"{where}: {made.change}" for made in encoded if made.row is None]
             rows += [made.row for made in encoded if made.row is not None][: NUM_SHOWN - len(rows)]
         reads_all = reads_all and next(located, None) is None
-    bad.check(MOST_NAMED if most else MOST_BAD)
+    bad.check(names_all=most is None)
     scope = "all" if reads_all else f"the first {most:,} of each source; --all reads all"
     lines = [f"{num_read:,} rows read ({scope}), {len(left_out):,} left out", *left_out[:MOST_NAMED]]
     if len(left_out) > MOST_NAMED:

@@ -54,6 +54,7 @@ def test_a_table_as_people_have_it(write_new, tmp_path, monkeypatch, capsys):
 
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,13 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         ({"instruction": "a", "output": "b"}, [], {"format": "alpaca", "input": None}),
         ({"instruction": "a", "input": "c", "output": "b"}, [], {"format": "alpaca", "input": "input"}),
         ({"messages": CHAT}, [], {"format": "messages"}),
+        ({"messages": json.dumps(CHAT), "id": "1"}, [], {"format": "messages"}),
+        ({"conversation": CHAT}, [], {"format": "messages", "messages": "conversation"}),
+        ({"conversations": SHAREGPT}, [], {"format": "messages", "messages": "conversations"}),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, [], {"format": "messages"}),
+        ({"prompt": CHAT[:1], "response": "b"}, [], {"format": "messages"}),
+        ({"prompt": "a", "completion": "b"}, [], {"prompt": "prompt", "response": "completion"}),
+        ({"ask": CHAT[:1], "say": CHAT[1:]}, ["--prompt", "ask", "--response", "say"], {"prompt": "ask"}),
         ({"text": "a"}, [], {"format": "text"}),
         ({"a: b # c": "a", "answer": "b"}, ["--prompt", "a: b # c"], {"prompt": "a: b # c"}),
     ],
@@ -81,9 +89,28 @@ def test_the_format_is_told_by_the_columns(write_new, row, options, expected):
     check_inputs(recipe, "train", 2)
 
 
-def test_labels_are_told_by_their_column(write_new):
-    recipe, _ = write_new([{"text": "a", "label": n % 2} for n in range(8)])
+@pytest.mark.parametrize(("text", "label"), [("text", "label"), ("sentence", "class")])
+def test_labels_are_told_by_their_column(write_new, text, label):
+    recipe, _ = write_new([{text: "a", label: n % 2} for n in range(8)])
     assert recipe.data.format == "classification"
+    assert (recipe.data.columns.text, recipe.data.columns.label) == (text, label)
+
+
+def test_what_files_say_is_text_in_the_recipe_and_on_the_terminal(write_new, tmp_path):
+    names = ["ask\x1b[2J", "say\u202e\x85 # b:\u2028"]
+    row = {names[0]: "a", names[1]: "b"}
+    rows = [*[row] * 7, {**row, names[1]: ""}]
+    recipe, said = write_new(rows, "--prompt", names[0], "--response", names[1])
+    assert [recipe.data.columns.prompt, recipe.data.columns.response] == names
+    text = (tmp_path / "mine.yaml").read_text()
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert not {"\x1b", "\u202e", "\x85", "\u2028"} & set(said)
+
+
+def test_rows_behind_those_that_are_looked_at_are_counted(write_new, monkeypatch):
+    monkeypatch.setattr("speft_ds.cli.commands.new_recipe.MOST_ROWS", 50)
+    recipe, said = write_new([{"prompt": "a", "response": "b"}] * 400)
+    assert recipe.train.steps == 3 * 400 // 16 and "the first 50 of 400 rows" in said
 
 
 def test_lengths_batches_and_steps_follow_the_rows(write_new):
@@ -115,6 +142,7 @@ def test_a_model_without_a_chat_template(write_new, tmp_path):
         ([{"a": "1", "b": "2"}], [], "--prompt COLUMN"),
         ([{"a": "1", "b": "2"}], ["--prompt", "c"], "a, b"),
         ([{"prompt": "", "response": ""}], [], "rows.jsonl:1"),
+        ([{"prompt": "a", "response": "b"}] * 3 + [{}, {}], [], "rows.jsonl:5"),
         ([], [], "rows.jsonl"),
         ([[1]], [], "rows.jsonl"),
         ([{"prompt": "a", "response": "b"}], ["--model", "./none"], "./none"),

@@ -100,6 +100,15 @@ def test_annotated_recipes_load_again_as_the_same(tmp_path, text, overrides):
     assert all(re.match(r" *\w+:( |$)", line) for line in written.splitlines())  # each value has one line
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["a\n\U0001f44d\x1b", "\u202e", "\U000e0001: #\n", ["a\u2028", 1.5, None], {"k\x85": True}, "\x7f'\"\\"],
+)
+def test_values_on_one_line_are_printable(value):
+    written = recipes.in_line(value)
+    assert written.isprintable() and yaml.safe_load(written) == value
+
+
 # cp
 
 

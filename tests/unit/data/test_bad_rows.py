@@ -23,7 +23,7 @@ def refused(data, model):
 
 def places(error):
     """Where the rows stand that an error names, by line."""
-    return [int(number) for number in re.findall(r"rows\.\w+:(\d+): ", error.what)]
+    return [int(number) for number in re.findall(r"rows\.\w+:(\d+)", error.what)]
 
 
 def test_every_bad_row_is_named_at_once(tmp_path, model):
@@ -51,7 +51,7 @@ def test_every_bad_row_is_named_at_once(tmp_path, model):
 def test_lines_of_a_table_and_what_the_template_refuses(tmp_path, model):
     path = tmp_path / "rows.csv"
     path.write_text('prompt,response\na,b\na\na,b,c\na,"b"c\na,b\n')
-    assert places(refused(without_chat(path), model)) == [3, 4, 5]
+    assert sorted(places(refused(without_chat(path), model))) == [3, 4, 5]
     turns = [TALK, [{"role": "critic", "content": "a"}, TALK[1]], TALK, [*TALK, TALK[1]], TALK]
     path = write(tmp_path / "rows.jsonl", [{"messages": talk} for talk in turns])
     data = DataConfig(path=str(path), format="messages")
@@ -74,7 +74,7 @@ def test_labels_that_are_none(tmp_path, model):
 def test_many_are_counted_and_too_many_end_the_reading(tmp_path, model, monkeypatch):
     path = write(tmp_path / "rows.jsonl", pairs(*[""] * 30))
     error = refused(without_chat(path), model)
-    assert places(error) == [*range(1, 21)] and "30 rows" in error.what and "10 more" in error.what
+    assert places(error) == [1, 2, 3] and "30 rows" in error.what and "27 more" in error.what
     monkeypatch.setattr(bad_rows, "MOST", 25)
     assert "25 rows or more" in refused(without_chat(path), model).what
 

@@ -27,6 +27,9 @@ def split_global_batch(rows: list[Row], micro_batch: int, rank: int, world_size:
 def collate(rows: list[Row], pad_id: int, device: torch.device) -> dict[str, Tensor]:
     """Right-padded [rows, longest] int64 `input_ids`, and `labels` (IGNORED where the loss is not).
 
+    `predicting` [n] says which tokens predict a label, of all the batch's tokens laid end to end, and
+    `targets` [n] what. They are found here, where the tensors are on the CPU: a GPU would be waited for.
+
     Where rows are packed, also `position_ids`, which restart at each of them: from these the model's
     attention tells the rows apart. For sequence classification `labels` is [rows], the classes. `lengths` is
     [rows], on the CPU: the rows' tokens without padding.
@@ -40,12 +43,18 @@ def collate(rows: list[Row], pad_id: int, device: torch.device) -> dict[str, Ten
         ids, loss_mask = torch.tensor(row.ids), torch.tensor(row.loss_mask, dtype=torch.bool)
         input_ids[number, : len(ids)] = ids
         labels[number, : len(ids)] = ids.where(loss_mask, IGNORED)
-    if rows[0].label is not None:
-        labels = torch.tensor([row.label for row in rows])
     batch = {"input_ids": input_ids, "labels": labels}
+    if rows[0].label is not None:
+        batch["labels"] = torch.tensor([row.label for row in rows])
+    else:
+        predicted = labels.view(-1)[1:] != IGNORED  # no row's first token is a label
+        batch["predicting"] = predicted.nonzero().view(-1)
+        batch["targets"] = labels.view(-1)[1:][predicted]
     if any(len(row.starts) > 1 for row in rows):
         batch["position_ids"] = torch.stack([_positions(row, longest) for row in rows])
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    if device.type == "cuda":
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     return batch | {"lengths": torch.tensor([len(row.ids) for row in rows])}
 
 
@@ -57,5 +66,6 @@ def _positions(row: Row, length: int) -> Tensor:
 
 def num_logits(labels: Tensor) -> int:
     """How many positions, counted from the end, take part in the loss of [rows, tokens] labels."""
-    first_label = int((labels != IGNORED).any(0).nonzero()[0])
+    columns = (labels != IGNORED).any(0).nonzero()
+    first_label = int(columns[0]) if len(columns) else labels.shape[1]
     return labels.shape[1] - first_label + 1  # the token before a label predicts it

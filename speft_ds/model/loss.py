@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from speft_ds.data.collate import IGNORED, num_logits
+from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
+from speft_ds.model.linear_cross_entropy import find_head_loss
 from speft_ds.model.probe import embedding_gradient
 
 
@@ -39,6 +41,12 @@ class NextToken:
         if packing and not ("position_ids" in arguments and tells_rows_apart(model, after_backward)):
             what = f"{type(model).__name__} does not tell packed rows apart: they would see each other"
             raise UserError(what, "data.packing", "data.packing=false")
+        self.head_loss = find_head_loss(model)
+        if self.head_loss is None:
+            name = type(model).__name__
+            log_rank0(
+                f"note: {name} changes its logits in a way of its own: all of a batch are alive at once"
+            )
 
     def __call__(
         self, module: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0
@@ -50,10 +58,15 @@ class NextToken:
             batch: as `collate` makes it.
             temperature: the logits are divided by it.
         """
+        inputs = _inputs(batch, self.switch)
+        if self.head_loss is not None and not self.head_loss.is_trained:
+            with self.head_loss.compute(batch["predicting"], batch["targets"], temperature) as losses:
+                module(**inputs, use_cache=False)
+            return losses[0], None
         # Logits over the prompts would be thrown away, and cost a fifth of a small model's step.
         keep = num_logits(batch["labels"]) if self.can_keep_logits else 0
         options = {"logits_to_keep": keep} if keep else {}
-        logits = module(**_inputs(batch, self.switch), use_cache=False, **options).logits
+        logits = module(**inputs, use_cache=False, **options).logits
         return summed_loss(logits, batch["labels"][:, -keep:], temperature), None
 
 

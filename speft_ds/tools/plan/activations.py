@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from speft_ds.model.fake_tensors import fake_tensors, reads_packing
+from speft_ds.model.kinds import linear
+from speft_ds.model.linear_cross_entropy import HeadLoss, LogitTransform
 from speft_ds.model.targets import all_weights
 from speft_ds.sparse.kernels import triton_backends
 from speft_ds.sparse.kernels.torch_backends import BLOCK_ELEMENTS, split_for_cache
@@ -95,7 +97,7 @@ def run_pass(geometry: Geometry, one: Pass, fake: bool = True) -> list[ModuleUse
             model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_(True))
         ids = torch.zeros(one.rows, one.length, dtype=torch.int64)
         with live:
-            (_loss(model, geometry.task, ids) / one.rows).backward()
+            (_loss(model, geometry.task, ids, one.device) / one.rows).backward()
         uses[-1].peak = live.peak
     return uses
 
@@ -188,13 +190,18 @@ def _dense_bytes(numel: int, itemsize: int, one: Pass) -> int:
     return dense + max(of_a_row, dense * one.is_partitioned)
 
 
-def _loss(model: nn.Module, task: str, ids: Tensor) -> Tensor:
+def _loss(model: nn.Module, task: str, ids: Tensor, device: str) -> Tensor:
     """The objective's loss where every token but a row's first is a label, or each row has a class."""
-    logits = model(input_ids=ids, use_cache=False).logits
     if task != "causal_lm":
+        logits = model(input_ids=ids, use_cache=False).logits
         return F.cross_entropy(logits.float(), ids[:, 0], reduction="sum")
-    # `batch.summed_loss` picks by a bool mask, whose count a fake tensor does not know: the same by numbers.
+    # By numbers: a fake tensor does not know how many a bool mask picks.
     rows, length = ids.shape
     picked = ids.new_zeros(rows * (length - 1))
-    scaled = logits[:, :-1][picked, picked].float() / 1.0
-    return F.cross_entropy(scaled, picked, reduction="sum")
+    head = model.get_output_embeddings()
+    if head is not None and linear.find(head):  # nor what the model makes of its head's logits
+        with HeadLoss(head, LogitTransform(), device).compute(picked, picked, 1.0) as losses:
+            model(input_ids=ids, use_cache=False)
+        return losses[0]
+    logits = model(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1][picked, picked].float(), picked, reduction="sum")

@@ -25,7 +25,10 @@ def test_rows_are_padded_on_the_right_and_labels_are_where_the_loss_is():
     no = IGNORED
     labels = [[no, no, 7, 8, 9], [no, 11, 5, no, no], [no] * 5, [no, 3, no, no, no]]
     assert batch["input_ids"].tolist() == ids and batch["labels"].tolist() == labels
-    assert set(batch) == {"input_ids", "labels", "lengths"} and batch["input_ids"].dtype == torch.int64
+    assert batch["predicting"].tolist() == [1, 2, 3, 5, 6, 15]
+    assert batch["targets"].tolist() == [7, 8, 9, 11, 5, 3]
+    assert set(batch) == {"input_ids", "labels", "lengths", "predicting", "targets"}
+    assert batch["input_ids"].dtype == torch.int64
 
 
 def test_positions_restart_at_each_packed_row_and_at_the_padding():

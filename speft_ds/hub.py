@@ -111,9 +111,9 @@ def _folder(name_or_path: str, kind: str) -> Path | None:
     repo = _hub_cache() / f"{kind}--{name_or_path.replace('/', '--')}"
     try:
         commit = (repo / "refs" / "main").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
+        return path_within(repo / "snapshots", commit)
+    except (OSError, ValueError):  # it is not cached, or not as the hub's library does it
         return None
-    return repo / "snapshots" / commit
 
 
 def missing_weights(folder: Path) -> list[str]:

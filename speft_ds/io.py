@@ -19,32 +19,38 @@ from speft_ds.errors import UserError, shell
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_JSON = 2**26  # bytes of a file
+MAX_JSON = 2**25  # bytes of a file: what Python reads in two seconds, whatever is in it
 
 
-def read_json(path: Path) -> Any:
-    """The document in a JSON file.
+def read_bytes(path: Path, max_bytes: int = MAX_JSON) -> bytes:
+    """The contents of a file that is to be small.
 
     Raises:
         OSError: there is none, it is no regular file (a pipe would keep us waiting), or it is too large.
-        ValueError: as in `parse_json`, or it is not UTF-8.
     """
     if path.exists() and not path.is_file():
-        raise OSError(f"{path} is not a file")
-    if path.stat().st_size > MAX_JSON:
-        raise OSError(f"{path} is larger than {MAX_JSON} bytes")
-    return parse_json(path.read_text(encoding="utf-8"))
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"larger than {max_bytes} bytes", str(path))
+    return content
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON) -> Any:
+    """The document in a JSON file. Raises OSError as `read_bytes`, and ValueError as `parse_json`."""
+    return parse_json(read_bytes(path, max_bytes))
 
 
 def parse_json(text: str | bytes) -> Any:
     """A JSON document.
 
     Raises:
-        ValueError: it is not one, is nested too deeply, or a string in it is not Unicode: pictures and
-            terminals fail on it.
+        ValueError: it is not one (in UTF-8), is nested too deeply, or a string in it is not Unicode: pictures
+            and terminals fail on it.
     """
     try:
-        document = json.loads(text)
+        document = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
         json.dumps(document, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error

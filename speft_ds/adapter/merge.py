@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import struct
@@ -22,14 +23,18 @@ from torch import Tensor
 
 from speft_ds.adapter.apply import check_weights, classifier_config, set_config, with_delta
 from speft_ds.adapter.card import card_text
-from speft_ds.adapter.format import CARD, DTYPES, FLOATS, Adapter, open_adapter
+from speft_ds.adapter.format import CARD, DTYPES, FACTS, FLOATS, Adapter, open_adapter
 from speft_ds.adapter.pretrained import INDEX, SINGLE, Fingerprint, Header, PretrainedCheckpoint
 from speft_ds.adapter.save import check_output
+from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
 from speft_ds.io import flush_to_disk, new_folder, same_bits, write_json, write_text
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 # Not part of the merged checkpoint: other copies of the base's weights, and its card, which is not its own.
-LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".md")
+LEFT_OUT = (*WEIGHTS, ".index.json", ".md")
+# What a folder has that is an adapter, a run, or a checkpoint of a training.
+OF_ITS_OWN = (FACTS, "adapter_config.json", "recipe.yaml", "trainer_state.json")
 LARGEST_OTHER = 2**28  # bytes of a tokenizer, a configuration and so on
 
 Headers = dict[str, Header]  # by key, of the tensors of a file
@@ -255,12 +260,34 @@ def _config(job: Merge) -> dict:
 
 
 def _copy_others(base: Path, folder: Path) -> None:
-    """Copy what is not written yet, of subfolders too: tokenizer, processor, templates, settings, code."""
-    for path in sorted(base.rglob("*")):
-        name = path.relative_to(base)
-        is_hidden = any(part.startswith(".") for part in name.parts)
-        wanted = path.is_file() and not is_hidden and not path.name.endswith(LEFT_OUT)
-        if wanted and path.stat().st_size <= LARGEST_OTHER and not (folder / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / name)
-            flush_to_disk(folder / name)
+    """Copy what is not written yet, of subfolders too: tokenizer, processor, templates, settings, code.
+
+    Not of other models that lie in the base's folder, as the checkpoints of its training, nor of `folder`.
+    """
+    for place, subfolders, names in os.walk(base):
+        inside = Path(place)
+        subfolders[:] = [name for name in sorted(subfolders) if not _is_apart(inside / name, folder)]
+        for path in (inside / name for name in sorted(names)):
+            target = folder / path.relative_to(base)
+            wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(LEFT_OUT)
+            if not wanted or path.stat().st_size > LARGEST_OTHER or target.exists():
+                continue
+            if not _is_own(path, base):
+                log_rank0(f"note: {path} is not copied: it is a link to {path.resolve()}")
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+            flush_to_disk(target)
+
+
+def _is_apart(subfolder: Path, output: Path) -> bool:
+    """Whether a folder inside a base's is not of the base: hidden, being written, a model or a run itself."""
+    names = os.listdir(subfolder) if os.access(subfolder, os.R_OK | os.X_OK) else []
+    is_another = any(name in OF_ITS_OWN or name.endswith(WEIGHTS) for name in names)
+    return subfolder.name.startswith(".") or is_another or subfolder.absolute() == output.absolute()
+
+
+def _is_own(path: Path, base: Path) -> bool:
+    """Whether a file lies in the base's folder itself, or where the hub's cache keeps what links lead to."""
+    real = path.resolve()
+    return real.is_relative_to(base.resolve()) or real.parent.name == "blobs"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -53,6 +53,8 @@ class PretrainedCheckpoint:
             self._auto_class, self._options = AutoModelForSequenceClassification, {"num_labels": num_classes}
         try:
             self.config = read_json(self.folder / "config.json")
+            if not isinstance(self.config, dict):
+                raise ValueError("its config.json has no keys")
             if missing := hub.missing_weights(self.folder):
                 raise ValueError(f"it lacks {', '.join(missing)}")
             self._files = {file: safe_open(self.folder / file, framework="pt") for file in self._file_names()}
@@ -61,7 +63,7 @@ class PretrainedCheckpoint:
             if self._holds_another_head():  # than the configuration says; transformers goes by the files, too
                 self._options["tie_word_embeddings"] = False
                 self.model = self._on_meta()
-        except (OSError, ValueError, SafetensorError) as error:
+        except Exception as error:  # any type: the code of hundreds of families reads the configuration
             raise _unreadable(self.folder, error) from error
         self.shape = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
         self.weight: dict[str, str] = {}
@@ -96,16 +98,16 @@ class PretrainedCheckpoint:
         if "num_labels" in options:
             options = options | {"ignore_mismatched_sizes": True}  # of the head, which is the adapter's
         try:
-            return self._auto_class.from_pretrained(folder, dtype=dtype, **options)
-        except (OSError, ValueError) as error:
+            return self._auto_class.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
+        except Exception as error:  # as above
             raise _unreadable(folder, error) from error
 
     def _on_meta(self) -> nn.Module:
-        config = AutoConfig.from_pretrained(self.folder, **self._options)
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False, **self._options)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("it is quantised")
         with torch.device("meta"):
-            return self._auto_class.from_config(config)
+            return self._auto_class.from_config(config, trust_remote_code=False)
 
     def _file_names(self) -> list[str]:
         if (self.folder / SINGLE).is_file():
@@ -146,7 +148,8 @@ class PretrainedCheckpoint:
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
     fix = "give a folder with config.json and weights that transformers loads"
-    return UserError(f"cannot read the model: {error}", str(folder), fix)
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return UserError(f"cannot read the model: {kind}{error}", str(folder), fix)
 
 
 class Fingerprint:

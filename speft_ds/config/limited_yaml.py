@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any, ClassVar
 
 import yaml
 from yaml import events
+
+from speft_ds.io import read_bytes
 
 MAX_BYTES = 2**18
 MAX_DEPTH = 50
@@ -49,16 +50,10 @@ def read_text(path: Path) -> str:
     """The text of a YAML file.
 
     Raises:
-        OSError: there is none, or it is no regular file (a pipe would keep us waiting).
-        ValueError: it is larger than MAX_BYTES, or not UTF-8.
+        OSError: as `io.read_bytes`; it is larger than MAX_BYTES.
+        ValueError: it is not UTF-8.
     """
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "not a file", str(path))
-    with path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"it is larger than {MAX_BYTES} bytes")
-    return content.decode("utf-8")
+    return read_bytes(path, MAX_BYTES).decode("utf-8")
 
 
 def load(text: str) -> Any:

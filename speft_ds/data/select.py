@@ -214,7 +214,9 @@ def _load(folder: Path, scorer: str | Path, dtype: torch.dtype):
 
     try:
         tokenizer = load_tokenizer(str(folder), WHERE)
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
     # A damaged file makes transformers and tokenizers raise anything: KeyError, IndexError, SafetensorError.
     except Exception as error:
         raise _cannot_load(scorer, f"{type(error).__name__}: {error}") from error

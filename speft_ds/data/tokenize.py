@@ -7,7 +7,6 @@ response is a label token. Imports no torch.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from speft_ds.data.conversations import Example
 from speft_ds.data.dataset import Row
 from speft_ds.data.turns import Pieces, Rendered, Turns
 from speft_ds.errors import UserError
+from speft_ds.io import read_json
 
 _PROBE = "Hello  world, 12 \u00e9\n\u4e16 x"  # by which a loaded tokenizer is compared with SentencePiece
 MIN_PROMPT = 4  # tokens that a cut prompt keeps; a row that would have fewer is left out
@@ -45,7 +45,7 @@ def load_tokenizer(name_or_path: str, where: str = "model.name_or_path") -> obje
         names = {path.name for path in folder.iterdir()} if folder else set()
         if "tokenizer.model" in names and not names & {"tokenizer.json", "tokenizer_config.json"}:
             return _load_sentencepiece(folder)
-        return AutoTokenizer.from_pretrained(name_or_path)
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:  # of a damaged file the libraries raise anything: KeyError, RuntimeError
@@ -64,7 +64,7 @@ def _load_sentencepiece(folder: Path) -> object:
     model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     expected = [model.bos_id()] * (model.bos_id() >= 0) + model.encode(_PROBE)
     for kind in (AutoTokenizer, LlamaTokenizer):
-        tokenizer = kind.from_pretrained(folder, add_bos_token=True)
+        tokenizer = kind.from_pretrained(folder, add_bos_token=True, trust_remote_code=False)
         if tokenizer(_PROBE)["input_ids"] == expected:
             return tokenizer
     what = "transformers reads the tokenizer.model, which stands alone, otherwise than SentencePiece does"
@@ -80,7 +80,7 @@ def stop_ids(tokenizer: object, model: str) -> frozenset[int]:
     folder = hub.model_folder(model)
     try:
         file = folder / "generation_config.json" if folder else None
-        own = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file else None
+        own = read_json(file).get("eos_token_id") if file else None
     except (OSError, ValueError, AttributeError):  # there need not be one
         own = None
     found |= set(own if isinstance(own, list) else [own])

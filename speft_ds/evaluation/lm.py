@@ -28,8 +28,9 @@ from speft_ds.comm import collectives, watchdog
 from speft_ds.env import cache_folder, log_rank0
 from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import PromptFormat
-from speft_ds.io import write_json
+from speft_ds.io import read_json, write_json
 
+MAX_ANSWERS = 2**30  # bytes of a file of the cache
 LOG_EVERY_S = 30.0  # the progress, where there is no terminal to show a bar on
 LOG_LINE = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, about {remaining} left"
 
@@ -299,7 +300,7 @@ class ResponseCache:
 def read_responses(path: Path, count: int) -> list | None:
     """The responses in a file; None where there is no such file, or it is damaged."""
     try:
-        responses = json.loads(path.read_text(encoding="utf-8"))["answers"]
+        responses = read_json(path, MAX_ANSWERS)["answers"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return responses if isinstance(responses, list) and len(responses) == count else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from speft_ds.config.eval_config import EvalConfig
 from speft_ds.errors import UserError
 from speft_ds.evaluation.lm import EngineLM
 from speft_ds.evaluation.scores import Perplexity
+from speft_ds.io import parse_json
 
 WINDOW = 1024  # tokens that a token is predicted from, at most: the same for models of any context length
 MAX_LOGITS = 2**28  # per batch (1 GiB in fp32): lm-eval keeps the logits of all positions
@@ -56,16 +56,18 @@ def read_text(path: Path, num_bytes: int) -> str:
         UserError: the file cannot be read, or has no text.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would keep us waiting
+            raise OSError("it is not a file")
         with path.open(encoding="utf-8") as file:
             if path.suffix == ".jsonl":
                 rows, size = [], 0
                 while size < num_bytes and (line := file.readline()):
-                    rows.append(json.loads(line)["text"])
+                    rows.append(parse_json(line)["text"])
                     size += len(rows[-1].encode()) + 1
                 text = "\n".join(rows)
             else:
                 text = file.read(num_bytes)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # TypeError: JSON of a list
         fix = 'a UTF-8 text, or a .jsonl file of {"text": ...}'
         raise UserError(f"{path} cannot be read as text: {error}", "eval.forgetting_text", fix) from error
     text = text.encode()[:num_bytes].decode(errors="ignore")

@@ -16,7 +16,7 @@ from speft_ds.config.eval_config import EvalConfig
 from speft_ds.config.recipe import Recipe
 from speft_ds.evaluation.eval_jobs import EvalJob, Phase, prompt_formats
 from speft_ds.evaluation.scores import Score, ScoreFile
-from speft_ds.io import replacing, write_json
+from speft_ds.io import read_json, replacing, write_json
 from speft_ds.untrusted import path_within
 
 OLD = "old"  # folder of scores that no longer hold
@@ -49,8 +49,7 @@ def asked(job: EvalJob, of: dict, recipe: Recipe) -> dict[str, Any]:
 def has_scored(folder: Path, job: EvalJob, of: dict, recipe: Recipe) -> bool:
     """Whether `folder` has the scores of this job, of these weights."""
     try:
-        document = json.loads((folder / f"{job.label}.json").read_text(encoding="utf-8"))
-        return document["asked"] == asked(job, of, recipe)
+        return read_json(folder / f"{job.label}.json")["asked"] == asked(job, of, recipe)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -65,15 +65,14 @@ class EvalRunner:
             UserError: lm-eval would not score a task; a task's data cannot be read.
         """
         self.tokenizer = tokenizer
-        config = AutoConfig.from_pretrained(self.recipe.model.name_or_path)
+        config = AutoConfig.from_pretrained(self.recipe.model.name_or_path, trust_remote_code=False)
         max_length = resolve_max_length(config, tokenizer)
-        templated = tokenizer if self.section.chat_template else None
         if any(job.has_text for job in self.jobs):
             read_text(Path(self.section.forgetting_text), self.section.forgetting_bytes)
         for job in self.jobs:
             if job.tasks and _requests_of(job) not in self._notes:
                 with undisturbed(), local_data(self.section.data_dir) as notes:
-                    found = check_tasks(job, self.manager, templated, max_length)
+                    found = check_tasks(job, self.manager, tokenizer, self.section.chat_template, max_length)
                 self._notes[_requests_of(job)] = sorted({*notes, *found})
                 self._tell(self._notes[_requests_of(job)])
 

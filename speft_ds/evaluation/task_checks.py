@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator_utils import get_sample_size
@@ -20,17 +21,41 @@ from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import EvalJob
 from speft_ds.evaluation.tasks import load_tasks, refusals
 
+TAIL = 256  # characters of a prompt, by which the tokens of its answer are counted
+
+
+class TokenCounter(HFLM):
+    """lm-eval's model without the model, which counts the tokens of prompts and answers."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer, self.backend = tokenizer, "causal"
+        self.add_bos_token = self.custom_prefix_token_id = self.enable_thinking = None
+        self.chat_template_args = {}
+
+    def _loglikelihood_tokens(self, requests, **_):
+        return [len(continuation) for _, _, continuation in requests]
+
+    def count(self, request: Instance) -> int:
+        """Tokens of the answer to score. An end of the prompt is enough to see that they are not few."""
+        prompt, answer = request.args
+        short = SimpleNamespace(args=(prompt[-TAIL:], answer))
+        counts = self.loglikelihood([short], disable_tqdm=True)
+        if prompt[:-TAIL] and not 0 < counts[0] <= len(answer):
+            counts = self.loglikelihood([request], disable_tqdm=True)
+        return counts[0]
+
 
 def check_tasks(
     job: EvalJob,
     manager: TaskManager,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: bool,
     max_length: int,
 ) -> list[str]:
     """Load the tasks of a job and build every request, as lm-eval does; to be called inside `local_data`.
 
     Args:
-        tokenizer: whose chat template the prompts are in; None: in none.
+        chat_template: whether prompts are in the chat template of the tokenizer.
         max_length: of the model, in tokens.
     Returns:
         What the user should know of the scores.
@@ -41,7 +66,7 @@ def check_tasks(
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     torch.manual_seed(DEFAULT_OTHER_SEED)
-    tasks, notes = load_tasks(manager, job.tasks), []
+    tasks, notes, counter = load_tasks(manager, job.tasks), [], TokenCounter(tokenizer)
     for name, task in tasks.items():
         with refusals(name):
             _check_kind(name, task)
@@ -50,8 +75,8 @@ def check_tasks(
                 notes += _split_notes(name, task)
                 _check_examples(name, task, job)
             documents = get_sample_size(task, job.limit)
-            _build(task, documents, tokenizer)
-            _check_requests(name, task, max_length)
+            _build(task, documents, counter if chat_template else None)
+            _check_requests(name, task, max_length, counter)
             if isinstance(task, ConfigurableTask):
                 notes += _choice_notes(name, task, documents)
     return notes
@@ -111,29 +136,26 @@ def _check_examples(name: str, task: ConfigurableTask, job: EvalJob) -> None:
         raise UserError(what, key, fix)
 
 
-def _build(task: Task, documents: int | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    template = None
-    if tokenizer is not None:
-        model = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
-
-        def template(*arguments, **settings):
-            return HFLM.apply_chat_template(model, *arguments, **settings)
-
+def _build(task: Task, documents: int | None, chat: HFLM | None) -> None:
     task.build_all_requests(
         limit=documents,
         rank=0,
         world_size=1,
-        apply_chat_template=template is not None,
+        apply_chat_template=chat is not None,
         fewshot_as_multiturn=True,
-        chat_template=template,
+        chat_template=chat and chat.apply_chat_template,
     )
 
 
-def _check_requests(name: str, task: Task, max_length: int) -> None:
+def _check_requests(name: str, task: Task, max_length: int, counter: TokenCounter) -> None:
     for request in task.instances:
-        if request.request_type == "loglikelihood" and not request.args[1]:
-            what = f"{name}: document {request.doc_id} has an empty answer to score, which has no likelihood"
-            raise UserError(what, "eval.tasks", "mend the task's data, or set eval.limit below that document")
+        if request.request_type == "loglikelihood":
+            count = counter.count(request) if request.args[1] else 0
+            if not 0 < count <= max_length:
+                few = "no token" if count == 0 else f"{count:,} tokens, more than the model's {max_length:,}"
+                what = f"{name}: an answer to score of document {request.doc_id} has {few}"
+                fix = "mend the task's data, or set eval.limit below that document"
+                raise UserError(what, "eval.tasks", fix)
         if request.request_type == "generate_until":
             longest = normalize_gen_kwargs(request.args[1])["max_gen_toks"]
             if longest >= max_length:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,9 @@ def refusals(task: str) -> Iterator[None]:
         raise
     except Exception as error:  # any type: it runs the code, the templates and the functions of the task
         reason = (str(error).splitlines() or [""])[0]
-        what = f"lm-eval cannot prepare {task}: {type(error).__name__}: {reason}"
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"lm-eval cannot prepare {task}: {type(error).__name__}: {reason}\n    at {last.filename}:"
+        what += f"{last.lineno}: {last.line}"
         raise UserError(what, "eval.tasks", "mend the task's file, or leave the task out") from error
 
 

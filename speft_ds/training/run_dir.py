@@ -143,7 +143,7 @@ def rewind_metrics(folder: Path, step: int, source: Path | None = None) -> None:
         UserError: a line of a step before is missing.
     """
     path = (source or folder) / METRICS
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     kept = []
     for line in text.splitlines(keepends=True):
         values = _values(line)

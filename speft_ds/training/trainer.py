@@ -187,14 +187,14 @@ class Trainer:
     def _take_up(self) -> None:
         """The trainable state, as the checkpoint has it."""
         parts, manifest = Parts(self.checkpoint), self.checkpoint.manifest
-        with self.timings.stage("resume"):
+        with self.timings.stage("resume"), parts.refusing():
             self.schedule = self._make_schedule(parts.mask("trained", self.context.shapes))
             self.schedule.restore(parts)
-        if self.mask.sha256 != parts.facts["sha256"]:
-            raise UserError("the mask of the checkpoint has another hash now", str(self.checkpoint.path))
-        self.first_step, progress = manifest["step"], manifest["progress"]
-        self.num_skipped, self.num_nonfinite = progress["num_skipped"], progress["num_nonfinite"]
-        self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
+            if self.mask.sha256 != parts.facts["sha256"]:
+                raise ValueError("its mask has another hash now")
+            self.first_step, progress = manifest["step"], manifest["progress"]
+            self.num_skipped, self.num_nonfinite = progress["num_skipped"], progress["num_nonfinite"]
+            self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
         self.engine.global_steps = self.first_step
         was, now = manifest["world_size"], collectives.world_size()
         ranks = f"{now} rank(s)" + (f", it was written by {was}" if was != now else "")

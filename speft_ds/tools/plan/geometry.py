@@ -164,7 +164,7 @@ def build_model(config, task: str, dtype: str):
 
     auto = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
     try:
-        return auto.from_config(config, dtype=getattr(torch, dtype))
+        return auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     except ValueError as error:
         what = f"transformers has no {task.replace('_', ' ')} model for this configuration"
         raise UserError(f"{what}: {error}", "model.name_or_path", "choose another model") from error

@@ -24,7 +24,7 @@ from speft_ds.config.recipe import Recipe
 from speft_ds.config.train_config import ADAMW, TrainConfig
 from speft_ds.env import log_rank0
 from speft_ds.errors import UserError, shell
-from speft_ds.io import flush_to_disk, parse_json, sha256_of, write_json, write_text
+from speft_ds.io import flush_to_disk, parse_json, read_bytes, sha256_of, write_json, write_text
 from speft_ds.untrusted import path_within
 
 FORMAT_VERSION = 2
@@ -124,8 +124,8 @@ def inspect(path: Path) -> Checkpoint:
     name = _NAME.match(path.name)
     step = int(name.group(1)) if name else -1
     try:
-        mark = (path / COMPLETE).read_text(encoding="utf-8").strip()
-        text = (path / MANIFEST).read_bytes()
+        mark = read_bytes(path / COMPLETE).decode("utf-8").strip()
+        text = read_bytes(path / MANIFEST)
         if hashlib.sha256(text).hexdigest() != mark:
             return Checkpoint(path, step, {}, f"{MANIFEST} is damaged: its hash is not the recorded one")
         manifest = parse_json(text)

@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from speft_ds.comm import collectives
-from speft_ds.errors import UserError
-from speft_ds.io import sha256_of, write_safetensors
+from speft_ds.errors import UserError, shell
+from speft_ds.io import parse_json, sha256_of, write_safetensors
 from speft_ds.sparse.layout import EntryTable, index_dtype
-from speft_ds.sparse.mask import Mask
+from speft_ds.sparse.mask import INDEX_DTYPES, Mask
 from speft_ds.training.checkpoint.folder import Checkpoint, part_name
 
 
@@ -68,8 +69,31 @@ def write_part(
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
+def header_problem(path: Path) -> str | None:
+    """What the header of a part has that none of ours has, if anything. Reads no tensor."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not iterable
+            tables = parse_json((file.metadata() or {})["tables"])
+            shapes = {key: view.get_shape() for key, view in header.items()}
+            for table, counts in tables.items():
+                if not all(type(count) is int and count >= 0 for count in counts.values()):
+                    raise ValueError(f"{table!r} has no counts of entries")
+                if header[f"{table}.index"].get_dtype() not in INDEX_DTYPES:
+                    raise ValueError(f"the indices of {table!r} are none")
+                length = [sum(counts.values())]
+                if odd := [key for key in shapes if key.startswith(f"{table}.") and shapes[key] != length]:
+                    raise ValueError(f"{odd[0]!r} has the shape {shapes[odd[0]]}, not {length}")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"it is damaged: {path.name}: {error!s:.200}"
+    return None
+
+
 class Parts:
-    """A checkpoint's parts, to read from; all ranks may."""
+    """A checkpoint's parts, to read from; all ranks may.
+
+    Hashes and headers were looked at (see `verify` and `header_problem`); indices are checked here.
+    """
 
     def __init__(self, checkpoint: Checkpoint):
         self.facts = checkpoint.manifest["state"]
@@ -77,7 +101,7 @@ class Parts:
 
     def has(self, table: str) -> bool:
         with safe_open(self.paths[0], framework="pt") as file:
-            return table in json.loads(file.metadata()["tables"])
+            return table in parse_json(file.metadata()["tables"])
 
     def index(self, table: str) -> dict[str, Tensor]:
         """Weight -> all its sorted global indices, of all ranks."""
@@ -93,8 +117,12 @@ class Parts:
         pieces: dict[str, dict[str, list[Tensor]]] = {}  # column, or `index` -> weight -> of each part
         for file, counts in self._files(table):
             views = {name: file.get_slice(f"{table}.{name}") for name in _names_below(file, table)}
+            if pieces and pieces.keys() != views.keys():
+                raise self._damaged(f"its parts have other columns of {table}")
             first = 0
             for name, count in counts.items():
+                if name not in spans:
+                    raise self._damaged(f"{table} has entries of {name}, which is no weight of this run")
                 index = views["index"][first : first + count].to(torch.int64)
                 edges = torch.tensor(spans[name], dtype=torch.int64)
                 start, stop = torch.searchsorted(index, edges).tolist()
@@ -104,14 +132,18 @@ class Parts:
                 first += count
         index = pieces.pop("index", {})
         columns = {key: torch.cat([p for found in by.values() for p in found]) for key, by in pieces.items()}
-        return EntryTable({name: torch.cat(found) for name, found in index.items() if found}, columns)
+        index = {
+            name: self._checked(name, torch.cat(found), spans[name]) for name, found in index.items() if found
+        }
+        return EntryTable(index, columns)
 
     def mask(self, table: str, shape: dict[str, tuple[int, int]]) -> Mask:
         """The mask whose entries a table has, weight -> (out, in). Raises UserError: it is another mask's."""
         index = self.index(table)
         if missing := shape.keys() - index.keys():
-            where = str(self.paths[0].parent)
-            raise UserError(f"the checkpoint has no entries of {sorted(missing)[0]}: another mask's", where)
+            raise self._damaged(f"it has no entries of {sorted(missing)[0]}: another mask's")
+        for name, (rows, columns) in shape.items():
+            self._checked(name, index[name], (0, rows * columns))
         device = collectives.device()
         return Mask({n: index[n].to(device, index_dtype(shape[n][0] * shape[n][1])) for n in shape}, shape)
 
@@ -128,11 +160,32 @@ class Parts:
         with safe_open(self.paths[rank], framework="pt") as file:
             return {name: file.get_tensor(f"own.{name}") for name in _names_below(file, "own")}
 
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """What is missing, or of another kind than expected, in the block is damage of the checkpoint."""
+        try:
+            yield
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise self._damaged(f"{type(error).__name__}: {error}") from error
+
+    def _checked(self, name: str, index: Tensor, span: tuple[int, int]) -> Tensor:
+        """[n] indices, which increase strictly within [start, stop)."""
+        start, stop = span
+        is_within = not index.numel() or (int(index[0]) >= start and int(index[-1]) < stop)
+        if not is_within or not (index[1:] > index[:-1]).all():
+            raise self._damaged(f"the indices of {name} do not fit it")
+        return index
+
+    def _damaged(self, what: str) -> UserError:
+        folder = self.paths[0].parent
+        fix = f"go on from an older checkpoint: {shell('ls', folder.parent)}"
+        return UserError(f"the checkpoint is damaged: {what}", str(folder), fix)
+
     def _files(self, table: str) -> Iterator[tuple[safe_open, dict[str, int]]]:
         """Every part, and how many entries of each weight its table has."""
         for path in self.paths:
             with safe_open(path, framework="pt") as file:
-                yield file, json.loads(file.metadata()["tables"])[table]
+                yield file, parse_json(file.metadata()["tables"])[table]
 
 
 def _names_below(file: safe_open, prefix: str) -> list[str]:

@@ -279,10 +279,14 @@ def verified_start(start: Start) -> Start:
     Raises:
         UserError: on every rank, where there is no complete one.
     """
-    from speft_ds.comm import collectives  # late: imports torch
+    from speft_ds.comm import collectives  # late: both import torch
+    from speft_ds.training.checkpoint.parts import header_problem
 
+    rank, world_size = collectives.rank(), collectives.world_size()
     while start.checkpoint is not None:
-        own = verify(start.checkpoint, collectives.rank(), collectives.world_size())
+        parts = [start.checkpoint.path / part["file"] for part in start.checkpoint.manifest["parts"]]
+        own = verify(start.checkpoint, rank, world_size)
+        own = own or next(filter(None, map(header_problem, parts[rank::world_size])), None)
         problems = [problem for problem in collectives.all_gather_objects(own) if problem]
         if not problems:
             return start

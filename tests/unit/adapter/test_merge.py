@@ -80,13 +80,24 @@ def test_what_else_a_base_has_is_carried_along(tiny, tmp_path):
     base = shutil.copytree(tiny["untied"], tmp_path / "base")
     kept = ["processor_config.json", "additional_chat_templates/tool_use.jinja", "1_Pooling/config.json"]
     left = [".cache/x.json", "original/consolidated.00.pth", "onnx/model.onnx"]
+    left += ["checkpoint-5/config.json", "checkpoint-5/model.safetensors", "checkpoint-5/deeper/x.json"]
+    left += ["adapters/a/adapter.json", "runs/a/recipe.yaml", "runs/a/eval/before.json"]
     for name in [*kept, *left, "README.md"]:
-        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).write_text(name)
-    merge(base, make_adapter(tmp_path / "a", base), tmp_path / "merged")
-    assert all((tmp_path / "merged" / name).read_text() == name for name in kept)
-    assert not any((tmp_path / "merged" / name).exists() for name in left)
-    assert (tmp_path / "merged" / "README.md").read_text().startswith("---\n")  # not the base's
+    (tmp_path / "secret.json").write_text("of the user")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "abc").write_text("in_the_cache.json")
+    (base / "link.json").symlink_to(tmp_path / "secret.json")
+    (base / "in_the_cache.json").symlink_to(tmp_path / "blobs" / "abc")
+    (base / "dangling.json").symlink_to(tmp_path / "nowhere")
+    adapter = make_adapter(tmp_path / "a", base)
+    for merged in (tmp_path / "merged", base / "merged"):  # the second one: into the base's own folder
+        merge(base, adapter, merged)
+        assert all((merged / name).read_text() == name for name in (*kept, "in_the_cache.json"))
+        unwanted = (*left, "link.json", "dangling.json", "merged", "merged.tmp")
+        assert not any((merged / name).exists() for name in unwanted)
+        assert (merged / "README.md").read_text().startswith("---\n")  # not the base's
 
 
 def test_files_are_split_as_the_bases_or_as_asked_for(tiny, tmp_path):

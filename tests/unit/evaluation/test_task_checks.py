@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 from tiny import make_tokenizer
+from tokenizers import normalizers
 
 from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import EvalJob
@@ -16,6 +17,12 @@ CHOICE = {
     "doc_to_text": "{{prompt}}",
     "doc_to_target": "{{label}}",
     "doc_to_choice": "choices",
+    "metric_list": [{"metric": "acc"}],
+}
+LIKELIHOOD = {
+    "output_type": "loglikelihood",
+    "doc_to_text": "{{prompt}}",
+    "doc_to_target": "{{label}}",
     "metric_list": [{"metric": "acc"}],
 }
 GENERATE = {
@@ -46,7 +53,14 @@ def check(folder, form=CHOICE, documents=None, shots=None, limit=None, kind="mai
     job = EvalJob("before", kind, ("quiz",), shots, limit)
     with local_data(None):
         manager = find_tasks(["quiz"], str(folder))
-        return check_tasks(job, manager, make_tokenizer() if chat else None, max_length=256)
+        return check_tasks(job, manager, forgetful_tokenizer(), chat, max_length=256)
+
+
+def forgetful_tokenizer():
+    """It makes no token of a tilde."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    return tokenizer
 
 
 @pytest.mark.parametrize(
@@ -68,6 +82,11 @@ def check(folder, form=CHOICE, documents=None, shots=None, limit=None, kind="mai
             "eval.tasks",
             {"documents": rows((3, {"choices": ["", "b"]})), "chat": True},
         ),  # no text at all to score
+        ("eval.tasks", {"documents": rows((2, {"choices": ["a", "~~"]})), "chat": True}),
+        ("eval.tasks", {"documents": rows((2, {"choices": ["a", "x" * 257]}))}),
+        ("eval.tasks", {"documents": rows((2, {"choices": ["~", "a"], "prompt": "x" * 900})), "chat": True}),
+        ("eval.tasks", {"form": LIKELIHOOD, "documents": rows((1, {"label": "~"})), "target_delimiter": ""}),
+        ("eval.tasks", {"form": LIKELIHOOD, "documents": rows((1, {"label": "~", "prompt": ""}))}),
         ("eval.tasks", {"doc_to_text": "{{ nothing.here }}"}),
         ("eval.tasks", {"doc_to_choice": "{{prompt}}"}),
         ("eval.tasks", {"doc_to_target": ["yes"]}),  # found by lm-eval when all is computed
@@ -81,6 +100,7 @@ def test_what_lm_eval_would_not_score(tmp_path, where, asked):
     with pytest.raises(UserError, match="quiz") as caught:
         check(tmp_path, **asked)
     assert caught.value.where == where and caught.value.fix
+    assert not isinstance(caught.value.__cause__, AttributeError)  # a fault of ours would look like theirs
 
 
 @pytest.mark.parametrize(
@@ -94,6 +114,7 @@ def test_what_lm_eval_would_not_score(tmp_path, where, asked):
         {"form": GENERATE, "shots": 2, "fewshot_split": "train"},
         {"form": GENERATE, "generation_kwargs": {"max_gen_toks": 255}},
         {"limit": 3, "documents": rows((3, {"choices": ["", "b"]})), "chat": True},
+        {"documents": rows((2, {"choices": ["~", "x" * 250], "prompt": "x" * 900}))},  # a space is a token
     ],
 )
 def test_what_it_scores(tmp_path, asked):

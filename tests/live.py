@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import sys
 import time
@@ -16,24 +17,40 @@ from limits import HANG_S
 from speft_ds.env import free_port, rank_env
 from speft_ds.training.checkpoint.folder import list_checkpoints
 
+ROOT = Path(__file__).resolve().parent.parent
+SPEFT = "speft_ds/cli/main.py"
 
-def _rank(
-    job: str, arguments: Sequence[str], environment: dict[str, str], log: Path, hook: Callable | None
+
+def _run(
+    script: str,
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    folder: Path,
+    log: Path,
+    hook: Callable | None = None,
 ) -> None:
-    """Body of a rank: `launch/<job>.py` with these arguments."""
+    """Body of a process: a script of the repository with these arguments."""
     os.environ.update(environment)
+    os.chdir(folder)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.argv = [f"{job}.py", *arguments]
+    sys.argv = [str(ROOT / script), *arguments]
     import torch
 
     torch.set_num_threads(1)
-    from speft_ds.cli.launch import start
-
     if hook is not None:
         hook()
-    start(job, "")
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def run_speft(arguments: Sequence[str], folder: Path, **environment: str) -> tuple[int, str]:
+    """The exit code of the `speft` command in this folder, and all that it printed."""
+    log = folder / f"{time.monotonic_ns()}.log"
+    process = server().Process(target=_run, args=(SPEFT, list(arguments), environment, folder, log))
+    process.start()
+    process.join()
+    return process.exitcode, log.read_text()
 
 
 class LiveRun:
@@ -42,6 +59,7 @@ class LiveRun:
     Args:
         arguments: of `launch/<job>.py`.
         hooks: rank -> what it calls before it starts (picklable).
+        folder: where it is started; default: here. environment: what its ranks have besides.
     Attributes:
         processes: by rank; log: what all of them print.
     """
@@ -53,14 +71,17 @@ class LiveRun:
         num_ranks: int = 2,
         hooks: dict[int, Callable] | None = None,
         job: str = "train",
+        folder: Path | None = None,
+        **environment: str,
     ):
         self.log = log
-        port, shared = free_port(), {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        port, shared = free_port(), {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **environment}
+        script, words, where = f"launch/{job}.py", list(arguments), folder or Path.cwd()
         self.processes = []
         for rank in range(num_ranks):
-            environment = shared | rank_env(rank, num_ranks, port)
-            body = (job, list(arguments), environment, log, (hooks or {}).get(rank))
-            self.processes.append(server().Process(target=_rank, args=body, daemon=True))
+            own = shared | rank_env(rank, num_ranks, port)
+            body = (script, words, own, where, log, (hooks or {}).get(rank))
+            self.processes.append(server().Process(target=_run, args=body, daemon=True))
         for process in self.processes:
             process.start()
 

@@ -1,6 +1,7 @@
 """Every command of these pages runs: as it stands, or shortened by overrides that come behind it.
 
-The commands find a tiny model where the quickstart's would be; `make quickstart` trains the real one.
+The commands find a tiny model where the quickstart's would be; `make quickstart` trains the real one. Most
+run in forked processes, which need not import what a shell's would.
 """
 
 import json
@@ -10,12 +11,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import matplotlib
 import pytest
 import torch
 from limits import HANG_S
+from live import LiveRun, run_speft
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
@@ -49,6 +52,7 @@ HOW = {
     "deepspeed launch/evaluate.py --model": "not with these weights; test_evaluated_runs.py has others",
     "deepspeed --num_gpus 2 launch/evaluate.py": (["--limit", "2"], {0}),
     "deepspeed": (SHORT, {0}),
+    "speft doctor": "test_doctor.py does",
     "speft score": (["mask.calibration_samples=2", "data.max_length=1024"], {0}),
     "speft compare-masks": ([], {0}),
     "speft validate llama2": ([], {2}),  # says what is missing
@@ -82,15 +86,22 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
-    beside = str(Path(sys.executable).parent)
+def run(words: list[str], folder: Path, is_forked: bool = True) -> tuple[int, str]:
+    """The exit code of a command, and all that it printed. The launcher starts what takes every GPU."""
     own = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "XDG_CACHE_HOME": str(folder / "cache")}
     own |= {"DS_ACCELERATOR": "cpu", "MPLCONFIGDIR": matplotlib.get_cachedir()}
+    if is_forked and words[0] == "speft":
+        return run_speft(words[1:], folder, **own)
+    if is_forked and words[1] == "--num_gpus":
+        log, job = folder / f"{time.monotonic_ns()}.log", Path(words[3]).stem
+        ranks = LiveRun(log, words[4:], int(words[2]), job=job, folder=folder, **own)
+        return max(map(abs, ranks.codes())), ranks.text()
+    beside = str(Path(sys.executable).parent)
     env = {**os.environ, **own, "PATH": f"{beside}:{os.environ['PATH']}"}
     env.pop("HF_HUB_CACHE", None)
-    return subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, timeout=HANG_S, check=False
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(words, cwd=folder, env=env, timeout=HANG_S, check=False, **pipes)
+    return done.returncode, done.stdout
 
 
 def test_the_commands_are_found():
@@ -136,13 +147,11 @@ def test_a_command_runs(command, folder):
     words = shlex.split(command)
     if codes == {2} and words[0] == "deepspeed":
         words[0] = sys.executable  # one rank is refused as two are, and sooner
-    done = run([*words, *more], folder)
-    assert done.returncode in codes, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    code, said = run([*words, *more], folder, is_forked=codes != {2})
+    assert code in codes and "Traceback" not in said, said
     if codes == {2}:  # for no other reason than that the weights and the rows are not here
         missing = "is not in the hub's cache|no model folder /models|no data file /data"
-        shown = done.stdout + done.stderr
-        assert len(re.findall(missing, shown)) == shown.count("where: ") == 2, shown
+        assert len(re.findall(missing, said)) == said.count("where: ") == 2, said
 
 
 def make_run(folder: Path) -> None:
@@ -152,16 +161,16 @@ def make_run(folder: Path) -> None:
         shutil.copytree(before, run_folder)
     elif not run_folder.exists():
         command = ["deepspeed", "--num_gpus", "2", "launch/train.py", "--recipe", "quickstart", *SHORT]
-        done = run(command, folder)
-        assert done.returncode == 0, done.stdout + done.stderr
+        code, said = run(command, folder)
+        assert code == 0, said
 
 
 def make_masks(folder: Path) -> None:
     """The two runs that the README compares; here they are the same."""
     if not (masks := list(folder.glob("runs/*/mask.safetensors"))):  # of the command before
         command = ["speft", "score", "quickstart", "mask.salience=random", "data.max_length=1024"]
-        done = run(command, folder)
-        assert done.returncode == 0, done.stdout + done.stderr
+        code, said = run(command, folder)
+        assert code == 0, said
         masks = list(folder.glob("runs/*/mask.safetensors"))
     for name in "ab":
         shutil.copytree(masks[0].parent, folder / "runs" / name)

@@ -56,14 +56,17 @@ def found(checks, name):
 
 
 def test_this_machine_is_ready():
-    """A piped report: plain text, without the token."""
+    """A piped report of the command: plain text, without the token."""
     code = f"""
 import sys
+from speft_ds.cli.main import main
 from speft_ds.tools import doctor
-checks = doctor.examine({LIMIT_S})
-doctor.print_report(checks)
-assert "torch" not in sys.modules
-sys.exit(doctor.exit_code(checks))
+doctor.examine.__defaults__ = ({LIMIT_S},)
+sys.argv[1:] = ["doctor"]
+try:
+    main()
+finally:
+    assert "torch" not in sys.modules
 """
     env = {key: value for key, value in os.environ.items() if not STRANGE.fullmatch(key)}
     env |= {"HF_TOKEN": TOKEN, "FORCE_COLOR": "1", "PYTHONPATH": str(ROOT)}

@@ -20,7 +20,6 @@ from speft_ds.untrusted import path_within, without_secrets
 
 TIMEOUT_S = 1.5  # for the hub to answer
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
 CONFIG_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")  # of configuration and tokenizer
 BY_US = "YES"  # how we write HF_HUB_OFFLINE=1: it tells ranks and sub-processes who chose it
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -116,19 +115,26 @@ def _folder(name_or_path: str, kind: str) -> Path | None:
         return None
 
 
-def missing_weights(folder: Path) -> list[str]:
-    """Files of weights that a model folder should have and has not, of those that transformers would read."""
+def weight_files(folder: Path) -> list[str]:
+    """The files of weights that transformers reads of a model folder, in its order; they may not be there.
+
+    Raises:
+        OSError, ValueError: the index of several files cannot be read.
+    """
     for kind in WEIGHT_FILES:
         if (folder / kind).is_file():
-            return []
-        index = folder / f"{kind}.index.json"
-        if index.is_file():
-            try:
-                shards = shards_of(index)
-            except (OSError, ValueError) as error:
-                return [f"a readable {index.name} ({error})"]
-            return [shard for shard in shards if not (folder / shard).is_file()]
+            return [kind]
+        if (index := folder / f"{kind}.index.json").is_file():
+            return shards_of(index)
     return [WEIGHT_FILES[0]]
+
+
+def missing_weights(folder: Path) -> list[str]:
+    """Files of weights that a model folder should have and has not."""
+    try:
+        return [file for file in weight_files(folder) if not (folder / file).is_file()]
+    except (OSError, ValueError) as error:
+        return [f"a readable index of its weights ({error})"]
 
 
 def shards_of(index: Path) -> list[str]:

@@ -38,10 +38,11 @@ OTHERS = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2},
     "zaya": {"num_experts_per_tok": 1},
 }
-# Each shows something: biases, transposed weights, experts of four kinds, what is bypassed or never reached.
+# Each shows something: biases, transposed weights, experts of four kinds, what is bypassed or never reached,
+# buffers that are computed in a dtype of their own.
 DOZEN = (
     "llama", "qwen2", "gpt2", "falcon", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text",
-    "jetmoe", "mamba", "gemma3_text", "bart", "bert",
+    "jetmoe", "mamba", "recurrent_gemma", "bart", "bert",
 )  # fmt: skip
 
 

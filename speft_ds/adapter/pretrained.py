@@ -57,7 +57,8 @@ class PretrainedCheckpoint:
                 raise ValueError("its config.json has no keys")
             if missing := hub.missing_weights(self.folder):
                 raise ValueError(f"it lacks {', '.join(missing)}")
-            self._files = {file: safe_open(self.folder / file, framework="pt") for file in self._file_names()}
+            files = [file for file in hub.weight_files(self.folder) if file.endswith(".safetensors")]
+            self._files = {file: safe_open(self.folder / file, framework="pt") for file in files}
             self.file_of = {key: file for file, opened in self._files.items() for key in opened.keys()}  # noqa: SIM118
             self.model = self._on_meta()
             if self._holds_another_head():  # than the configuration says; transformers goes by the files, too
@@ -108,12 +109,6 @@ class PretrainedCheckpoint:
             raise ValueError("it is quantised")
         with torch.device("meta"):
             return self._auto_class.from_config(config, trust_remote_code=False)
-
-    def _file_names(self) -> list[str]:
-        if (self.folder / SINGLE).is_file():
-            return [SINGLE]
-        index = self.folder / INDEX
-        return hub.shards_of(index) if index.is_file() else []
 
     def _stored_weights(self) -> Iterator[tuple[str, list[str]]]:
         """(name, keys in the files) of every weight; several keys where it is tied and stored twice."""

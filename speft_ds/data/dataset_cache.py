@@ -29,7 +29,7 @@ from speft_ds.data.chat_template import writes_date
 from speft_ds.data.conversations import EmptyRow, Example
 from speft_ds.data.dataset import Row, TokenizedDataset, write_dataset
 from speft_ds.data.formats import Classes, find_classes, make_example
-from speft_ds.data.readers import Located, hash_file, hash_files
+from speft_ds.data.readers import Located, hash_file, hash_model
 from speft_ds.data.row_counts import COUNTED, DUPLICATE, EMPTY, NOT_SELECTED
 from speft_ds.data.row_ids import RowIds
 from speft_ds.data.sources import (
@@ -99,8 +99,8 @@ class DatasetSpec:
             [source.model_dump(mode="json", exclude={"path", "weight"}) for source in data.sources],
             self.classify,
             self.seed if data.select == "random" else None,
-            _hash_model(self.model, hub.CONFIG_SUFFIXES),
-            _hash_model(data.scorer, hub.CONFIG_SUFFIXES + hub.WEIGHT_SUFFIXES),
+            _hash_model(self.model),
+            _hash_model(data.scorer, with_weights=True),
             data.scorer and _how_scored(),
             [_hash_source(source) for source in data.sources],
         ]
@@ -108,10 +108,10 @@ class DatasetSpec:
         return cache_folder("rows") / f"{key}.safetensors"
 
 
-def _hash_model(model: str | None, suffixes: tuple[str, ...]) -> list[str] | str | None:
-    """What identifies a model, as far as files of these kinds go."""
+def _hash_model(model: str | None, with_weights: bool = False) -> list[str] | str | None:
+    """What identifies a model's configuration and tokenizer, and its weights."""
     folder = hub.model_folder(model) if model else None
-    return model if folder is None else hash_files(folder, suffixes)
+    return model if folder is None else hash_model(folder, with_weights)
 
 
 def _how_scored() -> list[str | int]:

@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from speft_ds import hub
 from speft_ds.data.bad_rows import BadRows, report
 from speft_ds.errors import UserError
 from speft_ds.io import sha256_of
@@ -259,10 +260,12 @@ def with_class_names(rows: Iterator[dict], names: dict[str, list[str]]) -> Itera
         yield row
 
 
-def hash_files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Name and SHA-256 of each file of these kinds in a folder."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in suffixes and file.is_file())
-    return [f"{file.name} {hash_file(file)}" for file in files]
+def hash_model(folder: Path, with_weights: bool = False) -> list[str]:
+    """Name and SHA-256 of each file of a model's configuration and tokenizer, and of its weights."""
+    names = {file.name for file in folder.iterdir() if file.suffix in hub.CONFIG_SUFFIXES}
+    if with_weights and not hub.missing_weights(folder):
+        names |= set(hub.weight_files(folder))
+    return [f"{name} {hash_file(folder / name)}" for name in sorted(names) if (folder / name).is_file()]
 
 
 def hash_file(path: Path) -> str:

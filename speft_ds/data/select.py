@@ -24,7 +24,7 @@ from speft_ds.comm import watchdog
 from speft_ds.config.data_config import DataConfig
 from speft_ds.data.collate import IGNORED, collate, num_logits
 from speft_ds.data.dataset import Row
-from speft_ds.data.readers import hash_files
+from speft_ds.data.readers import hash_model
 from speft_ds.data.sampler import permutation
 from speft_ds.data.tokenize import load_tokenizer
 from speft_ds.env import cache_folder
@@ -92,7 +92,7 @@ def ifd_scores(pairs: Sequence[tuple[str, str]], scorer: str | Path) -> list[flo
     folder = find_scorer(scorer)
     # The dtype is part of the key: what a run trains on must not depend on which machine scored first.
     dtype = choose_dtype()
-    files = hash_files(folder, hub.CONFIG_SUFFIXES + hub.WEIGHT_SUFFIXES)
+    files = hash_model(folder, with_weights=True)
     key = _hash_json([IFD_VERSION, MAX_TOKENS, str(dtype), files, [*map(list, pairs)]])
     path = cache_folder("ifd") / f"{key}.json"
     scores = _read_cache(path)

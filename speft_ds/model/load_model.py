@@ -41,15 +41,20 @@ def load_base(name_or_path: str, dtype: str, ds_config: dict, num_classes: int |
                 "note: the configuration ties the head to the embedding, the files hold another head: untied"
             )
             options["tie_word_embeddings"] = False
+    except UserError:
+        raise
+    except Exception as error:  # any type: the code of hundreds of families loads and initialises
+        raise _unreadable(error, where) from error
+    try:
         # Must be alive while from_pretrained runs, or every rank loads the full model.
         zero3 = HfDeepSpeedConfig(ds_config)
         model, info = auto_class.from_pretrained(
             name_or_path, dtype=torch_dtype, output_loading_info=True, trust_remote_code=False, **options
         )
-    except UserError:
-        raise
-    except Exception as error:  # any type: the code of hundreds of families loads and initialises
-        raise _unreadable(error, where) from error
+    except Exception as error:
+        what = f"transformers loads this model, but not sharded: {type(error).__name__}: {error}"
+        fix = "a family that docs/models.md lists as trained, or another version of transformers"
+        raise UserError(what, where, fix) from error
     finally:
         del zero3
     if num_classes is not None:

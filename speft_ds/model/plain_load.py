@@ -76,15 +76,38 @@ class PlainLoad:
         self._restore_buffers(model)
 
     def _restore_buffers(self, model: nn.Module) -> None:
-        """Give buffers that were cast to another dtype the values and the dtype of a plain load."""
+        """Give the model's buffers the values and dtypes of a plain load: computed ones, and recast ones."""
         plain = dict(self.model.named_buffers())
-        recast = [n for n, buffer in model.named_buffers() if n in plain and buffer.dtype != plain[n].dtype]
-        if not recast:
-            return
-        for name, value in stored_values(self.name, recast).items():
+        computed = self._computed_buffers()
+        recast = [
+            name
+            for name, buffer in model.named_buffers()
+            if name in plain and name not in computed and buffer.dtype != plain[name].dtype
+        ]
+        stored = stored_values(self.name, recast) if recast else {}
+        for name, value in (computed | stored).items():
             module, _, attribute = name.rpartition(".")
-            owner = model.get_submodule(module)
-            owner._buffers[attribute] = value.to(owner._buffers[attribute].device, plain[name].dtype)
+            buffers = model.get_submodule(module)._buffers
+            buffers[attribute] = value.to(buffers[attribute].device, plain[name].dtype)
+
+    @torch.no_grad()
+    def _computed_buffers(self) -> dict[str, Tensor]:
+        """Buffers that are in no file, as a plain load computes them; without those that it leaves empty."""
+        names, found = [], []
+        for prefix, module in self.model.named_modules():
+            names += [f"{prefix}.{name}".lstrip(".") for name in sorted(module._non_persistent_buffers_set)]
+        for fill in (0, 1):
+            for name in names:
+                module, _, attribute = name.rpartition(".")
+                buffers = self.model.get_submodule(module)._buffers
+                if buffers[attribute] is not None:
+                    buffers[attribute] = torch.full_like(buffers[attribute], fill, device="cpu")
+            for module in self.model.modules():
+                self.model._init_weights(
+                    module
+                )  # of weights on the meta device, and so without effect on them
+            found.append({name: b.clone() for name, b in self.model.named_buffers() if name in names})
+        return {name: value for name, value in found[0].items() if same_bits(value, found[1][name])}
 
 
 def stored_values(name_or_path: str, names: list[str]) -> dict[str, Tensor]:
@@ -94,8 +117,8 @@ def stored_values(name_or_path: str, names: list[str]) -> dict[str, Tensor]:
         UserError: a file has them under names that transformers converts as it loads.
     """
     folder, found = hub.model_folder(name_or_path), {}
-    for path in sorted(file for file in folder.iterdir() if file.name.endswith(hub.WEIGHT_SUFFIXES)):
-        state = load_state_dict(str(path), map_location="cpu")
+    for file in hub.weight_files(folder):
+        state = load_state_dict(str(folder / file), map_location="cpu")
         for name in names:
             # A file of the bare decoder omits the first part, one of a larger model has more.
             keys = [
@@ -104,8 +127,8 @@ def stored_values(name_or_path: str, names: list[str]) -> dict[str, Tensor]:
             if keys:
                 found[name] = state[keys[0]]
     if missing := sorted(set(names) - found.keys()):
-        what = f"the files have no {missing[0]}: it is converted as it loads"
-        raise UserError(what, f"model.name_or_path: {name_or_path}", "model.dtype=float32")
+        what = f"the files have no {missing[0]}, whose values decide how the model loads: it is converted"
+        raise UserError(what, f"model.name_or_path: {name_or_path}", FIX)
     return {name: found[name] for name in names}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,14 @@ class Reach:
 
     Attributes:
         fed: targets whose module hands over its gradient's factors, all there are.
+        mixed: targets whose factors do not say which token is of which row, as those of experts.
         used: weights that the forward uses, of any kind.
         elements: weight -> its elements, of all weights.
         looks_ahead: whether a token's logits depend on the tokens after it, as those of BERT do.
     """
 
     fed: frozenset[str]
+    mixed: frozenset[str]
     used: frozenset[str]
     elements: dict[str, int]
     looks_ahead: bool
@@ -115,9 +118,15 @@ def find_reach(
     Raises:
         RuntimeError: of fake tensors, a forward that depends on values.
     """
-    weights, fed = dict(model.named_parameters()), set()
+    weights, fed, mixed = dict(model.named_parameters()), set(), set()
     elements = {name: full_shape(weight).numel() for name, weight in weights.items()}
-    hooks = {name: lambda *factors, n=name: fed.add(n) for name in targets}
+
+    def see(name: str, x: Tensor, rows: Tensor, ends: Tensor | None = None) -> None:
+        fed.add(name)
+        if ends is not None or x.dim() != 3 or len(x) != len(PROBE):
+            mixed.add(name)
+
+    hooks = {name: partial(see, name) for name in targets}
     uses = _Uses(weights)
     device = next(model.parameters()).device
     ids = torch.tensor(PROBE, device=device)
@@ -127,4 +136,4 @@ def find_reach(
         after_backward()
     has_values = not (gradient.is_meta or isinstance(gradient, FakeTensor))
     looks_ahead = has_values and bool(gradient[0, 1:].any())
-    return Reach(frozenset(fed - past), frozenset(uses.used | fed), elements, looks_ahead)
+    return Reach(frozenset(fed - past), frozenset(mixed), frozenset(uses.used | fed), elements, looks_ahead)

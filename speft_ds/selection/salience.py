@@ -118,25 +118,19 @@ def fisher(scorer: Scorer) -> Scores:
     """Mean over samples of g_s^2, g_s the gradient of sample s's own mean token loss.
 
     The diagonal of the empirical Fisher information: FISH mask, Sung et al., 2021. The gradients are taken
-    one sample at a time within a layer's backward: g_s = grad_y[s]^T x[s] / labels of s.
-
-    Raises:
-        UserError: a layer that sees the tokens of several samples mixed (experts).
+    one sample at a time within a layer's backward: g_s = grad_y[s]^T x[s] / labels of s. Where a layer sees
+    the tokens of several samples mixed (experts), a batch has one.
     """
     num_samples = len(scorer.rows().rows)
 
-    def squares(labels: Tensor, x: Tensor, grad_y: Tensor, ends: Tensor | None = None) -> Tensor:
-        if ends is not None or x.dim() != 3 or x.shape[0] != labels.shape[0]:
-            raise UserError(
-                "a layer sees several samples mixed, so their gradients cannot be told apart",
-                where="mask.salience=fisher",
-                fix="mask.targets without the experts, or another metric",
-            )
-        total = torch.zeros(grad_y.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
+    def squares(labels: Tensor, x: Tensor, grad_y: Tensor, *ends: Tensor) -> Tensor:
         # A class is one label a row.
         counts = (labels != IGNORED).sum(1).tolist() if labels.dim() == 2 else [1] * len(labels)
-        for own_x, own_grad, count in zip(x, grad_y, counts, strict=True):
-            sample = weight_gradient(own_x, own_grad).float().div_(count)
+        samples = [(x, grad_y, *ends)] if len(labels) == 1 else zip(x, grad_y, strict=True)
+        total = None
+        for count, factors in zip(counts, samples, strict=True):
+            sample = weight_gradient(*factors).float().div_(count)
+            total = torch.zeros_like(sample) if total is None else total
             total.addcmul_(sample, sample, value=1.0 / num_samples)
         return total
 

@@ -31,7 +31,7 @@ from speft_ds.model.kinds.target import Target
 from speft_ds.model.load_model import fill_head, load_base
 from speft_ds.model.longrope import rotate_by_row
 from speft_ds.model.loss import NextToken, RowClass
-from speft_ds.model.reach import find_reach
+from speft_ds.model.reach import Reach, find_reach
 from speft_ds.model.targets import all_weights, find_targets, target_shapes, tied_targets
 from speft_ds.model.weight_grad_hooks import weight_grad_hooks
 from speft_ds.selection.calibration import CalibrationSet, Scorer
@@ -74,6 +74,7 @@ class TrainContext:
     Attributes:
         targets: weight name -> weight that may be trained; `shapes`: weight name -> (rows, columns).
         heads: weight name -> weight that is trained in full: of a classifier's head.
+        mixes_rows: whether the gradient of a target cannot be told apart by rows, as that of experts.
         num_trainable: entries that are asked for, over all ranks; what a selection comes to may differ by
             the rounding of tiles and row quotas.
         fingerprint: of the weights as they are loaded.
@@ -88,6 +89,7 @@ class TrainContext:
     targets: dict[str, Target]
     heads: dict[str, Target]
     shapes: dict[str, tuple[int, int]]
+    mixes_rows: bool
     num_trainable: int
     fingerprint: str
     fingerprint_bfloat16: str
@@ -229,11 +231,13 @@ def load_context(
         model.gradient_checkpointing_enable({"use_reentrant": train.activation_checkpointing == "reentrant"})
     own = fingerprint(model)
     rounded = own if recipe.model.dtype == "bfloat16" else fingerprint(model, torch.bfloat16)
-    engine = build_engine(model, ds_config, targets | heads, recipe.walks_all_layers)
+    engine = build_engine(
+        model, ds_config, [t.weight for t in (targets | heads).values()], recipe.walks_all_layers
+    )
     # All, not the targets alone: torch's own linear would keep the gathered weight alive until its backward.
     for target in (all_weights(model) | heads).values():
         target.adapt(recomputes_input=train.activation_checkpointing == "none")
-    targets = keep_reached(engine, targets, loaded, recipe)
+    targets, reach = keep_reached(engine, targets, loaded, recipe)
     shapes = target_shapes(targets)
     return TrainContext(
         recipe=recipe,
@@ -242,6 +246,7 @@ def load_context(
         targets=targets,
         heads=heads,
         shapes=shapes,
+        mixes_rows=not reach.mixed.isdisjoint(targets),
         num_trainable=loaded.num_trainable if loaded else num_trainable(recipe.mask, shapes),
         fingerprint=own,
         fingerprint_bfloat16=rounded,
@@ -260,13 +265,19 @@ def _make_objective(engine: SparseEngine, recipe: Recipe) -> NextToken | RowClas
 
 def keep_reached(
     engine: SparseEngine, targets: dict[str, Target], loaded: Mask | None, recipe: Recipe
-) -> dict[str, Target]:
-    """The targets that a backward feeds; rank 0 says how far they reach.
+) -> tuple[dict[str, Target], Reach]:
+    """The targets that a backward feeds, and the reach; rank 0 says how far they reach.
 
     Raises:
-        UserError: none is, or a loaded mask has entries in one that is not; or the model is not causal.
+        UserError: none is, or a loaded mask has entries in one that is not; or the model is not causal, or
+            does not run.
     """
-    reach = find_reach(engine.module, targets, engine.after_plain_backward)
+    try:
+        reach = find_reach(engine.module, targets, engine.after_plain_backward)
+    except Exception as error:  # any type: the code of hundreds of families runs
+        what = f"{type(engine.module).__name__} fails on a row of text: {type(error).__name__}: {error}"
+        fix = "a family that docs/models.md lists as trained"
+        raise UserError(what, recipe.where("model.name_or_path"), fix) from error
     engine.forget_trace()
     if reach.looks_ahead and not classifies(recipe):
         raise UserError(
@@ -284,16 +295,10 @@ def keep_reached(
     if not kept:
         what = f"none of the targets takes part in a text forward: {starved[0]} and so on"
         raise UserError(what, recipe.where("mask.targets"), "mask.targets=null")
-    stacks = [name for name, target in kept.items() if stack_size(target.weight)]
-    if stacks and loaded is None and recipe.mask.salience == "fisher":
-        others = sorted({name.removesuffix(".weight").split(".")[-1] for name in kept if name not in stacks})
-        what = f"{stacks[0]} sees the tokens of several rows mixed, whose gradients fisher has to tell apart"
-        fix = f"mask.targets=[{','.join(others)}], or another mask.salience"
-        raise UserError(what, recipe.where("mask.salience"), fix)
     are_chosen = bool(loaded or recipe.mask.targets or recipe.mask.layers)
     for line in reach.lines(kept, starved if loaded is None else [], are_chosen):
         log_rank0(line)
-    return targets if loaded is not None else kept
+    return targets if loaded is not None else kept, reach
 
 
 def _load_model(recipe: Recipe, data: RunData, ds_config: dict) -> tuple[nn.Module, dict[str, Target]]:
@@ -390,7 +395,10 @@ def make_scorer(context: TrainContext, number: int = 0) -> Scorer:
     if data.calibration is not None:
         ids = data.calibration_order.epoch(number)[: mask.calibration_samples]
         chosen = [data.calibration[row] for row in ids]
-        calibration = CalibrationSet(chosen, mask.calibration_batch, data.pad_id, number == 0)
+        # Fisher information is a sum over rows of squares.
+        by_row = mask.salience == "fisher" and context.mixes_rows
+        size = 1 if by_row else mask.calibration_batch
+        calibration = CalibrationSet(chosen, size, data.pad_id, number == 0)
     seed = hash_seed(context.recipe.seed, "salience", number) if number else context.recipe.seed
     return Scorer(context.engine, context.targets, mask, seed, calibration, context.loss)
 

@@ -8,7 +8,7 @@ calls `engine(...)`, `engine.backward(loss)`, `engine.step()` train the sparse s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -158,14 +158,14 @@ class SparseEngine(DeepSpeedEngine):
 
 
 def build_engine(
-    model: nn.Module, ds_config: dict, targets: dict, walks_all_layers: bool = False
+    model: nn.Module, ds_config: dict, trained: Iterable[nn.Parameter], walks_all_layers: bool = False
 ) -> SparseEngine:
     """A `SparseEngine` over a frozen model; trained weights are never persistent.
 
     Args:
         model: frozen, loaded under `zero.Init`.
         ds_config: as `deepspeed_config.load_ds_config` returns it.
-        targets: weight name -> what has it as its `weight`, of all that is trained.
+        trained: the weights of which something may be trained.
         walks_all_layers: have a backward go down to the embedding, not just to the lowest layer that is
             trained: where that is another one every step, or inputs must need a gradient (re-entrant
             activation checkpointing).
@@ -175,8 +175,8 @@ def build_engine(
     config = DeepSpeedConfig(ds_config)
     engine = SparseEngine(args=None, model=model, config=ds_config, config_class=config)
     # Small weights stay gathered ("persistent") and would go stale when their shard changes.
-    for target in targets.values():
-        target.weight.ds_persist = False
+    for weight in trained:
+        weight.ds_persist = False
     offload = engine.optimizer.offload
     offload.persistent_parameters = [p for p in offload.persistent_parameters if p.ds_persist]
     on_device = all(shard_of(p).device.type == engine.device.type for p in model.parameters())

@@ -40,6 +40,7 @@ def test_a_buffer_that_is_recast_keeps_the_value_of_the_file(ranks, recipe, tmp_
     base = make_family(tmp_path / "base", "zaya")
     stored = load_file(base / "model.safetensors")
     for name in [name for name in stored if name.endswith("balancing_biases")]:
+        save_file({name: stored[name]}, base / "other.safetensors")  # which transformers does not read
         stored[name][:-1] = torch.rand(len(stored[name]) - 1)  # of more bits than bfloat16 has
     save_file(stored, base / "model.safetensors", {"format": "pt"})
     assert_one_model(ranks, recipe(base, "bfloat16"))

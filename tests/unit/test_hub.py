@@ -1,8 +1,31 @@
-"""Connections to the model hub, against sockets of this machine."""
+"""The model hub: files of a model folder; connections, against sockets of this machine."""
 
+import json
 import socket
 
-from speft_ds.hub import connection_error
+import pytest
+
+from speft_ds.hub import connection_error, missing_weights, weight_files
+
+
+def test_the_files_of_weights_are_those_that_transformers_reads(tmp_path):
+    """What is there of a kind that comes later, or that no index names, is no part of the model."""
+    weight_map = {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}
+    assert missing_weights(tmp_path) == weight_files(tmp_path) == ["model.safetensors"]
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "pytorch_model-1.bin").touch()
+    (tmp_path / "pytorch_model-9.bin").touch()
+    assert weight_files(tmp_path) == sorted(weight_map.values())
+    assert missing_weights(tmp_path) == ["pytorch_model-2.bin"]
+    for file in ("pytorch_model.bin", "model.safetensors"):
+        (tmp_path / "consolidated.safetensors").touch()
+        (tmp_path / file).touch()
+        assert weight_files(tmp_path) == [file] and missing_weights(tmp_path) == []
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    assert len(missing_weights(tmp_path)) == 1
+    with pytest.raises(ValueError):
+        weight_files(tmp_path)
 
 
 def test_a_proxy_is_what_has_to_answer(ports, monkeypatch):

@@ -101,18 +101,18 @@ def _keep_reached(config, task: str, dtype: str, targets: dict, are_chosen: bool
     from speft_ds.model.reach import find_reach
     from speft_ds.model.targets import all_weights
 
-    reach = None
-    for device in (fake_tensors(), torch.device("meta")):  # a model may be made on one, and run on the other
+    for device in (fake_tensors(), torch.device("meta")):
         try:
             with device, reads_packing(False):
                 model = build_model(config, task, dtype).requires_grad_(False)
                 weights = all_weights(model)
                 for target in weights.values():
                     target.adapt()
-                reach = reach or find_reach(model, {name: weights[name] for name in targets})
-        except RuntimeError:  # the model computes with values, which neither has
+                reach = find_reach(model, {name: weights[name] for name in targets})
+            break
+        except Exception:  # any type: a family's code may compute with values, which neither has
             continue
-    if reach is None:
+    else:
         return targets, ["note: how far training reaches in this model, a run will tell"]
     kept = {name: target for name, target in targets.items() if name in reach.fed}
     return kept, reach.lines(kept, [name for name in targets if name not in kept], are_chosen)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speft_ds.config.mask_config import NEEDS_DATA, MaskConfig
-from speft_ds.errors import UserError
+from speft_ds.data.collate import IGNORED
 from speft_ds.selection.salience import SALIENCE, low_rank, low_rank_shards, uniform
 
 CPU = torch.device("cpu")
@@ -78,17 +78,27 @@ def test_low_rank_scores_come_in_shards(shape, world_size):
     assert bool((scores.flatten()[35:] == 0).all())
 
 
-def test_fisher_refuses_layers_that_see_samples_mixed():
-    """An expert gets [tokens, in] of all samples together."""
+def fisher_of(labels: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+    scorer = SimpleNamespace(
+        rows=lambda: SimpleNamespace(rows=[None, None]), accumulate=lambda dense: dense(labels, *factors)
+    )
+    return SALIENCE["fisher"](scorer)
 
-    def scorer(x: torch.Tensor) -> SimpleNamespace:
-        labels = torch.zeros(2, 3, dtype=torch.int64)
-        calibration = SimpleNamespace(rows=[None, None])
-        return SimpleNamespace(
-            rows=lambda: calibration, accumulate=lambda dense: dense(labels, x, torch.zeros(*x.shape[:-1], 5))
-        )
 
-    assert torch.equal(SALIENCE["fisher"](scorer(torch.ones(2, 3, 4))), torch.zeros(5, 4))
-    for shape in ((6, 4), (6, 3, 4)):
-        with pytest.raises(UserError, match="several samples mixed"):
-            SALIENCE["fisher"](scorer(torch.ones(shape)))
+def test_fisher_squares_the_gradient_of_each_sample():
+    x, grad_y, labels = (
+        torch.randn(2, 3, 4),
+        torch.randn(2, 3, 5),
+        torch.tensor([[IGNORED, 1, 2], [IGNORED, IGNORED, 3]]),
+    )
+    expected = ((grad_y[0].T @ x[0] / 2) ** 2 + (grad_y[1].T @ x[1]) ** 2) / 2
+    torch.testing.assert_close(fisher_of(labels, x, grad_y), expected)
+    with pytest.raises(ValueError):  # the tokens of both are mixed
+        fisher_of(labels, x.flatten(0, 1), grad_y.flatten(0, 1))
+
+
+def test_fisher_of_one_sample_whose_tokens_are_sorted_by_expert():
+    stack, x, grad_y = torch.randn(2, 5, 4, requires_grad=True), torch.randn(6, 4), torch.randn(6, 5)
+    (torch.cat([x[:4] @ stack[0].T, x[4:] @ stack[1].T]) * grad_y).sum().backward()
+    scores = fisher_of(torch.tensor([[IGNORED, 1, 2, 3]]), x, grad_y, torch.tensor([4, 6]))
+    torch.testing.assert_close(scores, (stack.grad.flatten(0, 1) / 3) ** 2 / 2)

@@ -44,10 +44,12 @@ def _run(
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def run_speft(arguments: Sequence[str], folder: Path, **environment: str) -> tuple[int, str]:
-    """The exit code of the `speft` command in this folder, and all that it printed."""
+def run_speft(
+    arguments: Sequence[str], folder: Path, hook: Callable | None = None, **environment: str
+) -> tuple[int, str]:
+    """The exit code of the `speft` command in this folder, and all that it printed; `hook` comes first."""
     log = folder / f"{time.monotonic_ns()}.log"
-    process = server().Process(target=_run, args=(SPEFT, list(arguments), environment, folder, log))
+    process = server().Process(target=_run, args=(SPEFT, list(arguments), environment, folder, log, hook))
     process.start()
     process.join()
     return process.exitcode, log.read_text()

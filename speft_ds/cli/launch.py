@@ -6,6 +6,8 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import IO, NoReturn
@@ -35,6 +37,11 @@ DS_CONFIG = "zero3_cpu"  # to score with, on GPUs, too: the others differ in the
 # A finished run is scored without the mask that it started from: its adapter says which entries changed.
 NOT_SCORED_BY = ("mask.load=null", "mask.targets=null", "mask.layers=null")
 RANK_0_S = 3  # that the other ranks wait, so that rank 0 has said what is wrong when they exit
+RESUME_HELP = (
+    "continue the run in the run folder from its newest complete checkpoint; with a PATH, from that "
+    f"checkpoint or run folder; `{IF_ANY}`: only if there is a run, else start one"
+)
+RESUME_WITH_HELP = "a harmless change of the recipe to continue with; an error lists what needs it"
 MORE_HELP = """\
 where to look things up:
   speft ls                  the recipes
@@ -66,10 +73,10 @@ def main(job: Job, arguments: argparse.Namespace) -> int:
     """Check, then run; returns the exit code."""
     recipe = None
     try:
-        recipe, start = checked_start(job, arguments)
+        with redirect_stdout(None) if arguments.checked else nullcontext():
+            recipe, start = checked_start(job, arguments, world_size())
         if start.state == "finished":
-            if rank() == 0:
-                print(f"the run in {start.source} is finished: there is nothing to resume", flush=True)
+            env.log_rank0(finished_note(start))
             return 0
         use_all_cores()
         if rank() != 0 or not sys.stderr.isatty():
@@ -113,14 +120,18 @@ def fail(message: str, code: int) -> int:
     return code
 
 
-def checked_start(job: Job, arguments: argparse.Namespace) -> tuple[Recipe, Start]:
+def finished_note(start: Start) -> str:
+    return f"the run in {start.source} is finished: there is nothing to resume"
+
+
+def checked_start(job: Job, arguments: argparse.Namespace, world_size: int) -> tuple[Recipe, Start]:
     """The recipe of a job and where it starts (to evaluate: the adapter), both checked. Raises UserError."""
     if job == "evaluate":
         recipe, adapter = recipe_to_evaluate(arguments)
-        check_files(job, recipe, world_size())
+        check_files(job, recipe, world_size)
         return recipe, Start(source=adapter)
     if job == "score" or arguments.resume is None:
-        recipe = checked_recipe(job, arguments.recipe, arguments.overrides, world_size())
+        recipe = checked_recipe(job, arguments.recipe, arguments.overrides, world_size)
         check_output_dir(recipe)
         return recipe, Start()
     asked = resume.Resume(arguments.resume, tuple(arguments.resume_with))
@@ -128,13 +139,13 @@ def checked_start(job: Job, arguments: argparse.Namespace) -> tuple[Recipe, Star
         recipe = resume.recipe_to_resume(asked, arguments.overrides)
     else:
         recipe = load_recipe(arguments.recipe, [*arguments.overrides, *asked.allowed])
-    recipe = resume.fit_micro_batch(recipe, world_size())
+    recipe = resume.fit_micro_batch(recipe, world_size)
     wait_for_lock(Path(recipe.output_dir))  # a run that is just ending writes its last checkpoint
     start = resume.find_start(recipe, asked)
     if start.state == "new":
         check_output_dir(recipe)
     if start.state != "finished":
-        check_files(job, recipe, world_size())
+        check_files(job, recipe, world_size)
     return recipe, start
 
 
@@ -211,8 +222,8 @@ class _Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
 
-def parse_arguments(job: Job, manual: str) -> argparse.Namespace:
-    """The command line of this rank; `manual` is what --help says of the job."""
+def parse_arguments(job: Job, manual: str = "", words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line of a rank (None: of this process); `manual` is what --help says of the job."""
     parser = _Parser(
         usage=f"deepspeed [launcher options] launch/%(prog)s {USAGE[job]} [KEY=VALUE ...]",
         description=manual,
@@ -228,12 +239,10 @@ def parse_arguments(job: Job, manual: str) -> argparse.Namespace:
     if job == "train":
         _add_resume(parser)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+    # Who started the ranks has made the checks, and has told what they note.
+    parser.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to change")
-    words = sys.argv[1:]
-    for number, word in enumerate(words[1:]):
-        if words[number] == "--resume" and "=" in word and not os.path.exists(word):
-            words[number] = f"--resume={NEWEST}"  # a KEY=VALUE after it is not its path
-    arguments = parser.parse_intermixed_args(words)
+    arguments = parser.parse_intermixed_args(with_resume(sys.argv[1:] if words is None else words))
     if job == "evaluate" and arguments.adapter and arguments.model is None:
         parser.error("--adapter goes with --model; a run has its own")
     if job == "train" and arguments.resume is None:
@@ -244,21 +253,29 @@ def parse_arguments(job: Job, manual: str) -> argparse.Namespace:
     return arguments
 
 
+def with_resume(words: Sequence[str]) -> list[str]:
+    """The words of a command line, a --resume without a path (a KEY=VALUE is none) made one of the newest."""
+    following = [*words, "-"][1:]
+    return [
+        f"--resume={NEWEST}"
+        if word == "--resume" and (after[:1] == "-" or ("=" in after and not os.path.exists(after)))
+        else word
+        for word, after in zip(words, following, strict=True)
+    ]
+
+
 def _add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
-        nargs="?",
-        const=NEWEST,
         metavar="PATH",
-        help="continue the run in the run folder from its newest complete checkpoint, or from the "
-        f"checkpoint or run folder of this path; `{IF_ANY}`: only if there is a run, else start one",
+        help=RESUME_HELP,
     )
     parser.add_argument(
         "--resume-with",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a harmless change of the recipe to continue with; an error lists what needs it",
+        help=RESUME_WITH_HELP,
     )
 
 

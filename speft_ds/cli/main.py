@@ -1,5 +1,6 @@
 """The `speft` command: its commands, their arguments, their help. Imports no torch."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,14 +9,14 @@ import typer
 
 from speft_ds import __version__
 from speft_ds.cli.commands import adapters
+from speft_ds.cli.commands.jobs import evaluate, quickstart, score, train
 from speft_ds.cli.commands.new_recipe import new
 from speft_ds.cli.commands.recipes import cp, ls, show
 from speft_ds.cli.commands.schema_reference import schema
 from speft_ds.cli.commands.submit import submit
 from speft_ds.cli.commands.validate import validate
-from speft_ds.cli.launch import EXIT_USER_ERROR
-from speft_ds.cli.options import Overrides, Ranks, RecipeName, Verbose, examples
-from speft_ds.cli.start_ranks import count_gpus, default_ranks, fit_overrides, launch
+from speft_ds.cli.launch import EXIT_USER_ERROR, with_resume
+from speft_ds.cli.options import Overrides, RecipeName, examples
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.errors import UserError
 from speft_ds.terminal import init_output
@@ -23,8 +24,8 @@ from speft_ds.terminal import init_output
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # a failure inside is for a bug report: a plain traceback
-    help="Sparse fine-tuning of language models on DeepSpeed ZeRO-3. Training itself is started by "
-    "`deepspeed launch/train.py --recipe RECIPE`; its --help has examples.",
+    help="Sparse fine-tuning of language models on DeepSpeed ZeRO-3. On a cluster, "
+    "`deepspeed launch/train.py --recipe RECIPE` starts what `speft train RECIPE` does.",
     epilog="Tab completion: speft --install-completion",
 )
 
@@ -50,6 +51,21 @@ def command(*lines: str):
     return app.command(epilog=examples(*lines))
 
 
+command(
+    "speft train quickstart",
+    "speft train quickstart train.steps=40 output_dir=runs/mine --ranks 2",
+    "speft train llama2_70b_alpaca --hostfile hosts.txt",
+    "speft train --resume runs/mine",
+)(train)
+command(
+    "speft evaluate runs/quickstart --tasks arc_easy,hellaswag",
+    "speft evaluate runs/quickstart --limit 100 --num-fewshot 4",
+    "speft evaluate --model ./Llama-2-13b-hf --tasks mmlu eval.data_dir=./hub",
+)(evaluate)
+command("speft score quickstart", "speft score quickstart mask.salience=snip mask.density=0.01 --ranks 2")(
+    score
+)
+command("speft quickstart", "speft quickstart train.steps=20 --ranks 2")(quickstart)
 command("speft ls", "COLUMNS=200 speft ls")(ls)
 command("speft show quickstart", "speft show quickstart optimizer.lr=5e-4 --plain")(show)
 command("speft cp quickstart mine.yaml", "speft cp smollm2_135m_static mine.yaml --force")(cp)
@@ -126,36 +142,6 @@ def doctor() -> None:
     raise typer.Exit(exit_code(checks))
 
 
-@command("speft quickstart", "speft quickstart train.steps=20 --ranks 2")
-def quickstart(
-    overrides: Overrides = None,
-    prepare_only: Annotated[bool, typer.Option("--prepare-only", help="make the inputs, and stop")] = False,
-    ranks: Ranks = None,
-    verbose: Verbose = False,
-) -> None:
-    """Prepare a small model and data, then train and score it: the whole job in minutes, GPU or not."""
-    overrides = overrides or []
-    load_recipe("quickstart", overrides)  # a typo should not wait for the model
-    from speft_ds.tools.quickstart import prepare  # late, because it may import torch
-
-    prepare()
-    if prepare_only:
-        return
-    fitting = fit_overrides("quickstart", overrides, ranks or default_ranks(count_gpus()))
-    raise typer.Exit(launch("train", "quickstart", fitting, ranks, verbose))
-
-
-@command("speft score quickstart", "speft score quickstart mask.salience=snip mask.density=0.01 --ranks 2")
-def score(
-    recipe: RecipeName, overrides: Overrides = None, ranks: Ranks = None, verbose: Verbose = False
-) -> None:
-    """Score the weights and select a mask; train nothing.
-
-    Writes mask.safetensors, mask.png and score.json to the run folder, which mask.load=FOLDER trains with.
-    """
-    raise typer.Exit(launch("score", recipe, overrides or [], ranks, verbose))
-
-
 command(
     "speft submit llama2_13b_alpaca --nodes 2 --gpus-per-node 8 --time 12:00:00 --evaluate",
     "speft submit quickstart --nodes 2 --partition cpu --dry-run",
@@ -227,8 +213,10 @@ app.add_typer(adapters.app)
 def main() -> None:
     """Run the command line; a UserError is shown without a traceback, and exits with 2."""
     init_output()
+    # DeepSpeed warns, on stdout, of a machine without a GPU, which a run says of itself.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
     try:
-        app(prog_name="speft")
+        app(with_resume(sys.argv[1:]), prog_name="speft")
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)

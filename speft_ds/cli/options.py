@@ -1,5 +1,6 @@
 """Arguments that several commands take, and the examples in their help."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,11 +27,16 @@ Overrides = Annotated[
         help="keys of the recipe to change, like mask.density=0.01; `speft schema` lists them",
     ),
 ]
+ON_CPU = 2  # ranks of the quickstart where there is no GPU: it shows sharding, and two cores have room for it
 Ranks = Annotated[
-    int | None, typer.Option(min=1, help="number of ranks; default: one per GPU, or 2 on the CPU")
+    int | None, typer.Option(min=1, help="number of ranks; default: one per GPU, or 1 on the CPU")
+]
+Hostfile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="the machines, a line each like: node1 slots=8; default: this one"),
 ]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", help="show what DeepSpeed's launcher says of its own work, too")
+    bool, typer.Option("--verbose", help="show the launcher's command, and what DeepSpeed says of its work")
 ]
 
 

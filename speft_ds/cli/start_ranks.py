@@ -1,4 +1,4 @@
-"""Starting a job under the deepspeed launcher: on how many ranks, where its results go. Imports no torch."""
+"""Starting a job under the deepspeed launcher: on which ranks, and how it ends. Imports no torch."""
 
 import os
 import re
@@ -8,51 +8,130 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from speft_ds.cli.launch import checked_recipe
+import psutil
+
+from speft_ds.cli.launch import EXIT_USER_ERROR, checked_start, finished_note, parse_arguments
+from speft_ds.comm.signals import EXIT_CTRL_C, EXIT_STOPPED, SIGNALS
 from speft_ds.config.load_recipe import ROOT, as_override, load_recipe
 from speft_ds.config.recipe import Job
 from speft_ds.env import free_port
 from speft_ds.errors import UserError
-from speft_ds.training.run_dir import check_output_dir
 
 STOP_S = 35  # that a stopped launcher gives its ranks, and a little more
+RANKS_OF = "deepspeed.launcher.launch"  # the launcher's module whose children are the ranks
+OWN_CODES = (0, 1, EXIT_USER_ERROR, EXIT_STOPPED, EXIT_CTRL_C)  # of ranks, which have said why
+HOST = re.compile(r"([A-Za-z0-9][\w.:@-]*)\s+slots=(\d+)\s*(?:#.*)?")  # a line of a hostfile
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where the ranks of a job run.
+
+    Attributes:
+        flags: of the launcher; `environment`: its variables besides our own.
+        about: `2 ranks, one per GPU`.
+    """
+
+    count: int
+    flags: list[str]
+    about: str
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def default_ranks(num_gpus: int) -> int:
-    """One rank per GPU, or two on a machine without GPUs."""
-    return num_gpus or 2
+    """One rank per GPU, or one on the CPU, whose cores it all uses."""
+    return num_gpus or 1
 
 
-def launch(job: Job, recipe: str, overrides: list[str], ranks: int | None, is_verbose: bool = False) -> int:
-    """Check a recipe, run the job on its ranks (None: the default), and return the launcher's exit code.
+def choose_ranks(asked: int | None, hostfile: Path | None = None, on_cpu: int = 1) -> Ranks:
+    """The ranks of a job.
 
     Args:
+        asked: how many; None: one per GPU, or `on_cpu` where there is none.
+        hostfile: the machines, as for `deepspeed --hostfile`; None: this one.
+    Raises:
+        UserError: there are fewer GPUs, or the hostfile cannot be read.
+    """
+    if hostfile is not None:
+        if asked is not None:
+            fix = f"leave --ranks out, and change the slots in {hostfile}"
+            raise UserError("with --hostfile, its slots say how many ranks there are", "--ranks", fix)
+        slots = read_hostfile(hostfile)
+        about = f"{_ranks(sum(slots))} on {len(slots)} machines, by {hostfile}"
+        return Ranks(sum(slots), ["--hostfile", str(hostfile)], about)
+    gpus = visible_gpus()
+    count = asked or len(gpus) or on_cpu
+    if not gpus:
+        more = "" if asked else "; --ranks N for another number"
+        no_gpu = {"DS_ACCELERATOR": "cpu"}
+        return Ranks(count, ["--num_gpus", str(count)], f"{_ranks(count)} on the CPU{more}", no_gpu)
+    if count > len(gpus):
+        fix = f"--ranks {len(gpus)}, or DS_ACCELERATOR=cpu"
+        raise UserError(f"{count} ranks need as many GPUs, and there are {len(gpus)}", "--ranks", fix)
+    about = f"{_ranks(count)}, one per GPU"
+    if "CUDA_VISIBLE_DEVICES" in os.environ:  # which the launcher leaves out of account with --num_gpus
+        return Ranks(count, ["--include", f"localhost:{','.join(map(str, gpus[:count]))}"], about)
+    # Without a number, the launcher itself takes every GPU.
+    return Ranks(count, [] if asked is None else ["--num_gpus", str(count)], about)
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank" if count == 1 else f"{count} ranks"
+
+
+def read_hostfile(path: Path) -> list[int]:
+    """The slots of each machine of a hostfile, whose lines are like `node1 slots=8`. Raises UserError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the hostfile: {error}", "--hostfile", "name another") from error
+    slots = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        found = HOST.fullmatch(line)
+        if found is None or found[1] in slots or int(found[2]) < 1:
+            what = f"not a machine and its slots, or one a second time: {line!r:.100}"
+            raise UserError(what, f"{path}:{number}", "a line for each machine, like: node1 slots=8")
+        slots[found[1]] = int(found[2])
+    if not slots:
+        raise UserError("the hostfile names no machine", str(path), "lines like: node1 slots=8")
+    return list(slots.values())
+
+
+def launch(job: Job, words: Sequence[str], ranks: Ranks, is_verbose: bool = False) -> int:
+    """Check the command line of a launched script, run it on its ranks, and return the exit code of the job.
+
+    Args:
+        words: of `launch/<job>.py`.
         is_verbose: whether DeepSpeed's launcher says what it does.
     Raises:
         UserError: the recipe or its files are wrong; nothing is started then.
     """
-    gpus = visible_gpus()
-    world_size = ranks or default_ranks(len(gpus))
-    if gpus and world_size > len(gpus):
-        fix = f"--ranks {len(gpus)}, or DS_ACCELERATOR=cpu"
-        raise UserError(f"{world_size} ranks need as many GPUs, and there are {len(gpus)}", "--ranks", fix)
-    check_output_dir(checked_recipe(job, recipe, overrides, world_size))
-    # With GPUs and no --ranks, the launcher itself takes every GPU.
-    num_gpus_flag = [] if gpus and ranks is None else ["--num_gpus", str(world_size)]
-    if gpus and "CUDA_VISIBLE_DEVICES" in os.environ:  # which it leaves out of account with --num_gpus
-        num_gpus_flag = ["--include", f"localhost:{','.join(map(str, gpus[:world_size]))}"]
-    script = [str(ROOT / "launch" / f"{job}.py"), "--recipe", recipe, *overrides]
+    _, start = checked_start(job, parse_arguments(job, words=words), ranks.count)
+    if start.state == "finished":
+        print(finished_note(start))
+        return 0
+    script = [str(ROOT / "launch" / f"{job}.py"), *words]
     # The launcher's own port is always the same: a second run on the machine would find it taken.
-    quiet = [] if is_verbose else ["--log_level", "warning"]
-    command = [find_deepspeed(), *num_gpus_flag, "--master_port", str(free_port()), *quiet, *script]
-    print(f"$ {shlex.join(command)}", flush=True)
+    command = [find_deepspeed(), *ranks.flags, "--master_port", str(free_port())]
+    print(f"{job} on {ranks.about}", flush=True)
+    if is_verbose:
+        print(f"$ {shlex.join([*command, *script])}", flush=True)
+    else:
+        command += ["--log_level", "critical"]  # a rank says itself why it ends
     # DeepSpeed compiles a small op on its first start and looks for ninja on the PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    accelerator = {} if gpus else {"DS_ACCELERATOR": "cpu"}
-    return run_to_end(command, {**os.environ, "PATH": path, **accelerator})
+    environment = {**os.environ, "PATH": path, **ranks.environment}
+    if "--hostfile" not in ranks.flags:  # it is in the flags, and the launcher would say that it ignores it
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+    return run_to_end([*command, *script, "--checked"], environment)
 
 
 def fit_overrides(name: str, overrides: list[str], world_size: int) -> list[str]:
@@ -118,19 +197,22 @@ def find_deepspeed() -> str:
 
 
 def run_to_end(command: list[str], env: dict[str, str]) -> int:
-    """Run a launcher; its exit code as a shell reports it. A signal to this process ends its ranks, too.
+    """Run a launcher; its exit code as a shell reports it. Asked to stop, it has its ranks stop.
 
     The launcher is kept out of reach of the terminal's Ctrl-C: on SIGINT it dies with a traceback, before
-    its ranks; on SIGTERM it ends them quietly.
+    its ranks. They alone are told: it waits for them, and has their exit code. A second signal ends all.
     """
     process = subprocess.Popen(command, env=env, start_new_session=True)
     received: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
         received.append(number)
-        _signal_group(process.pid, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+        if len(received) > 1:
+            _signal_group(process.pid, signal.SIGKILL)
+        elif not _stop_ranks(process.pid):
+            _signal_group(process.pid, signal.SIGTERM)
 
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    caught = (*SIGNALS, signal.SIGHUP)
     before = {number: signal.signal(number, stop) for number in caught}
     try:
         code = process.wait()
@@ -140,9 +222,31 @@ def run_to_end(command: list[str], env: dict[str, str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if received:
+    if received and code not in (0, EXIT_STOPPED):
         return 128 + received[0]
-    return code if code >= 0 else 128 - code
+    if code in OWN_CODES:
+        return code
+    killed_by = -code if code < 0 else 256 - code  # a launcher exits with the negative number of the signal
+    if killed_by not in set(signal.Signals):
+        return code
+    name = signal.Signals(killed_by).name
+    hint = ": too little memory?" if killed_by == signal.SIGKILL else ""
+    print(f"the job was ended by {name}{hint}", file=sys.stderr)
+    return 128 + killed_by
+
+
+def _stop_ranks(launcher: int) -> bool:
+    """Send SIGTERM to the ranks below a launcher; whether there are any on this machine yet."""
+    found = False
+    with suppress(psutil.Error):  # they end just now
+        started = psutil.Process(launcher)
+        below = started.children(recursive=True)
+        parents = {process.pid for process in (started, *below) if RANKS_OF in process.cmdline()}
+        for process in below:
+            if process.ppid() in parents:
+                process.terminate()
+                found = True
+    return found
 
 
 def _signal_group(group: int, number: int) -> bool:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 EXIT_STOPPED = 85  # asked to stop; what was reached is saved, and --resume goes on
 EXIT_CTRL_C = 130  # a second Ctrl-C: left at once
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-LAUNCHERS = {"deepspeed", "torchrun", "deepspeed.launcher.launch", "torch.distributed.run"}
+LAUNCHERS = {"speft", "deepspeed", "torchrun", "deepspeed.launcher.launch", "torch.distributed.run"}
 POLL_S = 1.0  # between two looks at the launcher
 
 _reasons: list[str] = []
@@ -92,7 +92,7 @@ def _listen(reader: int, chain: list[int]) -> None:
 
 
 def launchers() -> list[int]:
-    """Process ids of the launchers above this process, nearest first: `deepspeed`, its helper, `torchrun`."""
+    """Process ids of the launchers above this process, nearest first: `deepspeed`, its helper, `speft`."""
     found = []
     with contextlib.suppress(psutil.Error):  # one ends just now
         for process in psutil.Process().parents():

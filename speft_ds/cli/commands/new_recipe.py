@@ -11,7 +11,8 @@ import typer
 
 from speft_ds import hub
 from speft_ds.cli.commands.recipes import check_new, in_line, print_next_steps
-from speft_ds.cli.start_ranks import count_gpus, default_ranks
+from speft_ds.cli.options import ON_CPU
+from speft_ds.cli.start_ranks import count_gpus
 from speft_ds.config.check_model import num_positions, read_config
 from speft_ds.config.load_recipe import load_recipe, recipe_of
 from speft_ds.config.recipe import Recipe
@@ -67,7 +68,7 @@ def new(
     """Write a recipe for your own data: each value with where it comes from, by the rows and the model."""
     check_new(file, force)
     entries: list[Entry] = [("model.name_or_path", model, "--model"), ("data.path", data, "--data")]
-    num_ranks = default_ranks(count_gpus())
+    num_ranks = count_gpus() or ON_CPU  # whose batch a single rank takes, too
     draft = _recipe(entries)
     if note := resolve_offline(draft):
         log_rank0(note)

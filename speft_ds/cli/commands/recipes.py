@@ -19,7 +19,6 @@ from speft_ds.config import limited_yaml
 from speft_ds.config.load_recipe import (
     EXTENDS,
     RECIPES_DIR,
-    ROOT,
     find_recipe,
     is_path,
     list_recipes,
@@ -151,9 +150,9 @@ def check_new(file: Path, force: bool) -> None:
 
 def print_next_steps(file: Path) -> None:
     """What to type next, from where the user stands."""
-    name, script = shlex.quote(str(file)), shlex.quote(shown(ROOT / "launch" / "train.py"))
+    name = shlex.quote(str(file))
     log_rank0(f"edit {name}   (speft schema explains the keys)")
-    log_rank0(f"check it:  speft validate {name}\ntrain:     deepspeed {script} --recipe {name}")
+    log_rank0(f"check it:  speft validate {name}\ntrain:     speft train {name}")
 
 
 def _without_own_tasks(text: str) -> str:

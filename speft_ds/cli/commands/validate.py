@@ -19,7 +19,7 @@ from speft_ds.cli.launch import EXIT_USER_ERROR
 from speft_ds.cli.options import Overrides, Ranks, RecipeName
 from speft_ds.cli.start_ranks import count_gpus, default_ranks
 from speft_ds.config.data_config import Source
-from speft_ds.config.load_recipe import ROOT, load_recipe, shown
+from speft_ds.config.load_recipe import load_recipe
 from speft_ds.config.recipe import FIELDS, Recipe
 from speft_ds.data.bad_rows import BadRow, BadRows
 from speft_ds.data.sources import iterate_rows
@@ -171,10 +171,9 @@ def validate(
     if num_problems:
         console.print(f"[red]{num_problems} problem{'' if num_problems == 1 else 's'} to fix[/red]")
         raise typer.Exit(EXIT_USER_ERROR)
-    script = shown(ROOT / "launch" / "train.py")  # it is typed where the user stands
-    command = shlex.join(["deepspeed", script, "--recipe", recipe, *overrides])
+    options = [] if ranks is None else ["--ranks", str(ranks)]
     console.print("[green]ready[/green]; ", end="")
-    console.print(f"start it: {command}", markup=False)
+    console.print(f"start it: {shlex.join(['speft', 'train', recipe, *overrides, *options])}", markup=False)
 
 
 def _print_checks(console: Console, checks: dict[str, Check], recipe: Recipe, num_ranks: int) -> int:

@@ -39,6 +39,7 @@ SAFE_TO_CHANGE = {
     "train.micro_batch",
     "train.activation_checkpointing",
     "train.sparse_backend",
+    "train.overlap",
     "train.reduce_bucket",
     "train.checkpoint_every",
     "train.keep_last",
@@ -115,7 +116,7 @@ def run_folder_of(path: Path) -> Path:
 def recipe_to_resume(resume: Resume, overrides: Sequence[str]) -> Recipe:
     """The recipe of the run that is named by its path. Raises UserError."""
     if resume.path is None:
-        fix = "--recipe RECIPE --resume, or --resume runs/NAME"
+        fix = "name its recipe, too, or its folder: --resume runs/NAME"
         raise UserError("--resume alone does not say which run", "command line", fix)
     folder = run_folder_of(resume.path)
     own = as_override("output_dir", str(folder))

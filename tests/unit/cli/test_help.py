@@ -72,6 +72,6 @@ def test_examples_parse(example, monkeypatch):
     if len(words) > 1 and words[1].startswith("--"):
         assert words[1] in ("--install-completion", "--show-completion", "--help")
         return
-    given = COMMANDS[words[1]].make_context(words[1], words[2:]).params
+    given = COMMANDS[words[1]].make_context(words[1], launch.with_resume(words[2:])).params
     if recipe := "quickstart" if words[1] == "quickstart" else given.get("recipe"):
         load_recipe(recipe, given.get("overrides") or [])

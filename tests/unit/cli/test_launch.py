@@ -128,10 +128,10 @@ def test_a_finished_run_is_scored_without_what_it_was_made_from(with_job, tmp_pa
     arguments = launch.parse_arguments("evaluate", "")
     if problems:
         with pytest.raises(RecipeError) as caught:
-            launch.checked_start("evaluate", arguments)
+            launch.checked_start("evaluate", arguments, 1)
         assert len(caught.value.problems) == problems
     else:
-        recipe, _ = launch.checked_start("evaluate", arguments)
+        recipe, _ = launch.checked_start("evaluate", arguments, 1)
         assert recipe.mask.load is recipe.mask.targets is None and not read_ds_config(recipe)[1]
 
 

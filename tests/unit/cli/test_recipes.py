@@ -117,7 +117,7 @@ def test_cp_copies_with_comments_and_says_what_next(tmp_path):
     assert done.returncode == 0, done.stderr
     new = tmp_path / "new folder" / "mine.yaml"
     assert new.read_text() == (RECIPES_DIR / "smollm2_135m_alpaca.yaml").read_text()
-    for next_one in ("edit ", "speft validate ", "train.py --recipe "):
+    for next_one in ("edit ", "speft validate ", "speft train "):
         assert f"{next_one}'new folder/mine.yaml'" in done.stdout
 
 

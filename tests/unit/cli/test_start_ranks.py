@@ -53,34 +53,86 @@ def use(folder):
     (folder / "run.json").write_text("{}")
 
 
-QUIET = ["--log_level", "warning"]
+QUIET = ["--log_level", "critical"]
 
 
-def script(job, recipe):
-    return ["--master_port", "4711", *QUIET, str(ROOT / "launch" / f"{job}.py"), "--recipe", recipe]
+def script(job, *words):
+    return ["--master_port", "4711", *QUIET, str(ROOT / "launch" / f"{job}.py"), *words]
 
 
-TRAIN, SCORE = [*script("train", "quickstart"), "output_dir=runs/quickstart"], script("score", "mine.yaml")
+QUICK = script("train", "--recipe", "quickstart", "output_dir=runs/quickstart")
+TRAIN, SCORE = script("train", "--recipe", "mine.yaml"), script("score", "--recipe", "mine.yaml")
+HERE, MODEL = ["output_dir=here"], ["--model=./model", "--tasks=a,b"]
 
 
 @pytest.mark.parametrize(
     ("typed", "gpus", "expected"),
     [
-        ("quickstart", 0, ["--num_gpus", "2", *TRAIN]),  # two ranks on the CPU
-        ("quickstart", 2, TRAIN),  # the launcher takes all GPUs
-        ("quickstart --ranks 1 seed=3", 2, ["--num_gpus", "1", *TRAIN, "seed=3"]),
-        ("quickstart", 8, [*TRAIN, "train.micro_batch=2"]),  # many ranks get a smaller one
-        ("score mine.yaml mask.salience=snip", 0, ["--num_gpus", "2", *SCORE, "mask.salience=snip"]),
+        ("quickstart", 0, ["--num_gpus", "2", *QUICK]),  # two ranks on the CPU
+        ("quickstart", 2, QUICK),  # the launcher takes all GPUs
+        ("quickstart --ranks 1 seed=3", 2, ["--num_gpus", "1", *QUICK, "seed=3"]),
+        ("quickstart", 8, [*QUICK, "train.micro_batch=2"]),  # many ranks get a smaller one
+        ("score mine.yaml mask.salience=snip", 0, ["--num_gpus", "1", *SCORE, "mask.salience=snip"]),
         ("score mine.yaml", 8, SCORE),
         ("score mine.yaml --ranks 3", 8, ["--num_gpus", "3", *SCORE]),  # no batch to share
+        ("train mine.yaml output_dir=here", 0, ["--num_gpus", "1", *TRAIN, *HERE]),
+        ("train mine.yaml output_dir=here --ranks 2", 4, ["--num_gpus", "2", *TRAIN, *HERE]),
+        ("train output_dir=here --resume auto mine.yaml", 2, None),  # the recipe comes first
+        ("train mine.yaml --resume auto output_dir=here", 2, [*TRAIN, *HERE, "--resume=auto"]),
+        (
+            "train mine.yaml output_dir=here --hostfile hosts.txt",
+            0,
+            ["--hostfile", "hosts.txt", *TRAIN, *HERE],
+        ),
+        ("train mine.yaml output_dir=here --hostfile hosts.txt --ranks 2", 0, None),
+        ("train mine.yaml --hostfile rows.jsonl", 0, None),
+        ("train mine.yaml", 0, None),  # its run folder is used
+        ("train", 0, None),
+        ("train seed=1 --resume", 0, None),
+        ("train mine.yaml --resume-with seed=1", 0, None),
+        (
+            "evaluate --model ./model --tasks a,b --limit 3 eval.batch_size=2",
+            0,
+            ["--num_gpus", "1", *script("evaluate", *MODEL, "--limit=3", "eval.batch_size=2")],
+        ),
+        ("evaluate", 0, None),
+        ("evaluate runs/mine --model ./model", 0, None),
+        ("evaluate runs/mine --adapter a", 0, None),
+        ("evaluate runs/mine --tasks a", 0, None),  # no run with an adapter
     ],
 )
-def test_the_launchers_command_line(launched, tmp_path, typed, gpus, expected):
+def test_the_launchers_command_line(launched, tmp_path, typed, gpus, expected, capsys):
+    """None: what is typed is refused, before a rank is started."""
     use(tmp_path / "runs" / "mine")  # a trained run is not in the way of a score
+    (tmp_path / "hosts.txt").write_text("# two machines\nnode1 slots=1\nme@node-2.lan slots=1  # old\n")
     command, env, code = launched(typed, gpus=gpus)
-    assert command == ["deepspeed", *expected] and code == 0
-    assert env.get("DS_ACCELERATOR") == (os.environ.get("DS_ACCELERATOR") if gpus else "cpu")
+    if expected is None:
+        shown = capsys.readouterr().err
+        assert command is None and code == 2 and "fix: " in shown and "Traceback" not in shown
+        return
+    assert command == ["deepspeed", *expected, "--checked"] and code == 0
+    on_cpu = not gpus and "--hostfile" not in typed
+    assert env.get("DS_ACCELERATOR") == ("cpu" if on_cpu else os.environ.get("DS_ACCELERATOR"))
     assert env["PATH"].split(os.pathsep)[0] == os.path.dirname(sys.executable)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "# none",
+        "node1",
+        "node1 slots=0",
+        "-oProxyCommand=x slots=1",
+        "a slots=1\na slots=2",
+        "a;b slots=1",
+    ],
+)
+def test_a_hostfile_that_deepspeed_would_not_take_is_refused(tmp_path, text):
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UserError) as caught:
+        start_ranks.read_hostfile(tmp_path / "hosts")
+    assert str(tmp_path / "hosts") in caught.value.where and "slots=8" in caught.value.fix
 
 
 @pytest.mark.parametrize("typed", ["quickstart", "score mine.yaml"])
@@ -188,7 +240,7 @@ def test_a_part_of_a_gpu_is_refused(four_gpus, monkeypatch):
         (None, ["--ranks", "2"], ["--num_gpus", "2"]),
         ("2,3", [], ["--include", "localhost:2,3"]),
         ("GPU-33,GPU-11", ["--ranks", "1"], ["--include", "localhost:3"]),
-        ("", [], ["--num_gpus", "2"]),
+        ("", ["--ranks", "2"], ["--num_gpus", "2"]),
         ("-1", ["--ranks", "1"], ["--num_gpus", "1"]),
     ],
 )
@@ -200,7 +252,7 @@ def test_the_launcher_is_told_which_gpus(four_gpus, monkeypatch, visible, ranks,
     monkeypatch.setattr(start_ranks, "run_to_end", lambda *call: calls.append(call) or 0)
     assert run(monkeypatch, "score", "mine.yaml", *ranks) == 0
     ((command, env),) = calls
-    assert command[1 : command.index("--master_port")] == flags
+    assert command[1 : command.index("--master_port")] == flags and "CUDA_VISIBLE_DEVICES" not in env
     assert (env.get("DS_ACCELERATOR") == "cpu") == (visible in ("", "-1"))
 
 
@@ -221,20 +273,31 @@ def test_a_missing_launcher_is_a_user_error(tmp_path, monkeypatch):
 # How jobs end
 
 
-@pytest.mark.parametrize(("script", "code"), [("true", 0), ("exit 3", 3), ("kill -9 $$", 137)])
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [("true", 0), ("exit 3", 3), ("exit 85", 85), ("kill -9 $$", 137), ("exit 247", 137), ("exit 241", 143)],
+)
 def test_exit_codes_are_as_a_shell_reports_them(script, code):
     assert start_ranks.run_to_end(["sh", "-c", script], dict(os.environ)) == code
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_launcher_and_its_ranks_quietly(tmp_path, number, code):
-    """The launcher here ends at once, its rank a second later, as with deepspeed."""
+@pytest.mark.parametrize(
+    ("number", "launcher", "code"),
+    [
+        (signal.SIGINT, "launcher", 130),  # not one that we know: it is ended, too
+        (signal.SIGTERM, "launcher", 143),
+        (signal.SIGINT, "deepspeed.launcher.launch", 85),
+        (signal.SIGTERM, "deepspeed.launcher.launch", 85),
+    ],
+)
+def test_a_signal_reaches_the_ranks_and_is_waited_for(tmp_path, number, launcher, code):
+    """A rank takes a second to stop; the launcher here has its exit code, as deepspeed."""
     rank = """
         import pathlib, signal, sys, time
         def save(*_):
             time.sleep(1)
             pathlib.Path("saved").touch()
-            sys.exit()
+            sys.exit(85)
         signal.signal(signal.SIGTERM, save)
         pathlib.Path("started").touch()
         time.sleep(3600)
@@ -244,7 +307,8 @@ def test_a_signal_ends_the_launcher_and_its_ranks_quietly(tmp_path, number, code
         import os, sys
         sys.path.insert(0, {str(ROOT)!r})
         from speft_ds.cli.start_ranks import run_to_end
-        sys.exit(run_to_end(["sh", "-c", "{sys.executable} rank.py & wait"], dict(os.environ)))
+        launcher = "{sys.executable} rank.py & wait $!; exit $?"
+        sys.exit(run_to_end(["sh", "-c", launcher, {launcher!r}], dict(os.environ)))
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

@@ -110,8 +110,7 @@ def test_nothing_is_resumed_when_masks_are_scored(monkeypatch, capsys):
 
 
 def start_of(monkeypatch, *arguments, num_ranks=1):
-    monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
-    return launch.checked_start("train", parsed(monkeypatch, *arguments))
+    return launch.checked_start("train", parsed(monkeypatch, *arguments), num_ranks)
 
 
 def test_the_start_is_what_the_command_line_says(monkeypatch):

@@ -34,6 +34,21 @@ def writes_date(folder: Path | None) -> bool:
     return any("strftime_now" in file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
+def with_date(template: str, date: Date) -> str:
+    """A chat template that writes this day in place of today's."""
+    midnight = datetime.combine(date, time())
+    return _DATE.sub(lambda call: json.dumps(midnight.strftime(call[2])), template)
+
+
+def fix_date(tokenizer: Any, date: Date) -> None:
+    """Have the chat templates of a tokenizer write this day, whoever renders them: lm-eval does, too."""
+    found = tokenizer.chat_template
+    if isinstance(found, dict):
+        tokenizer.chat_template = {name: with_date(template, date) for name, template in found.items()}
+    elif found:
+        tokenizer.chat_template = with_date(found, date)
+
+
 @dataclass
 class ChatTemplate:
     """What writes conversations, and what there is to say of those that it has written.
@@ -116,10 +131,8 @@ class ChatTemplate:
     def _written(self, tools: list[dict] | None) -> str:
         """The template, with the date of the run in place of today's."""
         if bool(tools) not in self._templates:
-            midnight = datetime.combine(self.date, time())
             template = self.tokenizer.get_chat_template(None, tools)
-            fixed = _DATE.sub(lambda call: json.dumps(midnight.strftime(call[2])), template)
-            self._templates[bool(tools)] = fixed
+            self._templates[bool(tools)] = with_date(template, self.date)
         return self._templates[bool(tools)]
 
     @cached_property

@@ -40,6 +40,7 @@ def asked(job: EvalJob, of: dict, recipe: Recipe) -> dict[str, Any]:
         "num_fewshot": job.num_fewshot,
         "limit": job.limit,
         "chat_template": section.chat_template,
+        **({"date": recipe.data.date} if section.chat_template and recipe.data.date else {}),
         "format": str(prompt_formats(job.format + 1)[job.format]) if job.format else None,
         "text": [section.forgetting_text, section.forgetting_bytes] if job.has_text else None,
         "sources": [section.include_path, section.data_dir],

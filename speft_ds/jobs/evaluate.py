@@ -24,7 +24,7 @@ from speft_ds.evaluation.scores import Score, read_evaluations
 from speft_ds.model.dtype import agree_on_dtype
 from speft_ds.report.tables import plain, print_table
 from speft_ds.training.checks import check_chat_template
-from speft_ds.training.setup import TrainContext, load_context, load_data, scored_model_facts
+from speft_ds.training.setup import TrainContext, agree_on_date, load_context, load_data, scored_model_facts
 from speft_ds.zero.shards import full_shape, own_elements, own_range, repartition
 
 
@@ -65,7 +65,7 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     """
     collectives.init(recipe.train.timeout_minutes + 1)
     collectives.start_watchdog(recipe.train.timeout_minutes, lambda: "start it again")
-    recipe = agree_on_dtype(recipe)
+    recipe = agree_on_date(agree_on_dtype(recipe))
     data = load_data(recipe)
     check_chat_template(recipe.eval, data.tokenizer)
     jobs = extra_jobs(recipe.eval, adapter)

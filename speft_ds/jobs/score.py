@@ -22,7 +22,7 @@ from speft_ds.training.checks import check_shapes
 from speft_ds.training.memory import peak_gib
 from speft_ds.training.metrics import Timings
 from speft_ds.training.run_dir import check_output_dir, start_folder
-from speft_ds.training.setup import base_facts, choose_mask, load_context, load_data
+from speft_ds.training.setup import agree_on_date, base_facts, choose_mask, load_context, load_data
 
 
 def run(recipe: Recipe) -> None:
@@ -34,7 +34,7 @@ def run(recipe: Recipe) -> None:
     """
     collectives.init(recipe.train.timeout_minutes + 1)
     collectives.start_watchdog(recipe.train.timeout_minutes, lambda: "start it again")
-    recipe = agree_on_dtype(recipe)
+    recipe = agree_on_date(agree_on_dtype(recipe))
     collectives.run_on_rank0(lambda: check_output_dir(recipe))
     timings = Timings()
     with timings.stage("data"):

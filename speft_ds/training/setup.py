@@ -18,7 +18,7 @@ from speft_ds.config.data_config import DataConfig
 from speft_ds.config.deepspeed_config import load_ds_config
 from speft_ds.config.model_config import HEAD
 from speft_ds.config.recipe import Recipe
-from speft_ds.data.chat_template import writes_date
+from speft_ds.data.chat_template import fix_date, writes_date
 from speft_ds.data.dataset import TokenizedDataset
 from speft_ds.data.dataset_cache import DatasetSpec, prepare
 from speft_ds.data.sampler import Sampler, hash_seed
@@ -151,6 +151,8 @@ def load_data(recipe: Recipe, needs_training: bool = False, needs_calibration: b
             `mask.calibration_samples`.
     """
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
+    if recipe.data.date is not None:
+        fix_date(tokenizer, date.fromisoformat(recipe.data.date))
     section, mask = recipe.data, recipe.mask
     needs_calibration = needs_calibration and mask.needs_calibration
     needs_classes = classifies(recipe) and section.labels is None and bool(section.sources)

@@ -2,15 +2,18 @@
 
 import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
+from lm_eval.models.huggingface import HFLM
 
 from speft_ds.comm import collectives
+from speft_ds.data.chat_template import fix_date
 from speft_ds.errors import UserError
 from speft_ds.training.checkpoint.resume import Resume, check_unchanged, find_start
 from speft_ds.training.run_dir import start_folder
-from speft_ds.training.setup import agree_on_date
+from speft_ds.training.setup import agree_on_date, load_data
 from unit.written import load
 
 TODAY = datetime.date.today().isoformat()
@@ -38,6 +41,18 @@ def test_a_run_that_goes_on_keeps_its_date(recipe):
     with pytest.raises(UserError):  # another day is another run
         check_unchanged(ran.model_dump(mode="json"), agree_on_date(recipe), (), Path("run"))
     assert agree_on_date(recipe).data.date == TODAY
+
+
+def test_tasks_are_asked_on_the_day_of_the_run(recipe):
+    """By lm-eval, which renders the tokenizer's template itself; also where a model has several."""
+    asked = [{"role": "user", "content": "a"}]
+    tokenizer = load_data(agree_on_date(recipe, "1999-01-31")).tokenizer
+    model = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
+    assert HFLM.apply_chat_template(model, asked).endswith("1999")
+    template = load_data(recipe).tokenizer.chat_template
+    tokenizer.chat_template = {"default": template, "tool_use": f"{template}!"}
+    fix_date(tokenizer, datetime.date(1998, 1, 1))
+    assert tokenizer.apply_chat_template(asked, tokenize=False).endswith("1998")
 
 
 def test_one_rank_that_cannot_know_decides_for_all(recipe, monkeypatch, tmp_path):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_JSON = 2**25  # bytes of a file: what Python reads in two seconds, whatever is in it
+MAX_DEPTH = 200  # objects and lists in each other
 
 
 def read_bytes(path: Path, max_bytes: int = MAX_JSON) -> bytes:
@@ -49,11 +50,29 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: it is not one (in UTF-8), is nested too deeply, or a string in it is not Unicode: pictures
             and terminals fail on it.
     """
+    document = decode_json(text)
+    json.dumps(document, ensure_ascii=False).encode()
+    return document
+
+
+def decode_json(text: str | bytes, **options: Any) -> Any:
+    """A JSON document by `json.loads` with these options; a string in it may have half of a character.
+
+    Raises:
+        ValueError: it is not one (in UTF-8), or nested more than MAX_DEPTH deep: what works on it would fail.
+    """
+    text = text if isinstance(text, str) else text.decode("utf-8")
     try:
-        document = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
-        json.dumps(document, ensure_ascii=False).encode()
+        document = json.loads(text, **options)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        level = [document] if isinstance(document, dict | list) else []
+        for _ in range(MAX_DEPTH):
+            inside = (value.values() if isinstance(value, dict) else value for value in level)
+            level = [value for values in inside for value in values if isinstance(value, dict | list)]
+        if level:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
     return document
 
 

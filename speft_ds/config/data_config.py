@@ -155,7 +155,7 @@ class DataConfig(ConfigSection):
     turns: Literal["auto", "each", "last", "together"] = "auto"
     """rows of a conversation: each turn of the assistant, the last, all together; auto: together or each"""
     date: Annotated[str, AfterValidator(_readable_date)] | None = None
-    """what chat templates take for today, like 2026-01-31; null: the day on which the run began"""
+    """what chat templates take for today, also in tasks, like 2026-01-31; null: when the run began"""
     labels: Annotated[
         Annotated[list[Text], Field(min_length=2)] | None,
         BeforeValidator(_quoted),
@@ -206,14 +206,6 @@ class DataConfig(ConfigSection):
             raise broken_rule(what, "remove it; tools and documents are columns of the rows")
         return value
 
-    @field_validator("system", "chat_template_kwargs")
-    @classmethod
-    def _has_a_chat_template(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is not None and not info.data.get("chat_template", True) and not info.data.get("mixture"):
-            what = f"data.{info.field_name} has no effect with data.chat_template=false"
-            raise broken_rule(what, f"data.chat_template=true, or data.{info.field_name}=null")
-        return value
-
     @field_validator("template_no_input")
     @classmethod
     def _has_its_partner(cls, value: str | None, info: ValidationInfo) -> str | None:
@@ -237,6 +229,18 @@ class DataConfig(ConfigSection):
             if complete.template_no_input is not None and complete.template is None:
                 what = f"{place}.template_no_input is given without a template"
                 raise broken_rule(what, "give both", key=f"{place}.template_no_input")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_chat_template(self) -> Self:
+        """Refuse what a chat template is told where none is used."""
+        used = [source.chat_template and source.format != "text" for source in self.sources or [self]]
+        for key in ("system", "turns", "chat_template_kwargs"):
+            default = DataConfig.model_fields[key].default
+            if not any(used) and getattr(self, key) != default:
+                why = "data.format=text" if self.format == "text" else "data.chat_template=false"
+                fix = f"data.{key}={'null' if default is None else default}"
+                raise broken_rule(f"data.{key} has no effect with {why}", fix, key=f"data.{key}")
         return self
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 
 from speft_ds.config.data_config import Columns, Source
 from speft_ds.errors import UserError, closest
+from speft_ds.io import decode_json
 
 Message = dict[str, Any]
 COLUMNS = ("messages", "conversations", "conversation")  # where data sets keep a conversation
@@ -22,6 +23,7 @@ ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assi
 CALL = "function_call"  # of ShareGPT a role, of the older OpenAI format a field
 MASKS = ("weight", "train", "training", "loss")  # fields that say whether the loss is on a turn
 REASONING = ("reasoning_content", "thinking", "reasoning")
+CALLS = '"tool_calls": [{"type": "function", "function": {"name": "...", "arguments": {...}}}]'
 COMPLETE = "complete or delete the row, or drop all such rows: data.empty_rows=drop"
 LIKE = 'like [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
 
@@ -168,9 +170,11 @@ def _message(raw: dict, number: int, where: str) -> tuple[Message, bool, str | N
         near = [key for key in closest("content", [str(key) for key in raw]) if key != "content"]
         more = f"; did you mean content for {near[0]}?" if near else ""
         raise UserError(f"message {number} ({role}) has no content as text", where, f"{LIKE}{more}")
-    for value in turn.values():
-        if isinstance(value, str):
-            encodable(value, where)
+    if other := [name for name in REASONING if not isinstance(turn.get(name, ""), str)]:
+        raise UserError(f"message {number} has no text as {other[0]!r}", where, "write text there")
+    if "tool_call_id" in turn:
+        turn["tool_call_id"] = _as_id(turn["tool_call_id"], number, where)
+    encodable(turn, where)
     return turn, is_trained, form
 
 
@@ -190,24 +194,34 @@ def _set_calls(turn: Message, number: int, where: str) -> None:
         calls = _from_json(calls, f"tool_calls of message {number}", where)
     if not calls:
         return
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list | tuple):
+        raise UserError(f"tool_calls of message {number} are not a list", where, CALLS)
     calls = [_from_json(call, "a tool call", where) if isinstance(call, str) else call for call in calls]
     turn["tool_calls"] = []
     for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            fix = '{"type": "function", "function": {"name": "...", "arguments": {...}}}'
-            raise UserError(f"message {number} calls a tool without naming it", where, fix)
+            raise UserError(f"message {number} calls a tool without naming it", where, CALLS)
         if "arguments" in function:
             function = {**function, "arguments": _as_object(function["arguments"])}
         own = {key: value for key, value in call.items() if value is not None} if "function" in call else {}
+        own |= {"id": _as_id(own["id"], number, where)} if "id" in own else {}
         kind = {} if "type" in own else {"type": "function"}
         turn["tool_calls"].append({**kind, **own, "function": function})  # in the row's order
+
+
+def _as_id(value: Any, number: int, where: str) -> str:
+    """The id of a tool's call, which is a text or may have been one."""
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        return str(value)
+    raise UserError(f"message {number} has {value!r:.50} as the id of a call", where, "write a text there")
 
 
 def _as_object(arguments: Any) -> Any:
     """The arguments of a call, which the APIs send as JSON text and templates take as an object."""
     try:
-        found = json.loads(arguments) if isinstance(arguments, str) else arguments
+        found = decode_json(arguments) if isinstance(arguments, str) else arguments
     except ValueError:
         return arguments
     return found if isinstance(found, dict) else arguments
@@ -221,7 +235,7 @@ def _parts(parts: Sequence[Any], number: int, where: str) -> list[dict]:
         if kind != "text" or not isinstance(part.get("text"), str):
             what = f"message {number} has a part of type {kind!r}, of which only text can be trained on"
             raise UserError(what, where, 'keep parts like {"type": "text", "text": "..."}')
-        found.append({"type": "text", "text": encodable(part["text"], where)})
+        found.append({"type": "text", "text": part["text"]})
     return found
 
 
@@ -248,8 +262,7 @@ def _check_result(turn: Message, may_answer: bool, call_ids: set, number: int, w
     if may_answer and (not call_ids or own is None or own in call_ids):
         return
     what = f"message {number} is a tool's result without a call" + ("" if own is None else f" of id {own!r}")
-    fix = 'the assistant\'s message before it needs "tool_calls": [{"type": "function", "function": {...}}]'
-    raise UserError(what, where, fix)
+    raise UserError(what, where, f"the assistant's message before it needs {CALLS}")
 
 
 def _objects(value: Any, column: str, where: str) -> list[dict] | None:
@@ -263,22 +276,34 @@ def _objects(value: Any, column: str, where: str) -> list[dict] | None:
     if not all(isinstance(item, dict) for item in found):
         fix = f"write {column} as a JSON list of objects"
         raise UserError(f"{column!r} is not a list of objects", where, fix)
-    return found or None
+    return encodable(found, where) or None
 
 
 def _from_json(text: str, what: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return decode_json(text)
+    except ValueError as error:
         fix = "write it as a list of objects, or as JSON text of one"
         raise UserError(f"{what} is text that is not JSON: {error}", where, fix) from None
 
 
-def encodable(text: str, where: str) -> str:
-    r"""Raises UserError for half of a surrogate pair, like the JSON "\\ud83d" of a text that was cut."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        what = f"the text has half a character at position {error.start}: {text[error.start]!a}"
-        raise UserError(what, where, "complete or delete it") from None
-    return text
+def encodable(value: Any, where: str) -> Any:
+    r"""A text, or lists and objects of them, as it is.
+
+    Raises:
+        UserError: it has half of a surrogate pair, like the JSON "\\ud83d" of a text that was cut.
+    """
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            left += [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple):
+            left += part
+        elif isinstance(part, str):
+            try:
+                part.encode()
+            except UnicodeEncodeError as error:
+                what = f"the text has half a character at position {error.start}: {part[error.start]!a}"
+                raise UserError(what, where, "complete or delete it") from None
+    return value

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from speft_ds.data.sampler import Sampler
 from speft_ds.errors import UserError, shell
+from speft_ds.io import decode_json
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class TokenizedDataset(Sequence[Row]):
         self.path = path
         try:
             file = safe_open(path, framework="np")
-            self.facts = json.loads(file.metadata()["facts"])
+            self.facts = decode_json(file.metadata()["facts"])
             self._ids, self._loss_mask = file.get_slice("ids"), file.get_slice("loss_mask")
             self._row_edges, self._pack_edges = file.get_tensor("row_edges"), file.get_tensor("pack_edges")
             self._labels, self._packs = file.get_tensor("labels"), file.get_tensor("packs")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -17,7 +16,7 @@ from typing import Any
 from speft_ds import hub
 from speft_ds.data.bad_rows import BadRows, report
 from speft_ds.errors import UserError
-from speft_ds.io import sha256_of
+from speft_ds.io import decode_json, parse_json, sha256_of
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
@@ -223,8 +222,8 @@ def _parse(text: str, where: str) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(text, parse_float=WrittenFloat, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        return decode_json(text, parse_float=WrittenFloat, object_pairs_hook=unique)
+    except ValueError as error:  # also a number of thousands of digits
         fix = ".jsonl holds one JSON object per line, .json one list of objects"
         raise UserError(f"not JSON: {error}", where, fix) from None
 
@@ -232,7 +231,7 @@ def _parse(text: str, where: str) -> Any:
 def _features_of(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     """The features of `datasets`, which it writes into a parquet file; empty where there are none."""
     try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        features = parse_json((metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):
         return {}
     return features if isinstance(features, dict) else {}

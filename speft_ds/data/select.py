@@ -29,7 +29,7 @@ from speft_ds.data.sampler import permutation
 from speft_ds.data.tokenize import load_tokenizer
 from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
-from speft_ds.io import write_json
+from speft_ds.io import parse_json, write_json
 
 IFD_VERSION = 2  # of the scores: to be raised whenever the same rows and scorer would get others
 MAX_TOKENS = 1024  # of prompt and response together, or the scorer's context where that is shorter
@@ -237,7 +237,7 @@ def _hash_json(value: object) -> str:
 def _read_cache(path: Path) -> list[float] | None:
     """The scores as they were written; None where there are none, or not those any more."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))  # of any size
         scores, digest = document["scores"], document["sha256"]
     except (OSError, ValueError, KeyError, TypeError):  # TypeError: JSON, but no object
         return None

@@ -7,7 +7,6 @@ read by `data/readers.py`; `datasets` reads the last two, and says which files o
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from speft_ds.config.data_config import Source
 from speft_ds.data.bad_rows import BadRows
 from speft_ds.data.readers import Located, class_names, iterate_file, kind_of, unknown_kind, with_class_names
 from speft_ds.errors import UserError, did_you_mean
+from speft_ds.io import read_json
 
 # Of folders that `save_to_disk` wrote: of one data set, and of several splits.
 SAVED, SAVED_SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"
@@ -202,7 +202,7 @@ def _load_saved(source: Source):
     folder = Path(source.path)
     if not has_one_part(source.path):
         try:
-            splits = json.loads((folder / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"]
+            splits = [str(name) for name in read_json(folder / SAVED_SPLITS)["splits"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             what = f"cannot read {SAVED_SPLITS} of a saved data set: {error}"
             raise UserError(what, source.path, "copy it again, or save it anew by save_to_disk") from error

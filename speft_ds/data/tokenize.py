@@ -79,12 +79,11 @@ def stop_ids(tokenizer: object, model: str) -> frozenset[int]:
     found = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(named)}
     folder = hub.model_folder(model)
     try:
-        file = folder / "generation_config.json" if folder else None
-        own = read_json(file).get("eos_token_id") if file else None
+        own = read_json(folder / "generation_config.json").get("eos_token_id") if folder else None
     except (OSError, ValueError, AttributeError):  # there need not be one
         own = None
-    found |= set(own if isinstance(own, list) else [own])
-    return frozenset(number for number in found if isinstance(number, int))
+    found |= {number for number in (own if isinstance(own, list) else [own]) if isinstance(number, int)}
+    return frozenset(found - {None})
 
 
 def batches(

@@ -68,11 +68,13 @@ def read_source(path: Path) -> MaskSource:
     if found.name == ADAPTER_FILE:
         adapter = Adapter.open(found.parent)
         mask, facts = Mask({n: adapter.entries(n)[0] for n in adapter.names}, adapter.shape), adapter.facts
-        num_elements = (facts.get("mask") or {}).get("num_target_elements")
+        about = facts.get("mask")
+        num_elements = about.get("num_target_elements") if isinstance(about, dict) else None
     else:
         mask, facts = read_mask(found)
         num_elements = mask.num_target_elements
-    return MaskSource(found, mask, num_elements, facts.get("fingerprint_bfloat16"))
+    fingerprint = facts.get("fingerprint_bfloat16")
+    return MaskSource(found, mask, num_elements, fingerprint if isinstance(fingerprint, str) else None)
 
 
 def check_same_model(a: MaskSource, b: MaskSource) -> None:

@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -13,6 +13,7 @@ from speft_ds.config.mask_config import MASK_FILE
 from speft_ds.errors import UserError
 from speft_ds.report.run import RunFolder, is_run, read_run
 from speft_ds.report.tables import plain
+from speft_ds.terminal import Console
 from speft_ds.training.run_dir import is_locked
 
 MAX_DEPTH = 3  # folders below the named one that are looked into
@@ -77,4 +78,9 @@ def scores_of_run(run: RunFolder) -> list[str]:
 
 
 def _last_written(folder: Path) -> float:
-    return max((path.stat().st_mtime for path in folder.iterdir() if path.is_file()), default=0.0)
+    """When a file of the run, or of its scores, was written last; it may be one that is just replaced."""
+    times = [0.0]
+    for path in (*folder.iterdir(), *folder.glob("eval/*")):
+        with suppress(OSError):
+            times.append(path.lstat().st_mtime if path.is_file() else 0.0)
+    return max(times)

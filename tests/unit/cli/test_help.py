@@ -43,15 +43,6 @@ HELP_TEXTS = [command.epilog for command in COMMANDS.values()]
 SCRIPTS = [(ROOT / "launch" / f"{job}.py").read_text() for job in ("train", "score", "evaluate")]
 READMES = [ROOT / page for page in ("README.md", "recipes/README.md", "launch/README.md")]
 PAGES = [shell_blocks(page.read_text()) for page in [*READMES, *(ROOT / "docs").glob("*.md")]]
-TEXTS = [command.epilog for command in COMMANDS.values()]
-SCRIPTS = [(ROOT / "launch" / f"{job}.py").read_text() for job in ("train", "score", "evaluate")]
-READMES = [
-    ROOT / "README.md",
-    ROOT / "recipes/README.md",
-    ROOT / "launch/README.md",
-    *(ROOT / "docs").glob("*.md"),
-]
-PAGES = [shell_blocks(page.read_text()) for page in READMES]
 TEXTS = [*HELP_TEXTS, *SCRIPTS, *PAGES, launch.MORE_HELP]
 EXAMPLES = list(dict.fromkeys(line for text in TEXTS for line in examples_of(text)))
 assert len(EXAMPLES) > 30

@@ -30,10 +30,15 @@ def test_every_run_with_recipe_model_state_and_scores(tmp_path, monkeypatch, cap
     make_run(Path("runs/first"), recipe="quickstart")
     make_run(Path("runs/sweep/a/second"), recipe="mine")
     write_json(Path("runs/first/checkpoints/step-1/run.json"), {})  # inside a run
+    for path in Path("runs").rglob("*"):
+        os.utime(path, (1, 1))
+    os.utime("runs/sweep/a/second/metrics.jsonl", (2, 2))
+    os.utime("runs/first/eval/after.json", (3, 3))
+    (Path("runs/first") / "gone").symlink_to("nowhere")
     assert run(monkeypatch, "runs") == 0
-    rows = {
-        cells[0]: cells[1:] for cells in lines_of(capsys.readouterr().out) if cells[0].startswith("runs/")
-    }
+    lines = [cells for cells in lines_of(capsys.readouterr().out) if cells[0].startswith("runs/")]
+    rows = {cells[0]: cells[1:] for cells in lines}
+    assert list(rows) == ["runs/first", "runs/sweep/a/second"]  # the one that was written to last is first
     scores = "arc_easy acc 41.0% -> 61.0%"
     assert rows == {
         "runs/first": ["quickstart", "name", "finished, 60 steps", scores],

@@ -94,6 +94,10 @@ COMBINATIONS = [  # the last word is to blame
     ["optimizer.clip_norm=null", "optimizer.clip=per_layer"],
     ["data.chat_template=false", "data.system=x"],
     ["data.chat_template=false", "data.chat_template_kwargs={a: 1}"],
+    ["data.chat_template=false", "data.turns=each"],
+    ["data.format=text", "data.turns=last"],
+    ["data.format=text", "data.system=''"],
+    ["data.path=null", "data.mixture=[{path: a.jsonl, format: text}]", "data.turns=each"],
 ]
 
 

@@ -13,8 +13,15 @@ HERE = "rows.jsonl:7"
 CALL = {"type": "function", "id": "a1", "function": {"name": "sum", "arguments": {"a": 2}}}
 
 
+DEEP = "[" * 100_000
+
+
 def says(role, content, **more):
     return {"role": role, "content": content, **more}
+
+
+def calls(call):
+    return [says("assistant", None, tool_calls=[call])]
 
 
 TALK = [says("user", "hello"), says("assistant", "world")]
@@ -165,8 +172,17 @@ def test_tools_and_documents_as_json_text(name):
         assert getattr(example({"messages": TALK, name: value}), name) == [{"a": 1}]
     for value in (None, "", " ", [], float("nan")):
         assert getattr(example({"messages": TALK, name: value}), name) is None
-    for value in ("get_weather(city)", '["a"]', [1], 3):
+    for value in ("get_weather(city)", '["a"]', [1], 3, DEEP):
         refused({"messages": TALK, name: value}, name)
+    refused({"messages": TALK, name: [{"a": "\ud83d"}]}, "position 0")
+
+
+def test_ids_of_calls_that_are_numbers():
+    talk = [CALLS[0], *calls({**CALL, "id": 7}), says("tool", "4", tool_call_id=7), TALK[1]]
+    found = example({"messages": talk})
+    assert found.turns[1]["tool_calls"][0]["id"] == found.turns[2]["tool_call_id"] == "7"
+    talk[2] = {**talk[2], "tool_call_id": 8}
+    refused({"messages": talk}, "message 3")
 
 
 def test_turns_of_no_weight():
@@ -198,6 +214,16 @@ def test_turns_of_no_weight():
         ([{"role": "user", "contnt": "a"}, TALK[1]], ["message 1", "did you mean content"]),
         ([says("user", 3), TALK[1]], ["message 1"]),
         ([says("user", "\udc00"), TALK[1]], ["position 0"]),
+        ([says("assistant", [{"type": "text", "text": "\udc00"}])], ["position 0"]),
+        (calls({"name": "f", "arguments": {"a": ["\ud83d"]}}), ["position 0"]),
+        (calls({"name": "f", "arguments": {"\ud83d": 1}}), ["position 0"]),
+        (calls({"name": "f", "arguments": DEEP}) * 2, ["messages 1 and 2"]),
+        (calls({**CALL, "id": ["a"]}), ["message 1", "['a']"]),
+        ([says("assistant", None, tool_calls=DEEP)], ["JSON", "deep"]),
+        ([says("assistant", None, tool_calls=3)], ["message 1", "tool_calls"]),
+        ([*CALLS[:2], says("tool", "4", tool_call_id={}), CALLS[3]], ["message 3", "{}"]),
+        ([says("assistant", "4", reasoning_content=["a"])], ["message 1", "reasoning_content"]),
+        (DEEP, ["JSON", "deep"]),
         ("hello", ["JSON"]),
         ('{"role": "user"', ["JSON"]),
         ('{"role": "user"}', ["list"]),

@@ -51,6 +51,17 @@ def test_a_byte_order_mark_and_several_compressed_parts_are_read_over(folder, ki
     assert read(path) == ROWS
 
 
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_what_is_nested_too_deeply_is_named(folder, kind):
+    (folder / f"a.{kind}").write_text('[{"a": ' + "[" * 150 + "1" + "]" * 150 + "}]")
+    if kind == "json":
+        assert len(read(folder / "a.json")) == 1
+    for deep in (250, 100_000):
+        (folder / f"a.{kind}").write_text('[{"a": ' + "[" * deep + "1" + "]" * deep + "}]")
+        with refusal(folder / f"a.{kind}" if kind == "json" else f"{folder}/a.jsonl:1", what="deep"):
+            read(folder / f"a.{kind}")
+
+
 def test_files_without_rows(folder):
     texts = {"a.jsonl": "", "b.jsonl": "\n \n", "c.json": "", "d.json": "[]", "e.csv": "", "f.csv": "a,b\n"}
     for name, text in texts.items():

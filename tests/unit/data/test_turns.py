@@ -3,6 +3,7 @@
 import copy
 import datetime
 import json
+import random
 
 import pytest
 
@@ -10,8 +11,10 @@ from speft_ds.config.data_config import DataConfig
 from speft_ds.data.conversations import Example
 from speft_ds.data.formats import make_example
 from speft_ds.data.tokenize import Encoder, batches, stop_ids
+from speft_ds.errors import UserError
 from unit.data.chat_templates import CHAT_STYLES
 from unit.data.made import refusal
+from unit.hostile import changed
 
 CALL = {"id": "call12345", "type": "function", "function": {"name": "sum", "arguments": {"a": 2, "b": 2}}}
 TOOL = {"type": "function", "function": {"name": "sum", "parameters": {"type": "object", "properties": {}}}}
@@ -424,3 +427,18 @@ def test_batches_are_bounded_by_their_characters():
     examples = [("here", Example([says("user", "x" * size)], True)) for size in (5, 5, 30, 1, 1, 1)]
     assert [len(batch) for batch in batches(examples, 10)] == [2, 1, 3]
     assert [located for batch in batches(examples, 10) for located in batch] == examples
+
+
+def test_any_conversation_has_rows_or_is_refused_with_its_place(styled):
+    chance, num_refused = random.Random(0), 0
+    good = {"messages": [*THINKING, *CALLS], "tools": [TOOL], "documents": [{"text": "a"}]}
+    source = DataConfig(path="rows.jsonl", format="messages").sources[0]
+    encoders = [Encoder(tokenizer, DataConfig(max_length=4000)) for tokenizer in styled.values()]
+    for number in range(400):
+        try:
+            example = make_example(changed(good, chance), "rows.jsonl:3", source, None, False)
+            encoders[number % len(encoders)].encode([("rows.jsonl:3", example)])
+        except UserError as error:
+            num_refused += 1
+            assert error.where == "rows.jsonl:3" and error.fix
+    assert 100 < num_refused < 380

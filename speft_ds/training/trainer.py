@@ -356,10 +356,12 @@ class Trainer:
         """Those of this rank, where as many ranks wrote the checkpoint. All else draws by seed and step."""
         if self.checkpoint is None or self.checkpoint.manifest["world_size"] != collectives.world_size():
             return
-        own = Parts(self.checkpoint).own(collectives.rank())
-        torch.set_rng_state(own["random_cpu"])
-        if "random_cuda" in own and collectives.device().type == "cuda":
-            torch.cuda.set_rng_state(own["random_cuda"])
+        parts = Parts(self.checkpoint)
+        with parts.refusing(RuntimeError):  # of a state of another size
+            own = parts.own(collectives.rank())
+            torch.set_rng_state(own["random_cpu"])
+            if "random_cuda" in own and collectives.device().type == "cuda":
+                torch.cuda.set_rng_state(own["random_cuda"])
 
     def _manifest(self, done: int, validation_loss: float | None) -> dict:
         """What a checkpoint says of the run."""

@@ -1,7 +1,9 @@
 """Hostile files for tests: values that nobody expects, changes of texts and documents, and what is opened."""
 
 import contextlib
+import json
 import os
+import struct
 import sys
 import time
 from pathlib import Path
@@ -54,6 +56,11 @@ VALUES = [
     {"a": []},
 ]
 WRONG = [*VALUES, *NAMES, "x" * 10_000, [1] * 1000]
+JSON_PIECES = ["[" * 100_000, '{"a":' * 10_000, "9" * 10_000, "-Infinity", "NaN", "1e999", "1e-999"]
+JSON_PIECES += ['"\\ud800"', '"\\u0000"', "\0", "\ufeff", "'", "//", ",", '"a": 1,', "\x1b[2J", "tru"]
+NUMBERS = [0, 1, 7, -1, 2**20, 2**31, 2**32, 2**63, 2**64 - 1, 10**30, 0.5]
+DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "U32", "U64", "C64"]
+DTYPES += ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F128", "f32", ""]
 
 
 def changed(document, chance):
@@ -90,6 +97,66 @@ def mangled(text, chance, pieces):
         else:
             text = text[:start] + chance.choice(pieces) + text[stop:]
     return text
+
+
+def json_text(document, chance):
+    """A document as JSON; one in ten is cut off, or has something in it that is none."""
+    text, how = json.dumps(document), chance.random()
+    if how < 0.05:
+        return text[: chance.randrange(len(text))]
+    return mangled(text, chance, JSON_PIECES) if how < 0.1 else text
+
+
+def hostile_tensors(content, chance):
+    """A safetensors file with another header: lengths, offsets, shapes, dtypes, names, metadata."""
+    (size,) = struct.unpack("<Q", content[:8])
+    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+    one, other = chance.sample(sorted(header.keys() - {"__metadata__"}), 2)
+    part, how, more = header[one], chance.randrange(10), ""
+    if how == 0:
+        part["data_offsets"] = [chance.choice([*NUMBERS, *part["data_offsets"]]) for _ in range(2)]
+    elif how == 1:
+        part["data_offsets"] = header[other]["data_offsets"]  # both of the same bytes, and a hole
+    elif how == 2:
+        part["shape"] = chance.choice([changed(part["shape"], chance), [1, *part["shape"]], [0], NUMBERS[:2]])
+    elif how == 3:
+        part["dtype"] = chance.choice(DTYPES)
+    elif how == 4:
+        header[chance.choice([*NAMES, f"{one}.x", one.rpartition(".")[0]])] = header.pop(one)
+    elif how == 5:
+        header[one], header[other] = header[other], header[one]
+    elif how == 6:
+        more = "," + json.dumps({one: header[other]})[1:-1]  # a name that is there twice
+    elif how == 7:
+        header["__metadata__"] = chance.choice([*WRONG, changed(header.get("__metadata__", {}), chance)])
+    elif how == 8:
+        header = changed(header, chance)
+    else:  # bytes of tensors
+        start = chance.randrange(len(data))
+        return content[: 8 + size] + data[:start] + chance.randbytes(len(data) - start)
+    text = (json_text(header, chance)[:-1] + more + "}").encode(errors="surrogatepass")
+    length = chance.choice(NUMBERS) if chance.random() < 0.1 else len(text)
+    data = chance.choice([data] * 8 + [data[:-1], data + b"\0", b""])
+    return struct.pack("<Q", int(length) % 2**64) + text + data
+
+
+def in_place_of(path):
+    """One after the other: what is no file stands there, or nothing does, and at last the file."""
+    aside = path.with_name("aside")
+    if path.exists():
+        path.rename(aside)
+    makers = [lambda: None, path.mkdir, lambda: os.mkfifo(path)]  # a pipe that nobody writes to
+    makers += [lambda to=to: path.symlink_to(to) for to in ("nowhere", path.name, "/dev/zero", "..", ".")]
+    for make in makers:
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+        make()
+        yield path
+    path.unlink()
+    if aside.exists():
+        aside.rename(path)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,8 @@ from speft_ds.sparse.layout import EntryTable, index_dtype
 from speft_ds.sparse.mask import INDEX_DTYPES, Mask
 from speft_ds.training.checkpoint.folder import Checkpoint, part_name
 
+DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # by safetensors' names
+
 
 @dataclass
 class Snapshot:
@@ -76,6 +78,10 @@ def header_problem(path: Path) -> str | None:
             header = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not iterable
             tables = parse_json((file.metadata() or {})["tables"])
             shapes = {key: view.get_shape() for key, view in header.items()}
+            if odd := [key for key, view in header.items() if view.get_dtype() not in DTYPES]:
+                raise ValueError(f"{odd[0]!r} is {header[odd[0]].get_dtype()}")
+            if odd := [key for key in shapes if key.startswith("shared.") and len(shapes[key]) != 1]:
+                raise ValueError(f"{odd[0]!r} is not flat")
             for table, counts in tables.items():
                 if not all(type(count) is int and count >= 0 for count in counts.values()):
                     raise ValueError(f"{table!r} has no counts of entries")
@@ -161,11 +167,11 @@ class Parts:
             return {name: file.get_tensor(f"own.{name}") for name in _names_below(file, "own")}
 
     @contextmanager
-    def refusing(self) -> Iterator[None]:
+    def refusing(self, *also: type[Exception]) -> Iterator[None]:
         """What is missing, or of another kind than expected, in the block is damage of the checkpoint."""
         try:
             yield
-        except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, *also) as error:
             raise self._damaged(f"{type(error).__name__}: {error}") from error
 
     def _checked(self, name: str, index: Tensor, span: tuple[int, int]) -> Tensor:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ from speft_ds.adapter.apply import check_weights
 from speft_ds.adapter.format import Adapter
 from speft_ds.errors import UserError
 from unit.adapter.samples import write
+from unit.hostile import NUM_HOSTILE, changed, hostile_tensors, in_place_of, json_text, no_hang, only_opens
 
 A, B, HEAD = "layers.0.q.weight", "layers.1.q.weight", "score.weight"
 SHAPES = {A: [64, 32], B: [16, 16]}
@@ -131,6 +133,30 @@ def test_headers_that_were_changed_under_a_right_hash(num_refused, folder):
     assert num_refused(damages) == len(damages)
 
 
+def test_a_thousand_hostile_adapters(folder):
+    """Under the right hash: refused, or entries that fit the weights of a model; nothing else is opened."""
+    chance, facts, good = random.Random(6), (folder / JSON).read_text(), (folder / TENSORS).read_bytes()
+    facts, num_read = json.loads(facts), 0
+    for number in range(NUM_HOSTILE):
+        content = hostile_tensors(good, chance) if number % 4 else good
+        own = changed(facts, chance) if number % 4 == 0 else facts
+        if isinstance(own, dict) and chance.random() < 0.9:
+            own = {**own, "tensors_sha256": hashlib.sha256(content).hexdigest()}
+        (folder / TENSORS).write_bytes(content)
+        (folder / JSON).write_text(json_text(own, chance), encoding="utf-8", errors="surrogatepass")
+        try:
+            with no_hang(), only_opens(folder):
+                entries, _ = read(folder)
+        except UserError as error:
+            assert str(error).encode() and error.where and error.fix
+            continue
+        num_read += 1
+        for name, (index, delta) in entries.items():
+            assert len(index) == len(delta) == 40 and index == sorted(set(index)) and index[0] >= 0
+            assert index[-1] < SHAPES[name][0] * SHAPES[name][1] and all(map(math.isfinite, delta))
+    assert NUM_HOSTILE // 100 < num_read < NUM_HOSTILE // 2
+
+
 def peak_of_this_process():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
@@ -202,20 +228,13 @@ def test_facts_that_are_of_another_kind(num_refused, folder):
     assert num_refused(damages) == len(damages)
 
 
-def replaced(name, make):
-    """A file that `make` puts something in the place of."""
-
-    def damage(copy):
-        (copy / name).unlink()
-        make(copy / name)
-
-    return damage
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_no_file(num_refused, folder, name):
-    makers = [Path.mkdir, Path.touch, os.mkfifo, lambda path: None]  # a pipe that nobody writes to
-    makers += [lambda path, to=to: path.symlink_to(to) for to in ("nowhere", name, "/dev/zero")]
-    assert num_refused(replaced(name, make) for make in makers) == len(makers)
-    as_in_the_hubs_cache = replaced(name, lambda path: path.symlink_to(folder / name))
-    assert num_refused([as_in_the_hubs_cache]) == 0
+    expected, content = read(folder), (folder / name).read_bytes()
+    for _ in in_place_of(folder / name):
+        with pytest.raises(UserError), no_hang():
+            read(folder)
+    assert num_refused([rewritten(name, lambda content: b"")]) == 1
+    (folder / name).rename(folder / "blob")  # as in the hub's cache
+    (folder / name).symlink_to("blob")
+    assert read(folder) == expected and (folder / "blob").read_bytes() == content

@@ -96,7 +96,7 @@ def card_text(
 def hyperparameters(recipe: Any) -> list[tuple[str, Any]]:
     """(what, value) of the main ones of a nested recipe; without those that are not set, or switched off."""
     found = [(what, _of_recipe({"recipe": recipe}, *key.split("."))) for key, what in HYPERPARAMETERS.items()]
-    return [(what, value) for what, value in found if value not in (None, "none", False)]
+    return [(what, value) for what, value in found if value not in (None, "none") and value is not False]
 
 
 def data_names(recipe: Any) -> list[str]:

@@ -12,7 +12,8 @@ from speft_ds.data.row_counts import in_words
 from speft_ds.env import log_rank0
 from speft_ds.evaluation.scores import card_scores
 from speft_ds.model.dtype import agree_on_dtype
-from speft_ds.report.page import print_summary, write_report
+from speft_ds.report.page import write_report
+from speft_ds.report.summary import print_summary
 from speft_ds.training.checkpoint.resume import Start, open_folder, resume_hint, verified_start
 from speft_ds.training.checks import check_space
 from speft_ds.training.run_dir import check_output_dir, read_facts, run_facts, write_facts
@@ -37,14 +38,17 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
     recipe = agree_on_date(agree_on_dtype(recipe, start.dtype), start.date)
     if start.state == "new":
         collectives.run_on_rank0(lambda: check_output_dir(recipe))
+    starting = time.perf_counter() - began
     trainer = Trainer(recipe, start)
+    trainer.timings["start"] = starting
     num_ranks = collectives.world_size()
     log_rank0(f"{recipe.name}: {len(trainer.rows):,} rows, {trainer.num_steps} steps, {num_ranks} rank(s)")
     hint = "; speft data --left-out names those left out" if trainer.row_counts["left_out"] else ""
     log_rank0(in_words(trainer.row_counts) + hint)
-    lock = collectives.run_on_rank0(lambda: open_folder(recipe, start))  # noqa: F841 - held by rank 0
-    trainer.run_id = collectives.broadcast_object(read_facts(folder).get("run_id"))
-    check_space(trainer.context, trainer.num_steps)
+    with trainer.timings.stage("start"):
+        lock = collectives.run_on_rank0(lambda: open_folder(recipe, start))  # noqa: F841 - held by rank 0
+        trainer.run_id = collectives.broadcast_object(read_facts(folder).get("run_id"))
+        check_space(trainer.context, trainer.num_steps)
 
     if start.checkpoint is None:
         trainer.evaluate("before")

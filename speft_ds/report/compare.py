@@ -12,7 +12,7 @@ from typing import Any
 
 from speft_ds.errors import UserError
 from speft_ds.evaluation.scores import CLEAR, Score, in_text
-from speft_ds.report.page import smoothed
+from speft_ds.report.page import FROM_ZERO, head, smoothed
 from speft_ds.report.plots import Curve, curves
 from speft_ds.report.render import Picture, write_pages
 from speft_ds.report.run import NUM_WARMUP, RunFolder, is_number, is_run, read_run
@@ -24,8 +24,8 @@ SCORED_ALIKE = {"num_fewshot", "limit", "chat_template", "lm_eval"}  # else scor
 MAX_NAME = 100
 MAX_TASKS = 5  # that the verdict names
 CURVES = {
-    "loss": "loss, mean of the last 4% of the steps",
-    "validation_loss": "validation loss (nats per label token)",
+    "loss": "loss",
+    "validation_loss": "validation loss",
     "grad_norm": "gradient norm",
     "tokens_per_s": "tokens/s",
     "peak_memory_gib": "GiB on rank 0",
@@ -37,6 +37,7 @@ class Group:
     """Runs of one recipe on one base, with several seeds or one."""
 
     label: str  # the name of its first run, and how many there are
+    names: Sequence[str]  # of its runs: as much of their folders as tells them from the others
     runs: Sequence[RunFolder]
     recipe: dict[str, Any]  # by dotted key, without the keys in which its runs may differ
 
@@ -152,7 +153,7 @@ def grouped(runs: Sequence[RunFolder]) -> list[Group]:
     groups = []
     for named in members.values():
         own = [run for _, run in named]
-        group = Group(named[0][0], own, dict(_flat(own[0].recipe)))
+        group = Group(named[0][0], [name for name, _ in named], own, dict(_flat(own[0].recipe)))
         groups.append(replace(group, label=group.label + _how_many(len(own), group.num_seeds)))
     return groups
 
@@ -180,9 +181,10 @@ def context_of(groups: Sequence[Group]) -> dict[str, Any]:
     # Of all main scores after training, groups of tasks first.
     tasks = {score.key: score for file in reversed(scored) for score in file.main_scores()}
     losses = [(mean(values), group.label) for group in groups if (values := group.values(_lowest_validation))]
-    notes = [f"{run.folder}: {problem}" for run in runs for problem in run.problems]
-    notes += [f"{run.folder}: {note}" for run in runs for note in run.evaluations.notes]
-    notes += [f"{run.folder}: the run is not finished" for run in runs if not run.is_finished]
+    heads = [dict(head(run)) for run in runs]
+    common = [pair for pair in heads[0].items() if all(pair in each.items() for each in heads)]
+    known = dict.fromkeys(what for each in heads for what in each if what != "command line")
+    origin = [what for what in known if what not in dict(common)]
     keys = dict.fromkeys(key for group in groups for key in group.recipe)
     settings = [(key, *(_setting(group, key) for group in groups)) for key in keys]
     return {
@@ -190,7 +192,7 @@ def context_of(groups: Sequence[Group]) -> dict[str, Any]:
         "best": [(score.name, *_ranked(groups, score)) for score in list(tasks.values())[:MAX_TASKS]],
         "clear": CLEAR,
         "lowest_validation_loss": min(losses) if len(losses) > 1 else None,
-        "notes": notes + _unlike(runs),
+        "notes": _notes(runs) + _unlike(runs),
         "figures": [],
         "pictures": _curves(groups),
         "labels": [group.label for group in groups],
@@ -201,11 +203,29 @@ def context_of(groups: Sequence[Group]) -> dict[str, Any]:
         "costs": [
             (what, *(_mean_text(group.values(of), text) for group in groups)) for what, of, text in COSTS
         ],
+        "head": common,
+        "origin": origin,
         "runs": [
-            (g.label, r.folder, str(r.setting("seed")), r.num_ranks or None) for g in groups for r in g.runs
+            (name, run.folder, str(run.setting("seed")), run.num_ranks or None, *map(each.get, origin))
+            for (name, run), each in zip(_named(groups), heads, strict=True)
         ],
         "num_warmup": NUM_WARMUP,
     }
+
+
+def _named(groups: Sequence[Group]) -> list[tuple[str, RunFolder]]:
+    """The runs of all groups, by name."""
+    return [pair for group in groups for pair in zip(group.names, group.runs, strict=True)]
+
+
+def _notes(runs: Sequence[RunFolder]) -> list[str]:
+    """What is to be known of the runs, once for all that it is true of."""
+    folders: dict[str, list[str]] = {}
+    for run in runs:
+        not_finished = [] if run.is_finished else ["the run is not finished"]
+        for note in (*run.problems, *run.evaluations.notes, *not_finished):
+            folders.setdefault(note, []).append(str(run.folder))
+    return [f"{', '.join(where)}: {note}" for note, where in folders.items()]
 
 
 def _setting(group: Group, key: str) -> str:
@@ -279,16 +299,17 @@ COSTS: list[tuple[str, Callable[[RunFolder], float | None], Callable[[float], st
 
 
 def _curves(groups: Sequence[Group]) -> dict[str, Picture]:
-    """One picture per quantity, a colour per group, a line per run."""
+    """One picture per quantity, a colour per group, dashes and a name per run."""
     pictures = {}
     for key, what in CURVES.items():
         lines = []
         for colour, group in enumerate(groups):
-            for number, run in enumerate(group.runs):
+            for dash, (name, run) in enumerate(zip(group.names, group.runs, strict=True)):
                 steps, values = run.series(key)
                 values = smoothed(values) if key == "loss" else values
-                lines += [Curve("" if number else group.label, steps, values, colour)] if values else []
+                lines += [Curve(name, steps, values, colour, dash)] if values else []
         if lines:
-            labels = ", ".join(line.label for line in lines if line.label)
-            pictures[f"{key}.svg"] = Picture(curves(lines, what), f"{what} over steps: {labels}")
+            alt = f"{what} over steps: {', '.join(line.label for line in lines)}"
+            drawn = curves(lines, what, from_zero=key in FROM_ZERO)
+            pictures[f"{key}.svg"] = Picture(drawn, alt, is_small=True)
     return pictures

@@ -1,4 +1,4 @@
-"""The report of one run, a pure function of its folder, and its key figures as a table for the terminal."""
+"""The report of one run, a pure function of its folder."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from statistics import median
 from typing import Any
 
 import yaml
-from rich.table import Table
 
+from speft_ds.adapter.card import data_names, hyperparameters
 from speft_ds.adapter.format import Adapter
 from speft_ds.adapter.inspect import mask_counts
 from speft_ds.config.load_recipe import as_override
 from speft_ds.config.mask_config import MASK_FILE
 from speft_ds.errors import UserError, shell
+from speft_ds.evaluation.samples import MAX_TEXT, read_answers
 from speft_ds.evaluation.scores import CLEAR, Evaluations, Score, ScoreChange, in_text
-from speft_ds.report.plots import HALF, Curve, bars, curves, mask_heat_map, running_mean
+from speft_ds.hub import public_name
+from speft_ds.report.plots import Curve, bars, curves, mask_heat_map, running_mean
 from speft_ds.report.render import Picture, write_pages
 from speft_ds.report.run import ADAPTER, NUM_WARMUP, RunFolder, look_up, numbers, read_run, size_of
-from speft_ds.report.tables import duration, in_bytes, plain
+from speft_ds.report.summary import STAGES, WITHIN, key_figures, seconds_by_stage
+from speft_ds.report.tables import in_bytes
 from speft_ds.sparse.mask import read_mask
-from speft_ds.terminal import Console
 from speft_ds.training.run_dir import RECIPE
+from speft_ds.untrusted import without_folders
 
 Rows = list[tuple[Any, ...]]  # of tables; a dash stands for None
 
@@ -35,32 +38,8 @@ SMALL = {
     "peak_memory_gib": ("GiB on rank 0", "the highest memory of rank 0 so far, since training began"),
     "accuracy": ("accuracy", "the share of the global batch that the classifier got right"),
 }
-STAGES = {
-    "tasks": "checking the tasks",
-    "data": "reading and tokenizing rows",
-    "model": "loading the model",
-    "eval_before": "scoring before training",
-    "salience": "scoring the weights",
-    "selection": "selecting the mask",
-    "resume": "loading the checkpoint",
-    "training": "training",
-    "validation": "validation loss (within training)",
-    "slices": "scoring slices (within training)",
-    "checkpoints": "writing checkpoints (within training)",
-    "save": "writing the adapter",
-    "eval_after": "scoring after training",
-    "other": "all else",
-}
-MIN_SHARE = 0.02  # of the total, for a stage that the table at the end names
-WITHIN = ("validation", "slices", "checkpoints")
-FILES = {
-    "report.html": "all of this, memory by kind, traffic and curves, for a browser",
-    "adapter/": "the trained entries; apply them with speft_ds.apply_adapter(model, path)",
-    "eval/": "scores before and after",
-    "metrics.jsonl": "one line per step",
-    "run.json": "versions, mask, base, timings",
-    "recipe.yaml": "the recipe with every default filled in",
-}
+FROM_ZERO = ("tokens_per_s", "peak_memory_gib", "lr")  # axes
+MAX_TASKS = 3  # of which documents are shown
 
 
 def write_report(folder: Path, output: Path | None = None) -> list[Path]:
@@ -84,6 +63,7 @@ def context_of(run: RunFolder) -> dict[str, Any]:
     keys = list(changes[-1]) if changes else []
     return {
         "title": f"Run {run.name}",
+        "head": head(run),
         "notes": [*run.problems, *run.evaluations.notes],
         "figures": key_figures(run, max_scores=2)[:6],
         "pictures": {**_curves(run), **heat_map, **_stages(run)},
@@ -94,6 +74,8 @@ def context_of(run: RunFolder) -> dict[str, Any]:
         "clear": f"{CLEAR:g}",
         **_prompting(run.evaluations),
         "perplexities": _perplexities(run.evaluations),
+        **_answers(run),
+        "hyperparameters": hyperparameters(run.recipe),
         "spreads": spreads,
         "formats": formats,
         "mean_size": _mean_size(run.series("loss")[1]),
@@ -101,86 +83,70 @@ def context_of(run: RunFolder) -> dict[str, Any]:
         "mask_changes": [[change.get(key) for key in keys] for change in changes],
         "num_warmup": NUM_WARMUP,
         "checkpoints": [(c.path.name, in_bytes(size_of(c.path))) for c in run.checkpoints],
-        "starts": [(start["step"], start.get("world_size")) for start in run.starts],
+        "starts": [
+            (start["step"], start.get("world_size"), look_up(start, "date", ""), _command(start))
+            for start in run.starts
+        ],
         "commands": _commands(run),
         "recipe": yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True) if run.recipe else "",
     }
 
 
-def print_summary(folder: Path) -> None:
-    """Print the key figures of a run, and where everything lies.
+def head(run: RunFolder) -> list[tuple[str, str]]:
+    """(what, which) of model, data, recipe, date, machine, command line and commit, as far as they are known.
 
-    Raises:
-        UserError: the folder is not a run folder.
+    Of paths of the machine, only their last parts.
     """
-    run = read_run(folder)
-    table = Table(title=plain(str(folder)), show_header=False)
-    for row in key_figures(run):
-        table.add_row(*map(plain, row))
-    console = Console()
-    console.print(table)
-    for note in (*run.evaluations.problems, *run.evaluations.notes):
-        console.print(plain(f"  note: {note}"), soft_wrap=True)
-    for name, what in FILES.items():
-        if (folder / name).exists():
-            console.print(f"  {folder / name}  {what}", highlight=False, soft_wrap=True)
+    base = run.fact("base.name_or_path", "") or run.setting("model.name_or_path", "")
+    rows, start = run.fact("data.rows", 0), run.starts[0] if run.starts else {}
+    processor = run.fact("machine.gpu", "") or run.fact("machine.cpu", "")
+    cores = run.fact("machine.num_cores", 0)
+    machine = [processor, f"{cores} cores" if cores else "", f"{run.num_ranks} rank(s)" * bool(run.num_ranks)]
+    commits = look_up(start, "commits", {})
+    known = {
+        "model": public_name(base),
+        "data": ", ".join([*data_names(run.recipe), *([f"{rows:,} rows"] if rows else [])]),
+        "recipe": run.fact("recipe", ""),
+        "date": "; again ".join(date for each in run.starts if (date := look_up(each, "date", ""))),
+        "machine": ", ".join(filter(None, machine)),
+        "command line": _command(start),
+        "commit": ", ".join(f"{commit} ({of})" for of, commit in commits.items()),
+    }
+    return [(what, which) for what, which in known.items() if which]
 
 
-def key_figures(run: RunFolder, max_scores: int | None = None) -> list[tuple[str, str, str]]:
-    """(what, number, how it came about), the most important first; what is not known is left out."""
-    rows = []
-    for score in run.evaluations.main_scores()[:max_scores]:
-        old, new = run.evaluations.both(score)
-        if old and new:
-            change = ScoreChange(old, new)
-            how = f"before {old.short}: {change}, {change.verdict_text}"
-            rows.append((score.name, new.short, how))
-        else:
-            rows.append((score.name, str(score), "after training" if new else "before training"))
-    for key, what in (("validation_loss", "validation loss"), ("loss", "training loss")):
-        steps, values = run.series(key)
-        if values:
-            rows.append((what, f"{values[-1]:.4g}", f"at step {steps[-1]:,}; at first {values[0]:.4g}"))
-    if run.step_seconds:
-        speed = f"{run.tokens_per_s:,.0f} tokens/s" if run.tokens_per_s else "in steps"
-        ranks = f", {run.num_ranks} rank(s)" if run.num_ranks else ""
-        rows.append(("training time", duration(run.step_seconds), speed + ranks))
-    return [*rows, *_sizes(run)]
+def _command(start: dict[str, Any]) -> str:
+    """The command line of a start, without folders of the machine."""
+    try:
+        words = shlex.split(look_up(start, "command", ""))
+    except ValueError:
+        return ""
+    return shell(*map(without_folders, words))
 
 
-def _sizes(run: RunFolder) -> list[tuple[str, str, str]]:
-    """Of adapter, mask and head; time by stage; memory."""
-    trained, targets = run.fact("mask.num_trainable", 0), run.fact("mask.num_target_elements", 0)
-    rows = []
-    if run.adapter_bytes:
-        entries = numbers(run.adapter).get("num_entries") or trained
-        each = f"{entries:,} entries, {run.adapter_bytes / entries:.2f} bytes each" if entries else ""
-        rows.append(("adapter", in_bytes(run.adapter_bytes), each))
-    if trained and targets:
-        rows.append(("trained entries", f"{trained:,}", f"of {targets:,} ({trained / targets:.4%})"))
-    if run.fact("data.rows_read", 0):
-        rows.append(_rows_trained(run))
-    if head := run.fact("head", 0):
-        rows.append(("fully trained head", f"{head:,}", "weights"))
-    if changes := run.fact("mask.changes", []):
-        overlap = look_up(changes[-1], "overlap_with_first", 0.0)
-        rows.append(
-            ("mask changes", f"{len(changes)}", f"overlap of the last mask with the first {overlap:.1%}")
-        )
-    if total := run.fact("timings_s.total", 0):
-        rows.append(("total time", duration(total), "of the last start"))
-        stages = _seconds_by_stage(run, MIN_SHARE).items()
-        rows += [(f"- {name}", duration(seconds), f"{seconds / total:.0%}") for name, seconds in stages]
-    if peak := run.resources[0]:
-        rows.append(("peak memory per rank", in_bytes(peak), "by kind in the report"))
-    return rows
-
-
-def _rows_trained(run: RunFolder) -> tuple[str, str, str]:
-    left_out = [f"{number:,} {why}" for why, number in numbers(run.fact("data.left_out", {})).items()]
-    how = f"of {run.fact('data.rows_read', 0):,} read; left out: {', '.join(left_out) or 'none'}"
-    size = f"{run.fact('data.label_tokens', 0):,} label tokens, {run.fact('data.epochs', 0.0):.3g} epochs"
-    return "training rows", f"{run.fact('data.rows', 0):,}", f"{how}; {size}"
+def _answers(run: RunFolder) -> dict[str, Any]:
+    """Documents before and after training: how many changed, and some of them."""
+    tasks, others = read_answers(run.folder, run.evaluations)
+    counts = [(task.name, sum(task.counts.values()), *task.counts.values()) for task in tasks]
+    shown = []
+    for task in tasks[:MAX_TASKS]:
+        for kind, old, new in task.shown:
+            change = f"{kind}, from {old.value:g} to {new.value:g}"
+            if task.is_right_or_wrong:
+                change = f"{'stayed' if kind == 'same' else 'became'} {'right' if new.value else 'wrong'}"
+            texts = (
+                ("prompt", new.prompt),
+                ("expected", new.expected),
+                ("before", old.answer),
+                ("after", new.answer),
+            )
+            shown.append((f"{task.name}, document {old.document}: {change}", texts))
+    return {
+        "answer_counts": counts,
+        "answers": shown,
+        "without_answers": others,
+        "max_text": MAX_TEXT,
+    }
 
 
 def _before_after(found: Evaluations, scores: Iterable[Score]) -> Rows:
@@ -266,18 +232,20 @@ def _curves(run: RunFolder) -> dict[str, Picture]:
     pictures = {}
     steps, losses = run.series("loss")
     if losses:
-        lines = [Curve("loss", steps, losses, is_faint=True), Curve("loss", steps, smoothed(losses))]
+        is_smoothed = _mean_size(losses) > 1
+        lines = [Curve("loss", steps, losses, is_faint=True)] * is_smoothed
+        lines.append(Curve("loss", steps, smoothed(losses)))
         if run.series("validation_loss")[0]:
             lines.append(Curve("validation loss", *run.series("validation_loss"), 1))
         alt = f"loss over steps, from {losses[0]:.4g} to {losses[-1]:.4g}"
-        pictures["loss.svg"] = Picture(curves(lines, "loss (nats per label token)", restarts), alt)
+        pictures["loss.svg"] = Picture(curves(lines, "loss", restarts), alt, is_small=True)
     for key, (axis, meaning) in SMALL.items():
         if run.series(key)[0]:
-            drawn = curves([Curve("", *run.series(key))], axis, restarts, HALF)
+            drawn = curves([Curve("", *run.series(key))], axis, restarts, key in FROM_ZERO)
             pictures[f"{key}.svg"] = Picture(drawn, f"{axis} over steps: {meaning}", is_small=True)
     if lines := _scores_while_training(run):
         alt = f"scores over steps: {', '.join(line.label for line in lines)}"
-        pictures["scores.svg"] = Picture(curves(lines, "score"), alt)
+        pictures["scores.svg"] = Picture(curves(lines, "score"), alt, is_small=True)
     return pictures
 
 
@@ -292,23 +260,14 @@ def _scores_while_training(run: RunFolder) -> list[Curve]:
     return lines
 
 
-def _seconds_by_stage(run: RunFolder, min_share: float) -> dict[str, float]:
-    """Seconds of the last start, the longest stage first, without those below a share of the total."""
-    timings = numbers(run.fact("timings_s"))
-    if total := timings.pop("total", 0.0):
-        known = sum(seconds for stage, seconds in timings.items() if stage not in WITHIN)
-        timings["other"] = max(total - known, 0.0)
-    shown = {STAGES.get(stage, stage): s for stage, s in timings.items() if s >= min_share * total}
-    return dict(sorted(shown.items(), key=lambda pair: -pair[1]))
-
-
 def _stages(run: RunFolder) -> dict[str, Picture]:
     """Seconds by stage, the longest first."""
-    shown = _seconds_by_stage(run, min_share=0.001)
+    shown = seconds_by_stage(run, min_share=0.001)
     if not shown:
         return {}
     alt = "seconds by stage: " + ", ".join(f"{name} {_seconds(value)}" for name, value in shown.items())
-    return {"time.svg": Picture(bars(list(shown), list(shown.values()), "seconds", _seconds), alt)}
+    faint = [STAGES[stage] for stage in WITHIN]
+    return {"time.svg": Picture(bars(list(shown), list(shown.values()), "seconds", _seconds, faint), alt)}
 
 
 def _seconds(value: float) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -36,7 +36,9 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-WIDE, HALF = (7.2, 3.2), (4.8, 2.6)  # inches
+WIDTH, HEIGHT = 4.8, 2.6  # inches, of curves: legible on a telephone, and two beside each other elsewhere
+DASHES = ("-", "--", ":", "-.")
+NO_ENTRY, NO_WEIGHT = "#444444", "#d3d3d3"  # cells of 0, and of what is not there
 LARGEST = 40.0  # inches
 MAX_VALUES = 48  # rows or columns up to which every cell of a heat map shows its value
 MAX_TICKS = 50
@@ -44,56 +46,82 @@ MAX_TICKS = 50
 
 @dataclass(frozen=True)
 class Curve:
-    """Values at steps; a faint line is thin and not in the legend, nor is one without a label."""
+    """Values at steps; a faint line is thin and not in the legend, nor is one without a label.
+
+    Once the colours are used up, or by `dash`, lines are dashed.
+    """
 
     label: str
     steps: Sequence[int]
     values: Sequence[float]
     colour: int = 0
+    dash: int = 0
     is_faint: bool = False
 
 
-def curves(
-    lines: Sequence[Curve], what: str, restarts: Sequence[int] = (), size: tuple[float, float] = WIDE
-) -> bytes:
-    """Lines over steps, as SVG; a vertical line at each step after which the run was started again."""
+def curves(lines: Sequence[Curve], what: str, restarts: Sequence[int] = (), from_zero: bool = False) -> bytes:
+    """Lines over steps, as SVG; a vertical line at each step after which the run was started again.
+
+    More than two are named below the axes, which a legend inside would cover.
+    """
+    labels = [line.label for line in lines if line.label and not line.is_faint]
+    is_below = len(labels) > 2
 
     def draw(axes: Axes) -> None:
         for line in lines:
             style = {"linewidth": 0.8, "alpha": 0.35} if line.is_faint else {"linewidth": 1.7}
-            if len(line.steps) <= 40 and not line.is_faint:
+            if len(line.steps) <= 40 and not line.is_faint and not line.dash:
                 style |= {"marker": "o", "markersize": 3}
             label = "_" if line.is_faint or not line.label else line.label
-            colour = COLOURS[line.colour % len(COLOURS)]
-            axes.plot(line.steps, line.values, color=colour, label=label, **style)
+            rounds, colour = divmod(line.colour, len(COLOURS))
+            style["linestyle"] = DASHES[(rounds + line.dash) % len(DASHES)]
+            axes.plot(line.steps, line.values, color=COLOURS[colour], label=label, **style)
         for step in restarts:
             axes.axvline(step, color=INK, linewidth=0.8, linestyle=":", alpha=0.6)
-        if axes.get_legend_handles_labels()[0]:
+        if is_below:
+            columns = 2 if max(map(len, labels)) < 30 else 1
+            axes.figure.legend(
+                loc="outside lower left", frameon=False, ncols=columns, fontsize=8, handlelength=3
+            )
+        elif labels:
             axes.legend(frameon=False)
         axes.set(xlabel="step", ylabel=what)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.margins(x=0.01)
+        if from_zero:
+            axes.set_ylim(0, 1.1 * max((value for line in lines for value in line.values), default=0) or 1)
 
-    return _draw(*size, draw)
+    return _draw(WIDTH, HEIGHT + 0.1 * len(labels) * is_below, draw)
 
 
-def bars(names: Sequence[str], values: Sequence[float], what: str, text: Callable[[float], str]) -> bytes:
-    """Horizontal bars, the first on top, each with its value, as SVG."""
+def bars(
+    names: Sequence[str],
+    values: Sequence[float],
+    what: str,
+    text: Callable[[float], str],
+    faint: Collection[str] = (),
+) -> bytes:
+    """Horizontal bars, the first on top, each with its value, as SVG; some of them `faint`, by name."""
 
     def draw(axes: Axes) -> None:
         drawn = axes.barh(range(len(names)), values, color=COLOURS[0], height=0.65)
+        for name, bar in zip(names, drawn, strict=True):
+            bar.set_alpha(0.45 if name in faint else 1.0)
         axes.bar_label(drawn, [text(value) for value in values], padding=4, size=8)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
-        axes.margins(x=0.16)
+        axes.margins(x=0.2)
         axes.set(xlabel=what)
         axes.grid(False, axis="y")
 
-    return _draw(WIDE[0], 0.9 + 0.27 * len(names), draw)
+    return _draw(WIDTH, 0.9 + 0.24 * len(names), draw)
 
 
 def mask_heat_map(mask: Mask, title: str, kind: Literal["png", "svg"] = "png") -> bytes:
-    """The density of a mask by decoder layer (rows) and module (columns); grey where there is none."""
+    """The density of a mask by decoder layer (rows) and module (columns) of every target.
+
+    Dark grey: a target without entries; light grey: no such weight.
+    """
     layers, modules, cells = density_table(mask)
     percent = [[math.nan if cell is None else 100 * cell[0] / cell[1] for cell in row] for row in cells]
     highest = max(value for row in percent for value in row if not math.isnan(value))
@@ -106,7 +134,7 @@ def mask_heat_map(mask: Mask, title: str, kind: Literal["png", "svg"] = "png") -
         _label(axes.xaxis, short_modules(modules))
 
     row_height = 0.21 if len(layers) <= MAX_VALUES else 0.14
-    width, height = 2.6 + 0.65 * len(modules), 1.8 + row_height * len(layers)
+    width, height = 1.6 + 0.44 * len(modules), 1.8 + row_height * len(layers)
     return _draw(max(width, 4.0), max(height, 3.0), draw, kind)
 
 
@@ -155,11 +183,14 @@ def _heat_map(
     axes: Axes, values: Sequence[Sequence[float]], highest: float, text: Callable[[float], str], what: str
 ) -> None:
     """Cells coloured from 0 to `highest`, with their values where these are legible, and a colour bar."""
-    # Without interpolation: SVG holds one pixel per cell.
-    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0.0, vmax=highest, interpolation="none")
-    axes.set_facecolor("lightgrey")  # seen where a value is NaN
+    from matplotlib import colormaps
+
+    colours = colormaps["viridis"].with_extremes(under=NO_ENTRY, bad=NO_WEIGHT)
+    # Without interpolation: SVG holds one pixel per cell. The range begins just above 0, which is below it.
+    limits = {"vmin": 1e-9 * highest, "vmax": highest}
+    image = axes.imshow(values, aspect="auto", cmap=colours, interpolation="none", **limits)
     axes.grid(False)
-    axes.figure.colorbar(image, label=what, aspect=30)
+    axes.figure.colorbar(image, label=what, aspect=40, pad=0.02)
     if max(len(values), len(values[0])) > MAX_VALUES:
         return
     for row, line in enumerate(values):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from base64 import b64encode
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +29,12 @@ class Picture:
     content: bytes
     alt: str  # what it shows, for readers who cannot see it
     is_small: bool = False  # two of them fit beside each other
+
+    @property
+    def width(self) -> int:
+        """Of its own, in pixels: it is shown a little larger, or narrower where there is little room."""
+        points = re.search(rb'<svg[^>]* width="([\d.]+)pt"', self.content)
+        return round(float(points[1]) * 4 / 3) if points else 0
 
     @property
     def address(self) -> str:

@@ -89,9 +89,9 @@ class Trainer:
         self.evaluation = None
         jobs = jobs_of(recipe.eval, "before") + jobs_of(recipe.eval, "after") or slice_jobs(recipe.eval)
         if jobs:
-            from speft_ds.evaluation.runner import EvalRunner  # late: lm-eval takes its time
-
             with self.timings.stage("tasks"):  # an unknown task should not wait for the end of training
+                from speft_ds.evaluation.runner import EvalRunner  # late: lm-eval takes its time
+
                 self.evaluation = EvalRunner(recipe, jobs)
         with self.timings.stage("data"):
             data = load_data(recipe, needs_training=True, needs_calibration=True)
@@ -173,7 +173,8 @@ class Trainer:
             f"mask: {mask.num_trainable:,} of {mask.num_target_elements:,} entries "
             f"(density {mask.density:.4%}) {source}, sha256 {mask.sha256[:12]}"
         )
-        self.schedule = self._make_schedule(mask)
+        with self.timings.stage("state"):
+            self.schedule = self._make_schedule(mask)
         backends = Counter(self.gradient.backends.values()).most_common()
         parts = [f"{name} ({count} weights)" for name, count in backends]
         log_rank0(

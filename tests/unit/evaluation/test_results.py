@@ -1,6 +1,8 @@
 """Scores from real results of lm-eval, and score files: which of them still hold."""
 
+import copy
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,8 @@ from lm_eval.api.model import LM
 from speft_ds.config.recipe import Recipe
 from speft_ds.evaluation.eval_jobs import EvalJob, jobs_of
 from speft_ds.evaluation.results import Scored, asked, check_scores, keep_scores, scores_of, still_to_score
-from speft_ds.evaluation.scores import ScoreFile
+from speft_ds.evaluation.samples import MAX_TEXT, read_answers
+from speft_ds.evaluation.scores import Evaluations, Score, ScoreFile, read_evaluations
 from speft_ds.evaluation.tasks import find_tasks
 
 
@@ -134,3 +137,97 @@ def test_documents_of_an_earlier_evaluation_do_not_stay(scored):
     keep_scores(scored.folder, Scored(file, {"samples": {"other": []}}), recipe_with().eval)
     assert [path.name for path in (scored.folder / "before").iterdir()] == ["other.jsonl"]
     assert json.loads((scored.folder / "before.json").read_text()) == file.model_dump()
+
+
+# Documents
+
+
+def document(number, value, answer="an answer", **changes):
+    """A line as lm-eval writes it of a task that generates."""
+    known = {"doc_id": number, "filter": "none", "metrics": ["acc"], "doc_hash": f"hash of {number}"}
+    texts = {"target": "expected", "arguments": [["a prompt", {"until": []}]], "resps": [[answer]]}
+    return {**known, **texts, "acc": value, **changes}
+
+
+def kept(run, before, after, task="quiz", **score):
+    """The answers that can be read of a run with these documents of a task, dicts or raw lines."""
+    for label, model, lines in (("before", "base", before), ("after", "tuned", after)):
+        scores = [Score(task=task, metric="acc", value=0.5, **score)]
+        file = ScoreFile(label=label, model=model, kind="main", scores=scores)
+        keep_scores(run / "eval", Scored(file, {"samples": {"quiz": []}}), recipe_with().eval)
+        raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+        (run / "eval" / label / "quiz.jsonl").write_bytes(b"\n".join(raw))
+    return read_answers(run, read_evaluations(run))
+
+
+def test_answers_of_real_results_before_and_after(results, tmp_path):
+    """Against a plain count; a model that answers all anew flips every document that has a right or wrong."""
+    flipped = copy.deepcopy(results)
+    for row in flipped["samples"]["tiny_letters"]:
+        row["acc"] = 1 - row["acc"]
+    for label, model, found in (("before", "base", results), ("after", "tuned", flipped)):
+        file = ScoreFile(label=label, model=model, kind="main", scores=scores_of(found))
+        keep_scores(tmp_path / "eval", Scored(file, found), recipe_with().eval)
+    tasks, others = read_answers(tmp_path, read_evaluations(tmp_path))
+    assert others == [] and tasks[0].name == "tiny_letters acc"
+    right = sum(row["acc"] for row in results["samples"]["tiny_letters"])
+    assert tasks[0].counts == {"better": 10 - right, "worse": right, "same": 0} and 0 < right < 10
+    assert all(sum(task.counts.values()) == 10 for task in tasks)
+    (_, even, _), (_, odd, _) = [each for each in tasks[0].shown if each[1].document in (0, 1)]
+    assert {even.answer, odd.answer} == {"a", "b"} and even.expected == "a"  # the likeliest of the choices
+    assert even.prompt.endswith("Answer:") and "say ant" in {even.document: even, odd.document: odd}[0].prompt
+    generated = next(task for task in tasks if task.name.startswith("tiny_generate"))
+    assert generated.shown[0][1].expected == "ant 0" and generated.shown[0][2].answer == ""
+
+
+def test_few_documents_of_each_kind_are_shown_and_all_are_counted(tmp_path):
+    values = [(0, 1)] * 5 + [(1, 0)] * 3 + [(1, 1)] * 4
+    before, after = ([document(n, pair[side]) for n, pair in enumerate(values)] for side in (0, 1))
+    (task,), _ = kept(tmp_path, before, after)
+    assert task.counts == {"better": 5, "worse": 3, "same": 4} and task.is_right_or_wrong
+    assert [(kind, old.document) for kind, old, _ in task.shown] == [
+        ("better", 0), ("better", 1), ("worse", 5), ("worse", 6), ("same", 8),
+    ]  # fmt: skip
+    (task,), _ = kept(tmp_path, before, after, higher_is_better=False)
+    assert task.counts == {"better": 3, "worse": 5, "same": 4}
+    (task,), _ = kept(tmp_path, [document(0, 0.25)], [document(0, 0.5)])
+    assert task.counts["better"] == 1 and not task.is_right_or_wrong
+
+
+def test_texts_are_cut(tmp_path):
+    long = document(0, 0, "x" * 10_000, arguments=[["y" * 10_000 + "?", {}]], target="z" * 10_000)
+    (task,), _ = kept(tmp_path, [long], [document(0, 1)])
+    _, before, _ = task.shown[0]
+    assert before.prompt.endswith("y?") and before.answer.startswith("x") and before.expected.startswith("z")
+    assert max(map(len, (before.prompt, before.answer, before.expected))) <= MAX_TEXT + 2
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b"", b"{", b"[1]", b"\x00\xff", b'{"a": ' * 2000, b'"' + b"x" * (2**20 + 9) + b'"',
+        document(1, None), document(1, [0.5, 3]), document(1, "1"), document(1, 10**400), document(True, 1),
+        document([], 1), document(1, 1, filter="other"), document(1, 1, doc_hash="of another"),
+        document(1, 1, arguments=7, resps={}, target=None, doc_hash=None), {},
+    ],
+)  # fmt: skip
+def test_odd_documents_are_left_out(tmp_path, odd):
+    """Of a task, and with them no other: what is there before and after is compared."""
+    good = [document(0, 0), document(2, 0)]
+    (task,), _ = kept(tmp_path, [good[0], document(1, 0), good[1]], [good[0], odd, good[1]])
+    assert sum(task.counts.values()) == 2
+
+
+def test_documents_are_read_from_the_run_alone(tmp_path):
+    secret = tmp_path / "secret.jsonl"
+    for task in ("../../../secret", str(secret.with_suffix("")), "sub/quiz", ".."):
+        secret.write_text(json.dumps(document(0, 1)))
+        tasks, others = kept(tmp_path / "run", [document(0, 0)], [document(0, 1)], task=task)
+        assert tasks == [] and others == [f"{task} acc"]
+    run = tmp_path / "run"
+    (run / "eval" / "after" / "quiz.jsonl").unlink()
+    os.mkfifo(run / "eval" / "after" / "quiz.jsonl")  # a pipe would keep us waiting
+    score = Score(task="quiz", metric="acc", value=0.5)
+    file = ScoreFile(label="after", model="tuned", kind="main", scores=[score])
+    found = Evaluations([file.model_copy(update={"label": "before", "model": "base"}), file], [])
+    assert read_answers(run, found) == ([], ["quiz acc"])

@@ -12,7 +12,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.rows, self.text, self.open = [], [], "", []
+        self.tags, self.rows, self.pairs, self.text, self.open = [], [], [], "", []
         self.feed(text)
         assert self.open == []
 
@@ -23,6 +23,8 @@ class Page(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
+        if tag == "dt":
+            self.pairs.append(["", ""])
 
     def handle_endtag(self, tag):
         assert tag in VOID or self.open.pop() == tag
@@ -31,6 +33,8 @@ class Page(HTMLParser):
         self.text += data
         if self.open and self.open[-1] in ("td", "th"):
             self.rows[-1][-1] += data
+        if self.open and self.open[-1] in ("dt", "dd"):
+            self.pairs[-1][self.open[-1] == "dd"] += data
 
     def row(self, name, number=0):
         """The cells beside the `number`-th row of this name."""

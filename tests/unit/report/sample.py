@@ -57,6 +57,15 @@ def evaluations(gain=0.2):
     return files
 
 
+def answers(model):
+    """Documents of json_task: one becomes right, one wrong, one stays wrong. The file of each label."""
+    right = (0, 1, 0) if model == "base" else (1, 0, 0)
+    for number, value in enumerate(right):
+        texts = {"arguments": [[f"question {number}", {}]], "target": f"target {number}"}
+        answer = {"resps": [[f"{model} says {number}"]], "doc_hash": f"hash {number}"}
+        yield {"doc_id": number, "filter": "strict-match", "exact_match": value, **texts, **answer}
+
+
 def metrics(seed=0, num_steps=NUM_STEPS):
     """One line per step, with everything that a line may have."""
     draw = random.Random(seed)
@@ -83,7 +92,15 @@ def facts(**changes):
     rows = {name: rows * columns for name, (rows, columns) in shapes().items()}
     return {
         "run_id": "mine", "finished": True,
-        "starts": [{"step": 0, "world_size": 2}, {"step": 20, "world_size": 1}],
+        "recipe": "mine",
+        "starts": [
+            {
+                "step": 0, "world_size": 2,
+                "date": "2026-01-02 03:04 UTC", "commits": {"speft_ds": "abc-dirty"},
+                "command": "launch/train.py --recipe mine data.path=/home/me/rows.jsonl 'x=a b'",
+            },
+            {"step": 20, "world_size": 1, "date": "2026-01-03 03:04 UTC"},
+        ],
         "versions": {"python": "3.11.7", "speft_ds": "0.1.0", "torch": "2.13.0", "lm_eval": "0.4.13"},
         "machine": {"device": "cpu", "cpu": "AMD EPYC", "num_cores": 2, "gpu": None},
         "world_size": 2, "global_batch": 16, "micro_batch": 4, "num_steps": NUM_STEPS,
@@ -160,6 +177,10 @@ def make_run(folder, *overrides, gain=0.2, seed=0, **changes):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics(seed)))
     for name, document in evaluations(gain).items():
         write_json(folder / "eval" / f"{name}.json", document)
+    for label, model in (("before", "base"), ("after", "tuned")):
+        (folder / "eval" / label).mkdir()
+        lines = "".join(json.dumps(line) + "\n" for line in answers(model))
+        (folder / "eval" / label / "json_task.jsonl").write_text(lines)
     make_adapter(folder / "adapter")
     for step in (40, NUM_STEPS):
         save(folder, step, run_id="mine")

@@ -86,6 +86,8 @@ def test_the_comparison_has_scores_keys_and_costs(runs, tmp_path):
         assert page.row("time in steps")[1].startswith(f"{seconds // 60} min {seconds % 60} s")
         assert page.row("training loss")[1] == f"{mean(last):.4g} ({min(last):.4g} to {max(last):.4g})"
         assert len(page.attributes("img", "src")) == 5
+        named = page.attributes("img", "alt")[0].partition(": ")[2]
+        assert named == "grad, snip-0, snip-1, snip-2, dense"  # the legend: every run has its own line
         # The first two are 1 point apart, each with an error of 2.2.
         assert "0.3 standard errors apart, so that is no clear order" in page.text
 

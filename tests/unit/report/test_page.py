@@ -1,15 +1,18 @@
 """The report of one run: its numbers, what it says where something is missing, that files inject nothing."""
 
 import json
+import shlex
 import shutil
 
 import pytest
 import torch
+import yaml
 
 from speft_ds.errors import UserError
-from speft_ds.report.page import context_of, key_figures, print_summary, write_report
+from speft_ds.report.page import context_of, head, write_report
 from speft_ds.report.render import render
 from speft_ds.report.run import read_run
+from speft_ds.report.summary import STAGES, WITHIN, key_figures, print_summary, seconds_by_stage
 from speft_ds.sparse.mask import Mask, save_mask
 from unit.report.reading import page_of, rendered
 from unit.report.sample import NUM_STEPS, evaluation, facts, make_run, metrics, score, write_json
@@ -88,6 +91,64 @@ def test_tables_have_the_numbers_of_the_files(written, finished):
     assert {value for value in page.attributes("td", "class") if value} == {"better", "worse"}
     for how in ("lm_eval 0.4.13", "limit 500", "arc_easy 1.0", "20,000 tokens", "after step 20", ": 30."):
         assert how in page.text, how
+
+
+def test_the_head_says_what_was_run_on_what_and_nothing_of_the_machines_folders(tmp_path):
+    base = {"name_or_path": "/home/me/models/llama"}
+    data = {"path": "~/private/rows.jsonl"}
+    run = make_run(tmp_path / "run", base=base)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "data": {**recipe["data"], **data}}))
+    found = dict(head(read_run(run)))
+    assert found == {
+        "model": "llama",
+        "data": "rows.jsonl, 1,000 rows",
+        "recipe": "mine",
+        "date": "2026-01-02 03:04 UTC; again 2026-01-03 03:04 UTC",
+        "machine": "AMD EPYC, 2 cores, 2 rank(s)",
+        "command line": "launch/train.py --recipe mine data.path=.../rows.jsonl 'x=a b'",
+        "commit": "abc-dirty (speft_ds)",
+    }
+    write_report(run)
+    assert found.items() <= dict(page_of(run).pairs).items()
+    assert all(f"{what}: {which}" in rendered(run).text for what, which in found.items())
+
+
+def test_answers_that_became_right_and_wrong_are_shown(written):
+    page, markdown = page_of(written), rendered(written)
+    for found in (page, markdown):
+        assert ["json_task exact_match (strict-match)", "3", "1", "1", "1"] in found.rows
+        at = 0
+        for number in ("0: became right", "1: became wrong", "2: stayed wrong"):
+            at = found.text.index(f"document {number}", at)
+            for text in ("question", "target", "base says", "tuned says"):
+                at = found.text.index(f"{text} {number[0]}", at)
+    assert ["before", "base says 0"] in page.pairs and ["after", "tuned says 0"] in page.pairs
+
+
+def test_the_main_hyperparameters_are_a_table(written, finished):
+    page, recipe = page_of(written), yaml.safe_load((finished / "recipe.yaml").read_text())
+    for what, value in {
+        "learning rate": recipe["optimizer"]["lr"],
+        "density": recipe["mask"]["density"],
+        "rows per step": recipe["train"]["global_batch"],
+        "steps": NUM_STEPS,
+        "seed": 0,
+    }.items():
+        assert page.row(what) == [f"{value:,}"], what
+    names = [row[0] for row in page.rows]
+    assert "layer gate" not in names  # switched off
+
+
+def test_no_rest_without_a_name_is_large_where_all_stages_are_known(finished):
+    """The parts of training follow it and count once."""
+    run = read_run(finished)
+    shown = seconds_by_stage(run, min_share=0.0)
+    names, inside = list(shown), [STAGES[stage] for stage in WITHIN if STAGES[stage] in shown]
+    at = names.index("training")
+    assert names[at + 1 : at + 3] == inside == ["training: validation loss", "training: checkpoints"]
+    total = sum(seconds for name, seconds in shown.items() if name not in inside)
+    assert total == pytest.approx(run.fact("timings_s.total", 0)) and shown["all else"] < 0.02 * total
 
 
 def test_page_and_markdown_have_the_same_cells_and_pictures(written):
@@ -260,11 +321,15 @@ EVIL = (
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_nothing_that_a_file_says_is_markup(tmp_path, capsys):
-    run = make_run(tmp_path / "a<b>|c`_d_", machine={"device": EVIL, EVIL: EVIL}, versions={EVIL: EVIL})
-    scores = [score(EVIL, 0.5, filter=EVIL, metric=EVIL)]
+    start = {"step": 0, "date": EVIL, "command": shlex.quote(EVIL), "commits": {EVIL: EVIL}}
+    machine = {"device": EVIL, EVIL: EVIL, "cpu": EVIL}
+    run = make_run(tmp_path / "a<b>|c`_d_", machine=machine, versions={EVIL: EVIL}, starts=[start] * 2)
+    scores = [score(EVIL, 0.5, filter=EVIL, metric=EVIL), score("quiz", 0.5)]
     for label, model in (("before", "base"), ("after", "tuned")):
         document = evaluation(label, model, "main", scores, None, lm_eval=EVIL, mode=EVIL)
         write_json(run / "eval" / f"{label}.json", document)
+        texts = {"target": EVIL, "arguments": [[EVIL, {}]], "resps": [[EVIL]]}
+        write_json(run / "eval" / label / "quiz.jsonl", {"doc_id": 0, "acc": 0, **texts})
     write_json(run / "eval" / f"{'x' * 10}<img src=x>.json", {"results": {}})
     recipe = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(f"{recipe}\nodd: {json.dumps(EVIL + '```')}\n")
@@ -276,5 +341,6 @@ def test_nothing_that_a_file_says_is_markup(tmp_path, capsys):
         assert not [address for address in page.attributes("a", "href") if "e.vil" in address]
         for text in ("<script>alert(1)</script>", "&lt;", "{{ 7 * 7 }}{% raw %}"):
             assert text in page.text
+        assert "quiz acc, document 0" in page.text and "\x1b" not in page.text
     print_summary(run)
     assert "\x1b[31m" not in capsys.readouterr().out

@@ -67,6 +67,18 @@ def test_of_many_points_no_extreme_is_lost():
     assert found == pytest.approx(expected, abs=1.0) and num_points < 5_000
 
 
+def test_an_axis_from_zero():
+    """Half of the height lies below the lower of two values, one of which is twice the other."""
+
+    def span(**options):
+        content = curves([Curve("", range(50), [1.0, 2.0] * 25)], "GiB", **options).decode()
+        path = max(re.findall(r'd="([^"zQ]*)"', content), key=lambda path: path.count("\nL "))
+        heights = [float(point.split()[-1]) for point in path.strip().splitlines()]
+        return max(heights) - min(heights)
+
+    assert span(from_zero=True) == pytest.approx(span() / 2, rel=0.02)
+
+
 NAME = f"{ODD}.weight"
 WIDE = [f"block.0.module_{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(300)]
 

@@ -47,7 +47,7 @@ class BadRows:
 def _some(places: list[str], names_all: bool) -> str:
     more = 0 if names_all else len(places) - NUM_PLACES
     named = places[:NUM_PLACES] if more > 0 else places
-    return ", ".join(named) + (f" and {more:,} more" if more > 0 else "")
+    return "; ".join(named) + (f" and {more:,} more" if more > 0 else "")
 
 
 def report(error: UserError, bad: BadRows | None) -> None:

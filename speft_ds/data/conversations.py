@@ -20,6 +20,7 @@ COMPLETION = "completion"  # TRL's name of the column that continues `prompt`
 # ShareGPT's names of roles -> those of chat templates
 ROLES = {"human": "user", "observation": "tool", "function": "tool"}
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant")
+KNOWN = {"user", "assistant", "system", "tool", "developer"}
 CALL = "function_call"  # of ShareGPT a role, of the older OpenAI format a field
 MASKS = ("weight", "train", "training", "loss")  # fields that say whether the loss is on a turn
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -42,7 +43,8 @@ class Example:
         label: the class, for sequence classification: then there is no assistant's turn.
         untrained: numbers of the assistant's turns that the loss is not on.
         tools, documents: what else the chat template gets; None: nothing.
-        form: how the row holds its conversation, where that is not the one that its format names.
+        form: how the row holds its conversation, where that is not the one that its format names, and what
+            of it is left out.
     """
 
     turns: list[Message]
@@ -95,11 +97,18 @@ def read_conversation(row: dict, columns: Sequence[str], where: str, source: Sou
             untrained |= {len(turns)} if turn["role"] == "assistant" and not is_trained else set()
             turns.append(turn)
             forms.append(form)
+    num_turns, roles = len(turns), {turn["role"] for turn in turns}
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
-    if not any(says_something(turn) for turn in turns if turn["role"] == "assistant"):
+    if roles - KNOWN and "assistant" not in roles:
+        what = f"no turn is an assistant's; the roles are {', '.join(sorted(map(repr, roles)))}"
+        raise UserError(what, where, f"name the roles {', '.join(sorted(KNOWN))}")
+    says = [says_something(turn) for turn in turns if turn["role"] == "assistant"]
+    if not any(says):
         raise EmptyRow("the conversation has nothing that an assistant says", where, COMPLETE)
     _check_order(turns, where)
+    forms += ["turns at the end that nobody answers, left out"] if len(turns) < num_turns else []
+    forms += ["turns of the assistant that are empty, not learnt"] if not all(says) else []
     system = row.get("system")
     if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": encodable(system, where)})
@@ -153,6 +162,9 @@ def _message(raw: dict, number: int, where: str) -> tuple[Message, bool, str | N
         near = closest("role", [str(key) for key in raw])
         more = f"; did you mean role for {near[0]}?" if near else ""
         raise UserError(f"message {number} has no role as text", where, f"{LIKE}{more}")
+    plain = role.strip().lower()
+    role = plain if plain in KNOWN or plain in ROLES else role
+    form = form or (f"roles like {turn['role']!r}" if role != turn["role"] else None)
     turn["role"] = ROLES.get(role, role)
     masks = {key: turn.pop(key) for key in MASKS if key in turn}
     is_trained = all([_is_on(key, value, number, where) for key, value in masks.items()])

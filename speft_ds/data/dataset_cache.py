@@ -209,9 +209,8 @@ def make_dataset(spec: DatasetSpec, tokenizer: Any, path: Path) -> None:
     """Read, tokenise, select and pack the rows, and write them to `path`."""
     data, bad = spec.data, BadRows()
     classes = classes_of(data, bad)
-    encoder, forms = spec.encoder(tokenizer), Counter()
-    numbers = range(len(data.sources))
-    sources = [_tokenize_source(spec, number, encoder, classes, forms, bad) for number in numbers]
+    encoder, numbers = spec.encoder(tokenizer), range(len(data.sources))
+    sources = [_tokenize_source(spec, number, encoder, classes, bad) for number in numbers]
     bad.check()
     if data.select != "all":
         _select(sources, spec)
@@ -224,7 +223,7 @@ def make_dataset(spec: DatasetSpec, tokenizer: Any, path: Path) -> None:
     facts = {
         "sources": [source.counts for source in sources],
         "classes": classes.names if classes else None,
-        "notes": [*(f"{form}: {number:,} rows" for form, number in forms.items()), *encoder.notes()],
+        "notes": encoder.notes(),
         "end_of_turn": _ends(sources, tokenizer),
         "samples": [row.as_text(tokenizer) for row in sources[0].rows[:NUM_SAMPLES]],
     }
@@ -255,13 +254,12 @@ def classes_of(data: DataConfig, bad: BadRows | None = None) -> Classes | None:
 
 
 def _tokenize_source(
-    spec: DatasetSpec, number: int, encoder: Encoder, classes: Classes | None, forms: Counter, bad: BadRows
+    spec: DatasetSpec, number: int, encoder: Encoder, classes: Classes | None, bad: BadRows
 ) -> _SourceRows:
     source, done = spec.data.sources[number], _SourceRows([], [], dict.fromkeys(COUNTED, 0))
     rows = tqdm(iterate_rows(source, bad), desc=source.path, unit=" rows", disable=not sys.stderr.isatty())
     for _, example, encoded in encode_rows(rows, source, spec, encoder, classes, bad):
         done.counts["rows"] += 1
-        forms.update([example.form] if example is not None and example.form else [])
         group = []
         for row, change, end in encoded:
             if change:

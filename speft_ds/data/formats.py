@@ -115,6 +115,8 @@ def _column(source: Source, role: str) -> str:
 
 def check_columns(row: Any, where: str, source: Source) -> list[UserError]:
     """What is wrong with the columns of a row."""
+    if row == {}:
+        return [UserError("a row has no columns", where, "complete or delete it")]
     if not isinstance(row, dict):
         return [UserError("a row is not a JSON object", where, "each row is like {column: text, ...}")]
     if conversation_columns(row, source):

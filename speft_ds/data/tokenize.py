@@ -8,6 +8,7 @@ response is a label token. Imports no torch.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import date as Date
@@ -117,7 +118,8 @@ class Encoder:
     Attributes:
         stops: the tokens by which a model ends its turn, of `stop_ids`; EOS is one of them.
         date: that chat templates take for today.
-        said: what a user should know of the rows beside what `turns` says; see `notes`.
+        forms: `Example.form` of the rows so far -> how many have it.
+        said: what else a user should know of the rows beside what `turns` says; see `notes`.
     Raises:
         UserError: the tokenizer has no end-of-sequence token.
     """
@@ -126,6 +128,7 @@ class Encoder:
     data: DataConfig
     stops: frozenset[int] = frozenset()
     date: Date = field(default_factory=Date.today)
+    forms: Counter = field(default_factory=Counter)
     said: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -140,7 +143,8 @@ class Encoder:
 
     def notes(self) -> list[str]:
         """What a user should know of the rows so far, a line each."""
-        return [*self.said.values(), *self.turns.notes()]
+        forms = [f"{form}: {number:,} rows" for form, number in self.forms.items()]
+        return [*forms, *self.said.values(), *self.turns.notes()]
 
     def encode(self, examples: list[tuple[str, Example]], bad: BadRows | None = None) -> list[list[Encoded]]:
         """For each example its rows, several where each turn of it is one, and what was done to them.
@@ -154,6 +158,7 @@ class Encoder:
         Raises:
             UserError: see `Turns.rows`.
         """
+        self.forms.update(example.form for _, example in examples if example.form)
         rendered = [self._rendered(example, where, bad) for where, example in examples]
         if bad is not None and bad.errors:
             return [[] for _ in examples]

@@ -242,6 +242,20 @@ def test_a_conversation_in_which_the_assistant_says_nothing_is_an_empty_row(talk
     assert isinstance(refused({"messages": talk}, "data.empty_rows=drop"), EmptyRow)
 
 
+def test_roles_in_other_letters_and_roles_that_nobody_knows():
+    found = example({"messages": [says("User", "hello"), says(" ASSISTANT", "world")]})
+    assert found.turns == TALK and "'User'" in found.form
+    assert not isinstance(refused({"messages": [says("me", "a"), says("bot2", "b")]}, "'bot2'"), EmptyRow)
+
+
+def test_what_of_a_conversation_is_not_learnt_is_said():
+    found = example({"messages": [*TALK, says("user", "more")]})
+    assert found.turns == TALK and "left out" in found.form
+    silent = [TALK[0], says("assistant", " "), *TALK]
+    found = example({"messages": silent})
+    assert found.turns == silent and "not learnt" in found.form
+
+
 def test_calls_in_the_text_and_speakers_with_names_are_possible():
     text = says("assistant", "<tool_call>{}</tool_call>")
     assert len(example({"messages": [CALLS[0], text, *CALLS[2:]]}).turns) == 4

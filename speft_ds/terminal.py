@@ -9,7 +9,9 @@ import sys
 from collections.abc import Iterator
 
 import rich.console
+from rich.console import ConsoleOptions
 from rich.segment import Segment
+from rich.text import Text
 
 from speft_ds.untrusted import printable
 
@@ -35,13 +37,19 @@ def init_output() -> None:
 class Console(rich.console.Console):
     """Rich's console, which takes texts as they are, unless markup is asked for.
 
-    No control character of theirs reaches the terminal, and no secret.
+    No control character of theirs reaches the terminal, and no secret: texts are looked at before they are
+    wrapped, which would divide one.
     """
 
     def __init__(self, *, markup: bool = False, **options: object):
         super().__init__(markup=markup, emoji=False, **options)
 
-    def render(self, *arguments: object, **options: object) -> Iterator[Segment]:
-        for segment in super().render(*arguments, **options):
+    def render_str(self, text: str, **options: object) -> Text:
+        return super().render_str(printable(text), **options)
+
+    def render(self, renderable: object, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        if isinstance(renderable, Text) and (safe := printable(renderable.plain)) != renderable.plain:
+            renderable = Text(safe, renderable.style)
+        for segment in super().render(renderable, options):
             is_text = not segment.control and not segment.text.isspace()
             yield segment._replace(text=printable(segment.text)) if is_text else segment

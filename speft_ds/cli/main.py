@@ -79,29 +79,32 @@ command("speft validate quickstart", "speft validate quickstart mask.density=0.0
 
 @command(
     "speft plan quickstart --world 2 --rows 1000",
-    "speft plan llama2_13b_alpaca --world 8 --gpu-gib 40",
+    "speft plan llama2_13b_alpaca --world 8 --gpu-gib 40 --details",
 )
 def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
     world: Annotated[int, typer.Option(min=1, help="number of ranks, over all nodes")] = ...,
-    gpu_gib: Annotated[float, typer.Option(min=1, help="memory of a GPU in GiB")] = 80.0,
+    gpu_gib: Annotated[
+        float | None, typer.Option(min=0.1, help="memory of a GPU in GiB; default: 80")
+    ] = None,
     rows: Annotated[
         int | None, typer.Option(min=1, help="rows of training data; default: counted, where they are cached")
     ] = None,
     device: Annotated[
         Literal["cuda", "cpu"],
-        typer.Option(help="of the ranks; with cpu, --gpu-gib is the memory per rank"),
+        typer.Option(help="of the ranks; with cpu, --gpu-gib is the memory per rank; default: what is free"),
     ] = "cuda",
+    details: Annotated[bool, typer.Option("--details", help="show the arithmetic of each number")] = False,
 ) -> None:
-    """Say what a run will need, before anything is loaded: memory per GPU, traffic, steps, files.
+    """Say whether a run fits and what to change if not, before anything is loaded; memory, traffic, steps.
 
-    Each number comes with its arithmetic. Needs the model's configuration, not its weights, and no GPU.
+    Needs the model's configuration, not its weights, and no GPU.
     """
     loaded = load_recipe(recipe, overrides or [])  # a typo should not wait for torch
     from speft_ds.tools.plan.make_plan import make_plan, print_plan
 
-    print_plan(make_plan(loaded, world, gpu_gib=gpu_gib, num_rows=rows, device=device))
+    print_plan(make_plan(loaded, world, gpu_gib=gpu_gib, num_rows=rows, device=device), details)
 
 
 @command(

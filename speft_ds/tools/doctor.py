@@ -40,6 +40,7 @@ from speft_ds.errors import shell
 from speft_ds.terminal import Console
 
 MIB, GIB = 2**20, 2**30
+CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 GROUP_S = 120  # limit of a group
 TOOL_S = 60  # limit of a compiler or nvidia-smi, and of one collective
 SHM_MIB = 2 * 66  # what DeepSpeed's collectives of 2 CPU ranks map
@@ -48,7 +49,8 @@ PIP = f"{sys.executable} -m pip install --constraint {ROOT / 'constraints.txt'}"
 # As DeepSpeed's op; torch 2.13 compiles extensions as C++20, which has `concepts`.
 HELLO = "#include <Python.h>\n#include <omp.h>\n#include <concepts>\nint hello() { return 0; }\n"
 CHOICES = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")  # with which a user may leave GPUs out
-COLORS = {"ok": "green", "warning": "yellow", "problem": "bold red", "skipped": "dim"}  # of every status
+# Every status, the worst first.
+COLORS = {"problem": "bold red", "warning": "yellow", "ok": "green", "skipped": "dim"}
 
 
 @dataclass(frozen=True)
@@ -106,18 +108,27 @@ def find_error(messages: str) -> str:
 
 
 def print_report(checks: list[Check]) -> None:
-    """Print one line per check, its fix below it, and a verdict; in color on a terminal, else plain text."""
+    """Print a verdict, and one line per check with its fix below it, the worst first.
+
+    In color and wrapped on a terminal, else plain text.
+    """
     width = max(len(check.name) for check in checks) + 2
     console = Console(highlight=False, force_terminal=sys.stdout.isatty())  # FORCE_COLOR is not for files
-    console.print(f"speft doctor: speft_ds {__version__}, {platform.platform()}", soft_wrap=True)
-    for check in checks:
-        status = f"{check.status:<9}", COLORS[check.status]
-        console.print(Text.assemble(status, f"{check.name:<{width}}{check.what}"), soft_wrap=True)
-        if check.fix:
-            console.print(Text(f"{'':<{9 + width}}fix: {check.fix}"), soft_wrap=True)
     problems, warned = (sum(check.status == status for check in checks) for status in ("problem", "warning"))
     verdict = f"NOT ready, problems to fix: {problems}" if problems else "ready to run"
-    console.print(f"verdict: {verdict}; warnings: {warned}", style="bold")
+    console.print(f"{verdict}; warnings: {warned}", style="bold")
+    margin = 9 + width
+    for check in sorted(checks, key=lambda check: list(COLORS).index(check.status)):
+        what = Text(check.what) + Text(f"\nfix: {check.fix}" if check.fix else "")
+        lines = what.split()
+        if console.is_terminal:
+            lines = [part for line in lines for part in line.wrap(console, console.width - margin)]
+        for number, line in enumerate(lines):
+            start = Text(" " * margin)
+            if number == 0:
+                start = Text.assemble((f"{check.status:<9}", COLORS[check.status]), f"{check.name:<{width}}")
+            console.print(start + line, soft_wrap=True)
+    console.print(f"speft_ds {__version__}, {platform.platform()}", soft_wrap=True)
 
 
 def exit_code(checks: list[Check]) -> int:
@@ -133,14 +144,18 @@ def check_packages() -> Iterator[Check]:
     # The metadata of an editable install is as old as the last `pip install`.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     yield Check("python", "ok", f"{platform.python_version()}, {sys.executable}")
+    fitting = []
     for package in map(Requirement, project["dependencies"]):
         try:
             found = metadata.version(package.name)
             fits = package.specifier.contains(found, prereleases=True)
         except metadata.PackageNotFoundError:
             found, fits = "not installed", False
-        what = found if fits else f"{found}; needed: {package}"
-        yield judge(package.name, fits, what, f"{PIP} '{package}'")
+        if fits:
+            fitting.append(f"{package.name} {found}")
+        else:
+            yield Check(package.name, "problem", f"{found}; needed: {package}", f"{PIP} '{package}'")
+    yield Check("packages", "ok", ", ".join(fitting))
 
 
 def check_build_tools() -> Iterator[Check]:
@@ -165,7 +180,7 @@ def check_torch() -> Iterator[Check]:
     """That torch imports and sees the driver's GPUs, and that each computes; bf16."""
     import torch
 
-    from speft_ds.model.dtype import multiplies_bfloat16
+    from speft_ds.model.dtype import bfloat16_cost, multiplies_bfloat16
 
     with warnings.catch_warnings(record=True) as caught:  # why CUDA does not start is a warning
         warnings.simplefilter("always")
@@ -180,8 +195,10 @@ def check_torch() -> Iterator[Check]:
     fix = f"see nvidia-smi -q and dmesg; install a driver for {built_for}, or a torch for this driver"
     yield judge("GPUs", num_gpus >= len(listed) or choice, what, fix, "warning" if num_gpus else "problem")
     multiplies = multiplies_bfloat16("cuda" if num_gpus else "cpu")
-    fix = "set model.dtype=float32, or auto: bfloat16 takes many times as long"
-    yield judge("bf16", multiplies, "in hardware" if multiplies else "not in hardware", fix, "warning")
+    what = "in hardware" if multiplies else "not in hardware"
+    if not num_gpus:
+        what += f": a product takes {bfloat16_cost():.2g} times as long as in float32"
+    yield judge("bf16", multiplies, what, "model.dtype=float32, or auto, in the recipe", "warning")
     for i in range(num_gpus):  # one too new for this torch, or in another's exclusive use, raises
         torch.ones(8, device=f"cuda:{i}").sum().item()
         yield Check(f"GPU {i}", "ok", f"{torch.cuda.get_device_name(i)} computes")
@@ -275,8 +292,8 @@ def check_hub() -> Iterator[Check]:
 def check_machine() -> Iterator[Check]:
     """The cache folder, memory, cores, open files and SLURM."""
     yield check_folder("speft_ds cache", env.cache_folder(), "SPEFT_DS_CACHE", 1)
-    group_bytes, group_cores = cgroup_limits(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
-    memory_gib = min(psutil.virtual_memory().available, group_bytes) / GIB
+    _, group_cores = cgroup_limits(*CGROUPS)
+    memory_gib = usable_memory() / GIB
     fix = f"end other work, or take smaller batches: the quickstart needs {QUICKSTART_GIB} GiB in float32"
     yield judge("memory", memory_gib >= QUICKSTART_GIB, f"{memory_gib:.1f} GiB available", fix, "warning")
 
@@ -289,6 +306,11 @@ def check_machine() -> Iterator[Check]:
     yield judge("open files", not 0 <= files < 1024, f"ulimit -n: {files}", "ulimit -n 4096", "warning")
     has_slurm = shutil.which("sbatch") is not None
     yield Check("SLURM", "ok" if has_slurm else "skipped", "sbatch" if has_slurm else "no sbatch on the PATH")
+
+
+def usable_memory() -> float:
+    """Bytes of memory that are free, as far as this process' control group may have them."""
+    return min(psutil.virtual_memory().available, cgroup_limits(*CGROUPS)[0])
 
 
 def check_folder(name: str, folder: Path, variable: str, enough_gib: float) -> Check:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from rich.table import Table
+from rich.text import Text
 
 from speft_ds.config.load_recipe import ROOT
 from speft_ds.terminal import ASCII, Console
@@ -27,6 +28,21 @@ def test_the_console_takes_texts_as_they_are(is_terminal):
     written = stream.getvalue()
     assert "\x1b]" not in written and "\x1b[2J" not in written and "\x07" not in written
     assert written.count("[link=http://evil]c[/link] :smile:") >= 3  # the title is wrapped
+
+
+@pytest.mark.parametrize("width", [8, 20, 35])
+def test_a_secret_that_a_line_break_divides_is_none_on_the_terminal(width, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdefghij")
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, color_system=None)
+    text = "token hf_0123456789abcdefghij of https://me:pass-word-1@host/x \x1b[2J"
+    table = Table(text, title=text, width=width)
+    table.add_row(Text.assemble("now ", (text, "bold")))
+    for each in (text, Text(text, "red"), table):
+        console.print(each)
+    written = "".join(letter for letter in stream.getvalue() if letter.isalnum() or letter in "\x1b-")
+    assert "0123" not in written and "pass" not in written and "\x1b" not in written
+    assert written.count("token") >= 3
 
 
 def test_rows_and_names_on_the_terminal(own_folder, tmp_path, tiny, monkeypatch, capsys):

@@ -1,7 +1,7 @@
 """The plan of a run, from its recipe and the model's configuration: no weights, no GPU.
 
-Memory per rank by kind and phase, traffic, steps, files, whether it fits, and what to change if not. Every
-line shows its arithmetic.
+Whether it fits, and what to change if not; memory per rank by kind and phase, traffic, steps, files, with the
+arithmetic of every line.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from speft_ds.data.dataset_cache import DatasetSpec, find_cached
 from speft_ds.data.sampler import Sampler
 from speft_ds.data.sources import iterate_rows
 from speft_ds.errors import UserError
-from speft_ds.model.dtype import multiplies_bfloat16, resolve_dtype
+from speft_ds.model.dtype import bfloat16_cost, multiplies_bfloat16, resolve_dtype
 from speft_ds.terminal import Console
+from speft_ds.tools.doctor import usable_memory
 from speft_ds.tools.plan.geometry import read_geometry
 from speft_ds.tools.plan.memory_model import GIB, Line, Setup, host, peak_bytes, phases, total
 from speft_ds.training.checkpoint.folder import checkpoint_entry
 
 MARGIN = 0.1  # of the GPU, left to the allocator: what it holds beyond what is asked for
 MAX_RANKS = 4096
+GPU_GIB = 80.0  # of a GPU, where nothing else is said
+NUM_LARGEST = 3  # kinds of memory that are named without --details
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,14 @@ class Plan:
 def make_plan(
     recipe: Recipe,
     world_size: int,
-    gpu_gib: float = 80.0,
+    gpu_gib: float | None = None,
     num_rows: int | None = None,
     device: str = "cuda",
 ) -> Plan:
     """The plan of a training run.
 
     Args:
-        world_size: ranks, each with a GPU of `gpu_gib`.
+        world_size: ranks, each with a GPU of `gpu_gib`; None: GPU_GIB, or on a CPU its share of what is free.
         num_rows: rows of the training data; None: those of the recipe's file, if it is on this machine.
         device: `cpu` plans for ranks on a CPU, whose memory includes that of the process.
     Raises:
@@ -85,6 +88,8 @@ def make_plan(
     recipe = resolve_dtype(recipe, device == "cuda" or multiplies_bfloat16("cpu"))
     zero = load_ds_config(recipe, world_size)["zero_optimization"]
     setup = Setup(recipe, read_geometry(recipe), zero, world_size, device)
+    if gpu_gib is None:
+        gpu_gib = GPU_GIB if device == "cuda" else usable_memory() / world_size / GIB
     plan = Plan(
         setup,
         gpu_gib,
@@ -177,6 +182,10 @@ def notes(setup: Setup, is_auto: bool) -> list[str]:
     if is_auto:
         whose = "a GPU that multiplies bfloat16" if setup.device == "cuda" else "the CPU of this machine"
         found.append(f"model.dtype=auto is planned as {recipe.model.dtype}, for {whose}")
+    if setup.device == "cpu" and (is_auto or recipe.model.dtype == "bfloat16"):
+        cost = bfloat16_cost()
+        advice = ": set model.dtype=float32" if cost > 1 and recipe.model.dtype == "bfloat16" else ""
+        found.append(f"a product in bfloat16 takes {cost:.2g} times as long here as in float32{advice}")
     if setup.geometry.num_head:
         found.append(f"the classification head's {setup.geometry.num_head:,} weights are all trained")
     if recipe.mask.schedule == "periodic":
@@ -251,7 +260,9 @@ def _changes(setup: Setup, smallest: int | None) -> Iterator[tuple[str, Callable
             partial(_with_keys, values=values),
         )
     if not setup.is_offloaded and setup.device == "cuda":
-        yield "DeepSpeed: offload_param.device=cpu", partial(_with_zero, offload_param={"device": "cpu"})
+        ours = setup.recipe.deepspeed.config == "zero3_bf16"  # whose twin keeps the base in host memory
+        text = "deepspeed.config=zero3_bf16_offload" if ours else "DeepSpeed: offload_param.device=cpu"
+        yield text, partial(_with_zero, offload_param={"device": "cpu"})
     small = {"stage3_prefetch_bucket_size": 1_000_000, "stage3_max_reuse_distance": 0}
     text = ", ".join(f"{key}={value}" for key, value in small.items())
     yield f"DeepSpeed: {text}", partial(_with_zero, **small)
@@ -278,12 +289,51 @@ def gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.2f} MiB" if num_bytes < 0.01 * GIB else f"{num_bytes / GIB:.2f} GiB"
 
 
-def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Print a plan, 80 columns wide."""
+def print_plan(plan: Plan, details: bool = False, console: Console | None = None) -> None:
+    """Print a plan, 80 columns wide: whether it fits, what to change, sums; `details`: the arithmetic."""
     console = console or Console()
-    setup, recipe = plan.setup, plan.setup.recipe
-    title = f"{recipe.name}: {recipe.model.name_or_path} on {setup.world_size} rank(s)"
-    console.print(f"{title}\nconfiguration: {setup.geometry.source}", highlight=False)
+    setup = plan.setup
+    ranks = f"{setup.world_size} {'GPU' if setup.device == 'cuda' else 'CPU rank'}"
+    ranks += "" if setup.world_size == 1 else "s"
+    verdict, style = ("fits", "bold green") if plan.fits else ("DOES NOT FIT", "bold red")
+    kept = f"{gib(plan.limit)} ({plan.gpu_gib:.3g} GiB less {MARGIN:.0%} for the allocator)"
+    needed = f"{gib(plan.num_bytes)} on each at the peak, {plan.peak_phase}, of {kept}"
+    console.print(f"{verdict}: {setup.recipe.name} on {ranks}: {needed}", style=style, highlight=False)
+    if plan.suggestions:
+        rows = [
+            (gib(num_bytes), "fits" if num_bytes <= plan.limit else "", change)
+            for change, num_bytes in plan.suggestions.items()
+        ]
+        _print_table(console, "what would help: the peak after each change", rows)
+    console.print(f"smallest world size that fits: {plan.smallest_world_size or 'none, with this recipe'}")
+    (_print_details if details else _print_sums)(plan, console)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False)
+    if not details:
+        console.print("--details: the arithmetic of each number", highlight=False)
+
+
+def _print_sums(plan: Plan, console: Console) -> None:
+    """The sums of a plan, and the kinds of memory that most of each is."""
+    rows = []
+    for phase, lines in plan.memory.items():
+        largest = sorted(lines, key=lambda line: -line.num_bytes)[:NUM_LARGEST]
+        rows.append((phase, gib(total(lines)), ", ".join(f"{e.kind} {gib(e.num_bytes)}" for e in largest)))
+    _print_table(console, "memory per rank, and what most of it is", rows)
+    if plan.host:
+        console.print(f"host memory per rank, besides the process: {gib(total(plan.host))}", highlight=False)
+    console.print(f"received per rank and step: {gib(total(plan.traffic))}", highlight=False)
+    written = ", ".join(f"{line.kind} {gib(line.num_bytes)}" for line in plan.files)
+    console.print(f"on disk: {written}", highlight=False)
+    known = [f"{name} {value:,}" for name, (value, _) in plan.steps.items() if value is not None]
+    number, how = plan.steps["steps"]
+    console.print(", ".join(known) + (f"; steps {how}" if number is None else ""), highlight=False)
+
+
+def _print_details(plan: Plan, console: Console) -> None:
+    """Every number with its arithmetic."""
+    setup = plan.setup
+    console.print(f"model: {setup.recipe.model.name_or_path}, {setup.geometry.source}", highlight=False)
     for line in setup.geometry.reach:
         console.print(line, highlight=False)
     first, *others = plan.memory.values()
@@ -299,19 +349,6 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     _print_lines(console, "on disk", plan.files)
     rows = [(name, "?" if value is None else f"{value:,}", how) for name, (value, how) in plan.steps.items()]
     _print_table(console, "length", rows)
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
-    place = "a GPU" if setup.device == "cuda" else "a rank"
-    kept = f"{plan.gpu_gib:g} GiB less {MARGIN:.0%} for the allocator = {gib(plan.limit)}"
-    console.print(f"{verdict}: {gib(plan.num_bytes)} at the peak, {plan.peak_phase}; {place} has {kept}")
-    console.print(f"smallest world size that fits: {plan.smallest_world_size or 'none, with this recipe'}")
-    if plan.suggestions:
-        rows = [
-            (gib(num_bytes), "fits" if num_bytes <= plan.limit else "", change)
-            for change, num_bytes in plan.suggestions.items()
-        ]
-        _print_table(console, "what would help: the peak after each change", rows)
-    for note in plan.notes:
-        console.print(f"note: {note}", highlight=False)
 
 
 def _print_lines(console: Console, title: str, lines: list[Line], sum_: int | None = None) -> None:

@@ -26,14 +26,14 @@ def replaced(monkeypatch):
     ("options", "given"),
     [
         (["--gpu-gib", "40", "--rows", "9"], {"gpu_gib": 40.0, "num_rows": 9, "device": "cuda"}),
-        (["--device", "cpu"], {"gpu_gib": 80.0, "num_rows": None, "device": "cpu"}),
+        (["--device", "cpu", "--details"], {"gpu_gib": None, "num_rows": None, "device": "cpu"}),
     ],
 )
 def test_plan_hands_over_recipe_and_machine(monkeypatch, replaced, options, given):
     module = replaced("tools.plan.make_plan")
     assert run(monkeypatch, "plan", "quickstart", "--world", "8", "seed=1", *options) == 0
     module.make_plan.assert_called_once_with(load_recipe("quickstart", ["seed=1"]), 8, **given)
-    module.print_plan.assert_called_once_with(module.make_plan.return_value)
+    module.print_plan.assert_called_once_with(module.make_plan.return_value, "--details" in options)
 
 
 def test_doctor_exits_as_its_checks_say(monkeypatch, replaced):

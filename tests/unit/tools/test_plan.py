@@ -3,6 +3,7 @@
 import io
 import json
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -11,7 +12,7 @@ from torch import nn
 from speft_ds.errors import RecipeError
 from speft_ds.sparse.optim.optimizers import make_optimizer
 from speft_ds.tools.plan.geometry import read_geometry
-from speft_ds.tools.plan.make_plan import find_order, make_plan, print_plan
+from speft_ds.tools.plan.make_plan import GPU_GIB, find_order, gib, make_plan, print_plan
 from speft_ds.tools.plan.memory_model import GIB, Line, Setup, optimizer_state, total
 
 # tiny.make_model: 35 wide, 53 in the MLP, 5 heads of 8 (1 key and value head), 2 layers, vocabulary 260.
@@ -204,12 +205,38 @@ def test_what_does_not_fit_says_what_would_help(recipe):
     assert by_change["train.micro_batch=1 mask.calibration_batch=1"] == one_row
 
 
-def test_the_printed_plan_has_every_number_and_80_columns(recipe):
-    plan = make_plan(recipe(data={"max_length": 512}), 3, gpu_gib=1.0)
+def printed(plan, details):
+    """The words of a printed plan, whose lines have 80 columns at most."""
     text = io.StringIO()
-    print_plan(plan, Console(file=text, width=80))
+    print_plan(plan, details, Console(file=text, width=80))
     assert all(len(line) <= 80 for line in text.getvalue().splitlines())
-    words = " ".join(text.getvalue().split())
+    return " ".join(text.getvalue().split())
+
+
+def test_a_printed_plan_begins_with_what_to_do(recipe):
+    needs = {"data": {"max_length": 512}, "train": {"global_batch": 64, "micro_batch": 16}}
+    plan = make_plan(recipe(**needs), 2, gpu_gib=1.0)
+    words = printed(plan, details=False)
+    assert words.startswith("DOES NOT FIT") and gib(plan.num_bytes) in words[:150] and plan.suggestions
+    changes = [words.index(change.split()[0]) for change in plan.suggestions]
+    assert max(changes) < words.index("memory per rank") and " entries / " not in words
+    assert all(f"{phase} {gib(total(lines))}" in words for phase, lines in plan.memory.items())
+    assert gib(total(plan.traffic)) in words and all(gib(file.num_bytes) in words for file in plan.files)
+    fitting = make_plan(recipe(), 1)
+    assert printed(fitting, details=False).startswith("fits: ") and fitting.gpu_gib == GPU_GIB
+
+
+def test_a_plan_knows_what_bfloat16_costs_on_this_cpu(recipe, monkeypatch):
+    monkeypatch.setattr("speft_ds.tools.plan.make_plan.bfloat16_cost", lambda: 37.0)
+    plan = make_plan(recipe(model={"dtype": "bfloat16"}), 1, device="cpu")
+    (note,) = [note for note in plan.notes if "37" in note]
+    assert "model.dtype=float32" in note and plan.gpu_gib < psutil.virtual_memory().total / GIB
+    assert not [note for note in make_plan(recipe(), 1, device="cpu").notes if "37" in note]  # float32
+
+
+def test_the_details_of_a_plan_have_every_number(recipe):
+    plan = make_plan(recipe(data={"max_length": 512}), 3, gpu_gib=1.0)
+    words = printed(plan, details=True)
     lines = [line for phase in plan.memory.values() for line in phase] + plan.host + plan.traffic + plan.files
     assert all(f" {line.kind} " in words for line in lines)
     assert all(change.split()[0] in words for change in plan.suggestions)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from speft_ds.untrusted import printable
 
-ASCII = {"±": "+-", "→": "->", "✓": "ok", "✗": "X", "√": "sqrt", "²": "^2"}
+ASCII = {"±": "+-", "→": "->", "✓": "ok", "✗": "X", "√": "sqrt", "²": "^2", "…": "..."}
 _IN_ASCII = "speft_ds.ascii"  # an error handler's name
 
 

@@ -128,7 +128,7 @@ def origin() -> dict:
 def _command_line() -> str:
     """As a shell takes it: without secrets and what a launcher adds."""
     script, *words = sys.argv
-    words = [word for word in words if not word.startswith("--local_rank")]
+    words = [word for word in words if not word.startswith(("--local_rank", "--checked"))]
     return without_secrets(shell("/".join(Path(script).parts[-2:]), *words))
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +90,7 @@ def merge(
     alpha: float = 1.0,
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
+    scores: Sequence[dict] = (),
 ) -> Merged:
     """Write base + alpha * delta as a checkpoint that every loader of Hugging Face models reads.
 
@@ -104,6 +105,8 @@ def merge(
         dtype: `float32`, `bfloat16` or `float16`; None: the dtype of the run. It is what the base, as the
             run saw it in its own dtype, and the sums at the entries are cast to.
         max_shard_size: of a file, as `5GB` or in bytes; None: files as the base has them.
+        scores: of the run, by `evaluation.scores.card_scores`: for the card, where they are those of the
+            merged weights.
     Raises:
         UserError: another base, an output that is not empty, too little space, or nothing to merge with.
     """
@@ -121,7 +124,9 @@ def merge(
         num_bytes = write(job, temporary, max_bytes)
         _copy_others(checkpoint.folder, temporary)
         how = f"base + {alpha:g} x the adapter's differences, in {job.dtype}".replace("torch.", "")
-        write_text(temporary / CARD, card_text(opened.facts, [], num_bytes, merged=how))
+        is_of_run = alpha == 1.0 and job.dtype == job.run_dtype
+        card = card_text(opened.facts, scores if is_of_run else [], num_bytes, merged=how)
+        write_text(temporary / CARD, card)
     return Merged(opened.num_entries, num_bytes, checkpoint.problem)
 
 

@@ -6,6 +6,7 @@ Whatever these files hold, few texts of limited length come out of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from speft_ds.evaluation.scores import FOLDER, Evaluations, Score, ScoreFile
 from speft_ds.io import parse_json
 from speft_ds.untrusted import path_within
 
-MAX_LINE, MAX_FILE = 2**20, 2**27  # bytes; what is longer is left out
+MAX_LINE, MAX_BYTES, MAX_LINES = 2**20, 2**28, 100_000  # of a line, and of all files; the rest is left out
 MAX_TEXT = 400  # characters
 MAX_SHOWN = {"better": 2, "worse": 2, "same": 1}  # documents per task
 
@@ -59,13 +60,13 @@ def read_answers(run: Path, found: Evaluations) -> tuple[list[TaskAnswers], list
     """The tasks of a run whose documents can be compared, most changes first; the names of the others."""
     if not (found.before and found.after):
         return [], []
-    tasks, others = [], []
+    tasks, others, reader = [], [], _Reader(run)
     for score in found.after.scores:
         if not score.is_main or score.is_group or not found.before.score(score.key):
             continue
-        before = {answer.document: answer for answer in _answers(run, found.before, score)}
+        before = {answer.document: answer for answer in _answers(reader, found.before, score)}
         task = TaskAnswers(score.name)
-        for after in _answers(run, found.after, score):
+        for after in _answers(reader, found.after, score):
             old = before.pop(after.document, None)
             if old and old.identity == after.identity:
                 task.add(old, after, score.sign)
@@ -73,30 +74,37 @@ def read_answers(run: Path, found: Evaluations) -> tuple[list[TaskAnswers], list
     return sorted(tasks, key=lambda task: -task.num_changed), [task.name for task in others]
 
 
-def _answers(run: Path, file: ScoreFile, score: Score) -> Iterator[Answer]:
+class _Reader:
+    """The lines of the files of a run that can be read, as long as there are not too many."""
+
+    def __init__(self, run: Path):
+        self.run, self.num_bytes, self.num_lines = run, 0, 0
+
+    def rows(self, label: str, task: str) -> Iterator[Mapping]:
+        try:
+            path = path_within(path_within(self.run / FOLDER, label), f"{task}.jsonl")
+            if not path.is_file():  # a pipe would keep us waiting
+                return
+            with path.open("rb") as file:
+                while self.num_bytes < MAX_BYTES and self.num_lines < MAX_LINES:
+                    if not (line := file.readline(MAX_LINE)):
+                        return
+                    self.num_bytes, self.num_lines = self.num_bytes + len(line), self.num_lines + 1
+                    with suppress(ValueError):  # also the parts of a line that is too long
+                        row = parse_json(line)
+                        if isinstance(row, Mapping):
+                            yield row
+        except (OSError, ValueError):
+            return
+
+
+def _answers(reader: _Reader, file: ScoreFile, score: Score) -> Iterator[Answer]:
     """The documents of a task; those without a number of their own for the score are left out."""
-    for row in _rows(run, file.label, score.task):
+    for row in reader.rows(file.label, score.task):
         value, document = row.get(score.metric), row.get("doc_id")
         is_of_score = row.get("filter", score.filter) == score.filter and type(document) is int
         if is_of_score and isinstance(value, int | float) and abs(value) < 1e300:
             yield Answer(document, *_texts(row), float(value), row.get("doc_hash"))
-
-
-def _rows(run: Path, label: str, task: str) -> Iterator[Mapping]:
-    try:
-        path = path_within(path_within(run / FOLDER, label), f"{task}.jsonl")
-        if not path.is_file():  # a pipe would keep us waiting
-            return
-        with path.open("rb") as file:
-            while file.tell() < MAX_FILE and (line := file.readline(MAX_LINE)):
-                try:
-                    row = parse_json(line)
-                except ValueError:  # also the parts of a line that is too long
-                    continue
-                if isinstance(row, Mapping):
-                    yield row
-    except (OSError, ValueError):
-        return
 
 
 def _texts(row: Mapping) -> tuple[str, str, str]:

@@ -211,16 +211,15 @@ def _mean_size(values: Sequence[float]) -> int:
 
 
 def _commands(run: RunFolder) -> str:
-    folder, device = run.folder.as_posix(), run.fact("machine.device", "")
-    start = f"{'DS_ACCELERATOR=cpu ' * (device == 'cpu')}deepspeed --num_gpus {run.num_ranks or 1}"
-    if device.startswith("cuda"):  # with --num_gpus, the launcher takes no notice of CUDA_VISIBLE_DEVICES
-        start = "deepspeed"
-    recipe, again = shlex.quote(f"{folder}/{RECIPE}"), shell(as_override("output_dir", f"{folder}-again"))
-    return (
-        f"{start} launch/train.py --recipe {recipe} {again}\n"
-        f"{start} launch/evaluate.py --run {shlex.quote(folder)}\n"
-        f"speft report {shlex.quote(folder)}"
-    )
+    folder, on_cpu = run.folder.as_posix(), run.fact("machine.device", "") == "cpu"
+    ranks = ["--ranks", run.num_ranks] if run.num_ranks else []
+    again = as_override("output_dir", f"{folder}-again")
+    commands = [
+        shell("speft", "train", f"{folder}/{RECIPE}", again, *ranks),
+        shell("speft", "evaluate", folder, *ranks),
+    ]
+    lines = [f"{'DS_ACCELERATOR=cpu ' * on_cpu}{command}" for command in commands]
+    return "\n".join([*lines, shell("speft", "report", folder)])
 
 
 # Pictures, by the name of their file

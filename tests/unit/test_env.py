@@ -113,7 +113,7 @@ def git(folder, *words):
 def test_a_start_is_recorded_with_its_command_line_and_commits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    words = ["--local_rank=1", "--recipe", "a b", "x=https://me:secret@host/y"]
+    words = ["--local_rank=1", "--checked", "--recipe", "a b", "x=https://me:secret@host/y"]
     monkeypatch.setattr("sys.argv", ["/home/me/launch/train.py", *words])
     found = env.origin()
     assert found["command"] == "launch/train.py --recipe 'a b' x=https://host/y"

@@ -43,8 +43,9 @@ def merge(
     A weight at a time, on the CPU; what is written is read back and compared.
     """
     from speft_ds.adapter.merge import merge  # late, as below: these import torch
+    from speft_ds.evaluation.scores import card_scores
 
-    merged = merge(base, adapter, output, alpha, dtype, max_shard_size)
+    merged = merge(base, adapter, output, alpha, dtype, max_shard_size, card_scores(adapter))
     if merged.note:
         log_rank0(f"note: the complete base was loaded: {merged.note}")
     typer.echo(f"{merged.num_changed:,} entries, {merged.num_bytes / 2**30:.2f} GiB, read back and compared")

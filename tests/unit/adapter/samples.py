@@ -26,6 +26,19 @@ FACTS = {
 }
 
 
+def score_row(task, metric, before, after, value, role="task", num_fewshot=0):
+    """A row of `card_scores`."""
+    known = {"role": role, "documents": 1500, "num_fewshot": num_fewshot}
+    return {"task": task, "metric": metric, "before": before, "after": after, "value": value, **known}
+
+
+SCORES = [
+    score_row("arc_easy", "acc", "25.0% ± 1.0", "51.2% ± 1.0", 0.51239),
+    score_row("odd|task", "exact_match", None, "100.0%", 1.0, num_fewshot=None),
+    score_row("piqa", "acc", "68.0%", "61.0%", 0.61, role="forgetting"),
+]
+
+
 def refused(action, where="", what=""):
     """Check that an action is a user's error, which says where and what to do."""
     with pytest.raises(UserError) as caught:

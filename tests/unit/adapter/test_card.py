@@ -7,24 +7,12 @@ from markdown_it import MarkdownIt
 
 from speft_ds.adapter.card import card_text, write_card
 from speft_ds.adapter.format import Adapter
-from unit.adapter.samples import FACTS, SHAPES, matrices, refused, write
+from unit.adapter.samples import FACTS, SCORES, SHAPES, matrices, refused, score_row, write
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 MASK = {"num_trainable": 12, "num_target_elements": 1760, "density": 12 / 1760}
 COMPLETE = FACTS | {"shapes": SHAPES, "num_entries": 12, "mask": MASK}
-
-
-def row(task, metric, before, after, value, role="task", num_fewshot=0):
-    known = {"role": role, "documents": 1500, "num_fewshot": num_fewshot}
-    return {"task": task, "metric": metric, "before": before, "after": after, "value": value, **known}
-
-
-SCORES = [
-    row("arc_easy", "acc", "25.0% ± 1.0", "51.2% ± 1.0", 0.51239),
-    row("odd|task", "exact_match", None, "100.0%", 1.0, num_fewshot=None),
-    row("piqa", "acc", "68.0%", "61.0%", 0.61, role="forgetting"),
-]
 
 
 def metadata(text):
@@ -53,7 +41,7 @@ def test_metadata_as_the_hub_reads_it():
 
 
 def test_scores_are_a_model_index_as_the_hub_reads_it():
-    scores = [*SCORES, row("broken", "acc", None, "nan", float("nan"))]
+    scores = [*SCORES, score_row("broken", "acc", None, "nan", float("nan"))]
     found = ModelCard(card_text(COMPLETE, scores, 84), ignore_metadata_errors=False).data.eval_results
     assert [(r.dataset_name, r.metric_type, r.metric_value, r.dataset_args) for r in found] == [
         ("arc_easy", "acc", 0.51239, {"num_few_shot": 0}),
@@ -189,7 +177,10 @@ def card_of(text):
     recipe = {"name": text, "data": {"path": text}, "mask": {"salience": text}, "optimizer": {"lr": text}}
     history = [text, {"command": text, "method": text, "of": [{"folder": text}]}]
     facts = {"base": f"/m/{text}", "classes": [text, text], "recipe": recipe, "history": history}
-    scores = [row(text, text, text, text, 0.5), row(text, text, None, text, 0.5, role="forgetting")]
+    scores = [
+        score_row(text, text, text, text, 0.5),
+        score_row(text, text, None, text, 0.5, role="forgetting"),
+    ]
     return card_text(COMPLETE | facts, scores, 84)
 
 

@@ -24,6 +24,7 @@ from speft_ds.config.load_recipe import load_recipe
 from speft_ds.errors import UserError
 from speft_ds.jobs.preflight import check_inputs
 from unit.adapter.samples import (
+    SCORES,
     assert_same,
     classifier,
     load,
@@ -45,7 +46,7 @@ def tensors(folder):
 def test_a_merged_checkpoint_is_the_trained_model(tiny, tmp_path, checkpoint, dtype):
     base, merged = tiny[checkpoint], tmp_path / "merged"
     adapter = make_adapter(tmp_path / "a", base, dtype)
-    done = merge(None, adapter, merged)
+    done = merge(None, adapter, merged, scores=SCORES)
     stored = tensors(base)
     assert_same(tensors(merged), trained(adapter, {k: v.to(dtype) for k, v in stored.items()}))
     assert done.num_bytes == sum(value.numel() * dtype.itemsize for value in stored.values())
@@ -61,6 +62,7 @@ def test_a_merged_checkpoint_is_the_trained_model(tiny, tmp_path, checkpoint, dt
     assert {path.name for path in merged.iterdir()} == {path.name for path in base.iterdir()} | {"README.md"}
     card = ModelCard.load(merged / "README.md").data
     assert (card.library_name, card.pipeline_tag) == ("transformers", "text-generation")
+    assert [result.metric_value for result in card.eval_results] == [score["value"] for score in SCORES]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "merged"]
 
 
@@ -69,7 +71,8 @@ def test_a_merged_checkpoint_is_the_trained_model(tiny, tmp_path, checkpoint, dt
 def test_interpolated_in_another_dtype(tiny, tmp_path, alpha, dtype):
     """The base as the run saw it, in bfloat16, and fp32 sums, each rounded once."""
     adapter = make_adapter(tmp_path / "a", tiny["untied"], torch.bfloat16)
-    merge(tiny["untied"], adapter, tmp_path / "merged", alpha, dtype)
+    merge(tiny["untied"], adapter, tmp_path / "merged", alpha, dtype, scores=SCORES)
+    assert ModelCard.load(tmp_path / "merged" / "README.md").data.eval_results is None  # of other weights
     seen = {key: value.bfloat16() for key, value in tensors(tiny["untied"]).items()}
     assert_same(tensors(tmp_path / "merged"), trained(adapter, seen, alpha, getattr(torch, dtype)))
     config = json.loads((tmp_path / "merged" / "config.json").read_text())

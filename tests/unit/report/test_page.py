@@ -253,7 +253,7 @@ def test_a_run_that_is_not_finished_says_so(run):
     write_json(run / "run.json", {"finished": False, "starts": [{"step": 0, "world_size": 2}]})
     write_metrics(run, metrics()[:20])
     text = text_of(run)
-    assert "not finished" in text and f"20 of {NUM_STEPS} steps" in text and "--num_gpus 2" in text
+    assert "not finished" in text and f"20 of {NUM_STEPS} steps" in text and "--ranks 2" in text
     assert "no timings" in text and "nothing about the mask" in text
 
 

@@ -17,7 +17,8 @@ def embedding_gradient(
 
     Args:
         forward_context: entered around the forward.
-        asked: [rows, tokens] 1.0 where a token's logits are summed, else 0.0.
+        asked: [rows, tokens] 1.0 where a token's logits are summed, else 0.0; a classifier's, which are of a
+            row, are summed whatever is asked.
         inputs: `input_ids` [rows, tokens], and what else the model takes.
     Returns:
         [rows, tokens, width] the gradient.
@@ -32,8 +33,8 @@ def embedding_gradient(
     model.eval()
     try:
         with forward_context:
-            logits = model(**inputs, use_cache=False).logits
-        (logits.float().sum(-1) * asked).sum().backward()
+            logits = model(**inputs, use_cache=False).logits.float().sum(-1)
+        (logits * asked if logits.dim() == asked.dim() else logits).sum().backward()
     finally:
         handle.remove()
         model.train(was_training)

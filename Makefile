@@ -30,7 +30,7 @@ test-others:
 
 # Every family of models, which takes half an hour; writes the table of docs/models.md.
 sweep: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -s tests/sweep
+	$(VENV)/bin/python -m pytest -s tests/sweep $(ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/lint-imports

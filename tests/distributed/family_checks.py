@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from distributed.reference import make_trainer, plain_model, whole_weights
 from speft_ds.adapter.apply import apply_adapter
+from speft_ds.adapter.export import export_peft
 from speft_ds.adapter.merge import merge
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
@@ -19,15 +22,17 @@ from speft_ds.model.weight_grad_hooks import weight_grad_hooks
 IDS = torch.arange(5, 45).view(2, 20)
 
 
-def check_family(recipe: Recipe) -> dict:
+def check_family(recipe: Recipe, exports: bool = False) -> dict:
     """What a row of docs/models.md says of a family in this dtype at this world size.
 
+    Args:
+        exports: whether the export for PEFT is compared, too.
     Returns:
         `refused`: the text of the refusal, and nothing else; or `coverage`, `num_targets`, `gradient_error`
-            (largest
-        difference from autograd over the largest gradient of the weight), `merge` (`per weight` or `whole`),
-        whether `packing` and `checkpointing` work, and, for each of `applied`, `merged`, `gathered`, whether
-        its weights and logits are those of the live model, bit for bit.
+        (largest difference from autograd over the largest gradient of the weight), `merge` (`per weight` or
+        `in memory`), whether `packing` and `checkpointing` work, and, for each of `applied`, `merged`,
+        `gathered`, `exported`, whether its weights and logits are those of the live model, bit for bit;
+        `exported` is None where PEFT has no place for a weight, or cannot come to its value.
     """
     try:
         trainer = make_trainer(recipe)
@@ -51,7 +56,7 @@ def check_family(recipe: Recipe) -> dict:
         "num_targets": len(trainer.targets),
         "gradient_error": error,
         "packing": works_packed(trainer),
-        **same_model_everywhere(recipe, trainer),
+        **same_model_everywhere(recipe, trainer, exports),
         "checkpointing": works_checkpointed(trainer),
     }
 
@@ -107,12 +112,13 @@ def reference_gradients(recipe: Recipe, trainer) -> tuple[dict, dict]:
 
 
 @torch.no_grad()
-def same_model_everywhere(recipe: Recipe, trainer) -> dict[str, bool | str]:
+def same_model_everywhere(recipe: Recipe, trainer, exports: bool) -> dict[str, bool | str | None]:
     """Which copies of the trained model are it, bit for bit, by weights and logits; and how it was merged."""
     folder, done = trainer.folder, None
     if collectives.rank() == 0:
         done = merge(None, folder / "adapter", folder / "merged")
     collectives.barrier()
+    is_exact = exports and collectives.broadcast_object(export_is_exact(folder))
     module = trainer.engine.module.eval()
     live, weights = module(input_ids=IDS, use_cache=False).logits, whole_weights(module)
     merged = recipe.model_copy(
@@ -123,10 +129,30 @@ def same_model_everywhere(recipe: Recipe, trainer) -> dict[str, bool | str]:
         "merged": plain_model(merged),
         "gathered": plain_copy(module),
     }
+    if is_exact:
+        from peft import PeftModel
+
+        copies["exported"] = PeftModel.from_pretrained(
+            plain_model(recipe), folder / "peft"
+        ).merge_and_unload()
     trainer.engine.module.train()
-    found = {} if done is None else {"merge": "whole" if done.note else "per weight"}
-    return found | {
-        name: torch.equal(model.eval()(input_ids=IDS, use_cache=False).logits, live)
-        and all(torch.equal(weights[key], value) for key, value in model.named_parameters())
-        for name, model in copies.items()
-    }
+    found = {} if done is None else {"merge": "in memory" if done.note else "per weight"}
+    return (
+        {"exported": None}
+        | found
+        | {
+            name: torch.equal(model.eval()(input_ids=IDS, use_cache=False).logits, live)
+            and all(torch.equal(weights[key], value) for key, value in model.named_parameters())
+            for name, model in copies.items()
+        }
+    )
+
+
+def export_is_exact(folder: Path) -> bool | None:
+    """Whether the export of a run for PEFT comes to the trained values; rank 0 makes it, where it can be."""
+    if collectives.rank():
+        return None
+    try:
+        return export_peft(folder / "adapter", folder / "peft").num_rounded == 0
+    except UserError:
+        return False

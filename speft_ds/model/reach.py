@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from speft_ds.model.kinds.target import Target
 from speft_ds.model.probe import embedding_gradient
-from speft_ds.model.targets import layer_number, place, shorten
+from speft_ds.model.targets import fused_parts, layer_number, place, shorten
 from speft_ds.model.weight_grad_hooks import gradients_past_hooks, weight_grad_hooks
 from speft_ds.zero.shards import full_shape
 
@@ -68,6 +68,9 @@ class Reach:
         lines = [f"targets: {len(inside)} of {len(decoder)} weights, {share:.1%} of the decoder's elements"]
         if left := self._left_out(targets):
             lines[0] += f"; not trained: {', '.join(left)}"
+        modules = dict.fromkeys(place(name)[1] for name in inside)
+        if fused := [parts for module in modules if (parts := fused_parts(module)) != module]:
+            lines.append(f"note: trained as one matrix each: {', '.join(fused)}")
         if unused := [name for name in starved if name not in self.used]:
             lines.append(f"note: {len(unused)} weights have no part in a text forward: {shorten(unused)}")
         if bypassed := [name for name in starved if name in self.used]:

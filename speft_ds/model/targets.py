@@ -12,6 +12,12 @@ from speft_ds.errors import UserError
 from speft_ds.model.kinds import find_weights
 from speft_ds.model.kinds.target import Target
 
+# What some weights have in one matrix, by the last part of their name; in what order differs by family.
+FUSED = {
+    **dict.fromkeys(("qkv_proj", "query_key_value", "Wqkv", "qkv", "c_attn"), ("q", "k", "v")),
+    **dict.fromkeys(("gate_up_proj", "input_linear"), ("gate", "up")),
+}
+
 
 def all_weights(model: nn.Module) -> dict[str, Target]:
     """Every weight of a kind that may be trained, by name, in model order; a classifier's head left out."""
@@ -51,12 +57,16 @@ def find_targets(
         found = {name: target for name, target in weights.items() if name in wanted}
     if unmatched:
         known = sorted({name.split(".")[-1] for name in short.values()})
-        raise UserError(
-            f"no linear layer matches {', '.join(unmatched)}",
-            where="mask.targets",
-            fix=f"this model's linear layers are named: {', '.join(known) or '(it has none)'}",
-        )
+        named = ", ".join(fused_parts(name) for name in known) or "(it has none)"
+        what = f"no linear layer matches {', '.join(unmatched)}"
+        raise UserError(what, "mask.targets", f"this model's linear layers are named: {named}")
     return found if layers is None else in_layers(found, layers)
+
+
+def fused_parts(name: str) -> str:
+    """The name of a weight with its parts, where it has several: `qkv_proj (q, k, v)`."""
+    parts = FUSED.get(name.split(".")[-1])
+    return f"{name} ({', '.join(parts)})" if parts else name
 
 
 def in_layers(targets: dict[str, Target], layers: list[int]) -> dict[str, Target]:

@@ -7,6 +7,7 @@ import torch
 from families import tiny_config
 from transformers import AutoModelForCausalLM
 
+from speft_ds.errors import UserError
 from speft_ds.model.fake_tensors import fake_tensors
 from speft_ds.model.reach import find_reach
 from speft_ds.model.targets import find_targets
@@ -61,3 +62,14 @@ def test_a_little_reach_is_a_warning():
     assert "2 of" in line and "mlp.gate_proj" in line
     assert len(more) == 1 and "mask.targets" in more[0]
     assert len(reach.lines(targets, [], False)) == 1
+
+
+def test_the_parts_of_a_fused_weight_are_named():
+    reach, targets = reach_of("phi3")
+    _, note = reach.lines(targets, [], False)
+    assert "self_attn.qkv_proj (q, k, v)" in note and "mlp.gate_up_proj (gate, up)" in note
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("phi3"))
+    with pytest.raises(UserError) as caught:
+        find_targets(model, ["q_proj"])
+    assert "qkv_proj (q, k, v)" in caught.value.fix

@@ -10,10 +10,18 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from speft_ds.report import plots
-from speft_ds.report.plots import Curve, curves, jaccard_picture, length_histogram, mask_heat_map
+from speft_ds.report.plots import (
+    NO_ENTRY,
+    NO_WEIGHT,
+    Curve,
+    curves,
+    jaccard_picture,
+    length_histogram,
+    mask_heat_map,
+)
 from speft_ds.sparse.mask import Mask
 from unit.report.sample import decoder
 
@@ -100,6 +108,19 @@ def test_odd_pictures_are_complete(draw):
         image.load()
         assert image.format == "PNG" and len(image.convert("L").getcolors()) > 2
         assert 400 < image.width < 3000 and 400 < image.height < 3000
+
+
+def test_every_target_is_a_cell_with_or_without_entries():
+    """A colour for a target without entries, one for a weight that is not there."""
+    sizes = {f"layers.{name}.weight": (30, 30) for name in ("0.up", "0.down", "1.up")}
+
+    def colours(entries):
+        mask = Mask({name: torch.arange(entries.get(name, 9)) for name in sizes}, sizes)
+        with Image.open(io.BytesIO(mask_heat_map(mask, ""))) as image:
+            found = {colour: count for count, colour in image.convert("RGB").getcolors(2**16)}
+        return [found.get(ImageColor.getrgb(colour), 0) > 5_000 for colour in (NO_ENTRY, NO_WEIGHT)]
+
+    assert colours({}) == [False, True] and colours({"layers.0.down.weight": 0}) == [True, True]
 
 
 @pytest.mark.parametrize(

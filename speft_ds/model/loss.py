@@ -77,8 +77,10 @@ def _inputs(batch: dict[str, Tensor], switch: int | None) -> dict[str, Tensor]:
         switch: of LongRoPE. A batch with rows on both sides has positions, which end a row at its padding.
     """
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    if switch is None or "position_ids" in batch:
+        return inputs
     lengths = batch["lengths"]
-    if switch is not None and "position_ids" not in batch and lengths.min() <= switch < lengths.max():
+    if lengths.min() <= switch < lengths.max():
         places, lengths = torch.arange(batch["input_ids"].shape[1]), lengths[:, None]
         positions = torch.where(places < lengths, places, places - lengths)
         inputs["position_ids"] = positions.to(batch["input_ids"].device)

@@ -5,6 +5,7 @@ Imports no torch.
 
 import codecs
 import io
+import math
 import sys
 from collections.abc import Iterator
 
@@ -53,3 +54,14 @@ class Console(rich.console.Console):
         for segment in super().render(renderable, options):
             is_text = not segment.control and not segment.text.isspace()
             yield segment._replace(text=printable(segment.text)) if is_text else segment
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `5 min 31 s`, `3 h 7 min`."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

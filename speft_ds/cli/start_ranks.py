@@ -156,7 +156,7 @@ def fit_overrides(name: str, overrides: list[str], world_size: int) -> list[str]
 def visible_gpus() -> list[int]:
     """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves, as nvidia-smi numbers them, in its order.
 
-    None where there is no working nvidia-smi, or DS_ACCELERATOR says cpu.
+    Empty where there is no working nvidia-smi, or DS_ACCELERATOR says cpu.
 
     Raises:
         UserError: CUDA_VISIBLE_DEVICES names parts of GPUs (MIG), which the launcher cannot be told.

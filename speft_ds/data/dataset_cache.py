@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -44,9 +45,11 @@ from speft_ds.data.sources import (
 from speft_ds.data.tokenize import Encoded, Encoder, batches, stop_ids
 from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
+from speft_ds.terminal import duration
 
 FORMAT_VERSION = "5"  # of the file, and of what tokenising does: another version is another key
 NUM_SAMPLES = 3  # rows kept as text, to be shown
+PART_S = 10.0  # of tokenising, by which the rest is estimated
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def prepare(
         with FileLock(path.with_suffix(".lock")):
             if not find_cached(path):
                 log(f"tokenising {', '.join(source.path for source in spec.data.sources)}")
-                make_dataset(spec, load_tokenizer(), path)
+                make_dataset(spec, load_tokenizer(), path, log)
     except OSError as error:
         fix = "free space, or set SPEFT_DS_CACHE to a folder on another disk"
         raise UserError(f"cannot write the tokenised rows: {error}", str(path.parent), fix) from error
@@ -205,12 +208,12 @@ class _SourceRows:
         return [row for group in self.groups for row in group]
 
 
-def make_dataset(spec: DatasetSpec, tokenizer: Any, path: Path) -> None:
-    """Read, tokenise, select and pack the rows, and write them to `path`."""
+def make_dataset(spec: DatasetSpec, tokenizer: Any, path: Path, log: Callable[[str], None]) -> None:
+    """Read, tokenise, select and pack the rows, and write them to `path`; `log` as for `prepare`."""
     data, bad = spec.data, BadRows()
     classes = classes_of(data, bad)
     encoder, numbers = spec.encoder(tokenizer), range(len(data.sources))
-    sources = [_tokenize_source(spec, number, encoder, classes, bad) for number in numbers]
+    sources = [_tokenize_source(spec, number, encoder, classes, bad, log) for number in numbers]
     bad.check()
     if data.select != "all":
         _select(sources, spec)
@@ -254,10 +257,16 @@ def classes_of(data: DataConfig, bad: BadRows | None = None) -> Classes | None:
 
 
 def _tokenize_source(
-    spec: DatasetSpec, number: int, encoder: Encoder, classes: Classes | None, bad: BadRows
+    spec: DatasetSpec,
+    number: int,
+    encoder: Encoder,
+    classes: Classes | None,
+    bad: BadRows,
+    log: Callable[[str], None],
 ) -> _SourceRows:
     source, done = spec.data.sources[number], _SourceRows([], [], dict.fromkeys(COUNTED, 0))
-    rows = tqdm(iterate_rows(source, bad), desc=source.path, unit=" rows", disable=not sys.stderr.isatty())
+    bar = tqdm(iterate_rows(source, bad), desc=source.path, unit=" rows", disable=not sys.stderr.isatty())
+    rows = _with_time_left(bar, source, log)
     for _, example, encoded in encode_rows(rows, source, spec, encoder, classes, bad):
         done.counts["rows"] += 1
         group = []
@@ -274,6 +283,20 @@ def _tokenize_source(
     if not done.counts["rows"] and not bad.errors:
         raise UserError(f"{source.path} has no rows", spec.where(number), "write at least one row into it")
     return done
+
+
+def _with_time_left(rows: tqdm, source: Source, log: Callable[[str], None]) -> Located:
+    """The rows of a bar; where they take long, it says how long the others will, or a line does."""
+    start, is_told = time.monotonic(), False
+    for done, row in enumerate(rows, 1):
+        yield row
+        seconds = time.monotonic() - start
+        if not is_told and seconds >= PART_S:
+            is_told = True
+            rows.total = sum(1 for _ in iterate_rows(source, BadRows()))  # reading them alone is quick
+            left = f"about {duration(seconds * (rows.total - done) / done)} left"
+            if rows.disable:
+                log(f"{source.path}: {done:,} of {rows.total:,} rows, {left}")
 
 
 def encode_rows(

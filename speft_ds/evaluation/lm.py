@@ -31,7 +31,7 @@ from speft_ds.evaluation.eval_jobs import PromptFormat
 from speft_ds.io import read_json, write_json
 
 MAX_ANSWERS = 2**30  # bytes of a file of the cache
-LOG_EVERY_S = 30.0  # the progress, where there is no terminal to show a bar on
+LOG_EVERY_S = 30.0  # the progress, where there is no terminal to show a bar on; after the first batch, too
 LOG_LINE = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, about {remaining} left"
 
 
@@ -243,7 +243,8 @@ def shard_batches(compute: Callable[[list], list], batches: list[list], needs_fi
             size = sum(map(len, batches[first : first + world_size]))
             done, now = done + size, time.monotonic()
             bar.update(size)
-            if bar.disable and now - logged > LOG_EVERY_S:
+            is_long = first == 0 and (now - start) * (total - done) > LOG_EVERY_S * done
+            if bar.disable and (is_long or now - logged > LOG_EVERY_S):
                 logged = now
                 line = {"prefix": "scoring", "unit": "", "bar_format": LOG_LINE}
                 log_rank0(tqdm.format_meter(done, total, now - start, **line))

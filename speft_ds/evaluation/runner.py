@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import torch
 from lm_eval import evaluator, simple_evaluate
+from lm_eval.api import task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.models.utils import resolve_max_length
 from torch import nn
@@ -195,19 +196,20 @@ def undisturbed() -> Iterator[None]:
     """Training continues with the random numbers that it would draw without an evaluation.
 
     Without lm-eval's warnings: what they say of the scores is counted in the notes. It does not ask git
-    either, which complains wherever there is no repository.
+    either, which complains wherever there is no repository, and shows no bars without a name.
     """
     python, numpy_state, device = random.getstate(), np.random.get_state(), collectives.device()
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)
     ask_git, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
+    bar, task.tqdm = task.tqdm, lambda rows, **_: rows
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         log.setLevel(level)
-        evaluator.get_git_commit_hash = ask_git
+        evaluator.get_git_commit_hash, task.tqdm = ask_git, bar
         random.setstate(python)
         np.random.set_state(numpy_state)
 

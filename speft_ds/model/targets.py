@@ -46,7 +46,7 @@ def find_targets(
     short = {name: name.removesuffix(".weight") for name in weights}
     if patterns is None:
         found = {name: target for name, target in weights.items() if layer_number(name) is not None}
-        unmatched = [] if found else ["every linear layer of the decoder"]
+        unmatched = [] if found else ["a layer of the decoder"]
     else:
         matches = {
             p: [n for n, s in short.items() if fnmatch(s, p) or fnmatch(s.split(".")[-1], p)]
@@ -58,8 +58,11 @@ def find_targets(
     if unmatched:
         known = sorted({name.split(".")[-1] for name in short.values()})
         named = ", ".join(fused_parts(name) for name in known) or "(it has none)"
-        what = f"no linear layer matches {', '.join(unmatched)}"
-        raise UserError(what, "mask.targets", f"this model's linear layers are named: {named}")
+        what, fix = (
+            f"no weight matches {', '.join(unmatched)}",
+            "this model's weights that may be trained are named",
+        )
+        raise UserError(what, "mask.targets", f"{fix}: {named}")
     return found if layers is None else in_layers(found, layers)
 
 

@@ -16,7 +16,8 @@ from speft_ds.report.page import FROM_ZERO, head, smoothed
 from speft_ds.report.plots import Curve, curves
 from speft_ds.report.render import Picture, write_pages
 from speft_ds.report.run import NUM_WARMUP, RunFolder, is_number, is_run, read_run
-from speft_ds.report.tables import duration, in_bytes, unique_tails
+from speft_ds.report.tables import in_bytes, unique_tails
+from speft_ds.terminal import duration
 
 NOT_OF_A_GROUP = ("seed", "output_dir", "name")  # keys of the recipe
 MACHINE = ("machine.device", "machine.cpu", "machine.gpu")

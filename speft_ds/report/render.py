@@ -14,7 +14,8 @@ from markupsafe import Markup
 
 from speft_ds.errors import UserError
 from speft_ds.io import write_bytes
-from speft_ds.report.tables import duration, in_bytes
+from speft_ds.report.tables import in_bytes
+from speft_ds.terminal import duration
 from speft_ds.untrusted import in_markdown, printable
 
 PAGE, MARKDOWN = "report.html", "report.md"

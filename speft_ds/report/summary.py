@@ -8,8 +8,8 @@ from rich.table import Table
 
 from speft_ds.evaluation.scores import ScoreChange
 from speft_ds.report.run import RunFolder, look_up, numbers, read_run
-from speft_ds.report.tables import duration, in_bytes, plain
-from speft_ds.terminal import Console
+from speft_ds.report.tables import in_bytes, plain
+from speft_ds.terminal import Console, duration
 
 STAGES = {
     "start": "starting the ranks",

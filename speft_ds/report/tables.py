@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -112,14 +111,3 @@ def in_bytes(number: float) -> str:
     power = sum(abs(number) >= 1024**n for n in (1, 2, 3))
     unit = ("bytes", "KiB", "MiB", "GiB")[power]
     return f"{number / 1024**power:.{2 if power else 0}f} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `5 min 31 s`, `3 h 7 min`."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from speft_ds.comm import watchdog
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import log_rank0, rank
 from speft_ds.errors import UserError
+from speft_ds.terminal import duration
 
 # train.monitor -> the section of DeepSpeed's configuration that switches it on.
 SECTIONS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
 PACKAGES = ("tensorboard", "wandb")  # what is not installed with us, by the name that pip knows
 PROJECT = "speft_ds"
+LONG_S = 20.0  # from here on, what is left of a run is told
 
 
 class Timings(dict[str, float]):
@@ -48,16 +51,25 @@ class MetricsLog:
         num_steps: of the run, earlier starts included.
         done: of these, that are in the file already.
         monitor: what else is told of every step.
+        then_s: seconds that scoring takes after the steps; None: not known.
     """
 
-    def __init__(self, path: Path | None, num_steps: int, done: int = 0, monitor: Monitor | None = None):
-        self.num_steps, self.monitor = num_steps, monitor
+    def __init__(
+        self,
+        path: Path | None,
+        num_steps: int,
+        done: int = 0,
+        monitor: Monitor | None = None,
+        then_s: float | None = 0.0,
+    ):
+        self.num_steps, self.monitor, self.then_s = num_steps, monitor, then_s
+        self.timed_step = done + 2  # by which the others are estimated: the first one prepares much
         self.file = path.open("a", encoding="utf-8") if path else None
         self.bar = None
         if path and sys.stderr.isatty():
             from tqdm import tqdm  # late: TQDM_DISABLE counts if it is set before this
 
-            self.bar = tqdm(total=num_steps, initial=done, unit="step")
+            self.bar = tqdm(desc="training", total=num_steps, initial=done, unit="step")
 
     def log(self, values: dict) -> None:
         """Append one step's values (see `trainer.Trainer.train_step` for the keys)."""
@@ -73,6 +85,10 @@ class MetricsLog:
             self.bar.update()
         else:
             print(self._line(values), flush=True)
+        if values["step"] == self.timed_step:
+            left = time_left((self.num_steps - values["step"]) * values["step_ms"] / 1000, self.then_s)
+            write = self.bar.write if self.bar is not None else partial(print, flush=True)
+            write(left) if left else None
 
     def flush(self) -> None:
         """Have all lines on the disk: a checkpoint counts on those of its steps."""
@@ -93,6 +109,16 @@ class MetricsLog:
         for part in (self.bar, self.monitor, self.file):
             if part is not None:
                 part.close()
+
+
+def time_left(training_s: float, then_s: float | None) -> str:
+    """How long a run will take; empty where that is not worth a line. Arguments as for `MetricsLog`."""
+    if training_s + (then_s or 0.0) < LONG_S:
+        return ""
+    if not then_s:
+        return f"about {duration(training_s)} of training left" + (", then scoring" if then_s is None else "")
+    parts = f"{duration(training_s)} of training, {duration(then_s)} of scoring"
+    return f"about {duration(training_s + then_s)} left: {parts}"
 
 
 def monitor_problems(recipe: Recipe) -> list[UserError]:

@@ -98,7 +98,7 @@ class Schedule:
     def _make_state(
         self, mask: Mask, previous: SparseState | None = None, revert: bool = False
     ) -> SparseState:
-        shards = {name: shard_of(linear.weight) for name, linear in self.context.trained.items()}
+        shards = {name: shard_of(target.weight) for name, target in self.context.trained.items()}
         return SparseState(mask, shards, previous, revert, target_shapes(self.context.heads))
 
     def _attach(self) -> None:
@@ -114,10 +114,10 @@ class Schedule:
     def before_step(self, step: int) -> None:
         """Called before step `step` (from 0) computes its gradients: connect what they are collected by."""
         self.layers.resample(step)
-        for name, linear in self.context.trained.items():
+        for name, target in self.context.trained.items():
             own = self.gradient.hooks[name] if self.layers.is_active(name) else None
             is_target = name in self.context.targets
-            linear.weight_grad_hook = chain_hooks(own, self.extra_hook(name, step) if is_target else None)
+            target.weight_grad_hook = chain_hooks(own, self.extra_hook(name, step) if is_target else None)
 
     def extra_hook(self, name: str, step: int) -> WeightGradHook | None:
         """What else looks at this weight's backward in this step."""
@@ -142,7 +142,7 @@ class Schedule:
 
     def change_mask(self, mask: Mask, step: int, revert: bool) -> None:
         """Train another mask from here on; `revert` as for SparseState. Kept entries keep their moments."""
-        repartition([linear.weight for linear in self.context.trained.values()])
+        repartition([target.weight for target in self.context.trained.values()])
         kept = overlap(self.mask, mask)
         old_key = self.state.keys()
         self.state = self._make_state(mask, self.state, revert)
@@ -188,7 +188,7 @@ class Schedule:
 
         The schedule was made with the checkpoint's mask; only its contents are taken up here.
         """
-        repartition([linear.weight for linear in self.context.trained.values()])
+        repartition([target.weight for target in self.context.trained.values()])
         facts = parts.facts
         if facts["changes"]:
             self.first_mask = _on_cpu(parts.mask("first", self.mask.shape))

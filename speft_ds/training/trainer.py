@@ -119,6 +119,7 @@ class Trainer:
         self.first_step = 0  # the steps before it were made by other processes
         self.num_skipped = self.num_nonfinite = 0  # steps: over the run, and in a row up to now
         self.best_loss = math.inf  # on the validation rows
+        self.scoring_s: dict[str, float] = {}  # label of a job that was not cached -> seconds, on rank 0
         self.run_id = ""
         self.resources: list[dict] = []  # by rank, of the training: memory and communication volume
         self.writer = Writer(self.folder, train, self.checkpoint.step if self.checkpoint else 0)
@@ -160,6 +161,8 @@ class Trainer:
             with self.timings.stage(f"eval_{phase}"):
                 for scored in self.evaluation.run(self.engine.module, left, model):
                     collectives.run_on_rank0(partial(keep_scores, folder, scored, self.recipe.eval))
+                    if scored is not None and not scored.file.cached:
+                        self.scoring_s[scored.file.label] = scored.file.seconds
 
     def choose_mask(self) -> None:
         """Take the mask that is given, or score and select one, and set up the trainable state."""
@@ -271,7 +274,7 @@ class Trainer:
             f"the loss is {loss} and the gradient norm {norm} at step {step + 1}; {self.num_nonfinite} steps "
             f"in a row were not finite (train.max_nonfinite); {self.writer.last()}",
             where="training",
-            fix="look at the rows of these steps; start another run with a lower optimizer.lr, or "
+            fix="check the rows of these steps; start another run with a lower optimizer.lr, or "
             "model.dtype=float32",
             can_go_on=False,
         )
@@ -284,7 +287,10 @@ class Trainer:
         """
         path = self.folder / "metrics.jsonl" if collectives.rank() == 0 else None
         monitor = collectives.run_on_rank0(lambda: Monitor(self.recipe, self.folder))
-        log = MetricsLog(path, self.num_steps, self.first_step, monitor)
+        after = [job.label.replace("after", "before", 1) for job in jobs_of(self.recipe.eval, "after")]
+        seconds = [self.scoring_s.get(label) for label in after]
+        then_s = None if None in seconds else sum(seconds)
+        log = MetricsLog(path, self.num_steps, self.first_step, monitor, then_s)
         self._restore_random_states()
         self.flags.restart()
         self.engine.train()

@@ -120,7 +120,7 @@ def test_inputs_are_made_again_behind_zero3s_hooks(ranks, tiny, tmp_path, world_
 
 
 REFUSED = {
-    "no target": ({"mask": {"targets": ["c_attn"]}}, "no linear layer matches c_attn"),
+    "no target": ({"mask": {"targets": ["c_attn"]}}, "no weight matches c_attn"),
     "tied target": ({"mask": {"targets": ["lm_head"]}}, "shares its weight"),
     "too many entries": ({"mask": {"density": None, "num_trainable": 10**6}}, "1,000,000 entries"),
     "too few samples": ({"mask": {"calibration_samples": 49}}, "mask.calibration_samples=48"),

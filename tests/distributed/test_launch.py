@@ -157,7 +157,7 @@ def test_bad_input_that_ranks_find_together_is_said_once_and_leaves_nothing(star
     """What else there is: `REFUSED` of test_invariants.py."""
     run = start("eval.tasks=[]", "mask.targets=[c_attn]")
     is_refused(run)
-    assert run.text().count("no linear layer matches c_attn") == 1, run.text()
+    assert run.text().count("no weight matches c_attn") == 1, run.text()
     assert not (tmp_path / "run").exists()
 
 

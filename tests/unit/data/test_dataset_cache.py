@@ -31,6 +31,14 @@ def test_a_second_start_tokenises_nothing(path, model, cache):
     assert not list(cache.rglob("*.tmp"))
 
 
+def test_what_takes_long_says_how_long_it_will_take(path, model, monkeypatch):
+    monkeypatch.setattr("speft_ds.data.dataset_cache.PART_S", 0.0)
+    lines = []
+    made = make(DataConfig(path=str(path)), model, log=lines.append)
+    (told,) = [line for line in lines if " left" in line]
+    assert f"1 of {made.num_rows}" in told and str(path) in told
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "other"])
 def test_a_damaged_dataset_is_made_again(path, model, damage):
     first = make(DataConfig(path=str(path)), model)

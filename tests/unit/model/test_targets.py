@@ -28,7 +28,7 @@ def test_patterns_name_modules_or_their_last_part(model):
 
 
 def test_no_target_is_an_error_that_lists_the_names(model):
-    with pytest.raises(UserError, match="no linear layer matches c_attn") as caught:
+    with pytest.raises(UserError, match="no weight matches c_attn") as caught:
         find_targets(model, ["q_proj", "c_attn"])
     assert "o_proj" in str(caught.value)
     with pytest.raises(UserError) as caught:

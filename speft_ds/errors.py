@@ -1,6 +1,7 @@
 """Errors that a user can act on: what is wrong, where, and what to type. Shown without a traceback."""
 
 import difflib
+import errno
 import json
 import re
 import reprlib
@@ -25,6 +26,17 @@ class UserError(Exception):
     def __str__(self) -> str:
         notes = [("where", self.where), ("fix", self.fix)]
         return printable("\n".join([self.what, *(f"    {label}: {text}" for label, text in notes if text)]))
+
+
+# What a path may be to blame for: too long, no right to it, a file for a folder, links in a circle.
+OF_A_PATH = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.EROFS}
+
+
+def of_a_path(error: OSError) -> UserError:
+    """What was wrong with a path that the user named. Raises the error itself where that is not to blame."""
+    if error.errno not in OF_A_PATH or error.filename is None:
+        raise error
+    return UserError(f"{error.strerror}: {error.filename!s:.100}", "command line", "name another path")
 
 
 class RecipeError(UserError):

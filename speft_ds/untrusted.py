@@ -2,7 +2,11 @@
 
 import os
 import re
+import signal
+import threading
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 MAX_NAME, MAX_PARTS = 255, 8  # bytes of a part of a path, and its parts
@@ -34,6 +38,25 @@ def path_within(folder: Path, name: object, subfolders: bool = False) -> Path:
 def _is_plain(name: str) -> bool:
     is_visible = name.isprintable() and name != "" and name[0] not in ".-~"
     return is_visible and "\\" not in name and len(name.encode()) <= MAX_NAME
+
+
+@contextmanager
+def cpu_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in a block that takes more CPU time; only on the main thread, which gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def without_secrets(text: str) -> str:

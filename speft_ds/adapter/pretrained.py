@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from speft_ds import hub
 from speft_ds.adapter.apply import another_base
 from speft_ds.adapter.format import FLOATS, Adapter
+from speft_ds.config.check_model import read_config
 from speft_ds.config.model_config import HEAD
 from speft_ds.errors import UserError
-from speft_ds.io import read_json, same_bits
+from speft_ds.io import same_bits
 from speft_ds.model.fingerprint import element_hash
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -52,9 +53,7 @@ class PretrainedCheckpoint:
         if num_classes is not None:
             self._auto_class, self._options = AutoModelForSequenceClassification, {"num_labels": num_classes}
         try:
-            self.config = read_json(self.folder / "config.json")
-            if not isinstance(self.config, dict):
-                raise ValueError("its config.json has no keys")
+            self.config = read_config(self.folder / "config.json")
             if missing := hub.missing_weights(self.folder):
                 raise ValueError(f"it lacks {', '.join(missing)}")
             files = [file for file in hub.weight_files(self.folder) if file.endswith(".safetensors")]
@@ -64,6 +63,8 @@ class PretrainedCheckpoint:
             if self._holds_another_head():  # than the configuration says; transformers goes by the files, too
                 self._options["tie_word_embeddings"] = False
                 self.model = self._on_meta()
+        except UserError:
+            raise
         except Exception as error:  # any type: the code of hundreds of families reads the configuration
             raise _unreadable(self.folder, error) from error
         self.shape = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}

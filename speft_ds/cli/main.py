@@ -18,7 +18,7 @@ from speft_ds.cli.commands.validate import validate
 from speft_ds.cli.launch import EXIT_USER_ERROR, with_resume
 from speft_ds.cli.options import Overrides, RecipeName, examples
 from speft_ds.config.load_recipe import load_recipe
-from speft_ds.errors import UserError
+from speft_ds.errors import UserError, of_a_path
 from speft_ds.terminal import init_output
 
 app = typer.Typer(
@@ -220,8 +220,8 @@ def main() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
     try:
         app(with_resume(sys.argv[1:]), prog_name="speft")
-    except UserError as error:
-        print(error, file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(error if isinstance(error, UserError) else of_a_path(error), file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
 

@@ -18,6 +18,7 @@ POSITIONS = (
     "max_sequence_length",
     "seq_length",
 )
+LAYERS, MAX_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 1000
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 UNQUANTISED = "name the model that it was made from; a quantised base cannot be trained yet"
 
@@ -51,13 +52,17 @@ def model_problems(recipe: Recipe, file: Path, trains: bool) -> list[UserError]:
 
 
 def read_config(file: Path) -> dict:
-    """A config.json. Raises UserError where it cannot be read."""
+    """A config.json. Raises UserError where it cannot be read, or no model could be made of it in time."""
     try:
         config = read_json(file)
         if not isinstance(config, dict):
             raise ValueError("it is no JSON object")
+        for key, value in ((key, part.get(key)) for part in sections(config) for key in LAYERS):
+            if isinstance(value, int | float) and not value <= MAX_LAYERS:
+                raise ValueError(f"{key} is {value:.4g}")
     except (OSError, ValueError) as error:
-        raise UserError(f"not readable as JSON: {error}", str(file), "download or copy it again") from error
+        fix = "download or copy it again"
+        raise UserError(f"not a model's configuration: {error}", str(file), fix) from error
     return config
 
 

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from speft_ds.config.section import broken_rule
 from speft_ds.env import expand_path
+from speft_ds.untrusted import MAX_NAME
 
 _MINUTES = re.compile(r"([1-9]\d*) ?min(ute)?s?")
 
@@ -31,7 +32,11 @@ def _path(value: str) -> str:
         raise broken_rule(
             f"{value!r} has control characters in it", "a path without line breaks and the like"
         )
-    return expand_path(value)
+    path = expand_path(value)
+    if any(len(name.encode()) > MAX_NAME for name in path.split("/")):
+        what = f"{value:.40}... has a name of more than {MAX_NAME} bytes in it"
+        raise broken_rule(what, "a path whose names are shorter: no folder holds this one")
+    return path
 
 
 def _limit(value: float) -> float:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import date as Date
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +25,10 @@ from speft_ds.data.dataset import Row
 from speft_ds.data.turns import Pieces, Rendered, Turns
 from speft_ds.errors import UserError
 from speft_ds.io import read_json
+from speft_ds.untrusted import cpu_limit
 
 _PROBE = "Hello  world, 12 \u00e9\n\u4e16 x"  # by which a loaded tokenizer is compared with SentencePiece
+TEMPLATE_S = 5.0  # of CPU time, for a chat template to write some conversations
 MIN_PROMPT = 4  # tokens that a cut prompt keeps; a row that would have fewer is left out
 NO_LABELS = "nothing to learn, left out"
 CUT_PROMPT, CUT_RESPONSE, TOO_LONG = "truncated prompt", "truncated response", "too long, left out"
@@ -46,12 +48,32 @@ def load_tokenizer(name_or_path: str, where: str = "model.name_or_path") -> obje
         names = {path.name for path in folder.iterdir()} if folder else set()
         if "tokenizer.model" in names and not names & {"tokenizer.json", "tokenizer_config.json"}:
             return _load_sentencepiece(folder)
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:  # of a damaged file the libraries raise anything: KeyError, RuntimeError
         fix = "the model's folder needs its tokenizer's files, as the hub has them"
         raise UserError(f"cannot load the tokenizer: {error}", where, fix) from error
+    tokenizer.apply_chat_template = _in_time(tokenizer.apply_chat_template)
+    return tokenizer
+
+
+def _in_time(render: Callable) -> Callable:
+    """A chat template is a program of the model's author: one that once took too long is not run again."""
+    late: list[TimeoutError] = []
+
+    @wraps(render)
+    def render_in_time(*arguments: object, **options: object) -> object:
+        if late:
+            raise late[0]
+        try:
+            with cpu_limit(TEMPLATE_S):
+                return render(*arguments, **options)
+        except TimeoutError as error:
+            late.append(error)
+            raise
+
+    return render_in_time
 
 
 def _load_sentencepiece(folder: Path) -> object:

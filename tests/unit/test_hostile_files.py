@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import shutil
+import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save
+from tiny import make_tokenizer
 
 from speft_ds import hub
 from speft_ds.adapter.pretrained import PretrainedCheckpoint
 from speft_ds.config import limited_yaml
 from speft_ds.config.load_recipe import _read_overrides, load_recipe, resolved_yaml
+from speft_ds.data import tokenize
 from speft_ds.errors import UserError
 from speft_ds.evaluation.perplexity import read_text
 from speft_ds.evaluation.scores import read_evaluations
@@ -28,6 +31,7 @@ from speft_ds.training.checkpoint.parts import Parts, Snapshot, header_problem
 from speft_ds.training.checkpoint.resume import Resume, find_start
 from speft_ds.untrusted import path_within
 from unit.hostile import (
+    MAX_CPU_S,
     NAMES,
     NUM_HOSTILE,
     changed,
@@ -94,6 +98,26 @@ def test_indexes_of_bases(tmp_path):
         if number == 0:
             assert missing == []
     assert NUM_HOSTILE // 4 < num_refused < NUM_HOSTILE
+
+
+# Models
+
+
+def test_a_chat_template_that_does_not_end(tmp_path, monkeypatch):
+    """It is given up once, not at every row."""
+    monkeypatch.setattr(tokenize, "TEMPLATE_S", 0.1)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if messages|length > 1 %}" + loop + "{% endif %}x"
+    tokenizer.save_pretrained(tmp_path / "model")
+    loaded = tokenize.load_tokenizer(str(tmp_path / "model"))
+    turn = {"role": "user", "content": "a"}
+    assert loaded.apply_chat_template([turn], tokenize=False) == "x"
+    for limit_s in (MAX_CPU_S, 0.05):
+        before = time.process_time()
+        with pytest.raises(TimeoutError):
+            loaded.apply_chat_template([turn, turn], tokenize=False)
+        assert time.process_time() - before < limit_s
 
 
 # Checkpoints

@@ -1,7 +1,9 @@
 """Texts from files and rows: what of them a terminal, a table of markdown and a shell get."""
 
 import shlex
+import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from markdown_it import MarkdownIt
 
 from speft_ds.config.load_recipe import as_override, load_recipe
 from speft_ds.errors import RecipeError, UserError, shell
-from speft_ds.untrusted import in_markdown, printable, without_folders, without_secrets
+from speft_ds.untrusted import cpu_limit, in_markdown, printable, without_folders, without_secrets
 
 CONTROLS = {chr(code) for code in (*range(32), *range(127, 160))} - set("\n\t")
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
@@ -77,8 +79,8 @@ def test_a_recipe_with_a_secret_is_refused(value, monkeypatch):
     assert "data.path" in problem.what and TOKEN not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", ["a\nb", "runs/\x1b[2J", "\u202e"])
-def test_a_path_with_control_characters_is_refused(value):
+@pytest.mark.parametrize("value", ["a\nb", "runs/\x1b[2J", "\u202e", "a/" + "n" * 300, "ä" * 128])
+def test_a_path_that_cannot_be_is_refused(value):
     with pytest.raises(RecipeError) as caught:
         load_recipe("quickstart", [as_override("output_dir", value)])
     (problem,) = caught.value.problems
@@ -88,6 +90,27 @@ def test_a_path_with_control_characters_is_refused(value):
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
 def test_a_printed_command_has_the_words_that_it_should(text):
     assert shlex.split(shell("rm", "-r", text)) == ["rm", "-r", text]
+
+
+def test_cpu_time_is_limited():
+    before = signal.getsignal(signal.SIGPROF)
+    with pytest.raises(TimeoutError), cpu_limit(0.05):
+        while True:
+            pass
+    with cpu_limit(0.05):
+        pass
+    assert signal.getsignal(signal.SIGPROF) == before and signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+
+
+def test_other_threads_are_not_limited():
+    """They get no signals, and must not take the main thread's."""
+
+    def work():
+        with cpu_limit(0.001):
+            return sum(range(1_000_000))
+
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(work).result() == 499999500000
 
 
 NAMES = ("my run", "a'b\"c", "$(touch hacked)", "`touch hacked`", "a;touch hacked", "*", "a & b", "~", "#x")

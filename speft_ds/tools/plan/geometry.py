@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speft_ds import hub
+from speft_ds.config.check_model import read_config
 from speft_ds.config.mask_config import mask_file
 from speft_ds.config.model_config import HEAD
 from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError, shell
-from speft_ds.io import read_json
 
 GEOMETRIES_DIR = Path(__file__).resolve().parent / "geometries"
 
@@ -132,9 +132,11 @@ def _read_config(recipe: Recipe) -> tuple[object, str]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.for_model(**read_json(file))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        what = f"cannot read the configuration: {error}"
+        config = AutoConfig.for_model(**read_config(file))
+    except UserError:
+        raise
+    except Exception as error:  # any type: each family checks it in its own way
+        what = f"cannot read the configuration: {type(error).__name__}: {error}"
         raise UserError(what, f"{file} ({where})", "a model of another library, or a damaged file") from error
     if file.parent == GEOMETRIES_DIR:
         return config, f"built in (geometries/{file.name})"
@@ -165,6 +167,6 @@ def build_model(config, task: str, dtype: str):
     auto = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
     try:
         return auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
-    except ValueError as error:
+    except Exception as error:  # as above
         what = f"transformers has no {task.replace('_', ' ')} model for this configuration"
         raise UserError(f"{what}: {error}", "model.name_or_path", "choose another model") from error

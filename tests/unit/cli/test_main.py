@@ -74,6 +74,7 @@ def test_the_shell_completes_commands_recipes_and_options(words, at, expected):
         ("plan quickstart", "--world"),
         ("plan quickstart --world 0", "'--world'"),
         ("schema mask --json", "leave KEY out"),
+        (f"report {'n' * 300}", "command line"),  # a name that no folder holds
     ],
 )
 def test_user_errors_have_no_traceback_and_exit_with_2(monkeypatch, capsys, arguments, said):

@@ -43,6 +43,8 @@ def test_a_quantised_checkpoint_is_refused_by_its_kind(problems, section, words,
         "[]",
         "{",
         "[" * 100_000,
+        {"num_hidden_layers": 10**7},  # nobody would wait for that
+        {"text_config": {"num_hidden_layers": float("nan")}},
     ],
 )
 def test_what_is_no_causal_model_of_transformers(problems, config):

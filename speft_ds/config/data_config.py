@@ -4,7 +4,16 @@ from datetime import date
 from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from speft_ds.config.section import ConfigSection, InPlaceOf, Needs, broken_rule, given_keys, rules_of
 from speft_ds.config.values import Count, FilePath, Positive, Text
@@ -19,6 +28,7 @@ COLUMNS = {  # of each format
     "classification": ("text", "label"),
 }
 
+MAY_BE_NULL = ("subset", "revision", "template", "template_no_input")
 OWN_ARGUMENTS = {  # of apply_chat_template, which the rows or tokenising decide
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
     "continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding",
@@ -101,7 +111,10 @@ class Columns(ConfigSection):
 
 
 class Source(ConfigSection):
-    """One data set of a mixture; what it leaves out is as the key of the data section says."""
+    """One data set of a mixture; what it leaves out is as the key of the data section says.
+
+    Null is a value of its own where the section's key may be null.
+    """
 
     path: FilePath
     """a file, a folder, or a hub id, as data.path"""
@@ -115,6 +128,10 @@ class Source(ConfigSection):
     template: Template | None = None
     template_no_input: Template | None = None
     chat_template: bool | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if key in self.model_fields_set}
 
 
 class DataConfig(ConfigSection):
@@ -251,7 +268,8 @@ class DataConfig(ConfigSection):
             return [] if self.path is None else [Source.model_construct(**shared, weight=None)]
         found = []
         for source in self.mixture:
-            own = {key: value for key, value in source if value is not None}
+            given = {key: getattr(source, key) for key in source.model_fields_set}
+            own = {key: value for key, value in given.items() if value is not None or key in MAY_BE_NULL}
             # A template of its own does not go with the section's for rows without an input.
             reset = {"template_no_input": None} if "template" in own else {}
             found.append(Source.model_construct(**{**shared, "weight": None, **reset, **own}))

@@ -67,6 +67,8 @@ def iterate_file(path: Path, bad: BadRows | None = None) -> Located:
     kind = kind_of(path)
     if kind is None:
         raise unknown_kind(path, str(path))
+    if path.exists() and not path.is_file():  # a pipe would keep us waiting
+        raise UserError(f"{path} is not a file", str(path), "name a file of rows")
     try:
         if kind != ".parquet":
             _check_encoding(path)

@@ -134,7 +134,7 @@ def _machine() -> list[Entry]:
 
 
 def find_columns(draft: Recipe, prompt: str | None, response: str | None) -> list[Entry]:
-    """The format and the columns of the rows, by the first one.
+    """The format and the columns of the rows, by the first one that has any.
 
     Args:
         prompt, response: columns that are given.
@@ -144,8 +144,10 @@ def find_columns(draft: Recipe, prompt: str | None, response: str | None) -> lis
     from speft_ds.data.sources import iterate_rows
 
     (source,) = draft.data.sources
-    row = next(iterate_rows(source), (None, None))[1]
-    if not isinstance(row, dict):
+    bad = BadRows()
+    row = next((row for _, row in iterate_rows(source, bad) if isinstance(row, dict) and row), None)
+    if row is None:
+        bad.check()
         raise UserError(f"{source.path} has no rows with columns", "--data", "name a file of rows")
     names = list(row)
     for given in (prompt, response):

@@ -93,8 +93,6 @@ def _lines(recipe: Recipe, tree: dict[str, Any], section: str = "") -> Iterator[
             yield f"{indent}{name}:", ""
             yield from _lines(recipe, value, key)
             continue
-        if key == "data.mixture" and value is not None:  # its sources leave most of their keys out
-            value = [{k: v for k, v in source.items() if v is not None} for source in value]
         yield f"{indent}{name}: {in_line(value)}", _origin(recipe, key, value)
 
 

@@ -143,6 +143,7 @@ def test_a_model_without_a_chat_template(write_new, tmp_path):
         ([{"a": "1", "b": "2"}], ["--prompt", "c"], "a, b"),
         ([{"prompt": "", "response": ""}], [], "rows.jsonl:1"),
         ([{"prompt": "a", "response": "b"}] * 3 + [{}, {}], [], "rows.jsonl:5"),
+        ([{}, {"prompt": "a", "response": "b"}], [], "rows.jsonl:1"),
         ([], [], "rows.jsonl"),
         ([[1]], [], "rows.jsonl"),
         ([{"prompt": "a", "response": "b"}], ["--model", "./none"], "./none"),

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from speft_ds.config.load_recipe import load_recipe
+from speft_ds.config.load_recipe import load_recipe, resolved_yaml
 from speft_ds.config.mask_config import MaskConfig
 from speft_ds.config.recipe import FIELDS, SECTIONS
 from speft_ds.config.train_config import OptimizerConfig, TrainConfig
@@ -181,6 +181,15 @@ def test_a_source_s_own_template_stands_alone(tmp_path):
     one, other = load(tmp_path, "", "data.path=null", mixture, *shared).data.sources
     assert (one.template, one.template_no_input) == ("{instruction}: {input}", "{instruction}")
     assert (other.template, other.template_no_input) == ("Do {instruction}", None)
+
+
+def test_null_in_a_source_is_null_and_stays_so(tmp_path):
+    mixture = "data.mixture=[{path: a, subset: null, split: null}, {path: b}]"
+    recipe = load(tmp_path, "", "data.path=null", mixture, "data.subset=s", "data.split=test")
+    (tmp_path / "again.yaml").write_text(resolved_yaml(recipe))
+    for each in (recipe, load_recipe("again.yaml")):
+        assert [source.subset for source in each.data.sources] == [None, "s"]
+        assert [source.split for source in each.data.sources] == ["test", "test"]
 
 
 def test_all_rows_of_another_file(tmp_path):

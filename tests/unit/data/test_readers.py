@@ -1,6 +1,7 @@
 """Rows as they stand in files and folders: the same in every kind of file, and each bad one is named."""
 
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
@@ -60,6 +61,12 @@ def test_what_is_nested_too_deeply_is_named(folder, kind):
         (folder / f"a.{kind}").write_text('[{"a": ' + "[" * deep + "1" + "]" * deep + "}]")
         with refusal(folder / f"a.{kind}" if kind == "json" else f"{folder}/a.jsonl:1", what="deep"):
             read(folder / f"a.{kind}")
+
+
+def test_a_pipe_is_no_file(folder):
+    os.mkfifo(folder / "a.jsonl")
+    with refusal(folder / "a.jsonl"):
+        read(folder / "a.jsonl")
 
 
 def test_files_without_rows(folder):

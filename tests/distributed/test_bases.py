@@ -86,6 +86,12 @@ def test_a_vision_tower_is_no_target(ranks, recipe, tmp_path):
         assert "vision_tower" in text and "mask.targets" in text
 
 
+def test_what_fails_as_it_loads_sharded_is_an_error_of_the_model(ranks, recipe, tmp_path):
+    base = make_family(tmp_path / "base", "marian")
+    for text in ranks(2)(checks.check_refused, recipe=recipe(base)):
+        assert "ValueError" in text and "model.name_or_path" in text and "docs/models.md" in text
+
+
 def test_rows_on_both_sides_of_longropes_switch(ranks, recipe, tmp_path):
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 30}
     factors = {"short_factor": [1.0] * 4, "long_factor": [3.0, 5.0, 9.0, 17.0], "partial_rotary_factor": 1.0}

@@ -69,7 +69,6 @@ def is_right(found: dict, dtype: str) -> bool:
 COLUMNS = (
     "family", "trains", "share of the decoder", "fp32 gradient error",
     "bf16: live = applied = merged = gathered", "packing", "activation checkpointing", "merge",
-    "export to PEFT",
 )  # fmt: skip
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
 
@@ -78,14 +77,14 @@ def row(name: str, found: dict) -> str:
     """A line of the table: of two ranks, fp32 where nothing else is said."""
     fp32, bf16 = (found[2, dtype] for dtype in ("float32", "bfloat16"))
     if problem := fp32.get("refused") or fp32.get("failed"):
-        return f"| {name} | no: {problem.replace('|', ' ')} | | | | | | | |"
+        return f"| {name} | no: {problem.replace('|', ' ')} | | | | | | |"
     error = max(found[world_size, "float32"]["gradient_error"] for world_size in (1, 2))
     same = bf16.get("refused") or bf16.get("failed") or yes(all(bf16[copy] for copy in COPIES))
     return (
         f"| {name} | yes | {fp32['coverage']:.1%} | {error:.0e} | {same} | {yes(fp32['packing'])} "
-        f"| {yes(fp32['checkpointing'])} | {fp32['merge']} | {yes(bf16.get('exported'))} |"
+        f"| {yes(fp32['checkpointing'])} | {fp32['merge']} |"
     )
 
 
-def yes(value: bool | None) -> str:
+def yes(value: bool) -> str:
     return "yes" if value else "no"

@@ -190,7 +190,7 @@ class Encoder:
             apart = [n for n, rows in enumerate(split) if any(not is_clean for _, is_clean in rows)]
             for number in apart:
                 where, example = examples[number]
-                rendered[number] = self.turns.rows(example, where, is_apart=True)
+                rendered[number] = self._rendered(example, where, bad, is_apart=True)
             for number, rows in zip(apart, self._split([rendered[n] for n in apart]), strict=True):
                 split[number] = rows
         made = []
@@ -201,10 +201,12 @@ class Encoder:
             made.append(encoded or [Encoded(None, NO_LABELS)])
         return made
 
-    def _rendered(self, example: Example, where: str, bad: BadRows | None) -> list[Rendered]:
+    def _rendered(
+        self, example: Example, where: str, bad: BadRows | None, is_apart: bool = False
+    ) -> list[Rendered]:
         if example.is_chat:
             try:
-                return self.turns.rows(example, where)
+                return self.turns.rows(example, where, is_apart)
             except UserError as error:
                 if error.where != where:  # of the recipe or the model
                     raise

@@ -23,6 +23,7 @@ from speft_ds.evaluation.runner import EvalRunner
 from speft_ds.evaluation.scores import Score, read_evaluations
 from speft_ds.model.dtype import agree_on_dtype
 from speft_ds.report.tables import plain, print_table
+from speft_ds.terminal import Console
 from speft_ds.training.checks import check_chat_template
 from speft_ds.training.setup import TrainContext, agree_on_date, load_context, load_data, scored_model_facts
 from speft_ds.zero.shards import full_shape, own_elements, own_range, repartition
@@ -105,7 +106,8 @@ def _keep(folder: Path, scored: Scored, recipe: EvalConfig) -> None:
         table.add_row(
             plain(score.name), *("-" if each is None else _in_full(each) for each in (score, *beside))
         )
-    print_table(table)
+    console = Console()
+    console.print(table) if console.is_terminal else print_table(table)  # a log has lines of any width
     log_rank0(str(folder / f"{scored.file.label}.json"))
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from speft_ds.model.targets import place
-from speft_ds.terminal import Console
+from speft_ds.terminal import Console, encodable
 from speft_ds.untrusted import printable
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ def short_modules(modules: list[str]) -> list[str]:
 def print_mask_table(mask: Mask) -> None:
     """Print the number of entries by layer (rows) and module (columns), with totals and densities."""
     layers, modules, cells = density_table(mask)
-    table = Table(title="trained entries", box=SIMPLE_HEAD, collapse_padding=True, show_footer=True)
+    # Seven modules fit into 80 columns.
+    narrow = {"padding": 0, "pad_edge": False, "show_edge": False}
+    table = Table(title="trained entries", box=SIMPLE_HEAD, show_footer=True, **narrow)
     columns = [list(column) for column in zip(*cells, strict=True)]
     everything = total([cell for row in cells for cell in row])
     table.add_column("layer", footer="total", justify="right")
@@ -83,8 +85,8 @@ def print_mask_table(mask: Mask) -> None:
 
 
 def plain(text: str) -> Text:
-    """What a file says, for a terminal: no markup, no control characters, on one line."""
-    return Text(" ".join(printable(text).split()))
+    """What a file says, for stdout: no markup, no control characters, on one line, in its encoding."""
+    return Text(encodable(" ".join(printable(text).split())))
 
 
 def print_table(table: Table) -> None:

@@ -93,6 +93,17 @@ def test_the_command_itself_in_ascii():
     assert done.returncode == 2 and "Traceback" not in done.stderr and "n??" in done.stderr
 
 
+def test_tables_in_ascii_have_straight_edges():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    table = Table("a", "b")
+    for cell in ("45.2% \u00b1 1.1", "no mark", Text("\u00b1 \u6f22 and more")):
+        table.add_row(cell, "x")
+    Console(file=stream, width=40).print(table)
+    stream.seek(0)
+    lines = stream.read().splitlines()
+    assert len({len(line) for line in lines}) == 1 and "45.2% +- 1.1" in "".join(lines)
+
+
 def test_every_mark_of_ours_has_its_ascii():
     ours = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "speft_ds").rglob("*.py"))
     assert {letter for letter in ours if ord(letter) > 127} == set(ASCII)

@@ -56,13 +56,20 @@ def choose_ranks(asked: int | None, hostfile: Path | None = None, on_cpu: int = 
         asked: how many; None: one per GPU, or `on_cpu` where there is none.
         hostfile: the machines, as for `deepspeed --hostfile`; None: this one.
     Raises:
-        UserError: there are fewer GPUs, or the hostfile cannot be read.
+        UserError: there are fewer GPUs, or the hostfile cannot be read, or its machines not be reached.
     """
     if hostfile is not None:
         if asked is not None:
             fix = f"leave --ranks out, and change the slots in {hostfile}"
             raise UserError("with --hostfile, its slots say how many ranks there are", "--ranks", fix)
         slots = read_hostfile(hostfile)
+        if missing := [tool for tool in ("ssh", "pdsh") if shutil.which(tool) is None]:
+            what = (
+                f"DeepSpeed reaches the machines of a hostfile by {' and '.join(missing)}, not installed here"
+            )
+            raise UserError(
+                what, "PATH", "apt-get install openssh-client pdsh; or a job of SLURM: speft submit"
+            )
         about = f"{_ranks(sum(slots))} on {len(slots)} machines, by {hostfile}"
         return Ranks(sum(slots), ["--hostfile", str(hostfile)], about)
     gpus = visible_gpus()

@@ -1,6 +1,7 @@
 """Jobs that `speft` starts: the launcher's command line, on which ranks, and how they end."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,9 +102,12 @@ HERE, MODEL = ["output_dir=here"], ["--model=./model", "--tasks=a,b"]
         ("evaluate runs/mine --tasks a", 0, None),  # no run with an adapter
     ],
 )
-def test_the_launchers_command_line(launched, tmp_path, typed, gpus, expected, capsys):
+def test_the_launchers_command_line(launched, tmp_path, typed, gpus, expected, monkeypatch, capsys):
     """None: what is typed is refused, before a rank is started."""
     use(tmp_path / "runs" / "mine")  # a trained run is not in the way of a score
+    for tool in ("ssh", "pdsh"):
+        shutil.copy("/bin/true", tmp_path / tool)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     (tmp_path / "hosts.txt").write_text("# two machines\nnode1 slots=1\nme@node-2.lan slots=1  # old\n")
     command, env, code = launched(typed, gpus=gpus)
     if expected is None:
@@ -133,6 +137,14 @@ def test_a_hostfile_that_deepspeed_would_not_take_is_refused(tmp_path, text):
     with pytest.raises(UserError) as caught:
         start_ranks.read_hostfile(tmp_path / "hosts")
     assert str(tmp_path / "hosts") in caught.value.where and "slots=8" in caught.value.fix
+
+
+def test_machines_that_cannot_be_reached_are_no_traceback_of_the_launcher(tmp_path, monkeypatch):
+    (tmp_path / "hosts").write_text("node1 slots=2")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        start_ranks.choose_ranks(None, tmp_path / "hosts")
+    assert "ssh" in caught.value.what and "pdsh" in caught.value.fix
 
 
 @pytest.mark.parametrize("typed", ["quickstart", "score mine.yaml"])

@@ -71,9 +71,15 @@ class _Factors:
         if expert is None:
             self.hook(columns, rows, *([] if ends is None else [ends]))
             return
+        if not self.parts:  # at the latest when the backward ends: a result that nothing uses has none
+            torch.autograd.Variable._execution_engine.queue_callback(self.hand_over)
         self.num_open -= 1
         self.parts.setdefault(expert, []).append((columns, rows))
-        if self.num_open:
+        if not self.num_open:
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        if not self.parts:
             return
         pairs = [self.parts.get(number, []) for number in range(self.num_experts)]
         self.parts = {}
@@ -197,7 +203,10 @@ class _WeightProducts(TorchFunctionMode):
     def _product(self, function, left: int, args: tuple, kwargs: dict, weight: Tensor, operand: _Operand):
         factors = self._factors(self.names[id(weight)], weight)
         if factors is not None and operand.expert is not None:
-            factors.num_open += 1
+            if args[left].numel() == 0:  # an idle expert, whose result may be used or not
+                factors = None
+            else:
+                factors.num_open += 1
 
         def run(x: Tensor) -> Tensor:
             return function(*args[:left], x, *args[left + 1 :], **kwargs)

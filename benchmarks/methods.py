@@ -24,6 +24,8 @@ from transformers.integrations import HfDeepSpeedConfig
 from speft_ds.comm import collectives
 from speft_ds.config.deepspeed_config import load_ds_config
 from speft_ds.config.recipe import Recipe
+from speft_ds.data.collate import collate
+from speft_ds.data.dataset import Row
 from speft_ds.model.load_model import load_base
 from speft_ds.model.loss import NextToken
 from speft_ds.model.targets import find_targets
@@ -73,8 +75,9 @@ class Method:
         """Make the batch; what is trained."""
         vocabulary = self.model.config.get_text_config().vocab_size
         size = (self.case.rows, self.case.length)
-        ids = torch.randint(vocabulary, size, generator=torch.Generator().manual_seed(0)).to(self.device)
-        self.batch = {"input_ids": ids, "labels": ids}
+        ids = torch.randint(vocabulary, size, generator=torch.Generator().manual_seed(0))
+        rows = [Row(row, [False] + [True] * (len(row) - 1)) for row in ids.tolist()]
+        self.batch = collate(rows, 0, self.device)
         self.num_labels = ids.numel() - len(ids)
         return {"num_trainable": self.num_trainable(), "num_weights": sum(map(numel, self.weights()))}
 

@@ -18,7 +18,7 @@ from speft_ds.env import free_port, rank_env
 from speft_ds.training.checkpoint.folder import list_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
-SPEFT = "speft_ds/cli/main.py"
+SPEFT = "speft_ds/cli/main.py"  # the `speft` command
 
 
 def _run(
@@ -44,12 +44,16 @@ def _run(
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def run_speft(
-    arguments: Sequence[str], folder: Path, hook: Callable | None = None, **environment: str
+def run_script(
+    script: str, arguments: Sequence[str], folder: Path, hook: Callable | None = None, **environment: str
 ) -> tuple[int, str]:
-    """The exit code of the `speft` command in this folder, and all that it printed; `hook` comes first."""
+    """The exit code of a script of the repository, started in this folder, and all that it printed.
+
+    Args:
+        hook: what the process calls before (picklable).
+    """
     log = folder / f"{time.monotonic_ns()}.log"
-    process = server().Process(target=_run, args=(SPEFT, list(arguments), environment, folder, log, hook))
+    process = server().Process(target=_run, args=(script, list(arguments), environment, folder, log, hook))
     process.start()
     process.join()
     return process.exitcode, log.read_text()

@@ -18,7 +18,7 @@ import matplotlib
 import pytest
 import torch
 from limits import HANG_S
-from live import LiveRun, run_speft
+from live import SPEFT, LiveRun, run_script
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
@@ -101,8 +101,8 @@ def run(words: list[str], folder: Path, is_forked: bool = True) -> tuple[int, st
     own = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "XDG_CACHE_HOME": str(folder / "cache")}
     own |= {"DS_ACCELERATOR": "cpu", "MPLCONFIGDIR": matplotlib.get_cachedir()}
     if is_forked and words[0] == "speft":
-        starts_ranks = words[1] in ("train", "evaluate")
-        code, said = run_speft(words[1:], folder, keep_command if starts_ranks else None, **own)
+        starts_ranks = words[1] in ("train", "evaluate", "score")
+        code, said = run_script(SPEFT, words[1:], folder, keep_command if starts_ranks else None, **own)
         if not (folder / COMMAND).exists():
             return code, said
         words = json.loads((folder / COMMAND).read_text())

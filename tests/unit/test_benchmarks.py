@@ -3,8 +3,6 @@
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from limits import HANG_S
+from live import run_script
 from tiny import recipe_values
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -29,17 +27,17 @@ import step  # noqa: E402
 MIB = 2**20
 
 
-def run(script: str, *arguments: str) -> str:
-    own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [sys.executable, BENCHMARKS / script, "--quick", *arguments],
-        env={**os.environ, **own},
-        capture_output=True,
-        text=True,
-        timeout=HANG_S,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished.stdout
+@pytest.fixture
+def run(tmp_path):
+    """run(script, arguments): what a benchmark prints that runs to its end."""
+
+    def done(script: str, *arguments: str) -> str:
+        own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        code, said = run_script(f"benchmarks/{script}", ["--quick", *arguments], tmp_path, **own)
+        assert code == 0, said
+        return said
+
+    return done
 
 
 def test_peak_is_all_that_lives_at_once():
@@ -133,7 +131,7 @@ def test_exponents():
     assert scale.exponent([(1.0, 2.0), (2.0, -0.1)]) is None
 
 
-def test_step_runs(tiny, tmp_path):
+def test_step_runs(run, tiny, tmp_path):
     arguments = ["--model", str(tiny["tied"]), "--rows", "2", "--length", "16", "--ranks", "2"]
     methods = ["--methods", "speft_ds", "shira", "supertuning"]
     out = run("step.py", *arguments, *methods, "--json", str(tmp_path / "step.json"))
@@ -149,7 +147,7 @@ def test_step_runs(tiny, tmp_path):
     assert supertuning["step_over_floor"] is None
 
 
-def test_scale_runs(tiny, tmp_path):
+def test_scale_runs(run, tiny, tmp_path):
     config, json_file = tmp_path / "small.json", tmp_path / "scale.json"
     config.write_text((tiny["untied"] / "config.json").read_text())
     arguments = ["--sizes", str(config), "--ranks", "1", "--densities", "0.005"]
@@ -162,7 +160,7 @@ def test_scale_runs(tiny, tmp_path):
     assert "small" in out
 
 
-def test_selection_runs(tiny, tmp_path):
+def test_selection_runs(run, tiny, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_values(tiny)))
     out = run("selection.py", "--recipe", str(recipe), "--json", str(tmp_path / "selection.json"))

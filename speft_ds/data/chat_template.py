@@ -161,7 +161,7 @@ class ChatTemplate:
 
     def _check(self) -> None:
         if not self.tokenizer.chat_template:
-            fix = "data.chat_template=false"
+            fix = "data.chat_template=false or, for conversations, a model that has one"
             raise UserError("the tokenizer has no chat template", "data.chat_template", fix)
         template = self._written(None)
         for name in self.data.chat_template_kwargs or ():

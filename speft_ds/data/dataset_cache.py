@@ -31,8 +31,8 @@ from speft_ds.data.conversations import EmptyRow, Example
 from speft_ds.data.dataset import Row, TokenizedDataset, write_dataset
 from speft_ds.data.formats import Classes, find_classes, make_example
 from speft_ds.data.readers import Located, hash_file, hash_model
+from speft_ds.data.row_checks import Placeholders, RowIds
 from speft_ds.data.row_counts import COUNTED, DUPLICATE, EMPTY, NOT_SELECTED
-from speft_ds.data.row_ids import RowIds
 from speft_ds.data.sources import (
     ask_datasets,
     files_without_split,
@@ -47,7 +47,7 @@ from speft_ds.env import cache_folder
 from speft_ds.errors import UserError
 from speft_ds.terminal import duration
 
-FORMAT_VERSION = "5"  # of the file, and of what tokenising does: another version is another key
+FORMAT_VERSION = "6"  # of the file, and of what tokenising does: another version is another key
 NUM_SAMPLES = 3  # rows kept as text, to be shown
 PART_S = 10.0  # of tokenising, by which the rest is estimated
 
@@ -326,13 +326,16 @@ def _make_examples(
     rows: Located, source: Source, spec: DatasetSpec, encoder: Encoder, classes: Classes | None, bad: BadRows
 ) -> Iterator[tuple[str, Example | str]]:
     """Where each row stands, and its example or, of one that is left out, why."""
-    ids = RowIds(encoder.said)
+    ids, placeholders = RowIds(encoder.said), Placeholders(encoder.said)
     for where, row in rows:
         if ids.is_duplicate(row, where):
             yield where, DUPLICATE
             continue
         try:
-            yield where, make_example(row, where, source, classes, spec.classify)
+            example = make_example(row, where, source, classes, spec.classify)
+            if source.format != "classification":
+                placeholders.look_at(example, where)
+            yield where, example
         except EmptyRow as error:
             if spec.data.empty_rows == "drop":
                 yield where, EMPTY

@@ -45,11 +45,13 @@ class Seen:
         rows: where each stands, its tokens, and why it has none: it is left out. Of a conversation, several.
         num_read: rows of the source that were tokenised.
         num_all: rows that the source has.
+        notes: what a user should know of them.
     """
 
     rows: list[tuple[str, int, str | None]]
     num_read: int
     num_all: int
+    notes: list[str]
 
     def left_out(self, max_length: int) -> list[tuple[str, str]]:
         """Where each row stands that is left out, and why."""
@@ -119,7 +121,7 @@ def _print_left_out(seen: Seen, max_length: int) -> None:
     lines += [f"  {where}: {why}" for where, why in left_out[:MOST_NAMED]]
     if len(left_out) > MOST_NAMED:
         lines.append("  and more: speft data --left-out lists them all")
-    log_rank0("\n".join(lines))
+    log_rank0("\n".join([*lines, *(f"note: {note}" for note in seen.notes)]))
 
 
 def _machine() -> list[Entry]:
@@ -210,7 +212,8 @@ def look_at(entries: list[Entry]) -> Seen:
     longest = ("data.max_length", _positions(draft.model.name_or_path), "")
     data = _recipe([*entries, longest, ("data.empty_rows", "drop", ""), ("data.long_rows", "drop", "")]).data
     spec, rows = DatasetSpec(data, draft.model.name_or_path), iterate_rows(data.sources[0], bad)
-    arguments = (data.sources[0], spec, spec.encoder(tokenizer), classes_of(data, bad), bad)
+    encoder = spec.encoder(tokenizer)
+    arguments = (data.sources[0], spec, encoder, classes_of(data, bad), bad)
     seen, num_read = [], 0
     for where, _, encoded in encode_rows(islice(rows, MOST_ROWS), *arguments):
         num_read += 1
@@ -220,7 +223,7 @@ def look_at(entries: list[Entry]) -> Seen:
     if not any(tokens for _, tokens, _ in seen):
         where, _, why = seen[0]
         raise UserError(f"no row can be trained on; the first one is {why}", where, "complete the rows")
-    return Seen(seen, num_read, num_all)
+    return Seen(seen, num_read, num_all, encoder.notes())
 
 
 def _positions(model: str) -> int:

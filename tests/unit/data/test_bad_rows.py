@@ -121,6 +121,13 @@ def test_different_rows_of_one_id_are_told(tmp_path, model):
     assert f"{path}:1" in told and "2 rows" in told
 
 
+def test_responses_that_may_stand_for_none_are_told(tmp_path, model):
+    path, lines = write(tmp_path / "rows.jsonl", pairs("a", "N/A", "none of them", "NaN ")), []
+    assert make(without_chat(path), model, log=lines.append).num_rows == 4
+    (told,) = [line for line in lines if f"{path}:2" in line]
+    assert "2 responses" in told
+
+
 def test_ids_are_those_of_one_source(tmp_path, model):
     row = {"id": 1, **pairs("a")[0]}
     mixture = [{"path": str(write(tmp_path / f"{name}.jsonl", [row]))} for name in "ab"]

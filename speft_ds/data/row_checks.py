@@ -1,4 +1,7 @@
-"""Ids of rows: a row that stands twice in a source, its id and all, is trained on once. Imports no torch."""
+"""Looks at the rows of a source together: those that stand there twice, answers that are none.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,10 @@ import re
 from hashlib import blake2b
 from typing import Any
 
+from speft_ds.data.conversations import Example
+
+# What tables and people write where there is nothing.
+PLACEHOLDERS = {"n/a", "#n/a", "nan", "null", "none", "nil", "tbd", "todo", "-", "?", "..."}
 _ID = re.compile(r"(?:^|[^A-Za-z])(?:[UuGg][Uu])?[Ii][Dd]$|[a-z]I[dD]$")  # id, Ticket ID, rowId, uuid
 
 
@@ -54,3 +61,24 @@ class RowIds:
             self._example = self._example or f"{where} and {first}"
             what = f"{self._num_unlike:,} rows have the id of an earlier one and say something else"
             self.said[self._example] = f"{what}: all are trained on, the first {self._example}"
+
+
+class Placeholders:
+    """Responses that may stand for a missing one; they are trained on, for they may be meant.
+
+    Args:
+        said: gets a line on them.
+    """
+
+    def __init__(self, said: dict[str, str]):
+        self.said = said
+        self._first, self._num = "", 0
+
+    def look_at(self, example: Example, where: str) -> None:
+        """Count an example whose last turn is like that."""
+        content = example.turns[-1].get("content")
+        if isinstance(content, str) and content.strip().lower() in PLACEHOLDERS:
+            self._num += 1
+            self._first = self._first or f"{where}: {content.strip()}"
+            what = f"{self._num:,} responses may stand for a missing one, and are trained on"
+            self.said[self._first] = f"{what}, the first {self._first}"

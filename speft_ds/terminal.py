@@ -58,7 +58,7 @@ class Console(rich.console.Console):
 
     def render(self, renderable: object, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         if isinstance(renderable, Text) and (safe := self._shown(renderable.plain)) != renderable.plain:
-            renderable = Text(safe, renderable.style)
+            renderable = renderable.blank_copy(safe)
         for segment in super().render(renderable, options):
             is_text = not segment.control and not segment.text.isspace()
             yield segment._replace(text=printable(segment.text)) if is_text else segment

@@ -146,7 +146,8 @@ def test_a_forked_process_can_be_terminated_and_its_end_is_no_request():
         ["deepspeed.launcher.launch"],
         ["torch.distributed.run"],
         ["/usr/bin/deepspeed"],
-        ["deepspeed", "deepspeed.launcher.launch"],  # the first starts the second, which starts the ranks
+        # Each starts the next one, the last the ranks.
+        ["/usr/bin/speft", "deepspeed", "deepspeed.launcher.launch"],
     ],
 )
 def test_the_end_of_the_launcher_is_a_request(names):

@@ -147,7 +147,8 @@ class PlainPeer(Method):
     def __init__(self, case: Case, world_size: int, name: str):
         super().__init__(case, world_size)
         model = load_plain(case, self.device).requires_grad_(False)
-        self.objective = NextToken(model, packing=False)
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):  # it asks the model
+            self.objective = NextToken(model, packing=False)
         self.model = prepare(name, model, case)
         self.optimizer = adamw(self.model, name)
 
@@ -220,7 +221,8 @@ class ShardedPeer(Method):
         self.zero3 = HfDeepSpeedConfig(config)
         width = model.config.get_text_config().hidden_size
         config["zero_optimization"]["reduce_bucket_size"] = width * width
-        self.objective = NextToken(model, packing=False)
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):  # it asks the model
+            self.objective = NextToken(model, packing=False)
         self.model = prepare(name, model, case)
         self.engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=adamw(self.model, name), config=config

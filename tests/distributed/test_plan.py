@@ -134,14 +134,15 @@ def test_the_planned_memory_is_what_a_deeper_run_takes(tmp_path, monkeypatch):
             deepspeed={"config": str(tmp_path / "ds.json")},
         )
 
+    recipes = {depth: recipe_of(depth) for depth in (shallow, middle, deep)}
     for depth in (shallow, middle):
         fresh = Ranks(2, is_fresh=True)
         try:
-            by_rank = fresh(plan_checks.check_memory, recipe=recipe_of(depth))
+            by_rank = fresh(plan_checks.check_memory, recipe=recipes[depth])
         finally:
             fresh.stop()
         measured[depth] = {phase: max(one[phase] for one in by_rank) for phase in by_rank[0]}
-    by_depth = {depth: make_plan(recipe_of(depth), 2, device="cpu") for depth in (shallow, middle, deep)}
+    by_depth = {depth: make_plan(recipe, 2, device="cpu") for depth, recipe in recipes.items()}
     for phase in ("scoring", "training"):
         planned = {depth: total(plan.memory[phase]) for depth, plan in by_depth.items()}
         slope = (measured[middle][phase] - measured[shallow][phase]) / (middle - shallow)

@@ -157,6 +157,10 @@ def _check_requests(name: str, task: Task, max_length: int, counter: TokenCounte
                 fix = "mend the task's data, or set eval.limit below that document"
                 raise UserError(what, "eval.tasks", fix)
         if request.request_type == "generate_until":
+            prompt = request.args[0]
+            if not counter.tok_encode(prompt[:TAIL]) and not counter.tok_encode(prompt):
+                what = f"{name}: the prompt of document {request.doc_id} has no token to go on from"
+                raise UserError(what, "eval.tasks", "mend the task's doc_to_text, or leave the task out")
             longest = normalize_gen_kwargs(request.args[1])["max_gen_toks"]
             if longest >= max_length:
                 what = (

@@ -91,6 +91,7 @@ def forgetful_tokenizer():
         ("eval.tasks", {"doc_to_choice": "{{prompt}}"}),
         ("eval.tasks", {"doc_to_target": ["yes"]}),  # found by lm-eval when all is computed
         ("eval.tasks", {"metric_list": [{"metric": "acuracy"}]}),
+        ("eval.tasks", {"form": GENERATE, "documents": rows((3, {"prompt": ""}))}),
         ("eval.tasks", {"form": GENERATE, "generation_kwargs": {"max_gen_toks": 256}}),
         ("eval.tasks", {"form": GENERATE, "generation_kwargs": {"max_new_tokens": 512}}),
         ("eval.tasks", {"form": GENERATE, "generation_kwargs": {"until": ["."]}}),  # 256, by default
@@ -111,7 +112,7 @@ def test_what_lm_eval_would_not_score(tmp_path, where, asked):
         {"shots": 3, "fewshot_split": "test"},
         {"shots": 4, "num_fewshot": 0},  # the file's 0 stays
         {"shots": 2, "chat": True},
-        {"form": GENERATE, "shots": 2, "fewshot_split": "train"},
+        {"form": GENERATE, "shots": 2, "fewshot_split": "train", "documents": rows((3, {"prompt": ""}))},
         {"form": GENERATE, "generation_kwargs": {"max_gen_toks": 255}},
         {"limit": 3, "documents": rows((3, {"choices": ["", "b"]})), "chat": True},
         {"documents": rows((2, {"choices": ["~", "x" * 250], "prompt": "x" * 900}))},  # a space is a token

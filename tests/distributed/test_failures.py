@@ -14,7 +14,7 @@ import yaml
 from limits import HANG_S
 from live import LiveRun, finishes, is_refused, metrics, whole_steps
 from tiny import make_data, make_model, recipe_values
-from unit.saved import flip
+from unit.saved import flip, reseal
 
 from distributed import rank_hooks
 
@@ -213,8 +213,14 @@ def refuses(run, *parts):
 
 def test_a_damaged_checkpoint_is_told_and_an_older_one_taken(start, stopped, tmp_path):
     newest = stopped / "checkpoints" / "step_000008"
-    flip(newest / "part_00001.safetensors", where=1000)
-    refuses(start("--resume", str(newest)), "part_00001.safetensors", "fix:")
+    part = newest / "part_00001.safetensors"
+    flip(part, where=1000)
+    refuses(start("--resume", str(newest)), part.name, "fix:")
+    flip(part, where=1000)
+    header, other = (b'"trained.index":{"dtype":"%s"' % dtype for dtype in (b"I32", b"F32"))
+    assert header in part.read_bytes()
+    part.write_bytes(part.read_bytes().replace(header, other))
+    reseal(newest)  # by its hash it is what was written
     said = finishes(start("--resume"))
     assert str(newest) in said and "step_000006: step 6" in said
     finishes(start(f"output_dir={tmp_path / 'undisturbed'}"))

@@ -185,7 +185,7 @@ class Parts:
     def _damaged(self, what: str) -> UserError:
         folder = self.paths[0].parent
         fix = f"go on from an older checkpoint: {shell('ls', folder.parent)}"
-        return UserError(f"the checkpoint is damaged: {what}", str(folder), fix)
+        return UserError(f"the checkpoint is damaged: {what}", str(folder), fix, can_go_on=False)
 
     def _files(self, table: str) -> Iterator[tuple[safe_open, dict[str, int]]]:
         """Every part, and how many entries of each weight its table has."""

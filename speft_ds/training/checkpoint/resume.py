@@ -94,6 +94,7 @@ class Start:
         is_chosen: the user named this checkpoint: no other will do.
         dtype: of the base in the run that is resumed, which `model.dtype: auto` keeps; None: of a new run.
         date: that chat templates took for today in it; None: of a new run, or they took none.
+        damaged: steps of checkpoints that were looked at and passed over.
     """
 
     state: Literal["new", "resumed", "finished"] = "new"
@@ -102,6 +103,7 @@ class Start:
     is_chosen: bool = False
     dtype: str | None = None
     date: str | None = None
+    damaged: tuple[int, ...] = ()
 
 
 def run_folder_of(path: Path) -> Path:
@@ -297,7 +299,8 @@ def verified_start(start: Start) -> Start:
         log_rank0(f"note: checkpoint {start.checkpoint.path}: {problems[0]}; looking for an older one")
         run_id, step = start.checkpoint.manifest["run_id"], start.checkpoint.step
         older = collectives.run_on_rank0(partial(latest_valid, start.source, run_id, below=step))
-        start = replace(start, checkpoint=collectives.broadcast_object(older))
+        older = collectives.broadcast_object(older)
+        start = replace(start, checkpoint=older, damaged=(*start.damaged, step))
     return start
 
 
@@ -314,7 +317,8 @@ def open_folder(recipe: Recipe, start: Start) -> run_dir.Lock:
     forked = start.source is not None and start.source.absolute() != folder.absolute()
     step = start.checkpoint.step if start.checkpoint else 0
     if not start.is_chosen and not forked and start.state == "resumed":
-        later = [checkpoint for checkpoint in _complete_after(step, folder) if verify(checkpoint) is None]
+        others = [c for c in _complete_after(step, folder) if c.step not in start.damaged]
+        later = [checkpoint for checkpoint in others if verify(checkpoint) is None]
         if later:
             what = f"another job has taken the run on to {later[0].path} while this one was starting"
             raise UserError(what, str(folder), "the same command once more")

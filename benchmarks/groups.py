@@ -32,6 +32,7 @@ class Case:
         rows, length: of the micro-batch; the same rows on every rank.
         density: fraction of the targets' weights that sparse methods train.
         lora_rank: of LoRA.
+        compute: `mask.compute` of ours: the share of the columns that its entries lie in; None: any.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Case:
     length: int
     density: float = 0.005
     lora_rank: int = 16
+    compute: float | None = None
 
 
 class Failure(Exception):

@@ -26,6 +26,7 @@ from speft_ds.config.deepspeed_config import load_ds_config
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate
 from speft_ds.data.dataset import Row
+from speft_ds.model.linear_cross_entropy import find_head_loss
 from speft_ds.model.load_model import load_base
 from speft_ds.model.loss import NextToken
 from speft_ds.model.targets import find_targets
@@ -48,7 +49,7 @@ def recipe_of(case: Case, world_size: int) -> Recipe:
         {
             "model": {"name_or_path": case.model, "dtype": case.dtype},
             "data": {"path": "rows.jsonl"},  # never opened: random masks need no rows
-            "mask": {"salience": "random", "density": case.density},
+            "mask": {"salience": "random", "density": case.density, "compute": case.compute},
             "optimizer": {"lr": LR["speft_ds"], "schedule": "constant", "clip_norm": None},
             "train": {"steps": 1000, "global_batch": case.rows * world_size, "micro_batch": case.rows},
             "deepspeed": {"config": "zero3_bf16" if on_gpu else "zero3_cpu"},
@@ -75,10 +76,10 @@ class Method:
         """Make the batch; what is trained."""
         vocabulary = self.model.config.get_text_config().vocab_size
         size = (self.case.rows, self.case.length)
-        ids = torch.randint(vocabulary, size, generator=torch.Generator().manual_seed(0))
-        rows = [Row(row, [False] + [True] * (len(row) - 1)) for row in ids.tolist()]
+        ids = torch.randint(vocabulary, size, generator=torch.Generator().manual_seed(0)).tolist()
+        rows = [Row(row, [False] + [True] * (len(row) - 1)) for row in ids]
         self.batch = collate(rows, 0, self.device)
-        self.num_labels = ids.numel() - len(ids)
+        self.num_labels = sum(row.num_labels for row in rows)
         return {"num_trainable": self.num_trainable(), "num_weights": sum(map(numel, self.weights()))}
 
     def weights(self) -> list[nn.Parameter]:
@@ -135,7 +136,7 @@ class PlainFloor(Method):
         super().__init__(case, world_size)
         self.model = load_plain(case, self.device).requires_grad_(False)
         self.model.get_input_embeddings().register_forward_hook(require_grad)
-        self.objective = NextToken(self.model, packing=False)
+        self.objective = NextToken(self.model, packing=False, head_loss=find_head_loss(self.model))
 
     def finish(self, loss: Tensor) -> None:
         loss.backward()
@@ -147,8 +148,7 @@ class PlainPeer(Method):
     def __init__(self, case: Case, world_size: int, name: str):
         super().__init__(case, world_size)
         model = load_plain(case, self.device).requires_grad_(False)
-        with deepspeed.zero.GatheredParameters(list(model.parameters())):  # it asks the model
-            self.objective = NextToken(model, packing=False)
+        self.objective = NextToken(model, packing=False, head_loss=find_head_loss(model))
         self.model = prepare(name, model, case)
         self.optimizer = adamw(self.model, name)
 
@@ -221,12 +221,11 @@ class ShardedPeer(Method):
         self.zero3 = HfDeepSpeedConfig(config)
         width = model.config.get_text_config().hidden_size
         config["zero_optimization"]["reduce_bucket_size"] = width * width
-        with deepspeed.zero.GatheredParameters(list(model.parameters())):  # it asks the model
-            self.objective = NextToken(model, packing=False)
         self.model = prepare(name, model, case)
         self.engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=adamw(self.model, name), config=config
         )
+        self.objective = NextToken(model, packing=False, head_loss=find_head_loss(model, self.engine))
 
     def forward(self) -> Tensor:
         return self.objective(self.engine, self.batch)[0] / self.num_labels

@@ -86,14 +86,15 @@ class Floor:
         seconds = self.runner.seconds
         return self._row("floor") | self.runner.facts | over | sent | times(seconds, seconds)
 
-    def measure(self, method: str, rounds: int, case: Case | None = None) -> dict:
+    def measure(self, method: str, rounds: int, case: Case | None = None, name: str | None = None) -> dict:
         """The row of a method; one that fails has its error in it, and no figures.
 
         Args:
             rounds: of one step of the floor and one of the method; ratios are of medians of the same rounds.
             case: of the method, where it is not the floor's.
+            name: of the row, where it is not the method's.
         """
-        row, start = self._row(method), len(self.runner.seconds)
+        row, start = self._row(name or method), len(self.runner.seconds)
         with Group(method, case or self.case, self.world_size, self.limit_s) as group:
             try:
                 runner = Runner(group)

@@ -4,10 +4,11 @@
 
 The floor is forward and activation gradients of the frozen model. `speft_ds` trains a random mask, `shira`
 and `supertuning` (PEFT) as many weights as they can choose near that density, `lora` (PEFT) rank 16, all on
-the linears of the decoder layers; `full` trains everything. On one rank all but ours are plain torch. On
-more, all run under ZeRO-3: the floor and ours on our engine, peers under plain DeepSpeed, loaded sharded.
-AdamW, one thread a process, the same rows on every rank, so that losses are those of one process: a method
-that raises, whose loss does not fall or is not that of one process has its error in its row, and no figures.
+the linears of the decoder layers; `full` trains everything; `--compute 0.1` adds ours with entries in few
+columns. On one rank all but ours are plain torch. On more, all run under ZeRO-3: the floor and ours on our
+engine, peers under plain DeepSpeed, loaded sharded. AdamW, one thread a process, the same rows on every rank,
+so that losses are those of one process: a method that raises, whose loss does not fall or is not that of one
+process has its error in its row, and no figures.
 
     step     median time over the floor's. A method and the floor take turns, a step at a time
     cpu      the same of the time that the processor spent on it, which a busy machine disturbs less
@@ -27,6 +28,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     add_model_arguments(parser)
     add_run_arguments(parser, "step", ROUNDS)
     parser.add_argument("--density", type=float, default=0.005, help="of the linears' weights")
+    parser.add_argument("--compute", type=float, nargs="*", default=[], help="ours with mask.compute, too")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     return parser.parse_args()
@@ -60,6 +63,9 @@ def measure(arguments: argparse.Namespace, case: Case, world_size: int, rounds: 
     try:
         with Floor(case, world_size, 60 * arguments.limit_minutes) as floor:
             rows = [floor.measure(method, rounds) for method in arguments.methods]
+            for compute in arguments.compute:
+                confined = replace(case, compute=compute)
+                rows.append(floor.measure("speft_ds", rounds, confined, f"speft_ds, compute {compute}"))
             return [floor.own_row(), *rows]
     except Failure as failure:
         say(f"floor: {failure}\n{failure.details}")
@@ -126,7 +132,7 @@ def main() -> int:
 
     write_json(arguments.json, {"machine": machine_facts(), "rows": rows})
     print(f"\n{arguments.json}")
-    return int(any(row["error"] for row in rows if row["method"] in ("floor", "speft_ds")))
+    return int(any(row["error"] for row in rows if row["method"].startswith(("floor", "speft_ds"))))
 
 
 if __name__ == "__main__":

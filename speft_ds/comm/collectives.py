@@ -45,6 +45,9 @@ def init(timeout_minutes: float = 30.0) -> None:
     # DeepSpeed calls torch's collectives by the names that torch 2.13 deprecates, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
     env.init_env()
+    # The whole backward on this thread, which the watchdog reads; autograd has one of its own for a GPU.
+    torch.autograd.set_multithreading_enabled(False)
+    timeout = timedelta(minutes=timeout_minutes)
     # Before the first collective: NCCL's object collectives use the current device.
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
@@ -52,7 +55,7 @@ def init(timeout_minutes: float = 30.0) -> None:
             deepspeed_shm.wait_for_build(deepspeed_shm.extensions_folder() / deepspeed_shm.NAME)
         try:
             with redirect_stdout(io.StringIO()):  # every rank would print that DeepSpeed's op is built
-                deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
+                deepspeed.init_distributed(verbose=False, timeout=timeout)
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise
@@ -60,6 +63,9 @@ def init(timeout_minutes: float = 30.0) -> None:
             fix = f"deepspeed --master_port {env.free_port()} ...; with srun: export MASTER_PORT=..."
             raise UserError(what, "the launcher", fix) from error
         unlink_shared_buffers()
+    global _side_group
+    if _side_group is None:
+        _side_group = dist.new_group(timeout=timeout)
 
 
 def start_watchdog(timeout_minutes: float, advice: Callable[[], str]) -> None:
@@ -170,14 +176,12 @@ def start_reduce_scatter(pieces: Tensor) -> Callable[[], Tensor]:
     """Start to sum [world_size, n] pieces over ranks, beside other work; the pieces must stay as they are.
 
     On a group of its own, so that only these sums must come in one order on all ranks: where they fall
-    between the gathers of ZeRO-3 may differ.
+    between the gathers of ZeRO-3 may differ. The buckets go in one fixed order (`sparse.gradient`), and
+    ZeRO-3 gathers in the order of the modules, so each group has the same calls on every rank.
 
     Returns:
         what waits for the sum and returns this rank's [n] row of it.
     """
-    global _side_group
-    if _side_group is None:
-        _side_group = dist.new_group()
     own = torch.empty_like(pieces[0])
     work = _reduce_scatter(own, pieces.reshape(-1), group=_side_group, async_op=True)
 

@@ -17,15 +17,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import psutil
 
 from speft_ds import env
 from speft_ds.config.values import split_interval
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 EXIT_STOPPED = 85  # asked to stop; what was reached is saved, and --resume goes on
 EXIT_CTRL_C = 130  # a second Ctrl-C: left at once
@@ -134,9 +130,9 @@ class StepFlags:
         is_due = past and env.rank() == 0
         return [float(stop_reason() is not None), float(is_due), float(self.is_written())]
 
-    def reduce(self, sums: Tensor) -> None:
-        """Take the flags summed over ranks, [len(KINDS)]."""
-        stopping, due, written = sums.tolist()
+    def reduce(self, sums: list[float]) -> None:
+        """Take the flags summed over ranks, in the order of KINDS."""
+        stopping, due, written = sums
         self.stop, self.due = stopping > 0, due > 0
         self.all_written = written == env.world_size()
 

@@ -19,6 +19,8 @@ POSITIONS = (
     "seq_length",
 )
 LAYERS, MAX_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 1000
+# Attention of its own package -> that package.
+ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 UNQUANTISED = "name the model that it was made from; a quantised base cannot be trained yet"
 
@@ -44,6 +46,10 @@ def model_problems(recipe: Recipe, file: Path, trains: bool) -> list[UserError]:
     if config.get("auto_map") and not is_known(config.get("model_type")):
         what = f"the model brings code of its own ({config.get('model_type')}), which is never run here"
         problems.append(UserError(what, where, "a model whose type transformers itself has"))
+    package = ATTENTION_PACKAGES.get(recipe.model.attention)
+    if package and find_spec(package) is None:
+        what = f"model.attention={recipe.model.attention} needs the package {package}, which is not installed"
+        problems.append(UserError(what, recipe.where("model.attention"), "model.attention=auto"))
     limit, most = recipe.data.max_length, num_positions(config)
     if trains and most is not None and limit > most:
         what = f"data.max_length={limit} is more than the {most} positions of the model"

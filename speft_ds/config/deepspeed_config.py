@@ -20,6 +20,7 @@ OWNED = {
     "bf16": "model.dtype",
     "bfloat16": "model.dtype",  # DeepSpeed's older name
     "fp16": "model.dtype",
+    "timers": "train.profile",
     "gradient_clipping": "optimizer.clip_norm",
     **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), "train.monitor"),
 }
@@ -43,6 +44,7 @@ def load_ds_config(recipe: Recipe, world_size: int, trains: bool = True) -> dict
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": batch // (micro * world_size),
         "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
+        "timers": {"throughput": {"enabled": False}},  # which waits for the device twice per micro-batch
         # DeepSpeed's own linear rounds before it adds the bias: another model than the merged one.
         "zero_optimization": {**config["zero_optimization"], "memory_efficient_linear": False},
     }

@@ -16,6 +16,8 @@ ScoredOnRows = Literal["gradient", "snip", "force", "taylor_fo", "fisher", "gras
 ScoredOnWeights = Literal["magnitude", "low_magnitude", "synflow", "random", "lift"]
 NEEDS_DATA = frozenset(get_args(ScoredOnRows))
 _DROP_GROW = Needs("schedule", ("drop_grow",))
+_SINGLE_ENTRIES = Needs("granularity", ("element",), why="tiles are confined as they are", even_if_given=True)
+_NO_ROW_QUOTA = Needs("budget", ("global", "per_layer"), why="a row has its own entries", even_if_given=True)
 
 
 class MaskConfig(ConfigSection):
@@ -34,6 +36,8 @@ class MaskConfig(ConfigSection):
         Needs("granularity", ("element",), ("per_row",), "a row quota counts single entries"),
     ] = "global"
     """one threshold for all weights, one for each weight, or for each of its rows"""
+    compute: Annotated[Share | None, _SINGLE_ENTRIES, _NO_ROW_QUOTA] = None
+    """entries lie in few columns, with this share of the dense gradient's multiply-adds; null: anywhere"""
     targets: Annotated[list[Text], Field(min_length=1)] | None = None
     """module names or patterns; null: all linears of the decoder layers"""
     layers: Annotated[list[Index], Field(min_length=2, max_length=2)] | None = None
@@ -84,6 +88,15 @@ class MaskConfig(ConfigSection):
     """steps until the gate is drawn anew"""
     gate_layers: Annotated[Count, Needs("layer_gate", ("sampled",))] = 2
     """decoder layers that the sampled gate opens"""
+
+    @field_validator("compute")
+    @classmethod
+    def _has_room(cls, value: float | None, info: ValidationInfo) -> float | None:
+        density = info.data.get("density")
+        if value is not None and density is not None and value < density:
+            message = f"mask.compute={value} has room for fewer entries than mask.density={density}"
+            raise broken_rule(message, f"mask.compute={min(1.0, 20 * density):.3g}, or a lower mask.density")
+        return value
 
     @field_validator("layers")
     @classmethod

@@ -2,8 +2,10 @@
 
 from typing import Literal
 
-from speft_ds.config.section import ConfigSection
-from speft_ds.config.values import FilePath
+from pydantic import field_validator
+
+from speft_ds.config.section import ConfigSection, broken_rule
+from speft_ds.config.values import FilePath, Text
 
 HEAD = "score.weight"  # of a classifier: [classes, hidden], new, trained completely
 
@@ -13,8 +15,18 @@ class ModelConfig(ConfigSection):
     """a local model folder, or a hub id like owner/name"""
     dtype: Literal["auto", "bfloat16", "float32"] = "bfloat16"
     """the dtype of the base; auto: bfloat16 where the hardware multiplies it, else float32"""
+    attention: Text = "auto"
+    """eager, sdpa, flash_attention_2, flex_attention or another name of transformers; auto: its choice"""
     task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
     """predict the next token, or a class of the row by a new, densely trained head"""
+
+    @field_validator("attention")
+    @classmethod
+    def _is_no_download(cls, value: str) -> str:
+        if "/" in value:
+            message = f"model.attention={value} is a kernel on the hub, whose code is never run here"
+            raise broken_rule(message, "model.attention=auto")
+        return value
 
 
 class DeepSpeedSection(ConfigSection):

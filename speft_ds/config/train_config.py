@@ -66,7 +66,7 @@ class TrainConfig(ConfigSection):
     """rows that a rank takes in one forward; must divide global_batch"""
     activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
     """recompute activations in the backward: less memory, more time"""
-    sparse_backend: Literal["auto", "dense", "sampled", "element", "tiled"] = "auto"
+    sparse_backend: Literal["auto", "dense", "sampled", "element", "tiled", "columns"] = "auto"
     """how the sparse weight gradient is computed"""
     reduce_bucket: Count = 4_194_304
     """entries reduced between ranks in one call"""
@@ -86,6 +86,25 @@ class TrainConfig(ConfigSection):
     """where metrics go beside metrics.jsonl, by DeepSpeed's monitor"""
     max_nonfinite: Count = 3
     """steps in a row whose loss or gradient may be infinite or NaN; they are skipped"""
+
+    profile: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
+    """[first, last] steps whose trace is written, per rank, to the run's profile/; null: none"""
+
+    @field_validator("profile")
+    @classmethod
+    def _ascending(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and value[0] > value[1]:
+            message = f"train.profile is {value}: the first is after the last"
+            raise broken_rule(message, f"train.profile=[{value[1]},{value[0]}]")
+        return value
+
+    @model_validator(mode="after")
+    def _profile_is_inside(self):
+        if self.profile is not None and self.steps is not None and self.profile[1] > self.steps:
+            message = f"train.profile={self.profile} is not within train.steps={self.steps}"
+            inside = f"[{min(self.profile[0], self.steps)},{self.steps}]"
+            raise broken_rule(message, f"train.profile={inside}", key="train.profile")
+        return self
 
     @field_validator("micro_batch")
     @classmethod

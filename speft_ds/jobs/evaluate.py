@@ -26,7 +26,7 @@ from speft_ds.report.tables import plain, print_table
 from speft_ds.terminal import Console
 from speft_ds.training.checks import check_chat_template
 from speft_ds.training.setup import TrainContext, agree_on_date, load_context, load_data, scored_model_facts
-from speft_ds.zero.shards import full_shape, own_elements, own_range, repartition
+from speft_ds.zero.shards import changing_shards, full_shape, own_elements, own_range
 
 
 @torch.no_grad()
@@ -45,14 +45,14 @@ def apply_to_shards(context: TrainContext, folder: Path) -> None:
         raise another_base(adapter)
     weights = dict(context.engine.module.named_parameters())
     check_weights(adapter, {name: tuple(full_shape(weight)) for name, weight in weights.items()})
-    repartition([weights[name] for name in adapter.names])
-    for name in adapter.names:
-        index, delta = adapter.entries(name)
-        start, stop = own_range(weights[name])
-        first, last = torch.searchsorted(index, torch.tensor([start, stop])).tolist()
-        shard, _ = own_elements(weights[name])
-        where = (index[first:last] - start).to(shard.device)
-        shard[where] = with_delta(shard[where], delta[first:last])
+    with changing_shards([weights[name] for name in adapter.names]):
+        for name in adapter.names:
+            index, delta = adapter.entries(name)
+            start, stop = own_range(weights[name])
+            first, last = torch.searchsorted(index, torch.tensor([start, stop])).tolist()
+            shard, _ = own_elements(weights[name])
+            where = (index[first:last] - start).to(shard.device)
+            shard[where] = with_delta(shard[where], delta[first:last])
 
 
 def run(recipe: Recipe, adapter: Path | None) -> None:

@@ -71,6 +71,7 @@ def run(recipe: Recipe) -> None:
         f"{mask.num_trainable:,} of {mask.num_target_elements:,} entries (density {mask.density:.4%}) "
         f"by {recipe.mask.salience}, sha256 {mask.sha256[:12]}; base unchanged, {context.fingerprint[:12]}"
     )
+    log_rank0(f"columns with entries: {mask.compute:.1%} of the dense weight gradient's multiply-adds")
     log_rank0(f"salience {timings['salience']:.2f} s, selection {timings['selection']:.2f} s")
     log_rank0(f"{folder / MASK_FILE}: train it with mask.load={folder / MASK_FILE}")
     collectives.barrier()

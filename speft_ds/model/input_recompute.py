@@ -42,13 +42,26 @@ class LayerInput:
         key = f"speft_ds.input.{output}"
         self.shared = _Shared() if node is None else node.metadata.setdefault(key, _Shared())
         self.shared.num_users += 1
+        self.is_cut = False
+
+    def to_save(self, x: Tensor, columns: Tensor | None) -> list[Tensor]:
+        """What of x the layer saves: nothing, x, or its columns where that is all that the layer needs."""
+        if not self.is_saved:
+            return []
+        if columns is None:
+            return [x]
+        self.is_cut = True
+        self.shared.num_users -= 1  # it has a tensor of its own
+        return [x[..., columns]]
 
     def value(self, saved: tuple[Tensor, ...]) -> Tensor:
         """The input again, one and the same tensor for all layers that have it; each asks once.
 
         Args:
-            saved: x, if it was to be saved.
+            saved: what `to_save` gave.
         """
+        if self.is_cut:
+            return saved[0]
         shared = self.shared
         if shared.x is None:
             with torch.no_grad():

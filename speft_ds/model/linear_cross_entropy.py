@@ -6,7 +6,7 @@ It all happens where the head is called: ZeRO-3 gathers its weight as ever, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -125,11 +125,14 @@ class HeadLoss:
 
 
 @torch.no_grad()
-def find_head_loss(model: nn.Module) -> HeadLoss | None:
+def find_head_loss(model: nn.Module, forward: Callable | None = None) -> HeadLoss | None:
     """How to compute the model's loss at its head; None where it does something else with the head's logits.
 
     Asks the model itself: known numbers in place of the head's logits show what it makes of them. Sharded,
     the model is in its engine, and all ranks call this.
+
+    Args:
+        forward: what runs the model's forward; None: the model itself.
     """
     head = model.get_output_embeddings()
     if head is None or not linear.find(head):
@@ -146,7 +149,7 @@ def find_head_loss(model: nn.Module) -> HeadLoss | None:
     model.eval()
     try:
         ids = torch.tensor([[0, 1]], device=next(model.parameters()).device)
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = (forward or model)(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
         model.train(was_training)

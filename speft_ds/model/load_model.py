@@ -13,7 +13,13 @@ from speft_ds.model.targets import shorten
 from speft_ds.zero.shards import full_shape, is_sharded, own_elements
 
 
-def load_base(name_or_path: str, dtype: str, ds_config: dict, num_classes: int | None = None) -> nn.Module:
+def load_base(
+    name_or_path: str,
+    dtype: str,
+    ds_config: dict,
+    num_classes: int | None = None,
+    attention: str = "auto",
+) -> nn.Module:
     """A frozen `transformers` model, sharded while it loads.
 
     Args:
@@ -21,6 +27,7 @@ def load_base(name_or_path: str, dtype: str, ds_config: dict, num_classes: int |
         dtype: `float32` or `bfloat16`; the weights are cast to it.
         ds_config: the complete DeepSpeed configuration.
         num_classes: None for a causal language model; else it classifies, and its head is new: see `HEAD`.
+        attention: transformers' name of how attention is computed; `auto`: its choice.
     Raises:
         UserError: the checkpoint cannot be read, or lacks weights of the model; or, sharded, it would be
             another model than loaded plainly.
@@ -33,6 +40,8 @@ def load_base(name_or_path: str, dtype: str, ds_config: dict, num_classes: int |
         # Whatever head a checkpoint brings is for other classes.
         options = {"num_labels": num_classes, "ignore_mismatched_sizes": True}
         auto_class = transformers.AutoModelForSequenceClassification
+    if attention != "auto":
+        options["attn_implementation"] = attention
     where, torch_dtype, zero3 = f"model.name_or_path: {name_or_path}", getattr(torch, dtype), None
     try:
         plain = PlainLoad(auto_class, name_or_path, torch_dtype, options)
@@ -44,7 +53,7 @@ def load_base(name_or_path: str, dtype: str, ds_config: dict, num_classes: int |
     except UserError:
         raise
     except Exception as error:  # any type: the code of hundreds of families loads and initialises
-        raise _unreadable(error, where) from error
+        raise _unreadable(error, where, attention) from error
     try:
         # Must be alive while from_pretrained runs, or every rank loads the full model.
         zero3 = HfDeepSpeedConfig(ds_config)
@@ -67,8 +76,11 @@ def load_base(name_or_path: str, dtype: str, ds_config: dict, num_classes: int |
     return model
 
 
-def _unreadable(error: Exception, where: str) -> UserError:
+def _unreadable(error: Exception, where: str, attention: str) -> UserError:
     text = str(error)
+    if attention != "auto" and "ttention" in text:
+        what = f"the model cannot have this attention: {text}"
+        return UserError(what, f"model.attention: {attention}", "model.attention=auto")
     if "trust_remote_code" in text:
         what = "the model brings code of its own, which is not run here"
         return UserError(what, where, "a model that transformers itself has")

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from speft_ds.data.collate import IGNORED, num_logits
-from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
-from speft_ds.model.linear_cross_entropy import find_head_loss
+from speft_ds.model.linear_cross_entropy import HeadLoss
 from speft_ds.model.probe import embedding_gradient
 
 
@@ -23,6 +22,7 @@ class NextToken:
         model: the causal language model; sharded, it is in its engine.
         packing: whether rows may be packed.
         switch: see `longrope.rotate_by_row`.
+        head_loss: how the loss is computed without logits; None: from the model's own.
         after_backward: called after a backward that asks the model about packed rows.
     Raises:
         UserError: rows are packed and the model takes no positions, from which it could tell them apart.
@@ -34,19 +34,16 @@ class NextToken:
         packing: bool,
         after_backward: Callable[[], None] = lambda: None,
         switch: int | None = None,
+        head_loss: HeadLoss | None = None,
     ):
-        self.switch = switch
+        self.switch, self.head_loss = switch, head_loss
+        # Flash attention tells packed rows apart in a batch of one alone.
+        self.is_flash = str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
         arguments = inspect.signature(model.forward).parameters
         self.can_keep_logits = "logits_to_keep" in arguments
         if packing and not ("position_ids" in arguments and tells_rows_apart(model, after_backward)):
             what = f"{type(model).__name__} does not tell packed rows apart: they would see each other"
             raise UserError(what, "data.packing", "data.packing=false")
-        self.head_loss = find_head_loss(model)
-        if self.head_loss is None:
-            name = type(model).__name__
-            log_rank0(
-                f"note: {name} changes its logits in a way of its own: all of a batch are alive at once"
-            )
 
     def __call__(
         self, module: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0
@@ -59,15 +56,18 @@ class NextToken:
             temperature: the logits are divided by it.
         """
         inputs = _inputs(batch, self.switch)
+        if self.is_flash and "position_ids" in inputs:
+            inputs = {name: tensor.view(1, -1) for name, tensor in inputs.items()}
         if self.head_loss is not None and not self.head_loss.is_trained:
             with self.head_loss.compute(batch["predicting"], batch["targets"], temperature) as losses:
                 module(**inputs, use_cache=False)
             return losses[0], None
         # Logits over the prompts would be thrown away, and cost a fifth of a small model's step.
-        keep = num_logits(batch["labels"]) if self.can_keep_logits else 0
+        labels = batch["labels"].view(len(inputs["input_ids"]), -1)
+        keep = num_logits(labels) if self.can_keep_logits else 0
         options = {"logits_to_keep": keep} if keep else {}
         logits = module(**inputs, use_cache=False, **options).logits
-        return summed_loss(logits, batch["labels"][:, -keep:], temperature), None
+        return summed_loss(logits, labels[:, -keep:], temperature), None
 
 
 def _inputs(batch: dict[str, Tensor], switch: int | None) -> dict[str, Tensor]:

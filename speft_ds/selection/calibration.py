@@ -159,5 +159,9 @@ class ShardSum:
         dense = dense.reshape(-1)
         if self.padding:
             dense = torch.cat([dense, dense.new_zeros(self.padding)])
-        for contribution in collectives.all_to_all(dense.view(-1, self.size)):
-            self.value += contribution[: self.value.numel()].to(self.value.device)
+        contributions = collectives.all_to_all(dense.view(-1, self.size))
+        total = self.value.to(contributions.device)  # where the sum is in host memory, it comes and goes once
+        for contribution in contributions:
+            total += contribution[: total.numel()]
+        if total is not self.value:
+            self.value.copy_(total)

@@ -23,11 +23,11 @@ from speft_ds.model.weight_grad_hooks import weight_grad_hooks
 from speft_ds.selection.calibration import Scorer, Scores, weight_gradient
 from speft_ds.selection.synflow import absolute_weights, linear_network
 from speft_ds.zero.shards import (
+    changing_shards,
     full_shape,
     global_norm,
     own_elements,
     own_range,
-    repartition,
     shard_numel,
     shard_of,
 )
@@ -209,10 +209,10 @@ def norm(values: Scores) -> float:
 @torch.no_grad()
 def set_weights(scorer: Scorer, origin: Scores, direction: Scores, step: float) -> None:
     """Set this rank's fp32 shards to origin + step * direction; step 0 is exact."""
-    repartition([weight for _, weight in scorer.weights()])
-    for name, weight in scorer.weights():
-        own, _ = own_elements(weight)
-        own.copy_(origin[name] + direction[name] * step if step else origin[name])
+    with changing_shards([weight for _, weight in scorer.weights()]):
+        for name, weight in scorer.weights():
+            own, _ = own_elements(weight)
+            own.copy_(origin[name] + direction[name] * step if step else origin[name])
 
 
 @metric

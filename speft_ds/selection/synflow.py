@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from speft_ds.comm import collectives
 from speft_ds.errors import UserError
-from speft_ds.zero.shards import repartition, shard_of
+from speft_ds.zero.shards import changing_shards, shard_of
 
 ACTIVATION_MODULES = ("transformers.activations", "torch.nn.modules.activation")
 
@@ -22,19 +22,19 @@ ACTIVATION_MODULES = ("transformers.activations", "torch.nn.modules.activation")
 @torch.no_grad()
 def absolute_weights(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Every ZeRO-3 shard holds absolute values inside the block, and its own bits again after it."""
-    repartition(parameters)
     signs = [np.packbits(torch.signbit(shard_of(parameter)).cpu().numpy()) for parameter in parameters]
-    for parameter in parameters:
-        shard_of(parameter).abs_()
+    with changing_shards(parameters):
+        for parameter in parameters:
+            shard_of(parameter).abs_()
     try:
         with torch.enable_grad():
             yield
     finally:
-        repartition(parameters)
-        for parameter, packed in zip(parameters, signs, strict=True):
-            shard = shard_of(parameter)
-            is_negative = torch.from_numpy(np.unpackbits(packed, count=shard.numel())).to(shard.device).bool()
-            shard.copy_(torch.where(is_negative, -shard, shard))
+        with changing_shards(parameters):
+            for parameter, packed in zip(parameters, signs, strict=True):
+                shard = shard_of(parameter)
+                is_negative = torch.from_numpy(np.unpackbits(packed, count=shard.numel())).to(shard.device)
+                shard.copy_(torch.where(is_negative.bool(), -shard, shard))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -142,6 +143,31 @@ def select_local(
     return selected
 
 
+def is_top(values: Tensor, lengths: list[int], count: int) -> Tensor:
+    """Which of this rank's values are the highest over all ranks: as `select_local`, of one flat tensor.
+
+    Where a device computes, it is waited for as often as for a single weight.
+
+    Args:
+        values: [n] fp32, weight after weight.
+        lengths: of each weight, how many of them are its.
+        count: how many to select over all ranks.
+    Returns:
+        [n] bool.
+    """
+    (limit,), wanted = find_thresholds({"": values}, {"": 0}, [count])
+    tied = values == limit
+    number = tied.cumsum(0)  # of a tie, from 1
+    edges = torch.tensor([0, *accumulate(lengths)], device=values.device)
+    before = torch.cat([number.new_zeros(1), number])[edges]  # ties before each weight, and in all
+    by_rank = collectives.all_gather_padded(before.diff(), [len(lengths)] * collectives.world_size())
+    ties = torch.stack(by_rank, dim=1)  # [weights, ranks], in which order they are taken
+    earlier = ties.flatten().cumsum(0).view_as(ties) - ties
+    take = (wanted.to(ties.device) - earlier).clamp(min=0)[:, collectives.rank()]
+    last = (before[:-1] + take).repeat_interleave(edges.diff(), output_size=values.numel())
+    return (values > limit) | (tied & (number <= last))
+
+
 def gather_mask(local: dict[str, Tensor], shape: dict[str, tuple[int, int]]) -> Mask:
     """Every rank's selected local indices -> one Mask of global indices on every rank (order k traffic).
 
@@ -171,6 +197,19 @@ def gather_indices(local: dict[str, Tensor], numel: dict[str, int]) -> dict[str,
     return {name: torch.cat([row[position] for row in split]) for position, name in enumerate(numel)}
 
 
+def require_finite(scores: dict[str, Tensor]) -> None:
+    """Raise a UserError on every rank where a score of any of them is infinite or NaN."""
+    finite = all(
+        score.numel() == 0 or all(map(math.isfinite, torch.aminmax(score))) for score in scores.values()
+    )
+    if not all(collectives.all_gather_objects(finite)):
+        raise UserError(
+            "a salience score is not finite",
+            where="mask.salience",
+            fix="look for rows that overflow the model's dtype; try model.dtype=float32",
+        )
+
+
 def select(
     scores: dict[str, Tensor],
     shape: dict[str, tuple[int, int]],
@@ -191,15 +230,7 @@ def select(
     Raises:
         UserError: a score is not finite.
     """
-    finite = all(
-        score.numel() == 0 or all(map(math.isfinite, torch.aminmax(score))) for score in scores.values()
-    )
-    if not all(collectives.all_gather_objects(finite)):
-        raise UserError(
-            "a salience score is not finite",
-            where="mask.salience",
-            fix="look for rows that overflow the model's dtype; try model.dtype=float32",
-        )
+    require_finite(scores)
     numel = {name: rows * columns for name, (rows, columns) in shape.items()}
     if budget == "per_row":
         fraction = num_trainable / sum(numel.values())

@@ -1,17 +1,17 @@
 """Gradient of the mask's entries, reduced to the ranks that own them.
 
-The backward of an adapted linear adds its weight's part. Neighbouring weights are a bucket: a buffer
-[world_size, longest] whose row r has, in the order of rank r's flat buffers, what this rank adds to the
-gradient of rank r's entries. A bucket that has all its parts is reduce-scattered while the backward goes on,
-and its sum is added to the owner's gradient. So only a few buckets are alive at a time,
-and k / world_size values over the micro-batches of a step.
+The backward of an adapted linear adds its weight's part. Neighbouring weights are a bucket: one flat buffer,
+a weight after the other. A bucket that has all its parts becomes rows [world_size, longest], row r in the
+order of rank r's flat buffers, which are reduce-scattered while the backward goes on; the sum is added to the
+owner's gradient. So only a few buckets are alive at a time, and k / world_size values over the micro-batches
+of a step. The work per weight does not grow with the ranks.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,14 +35,15 @@ class GradientOptions:
     backend: str = "auto"  # as `train.sparse_backend`
     granularity: str = "element"  # with `block_size`, what the mask was chosen by
     block_size: int = 1
+    few_columns: bool = False  # the mask was chosen so that its entries lie in few columns
     bucket: int = 2**22  # entries of one reduce-scatter, over all ranks
     overlap: bool = True  # False reduces after the backward: any number of them may come before `finish`
 
     @classmethod
     def of(cls, mask, train, overlap: bool = True) -> GradientOptions:
         """Those of a recipe's `mask` and `train` sections; `overlap` only where `train.overlap` is set."""
-        how = (train.sparse_backend, mask.granularity, mask.block_size, train.reduce_bucket)
-        return cls(*how, overlap and train.overlap)
+        how = (train.sparse_backend, mask.granularity, mask.block_size, mask.compute is not None)
+        return cls(*how, train.reduce_bucket, overlap and train.overlap)
 
 
 @dataclass
@@ -52,8 +53,21 @@ class Bucket:
     names: list[str]  # in the mask's order, so that each rank's part is one slice of its flat buffers
     starts: list[int]  # rank -> where that slice starts
     lengths: list[int]  # rank -> its entries
-    buffer: Tensor | None = None  # [world_size, longest] what was added and not sent yet
-    views: dict[str, list[Tensor]] = field(default_factory=dict)  # weight -> its parts in the buffer's rows
+    places: dict[str, slice]  # weight -> where its entries lie in the buffer
+    counts: Tensor  # [weights x ranks] entries of a weight that a rank owns, in the buffer's order
+    moves: Tensor  # [weights x ranks] how far each of these parts lies from the buffer's start in the rows
+    buffer: Tensor | None = None  # [entries] what was added and not sent yet
+
+    @property
+    def num_entries(self) -> int:
+        return sum(self.lengths)
+
+    def rows(self, buffer: Tensor) -> Tensor:
+        """[world_size, longest] the buffer's entries as they are sent."""
+        rows = buffer.new_zeros(len(self.lengths) * max(self.lengths))
+        moves = self.moves.repeat_interleave(self.counts, output_size=buffer.numel())
+        moves += torch.arange(buffer.numel(), device=buffer.device)
+        return rows.index_copy_(0, moves, buffer).view(len(self.lengths), -1)
 
 
 class SparseGradient:
@@ -112,14 +126,18 @@ class SparseGradient:
                 total = 0
             groups[-1].insert(0, name)
             total += count
-        return [
-            Bucket(
-                names,
-                starts=self.layout.offsets[names[0]],
-                lengths=[sum(counts) for counts in zip(*(self.counts[n] for n in names), strict=True)],
-            )
-            for names in groups
-        ]
+        return [self._make_bucket(names) for names in groups]
+
+    def _make_bucket(self, names: list[str]) -> Bucket:
+        counts = torch.tensor([self.counts[name] for name in names])  # [weights, ranks]
+        lengths = counts.sum(0).tolist()
+        flat = counts.flatten()
+        in_buffer = (flat.cumsum(0) - flat).view_as(counts)
+        in_rows = counts.cumsum(0) - counts + torch.arange(self.world_size) * max(lengths)
+        ends = counts.sum(1).cumsum(0).tolist()
+        places = {name: slice(a, b) for name, a, b in zip(names, [0, *ends], ends, strict=False)}
+        moves = (in_rows - in_buffer).flatten().to(self.device)
+        return Bucket(names, self.layout.offsets[names[0]], lengths, places, flat.to(self.device), moves)
 
     def _start_backward(self) -> None:
         self.uses: Counter[str] = Counter()
@@ -138,13 +156,18 @@ class SparseGradient:
             return None
         options, shape = self.options, self.mask.shape[name]
         tiles = Tiles.of(options.granularity, options.block_size, shape)
-        arguments = (options.backend, index.to(self.device), shape, tiles)
+        arguments = (options.backend, index.to(self.device), shape, tiles, options.few_columns)
         if name in self.num_stacked:
             self.backends[name], backend = make_stacked(*arguments, self.num_stacked[name])
         else:
             self.backends[name], backend = make_backend(*arguments)
         self.kernels[name] = backend
-        return lambda *factors: self.add(name, backend(*factors))
+
+        def hook(*factors: Tensor) -> None:
+            self.add(name, backend(*factors))
+
+        hook.columns = getattr(backend, "columns", None)  # all that it needs of the input; None: all
+        return hook
 
     def add(self, name: str, values: Tensor) -> None:
         """Add the [k] fp32 gradient of one weight's entries, in index order."""
@@ -161,7 +184,7 @@ class SparseGradient:
             )
         if bucket.buffer is None:
             self._allocate(bucket)
-        torch._foreach_add_(bucket.views[name], list(values.split(self.counts[name])))
+        bucket.buffer[bucket.places[name]] += values
         # Always in the one order, which all ranks keep, whatever their backwards do.
         while self.options.overlap and self.waiting:
             if any(self.uses[name] < self.expected[name] for name in self.waiting[0].names):
@@ -169,16 +192,13 @@ class SparseGradient:
             self._send(self.waiting.popleft())
 
     def _allocate(self, bucket: Bucket) -> None:
-        shape = (self.world_size, max(bucket.lengths))
-        bucket.buffer = torch.zeros(shape, dtype=torch.float32, device=self.device)
-        bucket.views = {name: [] for name in bucket.names}
-        for rank, row in enumerate(bucket.buffer):
-            counts = [self.counts[name][rank] for name in bucket.names]
-            for name, view in zip(bucket.names, row[: sum(counts)].split(counts), strict=True):
-                bucket.views[name].append(view)
-        filling = [other.buffer for other in self.buckets if other.buffer is not None]
-        alive = [*filling, *(buffer for _, buffer, _ in self.in_flight)]
-        self.peak_buffer_bytes = max(self.peak_buffer_bytes, sum(buffer.nbytes for buffer in alive))
+        bucket.buffer = torch.zeros(bucket.num_entries, dtype=torch.float32, device=self.device)
+        self._count_bytes()
+
+    def _count_bytes(self) -> None:
+        filling = [bucket.buffer.nbytes for bucket in self.buckets if bucket.buffer is not None]
+        sent = [rows.nbytes for _, rows, _ in self.in_flight]
+        self.peak_buffer_bytes = max(self.peak_buffer_bytes, sum(filling) + sum(sent))
 
     def _send(self, bucket: Bucket) -> None:
         """Start the reduction of a bucket; one that nothing was added to takes part, too."""
@@ -186,8 +206,10 @@ class SparseGradient:
             self._allocate(bucket)
         if len(self.in_flight) == IN_FLIGHT:
             self._receive()
-        buffer, bucket.buffer, bucket.views = bucket.buffer, None, {}
-        self.in_flight.append((bucket, buffer, collectives.start_reduce_scatter(buffer)))
+        rows = bucket.rows(bucket.buffer)
+        self.in_flight.append((bucket, rows, collectives.start_reduce_scatter(rows)))
+        self._count_bytes()  # while there are both
+        bucket.buffer = None
 
     def _receive(self) -> None:
         """Wait for the oldest bucket that is under way, and add its sum to what is ours."""
@@ -224,6 +246,6 @@ class SparseGradient:
     def clear(self) -> None:
         """Forget what was added since the last `pop`."""
         for bucket in self.buckets:
-            bucket.buffer, bucket.views = None, {}
+            bucket.buffer = None
         self.own.zero_()
         self._start_backward()

@@ -58,15 +58,31 @@ class Mask:
         rows, columns = self.shape[name]
         return rows * columns
 
+    def columns(self) -> dict[str, Tensor]:
+        """Weight -> sorted int64 columns that have entries."""
+        return {name: used_columns(index, self.shape[name][1]) for name, index in self.index.items()}
+
+    @cached_property
+    def compute(self) -> float:
+        """Share of the dense weight gradient's multiply-adds that belongs to columns with entries."""
+        spent = sum(self.shape[name][0] * columns.numel() for name, columns in self.columns().items())
+        return spent / self.num_target_elements
+
     def facts(self) -> dict:
         """What a report says of the mask: counts, density (of the targeted weights), hash."""
         return {
+            "compute": self.compute,
             "num_trainable": self.num_trainable,
             "num_target_elements": self.num_target_elements,
             "density": self.density,
             "sha256": self.sha256,
             "per_layer": {name: index.numel() for name, index in self.index.items()},
         }
+
+
+def used_columns(index: Tensor, width: int) -> Tensor:
+    """[k] flat indices into a weight of `width` columns -> the sorted int64 columns with any of them."""
+    return torch.bincount(index.to(torch.int64) % width, minlength=width).nonzero()[:, 0]
 
 
 def save_mask(path: Path, mask: Mask, facts: dict) -> None:

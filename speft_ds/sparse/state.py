@@ -134,10 +134,11 @@ class SparseState:
         return torch.cat(values).to(self.device)
 
     def _write(self, index: dict[str, Tensor], values: Tensor) -> None:
-        parts = values.split([where.numel() for where in index.values()])
+        on_shards = next((shard.device for shard in self.shards.values()), values.device)
+        # In one piece, where the shards are in host memory.
+        parts = values.to(on_shards).split([where.numel() for where in index.values()])
         for (name, where), part in zip(index.items(), parts, strict=True):
-            shard = self.shards[name]
-            shard[where.to(shard.device)] = part.to(shard.device)
+            self.shards[name][where.to(on_shards)] = part
 
     @torch.no_grad()
     def _inherit(self, previous: SparseState, entries: Entries, revert: bool) -> None:

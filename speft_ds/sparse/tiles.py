@@ -94,12 +94,17 @@ def tile_scores(scores: dict[str, Tensor], tiles: dict[str, Tiles]) -> dict[str,
     largest = max((score.abs().max().item() for score in scores.values() if score.numel()), default=0.0)
     largest = torch.tensor([largest], dtype=torch.float64, device=collectives.device())
     largest = collectives.all_reduce_max(largest).item() or 1.0
+    shift = fixed_point_shift(largest, tiles)
+    return {name: local_means(score, tiles[name], shift) for name, score in scores.items()}
+
+
+def fixed_point_shift(largest: float, tiles: dict[str, Tiles]) -> int:
+    """The power of two by which scores up to `largest` are multiplied, so that no tile's sum overflows."""
     biggest = max(tile.largest for tile in tiles.values())
-    shift = SUM_BITS - math.frexp(largest)[1] - math.frexp(biggest)[1]
-    return {name: _means(score, tiles[name], shift) for name, score in scores.items()}
+    return SUM_BITS - math.frexp(largest)[1] - math.frexp(biggest)[1]
 
 
-def _means(score: Tensor, tiles: Tiles, shift: int) -> Tensor:
+def local_means(score: Tensor, tiles: Tiles, shift: int) -> Tensor:
     """`tile_scores` of one weight, whose scores are multiplied by 2^shift to be summed."""
     rank, world_size = collectives.rank(), collectives.world_size()
     numel = tiles.shape[0] * tiles.shape[1]

@@ -27,11 +27,15 @@ def check_chat_template(section: EvalConfig, tokenizer: PreTrainedTokenizerBase)
 
 
 def check_steps(recipe: Recipe, num_steps: int) -> None:
-    """Refuse a run that is too short for its warm-up, or for its mask to change."""
+    """Refuse a run that is too short for its warm-up, its profile, or for its mask to change."""
     mask, warmup = recipe.mask, recipe.optimizer.warmup_steps
     if warmup > num_steps:
         what = f"more warm-up steps ({warmup}) than steps ({num_steps})"
         raise UserError(what, "optimizer.warmup_steps", f"optimizer.warmup_steps={num_steps // 10}")
+    profile = recipe.train.profile
+    if profile is not None and profile[1] > num_steps:
+        what = f"steps {profile[0]} to {profile[1]} are to be profiled, the run has {num_steps}"
+        raise UserError(what, "train.profile", f"train.profile=[{min(profile[0], num_steps)},{num_steps}]")
     if mask.schedule in ("periodic", "drop_grow") and mask.update_every >= num_steps:
         what = (
             f"the mask would never change: it would after {mask.update_every} steps, the run has {num_steps}"

@@ -18,7 +18,7 @@ from speft_ds.data.sampler import permutation
 from speft_ds.env import log_rank0
 from speft_ds.model.targets import layer_number, target_shapes
 from speft_ds.model.weight_grad_hooks import WeightGradHook, chain_hooks
-from speft_ds.selection.topk import select_local
+from speft_ds.selection.topk import is_top
 from speft_ds.sparse.gradient import GradientOptions, SparseGradient
 from speft_ds.sparse.layout import EntryTable, RankShards, locate
 from speft_ds.sparse.mask import Mask, jaccard, overlap
@@ -29,7 +29,7 @@ from speft_ds.sparse.state import SparseState
 from speft_ds.training.checkpoint.parts import Parts, Snapshot
 from speft_ds.training.setup import TrainContext
 from speft_ds.zero.engine import Trainable
-from speft_ds.zero.shards import repartition, shard_of
+from speft_ds.zero.shards import changing_shards, shard_of
 
 OWN = "optimizer."  # of the optimizer, among a rank's own tensors in a checkpoint
 
@@ -142,10 +142,10 @@ class Schedule:
 
     def change_mask(self, mask: Mask, step: int, revert: bool) -> None:
         """Train another mask from here on; `revert` as for SparseState. Kept entries keep their moments."""
-        repartition([target.weight for target in self.context.trained.values()])
         kept = overlap(self.mask, mask)
         old_key = self.state.keys()
-        self.state = self._make_state(mask, self.state, revert)
+        with changing_shards([target.weight for target in self.context.trained.values()]):
+            self.state = self._make_state(mask, self.state, revert)
         self.optimizer.remap_state(self.state.delta, *locate(old_key, self.state.keys()))
         self._attach()
         change = {
@@ -188,13 +188,13 @@ class Schedule:
 
         The schedule was made with the checkpoint's mask; only its contents are taken up here.
         """
-        repartition([target.weight for target in self.context.trained.values()])
         facts = parts.facts
         if facts["changes"]:
             self.first_mask = _on_cpu(parts.mask("first", self.mask.shape))
         spans = self.state.rank_shards.spans
         columns = parts.table("trained", spans).columns
-        self.state.restore(columns.pop("delta"), parts.table("dropped", spans))
+        with changing_shards([target.weight for target in self.context.trained.values()]):
+            self.state.restore(columns.pop("delta"), parts.table("dropped", spans))
         as_many_ranks = len(parts.paths) == collectives.world_size()
         own = parts.own(collectives.rank()) if as_many_ranks else {}
         own = {name.removeprefix(OWN): value for name, value in own.items() if name.startswith(OWN)}
@@ -247,10 +247,8 @@ class GradTopk(Schedule):
             self.mask.index[name].numel() for name in self.mask.shape if self.layers.is_active(name)
         )
         count = max(1, round(self.recipe.topk_fraction * num_active)) if num_active else 0
-        scores = self.by_weight(size)
-        active = torch.zeros_like(gradient, dtype=torch.bool)
-        for name, chosen in select_local(scores, dict.fromkeys(scores, 0), [count]).items():
-            active[self.state.slices[name]][chosen] = True
-        for name in self.state.heads:
-            active[self.state.slices[name]] = True
+        lengths = [self.state.index[name].numel() for name in self.mask.shape]
+        num_of_mask = sum(lengths)
+        active = torch.ones_like(gradient, dtype=torch.bool)  # heads, which lie behind the mask, always step
+        active[:num_of_mask] = is_top(size[:num_of_mask], lengths, count)
         return active

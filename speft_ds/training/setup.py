@@ -28,6 +28,7 @@ from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import fingerprint
 from speft_ds.model.kinds import find_weights
 from speft_ds.model.kinds.target import Target
+from speft_ds.model.linear_cross_entropy import find_head_loss
 from speft_ds.model.load_model import fill_head, load_base
 from speft_ds.model.longrope import rotate_by_row
 from speft_ds.model.loss import NextToken, RowClass
@@ -35,6 +36,7 @@ from speft_ds.model.reach import Reach, find_reach
 from speft_ds.model.targets import all_weights, find_targets, target_shapes, tied_targets
 from speft_ds.model.weight_grad_hooks import weight_grad_hooks
 from speft_ds.selection.calibration import CalibrationSet, Scorer
+from speft_ds.selection.columns import confine
 from speft_ds.selection.salience import score
 from speft_ds.selection.topk import num_trainable, select
 from speft_ds.sparse.mask import Mask
@@ -260,7 +262,12 @@ def _make_objective(engine: SparseEngine, recipe: Recipe) -> NextToken | RowClas
     switch = rotate_by_row(engine.module)
     if classifies(recipe):
         return RowClass(switch)
-    objective = NextToken(engine.module, recipe.data.packing, engine.after_plain_backward, switch)
+    head_loss = find_head_loss(engine.module)
+    if head_loss is None:
+        name = type(engine.module).__name__
+        log_rank0(f"note: {name} changes its logits in a way of its own: all of a batch are alive at once")
+    how = {"switch": switch, "head_loss": head_loss}
+    objective = NextToken(engine.module, recipe.data.packing, engine.after_plain_backward, **how)
     engine.forget_trace()
     return objective
 
@@ -305,13 +312,13 @@ def keep_reached(
 
 def _load_model(recipe: Recipe, data: RunData, ds_config: dict) -> tuple[nn.Module, dict[str, Target]]:
     """The model, and weight name -> a classifier's head, filled."""
-    name, dtype = recipe.model.name_or_path, recipe.model.dtype
+    name, dtype, attention = recipe.model.name_or_path, recipe.model.dtype, recipe.model.attention
     if not classifies(recipe):
-        return load_base(name, dtype, ds_config), {}
+        return load_base(name, dtype, ds_config, attention=attention), {}
     if data.classes is None:
         fix = "data.labels=[...], the names of the classes"
         raise UserError("without rows nobody knows the classes", "data.labels", fix)
-    model = load_base(name, dtype, ds_config, len(data.classes))
+    model = load_base(name, dtype, ds_config, len(data.classes), attention)
     config = model.config.get_text_config()
     config.pad_token_id = data.pad_id  # what the model takes for padding when it looks for a row's end
     std = getattr(config, "initializer_range", None) or getattr(config, "init_std", 0.02)
@@ -383,9 +390,11 @@ def scored_model_facts(context: TrainContext, adapter: str | None = None) -> dic
     flags = [getattr(tokenizer, f"add_{which}_token", None) for which in ("bos", "eos")]
     parts = [config, model.generation_config.to_dict(), tokenizer.special_tokens_map, flags]
     text = json.dumps([*parts, tokenizer.chat_template, written], sort_keys=True, default=str)
+    own = context.recipe.model
     return {
         "fingerprint": context.fingerprint,
-        "dtype": context.recipe.model.dtype,
+        "dtype": own.dtype,
+        **({"attention": own.attention} if own.attention != "auto" else {}),
         "settings": hashlib.sha256(text.encode()).hexdigest(),
         "adapter": adapter,
     }
@@ -423,5 +432,7 @@ def choose_mask(context: TrainContext, timings: Timings, number: int = 0) -> Mas
     finally:
         module.train(was_training)
     with timings.stage("selection"):
+        if mask.compute is not None:
+            confine(scores, context.shapes, context.num_trainable, mask.budget, mask.compute)
         granularity = (mask.granularity, mask.block_size)
         return select(scores, context.shapes, context.num_trainable, mask.budget, *granularity)

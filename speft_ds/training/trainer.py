@@ -35,6 +35,7 @@ from speft_ds.training.checkpoint.resume import Start
 from speft_ds.training.checkpoint.writer import Writer
 from speft_ds.training.growth import AccumulatedGradient, RowColumnMomentum
 from speft_ds.training.metrics import MetricsLog, Monitor, Timings
+from speft_ds.training.profile import StepProfiler
 from speft_ds.training.schedule import GradTopk, Periodic, Schedule
 from speft_ds.training.setup import (
     TrainContext,
@@ -176,6 +177,10 @@ class Trainer:
             f"mask: {mask.num_trainable:,} of {mask.num_target_elements:,} entries "
             f"(density {mask.density:.4%}) {source}, sha256 {mask.sha256[:12]}"
         )
+        if recipe.compute is not None:
+            log_rank0(
+                f"columns with entries: {mask.compute:.1%} of the dense weight gradient's multiply-adds"
+            )
         with self.timings.stage("state"):
             self.schedule = self._make_schedule(mask)
         backends = Counter(self.gradient.backends.values()).most_common()
@@ -242,8 +247,10 @@ class Trainer:
             (loss, rows that a classifier got right or None), over all ranks and micro-batches.
         """
         train, rank, world_size = self.recipe.train, collectives.rank(), collectives.world_size()
-        # Over all ranks and micro-batches: loss; for a classifier, rows that it got right; the flags.
-        sums = torch.zeros(2 + len(StepFlags.KINDS), dtype=torch.float64, device=collectives.device())
+        # Over all ranks and micro-batches, read once: loss; for a classifier, rows that it got right; the
+        # squared norm of the gradient; the flags.
+        sums = torch.zeros(3 + len(StepFlags.KINDS), dtype=torch.float64, device=collectives.device())
+        values, optimizer = [], self.engine.optimizer
         own = split_global_batch(rows, train.micro_batch, rank, world_size)
         for number, micro_batch in enumerate(own):
             watchdog.heartbeat(f"step {step + 1}, micro-batch {number + 1} of {len(own)}", counts=True)
@@ -256,11 +263,13 @@ class Trainer:
             # Already normalised by the global batch: the engine must not divide by accumulation steps.
             self.engine.backward(loss, scale_wrt_gas=False)
             if micro_batch is own[-1]:
-                sums[2:] = torch.tensor(self.flags.local(), dtype=torch.float64)
-                self.flags.reduce(collectives.all_reduce(sums)[2:])
-                self.engine.optimizer.skip_step = not math.isfinite(sums[0].item())
+                sums[2] = optimizer.own_squared_norm()
+                sums[3:] = torch.tensor(self.flags.local(), dtype=torch.float64)
+                values = collectives.all_reduce(sums).tolist()
+                self.flags.reduce(values[3:])
+                optimizer.skip_step, optimizer.squared_norm = not math.isfinite(values[0]), values[2]
             self.engine.step()
-        return sums[0].item(), None if num_correct is None else sums[1].item()
+        return values[0], None if num_correct is None else values[1]
 
     def _count_nonfinite(self, skipped: bool, loss: float, step: int) -> None:
         """Count a step that was skipped. Raises UserError, on every rank, where that is one too many."""
@@ -295,9 +304,12 @@ class Trainer:
         self.flags.restart()
         self.engine.train()
         memory.reset_peak()
+        profiler = StepProfiler(self.recipe.train.profile, self.folder)
         with self.timings.stage("training"), closing(log):
             for step in range(self.first_step, self.num_steps):
+                profiler.before(step + 1)
                 values = {**self.train_step(step), "peak_memory_gib": memory.peak_gib()}
+                profiler.after(step + 1)
                 values |= self._measure(step + 1)
                 log.log(values)
                 self._checkpoint_if_due(step + 1, log, values.get("validation_loss"))

@@ -20,7 +20,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from speft_ds.comm import collectives
-from speft_ds.zero.shards import global_norm, repartition, shard_of
+from speft_ds.zero import shards
+from speft_ds.zero.shards import changing_shards, global_norm, repartition, shard_of, squared_norm
 
 if TYPE_CHECKING:  # what is trained lies above the engine
     from speft_ds.sparse.gradient import SparseGradient
@@ -58,7 +59,9 @@ class SparseZeroOptimizer(ZeROOptimizer):
         self.trained: Trainable | None = None
         self.weights: list[nn.Parameter] = []  # those whose shards `trained` writes to
         self.overflow = False  # whether the last step was skipped, which DeepSpeed looks for
-        self.skip_step = False  # whether to skip the next one
+        # Of the next step, where the caller has reduced it with other values: whether to skip it, and the
+        # squared norm of its gradient over all ranks.
+        self.skip_step, self.squared_norm = False, None
         self.is_unpartitioned = False  # whether no weight is ever gathered or released
         self._global_grad_norm = 0.0
 
@@ -104,6 +107,10 @@ class SparseZeroOptimizer(ZeROOptimizer):
         if self.is_gradient_accumulation_boundary():
             self.trained.state.delta.grad = self.trained.gradient.pop()
 
+    def own_squared_norm(self) -> Tensor:
+        """Of this rank's part of the gradient of the next step: an fp64 scalar on the device."""
+        return squared_norm(self.trained.state.delta.grad)
+
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """Clip what steps by its norms over all ranks, step the optimizer, write the deltas into the shards.
@@ -113,7 +120,8 @@ class SparseZeroOptimizer(ZeROOptimizer):
         """
         trained, state = self.trained, self.trained.state
         gradient = state.delta.grad
-        self._global_grad_norm = global_norm(gradient)
+        squared, self.squared_norm = self.squared_norm, None
+        self._global_grad_norm = global_norm(gradient) if squared is None else math.sqrt(squared)
         self.overflow = self.skip_step or not math.isfinite(self._global_grad_norm)
         if self.overflow:
             return
@@ -123,9 +131,8 @@ class SparseZeroOptimizer(ZeROOptimizer):
             self._global_grad_norm = global_norm(gradient)
         trained.clip(gradient, self._global_grad_norm, state.slices)
         trained.optimizer.step(active=active)
-        if not self.is_unpartitioned:
-            repartition(self.weights)
-        state.write_through()
+        with changing_shards([] if self.is_unpartitioned else self.weights):
+            state.write_through()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         if self.trained is not None:
@@ -179,6 +186,10 @@ def build_engine(
         weight.ds_persist = False
     offload = engine.optimizer.offload
     offload.persistent_parameters = [p for p in offload.persistent_parameters if p.ds_persist]
+    if engine.device.type != "cpu":
+        coordinator = offload.get_param_coordinator()
+        shards.gather_stream = coordinator._PartitionedParameterCoordinator__allgather_stream
+        shards.gathers_wait()  # for what loading wrote
     on_device = all(shard_of(p).device.type == engine.device.type for p in model.parameters())
     if collectives.world_size() == 1 and on_device:
         engine.optimizer.keep_unpartitioned()

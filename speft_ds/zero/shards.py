@@ -9,6 +9,8 @@ padded). An entry belongs to the rank whose shard holds it:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,10 @@ from speft_ds.comm import collectives
 HOOK_GRAD_FNS = frozenset(
     ("PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBackward", "AliasBackward0")
 )
+
+
+# On which ZeRO-3 gathers; None: there is one order of all work, as on a CPU.
+gather_stream = None
 
 
 def shard_numel(numel: int, world_size: int) -> int:
@@ -71,6 +77,25 @@ def stack_size(parameter: nn.Parameter) -> int | None:
     return shape[0] if len(shape) == 3 else None
 
 
+@contextmanager
+def changing_shards(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Around every write to shards of these weights: none is gathered, and later gathers wait for the write.
+
+    ZeRO-3 gathers on a stream of its own, which does not wait for the stream that computes.
+    """
+    repartition(parameters)
+    yield
+    gathers_wait()
+
+
+def gathers_wait() -> None:
+    """Have what is gathered from now on wait for what was computed until now."""
+    if gather_stream is not None:
+        from deepspeed.accelerator import get_accelerator
+
+        gather_stream.wait_stream(get_accelerator().current_stream())
+
+
 def repartition(parameters: list[nn.Parameter]) -> None:
     """Free gathered copies of these weights: their shards are about to change, a copy would be stale."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # late: not all readers train
@@ -85,5 +110,9 @@ def repartition(parameters: list[nn.Parameter]) -> None:
 
 def global_norm(local: Tensor) -> float:
     """L2 norm of a vector that is split over the ranks; each rank passes its own part."""
-    squared = torch.linalg.vector_norm(local, dtype=torch.float64).square().reshape(1)
-    return math.sqrt(collectives.all_reduce(squared).item())
+    return math.sqrt(collectives.all_reduce(squared_norm(local).reshape(1)).item())
+
+
+def squared_norm(local: Tensor) -> Tensor:
+    """Squared L2 norm of this rank's part alone: an fp64 scalar."""
+    return torch.linalg.vector_norm(local, dtype=torch.float64).square()

@@ -106,7 +106,31 @@ class Reference:
             scores = {name: g.abs() for name, g in self._gradient(rows)[1].items()}
         sizes = [sum(self.pretrained[n].numel() for n in names) for names in self.groups]
         wanted = self.settings.num_trainable or round(self.settings.density * sum(sizes))
-        return best(scores, self.everything, self.groups, shares(sizes, wanted))
+        allowed = self.everything if self.settings.compute is None else self._in_columns(scores)
+        return best(scores, allowed, self.groups, shares(sizes, wanted))
+
+    def _in_columns(self, scores: Dense) -> Dense:
+        """True in the columns of the largest mean squares, until a share of all entries is spent."""
+        allowed = {name: torch.zeros_like(where) for name, where in self.everything.items()}
+        for names in self.groups:
+            left = int(self.settings.compute * sum(scores[name].numel() for name in names))
+            left = max(left, scores[names[0]].shape[0]) if len(names) == 1 else left
+            worth = [
+                (-value, number, column)
+                for number, name in enumerate(names)
+                for column, value in enumerate(scores[name].double().square().mean(0).tolist())
+            ]
+            for _, number, column in sorted(worth):
+                left -= scores[names[number]].shape[0]
+                if left < 0:
+                    break
+                allowed[names[number]][:, column] = True
+        return allowed
+
+    def _outside(self) -> Dense:
+        """Where an entry may grow: outside the mask, in columns that have entries if there are to be few."""
+        anywhere = self.settings.compute is None
+        return {name: ~mask & (mask.any(0) | anywhere) for name, mask in self.mask.items()}
 
     def _is_open(self, name: str, done: int) -> bool:
         """Whether the layer gate lets this weight train in step `done` (from 1)."""
@@ -191,9 +215,8 @@ class Reference:
         if next_change - done >= window or next_change >= self.recipe.train.steps:
             return
         if next_change - done == window - 1:
-            outside = {name: ~mask for name, mask in self.mask.items()}
             sizes = {name: g.abs() for name, g in gradient.items()}
-            self.candidates = best(sizes, outside, self.groups, self._group_sizes())
+            self.candidates = best(sizes, self._outside(), self.groups, self._group_sizes())
             self.accumulated = self._zeros()
         for name, g in gradient.items():
             self.accumulated[name] += g
@@ -250,7 +273,7 @@ class Reference:
         else:
             rows, columns = self.rows_seen, self.columns_seen
             scores = {n: (rows[n][:, None] * columns[n][None, :]).double().sqrt() for n in self.names}
-            allowed = {name: ~mask for name, mask in self.mask.items()}
+            allowed = self._outside()
         room = [sum(int(allowed[name].sum()) for name in names) for names in self.groups]
         wanted = [math.floor(rate * size) for size in self._group_sizes()]
         wanted = [min(both) for both in zip(wanted, room, strict=True)]

@@ -10,16 +10,21 @@ from torch import Tensor
 
 from speft_ds.comm import collectives
 from speft_ds.errors import UserError
-from speft_ds.selection.topk import select
+from speft_ds.selection.columns import confine
+from speft_ds.selection.topk import is_top, select
 from speft_ds.zero.shards import shard_range
 
 Shapes = dict[str, tuple[int, int]]
 
 
+def own_range(scores: Tensor) -> tuple[int, int]:
+    """[start, stop) of this rank's shard of flat scores."""
+    return shard_range(scores.numel(), collectives.rank(), collectives.world_size())
+
+
 def local_part(scores: dict[str, Tensor]) -> dict[str, Tensor]:
     """This rank's shards of flat scores."""
-    rank, world_size = collectives.rank(), collectives.world_size()
-    return {name: s[slice(*shard_range(s.numel(), rank, world_size))] for name, s in scores.items()}
+    return {name: s[slice(*own_range(s))] for name, s in scores.items()}
 
 
 def cut(shape: tuple[int, int], granularity: str, block_size: int) -> list[list[int]]:
@@ -92,6 +97,49 @@ def choose(by_weight: list[list[tuple]], shapes: Shapes, wanted: int, budget: st
     return {name: sorted(chosen.get(name, [])) for name in shapes}
 
 
+def dense_confined(
+    scores: dict[str, Tensor], shapes: Shapes, wanted: int, budget: str, compute: float
+) -> dict[str, list[int]]:
+    """What is chosen inside the columns that are worth most, in exact fractions."""
+    exact = {name: [Fraction(value) for value in score.tolist()] for name, score in scores.items()}
+    everything = list(chain.from_iterable(exact.values()))
+    base = min(everything) if max(everything) <= 0 else Fraction(0)
+    columns, sizes = [], [rows * width for rows, width in shapes.values()]
+    for name, shape in shapes.items():
+        worth = [max(value - base, Fraction(0)) ** 2 for value in exact[name]]
+        tiles = cut(shape, "column", 1)
+        columns.append([(name, tile, sum(worth[i] for i in tile) / len(tile)) for tile in tiles])
+    if budget == "global":
+        inside = best([list(chain.from_iterable(columns))], [int(compute * sum(sizes))])
+    else:
+        least = [rows for rows, _ in shapes.values()]
+        counts = [max(a, int(compute * size)) for a, size in zip(least, sizes, strict=True)]
+        inside = best(columns, counts)
+    entries = [[(name, [i], exact[name][i]) for i in sorted(inside.get(name, []))] for name in shapes]
+    return choose(entries, shapes, wanted, budget)
+
+
+def check_confined(
+    shapes: Shapes, scores: dict[str, Tensor], expected: dict[int, dict], budget: str, compute: float
+) -> None:
+    """Selection inside few columns is the dense one, for each number of entries wanted."""
+    for wanted, indices in expected.items():
+        parts = {name: part.clone() for name, part in local_part(scores).items()}
+        confine(parts, shapes, wanted, budget, compute)
+        mask = select(parts, shapes, wanted, budget)
+        assert {name: index.tolist() for name, index in mask.index.items()} == indices, wanted
+        assert budget != "global" or mask.compute <= compute
+
+
+def check_confined_refuses(shapes: Shapes, scores: dict[str, Tensor], wanted: int, compute: float) -> str:
+    """Where the UserError says that it is, of columns that have too few entries."""
+    try:
+        confine(local_part(scores), shapes, wanted, "global", compute)
+    except UserError as error:
+        return error.where
+    return ""
+
+
 def check_select(
     shapes: Shapes, scores: dict[str, Tensor], expected: dict[int, dict[str, list[int]]], **choice
 ) -> None:
@@ -100,6 +148,14 @@ def check_select(
         mask = select(local_part(scores), shapes, wanted, **choice)
         assert {name: index.tolist() for name, index in mask.index.items()} == indices, wanted
         assert mask.shape == shapes, wanted
+        if (choice["budget"], choice["granularity"]) == ("global", "element"):
+            parts = local_part(scores)
+            lengths = [part.numel() for part in parts.values()]
+            flat = is_top(torch.cat([*parts.values()]), lengths, wanted)
+            for name, part in zip(parts, flat.split(lengths), strict=True):
+                start, stop = own_range(scores[name])
+                own = [index - start for index in indices[name] if start <= index < stop]
+                assert part.nonzero()[:, 0].tolist() == own, (wanted, name)
 
 
 def check_select_many(shapes: Shapes, scores: dict[str, Tensor], wanted: list[int]) -> None:

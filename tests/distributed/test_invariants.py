@@ -29,6 +29,7 @@ RUNS = {  # checkpoint, sections, splits
     "weight decay": ("untied", {"optimizer": {"weight_decay": 0.1}}, TWO),
     # 892 entries in buckets of 50 over all ranks: many, and the last one is short.
     "small buckets": ("untied", {"train": {"reduce_bucket": 50}}, MANY),
+    "columns": ("untied", {"mask": {"compute": 0.3}, "train": {"sparse_backend": "columns"}}, MANY),
     "few entries": ("untied", {"mask": {"density": None, "num_trainable": 9}}, MANY),
     "one entry": ("untied", {"mask": {"density": None, "num_trainable": 1}}, MANY),
 }

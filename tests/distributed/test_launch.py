@@ -66,7 +66,7 @@ def launched(tiny, tmp_path_factory):
     """A run by `deepspeed`, to its end, of a user with secrets: its folder, and all that it said."""
     folder, shared_memory = tmp_path_factory.mktemp("launched"), sorted(Path("/dev/shm").glob("deepspeed*"))
     values = recipe_in(folder, tiny)
-    values["train"]["monitor"] = "csv"
+    values["train"] |= {"monitor": "csv", "profile": [2, 3]}
     (folder / "mine.yaml").write_text(yaml.safe_dump(values))
     program = Path(sys.executable).with_name("deepspeed")
     words = [program, "--num_gpus", "2", "--master_port", str(free_port()), ROOT / "launch" / "train.py"]
@@ -97,6 +97,8 @@ def test_a_run_leaves_what_the_readme_says(launched, start, tiny, tmp_path):
         "eval/before/tiny_choice.jsonl",
         "eval/before/tiny_generate.jsonl",
         "metrics.jsonl",
+        "profile/rank0.json.gz",
+        "profile/rank1.json.gz",
         "recipe.yaml",
         "report.html",
         "report.md",

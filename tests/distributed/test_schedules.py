@@ -26,6 +26,9 @@ CASES = {
     "sft_ma": MA,
     "sft_ma cosine per_layer": {**MA, "drop_anneal": "cosine", "budget": "per_layer"},
     "sft_ma crowded": {**MA, "density": 0.9},
+    "periodic columns": {**PERIODIC, "compute": 0.3},
+    "sft_ag columns": {**AG, "compute": 0.3},
+    "sft_ma columns per_layer": {**MA, "compute": 0.4, "budget": "per_layer"},
     "grad_topk": TOPK,
     "half": HALF,
     "sampled": SAMPLED,
@@ -35,6 +38,7 @@ CASES = {
     "grad_topk sampled": {**TOPK, **SAMPLED},
 }
 TRAIN = {
+    "periodic columns": {"sparse_backend": "columns"},
     "sft_ag": {"activation_checkpointing": "reentrant"},
     "sft_ma": {"activation_checkpointing": "non_reentrant"},
     "sft_ag crowded": {"reduce_bucket": 5000},  # 16,065 entries

@@ -93,6 +93,30 @@ def test_many_elements(ranks, world_size, kind):
     ranks(world_size)(checks.check_select_many, shapes=shapes, scores=scores, wanted=wanted)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("budget", ["global", "per_layer"])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "equal", "tiny"])
+def test_entries_in_few_columns(ranks, world_size, budget, kind):
+    """Weights of unequal width, a weight with room for no column, ties, scores that are all negative."""
+    scores = make_scores(kind)
+    for compute, wanted in ((0.2, (1, 17)), (0.6, (100,)), (1.0, (TOTAL,))):
+        expected = {n: checks.dense_confined(scores, SHAPES, n, budget, compute) for n in wanted}
+        choice = {"budget": budget, "compute": compute}
+        ranks(world_size)(checks.check_confined, shapes=SHAPES, scores=scores, expected=expected, **choice)
+
+
+def test_columns_with_too_few_entries_are_refused(ranks):
+    for compute, wanted in ((0.004, 1), (0.1, 40)):  # less than a column; less than is wanted
+        where = ranks(2)(
+            checks.check_confined_refuses,
+            shapes=SHAPES,
+            scores=make_scores("distinct"),
+            wanted=wanted,
+            compute=compute,
+        )
+        assert where == ["mask.compute"] * 2
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_refuses_scores_that_are_not_finite(ranks, world_size, value):

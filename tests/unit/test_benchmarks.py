@@ -133,11 +133,12 @@ def test_exponents():
 
 def test_step_runs(run, tiny, tmp_path):
     arguments = ["--model", str(tiny["tied"]), "--rows", "2", "--length", "16", "--ranks", "2"]
+    arguments += ["--compute", "0.3"]
     methods = ["--methods", "speft_ds", "shira", "supertuning"]
     out = run("step.py", *arguments, *methods, "--json", str(tmp_path / "step.json"))
-    floor, ours, shira, supertuning = json.loads((tmp_path / "step.json").read_text())["rows"]
-    assert out.count("\n| ") == 2 + 4
-    for row in (floor, ours, shira):
+    floor, ours, shira, supertuning, confined = json.loads((tmp_path / "step.json").read_text())["rows"]
+    assert out.count("\n| ") == 2 + 5
+    for row in (floor, ours, shira, confined):
         assert row["error"] is None and row["step_over_floor"] > 0 and row["tokens"] == 32
     assert floor["sent_bytes"] == 0
     half = 2 * ours["num_trainable"]  # of 4 bytes

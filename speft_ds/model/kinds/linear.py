@@ -23,7 +23,8 @@ class _LinearWithHook(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, grad_anchor, weight, bias, hook, layer_input):
-        ctx.save_for_backward(weight, *([x] if layer_input is not None and layer_input.is_saved else []))
+        saved = [] if layer_input is None else layer_input.to_save(x, getattr(hook, "columns", None))
+        ctx.save_for_backward(weight, *saved)
         ctx.hook, ctx.layer_input = hook, layer_input
         return F.linear(x, weight, bias)
 

@@ -17,33 +17,47 @@ from torch import Tensor
 
 from speft_ds.errors import UserError
 from speft_ds.sparse.kernels import triton_backends
-from speft_ds.sparse.kernels.torch_backends import ColumnGradient, DenseGradient, RowGradient, SampledGradient
+from speft_ds.sparse.kernels.torch_backends import (
+    ColumnGradient,
+    ColumnsGradient,
+    DenseGradient,
+    RowGradient,
+    SampledGradient,
+)
 from speft_ds.sparse.kernels.triton_backends import BlockGradient, ElementGradient
+from speft_ds.sparse.mask import used_columns
 from speft_ds.sparse.tiles import Tiles
 
 Backend = Callable[[Tensor, Tensor], Tensor]
 
 # To this density `sampled` is faster than `dense` at every shape of benchmarks/kernels.py.
 MAX_SAMPLED_DENSITY = 0.1
+# To this one `element` is on a GPU, by what `triton_backends.BREAK_EVEN` comes to.
+BREAK_EVEN_DENSITY = 0.0065
 
 
 def make_backend(
-    name: str, index: Tensor, shape: tuple[int, int], tiles: Tiles | None = None
+    name: str,
+    index: Tensor,
+    shape: tuple[int, int],
+    tiles: Tiles | None = None,
+    few_columns: bool = False,
 ) -> tuple[str, Backend]:
     """Prepare the gradient of one weight's entries.
 
     Args:
-        name: `dense`, `sampled`, `element`, `tiled`, or `auto` for the one that should be fastest.
+        name: `dense`, `sampled`, `element`, `tiled`, `columns`, or `auto` for the one that should be fastest.
         index: [k] sorted flat indices, on the device of the activations.
         shape: (out_features, in_features) of the weight.
         tiles: what the mask was chosen by; None: single entries.
+        few_columns: whether the mask was chosen to lie in few columns.
     Returns:
         (name of the backend, the backend).
     Raises:
         UserError: the named backend does not run on this device, or not with this mask.
     """
     if name == "auto":
-        return _best(index, shape, tiles)
+        return _best(index, shape, tiles, few_columns)
     if backend := _make(name, index, shape, tiles):
         return name, backend
     where = {"sampled": "a CPU", "element": "an NVIDIA GPU with Triton"}.get(name, "masks of full tiles")
@@ -56,6 +70,8 @@ def _make(name: str, index: Tensor, shape: tuple[int, int], tiles: Tiles | None)
     """The named backend; None where it does not run on this device, or not with this mask."""
     if name == "dense":
         return DenseGradient(index, shape)
+    if name == "columns":
+        return ColumnsGradient(index, shape)
     if name == "sampled" and index.device.type == "cpu":
         return SampledGradient(index, shape)
     if name == "element" and triton_backends.is_available():
@@ -70,30 +86,53 @@ def _make(name: str, index: Tensor, shape: tuple[int, int], tiles: Tiles | None)
     return None
 
 
-def _best(index: Tensor, shape: tuple[int, int], tiles: Tiles | None) -> tuple[str, Backend]:
-    on_cpu = index.device.type == "cpu"
-    for name in ("tiled",) if on_cpu else ("tiled", "element"):
-        backend = _make(name, index, shape, tiles)
-        if backend is not None and backend.pays:
-            return name, backend
-    is_sparse = index.numel() <= MAX_SAMPLED_DENSITY * shape[0] * shape[1]
-    name = "sampled" if on_cpu and is_sparse else "dense"
+def _best(
+    index: Tensor, shape: tuple[int, int], tiles: Tiles | None, few_columns: bool
+) -> tuple[str, Backend]:
+    on_cpu, density = index.device.type == "cpu", index.numel() / (shape[0] * shape[1])
+    backend = _make("tiled", index, shape, tiles)
+    if backend is not None and backend.pays:
+        return "tiled", backend
+    if few_columns and columns_pay(used_columns(index, shape[1]).numel() / shape[1], density, on_cpu):
+        return "columns", ColumnsGradient(index, shape)
+    if not on_cpu and (backend := _make("element", index, shape, tiles)) is not None and backend.pays:
+        return "element", backend
+    name = "sampled" if on_cpu and density <= MAX_SAMPLED_DENSITY else "dense"
     return name, _make(name, index, shape, tiles)
 
 
+def columns_pay(share: float, density: float, on_cpu: bool) -> bool:
+    """Whether entries in this share of the columns are faster by `columns` than one by one: a rule of thumb.
+
+    Over the dense product: the columns cost their share and a gather; a sampled product on two CPU cores what
+    benchmarks/kernels.py measured; one on a GPU is reckoned to meet the dense one at BREAK_EVEN_DENSITY.
+    """
+    one_by_one = 0.06 + 4 * density if on_cpu else density / BREAK_EVEN_DENSITY
+    return 1.2 * share < min(1.0, one_by_one)
+
+
 def expected_backend(
-    name: str, density: float, device: torch.device, granularity: str, block_size: int
+    name: str,
+    density: float,
+    device: torch.device,
+    granularity: str,
+    block_size: int,
+    compute: float | None = None,
 ) -> str:
     """What `make_backend` should come to for an even mask of this density, to plan with.
 
-    On a GPU by the break-even densities that `triton_backends.BREAK_EVEN` comes to.
+    Args:
+        compute: `mask.compute`, the share of the columns that have entries.
     """
     if name != "auto":
         return name
+    on_cpu = device.type == "cpu"
     if granularity in ("row", "column") and density <= 0.5:
         return "tiled"
-    if device.type == "cpu":
-        return "sampled" if density <= MAX_SAMPLED_DENSITY else "dense"
-    if granularity == "block":
+    if granularity == "block" and not on_cpu:
         return "tiled" if density <= 0.007 * block_size else "dense"
-    return "element" if density <= 0.0065 else "dense"
+    if compute is not None and columns_pay(compute, density, on_cpu):
+        return "columns"
+    if on_cpu:
+        return "sampled" if density <= MAX_SAMPLED_DENSITY else "dense"
+    return "element" if density <= BREAK_EVEN_DENSITY else "dense"

@@ -10,7 +10,7 @@ from speft_ds.sparse.tiles import Tiles
 
 
 def make_stacked(
-    name: str, index: Tensor, shape: tuple[int, int], tiles: Tiles, num_experts: int
+    name: str, index: Tensor, shape: tuple[int, int], tiles: Tiles, few_columns: bool, num_experts: int
 ) -> tuple[str, StackedGradient]:
     """Prepare the gradient of the entries of a stack; arguments and errors as of `make_backend`.
 
@@ -29,7 +29,7 @@ def make_stacked(
     for expert in range(num_experts):
         own = index[starts[expert] : starts[expert + 1]] - expert * rows * columns
         if own.numel():
-            used, backends[expert] = make_backend(name, own, (rows, columns), own_tiles)
+            used, backends[expert] = make_backend(name, own, (rows, columns), own_tiles, few_columns)
             names.add(used)
     return "+".join(sorted(names)), StackedGradient(backends, starts)
 

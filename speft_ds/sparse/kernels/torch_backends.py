@@ -8,8 +8,10 @@ import weakref
 import torch
 from torch import Tensor
 
+from speft_ds.sparse.mask import used_columns
+
 # Elements of the dense gradient alive at once: a full-size weight gradient never is.
-BLOCK_ELEMENTS = 2**21
+BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}  # on a GPU few launches count more
 # Of one sampled product, at most: what is longer falls out of the cache before it is used again.
 TOKENS, INPUT_BYTES = 1024, 6 * 2**20
 
@@ -32,13 +34,13 @@ class DenseGradient:
     def __init__(self, index: Tensor, shape: tuple[int, int]):
         self.out_features, self.in_features = shape
         self.index = index
-        self.block = max(1, BLOCK_ELEMENTS // self.in_features)
+        self.block = max(1, BLOCK_ELEMENTS[index.device.type] // max(1, self.in_features))
         edges = torch.arange(0, self.out_features, self.block, dtype=torch.int64) * self.in_features
         positions = torch.searchsorted(index.to("cpu", torch.int64), edges)
         self.bounds = [*positions.tolist(), index.numel()]
 
     def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
-        x, grad_y = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
+        x, grad_y = x.flatten(0, -2), grad_y.flatten(0, -2)
         values = torch.empty(self.index.numel(), dtype=torch.float32, device=x.device)
         for number, row in enumerate(range(0, self.out_features, self.block)):
             start, stop = self.bounds[number], self.bounds[number + 1]
@@ -67,11 +69,36 @@ class ColumnGradient:
 
     def __init__(self, index: Tensor, shape: tuple[int, int]):
         self.columns = index[: index.numel() // shape[0]].clone()  # of the first row, not a view of them all
+        self.in_features = shape[1]
         self.pays = 2 * self.columns.numel() <= shape[1]
 
     def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
-        chosen = x.reshape(-1, x.shape[-1])[:, self.columns]
+        """As of the others; `x` may also be its columns alone."""
+        x = x.reshape(-1, x.shape[-1])
+        chosen = x if x.shape[1] != self.in_features else x[:, self.columns]
         return matmul_fp32(grad_y.reshape(-1, grad_y.shape[-1]).t(), chosen).view(-1)
+
+
+class ColumnsGradient:
+    """Gradient of entries in few columns: the dense product with these columns, and a gather.
+
+    Attributes:
+        columns: [n] int64, those with entries: all of its input that it needs.
+    """
+
+    def __init__(self, index: Tensor, shape: tuple[int, int]):
+        rows = torch.div(index, shape[1], rounding_mode="floor")
+        column = (index - rows * shape[1]).to(torch.int64)
+        self.in_features = shape[1]
+        self.columns = used_columns(index, shape[1])
+        width = self.columns.numel()
+        place = torch.zeros(shape[1], dtype=index.dtype, device=index.device)
+        place[self.columns] = torch.arange(width, dtype=index.dtype, device=index.device)
+        self.dense = DenseGradient(rows * width + place[column], (shape[0], width))
+
+    def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
+        """As of the others; `x` may also be its columns alone."""
+        return self.dense(x if x.shape[-1] != self.in_features else x[..., self.columns], grad_y)
 
 
 class SharedTranspose:

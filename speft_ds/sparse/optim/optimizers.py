@@ -50,8 +50,9 @@ class FlatOptimizer(torch.optim.Optimizer):
         super().__init__([delta], settings)
         state = {name: torch.zeros_like(delta, requires_grad=False) for name in self.STATE}
         if self.COUNTS_STEPS:
-            shape = delta.shape if entry_steps else ()
-            state["entry_step"] = torch.zeros(shape, dtype=torch.int32, device=delta.device)
+            # One count of all is on the CPU, where a GPU is not waited for to read it.
+            where = {"size": delta.shape, "device": delta.device} if entry_steps else {"size": ()}
+            state["entry_step"] = torch.zeros(dtype=torch.int32, **where)
         self.state[delta] = state
 
     @staticmethod
@@ -113,7 +114,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         """Go on with a delta and its saved state: that of its own entries, in their order."""
         state = {name: value.to(delta.device, copy=True) for name, value in saved.columns.items()}
         if saved.entry_step is not None:
-            state["entry_step"] = torch.tensor(saved.entry_step, dtype=torch.int32, device=delta.device)
+            state["entry_step"] = torch.tensor(saved.entry_step, dtype=torch.int32)
         self._replace(delta, state)
 
     def _replace(self, delta: nn.Parameter, state: dict[str, Tensor]) -> None:
@@ -176,16 +177,21 @@ class AdamW(FlatOptimizer):
     def _advance(delta: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict) -> None:
         beta1, beta2 = group["betas"]
         entry_step = state["entry_step"].add_(1)
+        oldest = _oldest(entry_step)
         delta.mul_(1 - group["lr"] * group["weight_decay"])
         exp_avg = state["exp_avg"].lerp_(gradient, 1 - beta1)
         exp_avg_sq = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        denominator = (exp_avg_sq / _correction(beta2, entry_step)).sqrt_().add_(group["eps"])
-        delta.sub_(exp_avg / _correction(beta1, entry_step) / denominator * group["lr"])
+        denominator = (exp_avg_sq / _correction(beta2, entry_step, oldest)).sqrt_().add_(group["eps"])
+        delta.sub_(exp_avg / _correction(beta1, entry_step, oldest) / denominator * group["lr"])
 
 
-def _correction(beta: float, entry_step: Tensor) -> Tensor:
-    """1 - beta^entry_step, computed in fp64 once for every count that occurs; fp32, shaped like it."""
-    oldest = int(entry_step.max()) if entry_step.numel() else 0
+def _oldest(entry_step: Tensor) -> int:
+    """The most steps that an entry has taken; of a single count, read on the CPU."""
+    return int(entry_step.max()) if entry_step.numel() else 0
+
+
+def _correction(beta: float, entry_step: Tensor, oldest: int) -> Tensor:
+    """1 - beta^entry_step, computed in fp64 once for every count up to the oldest; fp32, shaped like it."""
     powers = beta ** torch.arange(oldest + 1, dtype=torch.float64, device=entry_step.device)
     return (1 - powers).to(torch.float32)[entry_step.to(torch.int64)]
 

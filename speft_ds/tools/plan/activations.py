@@ -42,6 +42,7 @@ class Pass:
     backend: str  # of the sparse gradient
     device: str  # `cuda` or `cpu`, where it is going to run
     is_partitioned: bool  # on more than one rank
+    compute: float = 1.0  # share of the columns that have entries
 
 
 class LiveBytes(TorchDispatchMode):
@@ -145,14 +146,16 @@ def _prepare(model: nn.Module, geometry: Geometry, one: Pass, live: LiveBytes) -
     for name, target in all_weights(model).items():
         target.adapt(recomputes_input=one.checkpointing == "none")
         if name in geometry.targets:
-            target.weight_grad_hook = _temporaries_hook(geometry.density, one, live)
+            target.weight_grad_hook = _temporaries_hook(geometry.density, target.shape[1], one, live)
 
 
-def _temporaries_hook(density: float, one: Pass, live: LiveBytes) -> Callable[[Tensor, Tensor], None]:
-    """Counts what the real hook of a target allocates while it runs."""
+def _temporaries_hook(
+    density: float, width: int, one: Pass, live: LiveBytes
+) -> Callable[[Tensor, Tensor], None]:
+    """Counts what the real hook of a target of this width allocates while it runs."""
 
     def count(x: Tensor, grad_y: Tensor, ends: Tensor | None = None) -> None:
-        numel, num_experts = grad_y.shape[-1] * x.shape[-1], 1 if ends is None else len(ends)
+        numel, num_experts = grad_y.shape[-1] * width, 1 if ends is None else len(ends)
         num_entries = round(density * numel)
         if one.collects != "entries":
             num_bytes = _dense_bytes(numel * num_experts, x.dtype.itemsize, one)
@@ -164,12 +167,14 @@ def _temporaries_hook(density: float, one: Pass, live: LiveBytes) -> Callable[[T
             num_bytes += 4 * num_entries * num_experts
         live.peak = max(live.peak, live.now + num_bytes)
 
+    if one.collects == "entries" and one.backend == "columns":
+        count.columns = torch.arange(max(1, round(one.compute * width)))
     return count
 
 
 def _kernel_bytes(x: Tensor, grad_y: Tensor, num_entries: int, one: Pass) -> int:
     """What a sparse gradient allocates (kernels/): transposed or fp32 copies, sums, the values."""
-    rows, columns = grad_y.shape[-1], x.shape[-1]
+    rows, columns = grad_y.shape[-1], x.shape[-1]  # of x those that were saved
     tokens = x.numel() // columns
     if one.backend == "sampled":  # the fp32 copy of x is complete; the pattern is copied with its sums
         part = split_for_cache(grad_y, columns)[0].shape[0]
@@ -177,7 +182,7 @@ def _kernel_bytes(x: Tensor, grad_y: Tensor, num_entries: int, one: Pass) -> int
     if one.backend == "element":
         splits, _ = triton_backends.split_tokens(tokens, columns, x.dtype.itemsize, num_entries)
         return x.nbytes + 4 * (splits + 1) * num_entries
-    block = min(max(1, BLOCK_ELEMENTS // columns), rows)
+    block = min(max(1, BLOCK_ELEMENTS[one.device] // columns), rows)
     copies = tokens * (block + columns) if one.device == "cpu" else 0
     return 4 * (copies + num_entries + block * columns)
 

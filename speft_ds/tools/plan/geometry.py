@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speft_ds import hub
-from speft_ds.config.check_model import read_config
+from speft_ds.config.check_model import ATTENTION_PACKAGES, read_config
 from speft_ds.config.mask_config import mask_file
 from speft_ds.config.model_config import HEAD
 from speft_ds.config.recipe import Recipe
@@ -70,6 +70,8 @@ def read_geometry(recipe: Recipe) -> Geometry:
     from speft_ds.sparse.mask import read_mask
 
     config, source = _read_config(recipe)
+    if recipe.model.attention not in ("auto", *ATTENTION_PACKAGES):
+        config._attn_implementation = recipe.model.attention
     task, dtype = recipe.model.task, recipe.model.dtype
     dtype = "bfloat16" if dtype == "auto" else dtype
     if task != "causal_lm":

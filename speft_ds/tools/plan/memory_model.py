@@ -100,7 +100,7 @@ class Setup:
         """The sparse gradient's backend, as it should be chosen."""
         mask, wanted = self.recipe.mask, self.recipe.train.sparse_backend
         device, density = torch.device(self.device), self.geometry.density
-        return expected_backend(wanted, density, device, mask.granularity, mask.block_size)
+        return expected_backend(wanted, density, device, mask.granularity, mask.block_size, mask.compute)
 
     def zero_value(self, key: str) -> int:
         return int(self.zero.get(f"stage3_{key}", ZERO_DEFAULTS[f"stage3_{key}"]))
@@ -129,6 +129,7 @@ class Setup:
             backend=self.backend,
             device=self.device,
             is_partitioned=self.world_size > 1,
+            compute=recipe.mask.compute or 1.0,
         )
         return pass_peak(run_pass(self.geometry, one), self)
 
@@ -209,10 +210,11 @@ def gradient_buckets(setup: Setup) -> list[Line]:
     train, k = setup.recipe.train, setup.num_trained
     if setup.world_size == 1:
         return []
-    at_most = (IN_FLIGHT + 1) * train.reduce_bucket
-    if not train.overlap or k <= at_most:
-        return [Line.of("gradient buckets", k, 4, "entries", " (all ranks')")]
-    return [Line.of("gradient buckets", at_most, 4, "entries", f" (at most {IN_FLIGHT + 1} buckets)")]
+    bucket = min(k, train.reduce_bucket)
+    num_sent = min(IN_FLIGHT, -(-k // bucket))
+    filling, what = (bucket, "one bucket") if train.overlap else (k, "all buckets")
+    note = f" ({what} as it fills, {num_sent} as they are sent)"
+    return [Line.of("gradient buckets", filling + num_sent * bucket, 4, "entries", note)]
 
 
 def gradient_pattern(setup: Setup) -> list[Line]:
@@ -222,6 +224,12 @@ def gradient_pattern(setup: Setup) -> list[Line]:
         starts = sum(rows + 1 for rows, _ in setup.geometry.targets.values())
         formula = f"{k:,} entries x ({i} + 4) B + {starts:,} rows x {i} B (CSR)"
         return [Line("gradient pattern", k * (i + 4) + starts * i, formula)]
+    if setup.backend == "columns":
+        columns = round(
+            setup.recipe.mask.compute * sum(width for _, width in setup.geometry.targets.values())
+        )
+        formula = f"{k:,} entries x {i} B + {columns:,} columns x 8 B"
+        return [Line("gradient pattern", k * i + columns * 8, formula)]
     if setup.backend == "element":
         return [Line.of("gradient pattern", k, 13, "entries", " (at most: slots of 5 + 8 B)")]
     return []

@@ -48,6 +48,7 @@ SAFE_TO_CHANGE = {
     "train.timeout_minutes",
     "train.monitor",
     "train.max_nonfinite",
+    "train.profile",
     "deepspeed.config",
     "eval.batch_size",
     "output_dir",

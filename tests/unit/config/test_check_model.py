@@ -35,6 +35,14 @@ def test_a_quantised_checkpoint_is_refused_by_its_kind(problems, section, words,
     assert "model.name_or_path" in problem.where and all(word in problem.what for word in words)
 
 
+def test_attention_that_is_not_installed(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text("{}")
+    model = {"name_or_path": str(tmp_path), "attention": "flash_attention_3"}
+    (problem,) = model_problems(Recipe.model_validate({"model": model}), file, True)
+    assert "model.attention" in problem.where and "model.attention=auto" in problem.fix
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -76,6 +76,29 @@ def test_nothing_more_is_saved_than_by_a_frozen_model(kind, dtype):
     assert saved_bytes(model) <= frozen_bytes(kind, dtype) + small + first_input
 
 
+@pytest.mark.parametrize("recomputes", [True, False])
+def test_of_an_input_that_is_saved_only_the_columns_are_that_the_hook_needs(recomputes):
+    """An input that can be made again is complete, as without columns."""
+    seen, saved = {}, []
+    for columns in (None, torch.tensor([3, 7])):
+        model = make_model("llama")
+        for name, linear in layers_of(model).items():
+            adapt(linear, recomputes)
+
+            def hook(x, grad_y, name=name):
+                seen.setdefault(name, []).append(x)
+
+            hook.columns = columns
+            linear.weight_grad_hook = hook
+        saved.append(saved_bytes(model))
+        model(input_ids=IDS, use_cache=False).logits.sum().backward()
+    assert saved[1] < saved[0]
+    for name, (complete, cut) in seen.items():
+        assert torch.equal(cut, complete if cut.shape == complete.shape else complete[..., [3, 7]]), name
+    num_cut = sum(cut.shape[-1] == 2 for _, cut in seen.values())
+    assert num_cut == len(seen) if not recomputes else 0 < num_cut < len(seen)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "gemma2", "opt"])
 @pytest.mark.parametrize("recomputes", [True, False])

@@ -61,7 +61,7 @@ def test_loss_and_gradient_are_those_of_the_logits(family, chunk, monkeypatch):
     monkeypatch.setitem(linear_cross_entropy.CHUNK_BYTES, "cpu", 4 * 97 * chunk)
     model = make_model(family)
     batch = collate(ROWS, 0, CPU)
-    objective = NextToken(model, packing=False)
+    objective = NextToken(model, packing=False, head_loss=find_head_loss(model))
     assert objective.head_loss is not None
     for temperature in (1.0, 1.7):
         ours, gradient = embedded_loss(model, lambda t=temperature: objective(model, batch, t)[0])
@@ -94,7 +94,7 @@ def test_a_model_that_changes_its_logits_otherwise_computes_them_all():
 
 def test_a_head_that_is_trained_gets_its_gradient():
     model = make_model("Llama")
-    objective = NextToken(model, packing=False)
+    objective = NextToken(model, packing=False, head_loss=find_head_loss(model))
     model.lm_head.weight.requires_grad_(True)
     objective(model, collate(ROWS, 0, CPU))[0].backward()
     assert model.lm_head.weight.grad.abs().sum() > 0
@@ -104,7 +104,10 @@ def test_a_batch_without_labels_costs_nothing_and_has_a_gradient():
     model = make_model("Llama")
     rows = [Row([1, 2, 3], [False] * 3)]
     loss, gradient = embedded_loss(
-        model, lambda: NextToken(model, packing=False)(model, collate(rows, 0, CPU))[0]
+        model,
+        lambda: NextToken(model, packing=False, head_loss=find_head_loss(model))(
+            model, collate(rows, 0, CPU)
+        )[0],
     )
     assert loss.item() == 0 and not gradient.any()
 
@@ -126,7 +129,7 @@ class Sizes(TorchDispatchMode):
 def test_no_tensor_has_the_logits_of_more_than_a_chunk(monkeypatch):
     monkeypatch.setitem(linear_cross_entropy.CHUNK_BYTES, "cpu", 4 * 5000 * 2)
     model = make_model("Llama", vocab_size=5000)
-    objective = NextToken(model, packing=False)
+    objective = NextToken(model, packing=False, head_loss=find_head_loss(model))
     rows = [Row(list(range(1, 41)), [False] * 2 + [True] * 38)]
     batch = collate(rows, 0, CPU)
     with Sizes(model.lm_head) as sizes:

@@ -5,6 +5,7 @@ import torch
 
 from speft_ds.data.collate import IGNORED, collate, num_logits
 from speft_ds.data.dataset import Row, pack
+from speft_ds.model.linear_cross_entropy import find_head_loss
 from speft_ds.model.longrope import rotate_by_row
 from speft_ds.model.loss import NextToken, RowClass, summed_class_loss, summed_loss
 from unit.data.made import refusal
@@ -100,6 +101,17 @@ def test_packed_rows_do_not_see_each_other(family, attention):
     assert (blind[0, 5:8] - alone[1]).abs().max() > 1e-2
 
 
+def test_packs_laid_end_to_end_for_flash_attention_have_the_same_loss():
+    model = make_model("Llama")
+    batch = collate([pack(ROWS[:3]), pack(ROWS[3:])], 0, CPU)
+    objective = NextToken(model, packing=True, head_loss=find_head_loss(model))
+    expected = objective(model, batch)[0]
+    objective.is_flash = True
+    torch.testing.assert_close(objective(model, batch)[0], expected)
+    objective.head_loss = None
+    torch.testing.assert_close(objective(model, batch)[0], expected)
+
+
 def test_a_model_whose_packed_rows_would_see_each_other_is_refused():
     with refusal("data.packing", "data.packing=false"):
         NextToken(make_model("OPT"), packing=True)
@@ -125,7 +137,7 @@ def test_the_loss_of_a_batch_and_its_gradient_are_the_sums_over_its_rows(family)
     weight = next(p for name, p in model.named_parameters() if name.endswith(ends))
 
     def loss_of(rows):
-        objective = NextToken(model, packing=family != "OPT", switch=switch)
+        objective = NextToken(model, family != "OPT", switch=switch, head_loss=find_head_loss(model))
         loss, num_correct = objective(model, collate(rows, 0, CPU))
         assert num_correct is None
         return loss, torch.autograd.grad(loss, weight)[0]

@@ -14,7 +14,7 @@ from speft_ds.sparse.kernels.torch_backends import (
 from speft_ds.sparse.tiles import Tiles
 
 
-@pytest.mark.parametrize("name", ["dense", "sampled"])
+@pytest.mark.parametrize("name", ["dense", "sampled", "columns"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (64, 1), (1, 33), (37, 53), (3000, 1031)])
 @pytest.mark.parametrize("density", [0.0, 0.01, 1.0])
@@ -31,6 +31,9 @@ def test_backend_equals_the_dense_gradient(name, dtype, shape, density):
     values = backend(x, grad_y)
     assert values.dtype == torch.float32 and values.shape == (count,)
     assert torch.allclose(values.double(), expected, atol=1e-4)
+    if (columns := getattr(backend, "columns", None)) is not None:  # all that has to be saved of the input
+        assert torch.equal(backend(x[:, columns], grad_y), values)
+        assert set(columns.tolist()) == {position % in_features for position in index.tolist()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -55,6 +58,8 @@ def test_auto_is_by_density_and_granularity():
     assert make_backend("auto", entries(0.005), (40, 50))[0] == "sampled"
     assert make_backend("auto", entries(0.5), (40, 50))[0] == "dense"
     assert make_backend("dense", entries(0.005), (40, 50))[0] == "dense"
+    in_two_columns = torch.arange(0, 2000, 50).repeat_interleave(2)[:60:2].int()
+    assert make_backend("auto", in_two_columns, (40, 50), few_columns=True)[0] == "columns"
     rows = Tiles.of("row", 1, (40, 50))
     assert make_backend("auto", rows.entries(torch.tensor([3, 7])).int(), (40, 50), rows)[0] == "tiled"
     assert make_backend("auto", entries(0.005), (40, 50), rows)[0] == "sampled"  # a loaded mask, say

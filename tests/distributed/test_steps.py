@@ -1,0 +1,43 @@
+"""What a step costs a device that runs beside the host, and the order of what is sent."""
+
+from distributed import step_checks
+from distributed.reference import make_recipe
+
+TRAIN = {"steps": 3, "global_batch": 8, "micro_batch": 2}  # on two ranks two micro-batches
+
+
+def test_a_step_reads_the_device_once(ranks, tiny, tmp_path):
+    """Loss, norm and flags in one; transformers looks for packed rows in every micro-batch."""
+    recipe = make_recipe(tiny, tmp_path, train=TRAIN)
+    for reads in ranks(2)(step_checks.count_reads, recipe=recipe):
+        assert reads == {"_accumulate": 1, "find_packed_sequence_indices": 2}
+
+
+def test_reads_of_grad_topk_do_not_grow_with_the_weights(ranks, tiny, tmp_path):
+    counts = []
+    for layers in ([0, 0], None):
+        recipe = make_recipe(tiny, tmp_path, mask={"schedule": "grad_topk", "layers": layers}, train=TRAIN)
+        counts.append(sum(ranks(2)(step_checks.count_reads, recipe=recipe)[0].values()))
+    assert counts[0] == counts[1]
+
+
+def test_every_group_has_its_collectives_in_one_order(ranks, tiny, tmp_path):
+    recipe = make_recipe(tiny, tmp_path, train={**TRAIN, "reduce_bucket": 300})
+    first, second = ranks(2)(step_checks.record_collectives, recipe=recipe)
+    assert first == second
+    assert first["ours"] and first["all"]
+
+
+def test_gathers_wait_for_every_write_to_a_shard(ranks, tiny, tmp_path):
+    recipes = [
+        make_recipe(tiny, tmp_path / str(number), mask=mask, train=TRAIN)
+        for number, mask in enumerate(
+            [
+                {"salience": "grasp", "schedule": "periodic", "update_every": 2},
+                {"salience": "synflow"},
+                {"schedule": "drop_grow", "update_every": 2, "growth_steps": 1},
+            ]
+        )
+    ]
+    for seen in ranks(2)(step_checks.check_gathers_wait, recipes=recipes):
+        assert all(seen)

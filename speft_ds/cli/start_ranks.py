@@ -26,7 +26,7 @@ from speft_ds.errors import UserError
 STOP_S = 35  # that a stopped launcher gives its ranks, and a little more
 RANKS_OF = "deepspeed.launcher.launch"  # the launcher's module whose children are the ranks
 OWN_CODES = (0, 1, EXIT_USER_ERROR, EXIT_STOPPED, EXIT_CTRL_C)  # of ranks, which have said why
-HOST = re.compile(r"([A-Za-z0-9][\w.:@-]*)\s+slots=(\d+)\s*(?:#.*)?")  # a line of a hostfile
+HOST = re.compile(r"([A-Za-z0-9][\w.:@-]*)\s+slots=(\d{1,4})\s*(?:#.*)?", re.ASCII)  # a line of a hostfile
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,11 @@ class Ranks:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def default_ranks(num_gpus: int) -> int:
-    """One rank per GPU, or one on the CPU, whose cores it all uses."""
-    return num_gpus or 1
-
-
 def choose_ranks(asked: int | None, hostfile: Path | None = None, on_cpu: int = 1) -> Ranks:
     """The ranks of a job.
 
     Args:
-        asked: how many; None: one per GPU, or `on_cpu` where there is none.
+        asked: how many; None: one per GPU, or `on_cpu` where there is none: one uses all cores.
         hostfile: the machines, as for `deepspeed --hostfile`; None: this one.
     Raises:
         UserError: there are fewer GPUs, or the hostfile cannot be read, or its machines not be reached.
@@ -64,32 +59,28 @@ def choose_ranks(asked: int | None, hostfile: Path | None = None, on_cpu: int = 
             raise UserError("with --hostfile, its slots say how many ranks there are", "--ranks", fix)
         slots = read_hostfile(hostfile)
         if missing := [tool for tool in ("ssh", "pdsh") if shutil.which(tool) is None]:
-            what = (
-                f"DeepSpeed reaches the machines of a hostfile by {' and '.join(missing)}, not installed here"
-            )
-            raise UserError(
-                what, "PATH", "apt-get install openssh-client pdsh; or a job of SLURM: speft submit"
-            )
-        about = f"{_ranks(sum(slots))} on {len(slots)} machines, by {hostfile}"
+            what = f"the machines of a hostfile are reached by {' and '.join(missing)}, not installed here"
+            raise UserError(what, "PATH", "apt-get install openssh-client pdsh; under SLURM: speft submit")
+        about = f"{_count(sum(slots), 'rank')} on {_count(len(slots), 'machine')} of {hostfile}"
         return Ranks(sum(slots), ["--hostfile", str(hostfile)], about)
     gpus = visible_gpus()
     count = asked or len(gpus) or on_cpu
     if not gpus:
         more = "" if asked else "; --ranks N for another number"
         no_gpu = {"DS_ACCELERATOR": "cpu"}
-        return Ranks(count, ["--num_gpus", str(count)], f"{_ranks(count)} on the CPU{more}", no_gpu)
+        return Ranks(count, ["--num_gpus", str(count)], f"{_count(count, 'rank')} on the CPU{more}", no_gpu)
     if count > len(gpus):
         fix = f"--ranks {len(gpus)}, or DS_ACCELERATOR=cpu"
         raise UserError(f"{count} ranks need as many GPUs, and there are {len(gpus)}", "--ranks", fix)
-    about = f"{_ranks(count)}, one per GPU"
+    about = f"{_count(count, 'rank')}, one per GPU"
     if "CUDA_VISIBLE_DEVICES" in os.environ:  # which the launcher leaves out of account with --num_gpus
         return Ranks(count, ["--include", f"localhost:{','.join(map(str, gpus[:count]))}"], about)
     # Without a number, the launcher itself takes every GPU.
     return Ranks(count, [] if asked is None else ["--num_gpus", str(count)], about)
 
 
-def _ranks(count: int) -> str:
-    return f"{count} rank" if count == 1 else f"{count} ranks"
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def read_hostfile(path: Path) -> list[int]:

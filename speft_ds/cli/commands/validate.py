@@ -17,7 +17,7 @@ import typer
 from speft_ds import hub
 from speft_ds.cli.launch import EXIT_USER_ERROR
 from speft_ds.cli.options import Overrides, Ranks, RecipeName
-from speft_ds.cli.start_ranks import count_gpus, default_ranks
+from speft_ds.cli.start_ranks import count_gpus
 from speft_ds.config.data_config import Source
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.config.recipe import FIELDS, Recipe
@@ -167,7 +167,7 @@ def validate(
         num_problems = len(error.problems)
     else:
         checks = CHECKED | ({ROWS: partial(rows_found, most=None)} if all_rows else {})
-        num_problems = _print_checks(console, checks, loaded, ranks or default_ranks(count_gpus()))
+        num_problems = _print_checks(console, checks, loaded, ranks or count_gpus() or 1)
     if num_problems:
         console.print(f"[red]{num_problems} problem{'' if num_problems == 1 else 's'} to fix[/red]")
         raise typer.Exit(EXIT_USER_ERROR)

@@ -130,6 +130,7 @@ def test_the_launchers_command_line(launched, tmp_path, typed, gpus, expected, m
         "-oProxyCommand=x slots=1",
         "a slots=1\na slots=2",
         "a;b slots=1",
+        pytest.param(f"a slots={'9' * 5000}", id="huge"),
     ],
 )
 def test_a_hostfile_that_deepspeed_would_not_take_is_refused(tmp_path, text):

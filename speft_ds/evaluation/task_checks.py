@@ -17,6 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
+from speft_ds.comm import watchdog
 from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import EvalJob
 from speft_ds.evaluation.tasks import load_tasks, refusals
@@ -68,6 +69,7 @@ def check_tasks(
     torch.manual_seed(DEFAULT_OTHER_SEED)
     tasks, notes, counter = load_tasks(manager, job.tasks), [], TokenCounter(tokenizer)
     for name, task in tasks.items():
+        watchdog.heartbeat(f"checking the task {name}")
         with refusals(name):
             _check_kind(name, task)
             _set_examples(task, job.num_fewshot)

@@ -61,6 +61,8 @@ def _check(root: Path, path: Path) -> tuple[list[UserError], list[Path]]:
         values = _read(path)
         for name in _names(values):
             path_within(root, name)
+        if foreign := [name for name in _metrics(values) if "/" in name or "\\" in name]:
+            raise ValueError(f"the metric {foreign[0]!r:.100} is code from elsewhere, which is not run here")
         return [], [_included(root, path, name) for name in _as_list(values.get("include"))]
     except (OSError, ValueError, LookupError, AttributeError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -87,6 +89,15 @@ def _names(values: dict[str, Any]) -> Iterator[object]:
                 yield from _names(name)
             else:
                 yield name
+
+
+def _metrics(value: object) -> Iterator[str]:
+    """The names of metrics at any depth; those that lm-eval lacks it has `evaluate` load, and run."""
+    if isinstance(value, dict) and isinstance(value.get("metric"), str):
+        yield value["metric"]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for part in parts:
+        yield from _metrics(part)
 
 
 def _included(root: Path, path: Path, name: object) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
+from speft_ds.comm import watchdog
 from speft_ds.errors import UserError, shell
 from speft_ds.untrusted import path_within
 
@@ -47,6 +48,7 @@ def load_tasks(manager: TaskManager, names: Sequence[str]) -> dict[str, Task]:
     """
     built = []
     for name in dict.fromkeys(names):
+        watchdog.heartbeat(f"loading the task {name}")
         with refusals(name):
             found = manager.load([name])
             groups = found.get("groups", {})

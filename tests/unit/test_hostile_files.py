@@ -476,6 +476,17 @@ def test_lm_evals_own_tasks_pass():
     assert task_file_problems(Path(lm_eval.__file__).parent / "tasks") == []
 
 
+@pytest.mark.parametrize("metric", ["../evil", "/x/evil", "somebody/metric", "a\\b"])
+def test_metrics_that_are_code_from_elsewhere(tmp_path, metric):
+    for values in (
+        {"metric_list": [{"metric": metric}]},
+        {"group": "g", "task": [{"x": [{"metric": metric}]}]},
+    ):
+        (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
+        (problem,) = task_file_problems(tmp_path)
+        assert problem.where == str(tmp_path / "a.yaml") and problem.fix
+
+
 def test_task_files_include_only_what_is_in_the_folder(tmp_path):
     tasks = tmp_path / "tasks"
     (tasks / "deep").mkdir(parents=True)

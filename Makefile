@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test test-ranks test-others sweep lint clean
+.PHONY: quickstart test test-ranks test-others sweep gpu lint clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/speft quickstart $(ARGS)
@@ -31,6 +31,10 @@ test-others:
 # Every family of models, which takes half an hour; writes the table of docs/models.md.
 sweep: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -s tests/sweep $(ARGS)
+
+# What wants to be known of a GPU, in under ten minutes; without one, a rehearsal on the CPU.
+gpu: $(VENV)/.installed
+	$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/lint-imports

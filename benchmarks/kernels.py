@@ -40,6 +40,7 @@ QUICK = {"shapes": [(192, 576), (576, 576), (2048, 2048)], "tokens": [64, 1024]}
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes and tokens")
+    parser.add_argument("--tiny", action="store_true", help="one small shape: a rehearsal")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--densities", nargs="+", type=float, default=DENSITIES)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
@@ -117,6 +118,8 @@ def main() -> None:
     shapes, tokens = (GPU_SHAPES, [8192]) if device.type == "cuda" else (SHAPES, TOKENS)
     if arguments.quick:
         shapes, tokens = (shapes[:2], tokens) if device.type == "cuda" else QUICK.values()
+    if arguments.tiny:
+        shapes, tokens = [(48, 64)], [32]
     rows = []
     for dtype in arguments.dtype:
         for shape in shapes:

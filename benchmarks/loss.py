@@ -43,6 +43,7 @@ GPU_CASES = [(8192, 32000, 4096), (8192, 128256, 4096), (8192, 151936, 3584)]
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the second case alone")
+    parser.add_argument("--tiny", action="store_true", help="one small case: a rehearsal")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--rounds", type=int, default=5)
@@ -123,7 +124,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = GPU_CASES if device.type == "cuda" else CASES
-    cases = cases[1:2] if arguments.quick else cases
+    cases = [(64, 96, 32)] if arguments.tiny else cases[1:2] if arguments.quick else cases
     dtypes = [getattr(torch, name) for name in arguments.dtype]
     rows = [
         row for dtype in dtypes for case in cases for row in measure(case, dtype, device, arguments.rounds)

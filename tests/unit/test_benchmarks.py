@@ -171,3 +171,13 @@ def test_selection_runs(run, tiny, tmp_path):
     assert rows["frozen forward and backward"]["over_floor"] == 1.0
     assert rows["salience + selection"]["seconds"] >= rows["salience"]["seconds"] > 0
     assert "16 rows" in out
+
+
+def test_the_rehearsal_of_make_gpu_runs(run, tmp_path):
+    out = tmp_path / "gpu"
+    said = run_script("benchmarks/gpu.py", ["--rehearse", "--out", str(out)], tmp_path, DS_ACCELERATOR="cpu")
+    assert said[0] == 0, said[1]
+    parts = {part["part"]: part["result"] for part in json.loads((out / "summary.json").read_text())["parts"]}
+    assert [name for name, result in parts.items() if result == "ok"] == ["tests", "kernels", "loss", "step"]
+    assert "quickstart" in parts and (out / "summary.md").is_file()
+    assert json.loads((out / "step.json").read_text())["rows"]

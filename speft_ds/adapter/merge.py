@@ -26,6 +26,7 @@ from speft_ds.adapter.card import card_text
 from speft_ds.adapter.format import CARD, DTYPES, FACTS, FLOATS, Adapter, open_adapter
 from speft_ds.adapter.pretrained import INDEX, SINGLE, Fingerprint, Header, PretrainedCheckpoint
 from speft_ds.adapter.save import check_output
+from speft_ds.config.check_model import PEFT_CONFIG
 from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
 from speft_ds.io import flush_to_disk, new_folder, same_bits, write_json, write_text
@@ -34,7 +35,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 # Not part of the merged checkpoint: other copies of the base's weights, and its card, which is not its own.
 LEFT_OUT = (*WEIGHTS, ".index.json", ".md")
 # What a folder has that is an adapter, a run, or a checkpoint of a training.
-OF_ITS_OWN = (FACTS, "adapter_config.json", "recipe.yaml", "trainer_state.json")
+OF_ITS_OWN = (FACTS, PEFT_CONFIG, "recipe.yaml", "trainer_state.json")
 LARGEST_OTHER = 2**28  # bytes of a tokenizer, a configuration and so on
 
 Headers = dict[str, Header]  # by key, of the tensors of a file

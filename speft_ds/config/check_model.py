@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from speft_ds.config.recipe import Recipe
-from speft_ds.errors import UserError
+from speft_ds.errors import UserError, shell
 from speft_ds.io import read_json
 
 # What configurations call the number of positions, in the order in which they are looked for.
@@ -18,6 +18,7 @@ POSITIONS = (
     "max_sequence_length",
     "seq_length",
 )
+PEFT_CONFIG = "adapter_config.json"
 LAYERS, MAX_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 1000
 # Attention of its own package -> that package.
 ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -58,7 +59,14 @@ def model_problems(recipe: Recipe, file: Path, trains: bool) -> list[UserError]:
 
 
 def read_config(file: Path) -> dict:
-    """A config.json. Raises UserError where it cannot be read, or no model could be made of it in time."""
+    """A config.json. Raises UserError where it cannot be read, or no model could be made of it in time.
+
+    Also where transformers would load another model: the one that an adapter in this folder names.
+    """
+    if (file.parent / PEFT_CONFIG).exists():
+        what = f"{PEFT_CONFIG} is in the model's folder: transformers would load the model that it names"
+        fix = f"merge that adapter into its model, or remove it: {shell('rm', file.parent / PEFT_CONFIG)}"
+        raise UserError(what, str(file.parent), fix)
     try:
         config = read_json(file)
         if not isinstance(config, dict):

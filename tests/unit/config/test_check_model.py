@@ -60,6 +60,13 @@ def test_what_is_no_causal_model_of_transformers(problems, config):
     assert problem.where and problem.fix
 
 
+def test_an_adapter_in_the_models_folder_is_refused(problems, tmp_path):
+    """transformers loads the base that it names, wherever that is, in place of the model."""
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "../other"}')
+    (problem,) = problems({})
+    assert problem.where == str(tmp_path) and "adapter_config.json" in problem.fix
+
+
 def test_code_beside_a_known_type_is_not_needed(problems):
     assert problems({"model_type": "llama", "auto_map": {"AutoConfig": "configuration.Llama"}}) == []
 

@@ -310,12 +310,23 @@ class Trainer:
                 profiler.before(step + 1)
                 values = {**self.train_step(step), "peak_memory_gib": memory.peak_gib()}
                 profiler.after(step + 1)
+                if step == self.first_step:
+                    self._note_saved_inputs()
                 values |= self._measure(step + 1)
                 log.log(values)
                 self._checkpoint_if_due(step + 1, log, values.get("validation_loss"))
             self.writer.finish()
         self.resources = collectives.all_gather_objects(self._own_resources())
         self.timings["checkpoints"] = self.writer.seconds
+
+    def _note_saved_inputs(self) -> None:
+        """Say how many layers save their input: another norm or kernel keeps it from being made again."""
+        modules = [target.module for target in self.targets.values() if target.weight_grad_hook is not None]
+        saving = sum(getattr(module, "saves_input", True) for module in modules)
+        if saving and self.recipe.train.activation_checkpointing == "none":
+            log_rank0(
+                f"note: {len(modules) - saving} of {len(modules)} layer inputs are made again, not saved"
+            )
 
     def _own_resources(self) -> dict:
         """Peak memory while this rank trained, the tensors that it keeps, and what it sends per step."""

@@ -14,6 +14,7 @@ from distributed.reference import make_trainer, start
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.zero import shards
+from speft_ds.zero.engine import SparseZeroOptimizer
 
 # Operations for whose result the host waits.
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero"}
@@ -134,3 +135,17 @@ def check_gathers_wait(recipes: list[Recipe]) -> list[int]:
             shards.gather_stream = None
         seen.append(stream.num_writes)
     return seen
+
+
+def check_partitioned_alone(recipe: Recipe) -> tuple[list[float], list[float]]:
+    """Losses of a single rank whose weights ZeRO-3 gathers, as on several, and of one that keeps them."""
+    losses, keep = [], SparseZeroOptimizer.keep_unpartitioned
+    for method in (lambda optimizer: None, keep):
+        SparseZeroOptimizer.keep_unpartitioned = method
+        try:
+            trainer = start(recipe)
+        finally:
+            SparseZeroOptimizer.keep_unpartitioned = keep
+        assert trainer.engine.optimizer.is_unpartitioned == (method is keep)
+        losses.append([trainer.train_step(step)["loss"] for step in range(recipe.train.steps)])
+    return losses[0], losses[1]

@@ -41,3 +41,9 @@ def test_gathers_wait_for_every_write_to_a_shard(ranks, tiny, tmp_path):
     ]
     for seen in ranks(2)(step_checks.check_gathers_wait, recipes=recipes):
         assert all(seen)
+
+
+def test_a_single_rank_trains_alike_with_weights_that_are_gathered(ranks, tiny, tmp_path):
+    """The two ways that one GPU and several take."""
+    ((gathered, kept),) = ranks(1)(step_checks.check_partitioned_alone, recipe=make_recipe(tiny, tmp_path))
+    assert gathered == kept

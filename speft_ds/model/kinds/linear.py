@@ -46,6 +46,7 @@ class AdaptedLinear(nn.Linear):
     """
 
     weight_grad_hook: WeightGradHook | None = None
+    saves_input: bool | None = None  # in its last forward with a hook; None: there was none
     grad_anchor: Tensor
     recomputes_input: bool
 
@@ -53,6 +54,7 @@ class AdaptedLinear(nn.Linear):
         if self.weight_grad_hook is None or not torch.is_grad_enabled():
             return _LinearWithHook.apply(x, None, self.weight, self.bias, None, None)
         layer_input = LayerInput(x, self.recomputes_input)
+        self.saves_input = layer_input.is_saved
         return _LinearWithHook.apply(
             x, self.grad_anchor, self.weight, self.bias, self.weight_grad_hook, layer_input
         )

@@ -31,11 +31,11 @@ def values(tiny, tmp_path):
 
 @pytest.fixture
 def write(values, tmp_path):
-    """write(): the path of a file with `values` as they are now."""
+    """write(): the path of a file with `values` as they are now; a run that was just started may read it."""
 
     def written():
-        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
-        return tmp_path / "mine.yaml"
+        (tmp_path / "new").write_text(yaml.safe_dump(values))
+        return (tmp_path / "new").replace(tmp_path / "mine.yaml")
 
     return written
 

@@ -39,7 +39,11 @@ class Stopped(Exception):
 def request_stop(reason: str) -> None:
     """Have this rank ask the others to stop. The first reason counts."""
     if not _reasons and env.rank() == 0:
-        print(f"{reason}: stopping after this step, with a checkpoint", file=sys.stderr, flush=True)
+        print(
+            f"{reason}: stopping after this step, with a checkpoint if all ranks can",
+            file=sys.stderr,
+            flush=True,
+        )
     _reasons.append(reason)
 
 

@@ -188,8 +188,10 @@ def context_of(groups: Sequence[Group]) -> dict[str, Any]:
     origin = [what for what in known if what not in dict(common)]
     keys = dict.fromkeys(key for group in groups for key in group.recipe)
     settings = [(key, *(_setting(group, key) for group in groups)) for key in keys]
+    of = " of one recipe" if len(groups) == 1 else f" of {len(groups)} recipes"
+    of = of if len(groups) < len(runs) else ""
     return {
-        "title": f"{len(runs)} runs{f' in {len(groups)} groups' if len(groups) < len(runs) else ''} compared",
+        "title": f"{len(runs)} runs{of} compared",
         "best": [(score.name, *_ranked(groups, score)) for score in list(tasks.values())[:MAX_TASKS]],
         "clear": CLEAR,
         "lowest_validation_loss": min(losses) if len(losses) > 1 else None,

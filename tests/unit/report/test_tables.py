@@ -2,6 +2,7 @@
 
 import pytest
 
+from speft_ds import terminal
 from speft_ds.model import targets
 from speft_ds.report import tables
 from unit.report.sample import MODULES, decoder
@@ -64,6 +65,6 @@ def test_numbers_as_text():
         # Only equal masks show as 1, only disjoint ones as 0.
         tables.jaccard_text: {1.0: "1", 0.0: "0", 0.99999: "0.9999", 1e-9: "0.0001", 0.12344: "0.1234"},
         tables.in_bytes: {0: "0 bytes", 1024: "1.00 KiB", 3 * 2**20: "3.00 MiB", 2**45: "32768.00 GiB"},
-        tables.duration: {59.6: "1 min 0 s", 331: "5 min 31 s", 11_220: "3 h 7 min", 1e999: "unknown"},
+        terminal.duration: {59.6: "1 min 0 s", 331: "5 min 31 s", 11_220: "3 h 7 min", 1e999: "unknown"},
     }.items():
         assert {value: function(value) for value in texts} == texts

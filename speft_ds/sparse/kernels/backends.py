@@ -18,6 +18,7 @@ from torch import Tensor
 from speft_ds.errors import UserError
 from speft_ds.sparse.kernels import triton_backends
 from speft_ds.sparse.kernels.torch_backends import (
+    MAX_SAMPLED_DENSITY,
     ColumnGradient,
     ColumnsGradient,
     DenseGradient,
@@ -30,8 +31,6 @@ from speft_ds.sparse.tiles import Tiles
 
 Backend = Callable[[Tensor, Tensor], Tensor]
 
-# To this density `sampled` is faster than `dense` at every shape of benchmarks/kernels.py.
-MAX_SAMPLED_DENSITY = 0.1
 # To this one `element` is on a GPU, by what `triton_backends.BREAK_EVEN` comes to.
 BREAK_EVEN_DENSITY = 0.0065
 
@@ -104,11 +103,17 @@ def _best(
 def columns_pay(share: float, density: float, on_cpu: bool) -> bool:
     """Whether entries in this share of the columns are faster by `columns` than one by one: a rule of thumb.
 
-    Over the dense product: the columns cost their share and a gather; a sampled product on two CPU cores what
-    benchmarks/kernels.py measured; one on a GPU is reckoned to meet the dense one at BREAK_EVEN_DENSITY.
+    Over the dense product: a sampled one on two CPU cores costs what benchmarks/kernels.py measured, of the
+    columns as well; one on a GPU is reckoned to meet the dense one at BREAK_EVEN_DENSITY.
     """
-    one_by_one = 0.06 + 4 * density if on_cpu else density / BREAK_EVEN_DENSITY
-    return 1.2 * share < min(1.0, one_by_one)
+    if on_cpu:
+        return 1.2 * share * _sampled_cost(density / share) < _sampled_cost(density) if share else False
+    return 1.2 * share < min(1.0, density / BREAK_EVEN_DENSITY)
+
+
+def _sampled_cost(density: float) -> float:
+    """Of a sampled product, or of the dense one where that is less."""
+    return min(1.0, 0.06 + 4 * density)
 
 
 def expected_backend(

@@ -12,6 +12,8 @@ from speft_ds.sparse.mask import used_columns
 
 # Elements of the dense gradient alive at once: a full-size weight gradient never is.
 BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}  # on a GPU few launches count more
+# To this density `sampled` is faster than `dense` at every shape of benchmarks/kernels.py.
+MAX_SAMPLED_DENSITY = 0.1
 # Of one sampled product, at most: what is longer falls out of the cache before it is used again.
 TOKENS, INPUT_BYTES = 1024, 6 * 2**20
 
@@ -79,28 +81,6 @@ class ColumnGradient:
         return matmul_fp32(grad_y.reshape(-1, grad_y.shape[-1]).t(), chosen).view(-1)
 
 
-class ColumnsGradient:
-    """Gradient of entries in few columns: the dense product with these columns, and a gather.
-
-    Attributes:
-        columns: [n] int64, those with entries: all of its input that it needs.
-    """
-
-    def __init__(self, index: Tensor, shape: tuple[int, int]):
-        rows = torch.div(index, shape[1], rounding_mode="floor")
-        column = (index - rows * shape[1]).to(torch.int64)
-        self.in_features = shape[1]
-        self.columns = used_columns(index, shape[1])
-        width = self.columns.numel()
-        place = torch.zeros(shape[1], dtype=index.dtype, device=index.device)
-        place[self.columns] = torch.arange(width, dtype=index.dtype, device=index.device)
-        self.dense = DenseGradient(rows * width + place[column], (shape[0], width))
-
-    def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
-        """As of the others; `x` may also be its columns alone."""
-        return self.dense(x if x.shape[-1] != self.in_features else x[..., self.columns], grad_y)
-
-
 class SharedTranspose:
     """The transposed copy of one tensor for all that ask for it in a row; it goes when the tensor goes.
 
@@ -166,3 +146,30 @@ class SampledGradient:
             product = torch.sparse.sampled_addmm(self.pattern, transpose_fp32(part), x_t.t(), beta=0.0)
             total = product.values() if total is None else total.add_(product.values())
         return total
+
+
+class ColumnsGradient:
+    """Gradient of entries in few columns: the product with these columns alone.
+
+    On a CPU a sampled one, where the entries are sparse in their columns, too; else a dense one and a gather.
+
+    Attributes:
+        columns: [n] int64, those with entries: all of its input that it needs.
+    """
+
+    def __init__(self, index: Tensor, shape: tuple[int, int]):
+        rows = torch.div(index, shape[1], rounding_mode="floor")
+        column = (index - rows * shape[1]).to(torch.int64)
+        self.in_features = shape[1]
+        self.columns = used_columns(index, shape[1])
+        width = self.columns.numel()
+        place = torch.zeros(shape[1], dtype=index.dtype, device=index.device)
+        place[self.columns] = torch.arange(width, dtype=index.dtype, device=index.device)
+        cut, narrow = rows * width + place[column], (shape[0], width)
+        is_sparse = 0 < index.numel() <= MAX_SAMPLED_DENSITY * shape[0] * width
+        kind = SampledGradient if index.device.type == "cpu" and is_sparse else DenseGradient
+        self.product = kind(cut, narrow)
+
+    def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
+        """As of the others; `x` may also be its columns alone."""
+        return self.product(x if x.shape[-1] != self.in_features else x[..., self.columns], grad_y)

@@ -176,7 +176,10 @@ def _kernel_bytes(x: Tensor, grad_y: Tensor, num_entries: int, one: Pass) -> int
     """What a sparse gradient allocates (kernels/): transposed or fp32 copies, sums, the values."""
     rows, columns = grad_y.shape[-1], x.shape[-1]  # of x those that were saved
     tokens = x.numel() // columns
-    if one.backend == "sampled":  # the fp32 copy of x is complete; the pattern is copied with its sums
+    if one.backend == "sampled" or (one.backend, one.device) == (
+        "columns",
+        "cpu",
+    ):  # the fp32 copy of x is complete; the pattern is copied with its sums
         part = split_for_cache(grad_y, columns)[0].shape[0]
         return 4 * (x.numel() + part * rows) + 8 * num_entries + 4 * num_entries * (part < tokens)
     if one.backend == "element":

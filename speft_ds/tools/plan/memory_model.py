@@ -220,14 +220,16 @@ def gradient_buckets(setup: Setup) -> list[Line]:
 def gradient_pattern(setup: Setup) -> list[Line]:
     """What the sparse gradient keeps of the mask in its backend's own layout."""
     k, i = setup.geometry.num_entries, setup.index_size
-    if setup.backend == "sampled":
+    columns = 0
+    if setup.backend == "columns":
+        widths = sum(width for _, width in setup.geometry.targets.values())
+        columns = round((setup.recipe.mask.compute or 1.0) * widths)
+    if setup.backend == "sampled" or (setup.backend, setup.device) == ("columns", "cpu"):
         starts = sum(rows + 1 for rows, _ in setup.geometry.targets.values())
         formula = f"{k:,} entries x ({i} + 4) B + {starts:,} rows x {i} B (CSR)"
-        return [Line("gradient pattern", k * (i + 4) + starts * i, formula)]
+        formula += f" + {columns:,} columns x 8 B" if columns else ""
+        return [Line("gradient pattern", k * (i + 4) + starts * i + columns * 8, formula)]
     if setup.backend == "columns":
-        columns = round(
-            setup.recipe.mask.compute * sum(width for _, width in setup.geometry.targets.values())
-        )
         formula = f"{k:,} entries x {i} B + {columns:,} columns x 8 B"
         return [Line("gradient pattern", k * i + columns * 8, formula)]
     if setup.backend == "element":

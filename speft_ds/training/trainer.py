@@ -310,7 +310,7 @@ class Trainer:
                 profiler.before(step + 1)
                 values = {**self.train_step(step), "peak_memory_gib": memory.peak_gib()}
                 profiler.after(step + 1)
-                if step == self.first_step:
+                if step == self.first_step + 1:  # in the first, ZeRO-3 frees weights that it keeps later
                     self._note_saved_inputs()
                 values |= self._measure(step + 1)
                 log.log(values)

@@ -24,6 +24,7 @@ SIZES = dict(
     kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, state_size=8, time_step_rank=4,
     mamba_d_state=8, mamba_n_heads=4, mamba_d_head=16, mamba_dt_rank=4, mamba_d_conv=4, lru_width=32,
     linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+    linear_num_heads=4, linear_head_dim=8,
     index_n_heads=2, index_head_dim=8, index_topk=256, mtp_num_hidden_layers=0, num_nextn_predict_layers=0,
     hidden_dropout=0.0, attention_dropout=0.0, dropout=0.0,
 )  # fmt: skip

@@ -120,7 +120,8 @@ def main() -> None:
     from speft_ds.comm import collectives
     from speft_ds.io import write_json
     from speft_ds.model.dtype import agree_on_dtype
-    from speft_ds.training.setup import load_context, load_data
+    from speft_ds.training.run_data import load_data
+    from speft_ds.training.setup import load_context
 
     recipe = checked_recipe("score", arguments.recipe, overrides, 1)
     collectives.init()

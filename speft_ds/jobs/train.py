@@ -16,8 +16,8 @@ from speft_ds.report.page import write_report
 from speft_ds.report.summary import print_summary
 from speft_ds.training.checkpoint.resume import Start, open_folder, resume_hint, verified_start
 from speft_ds.training.checks import check_space
+from speft_ds.training.run_data import agree_on_date
 from speft_ds.training.run_dir import check_output_dir, read_facts, run_facts, write_facts
-from speft_ds.training.setup import agree_on_date
 from speft_ds.training.trainer import Trainer
 
 

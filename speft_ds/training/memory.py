@@ -14,6 +14,7 @@ from torch import Tensor
 
 from speft_ds.comm import collectives
 from speft_ds.env import log_rank0
+from speft_ds.model.kinds.target import Target
 from speft_ds.sparse.gradient import SparseGradient
 from speft_ds.sparse.optim.optimizers import FlatOptimizer
 from speft_ds.sparse.state import SparseState
@@ -44,6 +45,33 @@ def peak_bytes() -> int:
 def peak_gib() -> float:
     """The same in GiB, as users are told it."""
     return peak_bytes() / 2**30
+
+
+def resources(
+    engine: SparseEngine,
+    state: SparseState,
+    gradient: SparseGradient,
+    optimizer: FlatOptimizer,
+    num_micro_batches: int,
+) -> dict:
+    """Peak memory while this rank trained, the tensors that it keeps, and what it sends per step."""
+    return {
+        "peak_bytes": peak_bytes(),
+        "memory_breakdown": memory_breakdown(engine, state, gradient, optimizer),
+        "comm_volume": comm_volume(gradient, num_micro_batches),
+    }
+
+
+def note_saved_inputs(targets: Iterable[Target], checkpointing: str) -> None:
+    """Say how many layers have their input made again: another norm or kernel keeps it from that.
+
+    Args:
+        checkpointing: `train.activation_checkpointing`, with which inputs are saved anyway.
+    """
+    modules = [target.module for target in targets if target.weight_grad_hook is not None]
+    saving = sum(getattr(module, "saves_input", True) for module in modules)
+    if saving and checkpointing == "none":
+        log_rank0(f"note: {len(modules) - saving} of {len(modules)} layer inputs are made again, not saved")
 
 
 def tensor_bytes(values: Iterable[object], exclude: Iterable[object] = ()) -> int:

@@ -36,16 +36,9 @@ from speft_ds.training.checkpoint.writer import Writer
 from speft_ds.training.growth import AccumulatedGradient, RowColumnMomentum
 from speft_ds.training.metrics import MetricsLog, Monitor, Timings
 from speft_ds.training.profile import StepProfiler
+from speft_ds.training.run_data import load_data, read_file
 from speft_ds.training.schedule import GradTopk, Periodic, Schedule
-from speft_ds.training.setup import (
-    TrainContext,
-    base_facts,
-    choose_mask,
-    load_context,
-    load_data,
-    read_file,
-    scored_model_facts,
-)
+from speft_ds.training.setup import TrainContext, base_facts, choose_mask, load_context, scored_model_facts
 
 # mask.schedule, or mask.growth of `drop_grow` -> its class.
 SCHEDULES: dict[str, type[Schedule]] = {
@@ -304,40 +297,23 @@ class Trainer:
         self.flags.restart()
         self.engine.train()
         memory.reset_peak()
-        profiler = StepProfiler(self.recipe.train.profile, self.folder)
+        train = self.recipe.train
+        profiler = StepProfiler(train.profile, self.folder)
         with self.timings.stage("training"), closing(log):
             for step in range(self.first_step, self.num_steps):
                 profiler.before(step + 1)
                 values = {**self.train_step(step), "peak_memory_gib": memory.peak_gib()}
                 profiler.after(step + 1)
                 if step == self.first_step + 1:  # in the first, ZeRO-3 frees weights that it keeps later
-                    self._note_saved_inputs()
+                    memory.note_saved_inputs(self.targets.values(), train.activation_checkpointing)
                 values |= self._measure(step + 1)
                 log.log(values)
                 self._checkpoint_if_due(step + 1, log, values.get("validation_loss"))
             self.writer.finish()
-        self.resources = collectives.all_gather_objects(self._own_resources())
-        self.timings["checkpoints"] = self.writer.seconds
-
-    def _note_saved_inputs(self) -> None:
-        """Say how many layers save their input: another norm or kernel keeps it from being made again."""
-        modules = [target.module for target in self.targets.values() if target.weight_grad_hook is not None]
-        saving = sum(getattr(module, "saves_input", True) for module in modules)
-        if saving and self.recipe.train.activation_checkpointing == "none":
-            log_rank0(
-                f"note: {len(modules) - saving} of {len(modules)} layer inputs are made again, not saved"
-            )
-
-    def _own_resources(self) -> dict:
-        """Peak memory while this rank trained, the tensors that it keeps, and what it sends per step."""
-        train = self.recipe.train
         num_micro_batches = train.global_batch // (train.micro_batch * collectives.world_size())
-        optimizer = self.schedule.optimizer
-        return {
-            "peak_bytes": memory.peak_bytes(),
-            "memory_breakdown": memory.memory_breakdown(self.engine, self.state, self.gradient, optimizer),
-            "comm_volume": memory.comm_volume(self.gradient, num_micro_batches),
-        }
+        held = (self.engine, self.state, self.gradient, self.schedule.optimizer)
+        self.resources = collectives.all_gather_objects(memory.resources(*held, num_micro_batches))
+        self.timings["checkpoints"] = self.writer.seconds
 
     def _measure(self, done: int) -> dict:
         """Validation loss and scores on a slice of the tasks after `done` steps, if it is time."""

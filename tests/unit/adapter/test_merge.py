@@ -61,7 +61,7 @@ def test_a_merged_checkpoint_is_the_trained_model(tiny, tmp_path, checkpoint, dt
     assert tokens[0] == tokens[1]
     assert {path.name for path in merged.iterdir()} == {path.name for path in base.iterdir()} | {"README.md"}
     card = ModelCard.load(merged / "README.md").data
-    assert (card.library_name, card.pipeline_tag) == ("transformers", "text-generation")
+    assert card.library_name == "transformers" and card.pipeline_tag == "text-generation"
     assert [result.metric_value for result in card.eval_results] == [score["value"] for score in SCORES]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "merged"]
 

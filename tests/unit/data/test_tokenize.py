@@ -8,7 +8,7 @@ import tiny
 
 from speft_ds.config.data_config import DataConfig
 from speft_ds.data.tokenize import CUT_PROMPT, CUT_RESPONSE, TOO_LONG, Encoder, load_tokenizer
-from speft_ds.training.setup import choose_pad_id
+from speft_ds.training.run_data import choose_pad_id
 from unit.data.made import chat, encode, plain, refusal, responses
 from unit.data.tokenizers_small import sentencepiece_model, write_llama2_alone
 

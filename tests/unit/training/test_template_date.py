@@ -12,8 +12,8 @@ from speft_ds.comm import collectives
 from speft_ds.data.chat_template import fix_date
 from speft_ds.errors import UserError
 from speft_ds.training.checkpoint.resume import Resume, check_unchanged, find_start
+from speft_ds.training.run_data import agree_on_date, load_data
 from speft_ds.training.run_dir import start_folder
-from speft_ds.training.setup import agree_on_date, load_data
 from unit.written import load
 
 TODAY = datetime.date.today().isoformat()

@@ -6,7 +6,10 @@ import os
 import struct
 import sys
 import time
+import unicodedata
 from pathlib import Path
+
+from speft_ds.errors import UserError
 
 NUM_HOSTILE = int(os.environ.get("SPEFT_NUM_HOSTILE", "1000"))  # files of a kind
 MAX_CPU_S = 2.0  # that reading one of them may take: more is a hang
@@ -192,3 +195,15 @@ def only_opens(folder):
     fine += (Path("/proc"), Path("/dev/null"), Path("/dev/urandom"))
     odd = [path for path, _ in opened if not any(Path(path).is_relative_to(place) for place in fine)]
     assert not odd, odd[:5]
+
+
+def refusal(action):
+    """The UserError that an action raises, whose text a terminal can show; None: it raises none."""
+    try:
+        action()
+    except UserError as error:
+        text = str(error)
+        controls = {letter for letter in text if unicodedata.category(letter) in ("Cc", "Cs")}
+        assert text.encode() and controls <= {"\n", "\t"}
+        return error
+    return None

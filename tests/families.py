@@ -41,7 +41,7 @@ OTHERS = {
 }
 # Each shows something: biases, transposed weights, experts of four kinds, what is bypassed or never reached,
 # buffers that are computed in a dtype of their own.
-DOZEN = (
+TESTED_FAMILIES = (
     "llama", "qwen2", "gpt2", "falcon", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text",
     "jetmoe", "mamba", "recurrent_gemma", "bart", "bert",
 )  # fmt: skip

@@ -55,7 +55,10 @@ def run_script(
     log = folder / f"{time.monotonic_ns()}.log"
     process = server().Process(target=_run, args=(script, list(arguments), environment, folder, log, hook))
     process.start()
-    process.join()
+    process.join(HANG_S)
+    if process.is_alive():
+        process.kill()
+        raise AssertionError(f"{script} did not end:\n{log.read_text()}")
     return process.exitcode, log.read_text()
 
 

@@ -1,7 +1,7 @@
 """Families of models: a dozen here, all that build tiny by `make sweep`, which writes docs/models.md."""
 
 import pytest
-from families import DOZEN, make_family
+from families import TESTED_FAMILIES, make_family
 
 from distributed.family_checks import check_family
 from distributed.reference import make_recipe
@@ -28,7 +28,7 @@ def family(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("name", DOZEN)
+@pytest.mark.parametrize("name", TESTED_FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_family_trains_as_autograd_says_and_is_one_model(ranks, family, tiny, tmp_path, name, dtype):
     """On 2 ranks; `make sweep` has them on 1, too."""

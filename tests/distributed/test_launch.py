@@ -1,5 +1,6 @@
 """The real launcher and the real command, typed by a user with secrets: what they leave and what they say."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -47,6 +48,7 @@ def said(*command, code=0):
 
 
 def found_in(content):
+    content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
     return [secret for secret in SECRETS if secret.encode() in content]
 
 

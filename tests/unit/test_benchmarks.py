@@ -173,7 +173,7 @@ def test_selection_runs(run, tiny, tmp_path):
     assert "16 rows" in out
 
 
-def test_the_rehearsal_of_make_gpu_runs(run, tmp_path):
+def test_the_rehearsal_of_make_gpu_runs(tmp_path):
     out = tmp_path / "gpu"
     said = run_script("benchmarks/gpu.py", ["--rehearse", "--out", str(out)], tmp_path, DS_ACCELERATOR="cpu")
     assert said[0] == 0, said[1]

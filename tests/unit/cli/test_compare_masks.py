@@ -85,7 +85,7 @@ def test_an_adapter_without_mask_facts_has_no_density(write_run, capsys, mask):
 def test_masks_of_different_bases_are_noted(write, capsys):
     a, b = write("a", A, fingerprint_bfloat16="1"), write("b", B, fingerprint_bfloat16="2")
     compare([a, write("c", A, fingerprint_bfloat16=["1"])], None)  # of another program, who knows
-    assert "fingerprints differ" not in capsys.readouterr().out
+    assert "note:" not in capsys.readouterr().out
     compare([a, b], None)
     assert "note:" in capsys.readouterr().out
     compare([a, a, write("c", A)], None)

@@ -144,12 +144,14 @@ def test_yaml_of_recipes(tmp_path):
 
 
 def test_key_value_of_the_command_line():
-    chance, texts = random.Random(3), []
+    chance, texts, num_refused = random.Random(3), [], 0
     for _ in range(NUM_HOSTILE):
         texts.append(f"mask.density={mangled('0.1', chance, PIECES)}")
         with no_hang():
             problems = _read_overrides(texts[-1:]).problems
         assert all(str(problem).encode() and problem.fix for problem in problems)
+        num_refused += bool(problems)
+    assert 0 < num_refused < NUM_HOSTILE
     for text in texts[::20]:
         with no_hang():
             refusal(lambda text=text: load_recipe("quickstart", [text]))

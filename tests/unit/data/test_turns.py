@@ -437,7 +437,8 @@ def test_any_conversation_has_rows_or_is_refused_with_its_place(styled):
     for number in range(400):
         try:
             example = make_example(changed(good, chance), "rows.jsonl:3", source, None, False)
-            encoders[number % len(encoders)].encode([("rows.jsonl:3", example)])
+            (rows,) = encoders[number % len(encoders)].encode([("rows.jsonl:3", example)])
+            assert rows
         except UserError as error:
             num_refused += 1
             assert error.where == "rows.jsonl:3" and error.fix

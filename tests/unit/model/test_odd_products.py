@@ -135,11 +135,10 @@ def test_all_of_a_gradient_reaches_the_hook(name):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_use_beside_the_product_is_seen(name):
-    _, live, _, reach = adapted(REFUSED[name])
+    *_, reach = adapted(REFUSED[name])
     assert reach.fed == {"layers.0.passes.weight"} and "layers.0.weight" in reach.used
     (line,) = [line for line in reach.lines({}, ["layers.0.weight"], False) if line.startswith("note")]
     assert "layers.*.weight" in line or "layers.0" in line
-    assert all(weight.grad is None for weight in live.parameters())
 
 
 def test_another_modules_use_is_seen():

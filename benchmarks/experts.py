@@ -67,7 +67,7 @@ def make_models(family: str, layers: int, dtype: torch.dtype, density: float) ->
                 numel = target.weight.numel()
                 index = torch.randperm(numel)[: max(1, int(density * numel))].sort().values.to(torch.int32)
                 experts = stack_size(target.weight)
-                arguments = ("auto", index, target.shape, Tiles.of("element", 1, target.shape))
+                arguments = ("auto", index, target.shape, Tiles.of("element", 1, target.shape), False)
                 made = make_stacked(*arguments, experts) if experts else make_backend(*arguments)
                 target.weight_grad_hook = made[1]
     return models

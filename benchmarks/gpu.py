@@ -75,7 +75,7 @@ def parts(on_gpu: bool, out: Path) -> list[Part]:
     quickstart = [speft, "quickstart", f"output_dir={out / 'quickstart'}"]
     methods = ["--ranks", "1", "--compute", "0.1", "0.05", "--methods", "speft_ds", "lora"]
     return [
-        Part("tests", tests, 150),
+        Part("tests", tests, 130),
         Part("kernels", script("kernels", "--quick"), 90),
         Part("loss", script("loss"), 60),
         Part("step", script("step", *LLAMA, *methods), 180),

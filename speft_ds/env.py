@@ -28,11 +28,6 @@ CACHE = "~/.cache/speft_ds"
 # Ranks
 
 
-# For a GPU, where the user has not said otherwise: memory that does not fall to pieces as lengths vary, and
-# the last collectives of every rank when one of them hangs.
-GPU_DEFAULTS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "TORCH_FR_BUFFER_SIZE": "2000"}
-
-
 def init_env() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT where they are not set.
 
@@ -45,8 +40,9 @@ def init_env() -> None:
     # Other single processes may run on this machine, so the port is any; a group's is that of the launchers.
     is_single = "WORLD_SIZE" not in os.environ and "WORLD_SIZE" not in found
     single = rank_env(0, 1, free_port() if is_single else 29500)
-    own = {} if "PYTORCH_CUDA_ALLOC_CONF" in os.environ else GPU_DEFAULTS  # its older name
-    for key, value in {**single, **found, **own}.items():
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name; memory of a GPU does not fall to pieces
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    for key, value in {**single, **found}.items():
         os.environ.setdefault(key, value)
 
 

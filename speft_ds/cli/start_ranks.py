@@ -225,7 +225,7 @@ def run_to_end(command: list[str], env: dict[str, str]) -> int:
     if code in OWN_CODES:
         return code
     killed_by = -code if code < 0 else 256 - code  # a launcher exits with the negative number of the signal
-    if killed_by not in set(signal.Signals):
+    if killed_by not in set(signal.Signals) or code == 255:  # ssh's, of a machine that it cannot reach
         return code
     name = signal.Signals(killed_by).name
     hint = ": too little memory?" if killed_by == signal.SIGKILL else ""
@@ -235,12 +235,16 @@ def run_to_end(command: list[str], env: dict[str, str]) -> int:
 
 def _stop_ranks(launcher: int) -> bool:
     """Send SIGTERM to the ranks below a launcher; whether there are any on this machine yet."""
-    found = False
-    with suppress(psutil.Error):  # they end just now
+    found, parents, below = False, set(), []
+    with suppress(psutil.Error):  # any of them may end just now
         started = psutil.Process(launcher)
         below = started.children(recursive=True)
-        parents = {process.pid for process in (started, *below) if RANKS_OF in process.cmdline()}
-        for process in below:
+    for process in [started, *below] if below else []:
+        with suppress(psutil.Error):
+            if RANKS_OF in process.cmdline():
+                parents.add(process.pid)
+    for process in below:
+        with suppress(psutil.Error):
             if process.ppid() in parents:
                 process.terminate()
                 found = True

@@ -13,9 +13,14 @@ class BadRow(UserError):
 
 
 class BadRows:
-    """The errors of rows by where these stand, the first of each."""
+    """The errors of rows by where these stand, the first of each.
 
-    def __init__(self):
+    Args:
+        names_all: every row by name, not some for each reason.
+    """
+
+    def __init__(self, names_all: bool = False):
+        self.names_all = names_all
         self.errors: dict[str, BadRow] = {}
 
     def add(self, error: UserError) -> None:
@@ -24,8 +29,8 @@ class BadRows:
         if len(self.errors) >= MOST:
             self.check()
 
-    def check(self, names_all: bool = False) -> None:
-        """Raises BadRow where there are bad rows: with some by name for each reason, or with all."""
+    def check(self) -> None:
+        """Raises BadRow where there are bad rows."""
         errors = list(self.errors.values())
         if len(errors) == 1:
             raise errors[0]
@@ -34,8 +39,8 @@ class BadRows:
         places: dict[str, list[str]] = {}
         for error in errors:
             places.setdefault(error.what, []).append(error.where)
-        lines = [f"{_some(where, names_all)}: {what}" for what, where in places.items()]
-        if not names_all:
+        lines = [f"{_some(where, self.names_all)}: {what}" for what, where in places.items()]
+        if not self.names_all:
             more = f"and {len(lines) - MOST_NAMED:,} other reasons; " if len(lines) > MOST_NAMED else ""
             lines = [*lines[:MOST_NAMED], f"{more}speft validate RECIPE --all names all of them"]
         number = f"{len(errors):,} rows" + (" or more" if len(errors) >= MOST else "")

@@ -18,7 +18,9 @@ from typing import Any
 from speft_ds.config.data_config import DataConfig
 from speft_ds.data.conversations import REASONING, Example, Message
 from speft_ds.errors import UserError
+from speft_ds.untrusted import cpu_limit
 
+TEMPLATE_S = 5.0  # of CPU time, for a chat template to write some conversations
 PROBE = "Wxq7probe"  # a text that no template writes by itself
 NUM_PROBED = 100  # rows in which it is looked whether the template reads a field
 _DATE = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)")
@@ -120,9 +122,10 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         options = {**self.tokenizer.special_tokens_map, **self._options(example), "tools": example.tools}
-        _, (spans,) = render_jinja_template(
-            [turns], chat_template=template, return_assistant_tokens_mask=True, **options
-        )
+        with cpu_limit(TEMPLATE_S):
+            _, (spans,) = render_jinja_template(
+                [turns], chat_template=template, return_assistant_tokens_mask=True, **options
+            )
         return spans
 
     def _options(self, example: Example | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from speft_ds import hub
 from speft_ds.config.data_config import DataConfig
 from speft_ds.data.bad_rows import BadRows, report
-from speft_ds.data.chat_template import ChatTemplate
+from speft_ds.data.chat_template import TEMPLATE_S, ChatTemplate
 from speft_ds.data.conversations import Example
 from speft_ds.data.dataset import Row
 from speft_ds.data.turns import Pieces, Rendered, Turns
@@ -28,7 +28,6 @@ from speft_ds.io import read_json
 from speft_ds.untrusted import cpu_limit
 
 _PROBE = "Hello  world, 12 \u00e9\n\u4e16 x"  # by which a loaded tokenizer is compared with SentencePiece
-TEMPLATE_S = 5.0  # of CPU time, for a chat template to write some conversations
 MIN_PROMPT = 4  # tokens that a cut prompt keeps; a row that would have fewer is left out
 NO_LABELS = "nothing to learn, left out"
 CUT_PROMPT, CUT_RESPONSE, TOO_LONG = "truncated prompt", "truncated response", "too long, left out"
@@ -47,8 +46,9 @@ def load_tokenizer(name_or_path: str, where: str = "model.name_or_path") -> obje
         folder = hub.model_folder(name_or_path)
         names = {path.name for path in folder.iterdir()} if folder else set()
         if "tokenizer.model" in names and not names & {"tokenizer.json", "tokenizer_config.json"}:
-            return _load_sentencepiece(folder)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+            tokenizer = _load_sentencepiece(folder)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:  # of a damaged file the libraries raise anything: KeyError, RuntimeError

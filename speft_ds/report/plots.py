@@ -127,7 +127,7 @@ def mask_heat_map(mask: Mask, title: str, kind: Literal["png", "svg"] = "png") -
     highest = max(value for row in percent for value in row if not math.isnan(value))
 
     def draw(axes: Axes) -> None:
-        _heat_map(axes, percent, highest or 1.0, _percent_text, "trained entries (%)")
+        _heat_map(axes, percent, highest or 1.0, _percent_text, "trained entries (%)", under=NO_ENTRY)
         axes.set_title(title, size=10, wrap=True)
         axes.set(xlabel="module", ylabel="layer")
         _label(axes.yaxis, layers)
@@ -180,14 +180,23 @@ def running_mean(values: Sequence[float], size: int) -> list[float]:
 
 
 def _heat_map(
-    axes: Axes, values: Sequence[Sequence[float]], highest: float, text: Callable[[float], str], what: str
+    axes: Axes,
+    values: Sequence[Sequence[float]],
+    highest: float,
+    text: Callable[[float], str],
+    what: str,
+    under: str | None = None,
 ) -> None:
-    """Cells coloured from 0 to `highest`, with their values where these are legible, and a colour bar."""
+    """Cells coloured from 0 to `highest`, with their values where these are legible, and a colour bar.
+
+    Args:
+        under: the colour of 0; None: that of the lowest values.
+    """
     from matplotlib import colormaps
 
-    colours = colormaps["viridis"].with_extremes(under=NO_ENTRY, bad=NO_WEIGHT)
-    # Without interpolation: SVG holds one pixel per cell. The range begins just above 0, which is below it.
-    limits = {"vmin": 1e-9 * highest, "vmax": highest}
+    colours = colormaps["viridis"].with_extremes(under=under, bad=NO_WEIGHT)
+    # Without interpolation: SVG holds one pixel per cell. With a colour of its own, 0 is below the range.
+    limits = {"vmin": 1e-9 * highest if under else 0.0, "vmax": highest}
     image = axes.imshow(values, aspect="auto", cmap=colours, interpolation="none", **limits)
     axes.grid(False)
     axes.figure.colorbar(image, label=what, aspect=40, pad=0.02)

@@ -68,10 +68,11 @@ def note_saved_inputs(targets: Iterable[Target], checkpointing: str) -> None:
     Args:
         checkpointing: `train.activation_checkpointing`, with which inputs are saved anyway.
     """
-    modules = [target.module for target in targets if target.weight_grad_hook is not None]
-    saving = sum(getattr(module, "saves_input", True) for module in modules)
-    if saving and checkpointing == "none":
-        log_rank0(f"note: {len(modules) - saving} of {len(modules)} layer inputs are made again, not saved")
+    modules = {id(target.module): target.module for target in targets if target.weight_grad_hook is not None}
+    saves = [getattr(module, "saves_input", True) for module in modules.values()]
+    seen = [is_saved for is_saved in saves if is_saved is not None]  # None: not reached by a forward
+    if any(seen) and checkpointing == "none":
+        log_rank0(f"note: {seen.count(False)} of {len(seen)} layer inputs are made again, not saved")
 
 
 def tensor_bytes(values: Iterable[object], exclude: Iterable[object] = ()) -> int:

@@ -88,7 +88,8 @@ class MetricsLog:
         if values["step"] == self.timed_step:
             left = time_left((self.num_steps - values["step"]) * values["step_ms"] / 1000, self.then_s)
             write = self.bar.write if self.bar is not None else partial(print, flush=True)
-            write(left) if left else None
+            if left:
+                write(left)
 
     def flush(self) -> None:
         """Have all lines on the disk: a checkpoint counts on those of its steps."""

@@ -183,26 +183,33 @@ class Trainer:
         )
 
     def _make_schedule(self, mask: Mask) -> Schedule:
-        choose = partial(choose_mask, self.context, self.timings)
-        return make_schedule(self.context, mask, self.num_steps, choose)
+        return make_schedule(
+            self.context, mask, self.num_steps, partial(choose_mask, self.context, self.timings)
+        )
 
     def _take_up(self) -> None:
         """The trainable state, as the checkpoint has it."""
         parts, manifest = Parts(self.checkpoint), self.checkpoint.manifest
-        with self.timings.stage("resume"), parts.refusing():
-            self.schedule = self._make_schedule(parts.mask("trained", self.context.shapes))
-            self.schedule.restore(parts)
-            if self.mask.sha256 != parts.facts["sha256"]:
-                raise ValueError("its mask has another hash now")
-            self.first_step, progress = manifest["step"], manifest["progress"]
-            self.num_skipped, self.num_nonfinite = progress["num_skipped"], progress["num_nonfinite"]
-            self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
+        with self.timings.stage("resume"):
+            with parts.refusing():
+                mask = parts.mask("trained", self.context.shapes)
+            self.schedule = self._make_schedule(mask)  # an error of ours is no damage
+            with parts.refusing():
+                self._restore(parts, manifest)
         self.engine.global_steps = self.first_step
         was, now = manifest["world_size"], collectives.world_size()
         ranks = f"{now} rank(s)" + (f", it was written by {was}" if was != now else "")
-        log_rank0(
-            f"resuming from {self.checkpoint.path}: step {self.first_step} of {self.num_steps}, on {ranks}"
-        )
+        at = f"step {self.first_step} of {self.num_steps}"
+        log_rank0(f"resuming from {self.checkpoint.path}: {at}, on {ranks}")
+
+    def _restore(self, parts: Parts, manifest: dict) -> None:
+        """What the schedule and this loop go on from."""
+        self.schedule.restore(parts)
+        if self.mask.sha256 != parts.facts["sha256"]:
+            raise ValueError("its mask has another hash now")
+        self.first_step, progress = manifest["step"], manifest["progress"]
+        self.num_skipped, self.num_nonfinite = progress["num_skipped"], progress["num_nonfinite"]
+        self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
 
     def train_step(self, step: int) -> dict:
         """One optimizer step on global batch `step` (from 0); returns its metrics line.

@@ -79,7 +79,7 @@ def rows_found(recipe: Recipe, num_ranks: int, most: int | None = NUM_ROWS) -> F
     from speft_ds.data.dataset_cache import DatasetSpec, classes_of, encode_rows  # late: they import numpy
     from speft_ds.data.tokenize import load_tokenizer
 
-    spec, bad = DatasetSpec.from_recipe(recipe), BadRows()
+    spec, bad = DatasetSpec.from_recipe(recipe), BadRows(names_all=most is None)
     classes = classes_of(recipe.data, bad)
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
     encoder = spec.encoder(tokenizer)
@@ -91,7 +91,7 @@ def rows_found(recipe: Recipe, num_ranks: int, most: int | None = NUM_ROWS) -> F
             left_out += [f"{where}: {made.change}" for made in encoded if made.row is None]
             rows += [made.row for made in encoded if made.row is not None][: NUM_SHOWN - len(rows)]
         reads_all = reads_all and next(located, None) is None
-    bad.check(names_all=most is None)
+    bad.check()
     scope = "all" if reads_all else f"the first {most:,} of each source; --all reads all"
     lines = [f"{num_read:,} rows read ({scope}), {len(left_out):,} left out", *left_out[:MOST_NAMED]]
     if len(left_out) > MOST_NAMED:

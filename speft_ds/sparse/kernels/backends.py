@@ -106,8 +106,10 @@ def columns_pay(share: float, density: float, on_cpu: bool) -> bool:
     Over the dense product: a sampled one on two CPU cores costs what benchmarks/kernels.py measured, of the
     columns as well; one on a GPU is reckoned to meet the dense one at BREAK_EVEN_DENSITY.
     """
+    if not share:
+        return False
     if on_cpu:
-        return 1.2 * share * _sampled_cost(density / share) < _sampled_cost(density) if share else False
+        return 1.2 * share * _sampled_cost(density / share) < _sampled_cost(density)
     return 1.2 * share < min(1.0, density / BREAK_EVEN_DENSITY)
 
 

@@ -148,6 +148,11 @@ class SampledGradient:
         return total
 
 
+def samples_columns(num_entries: int, num_elements: int, device: str) -> bool:
+    """Whether entries among so many elements of their columns are sampled: on a `cpu`, where they are few."""
+    return device == "cpu" and 0 < num_entries <= MAX_SAMPLED_DENSITY * num_elements
+
+
 class ColumnsGradient:
     """Gradient of entries in few columns: the product with these columns alone.
 
@@ -166,9 +171,8 @@ class ColumnsGradient:
         place = torch.zeros(shape[1], dtype=index.dtype, device=index.device)
         place[self.columns] = torch.arange(width, dtype=index.dtype, device=index.device)
         cut, narrow = rows * width + place[column], (shape[0], width)
-        is_sparse = 0 < index.numel() <= MAX_SAMPLED_DENSITY * shape[0] * width
-        kind = SampledGradient if index.device.type == "cpu" and is_sparse else DenseGradient
-        self.product = kind(cut, narrow)
+        is_sampled = samples_columns(index.numel(), shape[0] * width, index.device.type)
+        self.product = (SampledGradient if is_sampled else DenseGradient)(cut, narrow)
 
     def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
         """As of the others; `x` may also be its columns alone."""

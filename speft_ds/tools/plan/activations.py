@@ -24,7 +24,7 @@ from speft_ds.model.kinds import linear
 from speft_ds.model.linear_cross_entropy import HeadLoss, LogitTransform
 from speft_ds.model.targets import all_weights
 from speft_ds.sparse.kernels import triton_backends
-from speft_ds.sparse.kernels.torch_backends import BLOCK_ELEMENTS, split_for_cache
+from speft_ds.sparse.kernels.torch_backends import BLOCK_ELEMENTS, samples_columns, split_for_cache
 from speft_ds.tools.plan.gathered_weights import BACKWARD, FORWARD, RECOMPUTE, ModuleUse
 from speft_ds.tools.plan.geometry import Geometry, build_model
 
@@ -176,10 +176,9 @@ def _kernel_bytes(x: Tensor, grad_y: Tensor, num_entries: int, one: Pass) -> int
     """What a sparse gradient allocates (kernels/): transposed or fp32 copies, sums, the values."""
     rows, columns = grad_y.shape[-1], x.shape[-1]  # of x those that were saved
     tokens = x.numel() // columns
-    if one.backend == "sampled" or (one.backend, one.device) == (
-        "columns",
-        "cpu",
-    ):  # the fp32 copy of x is complete; the pattern is copied with its sums
+    in_columns = one.backend == "columns" and samples_columns(num_entries, rows * columns, one.device)
+    if one.backend == "sampled" or in_columns:
+        # The fp32 copy of x is complete; the pattern is copied with its sums.
         part = split_for_cache(grad_y, columns)[0].shape[0]
         return 4 * (x.numel() + part * rows) + 8 * num_entries + 4 * num_entries * (part < tokens)
     if one.backend == "element":
@@ -208,8 +207,10 @@ def _loss(model: nn.Module, task: str, ids: Tensor, device: str) -> Tensor:
     picked = ids.new_zeros(rows * (length - 1))
     head = model.get_output_embeddings()
     if head is not None and linear.find(head):  # nor what the model makes of its head's logits
-        with HeadLoss(head, LogitTransform(), device).compute(picked, picked, 1.0) as losses:
-            model(input_ids=ids, use_cache=False)
-        return losses[0]
+        ours = HeadLoss(head, LogitTransform(), device)
+        if not ours.is_trained:
+            with ours.compute(picked, picked, 1.0) as losses:
+                model(input_ids=ids, use_cache=False)
+            return losses[0]
     logits = model(input_ids=ids, use_cache=False).logits
     return F.cross_entropy(logits[:, :-1][picked, picked].float(), picked, reduction="sum")

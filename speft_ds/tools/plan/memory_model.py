@@ -15,6 +15,7 @@ import torch
 from speft_ds.config.recipe import Recipe
 from speft_ds.sparse.gradient import IN_FLIGHT
 from speft_ds.sparse.kernels.backends import expected_backend
+from speft_ds.sparse.kernels.torch_backends import samples_columns
 from speft_ds.tools.plan.activations import Pass, run_pass
 from speft_ds.tools.plan.gathered_weights import PassPeak, pass_peak
 from speft_ds.tools.plan.geometry import Geometry
@@ -224,7 +225,10 @@ def gradient_pattern(setup: Setup) -> list[Line]:
     if setup.backend == "columns":
         widths = sum(width for _, width in setup.geometry.targets.values())
         columns = round((setup.recipe.mask.compute or 1.0) * widths)
-    if setup.backend == "sampled" or (setup.backend, setup.device) == ("columns", "cpu"):
+    confined = sum(setup.geometry.numel[name] for name in setup.geometry.targets) * (
+        setup.recipe.mask.compute or 1.0
+    )
+    if setup.backend == "sampled" or (columns and samples_columns(k, round(confined), setup.device)):
         starts = sum(rows + 1 for rows, _ in setup.geometry.targets.values())
         formula = f"{k:,} entries x ({i} + 4) B + {starts:,} rows x {i} B (CSR)"
         formula += f" + {columns:,} columns x 8 B" if columns else ""

@@ -112,6 +112,7 @@ def test_the_head_says_what_was_run_on_what_and_nothing_of_the_machines_folders(
     write_report(run)
     assert found.items() <= dict(page_of(run).pairs).items()
     assert all(f"{what}: {which}" in rendered(run).text for what, which in found.items())
+    assert rendered(run).text.count("commit: abc-dirty") == 1
 
 
 def test_answers_that_became_right_and_wrong_are_shown(written):

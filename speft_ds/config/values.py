@@ -9,6 +9,9 @@ from speft_ds.config.section import broken_rule
 from speft_ds.env import expand_path
 from speft_ds.untrusted import MAX_NAME
 
+# Formats of a frozen base in few bits; speft_ds/model/codecs has a codec for each.
+BASE_FORMATS = ("int8", "bfp8", "bfp6", "bfp4", "nf4", "mxfp6", "mxfp4")
+
 _MINUTES = re.compile(r"([1-9]\d*) ?min(ute)?s?")
 
 

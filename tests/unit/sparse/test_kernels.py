@@ -10,6 +10,7 @@ from speft_ds.sparse.kernels.torch_backends import (
     RowGradient,
     shared_transpose,
     split_for_cache,
+    transpose_fp32,
 )
 from speft_ds.sparse.tiles import Tiles
 
@@ -99,3 +100,13 @@ def test_a_transposed_input_is_shared_and_goes_with_it():
     assert shared_transpose(other) is not first
     del other
     assert shared_transpose.copy is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_transposed_input_keeps_every_value_however_it_lies(dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    # Every bfloat16: zeros of both signs, denormals, inf, nan.
+    wide = every.view(torch.bfloat16).view(256, 256).to(dtype)
+    for x in (wide, wide[:, :255], wide[3:, 1:], wide[:, ::2], wide.t(), wide[:1].expand(9, 256), wide[:0]):
+        expected = x.float().t().contiguous()
+        assert torch.equal(transpose_fp32(x).view(torch.int32), expected.view(torch.int32))

@@ -48,11 +48,13 @@ class Codec:
         return num_blocks * self.block * self.bits // 8, num_blocks
 
     @torch.no_grad()
-    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, weight: Tensor, check: bool = True) -> tuple[Tensor, Tensor]:
         """The codes of a weight, each the nearest to its value, and the scales.
 
         Args:
             weight: [rows, columns] fp32, bf16 or fp16, in any order of memory.
+            check: False does not look, which takes a read of the device: with a shared exponent, a block with
+                an infinite or NaN value is decoded as NaN throughout.
         Returns:
             packed uint8 and scales of `scale_dtype`, both flat, of `sizes(weight.shape)`, on its device.
         Raises:
@@ -63,8 +65,11 @@ class Codec:
         scales = torch.empty(num_scales, dtype=self.scale_dtype, device=weight.device)
         rows, columns = weight.shape
         for part in _chunks(weight.shape, weight.device):
-            values = F.pad(weight[part].to(torch.float32), (0, -columns % self.block)).reshape(-1, self.block)
-            if not values.isfinite().all():
+            values = weight[part].to(torch.float32)
+            if columns % self.block:
+                values = F.pad(values, (0, -columns % self.block))
+            values = values.reshape(-1, self.block)
+            if check and not values.isfinite().all():
                 what = f"a weight is infinite or not a number: {self.name} has no code for it"
                 raise UserError(what, fix="take a checkpoint whose weights are all finite")
             codes, own_scales = self._encode_blocks(values)
@@ -139,7 +144,8 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     if bits == 4:
-        return codes[:, ::2] << 4 | codes[:, 1::2]
+        pairs = codes.view(torch.int16)  # the first code in the low byte
+        return (pairs << 4 | pairs >> 8).to(torch.uint8)
     pairs = codes[:, ::2].to(torch.int32) << 6 | codes[:, 1::2]
     return torch.cat([(pairs & 255).to(torch.uint8), _pack((pairs >> 8).to(torch.uint8), 4)], dim=1)
 

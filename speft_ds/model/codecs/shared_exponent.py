@@ -10,6 +10,7 @@ from torch import Tensor
 from speft_ds.model.codecs.base import Codec
 
 BIAS = 127  # of a stored exponent, as in fp32 and E8M0
+NOT_FINITE = 255  # a stored exponent that is none, in both, too
 
 
 class SharedExponent(Codec):
@@ -18,7 +19,8 @@ class SharedExponent(Codec):
     The small floats have an exponent of bias 1 and `mantissa_bits`; below 1 they are subnormal, evenly
     spaced. The block's exponent takes the largest value of the block into their highest binade; what lies
     there above the largest float becomes that. Rounding is to the nearest, a tie to the even code. Zeros keep
-    their sign. The smallest exponent is -127: blocks of smaller values use what bits that leaves them.
+    their sign. The smallest exponent is -127: blocks of smaller values use what bits that leaves them. The
+    largest one that can be stored stands for NaN, as in E8M0: of a block with a value that is not finite.
     """
 
     def __init__(self, name: str, bits: int, block: int, mantissa_bits: int):
@@ -30,17 +32,31 @@ class SharedExponent(Codec):
         self.highest_binade = int(binade[-1])
         super().__init__(name, bits, block, torch.cat([magnitudes, -magnitudes]), torch.uint8)
 
-    def _encode_blocks(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        magnitudes = values.abs()
-        exponents = (_biased_exponent(magnitudes.amax(1)) - self.highest_binade).clamp(min=0)
+    def _scale(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Of blocks [num_blocks, block] fp32, the magnitudes over two to the exponents, and these, uint8."""
+        magnitudes = largest = values.abs()
+        while largest.shape[1] > 1:  # faster than `amax`, and NaN stays
+            largest = torch.maximum(*largest.chunk(2, dim=1))
+        exponents = _biased_exponent(largest)
+        exponents = torch.where(exponents == NOT_FINITE, exponents, exponents - self.highest_binade)
+        exponents.clamp_(min=0)
         # By a power of two: exact, but for values that are far too small to be more than 0.
-        magnitudes *= _powers(values.device)[2 * BIAS - exponents][:, None]
+        magnitudes *= _powers(values.device)[(2 * BIAS - exponents) % 256]
+        return magnitudes, exponents.view(-1).to(torch.uint8)
+
+    def _encode_blocks(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        magnitudes, exponents = self._scale(values)
         binade = (_biased_exponent(magnitudes) - BIAS).clamp(min=0)
         magnitudes *= _powers(values.device)[BIAS + self.mantissa_bits - binade]
         codes = magnitudes.round_().to(torch.int32) + (binade << self.mantissa_bits)
-        codes.clamp_(max=self.num_magnitudes - 1)
-        codes += values.signbit() * self.num_magnitudes
-        return codes.to(torch.uint8), exponents.to(torch.uint8)
+        codes.clamp_(0, self.num_magnitudes - 1)  # of NaN, any
+        codes += self._signs(values)
+        return codes.to(torch.uint8), exponents
+
+    def _signs(self, values: Tensor) -> Tensor:
+        """What is added to the codes of negative values, uint8."""
+        sign_bits = (values.view(torch.int32) >> 24).to(torch.uint8) & 128
+        return sign_bits >> 8 - self.bits
 
     def _factors(self, scales: Tensor) -> Tensor:
         exponents = scales.view(-1).to(torch.int32)
@@ -54,7 +70,9 @@ def _biased_exponent(positive: Tensor) -> Tensor:
 
 @cache
 def _powers(device: torch.device) -> Tensor:
-    """Two to the power of every stored exponent, [255] fp32, of which the smallest is not a normal number."""
-    bits = torch.arange(2 * BIAS + 1, dtype=torch.int32) << 23
+    """Two to the power of every stored exponent, [256] fp32: the smallest is not normal, the last one NaN."""
+    bits = torch.arange(NOT_FINITE + 1, dtype=torch.int32) << 23
     bits[0] = 1 << 22
-    return bits.view(torch.float32).to(device)
+    powers = bits.view(torch.float32)
+    powers[NOT_FINITE] = torch.nan
+    return powers.to(device)

@@ -259,3 +259,15 @@ def test_the_table_of_formats():
         )
     page = (ROOT / "docs" / "formats.md").read_text()
     assert [row for row in rows if row not in page] == []
+
+
+@pytest.mark.parametrize("name", [name for name in CODECS if BITS[name] % 0.5 == 0.25 or "bfp" in name])
+def test_unchecked_blocks_that_are_not_finite_are_nan_and_the_others_as_ever(name):
+    weight, block = hostile(70), BLOCK[name]
+    wanted = round_trip(name, weight)
+    for row, value in ((0, float("inf")), (4, float("nan")), (9, -float("inf"))):
+        weight[row, block + 3] = value
+        wanted[row, block : 2 * block] = float("nan")
+    packed, scales = CODECS[name].encode(weight, check=False)
+    decoded = CODECS[name].decode(packed, scales, weight.shape, torch.float32)
+    assert torch.equal(decoded.nan_to_num(7.0), wanted.nan_to_num(7.0))

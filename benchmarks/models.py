@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from speft_ds.env import cache_folder
 from speft_ds.errors import UserError, did_you_mean
 from speft_ds.tools.plan.geometry import config_file, list_geometries
 from speft_ds.tools.quickstart import NAME, is_ready
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
@@ -82,14 +87,25 @@ def random_model(work: Path, name: str, dtype: str) -> tuple[str, str]:
     """A checkpoint of random weights below `work`, and what to call it. Raises UserError."""
     values, name = config_of(name), Path(name).stem if name.endswith(".json") else name
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     sys.path.append(str(TESTS))
     from tiny import make_tokenizer
 
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=getattr(torch, dtype))
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     folder = work / name.replace("/", "--")
-    model.save_pretrained(folder)
+    build(values, dtype, "cuda" if on_gpu else "cpu").save_pretrained(folder)
+    if on_gpu:
+        torch.cuda.empty_cache()  # which those who are measured need
     make_tokenizer().save_pretrained(folder)
     return str(folder), name
+
+
+def build(values: dict, dtype: str, device: str) -> PreTrainedModel:
+    """The model of a configuration, with random weights; a GPU draws 7B of them in a second."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = AutoConfig.for_model(**values)
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))

@@ -20,7 +20,8 @@ process has its error in its row, and no figures.
              n (W-1) / W; and the same of weights, by all-gathers
 
 `--quick` takes a model of 27M random weights where none is named, and 3 rounds. On a GPU name a geometry,
-`--geometry meta-llama/Llama-2-7b-hf --dtype bfloat16`, and no more ranks than there are GPUs.
+`--dtype bfloat16 --geometry meta-llama/Llama-2-7b-hf` (or meta-llama/Meta-Llama-3-8B, Qwen/Qwen2.5-7B), and
+no more ranks than there are GPUs.
 """
 
 from __future__ import annotations

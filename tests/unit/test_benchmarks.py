@@ -1,6 +1,7 @@
 """The benchmarks: what they count, when they call a method broken, and that `--quick` runs to its end."""
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -20,11 +21,16 @@ BENCHMARKS = ROOT / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import counting  # noqa: E402
+import models  # noqa: E402
 import rounds  # noqa: E402
 import scale  # noqa: E402
 import step  # noqa: E402
 
 MIB = 2**20
+# By its path: `gpu` is a package of tests, too.
+spec = importlib.util.spec_from_file_location("make_gpu", BENCHMARKS / "gpu.py")
+gpu = sys.modules["make_gpu"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu)
 
 
 @pytest.fixture
@@ -173,11 +179,44 @@ def test_selection_runs(run, tiny, tmp_path):
     assert "16 rows" in out
 
 
+@pytest.mark.parametrize(
+    ("name", "num_weights"),
+    [
+        ("meta-llama/Llama-2-7b-hf", 6_738_415_616),
+        ("meta-llama/Meta-Llama-3-8B", 8_030_261_248),
+        ("Qwen/Qwen2.5-7B", 7_615_616_512),
+    ],
+)
+def test_a_step_of_a_published_geometry_is_measured_where_it_fits(tmp_path, name, num_weights):
+    """No weight is allocated."""
+    model = models.build(models.config_of(name), "bfloat16", "meta")
+    assert sum(weight.numel() for weight in model.parameters()) == num_weights
+    both = 4 * num_weights / 2**30
+    (fits,) = gpu.step_parts([name], both + gpu.ROOM_GIB + 1, tmp_path)
+    (too_large,) = gpu.step_parts([name], both + gpu.ROOM_GIB - 1, tmp_path)
+    assert fits.why_not is None and fits.words[fits.words.index("--geometry") + 1] == name
+    assert "GiB" in too_large.why_not
+
+
+def test_a_small_gpu_measures_a_smaller_model(tmp_path):
+    (part,) = gpu.step_parts(None, 24.0, tmp_path)
+    assert part.why_not is None and part.words[part.words.index("--geometry") + 1] == "1B"
+
+
+def test_the_parts_of_make_gpu_take_under_ten_minutes(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "gpu_gib", lambda: 80.0)
+    made = {part.name: part for part in gpu.parts(True, tmp_path)}
+    assert sum(part.limit_s for part in made.values()) < 600
+    assert {"tests", "ranks", "kernels", "loss", "step_Llama-2-7b-hf", "quickstart"} == set(made)
+    assert all((ROOT / word).is_file() for word in made["ranks"].words if word.endswith(".py"))
+
+
 def test_the_rehearsal_of_make_gpu_runs(tmp_path):
     out = tmp_path / "gpu"
     said = run_script("benchmarks/gpu.py", ["--rehearse", "--out", str(out)], tmp_path, DS_ACCELERATOR="cpu")
     assert said[0] == 0, said[1]
     parts = {part["part"]: part["result"] for part in json.loads((out / "summary.json").read_text())["parts"]}
-    assert [name for name, result in parts.items() if result == "ok"] == ["tests", "kernels", "loss", "step"]
+    done = [name for name, result in parts.items() if result == "ok"]
+    assert done == ["tests", "ranks", "kernels", "loss", "step"]
     assert "quickstart" in parts and (out / "summary.md").is_file()
     assert json.loads((out / "step.json").read_text())["rows"]

@@ -16,6 +16,7 @@ from speft_ds.tools.plan.geometry import list_geometries, read_geometry
 PUBLISHED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
     "Qwen/Qwen2-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
     "facebook/opt-350m": 331_196_416,
     "google/gemma-2-2b": 2_614_341_888,
     "meta-llama/Llama-2-13b-hf": 13_015_864_320,

@@ -266,9 +266,13 @@ def local_rank0_first(action: Callable[[], T]) -> T:
 
 
 def raise_if_stop_requested() -> None:
-    """Stop here, on all ranks, if one was asked to. Raises Stopped."""
-    if reasons := [reason for reason in all_gather_objects(signals.stop_reason()) if reason]:
-        raise signals.Stopped(reasons[0])
+    """Stop here, on all ranks, if one was asked to. Raises Stopped.
+
+    One number is exchanged, which is cheap enough for every batch; reasons only where there is one.
+    """
+    is_asked = torch.tensor([float(signals.stop_reason() is not None)], device=device())
+    if all_reduce_max(is_asked).item():
+        raise signals.Stopped(next(reason for reason in all_gather_objects(signals.stop_reason()) if reason))
 
 
 def same_on_all_ranks(value: object) -> bool:

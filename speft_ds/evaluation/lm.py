@@ -221,6 +221,8 @@ def make_batches(
 def shard_batches(compute: Callable[[list], list], batches: list[list], needs_fillers: bool) -> list:
     """The responses to all requests in order, on every rank; each rank computes its share of the batches.
 
+    They are exchanged once, at the end; between batches the ranks only ask each other whether to stop.
+
     Args:
         compute: requests of a batch -> their responses, in order.
         batches: (position, request) pairs, the same on every rank; together, every position once.

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import torch.distributed as dist
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
 from distributed.reference import make_trainer, plain_model
-from speft_ds.comm import collectives
+from speft_ds.comm import collectives, signals
 from speft_ds.config.recipe import Recipe
 from speft_ds.evaluation.eval_jobs import jobs_of
+from speft_ds.evaluation.lm import shard_batches
+
+EXCHANGES = ("all_reduce", "all_gather_object", "broadcast_object_list")
 
 
 def scores_and_answers(results: dict) -> dict:
@@ -31,11 +37,45 @@ def check_evaluation(recipe: Recipe, of: dict | None = None) -> list[dict] | Non
     return [{**scores_and_answers(each.results), "document": each.file.model_dump()} for each in scored]
 
 
+def count_exchanges(num_batches: int, stops_before: int | None = None) -> dict[str, int]:
+    """Collective -> how often this rank called it to score batches of two, with nothing else in them.
+
+    Args:
+        stops_before: the batch before which rank 1 is asked to stop.
+    """
+    requests = list(enumerate("abcdefghij" * num_batches))[: 2 * num_batches]
+    batches = [requests[start : start + 2] for start in range(0, len(requests), 2)]
+    calls, originals, seen = Counter(), {name: getattr(dist, name) for name in EXCHANGES}, []
+
+    def counted(name: str):
+        return lambda *args, **kwargs: calls.update([name]) or originals[name](*args, **kwargs)
+
+    def compute(batch: list[str]) -> list[str]:
+        seen.append(batch)
+        if stops_before is not None and 2 * len(seen) >= stops_before and collectives.rank() == 1:
+            signals.request_stop("a test")
+        return [letter.upper() for letter in batch]
+
+    for name in EXCHANGES:
+        setattr(dist, name, counted(name))
+    try:
+        responses = shard_batches(compute, batches, needs_fillers=False)
+        assert responses == [letter.upper() for _, letter in requests]
+    except signals.Stopped as stopped:
+        assert str(stopped) == "a test"
+        calls["stopped after"] = len(seen)
+    finally:
+        signals._reasons.clear()
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return dict(calls)
+
+
 def check_stock_evaluation(recipe: Recipe, num_fewshot: int | None = None) -> dict | None:
     """The same tasks by lm-eval's own HFLM on the plain model: the reference for `check_evaluation`."""
     if collectives.rank() != 0:
         return None
-    model, section = plain_model(recipe), recipe.eval
+    model, section = plain_model(recipe).to(collectives.device()), recipe.eval
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.name_or_path)
     results = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=section.batch_size),

@@ -145,6 +145,19 @@ def test_what_happened_is_counted(ranks, tiny, tmp_path):
         ]
 
 
+def test_answers_are_exchanged_once_for_all_batches(ranks):
+    """Between batches, which are computed two at a time, one number is reduced: whether to stop."""
+    for num_batches in (2, 9):
+        rounds = -(-num_batches // 2)
+        for counts in ranks(2)(evaluation_checks.count_exchanges, num_batches=num_batches):
+            assert counts == {"all_reduce": rounds, "all_gather_object": 1}
+
+
+def test_all_ranks_stop_before_the_same_batch(ranks):
+    for counts in ranks(2)(evaluation_checks.count_exchanges, num_batches=9, stops_before=4):
+        assert counts == {"all_reduce": 3, "all_gather_object": 1, "stopped after": 2}
+
+
 def test_answers_that_cannot_be_kept_are_not_lost(ranks, tiny, long, tmp_path):
     recipe = recipe_for(tiny, long, tmp_path, tasks=["long_choice"])
     answers = Path(os.environ["SPEFT_DS_CACHE"]) / "answers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,8 +21,13 @@ POSITIONS = (
 )
 PEFT_CONFIG = "adapter_config.json"
 LAYERS, MAX_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 1000
-# Attention of its own package -> that package.
-ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+# Attention of its own package -> that package, as pip calls it. Without it, transformers would take a kernel
+# from the hub, whose code is never run here.
+ATTENTION_PACKAGES = {
+    "flash_attention_2": "flash-attn",
+    "flash_attention_3": "flash-attn-3",
+    "flash_attention_4": "flash-attn-4",
+}
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 UNQUANTISED = "name the model that it was made from; a quantised base cannot be trained yet"
 
@@ -48,7 +54,7 @@ def model_problems(recipe: Recipe, file: Path, trains: bool) -> list[UserError]:
         what = f"the model brings code of its own ({config.get('model_type')}), which is never run here"
         problems.append(UserError(what, where, "a model whose type transformers itself has"))
     package = ATTENTION_PACKAGES.get(recipe.model.attention)
-    if package and find_spec(package) is None:
+    if package and not _is_installed(package):
         what = f"model.attention={recipe.model.attention} needs the package {package}, which is not installed"
         problems.append(UserError(what, recipe.where("model.attention"), "model.attention=auto"))
     limit, most = recipe.data.max_length, num_positions(config)
@@ -56,6 +62,13 @@ def model_problems(recipe: Recipe, file: Path, trains: bool) -> list[UserError]:
         what = f"data.max_length={limit} is more than the {most} positions of the model"
         problems.append(UserError(what, recipe.where("data.max_length"), f"data.max_length={most}, or less"))
     return problems
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(distribution(package))
+    except PackageNotFoundError:
+        return False
 
 
 def read_config(file: Path) -> dict:

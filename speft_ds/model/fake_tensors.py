@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import masking_utils
+
+from speft_ds.model.attention import reads_packing
 
 
 class _GroupedProducts(TorchDispatchMode):
@@ -24,17 +25,6 @@ class _GroupedProducts(TorchDispatchMode):
 
 @contextmanager
 def fake_tensors(packing: bool = False) -> Iterator[None]:
-    """Tensors that are made inside the block are fake; `packing`: see `reads_packing`."""
+    """Tensors that are made inside the block are fake; `packing`: see `attention.reads_packing`."""
     with FakeTensorMode(), _GroupedProducts(), reads_packing(packing):
         yield
-
-
-@contextmanager
-def reads_packing(packing: bool) -> Iterator[None]:
-    """Say whether rows are packed: transformers reads it from positions, and fake ones have no values."""
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = original if packing else lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original

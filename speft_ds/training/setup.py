@@ -16,6 +16,7 @@ from speft_ds.config.recipe import Recipe
 from speft_ds.data.sampler import hash_seed
 from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
+from speft_ds.model.attention import FlashInputs, check_device
 from speft_ds.model.fingerprint import fingerprint
 from speft_ds.model.kinds import find_weights
 from speft_ds.model.kinds.target import Target
@@ -125,7 +126,7 @@ def load_context(
 def _make_objective(engine: SparseEngine, recipe: Recipe) -> NextToken | RowClass:
     switch = rotate_by_row(engine.module)
     if classifies(recipe):
-        return RowClass(switch)
+        return RowClass(switch, FlashInputs.of(engine.module))
     head_loss = find_head_loss(engine.module)
     if head_loss is None:
         name = type(engine.module).__name__
@@ -177,6 +178,7 @@ def keep_reached(
 def _load_model(recipe: Recipe, data: RunData, ds_config: dict) -> tuple[nn.Module, dict[str, Target]]:
     """The model, and weight name -> a classifier's head, filled."""
     name, dtype, attention = recipe.model.name_or_path, recipe.model.dtype, recipe.model.attention
+    check_device(attention, collectives.device().type, recipe.where("model.attention"))
     if not classifies(recipe):
         return load_base(name, dtype, ds_config, attention=attention), {}
     if data.classes is None:

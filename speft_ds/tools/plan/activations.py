@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from speft_ds.model.fake_tensors import fake_tensors, reads_packing
+from speft_ds.model.attention import reads_packing
+from speft_ds.model.fake_tensors import fake_tensors
 from speft_ds.model.kinds import linear
 from speft_ds.model.linear_cross_entropy import HeadLoss, LogitTransform
 from speft_ds.model.targets import all_weights

@@ -70,7 +70,7 @@ def read_geometry(recipe: Recipe) -> Geometry:
     from speft_ds.sparse.mask import read_mask
 
     config, source = _read_config(recipe)
-    if recipe.model.attention not in ("auto", *ATTENTION_PACKAGES):
+    if recipe.model.attention not in ("auto", "flex_attention", *ATTENTION_PACKAGES):
         config._attn_implementation = recipe.model.attention
     task, dtype = recipe.model.task, recipe.model.dtype
     dtype = "bfloat16" if dtype == "auto" else dtype
@@ -99,7 +99,8 @@ def _keep_reached(config, task: str, dtype: str, targets: dict, are_chosen: bool
     """The targets that a text forward reaches, and what to say of it."""
     import torch
 
-    from speft_ds.model.fake_tensors import fake_tensors, reads_packing
+    from speft_ds.model.attention import reads_packing
+    from speft_ds.model.fake_tensors import fake_tensors
     from speft_ds.model.reach import find_reach
     from speft_ds.model.targets import all_weights
 

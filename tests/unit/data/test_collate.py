@@ -27,7 +27,7 @@ def test_rows_are_padded_on_the_right_and_labels_are_where_the_loss_is():
     assert batch["input_ids"].tolist() == ids and batch["labels"].tolist() == labels
     assert batch["predicting"].tolist() == [1, 2, 3, 5, 6, 15]
     assert batch["targets"].tolist() == [7, 8, 9, 11, 5, 3]
-    assert set(batch) == {"input_ids", "labels", "lengths", "predicting", "targets"}
+    assert set(batch) == {"input_ids", "labels", "lengths", "predicting", "targets", "num_logits"}
     assert batch["input_ids"].dtype == torch.int64
 
 
@@ -38,8 +38,16 @@ def test_positions_restart_at_each_packed_row_and_at_the_padding():
         [*range(4), *range(7), *range(6)],
         [*range(5), *range(12)],
     ]
+    assert batch["cu_seq_lens"].tolist() == [0, 5, 8, 17, 21, 28, 34, 39, 51]
+    assert batch["cu_seq_lens"].dtype == torch.int32 and batch["max_length"] == 12
     assert (batch["labels"] != IGNORED).sum(1).tolist() == [9, 7, 3]
     assert batch["labels"][0][:8].tolist() == [IGNORED, IGNORED, 7, 8, 9, IGNORED, 11, 5]
+
+
+def test_a_single_row_is_one_stretch_of_tokens():
+    batch = collate([ROWS[2]], 0, CPU)
+    assert batch["cu_seq_lens"].tolist() == [0, 9] and batch["max_length"] == 9
+    assert "position_ids" not in batch
 
 
 def test_a_batch_to_classify_has_one_label_per_row():

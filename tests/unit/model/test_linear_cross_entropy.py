@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speft_ds.data.collate import collate
+from speft_ds.data.collate import IGNORED, collate
 from speft_ds.data.dataset import Row
 from speft_ds.model import linear_cross_entropy
 from speft_ds.model.linear_cross_entropy import LogitTransform, find_head_loss
-from speft_ds.model.loss import NextToken, summed_loss
+from speft_ds.model.loss import NextToken
 from unit.data.test_collate import CPU, ROWS
 
 SIZES = dict(
@@ -44,6 +45,12 @@ def make_model(family, **sizes):
     return model.requires_grad_(False).eval()
 
 
+def loss_of_logits(model, batch, temperature=1.0):
+    """Of all logits, summed over the labels."""
+    logits, labels = model(batch["input_ids"]).logits[:, :-1] / temperature, batch["labels"][:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
 def embedded_loss(model, compute):
     """The loss that `compute` comes to, and its gradient by the embedded tokens."""
     embedded = []
@@ -65,10 +72,7 @@ def test_loss_and_gradient_are_those_of_the_logits(family, chunk, monkeypatch):
     assert objective.head_loss is not None
     for temperature in (1.0, 1.7):
         ours, gradient = embedded_loss(model, lambda t=temperature: objective(model, batch, t)[0])
-        logits, expected = embedded_loss(
-            model,
-            lambda t=temperature: summed_loss(model(batch["input_ids"]).logits, batch["labels"], t),
-        )
+        logits, expected = embedded_loss(model, lambda t=temperature: loss_of_logits(model, batch, t))
         torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
@@ -98,7 +102,7 @@ def test_a_head_that_is_trained_gets_its_gradient():
     model.lm_head.weight.requires_grad_(True)
     batch = collate(ROWS, 0, CPU)
     (gradient,) = torch.autograd.grad(objective(model, batch)[0], model.lm_head.weight)
-    loss = summed_loss(model(batch["input_ids"]).logits, batch["labels"])
+    loss = loss_of_logits(model, batch)
     torch.testing.assert_close(gradient, torch.autograd.grad(loss, model.lm_head.weight)[0])
 
 

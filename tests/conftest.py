@@ -27,18 +27,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # of different versions would each compile it anew, half a minute whenever they take turns.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
-from ranks import Ranks  # noqa: E402
+from ranks import Accelerator, Ranks  # noqa: E402
 
 _GROUPS: dict[int, Ranks] = {}
 
 
 @pytest.fixture(scope="session")
 def ranks():
-    """`ranks(world_size)`: a group of ranks, started when first asked for and kept for the session."""
+    """`ranks(world_size)`: a group of ranks, started when first asked for and kept for the session.
+
+    Each has a GPU where there are any; a test that asks for more ranks than GPUs is skipped.
+    """
+    accelerator = Accelerator.find()
 
     def group(world_size: int) -> Ranks:
-        return _GROUPS.setdefault(world_size, Ranks(world_size))
+        if why_not := accelerator.why_not(world_size):
+            pytest.skip(why_not)
+        return _GROUPS.setdefault(world_size, Ranks(world_size, accelerator))
 
+    group.why_not = accelerator.why_not
     yield group
     for started in _GROUPS.values():
         started.stop()

@@ -1,4 +1,6 @@
-"""Real ranks for tests: W processes in a gloo group, started once a world size, running many checks.
+"""Real ranks for tests: W processes in a group, started once a world size, running many checks.
+
+Where there are GPUs, each rank has one, and the group is NCCL's; else all are on the CPU, in a gloo group.
 
 A check is a module-level function; it runs on every rank with the same arguments, and its returned values
 come back as a list by rank. A check that raises or outlives its time limit fails with every rank's
@@ -15,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 
@@ -24,10 +27,45 @@ from limits import HANG_S
 from speft_ds.env import free_port, rank_env
 
 
-def serve(rank: int, world_size: int, port: int, pipe, stack_path: str) -> None:
+@dataclass(frozen=True)
+class Accelerator:
+    """What the ranks of tests compute on."""
+
+    name: str  # by DeepSpeed: `cpu` or `cuda`
+    num_devices: int = 0  # of which each rank has one; 0: any number of ranks share the machine
+
+    @classmethod
+    def find(cls) -> Accelerator:
+        """GPUs, where there are any and DS_ACCELERATOR=cpu does not say otherwise."""
+        import torch
+
+        is_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+        num_gpus = 0 if is_cpu else torch.cuda.device_count()
+        return cls("cuda", num_gpus) if num_gpus else cls("cpu")
+
+    @property
+    def ds_config(self) -> str:
+        """The file of ds_configs/ that is meant for it."""
+        return "zero3_bf16" if self.num_devices else "zero3_cpu"
+
+    def why_not(self, world_size: int) -> str | None:
+        """Why there cannot be so many ranks; None: there can."""
+        if not self.num_devices or world_size <= self.num_devices:
+            return None
+        return f"{world_size} ranks need as many GPUs, this machine has {self.num_devices}"
+
+    def environment(self, rank: int, world_size: int, port: int) -> dict[str, str]:
+        """The variables of a rank; its GPU is that of its LOCAL_RANK."""
+        own = {"DS_ACCELERATOR": self.name, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        return rank_env(rank, world_size, port) | own
+
+
+CPU = Accelerator("cpu")
+
+
+def serve(environment: dict[str, str], pipe, stack_path: str) -> None:
     """Body of one rank: join the group, then run checks until told to stop."""
-    os.environ.update(rank_env(rank, world_size, port))
-    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(environment)
     import torch
 
     torch.set_num_threads(1)
@@ -51,11 +89,14 @@ class Ranks:
     """A started group of `world_size` ranks; call it with a check and its arguments.
 
     Args:
-        is_fresh: in processes of their own, for what a fork shares: memory, settings of the C library.
+        accelerator: what they compute on.
+        is_fresh: in processes of their own, for what a fork shares: memory, settings of the C library. On
+            GPUs they always are: CUDA does not outlive a fork.
     """
 
-    def __init__(self, world_size: int, is_fresh: bool = False):
-        self.world_size = world_size
+    def __init__(self, world_size: int, accelerator: Accelerator = CPU, is_fresh: bool = False):
+        self.world_size, self.accelerator = world_size, accelerator
+        is_fresh = is_fresh or accelerator.num_devices > 0
         self.context = multiprocessing.get_context("spawn") if is_fresh else server()
         self.processes: list = []
 
@@ -66,7 +107,13 @@ class Ranks:
         self.pipes = [ours for ours, _ in pipes]
         self.processes = [
             self.context.Process(
-                target=serve, args=(rank, self.world_size, port, theirs, str(self.stacks[rank])), daemon=True
+                target=serve,
+                args=(
+                    self.accelerator.environment(rank, self.world_size, port),
+                    theirs,
+                    str(self.stacks[rank]),
+                ),
+                daemon=True,
             )
             for rank, (_, theirs) in enumerate(pipes)
         ]

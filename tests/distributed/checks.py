@@ -71,7 +71,7 @@ def assert_written_through(trainer: Trainer, pretrained: Dense, step: int) -> No
     for name, weight in whole_weights(trainer.engine.module).items():
         expected = pretrained[name].clone()
         if name in deltas:
-            index, flat = trainer.mask.index[name].to(torch.int64), expected.view(-1)
+            index, flat = trainer.mask.index[name].to("cpu", torch.int64), expected.view(-1)
             flat[index] = (flat[index].float() + deltas[name]).to(flat.dtype)
             moved += int((expected != pretrained[name]).sum())
         assert torch.equal(weight, expected), f"{name} differs after step {step}"
@@ -95,10 +95,11 @@ def assert_adapter_is_the_run(trainer: Trainer) -> None:
 
 def assert_same_logits(trainer: Trainer, plain) -> None:
     """The engine computes what a plain model with its weights does, bit for bit."""
-    ids = batch_of(trainer, 0)["input_ids"]
+    device = collectives.device()
+    ids = batch_of(trainer, 0)["input_ids"].to(device)
     trainer.engine.eval()
     with torch.no_grad():
-        live, expected = (model(input_ids=ids).logits for model in (trainer.engine, plain.eval()))
+        live, expected = (model(input_ids=ids).logits for model in (trainer.engine, plain.eval().to(device)))
     trainer.engine.train()
     assert torch.equal(live, expected), "other logits"
 
@@ -136,7 +137,7 @@ def assert_nothing_dense(trainer: Trainer) -> None:
     before_this_layer, saved = [], []
     for name, linear in trainer.targets.items():
         linear.weight_grad_hook = watch(name, linear.weight_grad_hook) if linear.weight_grad_hook else None
-    batch = collate([trainer.rows[n] for n in range(3)], trainer.context.data.pad_id, torch.device("cpu"))
+    batch = collate([trainer.rows[n] for n in range(3)], trainer.context.data.pad_id, collectives.device())
     gc.collect()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         loss = trainer.context.loss(trainer.engine, batch)

@@ -49,7 +49,7 @@ def check_family(recipe: Recipe, exports: bool = False) -> dict:
     error = 0.0
     for name, gradient in expected.items():
         parts = [by_rank[r][state.layout.places(name, r)] for r in range(collectives.world_size())]
-        got = torch.cat(parts) / -recipe.optimizer.lr
+        got = torch.cat(parts).cpu() / -recipe.optimizer.lr
         error = max(error, float((got - gradient).abs().max()) / max(largest[name], 1e-30))
     return {
         "coverage": reach.coverage(trainer.targets),
@@ -79,7 +79,8 @@ def works_checkpointed(trainer) -> bool:
     module.gradient_checkpointing_enable({"use_reentrant": False})
     module.train()
     with weight_grad_hooks(targets, {name: lambda *factors, n=name: fed.add(n) for name in targets}):
-        module(input_ids=IDS, use_cache=False).logits.float().sum().backward()
+        ids = IDS.to(collectives.device())
+        module(input_ids=ids, use_cache=False).logits.float().sum().backward()
         trainer.engine.after_plain_backward()
     module.gradient_checkpointing_disable()
     return fed == targets.keys()
@@ -107,7 +108,8 @@ def reference_gradients(recipe: Recipe, trainer) -> tuple[dict, dict]:
         for name, total in sums.items():
             if weights[name].grad is not None:
                 total += weights[name].grad.float()
-    picked = {name: sums[name].view(-1)[i.long()] for name, i in trainer.mask.index.items() if i.numel()}
+    index = {name: i.to("cpu", torch.int64) for name, i in trainer.mask.index.items() if i.numel()}
+    picked = {name: sums[name].view(-1)[i] for name, i in index.items()}
     return picked, {name: float(total.abs().max()) for name, total in sums.items()}
 
 
@@ -119,8 +121,8 @@ def same_model_everywhere(recipe: Recipe, trainer, exports: bool) -> dict[str, b
         done = merge(None, folder / "adapter", folder / "merged")
     collectives.barrier()
     is_exact = exports and collectives.broadcast_object(export_is_exact(folder))
-    module = trainer.engine.module.eval()
-    live, weights = module(input_ids=IDS, use_cache=False).logits, whole_weights(module)
+    module, ids = trainer.engine.module.eval(), IDS.to(collectives.device())
+    live, weights = module(input_ids=ids, use_cache=False).logits, whole_weights(module)
     merged = recipe.model_copy(
         update={"model": recipe.model.model_copy(update={"name_or_path": str(folder / "merged")})}
     )
@@ -139,13 +141,14 @@ def same_model_everywhere(recipe: Recipe, trainer, exports: bool) -> dict[str, b
     for model in copies.values():  # mapped from a file, a weight lies at any address, by which torch rounds
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
+        model.to(collectives.device())
     found = {} if done is None else {"merge": "in memory" if done.note else "per weight"}
     return (
         {"exported": None}
         | found
         | {
-            name: torch.equal(model.eval()(input_ids=IDS, use_cache=False).logits, live)
-            and all(torch.equal(weights[key], value) for key, value in model.named_parameters())
+            name: torch.equal(model.eval()(input_ids=ids, use_cache=False).logits, live)
+            and all(torch.equal(weights[key], value.cpu()) for key, value in model.named_parameters())
             for name, model in copies.items()
         }
     )

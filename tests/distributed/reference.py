@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from ranks import Accelerator
 from tiny import recipe_values
 from torch import Tensor
 
@@ -28,6 +29,7 @@ def make_recipe(tiny: dict, output_dir: Path, checkpoint: str = "untied", **sect
     """A short fp32 recipe on a tiny checkpoint; `sections` override whole keys of its sections."""
     sections["optimizer"] = {"clip_norm": 0.5, "warmup_steps": 2, **sections.get("optimizer", {})}
     sections["train"] = {"steps": 5, **sections.get("train", {})}
+    sections["deepspeed"] = {"config": Accelerator.find().ds_config, **sections.get("deepspeed", {})}
     values = recipe_values(tiny, checkpoint, **sections)
     return Recipe.model_validate({**values, "output_dir": str(output_dir), "seed": 3})
 
@@ -52,20 +54,23 @@ def start(recipe: Recipe, begin: Start | None = None) -> Trainer:
 
 
 def whole_weights(model) -> Dense:
-    """Clones of all gathered weights, on every rank."""
+    """Copies of all gathered weights, on every rank, on the CPU."""
     import deepspeed
 
     parameters = dict(model.named_parameters())
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
-        return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
 
 
 def whole_entries(trainer: Trainer, own: Tensor) -> dict[str, Tensor]:
-    """A number for each of this rank's entries -> those of all ranks, by weight, in the order of the mask."""
+    """A number for each of this rank's entries -> those of all ranks, by weight, in the order of the mask.
+
+    On the CPU, where all that is compared with a reference is.
+    """
     layout = trainer.state.layout
     by_rank = collectives.all_gather_padded(own, layout.lengths)
     return {
-        name: torch.cat([values[layout.places(name, rank)] for rank, values in enumerate(by_rank)])
+        name: torch.cat([values[layout.places(name, rank)] for rank, values in enumerate(by_rank)]).cpu()
         for name in trainer.mask.shape
     }
 
@@ -84,7 +89,7 @@ def rows_of(trainer: Trainer, step: int) -> list:
 
 
 def batch_of(trainer: Trainer, step: int) -> dict:
-    """The whole global batch of a step in one padded batch, as a single process would run it."""
+    """The whole global batch of a step in one padded batch on the CPU, as a single process would run it."""
     return collate(rows_of(trainer, step), trainer.context.data.pad_id, torch.device("cpu"))
 
 
@@ -117,7 +122,7 @@ class DenseRun:
         self.model = model or plain_model(trainer.recipe)
         self.loss_of = loss_of or (lambda step: reference_loss(self.model, batch_of(trainer, step)))
         self.weights = dict(self.model.named_parameters())
-        self.picked = {n: index.to(torch.int64) for n, index in (picked or trainer.mask.index).items()}
+        self.picked = {n: i.to("cpu", torch.int64) for n, i in (picked or trainer.mask.index).items()}
         self.pretrained = {name: self.weights[name].detach().clone() for name in self.picked}
         self.delta = {n: torch.zeros(i.numel(), requires_grad=True) for n, i in self.picked.items()}
         self.average = {name: torch.zeros(index.numel()) for name, index in self.picked.items()}  # Lion's

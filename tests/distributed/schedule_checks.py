@@ -22,14 +22,14 @@ def dense_mask(mask: Mask) -> Dense:
     """Bool tensors."""
     dense = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in mask.shape.items()}
     for name, where in dense.items():
-        where.view(-1)[mask.index[name].to(torch.int64)] = True
+        where.view(-1)[mask.index[name].to("cpu", torch.int64)] = True
     return dense
 
 
 def whole(state: SparseState, key: Tensor, values: Tensor) -> Dense:
-    """All ranks' values at keys of their shards (laid end to end); 0 elsewhere."""
+    """All ranks' values at keys of their shards (laid end to end); 0 elsewhere. On the CPU."""
     own = torch.zeros(sum(shard.numel() for shard in state.shards.values()), dtype=values.dtype)
-    own[key] = values
+    own[key.cpu()] = values.cpu()
     by_rank = torch.stack(collectives.all_gather_objects(own))
     pieces = by_rank.split([shard.numel() for shard in state.shards.values()], dim=1)
     shapes = state.mask.shape.items()
@@ -135,7 +135,8 @@ def check_changing_mask(recipe: Recipe) -> dict:
 def check_ties(recipe: Recipe) -> tuple[dict[str, list[int]], list]:
     """What `grad_topk` does with tied gradients: the indices that may step, and the sorted ones that do."""
     trainer = start(recipe)
-    state, gradient = trainer.state, torch.empty(trainer.state.num_local)
+    state = trainer.state
+    gradient = torch.empty(state.num_local, device=collectives.device())
     for number, (name, own) in enumerate(state.slices.items()):
         first, _ = shard_range(state.mask.numel(name), state.rank_shards.rank, state.rank_shards.world_size)
         gradient[own] = tied_gradient(number, state.index[name] + first)

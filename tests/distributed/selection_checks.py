@@ -23,8 +23,8 @@ def own_range(scores: Tensor) -> tuple[int, int]:
 
 
 def local_part(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's shards of flat scores."""
-    return {name: s[slice(*own_range(s))] for name, s in scores.items()}
+    """This rank's shards of flat scores, on its device."""
+    return {name: s[slice(*own_range(s))].to(collectives.device()) for name, s in scores.items()}
 
 
 def cut(shape: tuple[int, int], granularity: str, block_size: int) -> list[list[int]]:
@@ -168,7 +168,7 @@ def check_select_many(shapes: Shapes, scores: dict[str, Tensor], wanted: list[in
         chosen[order[:count]] = True
         expected = chosen.split([score.numel() for score in scores.values()])
         for name, where in zip(scores, expected, strict=True):
-            assert torch.equal(index[name].to(torch.int64), where.nonzero()[:, 0]), (name, count)
+            assert torch.equal(index[name].to("cpu", torch.int64), where.nonzero()[:, 0]), (name, count)
 
 
 def check_select_refuses(shapes: Shapes, scores: dict[str, Tensor], wanted: int) -> str:

@@ -18,7 +18,7 @@ from speft_ds.zero.engine import SparseZeroOptimizer
 
 # Operations for whose result the host waits.
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero"}
-ON_CPU = {"collate", "_oldest", "_correction"}  # functions whose tensors are on the CPU anyway
+ON_CPU = {"collate", "permutation", "_oldest", "_correction"}  # functions whose tensors are on the CPU anyway
 COLLECTIVES = (
     *("all_reduce", "all_gather_into_tensor", "all_gather_single", "all_gather", "all_to_all_single"),
     *("reduce_scatter_tensor", "reduce_scatter_single", "broadcast", "gather", "scatter", "barrier"),
@@ -118,7 +118,7 @@ class GatherStream:
 
 def check_gathers_wait(recipes: list[Recipe]) -> list[int]:
     """No shard changes without that gathers wait for it; the number of changes that were seen in each run."""
-    seen = []
+    seen, real = [], shards.gather_stream
     for recipe in recipes:
         stream = GatherStream()
         forward = torch.nn.modules.module.register_module_forward_pre_hook(stream.check)
@@ -132,7 +132,7 @@ def check_gathers_wait(recipes: list[Recipe]) -> list[int]:
                 trainer.train_step(step)
         finally:
             forward.remove()
-            shards.gather_stream = None
+            shards.gather_stream = real
         seen.append(stream.num_writes)
     return seen
 

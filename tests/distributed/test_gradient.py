@@ -27,13 +27,14 @@ def make_gradient(density: float = 0.3, **options) -> SparseGradient:
         count = 0 if name == "e" else max(1, round(density * rows * columns))
         chosen = torch.randperm(rows * columns, generator=generator)[:count]
         index[name] = chosen.sort().values.to(torch.int32)
-    return SparseGradient(Mask(index, dict(SHAPES)), torch.device("cpu"), GradientOptions(**options))
+    return SparseGradient(Mask(index, dict(SHAPES)), collectives.device(), GradientOptions(**options))
 
 
 def parts_of(mask: Mask, number: int, rank: int) -> dict[str, Tensor]:
     """What a rank's backward of the micro-batch `number` adds, once."""
     generator = torch.Generator().manual_seed(100 * number + rank)
-    return {n: torch.randint(-8, 9, (i.numel(),), generator=generator).float() for n, i in mask.index.items()}
+    parts = {n: torch.randint(-8, 9, (i.numel(),), generator=generator) for n, i in mask.index.items()}
+    return {name: part.float().to(collectives.device()) for name, part in parts.items()}
 
 
 def backward(gradient: SparseGradient, number: int, uses: Uses) -> None:
@@ -50,7 +51,7 @@ def own_sum(gradient: SparseGradient, numbers: Iterable[int], uses: Uses) -> Ten
     """The sum over ranks and micro-batches of what this rank owns, by plain indexing."""
     own, own_rank = [], collectives.rank()
     for name in gradient.mask.shape:
-        total = torch.zeros(gradient.mask.index[name].numel())
+        total = torch.zeros(gradient.mask.index[name].numel(), device=collectives.device())
         for number, rank in product(numbers, range(collectives.world_size())):
             total += uses.get((name, rank), 1) * parts_of(gradient.mask, number, rank)[name]
         bounds = gradient.layout.bounds[name]
@@ -116,11 +117,12 @@ def check_memory() -> tuple[int, int, int]:
     """Bytes of buckets alive at most in the first backward and later, of one bucket, and of the gradient."""
     shapes = {f"w{n}": (8, 16) for n in range(20)}
     index = {name: torch.arange(128, dtype=torch.int32) for name in shapes}
-    gradient = SparseGradient(Mask(index, shapes), torch.device("cpu"), GradientOptions(bucket=128))
+    device = collectives.device()
+    gradient = SparseGradient(Mask(index, shapes), device, GradientOptions(bucket=128))
     most = []
     for _ in range(2):
         for name in reversed(shapes):
-            gradient.add(name, torch.ones(128))
+            gradient.add(name, torch.ones(128, device=device))
         gradient.finish()
         most.append(gradient.peak_buffer_bytes)
     assert most[0] == most[1], most

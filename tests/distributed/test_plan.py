@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from ranks import Ranks
+from ranks import Accelerator, Ranks
 from tiny import VOCABULARY, make_tokenizer
 
 from distributed import plan_checks
@@ -64,7 +64,7 @@ def test_gathers_are_deepspeeds(ranks, tmp_path, name, checkpointing):
         deepspeed={"config": str(tmp_path / "ds.json")},
     )
     got = ranks(2)(plan_checks.check_run, recipe=recipe)[0]
-    peak = make_plan(recipe, 2, device="cpu").setup.pass_peak("entries", 2, LENGTH)
+    peak = make_plan(recipe, 2, device=Accelerator.find().name).setup.pass_peak("entries", 2, LENGTH)
     assert peak.traffic == pytest.approx(got["gathered"], rel=error, abs=0)
     assert peak.most_gathered == pytest.approx(got["most_gathered"], rel=error, abs=0)
 
@@ -86,7 +86,7 @@ def test_a_run_counts_what_was_planned(ranks, tiny, tmp_path, world_size, change
     """Memory by kind, byte for byte, and what is sent per step: plan and run name the same kinds."""
     sections = {"mask": {"density": 0.04, "budget": "per_layer", **changes.get("mask", {})}}
     recipe = make_recipe(tiny, tmp_path, **{**changes, **sections})
-    plan = make_plan(recipe, world_size, device="cpu")
+    plan = make_plan(recipe, world_size, device=Accelerator.find().name)
     planned = {line.kind: line.num_bytes for line in plan.memory["training"]}
     # Two maps of the 8-bit codes and their edges.
     tables = 4 * (2 * 256 + 2 * 255) if recipe.optimizer.name == "adamw_8bit" else 0

@@ -126,7 +126,7 @@ def compare(trainer: Trainer, got: dict[str, Tensor], expected: Weights, slack: 
         own, start = own_elements(linear.weight)
         mine = slice(start, start + own.numel())
         assert got[name].dtype == torch.float32 and got[name].shape == own.shape, name
-        error = (got[name].double() - expected[name].reshape(-1)[mine]).abs()
+        error = (got[name].cpu().double() - expected[name].reshape(-1)[mine]).abs()
         allowed = slack[name].expand_as(expected[name]).reshape(-1)[mine]
         assert bool((error <= allowed).all()), (
             f"{name}: {float((error / allowed).max())} times what is allowed"
@@ -227,7 +227,7 @@ def check_bits(recipe: Recipe, changes: dict[str, dict]) -> dict[str, str]:
     for name, change in changes.items():
         digest = hashlib.sha256()
         for value in score(scorer_of(trainer, **change)).values():
-            for piece in collectives.all_gather_objects(value.numpy().tobytes()):
+            for piece in collectives.all_gather_objects(value.cpu().numpy().tobytes()):
                 digest.update(piece)
         hashes[name] = digest.hexdigest()
     return hashes
@@ -319,8 +319,9 @@ ALL = {metric: {"salience": metric} for metric in [*METRICS, "grasp", "random"]}
 
 
 def at_every_world_size(ranks, check, **arguments) -> list[dict]:
-    """The answers of every rank of 1, of 2 and of 4."""
-    return [answer for world_size in (1, 2, 4) for answer in ranks(world_size)(check, **arguments)]
+    """The answers of every rank of 1, of 2 and of 4, as far as there are so many."""
+    sizes = [size for size in (1, 2, 4) if not ranks.why_not(size)]
+    return [answer for size in sizes for answer in ranks(size)(check, **arguments)]
 
 
 def test_scores_have_the_same_bits_at_every_world_size(ranks, recipe):

@@ -37,7 +37,7 @@ def dense_step(recipe) -> dict:
             loss.backward()
             total += loss.item()
     weights = dict(model.named_parameters())
-    picked = {name: index.to(torch.int64) for name, index in trainer.mask.index.items()}
+    picked = {name: index.to("cpu", torch.int64) for name, index in trainer.mask.index.items()}
     gradient = {name: weights[name].grad.view(-1)[index] for name, index in picked.items()}
     return {"loss": total, "gradient": gradient}
 

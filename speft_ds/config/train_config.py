@@ -10,6 +10,7 @@ from speft_ds.config.values import Count, Decay, Index, Interval, NonNegative, P
 
 ADAMW = ("adamw", "adamw_8bit")
 Betas = Annotated[list[Decay], Field(min_length=2, max_length=2)]
+STASH_FORMATS = ("bfp4", "bfp6", "bfp8")  # from few bits to more, as `dynamic` takes them
 LION_BETAS = [0.9, 0.99]  # of its paper; its average is not a second moment
 
 
@@ -66,6 +67,8 @@ class TrainConfig(ConfigSection):
     """rows that a rank takes in one forward; must divide global_batch"""
     activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
     """recompute activations in the backward: less memory, more time"""
+    stash: Literal["bfp8", "bfp4", "dynamic"] | None = None
+    """format of the activations kept for the backward; dynamic: few bits, then more; null: their own"""
     sparse_backend: Literal["auto", "dense", "sampled", "element", "tiled", "columns"] = "auto"
     """how the sparse weight gradient is computed"""
     reduce_bucket: Count = 4_194_304

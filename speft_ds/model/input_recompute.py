@@ -11,15 +11,34 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from speft_ds.zero.shards import HOOK_GRAD_FNS
+from speft_ds.zero.shards import HOOK_GRAD_FNS, full_shape
 
 PASSTHROUGH_GRAD_FNS = HOOK_GRAD_FNS  # autograd nodes that return a tensor unchanged
 MAX_RECOMPUTE_DEPTH = 6  # operations that are done again at most
 MIN_SIZE_RATIO = 16  # a weight is kept beside an input that has so many times its elements
 
+GATHERED = "speft_ds_gathered"  # attribute of a norm's weight
+
 RecomputeFn = Callable[[], Tensor]  # makes a tensor again
+
+
+def keep_norms(model: nn.Module) -> None:
+    """Have the weights of norms at hand in every forward, also where ZeRO-3 frees them after their own.
+
+    So the same inputs are made again in all forwards. That matters where the result depends on it: with
+    activations in few bits, on which an input made again is not the input packed. Takes some vectors a layer.
+    """
+
+    def keep(norm: nn.Module, inputs: tuple) -> None:
+        for weight in norm.parameters(recurse=False):
+            setattr(weight, GATHERED, weight.detach())
+
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if own and all(len(full_shape(weight)) == 1 for weight in own):
+            module.register_forward_pre_hook(keep)  # after that of ZeRO-3, which gathers
 
 
 class LayerInput:
@@ -106,12 +125,19 @@ def _recompute_fn(node, max_kept: int, depth: int) -> RecomputeFn | None:
 
 
 def _recompute_factor(node, name: str, edge: int, max_kept: int, depth: int) -> RecomputeFn | None:
-    saved = getattr(node, name)
-    if saved is None:
-        return _recompute_fn(node.next_functions[edge][0], max_kept, depth - 1)
-    if saved.requires_grad:
+    """One factor of a product, by the name and the number that its node knows it by.
+
+    It is saved if the other factor needs a gradient. That, and whether it needs one itself, is read off the
+    edges: to look at what is saved may mean to unpack it (`stash`).
+    """
+    source, others_source = node.next_functions[edge][0], node.next_functions[1 - edge][0]
+    if others_source is None:
+        return _recompute_fn(source, max_kept, depth - 1)
+    if source is not None:
         return lambda: getattr(node, name).detach()
     # A frozen weight, as a norm's. A small one can be kept, if ZeRO-3 did not free it: it does in its first
-    # pass, and in all where `stage3_param_persistence_threshold` is lower.
+    # pass, and in all where `stage3_param_persistence_threshold` is lower, but for `keep_norms`.
+    saved = getattr(node, name)
+    saved = getattr(saved, GATHERED, saved)
     weight = saved.clone() if 0 < saved.numel() <= max_kept else None
     return None if weight is None else lambda: weight

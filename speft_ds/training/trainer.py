@@ -39,6 +39,7 @@ from speft_ds.training.profile import StepProfiler
 from speft_ds.training.run_data import load_data, read_file
 from speft_ds.training.schedule import GradTopk, Periodic, Schedule
 from speft_ds.training.setup import TrainContext, base_facts, choose_mask, load_context, scored_model_facts
+from speft_ds.training.stash_format import TrainingStash
 
 # mask.schedule, or mask.growth of `drop_grow` -> its class.
 SCHEDULES: dict[str, type[Schedule]] = {
@@ -110,6 +111,7 @@ class Trainer:
             checks.check_loaded_mask(self.context, self.loaded, facts)
             log_rank0("note: with mask.load, the recipe's salience, density, budget and targets are not used")
         self.engine, self.targets = self.context.engine, self.context.targets
+        self.stash = TrainingStash(self.engine.module, train.stash)
         self.first_step = 0  # the steps before it were made by other processes
         self.num_skipped = self.num_nonfinite = 0  # steps: over the run, and in a row up to now
         self.best_loss = math.inf  # on the validation rows
@@ -209,6 +211,7 @@ class Trainer:
             raise ValueError("its mask has another hash now")
         self.first_step, progress = manifest["step"], manifest["progress"]
         self.num_skipped, self.num_nonfinite = progress["num_skipped"], progress["num_nonfinite"]
+        self.stash.restore(progress.get("stash"))
         self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
 
     def train_step(self, step: int) -> dict:
@@ -227,6 +230,7 @@ class Trainer:
         loss, num_correct = self._accumulate(rows, num_labels, step)
         self._count_nonfinite(optimizer.overflow, loss, step)
         self.schedule.after_step(step, optimizer.overflow)
+        stash = self.stash.after_step(step, loss, optimizer.overflow)
         seconds = time.perf_counter() - start
         return {
             "step": step + 1,
@@ -238,6 +242,7 @@ class Trainer:
             "num_tokens": num_tokens,
             "tokens_per_s": num_tokens / seconds,
             "step_ms": seconds * 1000,
+            **stash,
         }
 
     def _accumulate(self, rows: list[Row], num_labels: int, step: int) -> tuple[float, float | None]:
@@ -255,7 +260,8 @@ class Trainer:
         for number, micro_batch in enumerate(own):
             watchdog.heartbeat(f"step {step + 1}, micro-batch {number + 1} of {len(own)}", counts=True)
             batch = collate(micro_batch, self.context.data.pad_id, collectives.device())
-            loss, num_correct = self.context.objective(self.engine, batch)
+            with self.stash.packing(batch["input_ids"].numel()):
+                loss, num_correct = self.context.objective(self.engine, batch)
             loss = loss / num_labels
             sums[0] += loss.detach()
             if num_correct is not None:
@@ -313,13 +319,15 @@ class Trainer:
                 profiler.after(step + 1)
                 if step == self.first_step + 1:  # in the first, ZeRO-3 frees weights that it keeps later
                     memory.note_saved_inputs(self.targets.values(), train.activation_checkpointing)
+                    self.stash.note_saved()
                 values |= self._measure(step + 1)
                 log.log(values)
                 self._checkpoint_if_due(step + 1, log, values.get("validation_loss"))
             self.writer.finish()
         num_micro_batches = train.global_batch // (train.micro_batch * collectives.world_size())
         held = (self.engine, self.state, self.gradient, self.schedule.optimizer)
-        self.resources = collectives.all_gather_objects(memory.resources(*held, num_micro_batches))
+        resources = {**memory.resources(*held, num_micro_batches), "saved": self.stash.facts()}
+        self.resources = collectives.all_gather_objects(resources)
         self.timings["checkpoints"] = self.writer.seconds
 
     def _measure(self, done: int) -> dict:
@@ -390,6 +398,7 @@ class Trainer:
                 "num_skipped": self.num_skipped,
                 "num_nonfinite": self.num_nonfinite,
                 "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+                "stash": self.stash.progress(),
             },
             "validation_loss": validation_loss,
             "versions": versions(),

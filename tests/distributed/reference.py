@@ -50,6 +50,7 @@ def start(recipe: Recipe, begin: Start | None = None) -> Trainer:
     """A run that is about to make its first step."""
     trainer = make_trainer(recipe, begin)
     trainer.choose_mask()
+    trainer.engine.train()  # in which alone transformers checkpoints activations
     return trainer
 
 

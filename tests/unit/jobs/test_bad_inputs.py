@@ -57,6 +57,8 @@ APPENDED = {
     "mask:\n  layers: [4, 1]": ("6 (mask.layers)", "mask.layers=[1,4]"),
     "train: {steps: 1, epochs: 1}": ("5 (train.steps)", "keep one"),
     "train: {epochs: null}": ("(train.steps)", "train.epochs"),
+    "train: {stash: bfp3}": ("5 (train.stash)", "bfp4"),
+    "train:\n  stash: true": ("6 (train.stash)", "dynamic"),
     "train: {global_batch: 6}": ("(train.micro_batch)", "1, 2, 3, 6"),
     "train: {micro_batch: 0}": ("5 (train.micro_batch)", "train.micro_batch=4"),
     "train: {checkpoint_every: 0}": ("5 (train.checkpoint_every)", "15 minutes"),

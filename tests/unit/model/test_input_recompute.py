@@ -32,7 +32,7 @@ IDS = torch.arange(60).view(2, 30)
 
 def make_model(kind: str, dtype: torch.dtype = torch.float32, **config) -> nn.Module:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **(OPT if kind == "opt" else SIZES), **config)
+    config = AutoConfig.for_model(kind, **{**(OPT if kind == "opt" else SIZES), **config})
     return AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False).train()
 
 

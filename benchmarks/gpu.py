@@ -96,6 +96,8 @@ def parts(on_gpu: bool, out: Path, geometries: list[str] | None = None) -> list[
 
     pytest = [sys.executable, "-m", "pytest", "-q"]
     tests = [*pytest, "-s", "tests/gpu"]
+    speft = str(Path(sys.executable).with_name("speft"))
+    choice = [speft, "doctor", "--kernels"]  # the table that `auto` goes by, in its log
     if not on_gpu:
         tiny = out / "tiny.json"
         write_json(tiny, TINY)
@@ -104,6 +106,7 @@ def parts(on_gpu: bool, out: Path, geometries: list[str] | None = None) -> list[
         return [
             Part("tests", [*tests, "--collect-only"], 300),
             Part("ranks", [*pytest, ON_RANKS[0], "-k", "single_rank"], 300),
+            Part("choice", choice, 300),
             Part("kernels", script("kernels", out / "kernels", "--tiny", "--rounds", "1"), 300),
             Part("loss", script("loss", out / "loss", "--tiny", "--rounds", "1"), 300),
             Part("step", script("step", out / "step", *step, *one), 300),
@@ -112,12 +115,12 @@ def parts(on_gpu: bool, out: Path, geometries: list[str] | None = None) -> list[
     missing = (
         None if is_ready(cache_folder()) else "its model is not prepared: speft quickstart --prepare-only"
     )
-    speft = str(Path(sys.executable).with_name("speft"))
     quickstart = [speft, "quickstart", f"output_dir={out / 'quickstart'}"]
     return [
         Part("tests", tests, 60),
-        Part("ranks", [*pytest, "-rs", *ON_RANKS], 100),
-        Part("kernels", script("kernels", out / "kernels", "--quick"), 80),
+        Part("ranks", [*pytest, "-rs", *ON_RANKS], 90),
+        Part("choice", choice, 40),
+        Part("kernels", script("kernels", out / "kernels", "--quick"), 55),
         Part("loss", script("loss", out / "loss"), 50),
         *step_parts(geometries, gpu_gib(), out),
         Part("quickstart", quickstart, 120, missing),

@@ -5,7 +5,8 @@
 One call is what one layer's backward costs beside its activation gradient: casts, transposes, product, all
 that happens every time. `over dense` is the median time over that of the `dense` backend in the same rounds;
 `over GEMM` over the plain product grad_y^T x in the activations' dtype, which is what autograd would do, and
-which rounds its result to that dtype. `chosen` marks what `train.sparse_backend=auto` takes.
+which rounds its result to that dtype. `chosen` marks what `train.sparse_backend=auto` takes, by the costs
+that are measured on this device first, or, with SPEFT_DS_KERNELS=rules, by rules of thumb.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ sys.path[:0] = [str(ROOT)]
 
 from markdown import print_table  # noqa: E402
 
-from speft_ds.env import machine_facts, versions  # noqa: E402
+from speft_ds.env import kernels_are_measured, machine_facts, versions  # noqa: E402
 from speft_ds.io import write_json  # noqa: E402
 from speft_ds.sparse.kernels.backends import make_backend  # noqa: E402
+from speft_ds.sparse.kernels.calibrate import find_costs  # noqa: E402
+from speft_ds.sparse.kernels.costs import KernelCosts  # noqa: E402
 from speft_ds.sparse.kernels.triton_backends import is_available  # noqa: E402
 
 SHAPES = [(192, 576), (576, 576), (1536, 576), (576, 1536), (2048, 2048), (5632, 2048), (2048, 5632)]
@@ -52,8 +55,8 @@ def parse_arguments() -> argparse.Namespace:
 def available_backends(device: torch.device) -> list[str]:
     """Those that can compute the entries of any mask on this device."""
     if device.type == "cpu":
-        return ["dense", "sampled"]
-    return ["dense", "element"] if is_available() else ["dense"]
+        return ["dense", "sampled", "columns"]
+    return ["dense", "element", "columns"] if is_available() else ["dense", "columns"]
 
 
 def milliseconds(
@@ -79,6 +82,7 @@ def measure(
     dtype: torch.dtype,
     device: torch.device,
     rounds: int,
+    costs: KernelCosts | None,
 ) -> list[dict]:
     """One row a backend."""
     generator = torch.Generator().manual_seed(0)
@@ -93,7 +97,7 @@ def measure(
         _, backend = make_backend(name, index, shape)
         calls[name] = lambda backend=backend: backend(x.view(x.shape), grad_y)
     spent = milliseconds(calls, rounds, device)
-    chosen, _ = make_backend("auto", index, shape)
+    chosen, _ = make_backend("auto", index, shape, costs=costs, num_tokens=num_tokens)
     return [
         {
             "backend": name,
@@ -122,11 +126,12 @@ def main() -> None:
         shapes, tokens = [(48, 64)], [32]
     rows = []
     for dtype in arguments.dtype:
+        costs = find_costs(device, dtype) if kernels_are_measured() else None
         for shape in shapes:
             for num_tokens in tokens:
                 for density in arguments.densities:
                     rows += measure(
-                        shape, num_tokens, density, getattr(torch, dtype), device, arguments.rounds
+                        shape, num_tokens, density, getattr(torch, dtype), device, arguments.rounds, costs
                     )
     shown = [
         [

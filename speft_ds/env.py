@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from speft_ds import __version__
-from speft_ds.errors import shell
+from speft_ds.errors import UserError, shell
 from speft_ds.untrusted import printable, without_secrets
 
 PORTS = range(10_000, 30_000)  # for a run to take one; below those that the system hands out
@@ -23,6 +23,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "lm_eval", "tokeni
 GIT_S = 5  # that git has to answer
 CPU_INFO = Path("/proc/cpuinfo")
 CACHE = "~/.cache/speft_ds"
+KERNELS = "SPEFT_DS_KERNELS"  # how `train.sparse_backend: auto` chooses: `measured`, or by `rules` of thumb
 
 
 # Ranks
@@ -159,6 +160,16 @@ def _cpu_name() -> str:
     lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.is_file() else []
     names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
     return ", ".join(sorted(names)) or platform.processor()
+
+
+def kernels_are_measured() -> bool:
+    """Whether the choice of kernels may be measured on this machine. Raises UserError."""
+    value = os.environ.get(KERNELS) or "measured"
+    if value not in ("measured", "rules"):
+        raise UserError(
+            f"{value!r} is not a way to choose kernels", KERNELS, f"export {KERNELS}=rules, or measured"
+        )
+    return value == "measured"
 
 
 # Paths

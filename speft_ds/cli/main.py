@@ -132,12 +132,23 @@ def data(
     show_data(load_recipe(recipe, overrides or []), output, left_out)
 
 
-@command("speft doctor", "DS_ACCELERATOR=cpu speft doctor")
-def doctor() -> None:
+@command("speft doctor", "DS_ACCELERATOR=cpu speft doctor", "speft doctor --kernels")
+def doctor(
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="print what the sparse backends cost here, measured once")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="with --kernels: measure anew")] = False,
+) -> None:
     """Check this machine: versions, GPUs, compiler, memory, the model hub, communication between ranks.
 
     Each problem comes with its fix; exits with 1 if there is one.
     """
+    if again and not kernels:
+        raise UserError("--again is for the kernels", "command line", "speft doctor --kernels --again")
+    if kernels:
+        from speft_ds.tools.kernel_table import print_kernels  # late: it imports torch
+
+        return print_kernels(again)
     from speft_ds.tools.doctor import examine, exit_code, print_report
 
     checks = examine()

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from speft_ds.comm import collectives
+from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
 from speft_ds.model.weight_grad_hooks import WeightGradHook
-from speft_ds.sparse.kernels.backends import Backend, make_backend
+from speft_ds.sparse.kernels.backends import TOKENS, Backend, make_backend
+from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.kernels.stacked import make_stacked
 from speft_ds.sparse.layout import Layout, RankShards
 from speft_ds.sparse.mask import Mask
@@ -38,12 +40,16 @@ class GradientOptions:
     few_columns: bool = False  # the mask was chosen so that its entries lie in few columns
     bucket: int = 2**22  # entries of one reduce-scatter, over all ranks
     overlap: bool = True  # False reduces after the backward: any number of them may come before `finish`
+    costs: KernelCosts | None = None  # what `auto` chooses by, the same on all ranks; None: rules of thumb
+    num_tokens: int = TOKENS  # of a micro-batch, at most
 
     @classmethod
-    def of(cls, mask, train, overlap: bool = True) -> GradientOptions:
-        """Those of a recipe's `mask` and `train` sections; `overlap` only where `train.overlap` is set."""
+    def of(cls, recipe: Recipe, costs: KernelCosts | None, overlap: bool = True) -> GradientOptions:
+        """Those of a recipe; `overlap` only where `train.overlap` is set."""
+        mask, train = recipe.mask, recipe.train
         how = (train.sparse_backend, mask.granularity, mask.block_size, mask.compute is not None)
-        return cls(*how, train.reduce_bucket, overlap and train.overlap)
+        num_tokens = train.micro_batch * recipe.data.max_length
+        return cls(*how, train.reduce_bucket, overlap and train.overlap, costs, num_tokens)
 
 
 @dataclass
@@ -113,6 +119,14 @@ class SparseGradient:
         self.peak_buffer_bytes = 0
         self._start_backward()
 
+    def in_words(self) -> str:
+        """Which backends it takes, and what they were chosen by."""
+        backends = Counter(self.backends.values()).most_common()
+        parts = ", ".join(f"{name} ({count} weights)" for name, count in backends)
+        wanted, costs = self.options.backend, self.options.costs
+        why = f", as measured on {costs.device}" if costs else ", by a rule of thumb: nothing was measured"
+        return f"sparse gradient by {parts}: train.sparse_backend={wanted}{why if wanted == 'auto' else ''}"
+
     def _make_buckets(self, size: int) -> list[Bucket]:
         """In the order in which a backward completes them: from the last weight to the first."""
         if self.world_size == 1:
@@ -157,10 +171,11 @@ class SparseGradient:
         options, shape = self.options, self.mask.shape[name]
         tiles = Tiles.of(options.granularity, options.block_size, shape)
         arguments = (options.backend, index.to(self.device), shape, tiles, options.few_columns)
+        how = (options.costs, options.num_tokens)
         if name in self.num_stacked:
-            self.backends[name], backend = make_stacked(*arguments, self.num_stacked[name])
+            self.backends[name], backend = make_stacked(*arguments, self.num_stacked[name], *how)
         else:
-            self.backends[name], backend = make_backend(*arguments)
+            self.backends[name], backend = make_backend(*arguments, *how)
         self.kernels[name] = backend
 
         def hook(*factors: Tensor) -> None:

@@ -159,7 +159,7 @@ class AccumulatedGradient(DropGrow):
         self.total = torch.cat(own).to(collectives.device())
 
     def _collect(self, candidates: Mask) -> None:
-        options = GradientOptions.of(self.recipe, self.context.recipe.train, overlap=False)
+        options = GradientOptions.of(self.context.recipe, self.context.costs, overlap=False)
         self.candidates = SparseGradient(candidates, collectives.device(), options, self.context.num_stacked)
 
     def grow(self, group: Groups, wanted: list[int]) -> Grown:

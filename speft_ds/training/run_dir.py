@@ -202,7 +202,17 @@ def run_facts(trainer: Trainer) -> dict:
         },
         "head": sum(rows * columns for rows, columns in trainer.state.heads.values()),
         "sparse_backends": sorted(set(trainer.gradient.backends.values())),
+        "kernels_chosen": _how_chosen(trainer),
         "resources": trainer.resources,
         "base": {"name_or_path": recipe.model.name_or_path, "fingerprint": trainer.context.fingerprint},
         "timings_s": trainer.timings,
     }
+
+
+def _how_chosen(trainer: Trainer) -> dict:
+    """By what the sparse backends were chosen: by the recipe, a rule of thumb, or measured costs."""
+    costs = trainer.context.costs
+    if costs is not None:
+        return {"by": "measured costs", "device": costs.device, "sha256": costs.sha256}
+    is_auto = trainer.recipe.train.sparse_backend == "auto"
+    return {"by": "a rule of thumb" if is_auto else "train.sparse_backend"}

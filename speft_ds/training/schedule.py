@@ -103,7 +103,7 @@ class Schedule:
 
     def _attach(self) -> None:
         recipe = self.context.recipe
-        options = GradientOptions.of(recipe.mask, recipe.train)
+        options = GradientOptions.of(recipe, self.context.costs)
         stacks = self.context.num_stacked
         self.gradient = SparseGradient(self.state.trained, self.state.device, options, stacks)
         clip = Clip(recipe.optimizer.clip, recipe.optimizer.clip_norm)

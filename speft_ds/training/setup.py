@@ -31,6 +31,7 @@ from speft_ds.selection.calibration import CalibrationSet, Scorer
 from speft_ds.selection.columns import confine
 from speft_ds.selection.salience import score
 from speft_ds.selection.topk import num_trainable, select
+from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.mask import Mask
 from speft_ds.training.metrics import Timings
 from speft_ds.training.run_data import RunData, classifies
@@ -52,6 +53,7 @@ class TrainContext:
         fingerprint_bfloat16: of the weights rounded to bfloat16: one for all dtypes that a checkpoint may be
             loaded in.
         objective: (module, batch, temperature) -> summed loss, and the number of correct classes or None.
+        costs: what `train.sparse_backend: auto` chooses by, the same on all ranks; None: rules of thumb.
     """
 
     recipe: Recipe
@@ -65,6 +67,7 @@ class TrainContext:
     fingerprint: str
     fingerprint_bfloat16: str
     objective: NextToken | RowClass
+    costs: KernelCosts | None = None
 
     @property
     def trained(self) -> dict[str, Target]:
@@ -82,13 +85,18 @@ class TrainContext:
 
 
 def load_context(
-    recipe: Recipe, data: RunData, loaded: Mask | None = None, trains: bool = True
+    recipe: Recipe,
+    data: RunData,
+    loaded: Mask | None = None,
+    trains: bool = True,
+    costs: KernelCosts | None = None,
 ) -> TrainContext:
     """Load the weights, sharded, and build the engine.
 
     Args:
         loaded: the mask to train, which says what the targets are; None to choose by the recipe.
         trains: False for a job that takes no steps: the recipe's batch does not matter then.
+        costs: see `TrainContext`.
     Raises:
         UserError: the model cannot be loaded, or does not fit the recipe.
     """
@@ -120,6 +128,7 @@ def load_context(
         fingerprint=own,
         fingerprint_bfloat16=rounded,
         objective=_make_objective(engine, recipe),
+        costs=costs,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import partial
@@ -27,6 +26,7 @@ from speft_ds.evaluation.eval_jobs import EvalJob, Phase, jobs_of, slice_jobs
 from speft_ds.evaluation.results import keep_scores, still_to_score
 from speft_ds.evaluation.validation_loss import ValidationLoss
 from speft_ds.sparse.gradient import SparseGradient
+from speft_ds.sparse.kernels.calibrate import agree_on_costs
 from speft_ds.sparse.mask import Mask, read_mask
 from speft_ds.sparse.state import SparseState
 from speft_ds.training import checks, memory
@@ -103,9 +103,11 @@ class Trainer:
         self.num_steps = self.order.num_steps(train.global_batch, train.steps, train.epochs)
         checks.check_steps(recipe, self.num_steps)
         self.row_counts = row_counts(self.rows, self.order.num_epochs(self.num_steps * train.global_batch))
+        with self.timings.stage("kernels"):
+            costs = agree_on_costs(recipe, self.checkpoint.manifest if self.checkpoint else None)
         with self.timings.stage("model"):
             self.loaded, facts = read_mask(mask_file(recipe.mask.load)) if recipe.mask.load else (None, {})
-            self.context = load_context(recipe, data, self.loaded)
+            self.context = load_context(recipe, data, self.loaded, costs=costs)
         checks.check_shapes(recipe.mask, self.context.shapes)
         if self.loaded is not None:
             checks.check_loaded_mask(self.context, self.loaded, facts)
@@ -178,11 +180,7 @@ class Trainer:
             )
         with self.timings.stage("state"):
             self.schedule = self._make_schedule(mask)
-        backends = Counter(self.gradient.backends.values()).most_common()
-        parts = [f"{name} ({count} weights)" for name, count in backends]
-        log_rank0(
-            f"sparse gradient by {', '.join(parts)}: train.sparse_backend={self.recipe.train.sparse_backend}"
-        )
+        log_rank0(self.gradient.in_words())
 
     def _make_schedule(self, mask: Mask) -> Schedule:
         return make_schedule(
@@ -203,6 +201,7 @@ class Trainer:
         ranks = f"{now} rank(s)" + (f", it was written by {was}" if was != now else "")
         at = f"step {self.first_step} of {self.num_steps}"
         log_rank0(f"resuming from {self.checkpoint.path}: {at}, on {ranks}")
+        log_rank0(self.gradient.in_words())
 
     def _restore(self, parts: Parts, manifest: dict) -> None:
         """What the schedule and this loop go on from."""
@@ -401,6 +400,7 @@ class Trainer:
                 "stash": self.stash.progress(),
             },
             "validation_loss": validation_loss,
+            "kernel_costs": self.context.costs.to_json() if self.context.costs else None,
             "versions": versions(),
         }
 

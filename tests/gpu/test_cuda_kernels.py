@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from speft_ds.sparse.kernels.backends import make_backend
+from speft_ds.sparse.kernels.calibrate import measure
 from speft_ds.sparse.kernels.torch_backends import ColumnGradient, RowGradient, matmul_fp32
 from speft_ds.sparse.kernels.triton_backends import BlockGradient, ElementGradient, is_available
 from speft_ds.sparse.tiles import Tiles
@@ -127,3 +128,20 @@ def test_faster_than_the_dense_product_where_it_says_it_pays(shape):
             if backend.pays and time > dense:
                 slower.append((density, name))
     assert not slower
+
+
+def test_a_measurement_is_short_and_its_choice_is_never_far_from_the_best():
+    measure(torch.device("cuda"), "bfloat16")  # Triton compiles its programs
+    costs = measure(torch.device("cuda"), "bfloat16")
+    print(f"\nmeasured in {costs.seconds:.1f} s")
+    kinds = {one.backend for one in costs.measurements}
+    assert kinds == {"element", "tiled", "columns"} and costs.seconds < 5
+    shape = (8192, 4096)  # of none of its classes
+    x, grad_y = activations(shape, 8192)
+    for density, make_index in [(d, make) for d in (0.001, 0.01, 0.05) for make in (uniform, crowded)]:
+        index = make_index(shape, density)
+        backends = {name: make_backend(name, index, shape)[1] for name in ("dense", "element", "columns")}
+        chosen, _ = make_backend("auto", index, shape, costs=costs, num_tokens=8192)
+        times = {name: milliseconds(lambda b=b: b(x.view_as(x), grad_y)) for name, b in backends.items()}
+        print(f"  {density:.2%} {make_index.__name__}: {chosen} of {times}")
+        assert times[chosen] < 1.5 * min(times.values())

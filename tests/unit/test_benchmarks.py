@@ -207,7 +207,8 @@ def test_the_parts_of_make_gpu_take_under_ten_minutes(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "gpu_gib", lambda: 80.0)
     made = {part.name: part for part in gpu.parts(True, tmp_path)}
     assert sum(part.limit_s for part in made.values()) < 600
-    assert {"tests", "ranks", "kernels", "loss", "step_Llama-2-7b-hf", "quickstart"} == set(made)
+    names = {"tests", "ranks", "choice", "kernels", "loss", "step_Llama-2-7b-hf", "quickstart"}
+    assert set(made) == names
     assert all((ROOT / word).is_file() for word in made["ranks"].words if word.endswith(".py"))
 
 
@@ -217,6 +218,6 @@ def test_the_rehearsal_of_make_gpu_runs(tmp_path):
     assert said[0] == 0, said[1]
     parts = {part["part"]: part["result"] for part in json.loads((out / "summary.json").read_text())["parts"]}
     done = [name for name, result in parts.items() if result == "ok"]
-    assert done == ["tests", "ranks", "kernels", "loss", "step"]
+    assert done == ["tests", "ranks", "choice", "kernels", "loss", "step"]
     assert "quickstart" in parts and (out / "summary.md").is_file()
     assert json.loads((out / "step.json").read_text())["rows"]

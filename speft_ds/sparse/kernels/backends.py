@@ -4,8 +4,9 @@ A backend is prepared once a mask and weight and then called once a backward:
 
     values = backend(x, grad_y)   # x [..., in], grad_y [..., out] -> values [k] fp32, in index order
 
-`dense` is the reference and runs anywhere. Of the others, `auto` takes the one that is made for the device
-and the mask's granularity where it pays, by the rules below.
+`dense` is the reference and runs anywhere. `auto` takes what is cheapest for this mask by the costs that were
+measured on this device (`calibrate`); without them, what is made for the device and the mask's granularity
+where it pays by the rules of thumb below.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from speft_ds.errors import UserError
 from speft_ds.sparse.kernels import triton_backends
+from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.kernels.torch_backends import (
     MAX_SAMPLED_DENSITY,
     ColumnGradient,
@@ -33,6 +35,9 @@ Backend = Callable[[Tensor, Tensor], Tensor]
 
 # To this one `element` is on a GPU, by what `triton_backends.BREAK_EVEN` comes to.
 BREAK_EVEN_DENSITY = 0.0065
+TOKENS = 1024  # of a backward, where nobody says how many
+# Measured costs so much apart are taken for equal: they were measured once, on a machine that may be busy.
+TOLERANCE = 1.1
 
 
 def make_backend(
@@ -41,6 +46,8 @@ def make_backend(
     shape: tuple[int, int],
     tiles: Tiles | None = None,
     few_columns: bool = False,
+    costs: KernelCosts | None = None,
+    num_tokens: int = TOKENS,
 ) -> tuple[str, Backend]:
     """Prepare the gradient of one weight's entries.
 
@@ -49,14 +56,18 @@ def make_backend(
         index: [k] sorted flat indices, on the device of the activations.
         shape: (out_features, in_features) of the weight.
         tiles: what the mask was chosen by; None: single entries.
-        few_columns: whether the mask was chosen to lie in few columns.
+        few_columns: whether the mask was chosen to lie in few columns, for the rules of thumb.
+        costs: of this device; None: `auto` goes by the rules of thumb.
+        num_tokens: of a backward, about.
     Returns:
         (name of the backend, the backend).
     Raises:
         UserError: the named backend does not run on this device, or not with this mask.
     """
+    if name == "auto" and costs is not None:
+        return _cheapest(index, shape, tiles, costs, num_tokens)
     if name == "auto":
-        return _best(index, shape, tiles, few_columns)
+        return _by_rules(index, shape, tiles, few_columns)
     if backend := _make(name, index, shape, tiles):
         return name, backend
     where = {"sampled": "a CPU", "element": "an NVIDIA GPU with Triton"}.get(name, "masks of full tiles")
@@ -85,7 +96,36 @@ def _make(name: str, index: Tensor, shape: tuple[int, int], tiles: Tiles | None)
     return None
 
 
-def _best(
+def _cheapest(
+    index: Tensor, shape: tuple[int, int], tiles: Tiles | None, costs: KernelCosts, num_tokens: int
+) -> tuple[str, Backend]:
+    """What should take least time by the measured costs; of about equal ones the first of this order."""
+
+    def estimate(name: str, **features: float) -> float:
+        return costs.estimate(name, shape, num_tokens, **features)
+
+    numel, width = shape[0] * shape[1], shape[1]
+    density, share = index.numel() / numel, used_columns(index, width).numel() / width
+    found: list[tuple[float, str, Callable[[], Backend]]] = []
+    tiled, element = (_make(name, index, shape, tiles) for name in ("tiled", "element"))
+    if isinstance(tiled, BlockGradient):
+        found.append((estimate("tiled", load=tiled.load), "tiled", lambda: tiled))
+    elif tiled is not None:  # full rows or columns: a dense product of this share
+        found.append((estimate("columns", share=tiled.share, density=0.0), "tiled", lambda: tiled))
+    if element is not None:
+        found.append((estimate("element", load=element.load), "element", lambda: element))
+    if index.device.type == "cpu":
+        cost = estimate("sampled", density=density)
+        found.append((cost, "sampled", lambda: SampledGradient(index, shape)))
+    found.append((1.0, "dense", lambda: DenseGradient(index, shape)))
+    for kind, samples in (("columns", False), ("sampled columns", True)):
+        cost = estimate(kind, share=share, density=density)
+        found.append((cost, "columns", lambda samples=samples: ColumnsGradient(index, shape, samples)))
+    lowest = min(cost for cost, _, _ in found)
+    return next((name, make()) for cost, name, make in found if cost <= TOLERANCE * lowest)
+
+
+def _by_rules(
     index: Tensor, shape: tuple[int, int], tiles: Tiles | None, few_columns: bool
 ) -> tuple[str, Backend]:
     on_cpu, density = index.device.type == "cpu", index.numel() / (shape[0] * shape[1])
@@ -125,15 +165,21 @@ def expected_backend(
     granularity: str,
     block_size: int,
     compute: float | None = None,
+    costs: KernelCosts | None = None,
+    shape: tuple[int, int] = (1, 1),
+    num_tokens: int = TOKENS,
 ) -> str:
     """What `make_backend` should come to for an even mask of this density, to plan with.
 
     Args:
         compute: `mask.compute`, the share of the columns that have entries.
+        costs, shape, num_tokens: as for `make_backend`; the shape matters for measured costs alone.
     """
     if name != "auto":
         return name
     on_cpu = device.type == "cpu"
+    if costs is not None:
+        return _expected_cheapest(density, granularity, compute or 1.0, costs, shape, num_tokens)
     if granularity in ("row", "column") and density <= 0.5:
         return "tiled"
     if granularity == "block" and not on_cpu:
@@ -143,3 +189,25 @@ def expected_backend(
     if on_cpu:
         return "sampled" if density <= MAX_SAMPLED_DENSITY else "dense"
     return "element" if density <= BREAK_EVEN_DENSITY else "dense"
+
+
+def _expected_cheapest(
+    density: float,
+    granularity: str,
+    share: float,
+    costs: KernelCosts,
+    shape: tuple[int, int],
+    num_tokens: int,
+) -> str:
+    def estimate(name: str, **features: float) -> float:
+        return costs.estimate(name, shape, num_tokens, **features)
+
+    found = {}
+    if granularity in ("row", "column"):
+        found["tiled"] = estimate("columns", share=density, density=0.0)
+    elif granularity == "block":
+        found["tiled"] = estimate("tiled", density=density)
+    found |= {kind: estimate(kind, density=density) for kind in ("element", "sampled")}
+    kinds = (estimate(kind, share=share, density=density) for kind in ("columns", "sampled columns"))
+    found |= {"dense": 1.0, "columns": min(kinds)}
+    return next(name for name, cost in found.items() if cost <= TOLERANCE * min(found.values()))

@@ -5,18 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speft_ds.sparse.kernels.backends import Backend, make_backend
+from speft_ds.sparse.kernels.backends import TOKENS, Backend, make_backend
+from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.tiles import Tiles
 
 
 def make_stacked(
-    name: str, index: Tensor, shape: tuple[int, int], tiles: Tiles, few_columns: bool, num_experts: int
+    name: str,
+    index: Tensor,
+    shape: tuple[int, int],
+    tiles: Tiles,
+    few_columns: bool,
+    num_experts: int,
+    costs: KernelCosts | None = None,
+    num_tokens: int = TOKENS,
 ) -> tuple[str, StackedGradient]:
     """Prepare the gradient of the entries of a stack; arguments and errors as of `make_backend`.
 
     Args:
         index: [k] sorted flat indices into all experts.
         shape: (experts x rows, columns).
+        num_tokens: of all experts together.
     """
     rows, columns = shape[0] // num_experts, shape[1]
     # A column goes through all experts. Blocks that reach over two of them are no blocks of either: single
@@ -26,10 +35,11 @@ def make_stacked(
     edges = torch.arange(num_experts + 1, dtype=torch.int64, device=index.device) * (rows * columns)
     starts = torch.searchsorted(index.to(torch.int64), edges).tolist()
     names, backends = set(), {}
+    how = (few_columns, costs, max(1, num_tokens // num_experts))
     for expert in range(num_experts):
         own = index[starts[expert] : starts[expert + 1]] - expert * rows * columns
         if own.numel():
-            used, backends[expert] = make_backend(name, own, (rows, columns), own_tiles, few_columns)
+            used, backends[expert] = make_backend(name, own, (rows, columns), own_tiles, *how)
             names.add(used)
     return "+".join(sorted(names)), StackedGradient(backends, starts)
 

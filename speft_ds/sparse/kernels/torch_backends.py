@@ -56,11 +56,16 @@ class DenseGradient:
 
 
 class RowGradient:
-    """Gradient of full rows; `pays`: whether it should be faster than the dense product."""
+    """Gradient of full rows.
+
+    Attributes:
+        share: of all rows; `pays`: whether it should be faster than the dense product.
+    """
 
     def __init__(self, index: Tensor, shape: tuple[int, int]):
         self.rows = torch.div(index[:: shape[1]], shape[1], rounding_mode="floor")
-        self.pays = 2 * self.rows.numel() <= shape[0]
+        self.share = self.rows.numel() / shape[0]
+        self.pays = 2 * self.share <= 1
 
     def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
         chosen = grad_y.reshape(-1, grad_y.shape[-1])[:, self.rows]
@@ -68,12 +73,17 @@ class RowGradient:
 
 
 class ColumnGradient:
-    """Gradient of full columns; `pays`: whether it should be faster than the dense product."""
+    """Gradient of full columns.
+
+    Attributes:
+        share: of all columns; `pays`: whether it should be faster than the dense product.
+    """
 
     def __init__(self, index: Tensor, shape: tuple[int, int]):
         self.columns = index[: index.numel() // shape[0]].clone()  # of the first row, not a view of them all
         self.in_features = shape[1]
-        self.pays = 2 * self.columns.numel() <= shape[1]
+        self.share = self.columns.numel() / shape[1]
+        self.pays = 2 * self.share <= 1
 
     def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
         """As of the others; `x` may also be its columns alone."""
@@ -182,11 +192,14 @@ class ColumnsGradient:
 
     On a CPU a sampled one, where the entries are sparse in their columns, too; else a dense one and a gather.
 
+    Args:
+        samples: whether it is a sampled one; None: by a rule of thumb.
+
     Attributes:
         columns: [n] int64, those with entries: all of its input that it needs.
     """
 
-    def __init__(self, index: Tensor, shape: tuple[int, int]):
+    def __init__(self, index: Tensor, shape: tuple[int, int], samples: bool | None = None):
         rows = torch.div(index, shape[1], rounding_mode="floor")
         column = (index - rows * shape[1]).to(torch.int64)
         self.in_features = shape[1]
@@ -195,8 +208,9 @@ class ColumnsGradient:
         place = torch.zeros(shape[1], dtype=index.dtype, device=index.device)
         place[self.columns] = torch.arange(width, dtype=index.dtype, device=index.device)
         cut, narrow = rows * width + place[column], (shape[0], width)
-        is_sampled = samples_columns(index.numel(), shape[0] * width, index.device.type)
-        if is_sampled:
+        if samples is None:
+            samples = samples_columns(index.numel(), shape[0] * width, index.device.type)
+        if samples:
             self.product = SampledGradient(cut, narrow, self.columns)
         else:
             self.product = DenseGradient(cut, narrow)

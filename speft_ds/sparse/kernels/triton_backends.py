@@ -38,11 +38,6 @@ def is_available() -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def pays(moved: int, shape: tuple[int, int]) -> bool:
-    """Whether moving so many features per token from the L2 cache takes less time than the dense product."""
-    return moved * BREAK_EVEN < shape[0] * shape[1]
-
-
 def options(dtype: torch.dtype) -> dict[str, int]:
     """Launch options of the products: as many tokens and stages as shared memory holds on an A10 (99 KiB)."""
     if dtype.itemsize == 2:
@@ -166,7 +161,8 @@ class ElementGradient:
     Keeps 5 bytes per entry and 8 per slot, beside the index.
 
     Attributes:
-        pays: whether it should be faster than the dense product on an H100, by the traffic of this mask.
+        load: features moved per token over the elements of the weight.
+        pays: whether it should be faster than the dense product on an H100, by this traffic.
 
     Args:
         index: [k] sorted flat indices.
@@ -178,7 +174,8 @@ class ElementGradient:
         layouts = (Slots.of(index, shape[1], rows) for rows in GROUP_ROWS)
         self.slots = min(layouts, key=lambda slots: slots.moved)
         # The transposed copy is read from memory and written, at half the cache's rate.
-        self.pays = pays(self.slots.moved + 4 * shape[1], shape)
+        self.load = (self.slots.moved + 4 * shape[1]) / (shape[0] * shape[1])
+        self.pays = self.load * BREAK_EVEN < 1
 
     def __call__(self, x: Tensor, grad_y: Tensor, x_t: Tensor | None = None) -> Tensor:
         """Values of the entries.
@@ -223,7 +220,8 @@ class BlockGradient:
     `block_column`, strip's first entry); a slot is a column of a strip's blocks.
 
     Attributes:
-        pays: whether it should be faster than the dense product on an H100, by the traffic of this mask.
+        load: features moved per token over the elements of the weight.
+        pays: whether it should be faster than the dense product on an H100, by this traffic.
 
     Args:
         index: [k] sorted flat indices, full blocks.
@@ -243,7 +241,8 @@ class BlockGradient:
         self.column_align = math.gcd(tiles.width, shape[1], 16)
         self.row_align = math.gcd(tiles.height, rows, 16)
         moved = sum(min(slots - slot, SLOTS) + self.rows for _, _, slot, slots, _, _ in segments)
-        self.pays = pays(moved, shape)
+        self.load = moved / (shape[0] * shape[1])
+        self.pays = self.load * BREAK_EVEN < 1
 
     def _segments(self, tile: Tensor, rows: int) -> list[tuple[int, ...]]:
         """[blocks] sorted tile numbers, strips of up to `rows` rows -> the segments."""

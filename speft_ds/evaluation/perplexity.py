@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from speft_ds.config.eval_config import EvalConfig
@@ -34,10 +35,15 @@ def text_perplexity(lm: EngineLM, section: EvalConfig) -> Perplexity:
     def compute() -> list[float]:
         requests = [(None, *window) for window in windows]
         batch_size = max(1, MAX_LOGITS // (WINDOW * lm.vocab_size))
-        responses = lm._loglikelihood_tokens(requests, override_bs=batch_size)
+        # lm-eval adds up likelihoods in the model's dtype: of a window, bfloat16 would keep two digits.
+        own, lm.softmax_dtype = lm.softmax_dtype, torch.float32
+        try:
+            responses = lm._loglikelihood_tokens(requests, override_bs=batch_size)
+        finally:
+            lm.softmax_dtype = own
         return [log_likelihood for log_likelihood, _ in responses]
 
-    nll = -math.fsum(lm.cached("windows", windows, compute))
+    nll = -math.fsum(lm.cached("windows in float32", windows, compute))
     return Perplexity(
         text=section.forgetting_text,
         num_bytes=num_bytes,

@@ -12,6 +12,8 @@ worked examples:
       deepspeed --num_gpus 2 launch/evaluate.py --run runs/quickstart --limit 100 --num-fewshot 4
   a base without any training; stock tasks whose data sets lie in a folder, without a network
       deepspeed --num_gpus 8 launch/evaluate.py --model ./Llama-2-13b-hf --tasks mmlu eval.data_dir=./hub
+  a run as if it computed in few bits, simulated: the weights of its linears, and their inputs
+      deepspeed --num_gpus 8 launch/evaluate.py --run runs/llama2_13b_alpaca --weights bfp6 --activations bfp8
 """
 
 import sys

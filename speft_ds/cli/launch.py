@@ -17,8 +17,10 @@ from speft_ds.comm import signals, watchdog
 from speft_ds.config.deepspeed_config import read_ds_config
 from speft_ds.config.load_recipe import as_override, load_recipe, recipe_of
 from speft_ds.config.recipe import Job, Recipe, resolve
+from speft_ds.config.values import BASE_FORMATS
 from speft_ds.env import rank, world_size
-from speft_ds.errors import UserError
+from speft_ds.errors import UserError, did_you_mean
+from speft_ds.evaluation.eval_jobs import LowBits
 from speft_ds.io import read_json
 from speft_ds.jobs.preflight import check_inputs, resolve_offline
 from speft_ds.terminal import init_output
@@ -35,13 +37,17 @@ USAGE = {
 }
 DS_CONFIG = "zero3_cpu"  # to score with, on GPUs, too: the others differ in the reduction of gradients
 # A finished run is scored without the mask that it started from: its adapter says which entries changed.
-NOT_SCORED_BY = ("mask.load=null", "mask.targets=null", "mask.layers=null")
+# What may be forgotten was measured by the run itself.
+NOT_SCORED_BY = ("mask.load=null", "mask.targets=null", "mask.layers=null", "eval.forgetting_text=null")
 RANK_0_S = 3  # that the other ranks wait, so that rank 0 has said what is wrong when they exit
 RESUME_HELP = (
     "continue the run in the run folder from its newest complete checkpoint; with a PATH, from that "
     f"checkpoint or run folder; `{IF_ANY}`: only if there is a run, else start one"
 )
 RESUME_WITH_HELP = "a harmless change of the recipe to continue with; an error lists what needs it"
+TEXT_HELP = "a text, or .jsonl rows with `text`, to measure the perplexity of"
+WEIGHTS_HELP = f"score the weights of the decoder's linears as in {', '.join(BASE_FORMATS)}, simulated"
+ACTIVATIONS_HELP = "the same of the linears' inputs"
 MORE_HELP = """\
 where to look things up:
   speft ls                  the recipes
@@ -82,7 +88,8 @@ def main(job: Job, arguments: argparse.Namespace) -> int:
         if rank() != 0 or not sys.stderr.isatty():
             # The libraries' progress bars are noise elsewhere.
             os.environ.update(TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
-        more = {"train": (start,), "score": (), "evaluate": (start.source,)}[job]
+        evaluated = (start.source, low_bits_of(arguments)) if job == "evaluate" else ()
+        more = {"train": (start,), "score": (), "evaluate": evaluated}[job]
         importlib.import_module(f"speft_ds.jobs.{job}").run(recipe, *more)
         return 0
     except signals.Stopped as reason:
@@ -128,6 +135,7 @@ def checked_start(job: Job, arguments: argparse.Namespace, world_size: int) -> t
     """The recipe of a job and where it starts (to evaluate: the adapter), both checked. Raises UserError."""
     if job == "evaluate":
         recipe, adapter = recipe_to_evaluate(arguments)
+        low_bits_of(arguments)
         check_files(job, recipe, world_size)
         return recipe, Start(source=adapter)
     if job == "score" or arguments.resume is None:
@@ -184,9 +192,19 @@ def recipe_to_evaluate(arguments: argparse.Namespace) -> tuple[Recipe, Path | No
         if adapter is not None:
             own.append(as_override("model.dtype", _dtype_of(adapter)))
         recipe = recipe_of(f"evaluate-{Path(arguments.model).name}", [*own, *overrides])
-    if not recipe.eval.tasks:
-        raise UserError("no tasks to score", "--tasks", "--tasks arc_easy,hellaswag; see `lm-eval ls tasks`")
+    if not recipe.eval.tasks and recipe.eval.forgetting_text is None:
+        fix = "--tasks arc_easy,hellaswag (`lm-eval ls tasks` lists them), or --text FILE"
+        raise UserError("no tasks to score", "--tasks", fix)
     return recipe, adapter
+
+
+def low_bits_of(arguments: argparse.Namespace) -> LowBits:
+    """The formats to score in. Raises UserError."""
+    asked = {"weights": arguments.weights, "activations": arguments.activations}
+    for what, name in asked.items():
+        if name is not None and name not in BASE_FORMATS:
+            raise UserError(f"{name!r:.50} is no format", f"--{what}", did_you_mean(name, BASE_FORMATS))
+    return LowBits(**asked)
 
 
 def _keys(overrides: list[str]) -> set[str]:
@@ -295,3 +313,6 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="documents per task, or below 1 the share of them",
     )
+    asked("--text", type=partial(as_override, "eval.forgetting_text"), metavar="FILE", help=TEXT_HELP)
+    parser.add_argument("--weights", metavar="FORMAT", help=WEIGHTS_HELP)
+    parser.add_argument("--activations", metavar="FORMAT", help=ACTIVATIONS_HELP)

@@ -48,6 +48,26 @@ class EvalJob:
     has_text: bool = False
 
 
+@dataclass(frozen=True)
+class LowBits:
+    """Formats that a model is scored in, simulated; None: as it is.
+
+    Attributes:
+        weights: of the decoder's linears; `activations`: of their inputs.
+    """
+
+    weights: str | None = None
+    activations: str | None = None
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Those that are not None, by attribute."""
+        return {what: name for what, name in vars(self).items() if name}
+
+
+AS_IT_IS = LowBits()
+
+
 def jobs_of(section: EvalConfig, phase: Phase) -> list[EvalJob]:
     """The jobs before or after training, the recipe's tasks first; none where the recipe skips the phase."""
     if not getattr(section, phase):
@@ -80,8 +100,8 @@ def slice_jobs(section: EvalConfig) -> list[EvalJob]:
     return [EvalJob(SLICE, "main", tuple(section.tasks), section.num_fewshot, section.slice)]
 
 
-def extra_jobs(section: EvalConfig, adapter: Path | None) -> list[EvalJob]:
-    """The recipe's tasks in every prompt format, apart from a run: of an adapter, or of the base.
+def extra_jobs(section: EvalConfig, adapter: Path | None, low_bits: LowBits = AS_IT_IS) -> list[EvalJob]:
+    """The recipe's tasks and text in every prompt format, apart from a run: of an adapter, or of the base.
 
     Labels begin with `base`, `tuned` (a run's adapter) or `adapter-NAME`, never like those of a run's phases.
     """
@@ -91,9 +111,13 @@ def extra_jobs(section: EvalConfig, adapter: Path | None) -> list[EvalJob]:
         model = "tuned" if adapter.name == "adapter" else f"adapter-{adapter.resolve().name}"
     shots = "" if section.num_fewshot is None else f"-{section.num_fewshot}shot"
     limit = f"-limit{section.limit}" if section.limit else ""
-    label = f"{model}-{'+'.join(section.tasks)[:150]}{shots}{limit}".replace("/", "_")
-    job = EvalJob(label, "extra", tuple(section.tasks), section.num_fewshot, section.limit)
-    return [job, *_other_formats(job, section.format_spread)]
+    bits = "".join(f"-{what}-{name}" for what, name in low_bits.facts.items())
+    has_text = section.forgetting_text is not None
+    names = "+".join([*section.tasks, *(["text"] if has_text else [])])
+    label = f"{model}-{names[:150]}{shots}{limit}{bits}".replace("/", "_")
+    job = EvalJob(label, "extra", tuple(section.tasks), section.num_fewshot, section.limit, has_text=has_text)
+    others = _other_formats(replace(job, has_text=False), section.format_spread) if job.tasks else []
+    return [job, *others]
 
 
 def _other_formats(job: EvalJob, format_spread: int) -> list[EvalJob]:

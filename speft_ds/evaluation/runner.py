@@ -25,8 +25,9 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import log_rank0, versions
-from speft_ds.evaluation.eval_jobs import SLICE, EvalJob, prompt_formats, slice_jobs
+from speft_ds.evaluation.eval_jobs import AS_IT_IS, SLICE, EvalJob, LowBits, prompt_formats, slice_jobs
 from speft_ds.evaluation.lm import EngineLM, ResponseCache
+from speft_ds.evaluation.low_bits import low_bits_notes, rounded_inputs
 from speft_ds.evaluation.perplexity import read_text, text_perplexity
 from speft_ds.evaluation.results import Scored, asked, check_scores, scores_of
 from speft_ds.evaluation.scores import ScoreFile, Settings
@@ -42,12 +43,13 @@ class EvalRunner:
 
     Args:
         jobs: of the run, in order.
+        low_bits: the formats that the model is scored in; that of its weights is for the caller to apply.
     Raises:
         UserError: lm-eval does not know a task.
     """
 
-    def __init__(self, recipe: Recipe, jobs: Sequence[EvalJob]):
-        self.recipe, self.section, self.jobs = recipe, recipe.eval, list(jobs)
+    def __init__(self, recipe: Recipe, jobs: Sequence[EvalJob], low_bits: LowBits = AS_IT_IS):
+        self.recipe, self.section, self.jobs, self.low_bits = recipe, recipe.eval, list(jobs), low_bits
         self.tokenizer: PreTrainedTokenizerBase | None = None
         names = list(dict.fromkeys(task for job in jobs for task in job.tasks))
         self.manager = find_tasks(names, self.section.include_path) if names else None
@@ -97,7 +99,9 @@ class EvalRunner:
         Raises:
             UserError: a task's data cannot be read.
         """
-        with model_to_score(module, self.section.mode) as (model, is_sharded):
+        inputs = self.low_bits.activations
+        with model_to_score(module, self.section.mode) as (model, is_sharded), rounded_inputs(model, inputs):
+            self._tell(low_bits_notes(model, self.low_bits))
             for job in jobs:
                 if job.label != SLICE:
                     log_rank0(self._round(job, of))
@@ -111,6 +115,7 @@ class EvalRunner:
         how = ["untouched" if _is_base(of) else "trained"]
         how += [f"{job.num_fewshot} examples in the prompt"] if job.kind == "fewshot" else []
         how += [f"prompt format {job.format}"] if job.format else []
+        how += [f"{what} in {name}" for what, name in self.low_bits.facts.items()]
         return f"round {self.jobs.index(job) + 1} of {len(self.jobs)}: {what}, {', '.join(how)}"
 
     def slice_scores(self, module: nn.Module) -> dict[str, float]:
@@ -135,6 +140,7 @@ class EvalRunner:
         scores = scores_of(results, forgetting) if results else []
         scores, more_notes = check_scores(scores, job, lm.num_rewritten)
         notes = [*self._notes.get(_requests_of(job), []), *more_notes, *lm.notes()]
+        notes += low_bits_notes(model, self.low_bits)
         if cache is not None and cache.problem:
             notes.append(cache.problem)
         if job.label != SLICE:
@@ -154,6 +160,7 @@ class EvalRunner:
                 mode="sharded" if is_sharded else "gathered",
                 world_size=collectives.world_size(),
                 batch_size=section.batch_size,
+                **self.low_bits.facts,
                 lm_eval=version("lm_eval"),
             ),
             scores=scores,

@@ -34,6 +34,8 @@ class Settings(_Part):
     mode: str | None = None
     world_size: int | None = None
     batch_size: int | None = None
+    weights: str | None = None  # the format of the linears' weights, simulated
+    activations: str | None = None  # of their inputs
     lm_eval: str | None = None
 
     def in_words(self, but: Collection[str] = ()) -> str:

@@ -17,7 +17,8 @@ from speft_ds.config.eval_config import EvalConfig
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
-from speft_ds.evaluation.eval_jobs import EvalJob, extra_jobs
+from speft_ds.evaluation.eval_jobs import EvalJob, LowBits, extra_jobs
+from speft_ds.evaluation.low_bits import round_weights
 from speft_ds.evaluation.results import Scored, has_scored, keep_scores
 from speft_ds.evaluation.runner import EvalRunner
 from speft_ds.evaluation.scores import Score, read_evaluations
@@ -56,12 +57,13 @@ def apply_to_shards(context: TrainContext, folder: Path) -> None:
             shard[where] = with_delta(shard[where], delta[first:last])
 
 
-def run(recipe: Recipe, adapter: Path | None) -> None:
+def run(recipe: Recipe, adapter: Path | None, low_bits: LowBits) -> None:
     """The job, on every rank.
 
     Args:
         recipe: the base, the tasks, and where the scores go.
         adapter: its folder; None: the base as it is.
+        low_bits: the formats to score it in.
     Raises:
         UserError: anything that the user can fix; the same on every rank.
     """
@@ -70,14 +72,16 @@ def run(recipe: Recipe, adapter: Path | None) -> None:
     recipe = agree_on_date(agree_on_dtype(recipe))
     data = load_data(recipe)
     check_chat_template(recipe.eval, data.tokenizer)
-    jobs = extra_jobs(recipe.eval, adapter)
-    evaluation = EvalRunner(recipe, jobs)
+    jobs = extra_jobs(recipe.eval, adapter, low_bits)
+    evaluation = EvalRunner(recipe, jobs, low_bits)
     evaluation.prepare(data.tokenizer)
     context = load_context(recipe, data, trains=False)
     if adapter is not None:
         apply_to_shards(context, adapter)
+    if low_bits.weights:
+        round_weights(context.engine.module, low_bits.weights)
     folder = Path(recipe.output_dir) / "eval"
-    of = scored_model_facts(context, tensors_sha256(adapter))
+    of = scored_model_facts(context, tensors_sha256(adapter)) | low_bits.facts
     jobs = [_with_free_label(folder, job, of, recipe) for job in jobs]
     evaluation.jobs = collectives.broadcast_object(jobs)
     for scored in evaluation.run(context.engine.module, evaluation.jobs, of):
@@ -101,12 +105,19 @@ def _keep(folder: Path, scored: Scored, recipe: EvalConfig) -> None:
     found = read_evaluations(folder.parent)
     own = {"before training": found.before, "after training": found.after}
     own = {name: file for name, file in own.items() if file is not None}
-    table = Table("task, metric", "now", *own, box=SIMPLE_HEAD)
+    settings = scored.file.settings
+    bits = {"weights": settings.weights, "activations": settings.activations}
+    now = ", ".join(["now", *(f"{what} in {name}" for what, name in bits.items() if name)])
+    table = Table("task, metric", now, *own, box=SIMPLE_HEAD)
     for score in scored.file.main_scores("task") + scored.file.main_scores("forgetting"):
         beside = (file.score(score.key) for file in own.values())
         table.add_row(
             plain(score.name), *("-" if each is None else _in_full(each) for each in (score, *beside))
         )
+    if scored.file.perplexity is not None:
+        perplexities = [each.perplexity for each in (scored.file, *own.values())]
+        texts = ("-" if each is None else f"{each.token_perplexity:.4g}" for each in perplexities)
+        table.add_row("text, token perplexity", *texts)
     console = Console()
     console.print(table) if console.is_terminal else print_table(table)  # a log has lines of any width
     log_rank0(str(folder / f"{scored.file.label}.json"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -71,11 +73,32 @@ def count_exchanges(num_batches: int, stops_before: int | None = None) -> dict[s
     return dict(calls)
 
 
+def check_perplexity(recipe: Recipe) -> tuple[float, float] | None:
+    """The perplexity of the text, and that of plain transformers with float32 from the logits on."""
+    trainer = make_trainer(recipe)
+    (scored,) = trainer.evaluation.run(trainer.engine.module, jobs_of(recipe.eval, "before"), {})
+    if collectives.rank() != 0:
+        return None
+    model = plain_model(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name_or_path)
+    tokens = tokenizer(Path(recipe.eval.forgetting_text).read_text(), return_tensors="pt")["input_ids"][0]
+    tokens = torch.cat([torch.tensor([tokenizer.bos_token_id]), tokens])
+    with torch.no_grad():
+        logits = model(input_ids=tokens[None, :-1]).logits[0].to(torch.float32)
+    loss = torch.nn.functional.cross_entropy(logits, tokens[1:])
+    return scored.file.perplexity.token_perplexity, loss.exp().item()
+
+
 def check_stock_evaluation(recipe: Recipe, num_fewshot: int | None = None) -> dict | None:
     """The same tasks by lm-eval's own HFLM on the plain model: the reference for `check_evaluation`."""
     if collectives.rank() != 0:
         return None
-    model, section = plain_model(recipe).to(collectives.device()), recipe.eval
+    return stock_scores(plain_model(recipe).to(collectives.device()), recipe, num_fewshot)
+
+
+def stock_scores(model: torch.nn.Module, recipe: Recipe, num_fewshot: int | None = None) -> dict:
+    """A recipe's tasks by lm-eval's own HFLM on a plain model."""
+    section = recipe.eval
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.name_or_path)
     results = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=section.batch_size),

@@ -196,3 +196,20 @@ def test_a_finished_run_is_scored_again(run, tiny, folder, what):
     got = read(home, label)
     assert [row["value"] for row in got["scores"]] == [row["value"] for row in wanted]
     assert answers(home, label, "tiny_generate") == answers(run, "after", "tiny_generate")
+
+
+def test_the_base_in_few_bits_is_scored_apart(run, tiny, folder):
+    """Its answers, of the same prompts, are not those that were kept of the untouched base."""
+    home = folder / "bits"
+    arguments = ["--model", str(tiny["untied"]), f"output_dir={home}", f"eval.include_path={tiny['tasks']}"]
+    arguments += ["eval.chat_template=false", "eval.batch_size=4", "--tasks", "tiny_letters", "--limit", "7"]
+    arguments += ["--text", str(folder / "general.txt"), "--weights", "bfp4", "--activations", "bfp6"]
+    shown = finishes(LiveRun(folder / "log-bits", arguments, job="evaluate"))
+    before, label = read(run, "before"), "base-tiny_letters+text-limit7-weights-bfp4-activations-bfp6"
+    got = read(home, label)
+    assert "weights in bfp4" in shown and "embed_tokens" in shown  # and what stays as it is
+    assert (got["settings"]["weights"], got["settings"]["activations"]) == ("bfp4", "bfp6")
+    assert not got["cached"] and got["model"] == "base"
+    assert answers(home, label, "tiny_letters") != answers(run, "before", "tiny_letters")
+    perplexities = [each["perplexity"]["token_perplexity"] for each in (got, before)]
+    assert 0 < abs(perplexities[0] / perplexities[1] - 1) < 0.5

@@ -5,10 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from tiny import make_model
+from families import make_family
+from tiny import VOCABULARY, make_model, make_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from distributed import evaluation_checks
+from distributed import evaluation_checks, low_bits_checks
 from distributed.reference import make_recipe
 
 POSITIONS = 1024
@@ -75,6 +78,17 @@ def long(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A tiny GPT-2, whose linears are Conv1D."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("gpt2")
+    sizes = {"n_positions": POSITIONS, "n_embd": 36, "n_layer": 2, "n_head": 2, "initializer_range": 0.1}
+    GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def recipe_for(tiny, long, folder, **more):
     section = {"tasks": TASKS, "include_path": str(long / "tasks"), "batch_size": 4, "limit": NUM_DOCUMENTS}
     return make_recipe({**tiny, "long": long / "model"}, folder, checkpoint="long", eval={**section, **more})
@@ -117,6 +131,56 @@ def test_scores_are_those_of_stock_lm_eval(ranks, tiny, long, tmp_path, stock, w
         assert documents == {task: list(range(NUM_DOCUMENTS)) for task in TASKS}
     prompts = [got["samples"]["long_choice"][0][1][0][0] for got in results[0]]  # one token a byte
     assert 341 < len(prompts[0]) < len(prompts[1]) < POSITIONS and ("<s>" in prompts[0]) == chat
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "model"),
+    [("bfp6", "bfp8", "long"), ("mxfp4", None, "gpt2"), (None, "nf4", "gpt2")],
+)
+def test_scores_in_few_bits_are_those_of_weights_replaced_by_hand(
+    ranks, tiny, long, gpt2, tmp_path, weights, activations, model
+):
+    """Every answer, on one rank and two, sharded and gathered; GPT-2's weights are stored [in, out]."""
+    tasks = ["long_generate", "long_choice"]
+    more = {"chat_template": False, "tasks": tasks, "include_path": str(long / "tasks"), "batch_size": 4}
+    more["limit"] = 3
+    paths = {**tiny, "long": long / "model", "gpt2": gpt2}
+    recipe = make_recipe(paths, tmp_path, checkpoint=model, eval=more)
+    formats = {"weights": weights, "activations": activations}
+    (wanted,) = ranks(1)(low_bits_checks.check_stock_low_bits, recipe=recipe, **formats)
+    for world_size, mode in ((1, "sharded"), (2, "sharded" if model == "long" else "gathered")):
+        recipe = make_recipe(paths, tmp_path, checkpoint=model, eval={**more, "mode": mode})
+        results = ranks(world_size)(low_bits_checks.check_low_bits, recipe=recipe, **formats)
+        ((got,), *_) = results
+        assert got["samples"] == wanted["samples"] and got["results"] == wanted["results"]
+        settings = got["document"]["settings"]
+        assert {what: settings[what] for what in formats} == formats
+        said = " ".join(got["document"]["notes"])
+        assert all((name or "") in said for name in formats.values())
+        if weights:
+            assert ("wte" if model == "gpt2" else "embed_tokens") in said  # what stays as it is
+
+
+@pytest.mark.parametrize(("family", "transposed"), [("mixtral", False), ("gpt_oss", True), ("jetmoe", None)])
+def test_experts_are_rounded_along_their_inputs(ranks, tiny, tmp_path, family, transposed):
+    """Where transformers says which these are; else they stay as they are, and it is said."""
+    tiny = {**tiny, family: make_family(tmp_path / family, family)}
+    recipe = make_recipe(tiny, tmp_path, checkpoint=family)
+    results = ranks(2)(
+        low_bits_checks.check_rounded_weights, recipe=recipe, name="bfp4", transposed=transposed
+    )
+    for unlike, said in results:
+        assert unlike == set()
+        assert ("experts" in said) == (transposed is None) and "embed_tokens" in said
+
+
+def test_the_perplexity_of_a_text_has_more_digits_than_bfloat16(ranks, tiny, tmp_path):
+    """Added up in bfloat16, the log-likelihood of these 240 tokens would be a multiple of 8."""
+    (tmp_path / "text.txt").write_text(("Of cats and mats, of hats and bats. " * 9)[:240])
+    own = {"tasks": [], "forgetting_text": str(tmp_path / "text.txt")}
+    recipe = make_recipe(tiny, tmp_path, model={"dtype": "bfloat16"}, eval=own)
+    ((got, wanted), _) = ranks(2)(evaluation_checks.check_perplexity, recipe=recipe)
+    assert got == pytest.approx(wanted, rel=1e-5)
 
 
 def test_what_happened_is_counted(ranks, tiny, tmp_path):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from speft_ds.cli.launch import RESUME_HELP, RESUME_WITH_HELP
+from speft_ds.cli.launch import ACTIVATIONS_HELP, RESUME_HELP, RESUME_WITH_HELP, TEXT_HELP, WEIGHTS_HELP
 from speft_ds.cli.options import ON_CPU, Hostfile, Overrides, Ranks, RecipeName, Verbose
 from speft_ds.cli.start_ranks import choose_ranks, fit_overrides, launch
 from speft_ds.config.load_recipe import load_recipe
@@ -54,6 +54,9 @@ def evaluate(
     limit: Annotated[
         float | None, typer.Option(min=0, help="documents per task, or below 1 the share of them")
     ] = None,
+    text: Annotated[str | None, typer.Option(metavar="FILE", help=TEXT_HELP)] = None,
+    weights: Annotated[str | None, typer.Option(metavar="FORMAT", help=WEIGHTS_HELP)] = None,
+    activations: Annotated[str | None, typer.Option(metavar="FORMAT", help=ACTIVATIONS_HELP)] = None,
     ranks: Ranks = None,
     hostfile: Hostfile = None,
     verbose: Verbose = False,
@@ -70,6 +73,7 @@ def evaluate(
         fix = f"leave it out, or {shell('--model', 'PATH', '--adapter', adapter)}"
         raise UserError("--adapter goes with --model; a run has its own", "command line", fix)
     given = {"run": run, "model": model, "adapter": adapter, "tasks": tasks, "num-fewshot": num_fewshot}
+    given |= {"text": text, "weights": weights, "activations": activations}
     given["limit"] = limit if limit is None or limit % 1 else int(limit)
     words = [f"--{name}={value}" for name, value in given.items() if value is not None]
     raise typer.Exit(launch("evaluate", [*words, *overrides], choose_ranks(ranks, hostfile), verbose))

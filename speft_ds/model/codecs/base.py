@@ -70,8 +70,8 @@ class Codec:
                 values = F.pad(values, (0, -columns % self.block))
             values = values.reshape(-1, self.block)
             if check and not values.isfinite().all():
-                what = f"a weight is infinite or not a number: {self.name} has no code for it"
-                raise UserError(what, fix="take a checkpoint whose weights are all finite")
+                what = f"a value is infinite or not a number: {self.name} has no code for it"
+                raise UserError(what, fix="take a checkpoint whose weights are all finite, or no format")
             codes, own_scales = self._encode_blocks(values)
             _of_rows(packed, part, rows).copy_(_pack(codes.view(part.stop - part.start, -1), self.bits))
             _of_rows(scales, part, rows).copy_(own_scales.view(part.stop - part.start, -1))

@@ -87,10 +87,39 @@ def test_options_of_an_evaluation_are_keys_of_its_recipe(with_job):
     words = ["--model", "./model", "--tasks", "a,b", "--limit", "3", "--num-fewshot", "2", "eval.limit=4"]
     with_job("evaluate", job, *words)
     assert launch.main("evaluate", launch.parse_arguments("evaluate", "")) == 0
-    recipe, adapter = job.call_args.args
+    recipe, adapter, low_bits = job.call_args.args
     section = recipe.eval
     assert (section.tasks, section.num_fewshot, section.limit) == (["a", "b"], 2, 4)
     assert (recipe.model.name_or_path, recipe.output_dir, adapter) == ("./model", "runs/evaluate-model", None)
+    assert low_bits.facts == {}
+
+
+def test_an_evaluation_in_few_bits_of_a_text_alone(with_job, tmp_path):
+    job = mock.Mock()
+    (tmp_path / "text.txt").write_text("words")
+    words = ["--model", "./model", "--text", "text.txt", "--weights", "bfp6", "--activations=mxfp4"]
+    with_job("evaluate", job, *words)
+    assert launch.main("evaluate", launch.parse_arguments("evaluate", "")) == 0
+    recipe, _, low_bits = job.call_args.args
+    assert recipe.eval.tasks == [] and recipe.eval.forgetting_text == "text.txt"
+    assert low_bits.facts == {"weights": "bfp6", "activations": "mxfp4"}
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "fix"),
+    [
+        (["--weights", "bfp7", "--tasks", "a"], "--weights", "bfp6"),
+        (["--activations", "float8", "--tasks", "a"], "--activations", "nf4"),
+        ([], "--tasks", "--text"),
+        (["--text", "gone.txt"], "command line: eval.forgetting_text=gone.txt", "eval.forgetting_text="),
+    ],
+)
+def test_an_evaluation_of_nothing_or_in_no_format_is_refused(with_job, words, where, fix):
+    with_job("evaluate", mock.Mock(), "--model", "./model", *words)
+    with pytest.raises(UserError) as caught:
+        launch.checked_start("evaluate", launch.parse_arguments("evaluate", ""), 1)
+    (problem,) = getattr(caught.value, "problems", [caught.value])
+    assert problem.where == where and fix in problem.fix
 
 
 def test_a_run_is_evaluated_under_its_own_name_and_in_its_folder(with_job, tmp_path):
@@ -99,7 +128,7 @@ def test_a_run_is_evaluated_under_its_own_name_and_in_its_folder(with_job, tmp_p
     (folder / "recipe.yaml").write_text((tmp_path / "mine.yaml").read_text() + "output_dir: elsewhere\n")
     with_job("evaluate", job, "--run", str(folder), "--tasks", "a")
     assert launch.main("evaluate", launch.parse_arguments("evaluate", "")) == 0
-    recipe, adapter = job.call_args.args
+    recipe, adapter, _ = job.call_args.args
     assert (recipe.name, recipe.output_dir, adapter) == ("first", str(folder), folder / "adapter")
 
 

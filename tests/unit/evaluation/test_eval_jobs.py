@@ -6,7 +6,7 @@ import pydantic
 import pytest
 
 from speft_ds.config.eval_config import EvalConfig
-from speft_ds.evaluation.eval_jobs import EvalJob, PromptFormat, extra_jobs, jobs_of, prompt_formats
+from speft_ds.evaluation.eval_jobs import EvalJob, LowBits, PromptFormat, extra_jobs, jobs_of, prompt_formats
 
 ALL = EvalConfig(
     tasks=["a", "b"],
@@ -53,9 +53,14 @@ def test_nothing_that_was_not_asked_for():
 
 
 def test_jobs_apart_from_a_run():
-    label = "tuned-a+b-2shot-limit9"
+    label = "tuned-a+b+text-2shot-limit9"
     formats = [EvalJob(f"{label}-format-{i}", "extra", ("a", "b"), 2, 9, i) for i in (1, 2)]
-    assert extra_jobs(ALL, Path("runs/a/adapter")) == [EvalJob(label, "extra", ("a", "b"), 2, 9), *formats]
+    first = EvalJob(label, "extra", ("a", "b"), 2, 9, has_text=True)
+    assert extra_jobs(ALL, Path("runs/a/adapter")) == [first, *formats]
+    (text,) = extra_jobs(EvalConfig(forgetting_text="text.txt"), None, LowBits("bfp6", "bfp8"))
+    assert text == EvalJob("base-text-weights-bfp6-activations-bfp8", "extra", (), None, None, has_text=True)
+    (bits,) = extra_jobs(EvalConfig(tasks=["a"]), None, LowBits(activations="nf4"))
+    assert bits.label == "base-a-activations-nf4"
     for adapter, label in ((None, "base-x_y"), (Path("adapters/before"), "adapter-before-x_y")):
         assert [job.label for job in extra_jobs(EvalConfig(tasks=["x/y"]), adapter)] == [label]
 

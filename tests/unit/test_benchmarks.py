@@ -212,6 +212,19 @@ def test_the_parts_of_make_gpu_take_under_ten_minutes(tmp_path, monkeypatch):
     assert all((ROOT / word).is_file() for word in made["ranks"].words if word.endswith(".py"))
 
 
+def test_formats_runs(run, tiny, tmp_path):
+    (tmp_path / "text.txt").write_text("The cat , a half @-@ wild one , sat . " * 9)
+    arguments = ["--model", str(tiny["untied"]), "--text", str(tmp_path / "text.txt"), "--ranks", "1"]
+    arguments += ["--include-path", str(tiny["tasks"]), "--tasks", "tiny_choice", "--formats", "bfp4"]
+    out = run("formats.py", *arguments, "--json", str(tmp_path / "formats.json"))
+    document = json.loads((tmp_path / "formats.json").read_text())
+    untouched, bfp4 = document["rows"]
+    assert (untouched["bits per weight"], bfp4["bits per weight"]) == ("32", "4.5")
+    assert untouched["same answers"] == "4 of 4" and untouched["perplexity"] != bfp4["perplexity"]
+    assert document["tokens"] == 9 * len("The cat, a half-wild one, sat. ")  # a byte each
+    assert "bfp4" in out
+
+
 def test_the_rehearsal_of_make_gpu_runs(tmp_path):
     out = tmp_path / "gpu"
     said = run_script("benchmarks/gpu.py", ["--rehearse", "--out", str(out)], tmp_path, DS_ACCELERATOR="cpu")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from speft_ds.adapter.format import Adapter
-from speft_ds.errors import UserError
+from speft_ds.errors import UserError, shell
 from speft_ds.io import same_bits
 from speft_ds.model.fingerprint import fingerprint
 from speft_ds.zero.shards import is_sharded
@@ -58,6 +58,7 @@ def apply_adapter(model: nn.Module, folder: str | Path, name: str = "default") -
             nothing is changed.
     """
     adapter = Adapter.open(folder)
+    check_format(adapter, None)
     facts, state = adapter.facts, getattr(model, STATE, None)
     if state is not None and name in state.values:
         fix = f"remove_adapter(model, {name!r}), or apply it by another name"
@@ -197,6 +198,18 @@ def check_weights(adapter: Adapter, shape: dict[str, tuple[int, ...]]) -> None:
             raise UserError(what, str(adapter.folder), f"load {adapter.facts['base']}")
 
 
+def check_format(adapter: Adapter, base_format: str | None) -> None:
+    """Refuse an adapter that was trained beside a base in another format. Raises UserError."""
+    trained = adapter.facts.get("base_format")
+    if trained != base_format:
+        what = f"the adapter was trained on a base in {trained or adapter.facts['dtype']}"
+        what += f", not in {base_format or 'that dtype'}"
+        fix = f"model.base_format={trained or 'null'}"
+        if trained is not None and base_format is None:
+            fix += f"; or, for a model without it: {shell('speft', 'merge', str(adapter.folder), 'OUTPUT')}"
+        raise UserError(what, str(adapter.folder), fix)
+
+
 def check_same_base(adapters: Sequence[Adapter]) -> None:
     """Refuse adapters whose deltas belong to different weights. Raises UserError."""
     first, fix = adapters[0], "take adapters of one base"
@@ -209,6 +222,9 @@ def check_same_base(adapters: Sequence[Adapter]) -> None:
             if rounded and rounded == b.get("fingerprint_bfloat16") and a["dtype"] != b["dtype"]:
                 what = f"were trained in different dtypes of one base: {a['dtype']} and {b['dtype']}"
             raise UserError(f"the adapters {what}", where, fix)
+        if a.get("base_format") != b.get("base_format"):
+            named = " and ".join(each.get("base_format") or each["dtype"] for each in (a, b))
+            raise UserError(f"the adapters were trained beside one base in {named}", where, fix)
         for name in first.shape.keys() & other.shape.keys():
             if first.shape[name] != other.shape[name]:
                 what = f"{name} is {first.shape[name]} in one adapter and {other.shape[name]} in the other"

@@ -23,7 +23,7 @@ from speft_ds.adapter.apply import check_weights, with_delta
 from speft_ds.adapter.format import DTYPES, Adapter, Entries, open_adapter
 from speft_ds.adapter.pretrained import Fingerprint, PretrainedCheckpoint
 from speft_ds.adapter.save import check_output
-from speft_ds.errors import UserError
+from speft_ds.errors import UserError, shell
 from speft_ds.io import new_folder, write_json, write_safetensors
 from speft_ds.sparse.layout import INT32_ELEMENTS
 
@@ -58,6 +58,9 @@ def export_peft(adapter: str | Path, output: str | Path, base: str | Path | None
         UserError: another base, an output that is not empty, weights too large for int32 indices.
     """
     opened, output = open_adapter(adapter), check_output(output)
+    if base_format := opened.facts.get("base_format"):
+        what = f"the deltas are of a base in {base_format}, which PEFT would add to other weights"
+        raise UserError(what, str(opened.folder), shell("speft", "merge", str(adapter), "OUTPUT"))
     numel = {name: math.prod(opened.shape[name]) for name in opened.names}
     too_large = [name for name in opened.names if numel[name] >= INT32_ELEMENTS]
     not_weight = [name for name in (*opened.names, *opened.heads) if not name.endswith(".weight")]

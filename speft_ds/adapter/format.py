@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from speft_ds.config.values import BASE_FORMATS
 from speft_ds.errors import UserError
 from speft_ds.io import flush_to_disk, read_json, sha256_of, write_json, write_safetensors
 
@@ -67,6 +68,8 @@ class AdapterFacts(BaseModel):
     task: Text | None = None
     mask: dict | None = None
     recipe: dict | None = None
+    base_format: Literal[BASE_FORMATS] | None = None
+    quantised: list[Text] | None = None
     classes: list[str] | None = None
     pad_token_id: int | None = None
 

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -30,6 +31,7 @@ from speft_ds.config.check_model import PEFT_CONFIG
 from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
 from speft_ds.io import flush_to_disk, new_folder, same_bits, write_json, write_text
+from speft_ds.model.codecs import codec
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 # Not part of the merged checkpoint: other copies of the base's weights, and its card, which is not its own.
@@ -54,10 +56,17 @@ class Merged:
 
 
 class Merge:
-    """One merge: the base as the run saw it, with `alpha` times the deltas, in the dtype of the output."""
+    """One merge: the base as the run saw it, with `alpha` times the deltas, in the dtype of the output.
 
-    def __init__(self, base: PretrainedCheckpoint, adapter: Adapter, alpha: float, dtype: torch.dtype):
+    Attributes:
+        quantised: weights that the run had in few bits; none where the deltas go onto the original base.
+    """
+
+    def __init__(
+        self, base: PretrainedCheckpoint, adapter: Adapter, alpha: float, dtype: torch.dtype, onto: str
+    ):
         self.base, self.adapter, self.alpha, self.dtype = base, adapter, alpha, dtype
+        self.quantised = frozenset(() if onto == "original" else adapter.facts.get("quantised") or ())
         self.run_dtype = DTYPES[adapter.facts["dtype"]]
         self.fingerprint = Fingerprint(base.shape, self.run_dtype)  # of the base, as far as it was merged
 
@@ -76,6 +85,9 @@ class Merge:
             return self.adapter.head(name).to(self.dtype)
         seen = pretrained.to(self.run_dtype)
         self.fingerprint.add(name, seen)
+        if name in self.quantised:
+            coder = codec(self.adapter.facts["base_format"])
+            seen = coder.decode(*coder.encode(seen), tuple(seen.shape), self.run_dtype)
         merged = seen.to(self.dtype, copy=True)
         index, delta = self.adapter.entries(name)
         merged.view(-1)[index] = with_delta(seen.view(-1)[index], delta, self.alpha, self.dtype)
@@ -92,6 +104,7 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     scores: Sequence[dict] = (),
+    onto: Literal["trained", "original"] = "trained",
 ) -> Merged:
     """Write base + alpha * delta as a checkpoint that every loader of Hugging Face models reads.
 
@@ -108,6 +121,8 @@ def merge(
         max_shard_size: of a file, as `5GB` or in bytes; None: files as the base has them.
         scores: of the run, by `evaluation.scores.card_scores`: for the card, where they are those of the
             merged weights.
+        onto: for a base that was in few bits: `trained`, the weights as the run decoded them; `original`, those
+            of the checkpoint, which are nearer to the pretrained model and not those that were trained.
     Raises:
         UserError: another base, an output that is not empty, too little space, or nothing to merge with.
     """
@@ -116,16 +131,20 @@ def merge(
         raise UserError(f"there is no dtype {dtype}", "--dtype", f"choose from: {', '.join(DTYPES)}")
     if not math.isfinite(alpha):
         raise UserError(f"--alpha is {alpha}", "--alpha", "a number, like --alpha 0.5")
+    if onto == "original" and not opened.facts.get("quantised"):
+        raise UserError("the adapter's base was not in few bits", "--onto original", "leave --onto out")
     max_bytes = parse_size(max_shard_size)
     checkpoint = PretrainedCheckpoint(str(base or opened.facts["base"]), opened.num_classes)
     check_weights(opened, checkpoint.shape)
-    job = Merge(checkpoint, opened, alpha, DTYPES[dtype or opened.facts["dtype"]])
+    job = Merge(checkpoint, opened, alpha, DTYPES[dtype or opened.facts["dtype"]], onto)
     with new_folder(output) as temporary:
         write = _merge_in_memory if checkpoint.problem else _merge_by_weight
         num_bytes = write(job, temporary, max_bytes)
         _copy_others(checkpoint.folder, temporary)
         how = f"base + {alpha:g} x the adapter's differences, in {job.dtype}".replace("torch.", "")
-        is_of_run = alpha == 1.0 and job.dtype == job.run_dtype
+        if base_format := opened.facts.get("base_format"):
+            how += f", onto the base in {base_format}" if job.quantised else ", onto the original base"
+        is_of_run = alpha == 1.0 and job.dtype == job.run_dtype and not (base_format and not job.quantised)
         card = card_text(opened.facts, scores if is_of_run else [], num_bytes, merged=how)
         write_text(temporary / CARD, card)
     return Merged(opened.num_entries, num_bytes, checkpoint.problem)

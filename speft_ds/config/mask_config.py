@@ -56,6 +56,8 @@ class MaskConfig(ConfigSection):
     """a file of rows to calibrate on; null: the training rows"""
     load: FilePath | None = None
     """a mask.safetensors of speft score, or its folder, trained as it is; null: score"""
+    start: Literal["zero", "exact"] = "zero"
+    """deltas start at 0, or as what the entries lost to model.base_format"""
     schedule: Annotated[
         Literal["static", "periodic", "drop_grow", "grad_topk"],
         Needs("granularity", ("element",), ("drop_grow",), "it drops and grows single entries"),
@@ -128,6 +130,11 @@ class MaskConfig(ConfigSection):
     def is_scored(self) -> bool:
         """Whether the weights are scored: once for the first mask, or again and again."""
         return self.load is None or self.schedule == "periodic"
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether the weights are looked at as they were before they were put into few bits."""
+        return self.start == "exact"
 
     @property
     def has_entry_steps(self) -> bool:

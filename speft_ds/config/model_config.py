@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import field_validator
 
 from speft_ds.config.section import ConfigSection, broken_rule
-from speft_ds.config.values import FilePath, Text
+from speft_ds.config.values import BASE_FORMATS, FilePath, Text
 
 HEAD = "score.weight"  # of a classifier: [classes, hidden], new, trained completely
 
@@ -17,6 +17,8 @@ class ModelConfig(ConfigSection):
     """the dtype of the base; auto: bfloat16 where the hardware multiplies it, else float32"""
     attention: Text = "auto"
     """eager, sdpa, flash_attention_2, flex_attention or another name of transformers; auto: its choice"""
+    base_format: Literal[BASE_FORMATS] | None = None
+    """store the frozen linears of the decoder layers in few bits; null: in dtype"""
     task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
     """predict the next token, or a class of the row by a new, densely trained head"""
 

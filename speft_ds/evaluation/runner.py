@@ -33,6 +33,7 @@ from speft_ds.evaluation.results import Scored, asked, check_scores, scores_of
 from speft_ds.evaluation.scores import ScoreFile, Settings
 from speft_ds.evaluation.task_checks import check_tasks
 from speft_ds.evaluation.tasks import find_tasks, local_data
+from speft_ds.model.quantise import quantised_linears
 from speft_ds.zero.shards import full_shape
 
 MAX_SHARE = 0.5  # of the free memory, for a copy: activations, logits and the KV cache need the rest
@@ -224,7 +225,8 @@ def undisturbed() -> Iterator[None]:
 @contextmanager
 def model_to_score(module: nn.Module, mode: str) -> Iterator[tuple[nn.Module, bool]]:
     """The model to run by `eval.mode`, and whether it is sharded; every rank enters this together."""
-    if mode == "sharded" or (mode == "auto" and not copy_fits(module)):
+    is_in_few_bits = bool(quantised_linears(module))
+    if mode == "sharded" or is_in_few_bits or (mode == "auto" and not copy_fits(module)):
         was_training = module.training
         module.eval()
         yield module, True

@@ -10,7 +10,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from speft_ds.adapter.apply import another_base, check_weights, with_delta
+from speft_ds.adapter.apply import another_base, check_format, check_weights, with_delta
 from speft_ds.adapter.format import Adapter, tensors_sha256
 from speft_ds.comm import collectives, watchdog
 from speft_ds.config.eval_config import EvalConfig
@@ -23,12 +23,14 @@ from speft_ds.evaluation.results import Scored, has_scored, keep_scores
 from speft_ds.evaluation.runner import EvalRunner
 from speft_ds.evaluation.scores import Score, read_evaluations
 from speft_ds.model.dtype import agree_on_dtype
+from speft_ds.model.targets import all_weights
 from speft_ds.report.tables import plain, print_table
+from speft_ds.sparse.storage import storage_of
 from speft_ds.terminal import Console
 from speft_ds.training.checks import check_chat_template
 from speft_ds.training.run_data import agree_on_date, load_data
 from speft_ds.training.setup import TrainContext, load_context, scored_model_facts
-from speft_ds.zero.shards import changing_shards, full_shape, own_elements, own_range
+from speft_ds.zero.shards import changing_shards, full_shape
 
 
 @torch.no_grad()
@@ -45,16 +47,21 @@ def apply_to_shards(context: TrainContext, folder: Path) -> None:
         raise UserError(what, str(folder), f"model.dtype={dtype}")
     if context.fingerprint != adapter.facts["fingerprint"]:
         raise another_base(adapter)
-    weights = dict(context.engine.module.named_parameters())
-    check_weights(adapter, {name: tuple(full_shape(weight)) for name, weight in weights.items()})
-    with changing_shards([weights[name] for name in adapter.names]):
+    check_format(adapter, context.recipe.model.base_format)
+    weights = all_weights(context.engine.module)
+    others = context.engine.module.named_parameters()
+    shapes = {name: tuple(full_shape(weight)) for name, weight in others}
+    check_weights(adapter, shapes | {name: target.shape for name, target in weights.items()})
+    with changing_shards([weight for name in adapter.names for weight in weights[name].written]):
         for name in adapter.names:
             index, delta = adapter.entries(name)
-            start, stop = own_range(weights[name])
+            target, storage = weights[name], storage_of(weights[name])
+            start, stop = target.own_range
             first, last = torch.searchsorted(index, torch.tensor([start, stop])).tolist()
-            shard, _ = own_elements(weights[name])
-            where = (index[first:last] - start).to(shard.device)
-            shard[where] = with_delta(shard[where], delta[first:last])
+            own = (index[first:last] - start).to(storage.device)
+            pretrained = storage.pretrained(own)
+            storage.hold(index)
+            storage.write(own, with_delta(pretrained, delta[first:last]))
 
 
 def run(recipe: Recipe, adapter: Path | None, low_bits: LowBits) -> None:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from speft_ds.model.attention import reads_packing
+from speft_ds.model.fake_tensors import fake_tensors
 from speft_ds.model.kinds.target import Target
 from speft_ds.model.probe import embedding_gradient
-from speft_ds.model.targets import fused_parts, layer_number, place, shorten
+from speft_ds.model.targets import all_weights, fused_parts, layer_number, place, shorten, weight_elements
 from speft_ds.model.weight_grad_hooks import gradients_past_hooks, weight_grad_hooks
-from speft_ds.zero.shards import full_shape
 
 WARN_BELOW = 0.9  # share of the decoder's elements
 PROBE = [[0, 1, 0, 1], [0, 1, 0, 1]]  # tokens that every vocabulary has
@@ -122,7 +123,6 @@ def find_reach(
         RuntimeError: of fake tensors, a forward that depends on values.
     """
     weights, fed, mixed = dict(model.named_parameters()), set(), set()
-    elements = {name: full_shape(weight).numel() for name, weight in weights.items()}
 
     def see(name: str, x: Tensor, rows: Tensor, ends: Tensor | None = None) -> None:
         fed.add(name)
@@ -139,4 +139,26 @@ def find_reach(
         after_backward()
     has_values = not (gradient.is_meta or isinstance(gradient, FakeTensor))
     looks_ahead = has_values and bool(gradient[0, 1:].any())
-    return Reach(frozenset(fed - past), frozenset(mixed), frozenset(uses.used | fed), elements, looks_ahead)
+    used = frozenset(uses.used | fed)
+    return Reach(frozenset(fed - past), frozenset(mixed), used, weight_elements(model), looks_ahead)
+
+
+def reach_without_values(make_model: Callable[[], nn.Module], names: list[str]) -> Reach | None:
+    """The reach of a model that is made for the purpose, of fake tensors or else on the meta device.
+
+    Args:
+        names: of the weights that may be targets.
+    Returns:
+        None where its code computes with values, which neither has.
+    """
+    for device in (fake_tensors(), torch.device("meta")):
+        try:
+            with device, reads_packing(False):
+                model = make_model().requires_grad_(False)
+                weights = all_weights(model)
+                for target in weights.values():
+                    target.adapt()
+                return find_reach(model, {name: weights[name] for name in names})
+        except Exception:  # any type: the code of hundreds of families runs
+            continue
+    return None

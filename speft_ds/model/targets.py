@@ -10,7 +10,9 @@ from torch import nn
 from speft_ds.config.model_config import HEAD
 from speft_ds.errors import UserError
 from speft_ds.model.kinds import find_weights
+from speft_ds.model.kinds.quantised import QuantisedLinear
 from speft_ds.model.kinds.target import Target
+from speft_ds.zero.shards import full_shape
 
 # What some weights have in one matrix, by the last part of their name; in what order differs by family.
 FUSED = {
@@ -27,6 +29,19 @@ def all_weights(model: nn.Module) -> dict[str, Target]:
             found[f"{name}.{attribute}"] = target
     found.pop(HEAD, None)
     return found
+
+
+def weight_elements(model: nn.Module) -> dict[str, int]:
+    """Weight -> its elements, of all weights; of one in few bits, those of the weight that it stands for."""
+    elements = {}
+    for prefix, module in model.named_modules():
+        in_few_bits = isinstance(module, QuantisedLinear)
+        if in_few_bits:
+            elements[f"{prefix}.weight"] = module.out_features * module.in_features
+        for name, weight in module.named_parameters(prefix, recurse=False):
+            if not in_few_bits or name.endswith(".bias"):
+                elements.setdefault(name, full_shape(weight).numel())
+    return elements
 
 
 def find_targets(
@@ -102,7 +117,7 @@ def tied_targets(model: nn.Module, targets: dict[str, Target]) -> list[str]:
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return [name for name, target in targets.items() if owners[id(target.weight)] > 1]
+    return [name for name, target in targets.items() if owners.get(id(target.weight), 0) > 1]
 
 
 def place(name: str) -> tuple[int | None, str]:

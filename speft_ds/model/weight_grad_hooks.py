@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from speft_ds.model.kinds.target import Target
@@ -39,15 +39,17 @@ def gradients_past_hooks(targets: dict[str, Target]) -> Iterator[set[str]]:
     """
     past: set[str] = set()
     handles = []
+    # One in few bits is no parameter: nothing else can use it.
+    live = {name: target for name, target in targets.items() if isinstance(target.weight, nn.Parameter)}
     try:
-        for name, target in targets.items():
+        for name, target in live.items():
             weight = target.weight.requires_grad_(True)
             handles.append(weight.register_hook(lambda grad, n=name: None if grad is None else past.add(n)))
         yield past
     finally:
         for handle in handles:
             handle.remove()
-        for target in targets.values():
+        for target in live.values():
             target.weight.requires_grad_(False).grad = None
 
 

@@ -17,7 +17,7 @@ from speft_ds.model.kinds.target import Target
 from speft_ds.model.weight_grad_hooks import WeightGradHook, weight_grad_hooks
 from speft_ds.sparse.kernels.torch_backends import matmul_fp32
 from speft_ds.zero.engine import SparseEngine
-from speft_ds.zero.shards import own_elements, shard_numel
+from speft_ds.zero.shards import shard_numel, shard_range
 
 Scores = dict[str, Tensor]
 # (labels [rows, tokens], x [rows, tokens, in], grad_y [rows, tokens, out]) -> dense [out, in]
@@ -72,13 +72,9 @@ class Scorer:
     calibration: CalibrationSet | None  # None where the recipe gives no rows: only for metrics without data
     loss: Callable[[nn.Module, dict[str, Tensor], float], Tensor]  # (module, batch, temperature) -> token sum
 
-    def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, target in self.targets.items():
-            yield name, target.weight
-
-    def device_of(self, weight: nn.Parameter) -> torch.device:
+    def device_of(self, target: Target) -> torch.device:
         """Where the scores of this weight are kept: with its shard, or in host memory."""
-        return torch.device("cpu") if self.recipe.score_device == "host" else own_elements(weight)[0].device
+        return torch.device("cpu") if self.recipe.score_device == "host" else target.device
 
     def gradient(self, temperature: float = 1.0) -> Scores:
         """Gradient of the mean token loss over the calibration set, of this rank's shards.
@@ -109,7 +105,7 @@ class Scorer:
         Raises:
             UserError: there are no calibration rows.
         """
-        sums = {name: ShardSum(weight, self.device_of(weight)) for name, weight in self.weights()}
+        sums = {n: ShardSum(target.numel, self.device_of(target)) for n, target in self.targets.items()}
         batch: dict[str, Tensor] = {}
 
         def make_hook(total: ShardSum) -> WeightGradHook:
@@ -145,14 +141,18 @@ class ShardSum:
     The dense values of one layer are alive at a time. Ranks' contributions are added in rank order, and
     calibration batches are dealt to ranks in order, so their sum runs over the batches in one and the
     same order at every world size.
+
+    Args:
+        numel: elements of the weight.
+        device: where the sum is kept.
     """
 
-    def __init__(self, weight: nn.Parameter, device: torch.device):
-        own, _ = own_elements(weight)
-        numel, world_size = weight.ds_numel, collectives.world_size()
+    def __init__(self, numel: int, device: torch.device):
+        world_size = collectives.world_size()
         self.size = shard_numel(numel, world_size)
         self.padding = self.size * world_size - numel
-        self.value = torch.zeros(own.numel(), dtype=torch.float32, device=device)
+        start, stop = shard_range(numel, collectives.rank(), world_size)
+        self.value = torch.zeros(stop - start, dtype=torch.float32, device=device)
 
     def add(self, dense: Tensor) -> None:
         """Add every rank's dense [out, in] contribution; all ranks call this together."""

@@ -13,24 +13,18 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from speft_ds.comm import collectives
 from speft_ds.data.collate import IGNORED
 from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import mix64
+from speft_ds.model.kinds.target import Target
+from speft_ds.model.quantise import dense_weights, plain_parameters
 from speft_ds.model.weight_grad_hooks import weight_grad_hooks
 from speft_ds.selection.calibration import Scorer, Scores, weight_gradient
 from speft_ds.selection.synflow import absolute_weights, linear_network
-from speft_ds.zero.shards import (
-    changing_shards,
-    full_shape,
-    global_norm,
-    own_elements,
-    own_range,
-    shard_numel,
-    shard_of,
-)
+from speft_ds.zero.shards import changing_shards, global_norm, shard_numel
 
 SALIENCE: dict[str, Callable[[Scorer], Scores]] = {}
 GRASP_TEMPERATURE = 200.0  # Wang et al., "Picking Winning Tickets Before Training", section 4
@@ -51,14 +45,21 @@ def score(scorer: Scorer) -> Scores:
     Raises:
         UserError: the metric needs data and there is none.
     """
-    return SALIENCE[scorer.recipe.salience](scorer)
+    metric = SALIENCE[scorer.recipe.salience]
+    if metric not in (synflow, grasp):
+        return metric(scorer)
+    with dense_weights(scorer.engine.module):  # they change every weight for a moment
+        scorer.engine.forget_trace()
+        scores = metric(scorer)
+    scorer.engine.forget_trace()
+    return scores
 
 
 def own_weights(scorer: Scorer) -> Scores:
     """Fp32 copies of this rank's shards, where scores are kept."""
     return {
-        name: own_elements(weight)[0].to(scorer.device_of(weight), torch.float32, copy=True)
-        for name, weight in scorer.weights()
+        name: target.own_values().to(scorer.device_of(target), torch.float32, copy=True)
+        for name, target in scorer.targets.items()
     }
 
 
@@ -147,18 +148,18 @@ def synflow(scorer: Scorer) -> Scores:
     """
     model, found = scorer.engine.module, {}
 
-    def keep(name: str, weight: nn.Parameter, *factors: Tensor) -> None:
-        start, stop = own_range(weight)  # every rank has the same gradient: keep our part
+    def keep(name: str, target: Target, *factors: Tensor) -> None:
+        start, stop = target.own_range  # every rank has the same gradient: keep our part
         own = weight_gradient(*factors).reshape(-1)[start:stop]
-        found[name] = own.to(scorer.device_of(weight), torch.float32)
+        found[name] = own.to(scorer.device_of(target), torch.float32)
 
-    hooks = {name: partial(keep, name, weight) for name, weight in scorer.weights()}
+    hooks = {name: partial(keep, name, target) for name, target in scorer.targets.items()}
     in_training = model.training
     model.eval()
     try:
         with (
             weight_grad_hooks(scorer.targets, hooks),
-            absolute_weights(list(model.parameters())),
+            absolute_weights(plain_parameters(model)),
             linear_network(model) as all_ones,
         ):
             model(inputs_embeds=all_ones, use_cache=False).logits.float().sum().backward()
@@ -209,18 +210,17 @@ def norm(values: Scores) -> float:
 @torch.no_grad()
 def set_weights(scorer: Scorer, origin: Scores, direction: Scores, step: float) -> None:
     """Set this rank's fp32 shards to origin + step * direction; step 0 is exact."""
-    with changing_shards([weight for _, weight in scorer.weights()]):
-        for name, weight in scorer.weights():
-            own, _ = own_elements(weight)
-            own.copy_(origin[name] + direction[name] * step if step else origin[name])
+    with changing_shards([weight for target in scorer.targets.values() for weight in target.written]):
+        for name, target in scorer.targets.items():
+            target.own_values().copy_(origin[name] + direction[name] * step if step else origin[name])
 
 
 @metric
 def random(scorer: Scorer) -> Scores:
     """Uniform in [0, 1), a function of (seed, weight name, global index) alone: the control. No data."""
     return {
-        name: uniform(scorer.seed, name, *own_range(weight), scorer.device_of(weight))
-        for name, weight in scorer.weights()
+        name: uniform(scorer.seed, name, *target.own_range, scorer.device_of(target))
+        for name, target in scorer.targets.items()
     }
 
 
@@ -244,28 +244,29 @@ def lift(scorer: Scorer) -> Scores:
     for first in range(0, len(names), world_size):
         round_names, mine = names[first : first + world_size], None
         for owner, name in enumerate(round_names):
-            weight = scorer.targets[name].weight
-            shards = collectives.gather(shard_of(weight).to(collectives.device()), owner)
-            if owner == rank:
-                mine = low_rank_shards(shards, full_shape(weight), scorer.recipe.lift_rank)
+            weight = scorer.targets[name].gather(owner)
+            if weight is not None:
+                mine = low_rank_shards(weight, world_size, scorer.recipe.lift_rank)
         for owner, name in enumerate(round_names):
-            weight = scorer.targets[name].weight
-            size = shard_numel(weight.ds_numel, world_size)
+            target = scorer.targets[name]
+            size = shard_numel(target.numel, world_size)
             own = collectives.scatter(mine if owner == rank else None, owner, size)
-            scores[name] = own[: own_elements(weight)[0].numel()].to(scorer.device_of(weight))
+            start, stop = target.own_range
+            scores[name] = own[: stop - start].to(scorer.device_of(target))
     return scores
 
 
-def low_rank_shards(shards: Tensor, shape: torch.Size, rank: int) -> Tensor:
-    """[world_size, shard] pieces of a weight -> the same pieces of abs(its rank-r approximation), fp32.
+def low_rank_shards(weight: Tensor, world_size: int, rank: int) -> Tensor:
+    """[..., out, in] a weight -> [world_size, shard] abs(its rank-r approximation), fp32, as it is sharded.
 
     Of a stack [experts, out, in], each expert is approximated by itself.
     """
-    numel = shape.numel()
-    scores = shards.new_zeros(shards.numel(), dtype=torch.float32)
-    weight = shards.reshape(-1)[:numel].view(-1, *shape[-2:])
-    scores[:numel] = torch.cat([low_rank(matrix, rank).abs().reshape(-1) for matrix in weight])
-    return scores.view_as(shards)
+    size = shard_numel(weight.numel(), world_size)
+    scores = weight.new_zeros(size * world_size, dtype=torch.float32)
+    matrices = weight.reshape(-1, *weight.shape[-2:])
+    found = torch.cat([low_rank(matrix, rank).abs().reshape(-1) for matrix in matrices])
+    scores[: weight.numel()] = found
+    return scores.view(world_size, size)
 
 
 def low_rank(weight: Tensor, rank: int) -> Tensor:

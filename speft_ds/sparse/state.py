@@ -4,7 +4,8 @@ After a step
 
     shard[index] = (base + delta).to(base dtype)
 
-so the shards, and every weight gathered from them, always contain the deltas.
+so the shards, and every weight gathered from them, always contain the deltas. Beside a base in few bits, the
+values of the entries have a shard of their own: see `storage`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from speft_ds.comm import collectives
 from speft_ds.sparse.layout import EntryTable, Layout, RankShards, index_dtype, locate
 from speft_ds.sparse.mask import Mask
+from speft_ds.sparse.storage import InPlace, Overlay
 
 
 @dataclass
@@ -63,25 +65,28 @@ class SparseState:
 
     Args:
         mask: the mask, the same on every rank.
-        shards: weight -> this rank's ZeRO-3 shard [shard_numel], written in place.
+        storages: weight -> where its entries are written.
         previous: the state that this one follows: entries of both masks keep base and delta.
         revert: what becomes of entries that only `previous` has: True gives them their pretrained values
             back; False keeps what they learnt, as `dropped`.
         heads: weight -> (out, in) of what is trained in full beside the mask: a classification head.
+        exact: deltas start as what the base lost when it was put into few bits, not at 0 (as LoftQ starts
+            adapters; Li et al., 2023): the entries have the checkpoint's values.
     """
 
     def __init__(
         self,
         mask: Mask,
-        shards: dict[str, Tensor],
+        storages: dict[str, InPlace | Overlay],
         previous: SparseState | None = None,
         revert: bool = False,
         heads: dict[str, tuple[int, int]] | None = None,
+        exact: bool = False,
     ):
         self.mask, self.heads = mask, heads or {}
         trained = self.trained = with_heads(mask, self.heads)
         self.device = collectives.device()
-        self.shards = {name: shards[name] for name in trained.shape}
+        self.storages = {name: storages[name] for name in trained.shape}
         numel = {name: trained.numel(name) for name in trained.shape}
         self.rank_shards = RankShards(numel)
         rank, world_size = self.rank_shards.rank, self.rank_shards.world_size
@@ -90,15 +95,22 @@ class SparseState:
         self.slices = {name: self.layout.places(name, rank) for name in trained.shape}
         # Where the shards are, which may be host memory; base and delta where the optimizer is.
         local = self.rank_shards.to_local(self.rank_shards.select(trained.index))
-        self.index = {name: local[name].to(self.shards[name].device) for name in trained.index}
-        zeros = torch.zeros(self.num_local, dtype=torch.float32, device=self.device)
-        entries = Entries(self.keys(), self._read(self.index), zeros)
+        self.index = {name: local[name].to(self.storages[name].device) for name in trained.index}
+        base = self._read(self.index)
+        delta = torch.zeros(self.num_local, dtype=torch.float32, device=self.device)
+        if exact:
+            delta += self._read(self.index, "original").float() - base.float()
+        entries = Entries(self.keys(), base, delta)
         nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.dropped = entries.index_select(nothing)  # not a slice, which would keep all the keys alive
         if previous is not None:
             self._inherit(previous, entries, revert)
         self.base = entries.base
         self.delta = nn.Parameter(entries.delta)
+        for name, storage in self.storages.items():
+            storage.hold(trained.index[name], adds=previous is not None and not revert)
+        if exact or any(isinstance(storage, Overlay) for storage in self.storages.values()):
+            self._write_all()
 
     def keys(self) -> Tensor:
         """[num_local] int64 sorted keys of the entries."""
@@ -123,22 +135,28 @@ class SparseState:
         gathered = {}
         for name, shape in self.heads.items():
             lengths = self.layout.counts(name)
-            own = self.shards[name][: lengths[self.rank_shards.rank]].to(self.device)
+            own = self.storages[name].shard[: lengths[self.rank_shards.rank]].to(self.device)
             gathered[name] = torch.cat(collectives.all_gather_padded(own, lengths)).view(shape)
         return gathered
 
-    def _read(self, index: dict[str, Tensor]) -> Tensor:
-        """The shards' values at local indices, flat."""
-        shards = self.shards
-        values = [shards[name][where.to(shards[name].device)] for name, where in index.items()]
-        return torch.cat(values).to(self.device)
+    def _read(self, index: dict[str, Tensor], which: str = "pretrained") -> Tensor:
+        """The values at local indices, flat, `pretrained` or `original`; see `storage`."""
+        values = [getattr(self.storages[name], which)(where) for name, where in index.items()]
+        return torch.cat([value.to(self.device) for value in values])
 
     def _write(self, index: dict[str, Tensor], values: Tensor) -> None:
-        on_shards = next((shard.device for shard in self.shards.values()), values.device)
+        on_shards = next((storage.device for storage in self.storages.values()), values.device)
         # In one piece, where the shards are in host memory.
         parts = values.to(on_shards).split([where.numel() for where in index.values()])
         for (name, where), part in zip(index.items(), parts, strict=True):
-            self.shards[name][where.to(on_shards)] = part
+            self.storages[name].write(where.to(on_shards), part)
+
+    def _write_all(self) -> None:
+        """Write every entry that is trained, and those that were."""
+        dropped = self.dropped
+        values = (dropped.base.float() + dropped.delta).to(self.base.dtype)
+        self._write(self.rank_shards.from_keys(dropped.key), values)
+        self.write_through()
 
     @torch.no_grad()
     def _inherit(self, previous: SparseState, entries: Entries, revert: bool) -> None:
@@ -163,17 +181,22 @@ class SparseState:
         return EntryTable(self.rank_shards.to_global(local), {"delta": self.dropped.delta})
 
     @torch.no_grad()
-    def restore(self, delta: Tensor, dropped: EntryTable) -> None:
-        """Restore saved deltas, of the mask's and of dropped entries; the shards hold pretrained values."""
+    def restore(self, delta: Tensor, dropped: EntryTable, all_dropped: dict[str, Tensor]) -> None:
+        """Restore saved deltas, of the mask's and of dropped entries, where no other entry was trained.
+
+        Args:
+            all_dropped: weight -> [n] sorted global indices of the dropped entries of all ranks.
+        """
         self.delta.copy_(delta)
         nothing = torch.zeros(0, dtype=torch.int64)
-        index = {name: dropped.index.get(name, nothing) for name in self.shards}
+        index = {name: dropped.index.get(name, nothing) for name in self.storages}
         local = {name: i.to(self.device) for name, i in self.rank_shards.to_local(index).items()}
         key = self.rank_shards.keys(local, self.device)
-        delta = dropped.columns["delta"].to(self.device)
-        self.dropped = Entries(key, self._read(local), delta)
-        self._write(local, (self.dropped.base.float() + delta).to(self.base.dtype))
-        self.write_through()
+        on_shards = {name: where.to(self.storages[name].device) for name, where in local.items()}
+        self.dropped = Entries(key, self._read(on_shards), dropped.columns["delta"].to(self.device))
+        for name, storage in self.storages.items():
+            storage.hold(all_dropped.get(name, nothing), adds=True)
+        self._write_all()
 
     @torch.no_grad()
     def write_through(self) -> None:

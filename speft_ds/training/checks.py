@@ -96,7 +96,7 @@ def check_space(context: TrainContext, num_steps: int) -> None:
     if train.checkpoint_every is None:
         return
     number = num_checkpoints(train, num_steps)
-    num_trained = context.num_trainable + sum(head.weight.ds_numel for head in context.heads.values())
+    num_trained = context.num_trainable + sum(head.numel for head in context.heads.values())
     needed = number * checkpoint_entry(recipe) * num_trained
 
     def check() -> None:

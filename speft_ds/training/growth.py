@@ -24,7 +24,6 @@ from speft_ds.sparse.mask import Mask
 from speft_ds.training.checkpoint.parts import Parts, Snapshot
 from speft_ds.training.schedule import Schedule, shards_of
 from speft_ds.training.setup import TrainContext
-from speft_ds.zero.shards import own_elements
 
 Grown = tuple[dict[str, Tensor], list[int]]  # weight -> local indices; how many there are of each group
 
@@ -134,8 +133,8 @@ class AccumulatedGradient(DropGrow):
         left = self.recipe.update_every - step % self.recipe.update_every  # until the mask changes, with this
         if left > self.recipe.growth_steps or not self.is_time(step + left - 1):
             return None
-        weight = self.context.targets[name].weight
-        total = self.dense[name] = ShardSum(weight, own_elements(weight)[0].device)
+        target = self.context.targets[name]
+        total = self.dense[name] = ShardSum(target.numel, target.device)
         return lambda *factors: total.add(weight_gradient(*factors))
 
     def after_step(self, step: int, skipped: bool = False) -> None:

@@ -8,6 +8,7 @@ same on all ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -26,10 +27,11 @@ from speft_ds.sparse.optim.clipping import Clip
 from speft_ds.sparse.optim.lr_schedule import make_lr_schedule
 from speft_ds.sparse.optim.optimizers import OptimizerState, make_optimizer
 from speft_ds.sparse.state import SparseState
+from speft_ds.sparse.storage import storage_of
 from speft_ds.training.checkpoint.parts import Parts, Snapshot
 from speft_ds.training.setup import TrainContext
 from speft_ds.zero.engine import Trainable
-from speft_ds.zero.shards import changing_shards, shard_of
+from speft_ds.zero.shards import changing_shards
 
 OWN = "optimizer."  # of the optimizer, among a rank's own tensors in a checkpoint
 
@@ -90,7 +92,9 @@ class Schedule:
         self.first_mask = _on_cpu(mask)
         self.changes: list[dict] = []
         self.layers = LayerSampler(self.recipe, recipe.seed, list(mask.shape))
-        self.state = self._make_state(mask)
+        self.storages = {name: storage_of(target) for name, target in context.trained.items()}
+        with self._changing_shards():
+            self.state = self._make_state(mask)
         self.optimizer = make_optimizer(self.state.delta, recipe.optimizer, self.recipe.has_entry_steps)
         self.lr_schedule = make_lr_schedule(self.optimizer, recipe.optimizer, num_steps)
         self._attach()
@@ -98,8 +102,11 @@ class Schedule:
     def _make_state(
         self, mask: Mask, previous: SparseState | None = None, revert: bool = False
     ) -> SparseState:
-        shards = {name: shard_of(target.weight) for name, target in self.context.trained.items()}
-        return SparseState(mask, shards, previous, revert, target_shapes(self.context.heads))
+        exact = previous is None and self.recipe.start == "exact"
+        return SparseState(mask, self.storages, previous, revert, target_shapes(self.context.heads), exact)
+
+    def _changing_shards(self) -> AbstractContextManager[None]:
+        return changing_shards([p for target in self.context.trained.values() for p in target.written])
 
     def _attach(self) -> None:
         recipe = self.context.recipe
@@ -144,7 +151,7 @@ class Schedule:
         """Train another mask from here on; `revert` as for SparseState. Kept entries keep their moments."""
         kept = overlap(self.mask, mask)
         old_key = self.state.keys()
-        with changing_shards([target.weight for target in self.context.trained.values()]):
+        with self._changing_shards():
             self.state = self._make_state(mask, self.state, revert)
         self.optimizer.remap_state(self.state.delta, *locate(old_key, self.state.keys()))
         self._attach()
@@ -193,8 +200,9 @@ class Schedule:
             self.first_mask = _on_cpu(parts.mask("first", self.mask.shape))
         spans = self.state.rank_shards.spans
         columns = parts.table("trained", spans).columns
-        with changing_shards([target.weight for target in self.context.trained.values()]):
-            self.state.restore(columns.pop("delta"), parts.table("dropped", spans))
+        with self._changing_shards():
+            dropped = parts.table("dropped", spans)
+            self.state.restore(columns.pop("delta"), dropped, parts.index("dropped"))
         as_many_ranks = len(parts.paths) == collectives.world_size()
         own = parts.own(collectives.rank()) if as_many_ranks else {}
         own = {name.removeprefix(OWN): value for name, value in own.items() if name.startswith(OWN)}

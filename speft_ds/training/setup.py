@@ -24,6 +24,7 @@ from speft_ds.model.linear_cross_entropy import find_head_loss
 from speft_ds.model.load_model import fill_head, load_base
 from speft_ds.model.longrope import rotate_by_row
 from speft_ds.model.loss import NextToken, RowClass
+from speft_ds.model.quantise import quantise
 from speft_ds.model.reach import Reach, find_reach
 from speft_ds.model.targets import all_weights, find_targets, target_shapes, tied_targets
 from speft_ds.model.weight_grad_hooks import weight_grad_hooks
@@ -52,6 +53,7 @@ class TrainContext:
         fingerprint: of the weights as they are loaded.
         fingerprint_bfloat16: of the weights rounded to bfloat16: one for all dtypes that a checkpoint may be
             loaded in.
+        quantised: names of the weights that are in `model.base_format`.
         objective: (module, batch, temperature) -> summed loss, and the number of correct classes or None.
         costs: what `train.sparse_backend: auto` chooses by, the same on all ranks; None: rules of thumb.
     """
@@ -66,6 +68,7 @@ class TrainContext:
     num_trainable: int
     fingerprint: str
     fingerprint_bfloat16: str
+    quantised: list[str]
     objective: NextToken | RowClass
     costs: KernelCosts | None = None
 
@@ -102,15 +105,17 @@ def load_context(
     """
     train, ds_config = recipe.train, load_ds_config(recipe, collectives.world_size(), trains)
     model, heads = _load_model(recipe, data, ds_config)
+    own = fingerprint(model)
+    rounded = own if recipe.model.dtype == "bfloat16" else fingerprint(model, torch.bfloat16)
+    quantised = []
+    if recipe.model.base_format is not None:
+        quantised = quantise(model, recipe.model.base_format, recipe.mask.needs_original)
     targets = _find_targets(model, loaded, recipe)
     _note_noise(model)
     if train.activation_checkpointing != "none":
         model.gradient_checkpointing_enable({"use_reentrant": train.activation_checkpointing == "reentrant"})
-    own = fingerprint(model)
-    rounded = own if recipe.model.dtype == "bfloat16" else fingerprint(model, torch.bfloat16)
-    engine = build_engine(
-        model, ds_config, [t.weight for t in (targets | heads).values()], recipe.walks_all_layers
-    )
+    written = [weight for target in (targets | heads).values() for weight in target.written]
+    engine = build_engine(model, ds_config, written, recipe.walks_all_layers)
     # All, not the targets alone: torch's own linear would keep the gathered weight alive until its backward.
     for target in (all_weights(model) | heads).values():
         target.adapt(recomputes_input=train.activation_checkpointing == "none")
@@ -127,6 +132,7 @@ def load_context(
         num_trainable=loaded.num_trainable if loaded else num_trainable(recipe.mask, shapes),
         fingerprint=own,
         fingerprint_bfloat16=rounded,
+        quantised=quantised,
         objective=_make_objective(engine, recipe),
         costs=costs,
     )
@@ -242,8 +248,10 @@ def base_facts(context: TrainContext) -> dict:
     """Which base this is, for files made from it: masks and adapters."""
     recipe, data = context.recipe, context.data
     classifier = {"classes": data.classes, "pad_token_id": data.pad_id, "row_ends_with_eos": True}
+    few_bits = {"base_format": recipe.model.base_format, "quantised": context.quantised}
     return {
         **(classifier if classifies(recipe) else {}),
+        **(few_bits if context.quantised else {}),
         "task": recipe.model.task,
         "base": recipe.model.name_or_path,
         "dtype": recipe.model.dtype,
@@ -270,6 +278,7 @@ def scored_model_facts(context: TrainContext, adapter: str | None = None) -> dic
         "fingerprint": context.fingerprint,
         "dtype": own.dtype,
         **({"attention": own.attention} if own.attention != "auto" else {}),
+        **({"base_format": own.base_format} if own.base_format else {}),
         "settings": hashlib.sha256(text.encode()).hexdigest(),
         "adapter": adapter,
     }

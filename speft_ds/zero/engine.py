@@ -147,9 +147,9 @@ class SparseEngine(DeepSpeedEngine):
 
     def attach(self, trained: Trainable) -> None:
         """Train this from here on: at the start, and after every change of the mask."""
-        parameters = dict(self.module.named_parameters())
         self.optimizer.trained = trained
-        self.optimizer.weights = [parameters[name] for name in trained.state.shards]
+        storages = trained.state.storages.values()
+        self.optimizer.weights = [weight for storage in storages for weight in storage.written]
         self.lr_scheduler = trained.lr_scheduler
         self.forget_trace()  # backwards may end elsewhere from here on
 

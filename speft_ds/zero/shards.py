@@ -77,6 +77,27 @@ def stack_size(parameter: nn.Parameter) -> int | None:
     return shape[0] if len(shape) == 3 else None
 
 
+def shard_like(other: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """A new frozen parameter, cut over the ranks as `other` is, its shards where those of `other` are.
+
+    Args:
+        values: the same on every rank; all ranks call this together.
+    """
+    parameter = nn.Parameter(values, requires_grad=False)
+    other.convert_to_zero_parameters([parameter])
+    parameter.ds_persist = False
+    return parameter
+
+
+@contextmanager
+def gathered(*parameters: nn.Parameter) -> Iterator[None]:
+    """Inside the block these weights are complete; all ranks enter it together, and write to none."""
+    import deepspeed  # late: not all readers train
+
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield
+
+
 @contextmanager
 def changing_shards(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Around every write to shards of these weights: none is gathered, and later gathers wait for the write.

@@ -15,6 +15,8 @@ from speft_ds.adapter.format import Adapter
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate
+from speft_ds.model.codecs import codec
+from speft_ds.model.kinds.quantised import QuantisedLinear
 from speft_ds.training.checkpoint.resume import Start
 from speft_ds.training.trainer import Trainer
 
@@ -55,12 +57,18 @@ def start(recipe: Recipe, begin: Start | None = None) -> Trainer:
 
 
 def whole_weights(model) -> Dense:
-    """Copies of all gathered weights, on every rank, on the CPU."""
+    """Copies of all gathered weights, on every rank, on the CPU; in few bits, with what is trained."""
     import deepspeed
 
-    parameters = dict(model.named_parameters())
+    in_few_bits = {n: m for n, m in model.named_modules() if isinstance(m, QuantisedLinear)}
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[0] not in in_few_bits or name.endswith(".bias")
+    }
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
-        return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+        found = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+    return found | {f"{name}.weight": linear.live_weight().cpu() for name, linear in in_few_bits.items()}
 
 
 def whole_entries(trainer: Trainer, own: Tensor) -> dict[str, Tensor]:
@@ -80,7 +88,20 @@ def plain_model(recipe: Recipe):
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, recipe.model.dtype)
-    return AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path, dtype=dtype)
+    if recipe.model.base_format is not None:
+        through_codec(model, recipe.model.base_format)
+    return model
+
+
+@torch.no_grad()
+def through_codec(model, base_format: str) -> None:
+    """Give the linears of the decoder layers the values that a base in few bits has."""
+    coder = codec(base_format)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            weight = module.weight
+            weight.copy_(coder.decode(*coder.encode(weight), tuple(weight.shape), weight.dtype))
 
 
 def rows_of(trainer: Trainer, step: int) -> list:

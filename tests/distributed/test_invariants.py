@@ -34,6 +34,25 @@ RUNS = {  # checkpoint, sections, splits
     "one entry": ("untied", {"mask": {"density": None, "num_trainable": 1}}, MANY),
 }
 RUNS |= {
+    "nf4": ("untied", {"model": {"base_format": "nf4"}}, EVERY),
+    "bfp6": ("tied", {"model": {"base_format": "bfp6"}}, ONE_OR_TWO),
+    "mxfp4 bfloat16": ("untied", {"model": {"base_format": "mxfp4", "dtype": "bfloat16"}}, RANKS),
+    "nf4 columns": (
+        "bias",
+        {
+            "model": {"base_format": "nf4"},
+            "mask": {"compute": 0.3},
+            "train": {"sparse_backend": "columns", "activation_checkpointing": "non_reentrant"},
+        },
+        TWO,
+    ),
+    "nf4 few entries": (
+        "untied",
+        {"model": {"base_format": "nf4"}, "mask": {"density": None, "num_trainable": 9}},
+        MANY,
+    ),
+}
+RUNS |= {
     f"{checkpointing} {backend}": (
         "untied",
         {"train": {"activation_checkpointing": checkpointing, "sparse_backend": backend}},

@@ -37,6 +37,10 @@ def merge(
     max_shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="of a file, like 5GB; default: files as the base has")
     ] = None,
+    onto: Annotated[
+        Literal["trained", "original"],
+        typer.Option(help="of a base in few bits: as it was trained, or as the checkpoint has it"),
+    ] = "trained",
 ) -> None:
     """Write adapter and base as an ordinary checkpoint, which any tool loads.
 
@@ -45,7 +49,7 @@ def merge(
     from speft_ds.adapter.merge import merge  # late, as below: these import torch
     from speft_ds.evaluation.scores import card_scores
 
-    merged = merge(base, adapter, output, alpha, dtype, max_shard_size, card_scores(adapter))
+    merged = merge(base, adapter, output, alpha, dtype, max_shard_size, card_scores(adapter), onto)
     if merged.note:
         log_rank0(f"note: the complete base was loaded: {merged.note}")
     typer.echo(f"{merged.num_changed:,} entries, {merged.num_bytes / 2**30:.2f} GiB, read back and compared")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from speft_ds.model.kinds import conv1d, experts, linear, linear_subclass
+from speft_ds.model.kinds import conv1d, experts, linear, linear_subclass, quantised
 from speft_ds.model.kinds.target import Target
 
 KINDS = (linear, linear_subclass, conv1d, experts)
@@ -17,6 +17,8 @@ KINDS = (linear, linear_subclass, conv1d, experts)
 
 def find_weights(module: nn.Module) -> dict[str, Target]:
     """The weights of a module itself, not of its children, that may be trained, by attribute."""
+    if isinstance(module, quantised.QuantisedLinear):
+        return {"weight": quantised.QuantisedTarget(module, "weight", quantised)}
     for kind in KINDS:
         if found := kind.find(module):
             # A computed one, as of a weight norm, is no parameter.

@@ -97,25 +97,10 @@ def read_geometry(recipe: Recipe) -> Geometry:
 
 def _keep_reached(config, task: str, dtype: str, targets: dict, are_chosen: bool) -> tuple[dict, list[str]]:
     """The targets that a text forward reaches, and what to say of it."""
-    import torch
+    from speft_ds.model.reach import reach_without_values
 
-    from speft_ds.model.attention import reads_packing
-    from speft_ds.model.fake_tensors import fake_tensors
-    from speft_ds.model.reach import find_reach
-    from speft_ds.model.targets import all_weights
-
-    for device in (fake_tensors(), torch.device("meta")):
-        try:
-            with device, reads_packing(False):
-                model = build_model(config, task, dtype).requires_grad_(False)
-                weights = all_weights(model)
-                for target in weights.values():
-                    target.adapt()
-                reach = find_reach(model, {name: weights[name] for name in targets})
-            break
-        except Exception:  # any type: a family's code may compute with values, which neither has
-            continue
-    else:
+    reach = reach_without_values(lambda: build_model(config, task, dtype), list(targets))
+    if reach is None:
         return targets, ["note: how far training reaches in this model, a run will tell"]
     kept = {name: target for name, target in targets.items() if name in reach.fed}
     return kept, reach.lines(kept, [name for name in targets if name not in kept], are_chosen)

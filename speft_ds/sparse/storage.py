@@ -1,0 +1,104 @@
+"""Where the values of trained entries live: in the shard of their weight, or beside a weight in few bits.
+
+Either way an entry belongs to the rank whose shard of the weight it lies in, so masks, gradients, optimizers
+and checkpoints do not ask. All of it is in local indices: flat ones into this rank's shard of the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from speft_ds.comm import collectives
+from speft_ds.model.kinds.quantised import QuantisedLinear, QuantisedTarget
+from speft_ds.model.kinds.target import Target
+from speft_ds.sparse.layout import Layout
+from speft_ds.zero.shards import shard_of, shard_range
+
+
+class InPlace:
+    """Entries in the shard of their weight, where the pretrained values were."""
+
+    def __init__(self, weight: nn.Parameter):
+        self.written, self.shard = [weight], shard_of(weight)
+
+    @property
+    def device(self) -> torch.device:
+        return self.shard.device
+
+    def hold(self, index: Tensor, adds: bool = False) -> None:
+        """There is room for every entry."""
+
+    def pretrained(self, local: Tensor) -> Tensor:
+        """[n] the values at local indices, of which none was trained yet."""
+        return self.shard[local]
+
+    def original(self, local: Tensor) -> Tensor:
+        """[n] the values at local indices as the checkpoint has them, of which none was trained yet."""
+        return self.shard[local]
+
+    def write(self, local: Tensor, values: Tensor) -> None:
+        self.shard[local] = values
+
+
+class Overlay:
+    """Entries whose values lie beside a weight in few bits, which stays as it is.
+
+    The values are a ZeRO-3 parameter, of which each rank's shard has room for as many as the rank with most
+    entries owns: so an entry's value lies with the rank that owns the entry, whatever the others own.
+
+    Attributes:
+        own: [n] sorted local indices of this rank's entries that have a value.
+    """
+
+    def __init__(self, linear: QuantisedLinear):
+        self.linear = linear
+        rows, columns = linear.shape
+        self.numel = rows * columns
+        self.start, _ = shard_range(self.numel, collectives.rank(), collectives.world_size())
+        self.own = torch.empty(0, dtype=torch.int64, device=self.device)
+
+    @property
+    def written(self) -> list[nn.Parameter]:
+        return [] if self.linear.values is None else [self.linear.values]
+
+    @property
+    def device(self) -> torch.device:
+        return shard_of(self.linear.packed).device
+
+    def hold(self, index: Tensor, adds: bool = False) -> None:
+        """Make room for other entries; all ranks call this together, and write all of them after it.
+
+        Args:
+            index: [k] sorted flat indices, the same on every rank.
+            adds: whether those that there is room for now stay.
+        """
+        if adds and self.linear.index is not None:
+            index = torch.cat([self.linear.index, index.to(self.linear.index)]).unique()
+        layout = Layout.of({"": index}, {"": self.numel}, collectives.world_size())
+        first, last = layout.bounds[""][collectives.rank() :][:2]
+        self.own = (index[first:last] - self.start).to(self.device)
+        self.linear.hold(index.to(collectives.device()), layout.counts(""))
+
+    def pretrained(self, local: Tensor) -> Tensor:
+        """[n] the decoded values at local indices, trained or not; all ranks call this together."""
+        return self.linear.pretrained().view(-1)[local.to(collectives.device()) + self.start].to(self.device)
+
+    def original(self, local: Tensor) -> Tensor:
+        """[n] the values at local indices as the checkpoint has them."""
+        return self.linear.original[local.to(self.linear.original.device)].to(self.device)
+
+    def write(self, local: Tensor, values: Tensor) -> None:
+        """Set the values of entries that there is room for."""
+        if not local.numel():
+            return
+        shard = shard_of(self.linear.values)
+        if local.numel() == self.own.numel():  # all of them, in order
+            shard[: local.numel()] = values
+        else:
+            shard[torch.searchsorted(self.own, local)] = values
+
+
+def storage_of(target: Target) -> InPlace | Overlay:
+    """Where the entries of a weight live."""
+    return Overlay(target.module) if isinstance(target, QuantisedTarget) else InPlace(target.weight)

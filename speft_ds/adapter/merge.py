@@ -121,7 +121,7 @@ def merge(
         max_shard_size: of a file, as `5GB` or in bytes; None: files as the base has them.
         scores: of the run, by `evaluation.scores.card_scores`: for the card, where they are those of the
             merged weights.
-        onto: for a base that was in few bits: `trained`, the weights as the run decoded them; `original`, those
+        onto: of a base in few bits: `trained`, the weights as the run decoded them; `original`, those
             of the checkpoint, which are nearer to the pretrained model and not those that were trained.
     Raises:
         UserError: another base, an output that is not empty, too little space, or nothing to merge with.

@@ -8,10 +8,8 @@ from __future__ import annotations
 import math
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, silu
-from transformers import AutoConfig
 
 from speft_ds.data.dataset import Row
 
@@ -22,14 +20,13 @@ class Llama:
     """A checkpoint's weights in fp64, with the forward pass written out.
 
     Args:
-        folder: a Llama checkpoint in one file.
+        model: a Llama, as transformers loads it.
         targets: names of the weights that are scored.
     """
 
-    def __init__(self, folder: str, targets: list[str]):
-        self.config = AutoConfig.from_pretrained(folder)
-        weights = load_file(f"{folder}/model.safetensors")
-        self.weights = {name: weight.double() for name, weight in weights.items()}
+    def __init__(self, model, targets: list[str]):
+        self.config = model.config
+        self.weights = {name: weight.detach().double() for name, weight in model.named_parameters()}
         self.targets = {name: self.weights[name].requires_grad_() for name in targets}
 
     def logits(self, hidden: Tensor, weights: Weights, linear: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ from speft_ds.sparse.state import SparseState
 from speft_ds.training.run_dir import run_facts
 from speft_ds.training.setup import base_facts
 from speft_ds.training.trainer import Trainer
-from speft_ds.zero.shards import shard_range
+from speft_ds.zero.shards import shard_numel, shard_range
 
 
 def dense_mask(mask: Mask) -> Dense:
@@ -28,11 +28,12 @@ def dense_mask(mask: Mask) -> Dense:
 
 def whole(state: SparseState, key: Tensor, values: Tensor) -> Dense:
     """All ranks' values at keys of their shards (laid end to end); 0 elsewhere. On the CPU."""
-    own = torch.zeros(sum(shard.numel() for shard in state.shards.values()), dtype=values.dtype)
+    shapes = state.mask.shape.items()
+    lengths = [shard_numel(rows * columns, collectives.world_size()) for _, (rows, columns) in shapes]
+    own = torch.zeros(sum(lengths), dtype=values.dtype)
     own[key.cpu()] = values.cpu()
     by_rank = torch.stack(collectives.all_gather_objects(own))
-    pieces = by_rank.split([shard.numel() for shard in state.shards.values()], dim=1)
-    shapes = state.mask.shape.items()
+    pieces = by_rank.split(lengths, dim=1)
     return {n: p.reshape(-1)[: s[0] * s[1]].view(s) for (n, s), p in zip(shapes, pieces, strict=True)}
 
 
@@ -93,8 +94,8 @@ def check_changing_mask(recipe: Recipe) -> dict:
 
     def after_step(step: int, skipped: bool) -> None:
         stepped.update(live_deltas(trainer.state))
-        for linear in trainer.targets.values():
-            linear.weight.all_gather()  # a whole copy, which a change of the shards must not leave behind
+        for weight in (weight for target in trainer.targets.values() for weight in target.written):
+            weight.all_gather()  # a whole copy, which a change of the shards must not leave behind
         change(step, skipped)
 
     trainer.schedule.after_step = after_step

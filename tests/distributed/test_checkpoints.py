@@ -56,11 +56,13 @@ def recipe(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), [(c, "float32") for c in CASES] + [(c, "bfloat16") for c in IN_BFLOAT16]
+    ("case", "model"),
+    [(case, {}) for case in CASES]
+    + [(case, {"dtype": "bfloat16"}) for case in IN_BFLOAT16]
+    + [("periodic after two changes", {"dtype": "bfloat16", "base_format": "nf4"})],
 )
-def test_resumed_is_uninterrupted(ranks, recipe, case, dtype):
+def test_resumed_is_uninterrupted(ranks, recipe, case, model):
     optimizer, mask, stop, num_changes = CASES[case]
-    model = {"dtype": dtype}
     recipe_of = lambda folder: recipe(folder, mask, optimizer, model=model)  # noqa: E731
     whole = assert_resumed_is_uninterrupted(ranks, recipe_of, stop)
     assert len(whole["changes"]) == num_changes
@@ -68,18 +70,22 @@ def test_resumed_is_uninterrupted(ranks, recipe, case, dtype):
     assert [bool(of_rank) for of_rank in own] == ["8bit" in optimizer.get("name", "")] * 2
 
 
+NF4 = {"base_format": "nf4"}
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "mask"),
-    [(ADAMW, mask) for mask in ({}, PERIODIC, SFT_AG, SFT_MA, TOPK, SAMPLED, HALF)]
-    + [(ADAMW_8BIT, {}), (ADAMW_8BIT, PERIODIC)],
+    ("optimizer", "mask", "model"),
+    [(ADAMW, mask, {}) for mask in ({}, PERIODIC, SFT_AG, SFT_MA, TOPK, SAMPLED, HALF)]
+    + [(ADAMW_8BIT, {}, {}), (ADAMW_8BIT, PERIODIC, {})]
+    + [(ADAMW, {"start": "exact"}, NF4), (ADAMW, PERIODIC, NF4)],
 )
-def test_any_number_of_ranks_goes_on(ranks, recipe, optimizer, mask):
+def test_any_number_of_ranks_goes_on(ranks, recipe, optimizer, mask, model):
     """1 -> 2 -> 4 -> 1 ranks, each with another micro-batch: the same rows and masks, equal to 1e-5, or as
     far as 8 bits are, which are rounded in blocks that depend on the ranks.
     """
 
     def piece(folder, world_size, micro_batch, stop, checkpoint=None):
-        made = recipe(folder, mask, optimizer, train={"micro_batch": micro_batch})
+        made = recipe(folder, mask, optimizer, train={"micro_batch": micro_batch}, model=model)
         return ranks(world_size)(run_piece, recipe=made, stop=stop, checkpoint=checkpoint)[0]
 
     whole, checkpoint, ids, losses = piece("whole", 1, 2, STEPS), None, [], []

@@ -29,6 +29,8 @@ CASES = {
     "periodic columns": {**PERIODIC, "compute": 0.3},
     "sft_ag columns": {**AG, "compute": 0.3},
     "sft_ma columns per_layer": {**MA, "compute": 0.4, "budget": "per_layer"},
+    "periodic nf4": PERIODIC,
+    "sft_ag int8": AG,
     "grad_topk": TOPK,
     "half": HALF,
     "sampled": SAMPLED,
@@ -44,7 +46,8 @@ TRAIN = {
     "sft_ag crowded": {"reduce_bucket": 5000},  # 16,065 entries
     "periodic half": {"activation_checkpointing": "reentrant", "sparse_backend": "dense"},
 }
-OTHER_WORLD_SIZES = ["periodic", "sft_ag cosine per_layer", "sft_ma", "grad_topk half"]
+MODEL = {"periodic nf4": {"base_format": "nf4"}, "sft_ag int8": {"base_format": "int8"}}
+OTHER_WORLD_SIZES = ["periodic", "periodic nf4", "sft_ag cosine per_layer", "sft_ma", "grad_topk half"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,7 +64,8 @@ def recipe_of(tiny, folder, case):
     # 2e-5 of the last bits of one entry in 10,000.
     optimizer = {"weight_decay": 0.1, "eps": 1e-5}
     train = {"steps": 30, **TRAIN.get(case, {})}
-    return make_recipe(tiny, folder, mask=CASES[case], optimizer=optimizer, train=train)
+    model = MODEL.get(case, {})
+    return make_recipe(tiny, folder, mask=CASES[case], optimizer=optimizer, train=train, model=model)
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +140,17 @@ CHANGING = {
     "sampled": {"layer_gate": "sampled", "gate_every": 2, "gate_layers": 1},
 }
 FOUR_RANKS = ["periodic", "sft_ag", "periodic few", "sft_ag few"]
+IN_FEW_BITS = ["periodic", "sft_ma", "sft_ag few"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("case", "world_size"), [(case, 2) for case in CHANGING] + [(case, 4) for case in FOUR_RANKS]
+    ("case", "world_size", "model"),
+    [(case, 2, {"dtype": dtype}) for case in CHANGING for dtype in ("float32", "bfloat16")]
+    + [(case, 4, {"dtype": dtype}) for case in FOUR_RANKS for dtype in ("float32", "bfloat16")]
+    + [(case, 2, {"dtype": "bfloat16", "base_format": "nf4"}) for case in IN_FEW_BITS],
 )
-def test_invariants_under_a_changing_mask(ranks, recipe, case, world_size, dtype):
-    made = recipe(mask=CHANGING[case], model={"dtype": dtype}, train={"steps": 7})
+def test_invariants_under_a_changing_mask(ranks, recipe, case, world_size, model):
+    made = recipe(mask=CHANGING[case], model=model, train={"steps": 7})
     seen = ranks(world_size)(schedule_checks.check_changing_mask, recipe=made)[0]
     assert seen["moved"] > 0
     assert seen["changes"] == (3 if "update_every" in CHANGING[case] else 0)
@@ -151,10 +158,12 @@ def test_invariants_under_a_changing_mask(ranks, recipe, case, world_size, dtype
     assert (seen["reverted"] > 0) == ("sft" in case)
 
 
+@pytest.mark.parametrize("base_format", [None, "nf4"])
 @pytest.mark.parametrize("salience", ["synflow", "grasp"])
-def test_scoring_in_mid_run_gives_the_trained_weights_back(ranks, recipe, salience):
+def test_scoring_in_mid_run_gives_the_trained_weights_back(ranks, recipe, salience, base_format):
     """These two change the weights to score them."""
-    made = recipe(mask={"schedule": "periodic", **TWO, "salience": salience})
+    mask = {"schedule": "periodic", **TWO, "salience": salience}
+    made = recipe(mask=mask, model={"base_format": base_format})
     seen = ranks(2)(schedule_checks.check_changing_mask, recipe=made)[0]
     assert seen["changes"] == 2 and seen["moved"] > 0
 

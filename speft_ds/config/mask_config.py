@@ -12,7 +12,9 @@ from speft_ds.errors import UserError
 
 MASK_FILE = "mask.safetensors"  # in the folder that `speft score` leaves
 
-ScoredOnRows = Literal["gradient", "snip", "force", "taylor_fo", "fisher", "grasp", "grad_low_magnitude"]
+ScoredOnRows = Literal[
+    "gradient", "snip", "force", "taylor_fo", "fisher", "grasp", "grad_low_magnitude", "quant_error"
+]
 ScoredOnWeights = Literal["magnitude", "low_magnitude", "synflow", "random", "lift"]
 NEEDS_DATA = frozenset(get_args(ScoredOnRows))
 _DROP_GROW = Needs("schedule", ("drop_grow",))
@@ -134,7 +136,7 @@ class MaskConfig(ConfigSection):
     @property
     def needs_original(self) -> bool:
         """Whether the weights are looked at as they were before they were put into few bits."""
-        return self.start == "exact"
+        return self.start == "exact" or (self.is_scored and self.salience == "quant_error")
 
     @property
     def has_entry_steps(self) -> bool:

@@ -74,6 +74,16 @@ class Recipe(ConfigSection):
             raise broken_rule(what, fix, key="mask.salience")
         return mask
 
+    @field_validator("mask")
+    @classmethod
+    def _has_lost_something(cls, mask: MaskConfig, info: ValidationInfo) -> MaskConfig:
+        if mask.needs_original and "model" in info.data and info.data["model"].base_format is None:
+            key, value = ("start", "exact") if mask.start == "exact" else ("salience", "quant_error")
+            what = f"mask.{key}={value} is of what a base in few bits lost, and model.base_format is null"
+            fix = f"model.base_format=nf4, or mask.{key}={MaskConfig.model_fields[key].default}"
+            raise broken_rule(what, fix, key=f"mask.{key}")
+        return mask
+
     @field_validator("train")
     @classmethod
     def _is_long_enough(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
@@ -98,6 +108,9 @@ class Recipe(ConfigSection):
         if value.tasks and "model" in info.data and info.data["model"].task != "causal_lm":
             what = "lm-eval tasks need a language model, and model.task=sequence_classification is none"
             raise broken_rule(what, "eval.tasks=[]; metrics.jsonl has the accuracy", key="eval.tasks")
+        if value.mode == "gathered" and "model" in info.data and info.data["model"].base_format is not None:
+            what = "eval.mode=gathered copies complete weights, and model.base_format has none"
+            raise broken_rule(what, "eval.mode=auto", key="eval.mode")
         if "train" in info.data and info.data["train"].keep_best and value.validation is None:
             fix = "eval.validation=rows.jsonl, or train.keep_best=false"
             raise broken_rule("train.keep_best needs a validation loss to go by", fix, key="train.keep_best")

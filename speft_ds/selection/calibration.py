@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -117,6 +118,39 @@ class Scorer:
                 (loss * (scale if mine else 0.0)).backward()
                 self.engine.after_plain_backward()
         return {name: total.value for name, total in sums.items()}
+
+    def column_squares(self, targets: dict[str, Target]) -> Scores:
+        """weight -> [in] fp32: mean square of each input of the layer, over the calibration set's tokens.
+
+        The batches are added in order, whichever rank had them, so the bits are those of one rank.
+
+        Args:
+            targets: linears, each of which sees every token.
+        """
+        parts: dict[str, list[Tensor]] = {name: [] for name in targets}
+        for batch, mine in self.rows().batches():
+            length = batch["input_ids"].shape[1]
+            is_real = (torch.arange(length) < batch["lengths"][:, None]).flatten().to(collectives.device())
+
+            def add(name: str, x: Tensor, grad_y: Tensor, counts=is_real * mine) -> None:
+                squares = x.reshape(-1, x.shape[-1]).float().square()
+                parts[name].append((squares * counts[:, None]).sum(0))
+
+            with weight_grad_hooks(targets, {name: partial(add, name) for name in targets}):
+                self.loss(self.engine.module, batch, 1.0).backward()
+                self.engine.after_plain_backward()
+        num_tokens = sum(len(row.ids) for row in self.rows().rows)
+        return {name: _in_order(torch.stack(of_rank)) / num_tokens for name, of_rank in parts.items()}
+
+
+def _in_order(parts: Tensor) -> Tensor:
+    """[n] the sum over ranks of [batches of a rank, n], as if one rank had added all batches in order."""
+    size = collectives.world_size()
+    by_rank = torch.stack(collectives.all_gather_padded(parts.reshape(-1), [parts.numel()] * size))
+    total = parts.new_zeros(parts.shape[1])
+    for part in by_rank.view(size, *parts.shape).transpose(0, 1).flatten(0, 1):
+        total += part
+    return total
 
 
 def weight_gradient(x: Tensor, grad_y: Tensor, ends: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from speft_ds.comm import collectives
 from speft_ds.data.collate import IGNORED
 from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import mix64
+from speft_ds.model.kinds.quantised import QuantisedTarget
 from speft_ds.model.kinds.target import Target
 from speft_ds.model.quantise import dense_weights, plain_parameters
 from speft_ds.model.weight_grad_hooks import weight_grad_hooks
@@ -213,6 +214,27 @@ def set_weights(scorer: Scorer, origin: Scores, direction: Scores, step: float) 
     with changing_shards([weight for target in scorer.targets.values() for weight in target.written]):
         for name, target in scorer.targets.items():
             target.own_values().copy_(origin[name] + direction[name] * step if step else origin[name])
+
+
+@metric
+def quant_error(scorer: Scorer) -> Scores:
+    """E[x_j^2] (w_ij - q_ij)^2: what the output of a layer loses by the weight's few bits, entry by entry.
+
+    x_j: an input of the layer; q: the decoded weight. OWQ, Lee et al., 2024, whose weak columns are
+    `mask.granularity=column` with it. A weight that is stored as it is loses nothing.
+    """
+    in_few_bits = {n: target for n, target in scorer.targets.items() if isinstance(target, QuantisedTarget)}
+    squares, scores = scorer.column_squares(in_few_bits), {}
+    for name, target in scorer.targets.items():
+        start, stop = target.own_range
+        device = scorer.device_of(target)
+        if name not in squares:
+            scores[name] = torch.zeros(stop - start, device=device)
+            continue
+        column = torch.arange(start, stop, device=squares[name].device) % target.shape[1]
+        error = target.own_error().to(column.device)
+        scores[name] = error.square_().mul_(squares[name][column]).to(device)
+    return scores
 
 
 @metric

@@ -101,7 +101,26 @@ def untouched(trainer: Trainer) -> Iterator[None]:
         assert torch.equal(bits(whole[name]), bits(parameter)), f"{name}: a stale copy"
 
 
-def expected_scores(metric: str, llama: Llama, rows: list[Row]) -> tuple[Weights, Weights]:
+def lost_by_few_bits(trainer: Trainer, llama: Llama, rows: list[Row]) -> Weights:
+    """Mean square of each input, by hooks on a plain model, times what the weight lost, squared."""
+    recipe = trainer.recipe
+    original = AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path, dtype=torch.float32)
+    before, model = dict(original.named_parameters()), plain_model(recipe)
+    squares, num_tokens = {}, sum(len(row.ids) for row in rows)
+    for name, module in model.named_modules():
+        if f"{name}.weight" in trainer.targets:
+            squares[f"{name}.weight"] = torch.zeros(module.in_features, dtype=torch.float64)
+
+            def add(module, inputs, output, total=squares[f"{name}.weight"]):
+                total += inputs[0].detach().double().square().sum((0, 1)) / num_tokens
+
+            module.register_forward_hook(add)
+    for row in rows:
+        model(input_ids=torch.tensor([row.ids]))
+    return {n: (before[n].detach() - llama.weights[n].detach()).square() * squares[n] for n in squares}
+
+
+def expected_scores(trainer: Trainer, metric: str, llama: Llama, rows: list[Row]) -> tuple[Weights, Weights]:
     """The scores in fp64, and how far fp32 ones may be from them, of whole weights."""
     weights = {name: weight.detach() for name, weight in llama.targets.items()}
     if metric in OF_GRADIENT:
@@ -117,6 +136,9 @@ def expected_scores(metric: str, llama: Llama, rows: list[Row]) -> tuple[Weights
     if metric == "lift":
         scores = dense_scores.lift(llama, LIFT_RANK)  # 1e-7 each: both are in fp64 and rounded to fp32
         return scores, {name: 1e-7 * s + 1e-12 for name, s in scores.items()}
+    if metric == "quant_error":
+        scores = lost_by_few_bits(trainer, llama, rows)
+        return scores, {name: 1e-5 * s + ROUNDING * s.max() for name, s in scores.items()}
     scores = getattr(dense_scores, metric)(llama, rows)
     largest = {name: s.abs().max() for name, s in scores.items()}
     if metric == "grasp":
@@ -146,7 +168,7 @@ def check_scores(recipe: Recipe, metrics: list[str]) -> None:
         with untouched(trainer):
             scores = score(scorer_of(trainer, salience=metric))
         try:
-            compare(trainer, scores, *expected_scores(metric, llama, rows))
+            compare(trainer, scores, *expected_scores(trainer, metric, llama, rows))
         except AssertionError as error:
             raise AssertionError(f"{metric}: {error}") from error
         on_host = score(scorer_of(trainer, salience=metric, score_device="host"))
@@ -286,8 +308,8 @@ def test_scores_are_the_dense_ones(ranks, recipe, world_size):
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_scores_of_a_base_in_few_bits(ranks, recipe, world_size):
     """Those of the decoded weights."""
-    made = recipe("rich", mask=SAMPLES, model={"base_format": "bfp6"})
-    ranks(world_size)(check_scores, recipe=made, metrics=[*METRICS, "grasp"])
+    made = recipe("rich", mask={**SAMPLES, "salience": "quant_error"}, model={"base_format": "bfp6"})
+    ranks(world_size)(check_scores, recipe=made, metrics=[*METRICS, "grasp", "quant_error"])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

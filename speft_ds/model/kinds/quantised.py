@@ -176,6 +176,12 @@ class QuantisedTarget(Target):
         start, stop = self.own_range
         return self.module.live_weight().view(-1)[start:stop].to(self.device)
 
+    def own_error(self) -> Tensor:
+        """[n] fp32 what this rank's part of the weight lost by its few bits; all ranks call this together."""
+        start, stop = self.own_range
+        decoded = self.module.pretrained().view(-1)[start:stop].float()
+        return self.module.original.to(decoded.device).float() - decoded
+
     def gather(self, owner: int) -> Tensor | None:
         weight = self.module.live_weight()
         return weight if collectives.rank() == owner else None

@@ -190,6 +190,10 @@ def check_weights(adapter: Adapter, shape: dict[str, tuple[int, ...]]) -> None:
             what = f"the adapter is a classifier's, with a head {name} of shape {expected}"
             fix = f"load the base by AutoModelForSequenceClassification, num_labels={expected[0]}"
             raise UserError(what, str(adapter.folder), fix)
+    odd = [name for name in adapter.facts.get("quantised") or () if len(shape.get(name, ())) != 2]
+    if odd:
+        what = f"the adapter is for another model: {odd[0]}, which it has in few bits, is no matrix there"
+        raise UserError(what, str(adapter.folder), f"load {adapter.facts['base']}")
     for name, expected in adapter.shape.items():
         # A stack of experts is seen as one matrix.
         if name not in shape or (math.prod(shape[name][:-1]), shape[name][-1]) != expected:

@@ -102,8 +102,13 @@ def with_adapter(recipe: Recipe, folder: Path):
     if collectives.rank() == 0:
         merge(None, folder, output)
     collectives.barrier()
-    model = {**recipe.model.model_dump(), "name_or_path": str(output), "base_format": None}
-    return plain_model(recipe.model_copy(update={"model": type(recipe.model)(**model)}))
+    return plain_model(make_plain(recipe, name_or_path=str(output)))
+
+
+def make_plain(recipe: Recipe, **changes) -> Recipe:
+    """The recipe, with another `model` section, not in few bits."""
+    model = recipe.model.model_copy(update={"base_format": None, **changes})
+    return recipe.model_copy(update={"model": model})
 
 
 def assert_same_logits(trainer: Trainer, plain) -> None:
@@ -115,6 +120,23 @@ def assert_same_logits(trainer: Trainer, plain) -> None:
         live, expected = (model(input_ids=ids).logits for model in (trainer.engine, plain.eval().to(device)))
     trainer.engine.train()
     assert torch.equal(live, expected), "other logits"
+
+
+def check_exact_start(recipe: Recipe) -> None:
+    """Before the first step the weights are the checkpoint's at the mask, and decoded ones elsewhere."""
+    trainer = start(recipe)
+    original = plain_model(make_plain(recipe))
+    decoded = {name: weight.detach() for name, weight in plain_model(recipe).named_parameters()}
+    live, num_lost = whole_weights(trainer.engine.module), 0
+    for name, weight in original.named_parameters():
+        expected = decoded[name].clone()
+        if name in trainer.mask.index:
+            index = trainer.mask.index[name].long()
+            expected.view(-1)[index] = weight.detach().view(-1)[index]
+            num_lost += int((expected != decoded[name]).sum())
+        assert torch.allclose(live[name], expected, rtol=1e-7, atol=1e-9), name
+        assert recipe.model.dtype == "float32" or torch.equal(live[name], expected), name
+    assert num_lost > 0.9 * trainer.mask.num_trainable
 
 
 def check_nothing_dense(recipe: Recipe) -> None:
@@ -164,7 +186,8 @@ def assert_nothing_dense(trainer: Trainer) -> None:
     dirty = [(name, found) for name, found in before_this_layer if found]
     assert not dirty, dirty
     assert not strays(), strays()
-    for name, linear in trainer.targets.items():
+    in_place = {name: target for name, target in trainer.targets.items() if not trainer.context.quantised}
+    for name, linear in in_place.items():
         assert linear.weight.grad is None, f"{name} has a dense gradient"
         if collectives.world_size() == 1:  # nothing is gathered: the weight is its shard
             assert linear.weight.data_ptr() == linear.weight.ds_tensor.data_ptr(), f"two copies of {name}"

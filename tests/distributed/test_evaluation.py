@@ -94,6 +94,16 @@ def recipe_for(tiny, long, folder, **more):
     return make_recipe({**tiny, "long": long / "model"}, folder, checkpoint="long", eval={**section, **more})
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_base_in_few_bits_scores_as_its_decoded_weights_do(ranks, tiny, long, tmp_path, world_size):
+    recipe = recipe_for(tiny, long, tmp_path, chat_template=True)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base_format": "nf4"})})
+    (got,) = ranks(world_size)(evaluation_checks.check_evaluation, recipe=recipe)[0]
+    wanted = ranks(1)(evaluation_checks.check_stock_evaluation, recipe=recipe)[0]
+    assert got["samples"] == wanted["samples"] and got["results"] == wanted["results"]
+    assert got["document"]["settings"]["mode"] == "sharded"
+
+
 @pytest.fixture(scope="module")
 def stock(ranks, tiny, long, tmp_path_factory):
     """By whether in the chat template: stock scores without and with 3 examples in the prompts."""

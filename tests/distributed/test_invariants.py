@@ -46,6 +46,11 @@ RUNS |= {
         },
         TWO,
     ),
+    "int8 weak columns": (
+        "untied",
+        {"model": {"base_format": "int8"}, "mask": {"salience": "quant_error", "granularity": "column"}},
+        RANKS,
+    ),
     "nf4 few entries": (
         "untied",
         {"model": {"base_format": "nf4"}, "mask": {"density": None, "num_trainable": 9}},
@@ -108,8 +113,18 @@ def test_two_runs_write_the_same_bytes(ranks, tiny, tmp_path, schedule):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_nothing_dense_survives(ranks, tiny, tmp_path, world_size):
-    ranks(world_size)(checks.check_nothing_dense, recipe=make_recipe(tiny, tmp_path))
+@pytest.mark.parametrize("base_format", [None, "nf4"])
+def test_nothing_dense_survives(ranks, tiny, tmp_path, world_size, base_format):
+    recipe = make_recipe(tiny, tmp_path, model={"base_format": base_format})
+    ranks(world_size)(checks.check_nothing_dense, recipe=recipe)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_exact_start_has_the_checkpoints_values_at_the_mask(ranks, tiny, tmp_path, world_size, dtype):
+    model = {"base_format": "bfp4", "dtype": dtype}
+    recipe = make_recipe(tiny, tmp_path, model=model, mask={"start": "exact"})
+    ranks(world_size)(checks.check_exact_start, recipe=recipe)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -18,11 +18,15 @@ from transformers import (
 
 from speft_ds import apply_adapter
 from speft_ds.adapter import merge as module
+from speft_ds.adapter.compose import compose
+from speft_ds.adapter.export import export_peft
 from speft_ds.adapter.format import Adapter
 from speft_ds.adapter.merge import merge, parse_size
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.errors import UserError
 from speft_ds.jobs.preflight import check_inputs
+from speft_ds.model.codecs import codec
+from speft_ds.model.targets import find_targets, target_shapes
 from unit.adapter.samples import (
     SCORES,
     assert_same,
@@ -167,6 +171,40 @@ def refuse(tmp_path, base, adapter, output="refused", where="", what="", **optio
     before = sorted(tmp_path.rglob("*"))
     refused(lambda: merge(base, adapter, tmp_path / output, **options), where, what)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def in_few_bits(folder, of, base_format="nf4", dtype=torch.bfloat16):
+    """An adapter of a base whose decoder linears are in few bits."""
+    names = list(target_shapes(find_targets(load(of, dtype), None)))
+    return make_adapter(folder, of, dtype, base_format=base_format, quantised=names)
+
+
+def test_a_base_in_few_bits_is_merged_as_it_was_trained_or_onto_the_original(tiny, tmp_path):
+    base, adapter = tiny["untied"], in_few_bits(tmp_path / "a", tiny["untied"])
+    stored = {name: weight.to(torch.bfloat16) for name, weight in tensors(base).items()}
+    merge(None, adapter, tmp_path / "original", onto="original")
+    assert_same(tensors(tmp_path / "original"), trained(adapter, stored))
+    merge(None, adapter, tmp_path / "trained")
+    coder, decoded = codec("nf4"), dict(stored)
+    for name in Adapter.open(adapter).facts["quantised"]:
+        weight = stored[name]
+        decoded[name] = coder.decode(*coder.encode(weight), tuple(weight.shape), weight.dtype)
+    assert any(not torch.equal(stored[name], decoded[name]) for name in stored)
+    assert_same(tensors(tmp_path / "trained"), trained(adapter, decoded))
+    plain = make_adapter(tmp_path / "b", base)
+    refuse(tmp_path, None, plain, onto="original", where="--onto")
+
+
+def test_an_adapter_of_a_base_in_few_bits_goes_onto_nothing_else(tiny, tmp_path):
+    base, adapter = tiny["untied"], in_few_bits(tmp_path / "a", tiny["untied"])
+    other = in_few_bits(tmp_path / "b", base, "int8")
+    refused(lambda: apply_adapter(load(base, torch.bfloat16), adapter), adapter, "nf4")
+    refused(lambda: export_peft(adapter, tmp_path / "peft"), adapter, "nf4")
+    refused(lambda: compose([adapter, other], tmp_path / "both"), adapter, "nf4 and int8")
+    refused(lambda: in_few_bits(tmp_path / "c", base, "int3"), tmp_path / "c", "base_format")
+    for number, name in enumerate(("model.norm.weight", "model.layers.7.mlp.up_proj.weight")):
+        odd = make_adapter(tmp_path / f"d{number}", base, base_format="nf4", quantised=[name])
+        refused(lambda odd=odd: merge(None, odd, tmp_path / "e"), odd, name)
 
 
 def test_what_cannot_be_merged_is_refused(tiny, tmp_path, monkeypatch):

@@ -126,7 +126,10 @@ def test_mistakes_neither_hide_nor_repeat_each_other(tmp_path, text, number):
 
 # The resolved recipe
 
-SALIENCES = [[f"mask.salience={name}"] for name in get_args(FIELDS["mask.salience"].annotation)]
+SALIENCES = [
+    [f"mask.salience={name}", *(["model.base_format=int8"] if name == "quant_error" else [])]
+    for name in get_args(FIELDS["mask.salience"].annotation)
+]
 OPTIMIZERS = [[f"optimizer.name={name}"] for name in get_args(FIELDS["optimizer.name"].annotation)]
 CHOICES = [
     [],

@@ -10,25 +10,27 @@ from functools import partial
 import torch
 from torch import nn
 
+from speft_ds.comm import collectives
 from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
 from speft_ds.model.codecs import codec
 from speft_ds.model.kinds.quantised import QuantisedLinear
 from speft_ds.model.reach import reach_without_values
 from speft_ds.model.targets import all_weights, layer_number, shorten, tied_targets
-from speft_ds.zero.shards import full_shape, gathered, own_elements, shard_like
+from speft_ds.zero.shards import full_shape, gathered, move_shard, own_elements, shard, shard_like
 
 
 @torch.no_grad()
-def quantise(model: nn.Module, base_format: str, keeps_original: bool = False) -> list[str]:
+def quantise(model: nn.Module, base_format: str, ds_config: dict, keeps_original: bool = False) -> list[str]:
     """Store the plain linears of the decoder layers in few bits; all ranks call this together.
 
     One weight is gathered at a time. What a forward does not use as a linear alone, what is tied, and what is
     no plain linear (experts, embeddings, the head) stays as it is, and rank 0 says so.
 
     Args:
-        model: frozen, sharded, on no engine yet.
+        model: frozen, on no engine yet, sharded by `load_config(ds_config)`.
         base_format: name of the codec.
+        ds_config: the complete DeepSpeed configuration, of the engine to come.
         keeps_original: whether each rank keeps its part of the weights as they were, in host memory.
     Returns:
         The names of the weights, in model order.
@@ -36,20 +38,38 @@ def quantise(model: nn.Module, base_format: str, keeps_original: bool = False) -
         UserError: a weight is not finite, or there is no such linear.
     """
     names, left = _plain_linears(model)
+    first = shard(torch.zeros(1), ds_config)  # by which all others are cut
     for name in names:
         parent, _, own_name = name.removesuffix(".weight").rpartition(".")
         linear = getattr(model.get_submodule(parent), own_name)
         original = own_elements(linear.weight)[0].to("cpu", copy=True) if keeps_original else None
         with gathered(linear.weight):
-            make = partial(shard_like, linear.weight)
+            weight, make = linear.weight.data, partial(shard_like, first)
             try:
-                quantised = QuantisedLinear(linear.weight.data, linear.bias, codec(base_format), make)
+                quantised = QuantisedLinear(weight, linear.bias, codec(base_format), make)
             except UserError as error:
                 raise UserError(f"{name}: {error.what}", "model.base_format", error.fix) from error
         quantised.original = original
         setattr(model.get_submodule(parent), own_name, quantised)
+    if not _is_offloaded(ds_config):
+        for weight in plain_parameters(model):
+            move_shard(weight, collectives.device())
     _tell(model, base_format, names, left)
     return names
+
+
+def load_config(ds_config: dict) -> dict:
+    """The DeepSpeed configuration to load a base with that is to be put into few bits: in host memory.
+
+    So a GPU never holds more of it than one weight.
+    """
+    zero = ds_config["zero_optimization"]
+    offload = zero.get("offload_param") if _is_offloaded(ds_config) else {"device": "cpu"}
+    return {**ds_config, "zero_optimization": {**zero, "offload_param": offload}}
+
+
+def _is_offloaded(ds_config: dict) -> bool:
+    return (ds_config["zero_optimization"].get("offload_param") or {}).get("device") == "cpu"
 
 
 def _plain_linears(model: nn.Module) -> tuple[list[str], list[str]]:

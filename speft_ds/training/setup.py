@@ -24,7 +24,7 @@ from speft_ds.model.linear_cross_entropy import find_head_loss
 from speft_ds.model.load_model import fill_head, load_base
 from speft_ds.model.longrope import rotate_by_row
 from speft_ds.model.loss import NextToken, RowClass
-from speft_ds.model.quantise import quantise
+from speft_ds.model.quantise import load_config, quantise
 from speft_ds.model.reach import Reach, find_reach
 from speft_ds.model.targets import all_weights, find_targets, target_shapes, tied_targets
 from speft_ds.model.weight_grad_hooks import weight_grad_hooks
@@ -104,12 +104,13 @@ def load_context(
         UserError: the model cannot be loaded, or does not fit the recipe.
     """
     train, ds_config = recipe.train, load_ds_config(recipe, collectives.world_size(), trains)
-    model, heads = _load_model(recipe, data, ds_config)
+    base_format = recipe.model.base_format
+    model, heads = _load_model(recipe, data, load_config(ds_config) if base_format else ds_config)
     own = fingerprint(model)
     rounded = own if recipe.model.dtype == "bfloat16" else fingerprint(model, torch.bfloat16)
     quantised = []
-    if recipe.model.base_format is not None:
-        quantised = quantise(model, recipe.model.base_format, recipe.mask.needs_original)
+    if base_format is not None:
+        quantised = quantise(model, base_format, ds_config, recipe.mask.needs_original)
     targets = _find_targets(model, loaded, recipe)
     _note_noise(model)
     if train.activation_checkpointing != "none":

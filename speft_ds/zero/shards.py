@@ -77,6 +77,19 @@ def stack_size(parameter: nn.Parameter) -> int | None:
     return shape[0] if len(shape) == 3 else None
 
 
+def shard(values: Tensor, ds_config: dict) -> nn.Parameter:
+    """A new frozen parameter, cut over the ranks, its shards where the DeepSpeed configuration has them.
+
+    Args:
+        values: the same on every rank; all ranks call this together.
+    """
+    import deepspeed  # late: not all readers train
+
+    holder = nn.ParameterList([nn.Parameter(values, requires_grad=False)])
+    deepspeed.zero.Init(module=holder, config_dict_or_path=ds_config)
+    return holder[0]
+
+
 def shard_like(other: nn.Parameter, values: Tensor) -> nn.Parameter:
     """A new frozen parameter, cut over the ranks as `other` is, its shards where those of `other` are.
 
@@ -87,6 +100,11 @@ def shard_like(other: nn.Parameter, values: Tensor) -> nn.Parameter:
     other.convert_to_zero_parameters([parameter])
     parameter.ds_persist = False
     return parameter
+
+
+def move_shard(parameter: nn.Parameter, device: torch.device) -> None:
+    """Keep this rank's shard of a weight, which nothing has gathered, on another device."""
+    parameter.ds_tensor.data = parameter.ds_tensor.data.to(device)
 
 
 @contextmanager

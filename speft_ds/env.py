@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -98,6 +99,14 @@ def _of_srun() -> dict[str, str]:
         "MASTER_ADDR": re.sub(r"\[(\w+)[^\]]*\]", r"\1", first_node),  # `node[03-05]`: rank 0 is on node03
         "MASTER_PORT": str(PORTS[(int(env["SLURM_JOB_ID"]) * 8 + int(env["SLURM_STEP_ID"])) % len(PORTS)]),
     }
+
+
+def threads_per_rank(environment: Mapping[str, str], local_ranks: int) -> int:
+    """Threads of a rank: those that its environment names, or its share of this machine's cores."""
+    named = environment.get("OMP_NUM_THREADS", "")
+    return (
+        int(named) if named.isdigit() and int(named) else max(1, len(os.sched_getaffinity(0)) // local_ranks)
+    )
 
 
 # The machine

@@ -18,7 +18,7 @@ from speft_ds.config.deepspeed_config import read_ds_config
 from speft_ds.config.load_recipe import as_override, load_recipe, recipe_of
 from speft_ds.config.recipe import Job, Recipe, resolve
 from speft_ds.config.values import BASE_FORMATS
-from speft_ds.env import rank, world_size
+from speft_ds.env import rank, threads_per_rank, world_size
 from speft_ds.errors import UserError, did_you_mean
 from speft_ds.evaluation.eval_jobs import LowBits
 from speft_ds.io import read_json
@@ -221,7 +221,7 @@ def _dtype_of(adapter: Path) -> str:
 def use_all_cores() -> None:
     """Share a CPU machine's cores among its ranks: more threads than cores run several times slower."""
     local_ranks = int(os.environ.get("LOCAL_SIZE", 1))  # set by `init_env` for every launcher
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local_ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(os.environ, local_ranks)))
 
 
 # The command line

@@ -17,6 +17,8 @@ from speft_ds.model.dtype import agree_on_dtype
 from speft_ds.model.fingerprint import fingerprint
 from speft_ds.report.plots import mask_heat_map
 from speft_ds.report.tables import print_mask_table
+from speft_ds.sparse.gradient import gradient_cost
+from speft_ds.sparse.kernels.calibrate import agree_on_costs
 from speft_ds.sparse.mask import save_mask
 from speft_ds.training.checks import check_shapes
 from speft_ds.training.memory import peak_gib
@@ -38,6 +40,8 @@ def run(recipe: Recipe) -> None:
     recipe = agree_on_date(agree_on_dtype(recipe))
     collectives.run_on_rank0(lambda: check_output_dir(recipe))
     timings = Timings()
+    with timings.stage("kernels"):
+        costs = agree_on_costs(recipe)
     with timings.stage("data"):
         data = load_data(recipe, needs_calibration=True)
     with timings.stage("model"):
@@ -57,6 +61,8 @@ def run(recipe: Recipe) -> None:
         "machine": machine_facts(),
     }
     folder = Path(recipe.output_dir)
+    is_told = costs is not None and collectives.rank() == 0
+    cost = gradient_cost(mask, recipe, costs, context.num_stacked) if is_told else None
 
     def write() -> None:
         start_folder(recipe)
@@ -64,7 +70,10 @@ def run(recipe: Recipe) -> None:
         title = f"{recipe.name}: density by {recipe.mask.salience}"
         write_bytes(folder / "mask.png", mask_heat_map(mask, title))
         memory = {"peak_memory_gib": peak_gib()}
-        write_json(folder / "score.json", {**facts, "mask": mask.facts(), "timings_s": timings, **memory})
+        write_json(
+            folder / "score.json",
+            {**facts, "mask": mask.facts(), "gradient_cost": cost, "timings_s": timings, **memory},
+        )
         print_mask_table(mask)
 
     collectives.run_on_rank0(write)
@@ -72,7 +81,11 @@ def run(recipe: Recipe) -> None:
         f"{mask.num_trainable:,} of {mask.num_target_elements:,} entries (density {mask.density:.4%}) "
         f"by {recipe.mask.salience}, sha256 {mask.sha256[:12]}; base unchanged, {context.fingerprint[:12]}"
     )
-    log_rank0(f"columns with entries: {mask.compute:.1%} of the dense weight gradient's multiply-adds")
+    log_rank0(mask.cost_in_words())
+    if cost:
+        backends = ", ".join(f"{name} ({count} weights)" for name, count in cost["backends"].items())
+        about = f"about {cost['over_dense']:.2f} of the dense one's time, by {backends}"
+        log_rank0(f"its gradient on {cost['device']}: {about}")
     log_rank0(f"salience {timings['salience']:.2f} s, selection {timings['selection']:.2f} s")
     log_rank0(f"{folder / MASK_FILE}: train it with mask.load={folder / MASK_FILE}")
     collectives.barrier()

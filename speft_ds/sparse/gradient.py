@@ -20,7 +20,7 @@ from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
 from speft_ds.model.weight_grad_hooks import WeightGradHook
-from speft_ds.sparse.kernels.backends import TOKENS, Backend, make_backend
+from speft_ds.sparse.kernels.backends import TOKENS, Backend, make_backend, measured_cost
 from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.kernels.stacked import make_stacked
 from speft_ds.sparse.layout import Layout, RankShards
@@ -50,6 +50,31 @@ class GradientOptions:
         how = (train.sparse_backend, mask.granularity, mask.block_size, mask.compute is not None)
         num_tokens = train.micro_batch * recipe.data.max_length
         return cls(*how, train.reduce_bucket, overlap and train.overlap, costs, num_tokens)
+
+
+def gradient_cost(mask: Mask, recipe: Recipe, costs: KernelCosts, stacks: dict[str, int]) -> dict:
+    """What the gradient of a mask should take on the device of the costs, for a report.
+
+    Args:
+        stacks: weight that is a stack -> matrices in it, each with its part of the tokens.
+    Returns:
+        `over_dense`: its time over that of the dense weight gradient; `backends` -> number of weights;
+        `device`.
+    """
+    options = GradientOptions.of(recipe, costs)
+    names, spent = Counter(), 0.0
+    for name, index in mask.index.items():
+        if index.numel():
+            tiles = Tiles.of(options.granularity, options.block_size, mask.shape[name])
+            num_tokens = max(1, options.num_tokens // stacks.get(name, 1))
+            backend, cost = measured_cost(index, mask.shape[name], tiles, costs, num_tokens)
+            names[backend] += 1
+            spent += cost * mask.numel(name)
+    return {
+        "over_dense": spent / mask.num_target_elements,
+        "backends": dict(names.most_common()),
+        "device": costs.device,
+    }
 
 
 @dataclass

@@ -63,15 +63,30 @@ class Mask:
         return {name: used_columns(index, self.shape[name][1]) for name, index in self.index.items()}
 
     @cached_property
+    def num_used_columns(self) -> dict[str, int]:
+        """Weight -> number of its columns that have entries."""
+        return {name: columns.numel() for name, columns in self.columns().items()}
+
+    @property
     def compute(self) -> float:
         """Share of the dense weight gradient's multiply-adds that belongs to columns with entries."""
-        spent = sum(self.shape[name][0] * columns.numel() for name, columns in self.columns().items())
+        spent = sum(self.shape[name][0] * count for name, count in self.num_used_columns.items())
         return spent / self.num_target_elements
+
+    def cost_in_words(self) -> str:
+        """How many columns have entries, and what these cost."""
+        used, width = sum(self.num_used_columns.values()), sum(columns for _, columns in self.shape.values())
+        share = f"{used:,} of {width:,} ({used / width:.1%})"
+        return (
+            f"columns with entries: {share}, {self.compute:.1%} of the dense weight gradient's multiply-adds"
+        )
 
     def facts(self) -> dict:
         """What a report says of the mask: counts, density (of the targeted weights), hash."""
         return {
             "compute": self.compute,
+            "num_used_columns": sum(self.num_used_columns.values()),
+            "num_columns": sum(columns for _, columns in self.shape.values()),
             "num_trainable": self.num_trainable,
             "num_target_elements": self.num_target_elements,
             "density": self.density,

@@ -174,10 +174,7 @@ class Trainer:
             f"mask: {mask.num_trainable:,} of {mask.num_target_elements:,} entries "
             f"(density {mask.density:.4%}) {source}, sha256 {mask.sha256[:12]}"
         )
-        if recipe.compute is not None:
-            log_rank0(
-                f"columns with entries: {mask.compute:.1%} of the dense weight gradient's multiply-adds"
-            )
+        log_rank0(mask.cost_in_words())
         with self.timings.stage("state"):
             self.schedule = self._make_schedule(mask)
         log_rank0(self.gradient.in_words())

@@ -42,12 +42,13 @@ def write(values, tmp_path):
 
 @pytest.fixture
 def start(write, tmp_path):
-    """start(more arguments, num_ranks, hooks, job): a live run of the recipe, or of another one."""
+    """start(more arguments, num_ranks, hooks, job, environment): a live run of the recipe, or of another."""
     runs = []
 
-    def begin(*more, num_ranks=2, hooks=None, job="train", recipe=None):
+    def begin(*more, num_ranks=2, hooks=None, job="train", recipe=None, **environment):
         arguments = ["--recipe", str(recipe or write()), *more]
-        runs.append(LiveRun(tmp_path / f"log{len(runs)}", arguments, num_ranks, hooks, job))
+        log = tmp_path / f"log{len(runs)}"
+        runs.append(LiveRun(log, arguments, num_ranks, hooks, job, **environment))
         return runs[-1]
 
     yield begin

@@ -141,12 +141,19 @@ def test_a_run_leaves_what_the_readme_says(launched, start, tiny, tmp_path):
 
 
 def test_a_mask_is_scored_once_and_trained(start, tmp_path, capsys):
-    scored = finishes(start(f"output_dir={tmp_path / 'mask'}", "mask.salience=snip", job="score"))
+    measured = {"SPEFT_DS_KERNELS": "measured", "SPEFT_DS_CACHE": str(tmp_path / "cache")}
+    how = [f"output_dir={tmp_path / 'mask'}", "mask.salience=snip"]
+    scored = finishes(start(*how, job="score", **measured))
     assert files(tmp_path / "mask") == ["mask.png", "mask.safetensors", "recipe.yaml", "score.json"]
     assert (tmp_path / "mask" / "mask.png").read_bytes().startswith(b"\x89PNG")
     facts = json.loads((tmp_path / "mask" / "score.json").read_text())
     assert facts["mask"]["num_trainable"] == 892 and facts["timings_s"]["salience"] > 0
     assert "q_proj" in scored and "base unchanged" in scored
+    cost, (table,) = facts["gradient_cost"], (tmp_path / "cache" / "kernels").iterdir()
+    assert cost["device"] == json.loads(table.read_text())["device"] and cost["device"] in scored
+    assert 0 < cost["over_dense"] <= 1 and sum(cost["backends"].values()) <= 14
+    used, width = facts["mask"]["num_used_columns"], facts["mask"]["num_columns"]
+    assert 0 < used <= width and f"{used:,} of {width:,}" in scored
     load = [f"mask.load={tmp_path / 'mask'}", "eval.tasks=[]"]
     finishes(start(*load, num_ranks=1))
     mask = json.loads((tmp_path / "run" / "run.json").read_text())["mask"]

@@ -65,7 +65,8 @@ def make_backend(
         UserError: the named backend does not run on this device, or not with this mask.
     """
     if name == "auto" and costs is not None:
-        return _cheapest(index, shape, tiles, costs, num_tokens)
+        _, backend_name, make = _cheapest(index, shape, tiles, costs, num_tokens)
+        return backend_name, make()
     if name == "auto":
         return _by_rules(index, shape, tiles, few_columns)
     if backend := _make(name, index, shape, tiles):
@@ -96,10 +97,21 @@ def _make(name: str, index: Tensor, shape: tuple[int, int], tiles: Tiles | None)
     return None
 
 
+def measured_cost(
+    index: Tensor, shape: tuple[int, int], tiles: Tiles | None, costs: KernelCosts, num_tokens: int = TOKENS
+) -> tuple[str, float]:
+    """The backend that `auto` takes by measured costs, and its time over that of `dense`.
+
+    Arguments as of `make_backend`.
+    """
+    cost, name, _ = _cheapest(index, shape, tiles, costs, num_tokens)
+    return name, cost
+
+
 def _cheapest(
     index: Tensor, shape: tuple[int, int], tiles: Tiles | None, costs: KernelCosts, num_tokens: int
-) -> tuple[str, Backend]:
-    """What should take least time by the measured costs; of about equal ones the first of this order."""
+) -> tuple[float, str, Callable[[], Backend]]:
+    """(cost, name, what makes it) of what should be fastest; of about equal ones the first here."""
 
     def estimate(name: str, **features: float) -> float:
         return costs.estimate(name, shape, num_tokens, **features)
@@ -122,7 +134,7 @@ def _cheapest(
         cost = estimate(kind, share=share, density=density)
         found.append((cost, "columns", lambda samples=samples: ColumnsGradient(index, shape, samples)))
     lowest = min(cost for cost, _, _ in found)
-    return next((name, make()) for cost, name, make in found if cost <= TOLERANCE * lowest)
+    return next(one for one in found if one[0] <= TOLERANCE * lowest)
 
 
 def _by_rules(

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from speft_ds.model.attention import reads_packing
 from speft_ds.model.fake_tensors import fake_tensors
@@ -28,6 +29,15 @@ from speft_ds.sparse.kernels import triton_backends
 from speft_ds.sparse.kernels.torch_backends import BLOCK_ELEMENTS, samples_columns, split_for_cache
 from speft_ds.tools.plan.gathered_weights import BACKWARD, FORWARD, RECOMPUTE, ModuleUse
 from speft_ds.tools.plan.geometry import Geometry, build_model
+
+aten = torch.ops.aten
+# Attention on a CPU, which torch's table of formulas lacks -> what multiplies alike.
+SAME_PRODUCTS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        aten._scaled_dot_product_flash_attention_backward
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -46,17 +56,33 @@ class Pass:
     compute: float = 1.0  # share of the columns that have entries
 
 
+@dataclass
+class PassRun:
+    """What a pass comes to.
+
+    Attributes:
+        uses: of the modules, in order of time.
+        multiply_adds: of matrix products and attention: forward, recomputation, gradients of inputs.
+        of_dense_gradient: those that the dense gradient of all targeted weights would add.
+    """
+
+    uses: list[ModuleUse]
+    multiply_adds: int
+    of_dense_gradient: int
+
+
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages made inside the block, as long as they live.
+    """Counts the bytes of all storages made inside the block, as long as they live, and multiply-adds.
 
     Attributes:
         now: bytes alive.
         peak: most bytes alive since it was last set.
+        multiply_adds, of_dense_gradient: see `PassRun`; who knows of the latter adds them.
     """
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.multiply_adds = self.of_dense_gradient = 0
         self.known: dict[int, object] = {}
 
     def ignore(self, tensors: list[Tensor]) -> None:
@@ -68,6 +94,7 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
+        self.multiply_adds += count_multiply_adds(function, args, kwargs or {}, result)
         return result
 
     def _count(self, storage) -> None:
@@ -82,8 +109,17 @@ class LiveBytes(TorchDispatchMode):
         del self.known[key]
 
 
+def count_multiply_adds(function, args: tuple, kwargs: dict, result) -> int:
+    """Multiply-adds of an operator of torch, where it is a matrix product, a convolution or attention."""
+    operator = function.overloadpacket
+    if operator is aten._grouped_mm:  # each row is multiplied by its group's matrix
+        return result.numel() * args[0].shape[-1]
+    formula = flop_registry.get(SAME_PRODUCTS.get(operator, operator))
+    return 0 if formula is None else formula(*args, **kwargs, out_val=result) // 2
+
+
 @lru_cache(maxsize=64)
-def run_pass(geometry: Geometry, one: Pass, fake: bool = True) -> list[ModuleUse]:
+def run_pass(geometry: Geometry, one: Pass, fake: bool = True) -> PassRun:
     """One forward and backward of a model: every use of a module in order, with the activations beside it.
 
     Args:
@@ -101,7 +137,7 @@ def run_pass(geometry: Geometry, one: Pass, fake: bool = True) -> list[ModuleUse
         with live:
             (_loss(model, geometry.task, ids, one.device) / one.rows).backward()
         uses[-1].peak = live.peak
-    return uses
+    return PassRun(uses, live.multiply_adds, live.of_dense_gradient)
 
 
 def _record_uses(model: nn.Module, live: LiveBytes) -> list[ModuleUse]:
@@ -157,6 +193,7 @@ def _temporaries_hook(
 
     def count(x: Tensor, grad_y: Tensor, ends: Tensor | None = None) -> None:
         numel, num_experts = grad_y.shape[-1] * width, 1 if ends is None else len(ends)
+        live.of_dense_gradient += grad_y.numel() * width
         num_entries = round(density * numel)
         if one.collects != "entries":
             num_bytes = _dense_bytes(numel * num_experts, x.dtype.itemsize, one)

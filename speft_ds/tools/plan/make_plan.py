@@ -22,6 +22,7 @@ from speft_ds.errors import UserError
 from speft_ds.model.dtype import bfloat16_cost, multiplies_bfloat16, resolve_dtype
 from speft_ds.terminal import Console
 from speft_ds.tools.doctor import usable_memory
+from speft_ds.tools.plan.arithmetic import Arithmetic, count_arithmetic, known_costs
 from speft_ds.tools.plan.geometry import read_geometry
 from speft_ds.tools.plan.memory_model import GIB, Line, Setup, host, peak_bytes, phases, total
 from speft_ds.training.checkpoint.folder import checkpoint_entry
@@ -44,6 +45,7 @@ class Plan:
     steps: dict[str, tuple[int | None, str]]  # name -> value, or None if unknown, and its arithmetic
     files: list[Line]  # what the run leaves on disk
     notes: list[str]
+    arithmetic: Arithmetic  # of a micro-batch: what the mask's weight gradient costs beside the model
     smallest_world_size: int | None = None  # that fits with this recipe; None: no number does
     suggestions: dict[str, int] = field(default_factory=dict)  # what to change, best first -> the peak then
 
@@ -87,7 +89,8 @@ def make_plan(
     is_auto = recipe.model.dtype == "auto"
     recipe = resolve_dtype(recipe, device == "cuda" or multiplies_bfloat16("cpu"))
     zero = load_ds_config(recipe, world_size)["zero_optimization"]
-    setup = Setup(recipe, read_geometry(recipe), zero, world_size, device)
+    costs = known_costs(recipe, device, world_size)
+    setup = Setup(recipe, read_geometry(recipe), zero, world_size, device, costs)
     if gpu_gib is None:
         gpu_gib = GPU_GIB if device == "cuda" else usable_memory() / world_size / GIB
     plan = Plan(
@@ -99,6 +102,7 @@ def make_plan(
         steps=steps(recipe, world_size, num_rows),
         files=files(setup),
         notes=notes(setup, is_auto),
+        arithmetic=count_arithmetic(setup),
     )
     smallest = smallest_world_size(setup, plan.limit)
     suggestions = {} if plan.fits else suggest(setup, plan.limit, smallest)
@@ -289,6 +293,15 @@ def gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.2f} MiB" if num_bytes < 0.01 * GIB else f"{num_bytes / GIB:.2f} GiB"
 
 
+def gradient_in_words(plan: Plan) -> str:
+    """What the weight gradient of the mask costs, and by which backend."""
+    one, wanted = plan.arithmetic, plan.setup.recipe.train.sparse_backend
+    why = f" (as measured on {one.device})" if one.device else " (a rule of thumb)"
+    why = why if wanted == "auto" else ""
+    shares = f"{one.share:.2%} of a step's multiply-adds by {one.backend}{why}"
+    return f"weight gradient: {shares}; a dense one: {one.dense_share:.1%}"
+
+
 def print_plan(plan: Plan, details: bool = False, console: Console | None = None) -> None:
     """Print a plan, 80 columns wide: whether it fits, what to change, sums; `details`: the arithmetic."""
     console = console or Console()
@@ -306,6 +319,7 @@ def print_plan(plan: Plan, details: bool = False, console: Console | None = None
         ]
         _print_table(console, "what would help: the peak after each change", rows)
     console.print(f"smallest world size that fits: {plan.smallest_world_size or 'none, with this recipe'}")
+    console.print(gradient_in_words(plan), highlight=False)
     (_print_details if details else _print_sums)(plan, console)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
@@ -349,6 +363,13 @@ def _print_details(plan: Plan, console: Console) -> None:
     _print_lines(console, "on disk", plan.files)
     rows = [(name, "?" if value is None else f"{value:,}", how) for name, (value, how) in plan.steps.items()]
     _print_table(console, "length", rows)
+    one = plan.arithmetic
+    how = f"{one.mask / one.dense:.2%} of the dense one's {one.dense / 1e9:,.1f}, by {one.backend}"
+    rows = [
+        ("model", f"{one.model / 1e9:,.1f}", "forward, recomputation, gradients of inputs"),
+        ("weight gradient", f"{one.mask / 1e9:,.1f}", how),
+    ]
+    _print_table(console, "10^9 multiply-adds per rank and micro-batch", rows)
 
 
 def _print_lines(console: Console, title: str, lines: list[Line], sum_: int | None = None) -> None:

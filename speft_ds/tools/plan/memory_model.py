@@ -7,6 +7,7 @@ gathered weights from ZeRO-3's rules; what is estimated says "about".
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ import torch
 from speft_ds.config.recipe import Recipe
 from speft_ds.sparse.gradient import IN_FLIGHT
 from speft_ds.sparse.kernels.backends import expected_backend
+from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.kernels.torch_backends import samples_columns
-from speft_ds.tools.plan.activations import Pass, run_pass
+from speft_ds.tools.plan.activations import Pass, PassRun, run_pass
 from speft_ds.tools.plan.gathered_weights import PassPeak, pass_peak
 from speft_ds.tools.plan.geometry import Geometry
 
@@ -66,6 +68,7 @@ class Setup:
     zero: dict  # the `zero_optimization` section of the DeepSpeed configuration
     world_size: int
     device: str  # `cuda` or `cpu`
+    costs: KernelCosts | None = None  # that backends are chosen by; None: rules of thumb
 
     @property
     def itemsize(self) -> int:
@@ -98,10 +101,16 @@ class Setup:
 
     @property
     def backend(self) -> str:
-        """The sparse gradient's backend, as it should be chosen."""
-        mask, wanted = self.recipe.mask, self.recipe.train.sparse_backend
-        device, density = torch.device(self.device), self.geometry.density
-        return expected_backend(wanted, density, device, mask.granularity, mask.block_size, mask.compute)
+        """The sparse gradient's backend, as it should be chosen for most of the targeted elements."""
+        mask, train, geometry = self.recipe.mask, self.recipe.train, self.geometry
+        device, num_tokens = torch.device(self.device), train.micro_batch * self.recipe.data.max_length
+        how = (train.sparse_backend, geometry.density, device, mask.granularity, mask.block_size)
+        elements: Counter[str] = Counter()
+        shapes = Counter(geometry.targets.values())
+        for shape, count in shapes.items():
+            name = expected_backend(*how, mask.compute, self.costs, shape, num_tokens)
+            elements[name] += count * shape[0] * shape[1]
+        return elements.most_common(1)[0][0]
 
     def zero_value(self, key: str) -> int:
         return int(self.zero.get(f"stage3_{key}", ZERO_DEFAULTS[f"stage3_{key}"]))
@@ -119,6 +128,10 @@ class Setup:
 
     def pass_peak(self, collects: str, rows: int, length: int) -> PassPeak:
         """The peak of one forward and backward; `collects` as for `activations.Pass`."""
+        return pass_peak(self.run_pass(collects, rows, length).uses, self)
+
+    def run_pass(self, collects: str, rows: int, length: int) -> PassRun:
+        """One forward and backward; arguments as for `pass_peak`."""
         recipe = self.recipe
         one = Pass(
             rows=rows,
@@ -132,7 +145,7 @@ class Setup:
             is_partitioned=self.world_size > 1,
             compute=recipe.mask.compute or 1.0,
         )
-        return pass_peak(run_pass(self.geometry, one), self)
+        return run_pass(self.geometry, one)
 
 
 def peak_bytes(setup: Setup) -> int:

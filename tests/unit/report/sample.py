@@ -112,13 +112,14 @@ def facts(**changes):
             "salience": "gradient", "granularity": "element", "budget": "global", "schedule": "periodic",
             "layer_gate": "none", "loaded_from": None, "calibration_samples": 32, "sha256": "ab" * 32,
             "num_trainable": 120 * NUM_LAYERS, "num_target_elements": sum(rows.values()),
-            "entries_by_rank": [400, 320],
+            "compute": 0.321, "num_used_columns": 150, "num_columns": 432, "entries_by_rank": [400, 320],
             "changes": [
                 {"step": step, "dropped": 50, "grown": 50, "overlap_with_first": 1 - step / 100}
                 for step in (20, 40)
             ],
         },
         "head": 0, "sparse_backends": ["dense", "sampled"],
+        "kernels_chosen": {"by": "measured costs", "device": "a CPU, 2 threads", "sha256": "c" * 64},
         "resources": [
             {
                 "peak_bytes": 2**29 + 2**21 * n,

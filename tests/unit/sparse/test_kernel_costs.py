@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
+from speft_ds.sparse.gradient import gradient_cost
 from speft_ds.sparse.kernels import calibrate
 from speft_ds.sparse.kernels.backends import expected_backend, make_backend
 from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.kernels.triton_backends import BlockGradient, ElementGradient
+from speft_ds.sparse.mask import Mask
 from speft_ds.sparse.tiles import Tiles
 from unit.sparse.tables import keep, sampling, table
 
@@ -113,6 +116,17 @@ def test_without_a_table_auto_goes_by_the_rules_and_a_named_backend_by_neither()
     assert make_backend("auto", spread(0.05), SHAPE)[0] == "sampled"
     assert make_backend("auto", spread(0.05), SHAPE, costs=sampling(False))[0] == "dense"
     assert make_backend("sampled", spread(0.05), SHAPE, costs=sampling(False))[0] == "sampled"
+
+
+def test_the_cost_of_a_mask_is_that_of_its_weights_by_their_size(tmp_path):
+    index = {"a": spread(0.02), "b": spread(0.1, shape=(80, 50)), "c": spread(0.0)}
+    mask = Mask(index, {"a": SHAPE, "b": (80, 50), "c": SHAPE})
+    values = {"model": {"name_or_path": "m"}, "data": {"path": "rows.jsonl"}, "output_dir": str(tmp_path)}
+    costs = table(sampled=lambda d, *_: 0.1 + 20 * d)
+    found = gradient_cost(mask, Recipe.model_validate(values), costs, {})
+    # a: 0.1 + 0.4 on 2,000 elements; b: dense, on 4,000; c: nothing, on 2,000.
+    assert found["over_dense"] == pytest.approx((0.5 * 2000 + 4000) / 8000)
+    assert found["backends"] == {"sampled": 1, "dense": 1} and found["device"] == costs.device
 
 
 def test_estimates_are_linear_within_the_nearest_class():

@@ -46,6 +46,15 @@ def test_a_mask_is_read_as_it_was_saved(tmp_path):
     assert sorted(path.parent.iterdir()) == [path]
 
 
+def test_columns_with_entries_are_counted_and_what_they_cost():
+    shape, width = {UP: (4, 6), Q: (2, 3)}, 9
+    mask = Mask({UP: torch.tensor([1, 7, 9]).int(), Q: torch.tensor([5]).int()}, shape)
+    facts = mask.facts()  # columns 1, 1, 3 of the one, 2 of the other
+    assert (facts["num_used_columns"], facts["num_columns"]) == (3, width)
+    assert facts["compute"] == (2 * 4 + 1 * 2) / (4 * 6 + 2 * 3)
+    assert "3 of 9 (33.3%), 33.3% of" in mask.cost_in_words()
+
+
 def test_the_file_is_what_the_format_says(tmp_path):
     path = tmp_path / "mask.safetensors"
     save_mask(path, MASK, FACTS)

@@ -31,9 +31,9 @@ def test_a_fake_run_counts_what_a_real_run_holds(recipe, checkpointing):
     walks = checkpointing == "reentrant"
     one = Pass(3, 24, "entries", checkpointing, False, walks, "sampled", "cpu", True)
     geometry = read_geometry(recipe())
-    uses = run_pass(geometry, one)
-    assert uses == run_pass(geometry, one, fake=False)
-    assert max(use.peak for use in uses) > 3 * 24 * 260 * 4  # the logits
+    made = run_pass(geometry, one)
+    assert made == run_pass(geometry, one, fake=False)
+    assert max(use.peak for use in made.uses) > 3 * 24 * 260 * 4  # the logits
 
 
 @pytest.fixture

@@ -10,10 +10,12 @@ from rich.console import Console
 from torch import nn
 
 from speft_ds.errors import RecipeError
+from speft_ds.sparse.kernels.calibrate import device_name
 from speft_ds.sparse.optim.optimizers import make_optimizer
 from speft_ds.tools.plan.geometry import read_geometry
 from speft_ds.tools.plan.make_plan import GPU_GIB, find_order, gib, make_plan, print_plan
 from speft_ds.tools.plan.memory_model import GIB, Line, Setup, optimizer_state, total
+from unit.sparse.tables import keep, sampling
 
 # tiny.make_model: 35 wide, 53 in the MLP, 5 heads of 8 (1 key and value head), 2 layers, vocabulary 260.
 LAYER = [40 * 35, 8 * 35, 8 * 35, 35 * 40, 53 * 35, 53 * 35, 35 * 53]  # q, k, v, o, gate, up, down
@@ -242,3 +244,61 @@ def test_the_details_of_a_plan_have_every_number(recipe):
     assert all(change.split()[0] in words for change in plan.suggestions)
     assert "DOES NOT FIT" in words and "301 entries / 3 ranks x 8 B" in words
     assert plan.num_bytes == max(map(total, plan.memory.values())) and not plan.fits
+
+
+TOKENS, ROWS, LENGTH = 2 * 16, 2, 16  # of a micro-batch
+FORWARD = TOKENS * TARGETS
+INPUTS = TOKENS * (TARGETS - sum(LAYER[:3]))  # the embeddings need no gradient
+HEAD_BOTH_WAYS = 2 * ROWS * (LENGTH - 1) * 35 * 260  # of label tokens
+ATTENTION = 2 * ROWS * 5 * LENGTH**2 * 8  # layers; queries x keys
+# Attention's backward multiplies five times: it makes the scores again.
+MODEL = FORWARD + INPUTS + HEAD_BOTH_WAYS + (2 + 5) * ATTENTION
+
+
+def test_multiply_adds_by_hand(recipe):
+    one = make_plan(recipe(train={"sparse_backend": "dense"}), 2, device="cpu").arithmetic
+    assert (one.model, one.dense, one.mask) == (MODEL, FORWARD, FORWARD)
+    assert one.share == one.dense_share == FORWARD / (MODEL + FORWARD)
+    again = {"activation_checkpointing": "non_reentrant"}
+    one = make_plan(recipe(train=again), 2, device="cpu").arithmetic
+    of_inputs = TOKENS * sum(LAYER[:3])  # a checkpoint's input needs its gradient, in the first layer, too
+    assert one.model == MODEL + of_inputs + FORWARD + 2 * ATTENTION
+
+
+@pytest.mark.parametrize(
+    ("device", "sections", "backend", "of_dense"),
+    [
+        ("cpu", {}, "sampled", 301 / TARGETS),
+        ("cuda", {}, "dense", 1.0),  # more than 0.65%
+        ("cuda", {"mask": {"compute": 0.25}}, "columns", 0.25),
+        ("cpu", {"mask": {"compute": 0.25, "num_trainable": 4000}}, "columns", 0.25),  # dense inside
+        ("cpu", {"mask": {"compute": 0.25}}, "columns", 301 / TARGETS),  # sampled inside
+    ],
+)
+def test_the_masks_multiply_adds_are_its_backends(recipe, device, sections, backend, of_dense):
+    plan = make_plan(recipe(**sections), 2, device=device)
+    one = plan.arithmetic
+    assert (one.backend, one.device) == (backend, None)
+    assert one.mask == pytest.approx(of_dense * FORWARD, abs=1)
+    words = printed(plan, details=False)
+    assert f"{one.share:.2%}" in words and f"{one.dense_share:.1%}" in words and backend in words
+    assert f"{of_dense:.2%}" in printed(plan, details=True) and "rule of thumb" in words
+
+
+@pytest.mark.parametrize(("is_cheap", "backend"), [(True, "sampled"), (False, "dense")])
+def test_a_plan_goes_by_what_was_measured_for_its_threads(recipe, tmp_path, monkeypatch, is_cheap, backend):
+    monkeypatch.setenv("SPEFT_DS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SPEFT_DS_KERNELS", "measured")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    cpu = torch.device("cpu")
+    keep(sampling(is_cheap, device=device_name(cpu, 3)))
+    keep(sampling(not is_cheap, device=device_name(cpu, 2)))
+    keep(sampling(not is_cheap, device=device_name(cpu, 3), dtype="bfloat16"))
+    one = make_plan(recipe(), 2, device="cpu").arithmetic
+    assert (one.backend, one.device) == (backend, device_name(cpu, 3))
+    assert device_name(cpu, 3) in printed(make_plan(recipe(), 2, device="cpu"), details=False)
+    if not torch.cuda.is_available():
+        assert make_plan(recipe(), 2).arithmetic.device is None  # of a GPU nothing is known here
+    monkeypatch.setenv("SPEFT_DS_KERNELS", "rules")
+    one = make_plan(recipe(), 2, device="cpu").arithmetic
+    assert (one.backend, one.device) == ("sampled", None)

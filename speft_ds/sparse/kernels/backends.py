@@ -38,6 +38,7 @@ BREAK_EVEN_DENSITY = 0.0065
 TOKENS = 1024  # of a backward, where nobody says how many
 # Measured costs so much apart are taken for equal: they were measured once, on a machine that may be busy.
 TOLERANCE = 1.1
+MAX_SHARE = 0.5  # of the columns, to which `columns` was measured
 
 
 def make_backend(
@@ -130,7 +131,7 @@ def _cheapest(
         cost = estimate("sampled", density=density)
         found.append((cost, "sampled", lambda: SampledGradient(index, shape)))
     found.append((1.0, "dense", lambda: DenseGradient(index, shape)))
-    for kind, samples in (("columns", False), ("sampled columns", True)):
+    for kind, samples in (("columns", False), ("sampled columns", True)) if share <= MAX_SHARE else ():
         cost = estimate(kind, share=share, density=density)
         found.append((cost, "columns", lambda samples=samples: ColumnsGradient(index, shape, samples)))
     lowest = min(cost for cost, _, _ in found)
@@ -220,6 +221,8 @@ def _expected_cheapest(
     elif granularity == "block":
         found["tiled"] = estimate("tiled", density=density)
     found |= {kind: estimate(kind, density=density) for kind in ("element", "sampled")}
-    kinds = (estimate(kind, share=share, density=density) for kind in ("columns", "sampled columns"))
-    found |= {"dense": 1.0, "columns": min(kinds)}
+    found["dense"] = 1.0
+    if share <= MAX_SHARE:
+        kinds = (estimate(kind, share=share, density=density) for kind in ("columns", "sampled columns"))
+        found["columns"] = min(kinds)
     return next(name for name, cost in found.items() if cost <= TOLERANCE * min(found.values()))

@@ -61,7 +61,9 @@ IN_PROPORTION = {"columns": lambda d, s, _: s, "sampled_columns": lambda d, s, _
         ({"sampled": lambda d, *_: 0.5 + d}, 0.4, 1.0, "sampled"),
         ({"sampled": lambda d, *_: 0.3 + d, **IN_PROPORTION}, 0.1, 0.2, "columns"),
         ({"sampled": lambda d, *_: 0.02 + d, **IN_PROPORTION}, 0.1, 0.2, "sampled"),
-        ({"sampled": lambda d, *_: 0.02 + 20 * d, **IN_PROPORTION}, 0.4, 0.94, "dense"),  # about equal
+        ({"sampled": lambda d, *_: 0.45 + d / 10, **IN_PROPORTION}, 0.3, 0.46, "sampled"),  # about equal
+        ({"columns": lambda *_: 0.1}, 0.4, 0.7, "dense"),  # in more columns than were measured
+        ({"columns": lambda *_: 0.1}, 0.4, 0.5, "columns"),
         ({}, 0.001, 1.0, "dense"),  # nothing else runs here
     ],
 )

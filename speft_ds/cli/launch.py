@@ -135,7 +135,9 @@ def checked_start(job: Job, arguments: argparse.Namespace, world_size: int) -> t
     """The recipe of a job and where it starts (to evaluate: the adapter), both checked. Raises UserError."""
     if job == "evaluate":
         recipe, adapter = recipe_to_evaluate(arguments)
-        low_bits_of(arguments)
+        if low_bits_of(arguments).weights and recipe.model.base_format:
+            what = f"the weights are stored in {recipe.model.base_format}, which --weights would round again"
+            raise UserError(what, "--weights", "leave it out, or model.base_format=null for a run's base")
         check_files(job, recipe, world_size)
         return recipe, Start(source=adapter)
     if job == "score" or arguments.resume is None:

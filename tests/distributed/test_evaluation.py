@@ -171,6 +171,18 @@ def test_scores_in_few_bits_are_those_of_weights_replaced_by_hand(
             assert ("wte" if model == "gpt2" else "embed_tokens") in said  # what stays as it is
 
 
+def test_a_base_that_is_stored_in_few_bits_may_have_its_inputs_in_few_bits(ranks, tiny, long, tmp_path):
+    more = {"chat_template": False, "tasks": ["long_choice"], "include_path": str(long / "tasks"), "limit": 3}
+    paths = {**tiny, "long": long / "model"}
+    formats = {"weights": "nf4", "activations": "bfp8"}
+    recipe = make_recipe(paths, tmp_path, checkpoint="long", eval=more)
+    (wanted,) = ranks(1)(low_bits_checks.check_stock_low_bits, recipe=recipe, **formats)
+    recipe = make_recipe(paths, tmp_path, checkpoint="long", eval=more, model={"base_format": "nf4"})
+    formats["weights"] = None
+    ((got,), _) = ranks(2)(low_bits_checks.check_low_bits, recipe=recipe, **formats)
+    assert got["samples"] == wanted["samples"]
+
+
 @pytest.mark.parametrize(("family", "transposed"), [("mixtral", False), ("gpt_oss", True), ("jetmoe", None)])
 def test_experts_are_rounded_along_their_inputs(ranks, tiny, tmp_path, family, transposed):
     """Where transformers says which these are; else they stay as they are, and it is said."""

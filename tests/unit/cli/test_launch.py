@@ -110,6 +110,11 @@ def test_an_evaluation_in_few_bits_of_a_text_alone(with_job, tmp_path):
     [
         (["--weights", "bfp7", "--tasks", "a"], "--weights", "bfp6"),
         (["--activations", "float8", "--tasks", "a"], "--activations", "nf4"),
+        (
+            ["--weights", "bfp6", "--tasks", "a", "model.base_format=nf4"],
+            "--weights",
+            "model.base_format=null",
+        ),
         ([], "--tasks", "--text"),
         (["--text", "gone.txt"], "command line: eval.forgetting_text=gone.txt", "eval.forgetting_text="),
     ],

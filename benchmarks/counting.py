@@ -82,6 +82,14 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[int, T
     return sum(held.values()), loss
 
 
+def alive_bytes(forward: Callable[[], Tensor]) -> tuple[int, Tensor]:
+    """Bytes that a forward leaves behind, whatever holds them, each storage once; and its loss."""
+    with AllBytes() as live:
+        before = live.now
+        loss = forward()
+        return live.now - before, loss
+
+
 class Traffic(TorchDispatchMode):
     """Counts what a rank sends in collectives on a ring of `world_size` ranks.
 

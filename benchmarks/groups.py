@@ -33,6 +33,7 @@ class Case:
         density: fraction of the targets' weights that sparse methods train.
         lora_rank: of LoRA.
         compute: `mask.compute` of ours: the share of the columns that its entries lie in; None: any.
+        stash: `train.stash` of ours.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Case:
     density: float = 0.005
     lora_rank: int = 16
     compute: float | None = None
+    stash: str | None = None
 
 
 class Failure(Exception):

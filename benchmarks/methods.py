@@ -33,6 +33,7 @@ from speft_ds.model.targets import find_targets
 from speft_ds.training.metrics import Timings
 from speft_ds.training.run_data import load_data
 from speft_ds.training.setup import choose_mask, load_context
+from speft_ds.training.stash_format import TrainingStash
 from speft_ds.training.trainer import make_schedule
 from speft_ds.zero.engine import require_grad
 from speft_ds.zero.shards import full_shape
@@ -117,6 +118,12 @@ class Method:
         self.finish(loss)
         return {"saved_bytes": num_bytes, "loss": loss.item()}
 
+    def count_alive(self) -> dict:
+        """A step, and the bytes that are alive after its forward and were not before."""
+        num_bytes, loss = counting.alive_bytes(self.forward)
+        self.finish(loss)
+        return {"alive_bytes": num_bytes, "loss": loss.item()}
+
     def count_peak(self) -> dict:
         """A step, its peak memory, and what this rank sends."""
         losses: list[float] = []
@@ -194,6 +201,7 @@ class Ours(OnOurEngine):
         choose = partial(choose_mask, self.context, timings)
         self.schedule = make_schedule(self.context, self.mask, recipe.train.steps, choose)
         self.engine.train()
+        self.stash = TrainingStash(self.model, self.case.stash)
         self.num_steps = 0
 
     def num_trainable(self) -> int:
@@ -201,7 +209,8 @@ class Ours(OnOurEngine):
 
     def forward(self) -> Tensor:
         self.schedule.before_step(self.num_steps)
-        return self.objective(self.engine, self.batch)[0] / self.num_labels
+        with self.stash.packing(self.batch["input_ids"].numel()):
+            return self.objective(self.engine, self.batch)[0] / self.num_labels
 
     def finish(self, loss: Tensor) -> None:
         # The loss of the global batch, which its gradient is summed over.

@@ -43,6 +43,7 @@ HYPERPARAMETERS = {
     "train.steps": "steps",
     "train.epochs": "epochs",
     "train.global_batch": "rows per step",
+    "train.stash": "stashed activations",
     "data.max_length": "tokens per row, at most",
     "data.packing": "packing",
     "model.dtype": "dtype",

@@ -7,13 +7,15 @@ that of an activation, and that of a weight, whose inputs are taken from the sta
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from speft_ds.model.codecs import Codec
 from speft_ds.model.input_recompute import keep_norms
@@ -40,9 +42,13 @@ class Stash:
     """Packs the activations that a model's forward saves.
 
     An activation is a tensor that needs a gradient and is no parameter: masks, positions and the normalizers
-    of attention need none. Left as they are, too, are a few numbers per token, as a norm's, and what is saved
-    from the head on: logits and the loss's own gradient. Under activation checkpointing a forward saves the
-    inputs of layers alone; what their recomputation saves in the backward is not packed.
+    of attention need none. Left as they are, too, are a few numbers per token, as a norm's; what is saved
+    from the head on: logits and the loss's own gradient; and queries and keys of fused attention. Its
+    backward makes probabilities again, exp(query @ key - normalizer): of other ones than the normalizer is
+    of, they come out many times too large.
+
+    Under activation checkpointing a forward saves the inputs of layers alone; what their recomputation saves
+    in the backward is not packed.
 
     A block with an infinite or NaN value comes back as NaN throughout: the gradient shows it, and the step is
     skipped. Nothing is read from the device.
@@ -60,6 +66,7 @@ class Stash:
         self.min_numel = 0
         self.before_head = False
         self.sources: dict[int, _Source] = {}  # by the address of the storage
+        self.attention = getattr(model.config, "_attn_implementation", None)
         keep_norms(model)
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(self._reach_head)
@@ -74,10 +81,33 @@ class Stash:
         self.saved, self.before_head = SavedBytes(), True
         self.min_numel = num_tokens * self.width // SMALL
         try:
-            with saved_tensors_hooks(self._pack, _unpack):
+            with saved_tensors_hooks(self._pack, _unpack), self._keeping_queries_and_keys():
                 yield
         finally:
             self.sources.clear()
+
+    @contextmanager
+    def _keeping_queries_and_keys(self) -> Iterator[None]:
+        """Leave as they are what torch's fused attention, or one that transformers knows, compares."""
+        name = self.attention
+        attend = None if name == "sdpa" else ALL_ATTENTION_FUNCTIONS.get(name)  # eager is none of them
+        if attend is not None:
+
+            def watched(module: nn.Module, query: Tensor, key: Tensor, *args, **kwargs):
+                self._keep(query, key)
+                return attend(module, query, key, *args, **kwargs)
+
+            ALL_ATTENTION_FUNCTIONS[name] = watched
+        try:
+            with _FusedAttention(self._keep):
+                yield
+        finally:
+            if attend is not None:
+                ALL_ATTENTION_FUNCTIONS[name] = attend
+
+    def _keep(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            self._source_of(tensor).is_kept = True
 
     def _reach_head(self, head: nn.Module, inputs: tuple) -> None:
         self.before_head = False
@@ -88,7 +118,7 @@ class Stash:
         if tensor.layout != torch.strided or isinstance(tensor._base, nn.Parameter):
             return tensor.detach()
         source = self._source_of(tensor)
-        if not self._is_activation(tensor):
+        if source.is_kept or not self._is_activation(tensor):
             self.saved.others += source.count_once("others")
             return tensor.detach()
         self.saved.activations += source.count_once("activations")
@@ -131,11 +161,13 @@ class _Source:
     """A storage of which something is saved in the forward that runs.
 
     Attributes:
+        is_kept: whether it is left as it is.
         packed: what is packed of it, for as long as an operation has it saved.
     """
 
     storage: weakref.ref
     num_bytes: int
+    is_kept: bool = False
     packed: weakref.WeakValueDictionary = field(default_factory=weakref.WeakValueDictionary)
     counted: set[str] = field(default_factory=set)
 
@@ -144,6 +176,21 @@ class _Source:
         is_new = what not in self.counted
         self.counted.add(what)
         return self.num_bytes if is_new else 0
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Tells a function of the queries and keys of every call of torch's fused attention."""
+
+    def __init__(self, tell: Callable[[Tensor, Tensor], None]):
+        super().__init__()
+        self.tell = tell
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            names = ("query", "key")
+            self.tell(*(args[n] if n < len(args) else kwargs[name] for n, name in enumerate(names)))
+        return function(*args, **kwargs)
 
 
 class _Packed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import yaml
@@ -21,7 +21,7 @@ from speft_ds.evaluation.scores import CLEAR, Evaluations, Score, ScoreChange, i
 from speft_ds.hub import public_name
 from speft_ds.report.plots import Curve, bars, curves, mask_heat_map, running_mean
 from speft_ds.report.render import Picture, write_pages
-from speft_ds.report.run import ADAPTER, NUM_WARMUP, RunFolder, look_up, numbers, read_run, size_of
+from speft_ds.report.run import ADAPTER, NUM_WARMUP, RunFolder, is_number, look_up, numbers, read_run, size_of
 from speft_ds.report.summary import STAGES, WITHIN, key_figures, seconds_by_stage
 from speft_ds.report.tables import in_bytes
 from speft_ds.sparse.mask import read_mask
@@ -40,6 +40,7 @@ SMALL = {
 }
 FROM_ZERO = ("tokens_per_s", "peak_memory_gib", "lr")  # axes
 MAX_TASKS = 3  # of which documents are shown
+NUM_AVERAGED = 10  # steps at both ends of a format of stashed activations
 
 
 def write_report(folder: Path, output: Path | None = None) -> list[Path]:
@@ -80,6 +81,8 @@ def context_of(run: RunFolder) -> dict[str, Any]:
         "formats": formats,
         "mean_size": _mean_size(run.series("loss")[1]),
         "change_keys": keys,
+        "stashed": [_stash_row(name, lines) for name, lines in run.stashed],
+        "num_averaged": NUM_AVERAGED,
         "mask_changes": [[change.get(key) for key in keys] for change in changes],
         "num_warmup": NUM_WARMUP,
         "checkpoints": [(c.path.name, in_bytes(size_of(c.path))) for c in run.checkpoints],
@@ -199,6 +202,13 @@ def _formats(found: Evaluations) -> tuple[Rows, Rows]:
             spread = in_text(max(values) - min(values), None, is_share, signed=True).removeprefix("+")
             spreads.append((f"{main.name}, {model}", len(scores), *texts, spread))
     return spreads, sorted(formats, key=lambda row: row[0])
+
+
+def _stash_row(name: str, lines: list[dict[str, Any]]) -> tuple[Any, ...]:
+    """The steps of one format, and how the loss went in them."""
+    losses = [line["loss"] for line in lines if is_number(line.get("loss"))]
+    ends = (losses[:NUM_AVERAGED], losses[-NUM_AVERAGED:])
+    return name, lines[0]["step"], lines[-1]["step"], *(mean(some) if some else None for some in ends)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,18 @@ class RunFolder:
         lines = lines[NUM_WARMUP:] or lines
         seconds = sum(line["step_ms"] for line in lines) / 1000
         return sum(line["num_tokens"] for line in lines) / seconds if seconds else None
+
+    @property
+    def stashed(self) -> list[tuple[str, list[dict[str, Any]]]]:
+        """The formats of stashed activations in the order of the steps, each with its lines."""
+        with_stash = [line for line in self.lines if isinstance(line.get("stash"), str)]
+        return [(name, list(lines)) for name, lines in groupby(with_stash, lambda line: line["stash"])]
+
+    @property
+    def saved(self) -> dict[str, float]:
+        """Bytes that the last forward saved for its backward, of the rank with the most; see `SavedBytes`."""
+        ranks = [numbers(look_up(rank, "saved", {})) for rank in self.fact("resources", [])]
+        return max(ranks, key=lambda rank: rank.get("packed", 0), default={})
 
     @property
     def resources(self) -> tuple[float, dict[str, float], dict[str, float]]:

@@ -234,3 +234,23 @@ def test_the_rehearsal_of_make_gpu_runs(tmp_path):
     assert done == ["tests", "ranks", "choice", "kernels", "loss", "step"]
     assert "quickstart" in parts and (out / "summary.md").is_file()
     assert json.loads((out / "step.json").read_text())["rows"]
+
+
+def test_stash_runs(run, tiny, tmp_path):
+    """The step; and the table of runs that are finished, which are not made again."""
+    for name, loss in (("null", 1.0), ("bfp8", 1.01), ("bfp4", 1.2), ("dynamic", 1.1)):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        facts = {"finished": True, "resources": [{"peak_bytes": 1, "saved": {}}]}
+        (folder / "run.json").write_text(json.dumps(facts))
+        formats = ["bfp4"] * 15 + ["bfp6"] * 5 if name == "dynamic" else [name] * 20
+        lines = [{"loss": loss if n >= 10 else 9.0, "stash": each} for n, each in enumerate(formats)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    json_file = tmp_path / "stash.json"
+    arguments = ["--model", str(tiny["untied"]), "--rows", "2", "--length", "16", "--rounds", "1"]
+    arguments += ["--recipe", "no_such", "--output", str(tmp_path / "runs")]
+    out = run("stash.py", *arguments, "--json", str(json_file))
+    plain, eight, four = json.loads(json_file.read_text())["steps"]
+    assert plain["kept_bytes"] > eight["kept_bytes"] > four["kept_bytes"] > 0
+    assert "| bfp4 | bfp4 | 1.2000 (+0.2000) |" in out
+    assert "| dynamic | bfp4, from step 16 bfp6 | 1.1000 (+0.1000) |" in out

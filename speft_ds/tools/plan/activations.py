@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,9 +22,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from speft_ds.model.attention import reads_packing
+from speft_ds.model.codecs import base, codec
 from speft_ds.model.fake_tensors import fake_tensors
 from speft_ds.model.kinds import linear
 from speft_ds.model.linear_cross_entropy import HeadLoss, LogitTransform
+from speft_ds.model.stash import Stash
 from speft_ds.model.targets import all_weights
 from speft_ds.sparse.kernels import triton_backends
 from speft_ds.sparse.kernels.torch_backends import BLOCK_ELEMENTS, samples_columns, split_for_cache
@@ -54,6 +57,7 @@ class Pass:
     device: str  # `cuda` or `cpu`, where it is going to run
     is_partitioned: bool  # on more than one rank
     compute: float = 1.0  # share of the columns that have entries
+    stash: str | None = None  # format of the activations that are kept for the backward
 
 
 @dataclass
@@ -118,6 +122,29 @@ def count_multiply_adds(function, args: tuple, kwargs: dict, result) -> int:
     return 0 if formula is None else formula(*args, **kwargs, out_val=result) // 2
 
 
+class SizesOnly:
+    """A codec's results in size and type, and what it needs for a moment; nothing is computed.
+
+    The tables that codecs keep are real tensors, with which fake ones do not go together.
+    """
+
+    def __init__(self, name: str, device: str):
+        self.name, self.codec = name, codec(name)
+        self.chunk = base.CHUNK if device == "cpu" else base.DEVICE_CHUNK
+
+    def encode(self, weight: Tensor, check: bool = True) -> tuple[Tensor, Tensor]:
+        num_bytes, num_scales = self.codec.sizes(weight.shape)
+        packed = weight.new_empty(num_bytes, dtype=torch.uint8)
+        scales = weight.new_empty(num_scales, dtype=self.codec.scale_dtype)
+        weight.new_empty(3 * min(self.chunk, weight.numel()), dtype=torch.float32)
+        return packed, scales
+
+    def decode(self, packed: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        weight = packed.new_empty(shape, dtype=dtype)
+        packed.new_empty(2 * min(self.chunk, weight.numel()), dtype=torch.float32)
+        return weight
+
+
 @lru_cache(maxsize=64)
 def run_pass(geometry: Geometry, one: Pass, fake: bool = True) -> PassRun:
     """One forward and backward of a model: every use of a module in order, with the activations beside it.
@@ -133,9 +160,14 @@ def run_pass(geometry: Geometry, one: Pass, fake: bool = True) -> PassRun:
         uses = _record_uses(model, live)
         if one.walks_all_layers:  # after the hooks, as the engine does it after DeepSpeed's
             model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_(True))
+        packing = nullcontext()
+        if one.stash is not None:
+            packing = Stash(model, SizesOnly(one.stash, one.device)).packing(one.rows * one.length)
         ids = torch.zeros(one.rows, one.length, dtype=torch.int64)
         with live:
-            (_loss(model, geometry.task, ids, one.device) / one.rows).backward()
+            with packing:
+                loss = _loss(model, geometry.task, ids, one.device) / one.rows
+            loss.backward()
         uses[-1].peak = live.peak
     return PassRun(uses, live.multiply_adds, live.of_dense_gradient)
 

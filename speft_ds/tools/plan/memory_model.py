@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from speft_ds.config.recipe import Recipe
+from speft_ds.config.train_config import STASH_FORMATS
 from speft_ds.sparse.gradient import IN_FLIGHT
 from speft_ds.sparse.kernels.backends import expected_backend
 from speft_ds.sparse.kernels.costs import KernelCosts
@@ -126,11 +127,17 @@ class Setup:
         formula = f"{sum(numel):,} weights / {self.world_size} ranks x {size} B{note}"
         return Line(kind, size * sum(-(-count // self.world_size) for count in numel), formula)
 
-    def pass_peak(self, collects: str, rows: int, length: int) -> PassPeak:
-        """The peak of one forward and backward; `collects` as for `activations.Pass`."""
-        return pass_peak(self.run_pass(collects, rows, length).uses, self)
+    @property
+    def stash(self) -> str | None:
+        """The format of stashed activations: of a dynamic stash, the one with most bits."""
+        asked = self.recipe.train.stash
+        return STASH_FORMATS[-1] if asked == "dynamic" else asked
 
-    def run_pass(self, collects: str, rows: int, length: int) -> PassRun:
+    def pass_peak(self, collects: str, rows: int, length: int, stash: str | None = None) -> PassPeak:
+        """The peak of one forward and backward; `collects` and `stash` as for `activations.Pass`."""
+        return pass_peak(self.run_pass(collects, rows, length, stash).uses, self)
+
+    def run_pass(self, collects: str, rows: int, length: int, stash: str | None = None) -> PassRun:
         """One forward and backward; arguments as for `pass_peak`."""
         recipe = self.recipe
         one = Pass(
@@ -144,6 +151,7 @@ class Setup:
             device=self.device,
             is_partitioned=self.world_size > 1,
             compute=recipe.mask.compute or 1.0,
+            stash=stash,
         )
         return run_pass(self.geometry, one)
 
@@ -159,7 +167,7 @@ def phases(setup: Setup) -> dict[str, list[Line]]:
     always, state = frozen(setup), trained(setup)
     is_dense = mask.schedule == "drop_grow" and mask.growth == "sft_ag"
     collects = "gradient" if is_dense else "entries"
-    step = one_pass(setup, collects, train.micro_batch, setup.recipe.data.max_length)
+    step = one_pass(setup, collects, train.micro_batch, setup.recipe.data.max_length, setup.stash)
     update = Line.of("step's temporaries", setup.num_own, 28, "own entries", " (about)")
     found = {"training": [*always, *state, *step], "optimizer step": [*always, *state, update]}
     if not mask.is_scored:
@@ -254,11 +262,12 @@ def gradient_pattern(setup: Setup) -> list[Line]:
     return []
 
 
-def one_pass(setup: Setup, collects: str, rows: int, length: int) -> list[Line]:
+def one_pass(setup: Setup, collects: str, rows: int, length: int, stash: str | None = None) -> list[Line]:
     """Activations and gathered weights at the moment when they come to most together."""
-    peak, b = setup.pass_peak(collects, rows, length), setup.itemsize
+    peak, b = setup.pass_peak(collects, rows, length, stash), setup.itemsize
     checkpointing = setup.recipe.train.activation_checkpointing
     formula = f"fake tensors: {rows} rows x {length:,} tokens, checkpointing {checkpointing}"
+    formula += f", stash {stash}" if stash else ""
     lines = [Line("activations", peak.activations, formula)]
     if peak.gathered:
         note = " (ZeRO-3's prefetch and reuse)"

@@ -65,7 +65,7 @@ class Net(nn.Module):
         self.first, self.gate, self.up, self.down = (
             nn.Linear(a, b, bias=False) for a, b in ((20, 40), (40, 24), (40, 24), (24, 8))
         )
-        self.embedding = nn.Embedding(4, 20)
+        self.embedding, self.config = nn.Embedding(4, 20), None
         self.requires_grad_(False)
         self.seen = {}
         for name in ("first", "gate", "up", "down"):
@@ -157,9 +157,9 @@ def test_columns_of_inputs_and_bfloat16():
 def test_values_are_packed_once_and_unpacked_once():
     """However many operations save them: a norm twice, the input of q, k and v."""
     _, stash = gradients("llama", "none", True)
-    # Of each layer: both norms' inputs, q, k, v, attention's output, gate, up and their activation; and of
-    # the last norm.
-    assert len(stash.codec.encoded) == 3 * 9 + 1
+    # Of each layer: both norms' inputs, v, attention's output, gate, up and their activation; and of the last
+    # norm.
+    assert len(stash.codec.encoded) == 3 * 7 + 1
     assert stash.codec.num_decoded == len(stash.codec.encoded)
     _, stash = gradients("llama", "reentrant", True)
     assert stash.codec.encoded == [(60, 32)] * 4  # the layers' inputs, and the last norm's
@@ -193,6 +193,53 @@ def nodes(node):
     while node is not None:
         yield node
         node = next((parent for parent, _ in node.next_functions if parent is not None), None)
+
+
+def attend(module, query, key, value, mask, scaling=None, **kwargs):
+    """An attention that a user registers, fused as others are."""
+    heads = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(heads, 1) for x in (key, value))
+    return Exponent.apply(query, key, value).transpose(1, 2), None
+
+
+class Exponent(torch.autograd.Function):
+    """Makes its probabilities again in the backward, from what it has then."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        ctx.save_for_backward(query, key, value)
+        return (query @ key.mT / 8).softmax(-1) @ value
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            own = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            (own[0] @ own[1].mT / 8).softmax(-1).matmul(own[2]).backward(grad)
+        return tuple(x.grad for x in own)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "mine"])
+def test_queries_and_keys_of_fused_attention_stay(attention, monkeypatch):
+    """Else probabilities, made again beside their old normalizer, would grow without bound."""
+    monkeypatch.setitem(module.ALL_ATTENTION_FUNCTIONS._global_mapping, "mine", attend)
+    given, asked = {}, torch.randn(2, 30, 32)
+    for name in (None, "bfp4"):
+        model = make_model("llama", initializer_range=0.3)
+        model.config._attn_implementation = attention
+        stash = None if name is None else Stash(model, codec(name))
+        model.get_input_embeddings().register_forward_hook(lambda module, x, y: y.requires_grad_(True))
+        for linear in layers_of(model).values():
+            adapt(linear)
+        proj = model.model.layers[1].self_attn.q_proj
+        proj.weight_grad_hook = lambda x, grad_y, name=name: given.update({name: grad_y})
+        with nullcontext() if stash is None else stash.packing(IDS.numel()):
+            hidden = model.model(input_ids=IDS, use_cache=False).last_hidden_state
+        (hidden * asked).sum().backward()
+        if stash is not None and attention != "eager":
+            assert stash.saved.others >= 3 * 2 * 4 * 30 * 8 * 4  # of each layer, queries alone
+    assert torch.nn.functional.cosine_similarity(*(g.flatten() for g in given.values()), dim=0) > 0.8
+    assert 0.7 < given["bfp4"].norm() / given[None].norm() < 1.4
+    assert module.ALL_ATTENTION_FUNCTIONS["mine"] is attend
 
 
 def test_from_the_head_on_nothing_is_packed():
@@ -252,7 +299,7 @@ def test_bytes_that_are_kept_are_counted():
         assert saved.packed == pytest.approx(saved.activations * bits / 32, rel=0.01)
         assert kept == pytest.approx(embedded + saved.packed + saved.others, abs=8000)  # weights of norms
         assert plain == pytest.approx(saved.activations + saved.others, abs=8000)
-    assert kept < 0.25 * plain
+    assert kept < 0.4 * plain
 
 
 def test_as_many_inputs_are_made_again_as_without():

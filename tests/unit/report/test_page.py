@@ -348,3 +348,21 @@ def test_nothing_that_a_file_says_is_markup(tmp_path, capsys):
         assert "quiz acc, document 0" in page.text and "\x1b" not in page.text
     print_summary(run)
     assert "\x1b[31m" not in capsys.readouterr().out
+
+
+def test_stashed_activations_have_their_formats_bytes_and_losses(run):
+    saved = {"activations": 64 * 2**20, "packed": 9 * 2**20, "others": 2**19}
+    lines = [{"step": n, "loss": 3.0 - n / 20, "stash": "bfp4" if n <= 40 else "bfp6"} for n in range(1, 61)]
+    lines[44]["loss"] = None  # a step that was skipped
+    write_metrics(run, lines)
+    write_json(run / "run.json", facts(resources=[{"saved": {}}, {"saved": saved}, 3, {"saved": [1]}]))
+    write_report(run)
+    for page in (page_of(run), rendered(run)):
+        assert page.row("bfp4") == ["1", "40", "2.725", "1.225"]
+        assert [*map(float, page.row("bfp6"))] == pytest.approx(
+            [41, 60, 3 - 46.1 / 20 + 0.03, 0.225], abs=0.03
+        )
+        assert page.row("activations, as they are") == ["64.00 MiB"]
+        assert page.row("the same, packed") == ["9.00 MiB"] and page.row("packed to") == ["14.1%"]
+    write_metrics(run, [{"step": 1, "loss": 2.0}])
+    assert "bfp4" not in text_of(run)

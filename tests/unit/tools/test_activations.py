@@ -4,7 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import make_model
 
+from speft_ds.model.codecs import codec
+from speft_ds.tools.plan import activations
 from speft_ds.tools.plan.activations import LiveBytes, Pass, run_pass
 from speft_ds.tools.plan.gathered_weights import ModuleUse, pass_peak
 from speft_ds.tools.plan.geometry import read_geometry
@@ -25,15 +28,35 @@ def test_live_bytes_counts_storages_while_they_live():
         assert live.now == 0
 
 
+@pytest.mark.parametrize("stash", [None, "bfp4"])
 @pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non_reentrant"])
-def test_a_fake_run_counts_what_a_real_run_holds(recipe, checkpointing):
+def test_a_fake_run_counts_what_a_real_run_holds(recipe, checkpointing, stash):
     """The same code on real tensors: the same uses of modules, and the storages that live, to the byte."""
     walks = checkpointing == "reentrant"
-    one = Pass(3, 24, "entries", checkpointing, False, walks, "sampled", "cpu", True)
+    one = Pass(3, 24, "entries", checkpointing, False, walks, "sampled", "cpu", True, stash=stash)
     geometry = read_geometry(recipe())
     made = run_pass(geometry, one)
     assert made == run_pass(geometry, one, fake=False)
     assert max(use.peak for use in made.uses) > 3 * 24 * 260 * 4  # the logits
+
+
+def test_stashed_activations_are_counted_as_the_codec_packs_them(tmp_path, recipe, monkeypatch):
+    """The same run with the real codec; and far less than without."""
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 32}
+    model = make_model(tmp_path / "wide", **sizes, num_hidden_layers=4)
+    geometry = read_geometry(recipe(model={"name_or_path": str(model)}))
+    peaks = {}
+    for stash in (None, "bfp8", "bfp4"):
+        one = Pass(8, 128, "entries", "none", False, True, "sampled", "cpu", True, stash=stash)
+        peaks[stash] = max(use.peak for use in run_pass(geometry, one).uses)
+        if stash is not None:
+            monkeypatch.setattr(activations, "SizesOnly", lambda name, device: codec(name))
+            # What codecs make once is there, or it would count.
+            codec(stash).decode(*codec(stash).encode(torch.ones(1, 16)), (1, 16), torch.float32)
+            real = max(use.peak for use in run_pass(geometry, one, fake=False).uses)
+            assert peaks[stash] == pytest.approx(real, rel=0.1)
+            monkeypatch.undo()
+    assert peaks["bfp4"] < 0.9 * peaks["bfp8"] and peaks["bfp8"] < 0.7 * peaks[None], peaks
 
 
 @pytest.fixture

@@ -83,6 +83,16 @@ def test_schedules_add_what_they_keep(planned):
         assert planned("training", mask=grow)["growth"] == size * shards(2)
 
 
+def test_a_stash_takes_less_in_training_alone(planned):
+    plain, dynamic = planned("training"), planned("training", train={"stash": "dynamic"})
+    widest, least = (planned("training", train={"stash": name}) for name in ("bfp8", "bfp4"))
+    assert dynamic == widest  # the most bits that it may come to
+    assert least["activations"] < widest["activations"] < plain["activations"]
+    kinds = plain.keys() - {"activations", "gathered weights"}  # of what is gathered, another moment's
+    assert all(least[kind] == plain[kind] for kind in kinds) and least.keys() == plain.keys()
+    assert planned("scoring", train={"stash": "bfp4"}) == planned("scoring")
+
+
 def test_a_single_rank_gathers_and_receives_nothing(recipe):
     plan = make_plan(recipe(), 1, device="cpu")
     kinds = {kind for lines in plan.memory.values() for kind in sizes(lines)}

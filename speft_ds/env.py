@@ -44,6 +44,7 @@ def init_env() -> None:
     single = rank_env(0, 1, free_port() if is_single else 29500)
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name; memory of a GPU does not fall to pieces
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's last calls, which a timeout writes down
     for key, value in {**single, **found}.items():
         os.environ.setdefault(key, value)
 

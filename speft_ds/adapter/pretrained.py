@@ -158,7 +158,7 @@ class Fingerprint:
     def add(self, name: str, weight: Tensor) -> None:
         """Count a weight, cast to the dtype; the first of tied ones."""
         if name in self.shape and name not in self._hashes:
-            self._hashes[name] = element_hash(weight.to(self.dtype), 0)
+            self._hashes[name] = int(element_hash(weight.to(self.dtype), 0)) % 2**64
 
     def hexdigest(self) -> str:
         lines = [f"{n} {s} {self.dtype} {self._hashes[n]:016x}\n" for n, s in self.shape.items()]

@@ -66,6 +66,8 @@ def init(timeout_minutes: float = 30.0) -> None:
     global _side_group
     if _side_group is None:
         _side_group = dist.new_group(timeout=timeout)
+        # NCCL connects a group at its first collective, which would be in the middle of a backward.
+        dist.all_reduce(torch.zeros(1, device=device()), group=_side_group)
 
 
 def start_watchdog(timeout_minutes: float, advice: Callable[[], str]) -> None:
@@ -105,6 +107,13 @@ def device() -> torch.device:
     from deepspeed.accelerator import get_accelerator
 
     return torch.device(get_accelerator().current_device_name())
+
+
+def synchronize() -> None:
+    """Wait for all that was started on this rank's device."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().synchronize()
 
 
 def _counted(collective: Callable) -> Callable:

@@ -24,7 +24,7 @@ class EvalConfig(ConfigSection):
     chat_template: bool = True
     """wrap the prompts in the tokenizer's chat template"""
     mode: Literal["auto", "gathered", "sharded"] = "auto"
-    """gathered: a complete copy on every rank, fast; auto: where it has room"""
+    """gathered: a complete copy on every rank, fast; auto: where it has room, and there are several ranks"""
     samples: bool = True
     """keep every document's prompt and answer beside the scores"""
     manual_fewshot: list[Index] = Field([])

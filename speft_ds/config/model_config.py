@@ -34,3 +34,5 @@ class ModelConfig(ConfigSection):
 class DeepSpeedSection(ConfigSection):
     config: FilePath = "zero3_bf16"
     """a name in ds_configs/, or a path to a JSON file"""
+    keep_unpartitioned: bool = True
+    """a single rank keeps its weights complete; false: they are gathered and freed, as on several ranks"""

@@ -34,7 +34,7 @@ from speft_ds.evaluation.scores import ScoreFile, Settings
 from speft_ds.evaluation.task_checks import check_tasks
 from speft_ds.evaluation.tasks import find_tasks, local_data
 from speft_ds.model.quantise import quantised_linears
-from speft_ds.zero.shards import full_shape
+from speft_ds.zero.shards import full_shape, shard_of
 
 MAX_SHARE = 0.5  # of the free memory, for a copy: activations, logits and the KV cache need the rest
 
@@ -224,15 +224,27 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def model_to_score(module: nn.Module, mode: str) -> Iterator[tuple[nn.Module, bool]]:
-    """The model to run by `eval.mode`, and whether it is sharded; every rank enters this together."""
+    """The model to run by `eval.mode`, and whether it is sharded; every rank enters this together.
+
+    `auto` copies nothing where a single rank has all weights already.
+    """
     is_in_few_bits = bool(quantised_linears(module))
-    if mode == "sharded" or is_in_few_bits or (mode == "auto" and not copy_fits(module)):
+    has_all = mode == "auto" and not is_in_few_bits and is_complete(module)
+    if has_all or mode == "sharded" or is_in_few_bits or (mode == "auto" and not copy_fits(module)):
         was_training = module.training
         module.eval()
-        yield module, True
+        yield module, not has_all
         module.train(was_training)
     else:
         yield plain_copy(module).eval(), False
+
+
+def is_complete(module: nn.Module) -> bool:
+    """Whether this rank's shards are the complete weights, on the device that computes."""
+    device = collectives.device().type
+    return collectives.world_size() == 1 and all(
+        shard_of(weight).device.type == device for weight in module.parameters()
+    )
 
 
 def copy_fits(module: nn.Module) -> bool:

@@ -39,7 +39,7 @@ def run(recipe: Recipe) -> None:
     collectives.start_watchdog(recipe.train.timeout_minutes, lambda: "start it again")
     recipe = agree_on_date(agree_on_dtype(recipe))
     collectives.run_on_rank0(lambda: check_output_dir(recipe))
-    timings = Timings()
+    timings = Timings(collectives.synchronize)
     with timings.stage("kernels"):
         costs = agree_on_costs(recipe)
     with timings.stage("data"):

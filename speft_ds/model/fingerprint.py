@@ -11,25 +11,27 @@ from speft_ds.comm import collectives
 from speft_ds.config.model_config import HEAD
 from speft_ds.zero.shards import full_shape, is_sharded, own_elements
 
-HASH_CHUNK = 2**20  # elements hashed at once, to bound the int64 temporaries
+# Elements hashed at once, to bound the int64 temporaries; on a GPU few launches count more.
+HASH_CHUNK = {"cpu": 2**20, "cuda": 2**25}
 
 
 INTEGER_VIEW = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
-def element_hash(values: Tensor, start: int) -> int:
-    """Sum over elements of a mix of (bits, global flat index), modulo 2^64.
+def element_hash(values: Tensor, start: int) -> Tensor:
+    """Sum over elements of a mix of (bits, global flat index), modulo 2^64: an int64 scalar, of either sign.
 
-    A sum, so that the hashes of the shards of a weight add up to the hash of the weight.
+    A sum, so that the hashes of the shards of a weight add up to the hash of the weight. It stays where the
+    values are: a GPU is not waited for.
     """
-    total = 0
+    total = torch.zeros((), dtype=torch.int64, device=values.device)
     bits = values.reshape(-1).view(INTEGER_VIEW[values.dtype])
-    for offset in range(0, bits.numel(), HASH_CHUNK):
-        chunk = bits[offset : offset + HASH_CHUNK].to(torch.int64)
+    size = HASH_CHUNK[values.device.type]
+    for offset in range(0, bits.numel(), size):
+        chunk = bits[offset : offset + size].to(torch.int64)
         position = torch.arange(start + offset, start + offset + chunk.numel(), device=chunk.device)
-        mixed = mix64(chunk * -0x61C8864680B583EB + position * 0x2545F4914F6CDD1D)
-        total += int(mixed.sum())
-    return total % 2**64
+        total += mix64(chunk * -0x61C8864680B583EB + position * 0x2545F4914F6CDD1D).sum()
+    return total
 
 
 def mix64(value: Tensor) -> Tensor:
@@ -58,10 +60,11 @@ def fingerprint(model: nn.Module, rounded: torch.dtype | None = None) -> str:
     for parameter in parameters.values():
         values, start = own_elements(parameter) if is_sharded(parameter) else (parameter.detach(), 0)
         hashes.append(element_hash(values if rounded is None else values.to(rounded), start))
+    hashes = torch.stack(hashes).tolist()
     if any(is_sharded(parameter) for parameter in parameters.values()):
-        hashes = [sum(column) % 2**64 for column in zip(*collectives.all_gather_objects(hashes), strict=True)]
+        hashes = [sum(column) for column in zip(*collectives.all_gather_objects(hashes), strict=True)]
     digest = hashlib.sha256()
     for (name, parameter), value in zip(parameters.items(), hashes, strict=True):
         dtype = rounded or parameter.dtype
-        digest.update(f"{name} {tuple(full_shape(parameter))} {dtype} {value:016x}\n".encode())
+        digest.update(f"{name} {tuple(full_shape(parameter))} {dtype} {value % 2**64:016x}\n".encode())
     return digest.hexdigest()

@@ -31,7 +31,15 @@ LONG_S = 20.0  # from here on, what is left of a run is told
 
 
 class Timings(dict[str, float]):
-    """Stage -> seconds, of all the times that it ran."""
+    """Stage -> seconds, of all the times that it ran.
+
+    Args:
+        synchronize: waits for the device, so that a stage has what it started.
+    """
+
+    def __init__(self, synchronize: Callable[[], None] = lambda: None):
+        super().__init__()
+        self.synchronize = synchronize
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -39,6 +47,7 @@ class Timings(dict[str, float]):
         watchdog.heartbeat(name)
         try:
             yield
+            self.synchronize()  # not after an error, which it might hide
         finally:
             self[name] = self.get(name, 0.0) + time.perf_counter() - start
 

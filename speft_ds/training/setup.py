@@ -116,7 +116,8 @@ def load_context(
     if train.activation_checkpointing != "none":
         model.gradient_checkpointing_enable({"use_reentrant": train.activation_checkpointing == "reentrant"})
     written = [weight for target in (targets | heads).values() for weight in target.written]
-    engine = build_engine(model, ds_config, written, recipe.walks_all_layers)
+    keep = recipe.deepspeed.keep_unpartitioned
+    engine = build_engine(model, ds_config, written, recipe.walks_all_layers, keep)
     # All, not the targets alone: torch's own linear would keep the gathered weight alive until its backward.
     for target in (all_weights(model) | heads).values():
         target.adapt(recomputes_input=train.activation_checkpointing == "none")

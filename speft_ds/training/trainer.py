@@ -79,7 +79,7 @@ class Trainer:
         self.recipe = recipe
         self.checkpoint = start.checkpoint if start else None
         self.folder = Path(recipe.output_dir)
-        self.timings = Timings()
+        self.timings = Timings(collectives.synchronize)
         self.schedule: Schedule | None = None
         self.evaluation = None
         jobs = jobs_of(recipe.eval, "before") + jobs_of(recipe.eval, "after") or slice_jobs(recipe.eval)
@@ -216,6 +216,9 @@ class Trainer:
         The loss is the sum of the token losses over the number of label tokens of the global batch, over
         all ranks and micro-batches: both the one that is optimised and the one that is logged. A step whose
         loss or gradient is not finite changes nothing.
+
+        `step_ms` ends without waiting for the device, which may still update the weights then: the next
+        step waits for that, where it reads its loss, as this one did for the step before.
         """
         start = time.perf_counter()
         size, optimizer = self.recipe.train.global_batch, self.engine.optimizer

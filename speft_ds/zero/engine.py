@@ -165,7 +165,11 @@ class SparseEngine(DeepSpeedEngine):
 
 
 def build_engine(
-    model: nn.Module, ds_config: dict, trained: Iterable[nn.Parameter], walks_all_layers: bool = False
+    model: nn.Module,
+    ds_config: dict,
+    trained: Iterable[nn.Parameter],
+    walks_all_layers: bool = False,
+    keep_unpartitioned: bool = True,
 ) -> SparseEngine:
     """A `SparseEngine` over a frozen model; trained weights are never persistent.
 
@@ -176,6 +180,7 @@ def build_engine(
         walks_all_layers: have a backward go down to the embedding, not just to the lowest layer that is
             trained: where that is another one every step, or inputs must need a gradient (re-entrant
             activation checkpointing).
+        keep_unpartitioned: on a single rank, never gather or free a weight.
     """
     if any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("the base must be frozen: call requires_grad_(False) on the model")
@@ -191,7 +196,7 @@ def build_engine(
         shards.gather_stream = coordinator._PartitionedParameterCoordinator__allgather_stream
         shards.gathers_wait()  # for what loading wrote
     on_device = all(shard_of(p).device.type == engine.device.type for p in model.parameters())
-    if collectives.world_size() == 1 and on_device:
+    if keep_unpartitioned and collectives.world_size() == 1 and on_device:
         engine.optimizer.keep_unpartitioned()
     if walks_all_layers:
         # After DeepSpeed's hooks, so that they see an output without gradient and do not gather the

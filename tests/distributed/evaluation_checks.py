@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from distributed.reference import make_trainer, plain_model
 from speft_ds.comm import collectives, signals
 from speft_ds.config.recipe import Recipe
+from speft_ds.evaluation import runner
 from speft_ds.evaluation.eval_jobs import jobs_of
 from speft_ds.evaluation.lm import shard_batches
 
@@ -32,8 +33,15 @@ def scores_and_answers(results: dict) -> dict:
 
 def check_evaluation(recipe: Recipe, of: dict | None = None) -> list[dict] | None:
     """lm-eval on the live engine: each job of `before`, with its documents; on rank 0."""
-    trainer = make_trainer(recipe)
-    scored = list(trainer.evaluation.run(trainer.engine.module, jobs_of(recipe.eval, "before"), of or {}))
+    trainer, copies, copy = make_trainer(recipe), [], runner.plain_copy
+    runner.plain_copy = lambda module: copies.append(copy(module)) or copies[-1]
+    try:
+        jobs = jobs_of(recipe.eval, "before")
+        scored = list(trainer.evaluation.run(trainer.engine.module, jobs, of or {}))
+    finally:
+        runner.plain_copy = copy
+    has_all = recipe.eval.mode == "auto" and collectives.world_size() == 1
+    assert not (copies and has_all), "a single rank copied its weights"
     if collectives.rank() != 0:
         return None
     return [{**scores_and_answers(each.results), "document": each.file.model_dump()} for each in scored]

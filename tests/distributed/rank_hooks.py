@@ -36,12 +36,20 @@ def _before_step(number: int, action: Callable) -> None:
 
 
 def raises() -> None:
-    def boom(trainer):
-        while trainer.writer.in_flight and not trainer.writer.is_written:
-            time.sleep(0.01)
-        raise RuntimeError("boom")
+    _before_step(6, _boom)
 
-    _before_step(6, boom)
+
+def raises_in_a_backward() -> None:
+    def spoil(trainer):
+        trainer.gradient.add = lambda *_: _boom(trainer)
+
+    _before_step(6, spoil)
+
+
+def _boom(trainer) -> None:
+    while trainer.writer.in_flight and not trainer.writer.is_written:
+        time.sleep(0.01)
+    raise RuntimeError("boom")
 
 
 def hangs() -> None:

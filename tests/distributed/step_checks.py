@@ -10,15 +10,16 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distributed.checks import check_run
 from distributed.reference import make_trainer, start
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
+from speft_ds.training import setup
 from speft_ds.zero import shards
-from speft_ds.zero.engine import SparseZeroOptimizer
 
 # Operations for whose result the host waits.
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero"}
-ON_CPU = {"collate", "permutation", "_oldest", "_correction"}  # functions whose tensors are on the CPU anyway
+ON_CPU = {"collate", "permutation"}  # functions whose tensors are on the CPU anyway
 COLLECTIVES = (
     *("all_reduce", "all_gather_into_tensor", "all_gather_single", "all_gather", "all_to_all_single"),
     *("reduce_scatter_tensor", "reduce_scatter_single", "broadcast", "gather", "scatter", "barrier"),
@@ -137,15 +138,20 @@ def check_gathers_wait(recipes: list[Recipe]) -> list[int]:
     return seen
 
 
-def check_partitioned_alone(recipe: Recipe) -> tuple[list[float], list[float]]:
-    """Losses of a single rank whose weights ZeRO-3 gathers, as on several, and of one that keeps them."""
-    losses, keep = [], SparseZeroOptimizer.keep_unpartitioned
-    for method in (lambda optimizer: None, keep):
-        SparseZeroOptimizer.keep_unpartitioned = method
-        try:
-            trainer = start(recipe)
-        finally:
-            SparseZeroOptimizer.keep_unpartitioned = keep
-        assert trainer.engine.optimizer.is_unpartitioned == (method is keep)
-        losses.append([trainer.train_step(step)["loss"] for step in range(recipe.train.steps)])
-    return losses[0], losses[1]
+def check_keeps(recipe: Recipe) -> dict:
+    """A run that is checked as all are, whose single rank keeps its weights or not, as the recipe says."""
+    keeps = recipe.deepspeed.keep_unpartitioned
+    seen, build = [], setup.build_engine
+
+    def built(*arguments):
+        seen.append(build(*arguments))
+        return seen[-1]
+
+    setup.build_engine = built
+    try:
+        made = check_run(recipe)
+    finally:
+        setup.build_engine = build
+    (engine,) = seen
+    assert engine.optimizer.is_unpartitioned == keeps, "the weights are kept otherwise"
+    return made

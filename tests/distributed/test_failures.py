@@ -39,9 +39,11 @@ def ends(run, codes):
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize(("rank", "num_ranks"), [(0, 2), (2, 4)])
-def test_a_rank_that_raises(start, tmp_path, rank, num_ranks):
-    run = start(num_ranks=num_ranks, hooks={rank: rank_hooks.raises})
+@pytest.mark.parametrize(
+    ("rank", "num_ranks", "raises"), [(0, 2, rank_hooks.raises), (2, 4, rank_hooks.raises_in_a_backward)]
+)
+def test_a_rank_that_raises(start, tmp_path, rank, num_ranks, raises):
+    run = start(num_ranks=num_ranks, hooks={rank: raises})
     said = ends(run, [1] * num_ranks)
     assert said.count("Traceback") == 1 and said.count(f"rank {rank} failed:") == 1, said
     assert "RuntimeError: boom" in said

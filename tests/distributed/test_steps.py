@@ -1,5 +1,7 @@
 """What a step costs a device that runs beside the host, and the order of what is sent."""
 
+import pytest
+
 from distributed import step_checks
 from distributed.reference import make_recipe
 
@@ -12,6 +14,28 @@ def test_a_step_reads_the_device_once(ranks, tiny, tmp_path):
         recipe = make_recipe(tiny, tmp_path / str(packing), train=TRAIN, data={"packing": packing})
         for reads in ranks(2)(step_checks.count_reads, recipe=recipe):
             assert reads == {"_accumulate": 1}
+
+
+HOW = {
+    "sgd": {"optimizer": {"name": "sgd", "lr": 0.1}},
+    "lion": {"optimizer": {"name": "lion"}},
+    "8 bits": {"optimizer": {"name": "adamw_8bit"}},
+    "entries that count their steps": {
+        "mask": {"schedule": "periodic", "update_every": 3},
+        "train": {"steps": 4},
+    },
+    "few columns": {"mask": {"compute": 0.3}, "train": {"sparse_backend": "columns"}},
+    "blocks": {"mask": {"granularity": "block", "block_size": 4}},
+    "norms by layer": {"optimizer": {"clip": "per_layer"}},
+}
+
+
+@pytest.mark.parametrize("name", HOW)
+def test_however_it_steps_it_reads_the_device_once(ranks, tiny, tmp_path, name):
+    sections = {**HOW[name], "train": {**TRAIN, **HOW[name].get("train", {})}}
+    expected = {"_accumulate": 1, **({"__call__": 1} if name == "norms by layer" else {})}
+    for reads in ranks(2)(step_checks.count_reads, recipe=make_recipe(tiny, tmp_path, **sections)):
+        assert reads == expected
 
 
 def test_reads_of_grad_topk_do_not_grow_with_the_weights(ranks, tiny, tmp_path):
@@ -45,6 +69,9 @@ def test_gathers_wait_for_every_write_to_a_shard(ranks, tiny, tmp_path):
 
 
 def test_a_single_rank_trains_alike_with_weights_that_are_gathered(ranks, tiny, tmp_path):
-    """The two ways that one GPU and several take."""
-    ((gathered, kept),) = ranks(1)(step_checks.check_partitioned_alone, recipe=make_recipe(tiny, tmp_path))
-    assert gathered == kept
+    """The two ways that one GPU and several take, each of them dense autograd's."""
+    runs = []
+    for keep in (True, False):
+        recipe = make_recipe(tiny, tmp_path / str(keep), deepspeed={"keep_unpartitioned": keep})
+        runs += ranks(1)(step_checks.check_keeps, recipe=recipe)
+    assert runs[0] == runs[1]

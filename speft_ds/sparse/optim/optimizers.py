@@ -53,6 +53,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             # One count of all is on the CPU, where a GPU is not waited for to read it.
             where = {"size": delta.shape, "device": delta.device} if entry_steps else {"size": ()}
             state["entry_step"] = torch.zeros(dtype=torch.int32, **where)
+            self.param_groups[0]["most_steps"] = 0
         self.state[delta] = state
 
     @staticmethod
@@ -72,6 +73,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         """
         group, delta = self.param_groups[0], self.delta
         state, gradient = self.state[delta], delta.grad
+        self._count_step()
         if active is None:
             self._advance(delta, gradient, state, group)
             return
@@ -83,6 +85,11 @@ class FlatOptimizer(torch.optim.Optimizer):
         delta[chosen] = values
         for name, value in own.items():
             state[name][chosen] = value
+
+    def _count_step(self) -> None:
+        """`most_steps` of the group: no entry has taken more. Counted here, so that no device is asked."""
+        if self.COUNTS_STEPS:
+            self.param_groups[0]["most_steps"] += 1
 
     def _check_entry_steps(self, problem: str) -> None:
         if any(value.dim() == 0 for value in self.state[self.delta].values()):
@@ -115,6 +122,9 @@ class FlatOptimizer(torch.optim.Optimizer):
         state = {name: value.to(delta.device, copy=True) for name, value in saved.columns.items()}
         if saved.entry_step is not None:
             state["entry_step"] = torch.tensor(saved.entry_step, dtype=torch.int32)
+        if self.COUNTS_STEPS:
+            steps = state["entry_step"]
+            self.param_groups[0]["most_steps"] = int(steps.max()) if steps.numel() else 0
         self._replace(delta, state)
 
     def _replace(self, delta: nn.Parameter, state: dict[str, Tensor]) -> None:
@@ -176,23 +186,22 @@ class AdamW(FlatOptimizer):
     @staticmethod
     def _advance(delta: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict) -> None:
         beta1, beta2 = group["betas"]
-        entry_step = state["entry_step"].add_(1)
-        oldest = _oldest(entry_step)
+        entry_step, most = state["entry_step"].add_(1), group["most_steps"]
         delta.mul_(1 - group["lr"] * group["weight_decay"])
         exp_avg = state["exp_avg"].lerp_(gradient, 1 - beta1)
         exp_avg_sq = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        denominator = (exp_avg_sq / _correction(beta2, entry_step, oldest)).sqrt_().add_(group["eps"])
-        delta.sub_(exp_avg / _correction(beta1, entry_step, oldest) / denominator * group["lr"])
+        denominator = (exp_avg_sq / _correction(beta2, entry_step, most)).sqrt_().add_(group["eps"])
+        delta.sub_(exp_avg / _correction(beta1, entry_step, most) / denominator * group["lr"])
 
 
-def _oldest(entry_step: Tensor) -> int:
-    """The most steps that an entry has taken; of a single count, read on the CPU."""
-    return int(entry_step.max()) if entry_step.numel() else 0
+def _correction(beta: float, entry_step: Tensor, most: int) -> Tensor | float:
+    """1 - beta^entry_step, computed in fp64 once for every count up to `most`; fp32, shaped like it.
 
-
-def _correction(beta: float, entry_step: Tensor, oldest: int) -> Tensor:
-    """1 - beta^entry_step, computed in fp64 once for every count up to the oldest; fp32, shaped like it."""
-    powers = beta ** torch.arange(oldest + 1, dtype=torch.float64, device=entry_step.device)
+    Of one count of all, which is `most`, a number.
+    """
+    if entry_step.dim() == 0:
+        return 1 - beta**most
+    powers = beta ** torch.arange(most + 1, dtype=torch.float64, device=entry_step.device)
     return (1 - powers).to(torch.float32)[entry_step.to(torch.int64)]
 
 
@@ -231,7 +240,14 @@ class AdamW8bit(AdamW):
         num_blocks = self.moments["exp_avg"].absmax.numel()
         for start in range(0, num_blocks, CHUNK):
             blocks = slice(start, min(start + CHUNK, num_blocks))
-            entry = self._entries_of(slots_of(blocks))
+            slots = slots_of(blocks)
+            if self.entry_at is None:  # the first slots are taken: no device is asked which
+                entry = torch.arange(
+                    slots.start, min(slots.stop, self.delta.numel()), device=self.delta.device
+                )
+                yield blocks, entry - slots.start, entry
+                continue
+            entry = self.entry_at[slots]
             slot = (entry >= 0).nonzero()[:, 0]
             yield blocks, slot, entry[slot].to(torch.int64)
 
@@ -239,6 +255,7 @@ class AdamW8bit(AdamW):
     def step(self, closure=None, active: Tensor | None = None) -> None:
         """As `FlatOptimizer.step`; resting entries keep their moments as the class says."""
         delta, entry_step = self.delta, self.state[self.delta]["entry_step"]
+        self._count_step()
         if active is not None:
             self._check_entry_steps("entries that pause need entry_steps")
         for blocks, slot, entry in self._chunks():

@@ -55,7 +55,7 @@ class Pass:
     walks_all_layers: bool
     backend: str  # of the sparse gradient
     device: str  # `cuda` or `cpu`, where it is going to run
-    is_partitioned: bool  # on more than one rank
+    is_partitioned: bool  # weights are gathered and freed
     compute: float = 1.0  # share of the columns that have entries
     stash: str | None = None  # format of the activations that are kept for the backward
 

@@ -40,7 +40,7 @@ class PassPeak:
 
 def pass_peak(uses: list[ModuleUse], setup: Setup) -> PassPeak:
     """The peak of activations and gathered weights together, of a pass with these uses in order of time."""
-    if setup.world_size == 1 and not setup.is_offloaded:  # its shards are the complete weights
+    if not setup.is_partitioned:  # its shards are the complete weights
         return PassPeak(activations=max(use.peak for use in uses))
     numel, persistent = setup.geometry.numel, setup.persistent
     bucket, max_live = setup.zero_value("prefetch_bucket_size"), setup.zero_value("max_live_parameters")

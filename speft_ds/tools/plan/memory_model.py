@@ -95,6 +95,12 @@ class Setup:
         return (self.zero.get("offload_param") or {}).get("device") == "cpu" and self.device == "cuda"
 
     @property
+    def is_partitioned(self) -> bool:
+        """Whether weights are gathered and freed, as they are unless a single rank keeps them."""
+        keeps = self.recipe.deepspeed.keep_unpartitioned and not self.is_offloaded
+        return self.world_size > 1 or not keeps
+
+    @property
     def persistent(self) -> frozenset[str]:
         """Weights small enough to stay gathered, unless they are trained."""
         small, trained = self.zero_value("param_persistence_threshold"), self.geometry.trained
@@ -149,7 +155,7 @@ class Setup:
             walks_all_layers=recipe.walks_all_layers,
             backend=self.backend,
             device=self.device,
-            is_partitioned=self.world_size > 1,
+            is_partitioned=self.is_partitioned,
             compute=recipe.mask.compute or 1.0,
             stash=stash,
         )

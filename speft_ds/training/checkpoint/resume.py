@@ -50,6 +50,7 @@ SAFE_TO_CHANGE = {
     "train.max_nonfinite",
     "train.profile",
     "deepspeed.config",
+    "deepspeed.keep_unpartitioned",
     "eval.batch_size",
     "output_dir",
 }

@@ -45,7 +45,7 @@ def test_shard_hashes_add_up(model):
     values = torch.randn(101).to(torch.bfloat16)
     whole = element_hash(values, 0)
     parts = element_hash(values[:40], 0) + element_hash(values[40:], 40)
-    assert parts % 2**64 == whole
+    assert parts == whole
     assert element_hash(values.flip(0), 0) != whole
 
 

@@ -34,6 +34,7 @@ class Case:
         lora_rank: of LoRA.
         compute: `mask.compute` of ours: the share of the columns that its entries lie in; None: any.
         stash: `train.stash` of ours.
+        base_format: `model.base_format` of ours; None: the weights as they are.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Case:
     lora_rank: int = 16
     compute: float | None = None
     stash: str | None = None
+    base_format: str | None = None
 
 
 class Failure(Exception):

@@ -49,7 +49,7 @@ def recipe_of(case: Case, world_size: int) -> Recipe:
     on_gpu = get_accelerator().device_name() == "cuda"
     return Recipe.model_validate(
         {
-            "model": {"name_or_path": case.model, "dtype": case.dtype},
+            "model": {"name_or_path": case.model, "dtype": case.dtype, "base_format": case.base_format},
             "data": {"path": "rows.jsonl"},  # never opened: random masks need no rows
             "mask": {"salience": "random", "density": case.density, "compute": case.compute},
             "optimizer": {"lr": LR["speft_ds"], "schedule": "constant", "clip_norm": None},

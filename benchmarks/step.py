@@ -5,7 +5,7 @@
 The floor is forward and activation gradients of the frozen model. `speft_ds` trains a random mask, `shira`
 and `supertuning` (PEFT) as many weights as they can choose near that density, `lora` (PEFT) rank 16, all on
 the linears of the decoder layers; `full` trains everything; `--compute 0.1` adds ours with entries in few
-columns. On one rank all but ours are plain torch. On more, all run under ZeRO-3: the floor and ours on our
+columns, `--base-format nf4` ours on a base in few bits, beside the floor of the complete one. On one rank all but ours are plain torch. On more, all run under ZeRO-3: the floor and ours on our
 engine, peers under plain DeepSpeed, loaded sharded. AdamW, one thread a process, the same rows on every rank,
 so that losses are those of one process: a method that raises, whose loss does not fall or is not that of one
 process has its error in its row, and no figures.
@@ -40,6 +40,7 @@ from markdown import print_table  # noqa: E402
 from models import QUICK_ROUNDS, add_model_arguments, add_run_arguments, find_model  # noqa: E402
 from rounds import OVER_FLOOR, Floor, differs_from_alone, empty_row, failed  # noqa: E402
 
+from speft_ds.config.values import BASE_FORMATS  # noqa: E402
 from speft_ds.errors import UserError  # noqa: E402
 from speft_ds.io import write_json  # noqa: E402
 
@@ -54,6 +55,9 @@ def parse_arguments() -> argparse.Namespace:
     add_run_arguments(parser, "step", ROUNDS)
     parser.add_argument("--density", type=float, default=0.005, help="of the linears' weights")
     parser.add_argument("--compute", type=float, nargs="*", default=[], help="ours with mask.compute, too")
+    parser.add_argument(
+        "--base-format", nargs="*", choices=BASE_FORMATS, default=[], help="ours with model.base_format, too"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     return parser.parse_args()
@@ -67,6 +71,9 @@ def measure(arguments: argparse.Namespace, case: Case, world_size: int, rounds: 
             for compute in arguments.compute:
                 confined = replace(case, compute=compute)
                 rows.append(floor.measure("speft_ds", rounds, confined, f"speft_ds, compute {compute}"))
+            for base_format in arguments.base_format:
+                coded = replace(case, base_format=base_format)
+                rows.append(floor.measure("speft_ds", rounds, coded, f"speft_ds, {base_format}"))
             return [floor.own_row(), *rows]
     except Failure as failure:
         say(f"floor: {failure}\n{failure.details}")

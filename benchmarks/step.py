@@ -5,9 +5,10 @@
 The floor is forward and activation gradients of the frozen model. `speft_ds` trains a random mask, `shira`
 and `supertuning` (PEFT) as many weights as they can choose near that density, `lora` (PEFT) rank 16, all on
 the linears of the decoder layers; `full` trains everything; `--compute 0.1` adds ours with entries in few
-columns, `--base-format nf4` ours on a base in few bits, beside the floor of the complete one. On one rank all but ours are plain torch. On more, all run under ZeRO-3: the floor and ours on our
-engine, peers under plain DeepSpeed, loaded sharded. AdamW, one thread a process, the same rows on every rank,
-so that losses are those of one process: a method that raises, whose loss does not fall or is not that of one
+columns, `--base-format nf4` ours on a base in few bits, beside the floor of the complete one. On one rank all
+but ours are plain torch. On more, all run under ZeRO-3: the floor and ours on our engine, peers under plain
+DeepSpeed, loaded sharded. AdamW, one thread a process, the same rows on every rank, so that losses are those
+of one process: a method that raises, whose loss does not fall or is not that of one
 process has its error in its row, and no figures.
 
     step     median time over the floor's. A method and the floor take turns, a step at a time

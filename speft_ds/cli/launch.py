@@ -192,7 +192,7 @@ def recipe_to_evaluate(arguments: argparse.Namespace) -> tuple[Recipe, Path | No
         adapter = Path(arguments.adapter) if arguments.adapter else None
         own = [as_override("model.name_or_path", arguments.model), f"deepspeed.config={DS_CONFIG}"]
         if adapter is not None:
-            own.append(as_override("model.dtype", _dtype_of(adapter)))
+            own += _base_of(adapter)
         recipe = recipe_of(f"evaluate-{Path(arguments.model).name}", [*own, *overrides])
     if not recipe.eval.tasks and recipe.eval.forgetting_text is None:
         fix = "--tasks arc_easy,hellaswag (`lm-eval ls tasks` lists them), or --text FILE"
@@ -213,11 +213,14 @@ def _keys(overrides: list[str]) -> set[str]:
     return {text.partition("=")[0] for text in overrides}
 
 
-def _dtype_of(adapter: Path) -> str:
+def _base_of(adapter: Path) -> list[str]:
+    """Overrides by which a base is loaded as the adapter was trained on it."""
     try:
-        return read_json(adapter / "adapter.json")["dtype"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        facts = read_json(adapter / "adapter.json")
+        values = {"model.dtype": facts["dtype"], "model.base_format": facts.get("base_format")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"not a readable adapter: {error}", str(adapter)) from error
+    return [as_override(key, value) for key, value in values.items() if value is not None]
 
 
 def use_all_cores() -> None:

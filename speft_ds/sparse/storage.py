@@ -37,6 +37,9 @@ class InPlace:
         """[n] the values at local indices as the checkpoint has them, of which none was trained yet."""
         return self.shard[local]
 
+    def forget_original(self) -> None:
+        """The values are kept nowhere else."""
+
     def write(self, local: Tensor, values: Tensor) -> None:
         self.shard[local] = values
 
@@ -87,6 +90,10 @@ class Overlay:
     def original(self, local: Tensor) -> Tensor:
         """[n] the values at local indices as the checkpoint has them."""
         return self.linear.original[local.to(self.linear.original.device)].to(self.device)
+
+    def forget_original(self) -> None:
+        """Nobody asks for the checkpoint's values again."""
+        self.linear.original = None
 
     def write(self, local: Tensor, values: Tensor) -> None:
         """Set the values of entries that there is room for."""

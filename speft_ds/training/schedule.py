@@ -95,6 +95,9 @@ class Schedule:
         self.storages = {name: storage_of(target) for name, target in context.trained.items()}
         with self._changing_shards():
             self.state = self._make_state(mask)
+        if self.recipe.schedule != "periodic":  # which scores what was lost again
+            for storage in self.storages.values():
+                storage.forget_original()
         self.optimizer = make_optimizer(self.state.delta, recipe.optimizer, self.recipe.has_entry_steps)
         self.lr_schedule = make_lr_schedule(self.optimizer, recipe.optimizer, num_steps)
         self._attach()

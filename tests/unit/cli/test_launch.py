@@ -1,5 +1,6 @@
 """The launched scripts before the job: arguments, help, checks; and how they end."""
 
+import json
 import os
 import subprocess
 import sys
@@ -125,6 +126,15 @@ def test_an_evaluation_of_nothing_or_in_no_format_is_refused(with_job, words, wh
         launch.checked_start("evaluate", launch.parse_arguments("evaluate", ""), 1)
     (problem,) = getattr(caught.value, "problems", [caught.value])
     assert problem.where == where and fix in problem.fix
+
+
+def test_a_base_is_loaded_as_its_adapter_was_trained_on_it(with_job, tmp_path):
+    job, facts = mock.Mock(), {"dtype": "float32", "base_format": "nf4"}
+    (tmp_path / "adapter.json").write_text(json.dumps(facts))
+    with_job("evaluate", job, "--model", "./model", "--adapter", str(tmp_path), "--tasks", "a")
+    assert launch.main("evaluate", launch.parse_arguments("evaluate", "")) == 0
+    recipe = job.call_args.args[0]
+    assert {"dtype": recipe.model.dtype, "base_format": recipe.model.base_format} == facts
 
 
 def test_a_run_is_evaluated_under_its_own_name_and_in_its_folder(with_job, tmp_path):

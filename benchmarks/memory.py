@@ -27,7 +27,8 @@ from speft_ds.config.recipe import Recipe  # noqa: E402
 from speft_ds.io import write_json  # noqa: E402
 from speft_ds.tools.plan.geometry import GEOMETRIES_DIR  # noqa: E402
 from speft_ds.tools.plan.make_plan import make_plan  # noqa: E402
-from speft_ds.tools.plan.memory_model import GIB, PROCESS, total  # noqa: E402
+from speft_ds.tools.plan.memory_model import PROCESS  # noqa: E402
+from speft_ds.tools.plan.setup import GIB, total  # noqa: E402
 
 MODEL = "meta-llama/Llama-2-13b-hf"
 PHASES = ("scoring", "training")

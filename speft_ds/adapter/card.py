@@ -47,6 +47,7 @@ HYPERPARAMETERS = {
     "data.max_length": "tokens per row, at most",
     "data.packing": "packing",
     "model.dtype": "dtype",
+    "model.base_format": "base in few bits",
     "seed": "seed",
 }
 
@@ -140,9 +141,12 @@ def _one_line(text: object) -> str:
 
 def _rows(facts: dict, base: str, num_bytes: int, merged: str | None) -> list[tuple[str, Any]]:
     """What was trained, from what, and how large it is."""
+    from speft_ds.model.codecs import base_in_words  # late: it imports torch
+
     count, targets = facts["num_entries"], (facts.get("mask") or {}).get("num_target_elements")
     share = f" of {targets:,} ({count / targets:.3%})" if isinstance(targets, int) and targets else ""
-    rows = [("base", f"{base}, in {facts['dtype']}"), ("changed weights", f"{count:,}{share}")]
+    stored = base_in_words(facts["dtype"], facts.get("base_format"), len(facts.get("quantised") or []))
+    rows = [("base", f"{base}, in {stored}"), ("changed weights", f"{count:,}{share}")]
     if facts.get("classes"):
         rows.append(("classes", ", ".join(facts["classes"])))
     each = "" if merged else f", {num_bytes / max(count, 1):.2f} bytes per entry"

@@ -29,7 +29,7 @@ ATTENTION_PACKAGES = {
     "flash_attention_4": "flash-attn-4",
 }
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
-UNQUANTISED = "name the model that it was made from; a quantised base cannot be trained yet"
+UNQUANTISED = "name the unquantised checkpoint that it was made from, and model.base_format=nf4 (or int8)"
 
 
 def model_problems(recipe: Recipe, file: Path, trains: bool) -> list[UserError]:

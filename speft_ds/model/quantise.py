@@ -37,7 +37,7 @@ def quantise(model: nn.Module, base_format: str, ds_config: dict, keeps_original
     Raises:
         UserError: a weight is not finite, or there is no such linear.
     """
-    names, left = _plain_linears(model)
+    names, left = plain_linears(model)
     first = shard(torch.zeros(1), ds_config)  # by which all others are cut
     for name in names:
         parent, _, own_name = name.removesuffix(".weight").rpartition(".")
@@ -72,8 +72,14 @@ def _is_offloaded(ds_config: dict) -> bool:
     return (ds_config["zero_optimization"].get("offload_param") or {}).get("device") == "cpu"
 
 
-def _plain_linears(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Weights of the decoder layers: those that can be stored in few bits, and the others."""
+def plain_linears(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Weights of the decoder layers: those that can be stored in few bits, and the others.
+
+    Args:
+        model: sharded or not, or on the meta device.
+    Raises:
+        UserError: none can be.
+    """
     weights = {n: target for n, target in all_weights(model).items() if layer_number(n) is not None}
 
     def same_model() -> nn.Module:

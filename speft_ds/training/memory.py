@@ -10,14 +10,16 @@ from dataclasses import is_dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from speft_ds.comm import collectives
 from speft_ds.env import log_rank0
 from speft_ds.model.kinds.target import Target
+from speft_ds.model.quantise import plain_parameters, quantised_linears
 from speft_ds.sparse.gradient import SparseGradient
 from speft_ds.sparse.optim.optimizers import FlatOptimizer
 from speft_ds.sparse.state import SparseState
+from speft_ds.sparse.storage import Overlay
 from speft_ds.zero.engine import SparseEngine
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -102,12 +104,12 @@ def memory_breakdown(
     names them. Activations and gathered weights come and go: only the peak has them.
     """
     parameters = list(engine.module.parameters())
-    shards = [p.ds_tensor for p in parameters if p.ds_tensor.device.type == state.device.type]
     persistent = [p for p in parameters if p.ds_persist and p.ds_zero_partition_world_size > 1]
     mask = list(state.trained.index.values())
     index = [index for index in state.index.values() if index.device.type == state.device.type]
     return {
-        "base shard": sum(shard.nbytes for shard in shards),
+        "base shard": _shard_bytes(plain_parameters(engine.module), state.device),
+        **_few_bits_breakdown(engine, state),
         "small weights, gathered": sum(p.ds_numel * p.element_size() for p in persistent),
         "mask": tensor_bytes(mask),
         "gradient": tensor_bytes([gradient.own]),
@@ -118,6 +120,28 @@ def memory_breakdown(
         "delta": tensor_bytes([state.delta]),
         "optimizer": tensor_bytes([optimizer.state[state.delta], vars(optimizer)], exclude=[state.delta]),
     }
+
+
+def _few_bits_breakdown(engine: SparseEngine, state: SparseState) -> dict[str, int]:
+    """The same of what weights in few bits consist of; nothing where there are none."""
+    linears = quantised_linears(engine.module)
+    if not linears:
+        return {}
+    overlays = [storage for storage in state.storages.values() if isinstance(storage, Overlay)]
+    places = [each.own for each in overlays if each.own.device.type == state.device.type]
+    original = [linear.original for linear in linears if linear.original is not None]
+    return {
+        "codes": _shard_bytes([linear.packed for linear in linears], state.device),
+        "scales": _shard_bytes([linear.scales for linear in linears], state.device),
+        "values": _shard_bytes([each.values for each in linears if each.values is not None], state.device),
+        "places of values": tensor_bytes(places),
+        "original weights": tensor_bytes(original) if state.device.type == "cpu" else 0,
+    }
+
+
+def _shard_bytes(parameters: list[nn.Parameter], device: torch.device) -> int:
+    """Of this rank's shards on this kind of device."""
+    return sum(p.ds_tensor.nbytes for p in parameters if p.ds_tensor.device.type == device.type)
 
 
 def comm_volume(gradient: SparseGradient, num_micro_batches: int) -> dict[str, int]:

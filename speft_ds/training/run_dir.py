@@ -178,6 +178,7 @@ def copy_scores(source: Path, folder: Path) -> None:
 def run_facts(trainer: Trainer) -> dict:
     """The contents of run.json, but for what the end of the run adds."""
     from speft_ds.comm import collectives  # late: imports torch
+    from speft_ds.model.codecs import base_in_words
 
     recipe, mask = trainer.recipe, trainer.mask
     return {
@@ -204,7 +205,13 @@ def run_facts(trainer: Trainer) -> dict:
         "sparse_backends": sorted(set(trainer.gradient.backends.values())),
         "kernels_chosen": _how_chosen(trainer),
         "resources": trainer.resources,
-        "base": {"name_or_path": recipe.model.name_or_path, "fingerprint": trainer.context.fingerprint},
+        "base": {
+            "name_or_path": recipe.model.name_or_path,
+            "fingerprint": trainer.context.fingerprint,
+            "stored": base_in_words(
+                recipe.model.dtype, recipe.model.base_format, len(trainer.context.quantised)
+            ),
+        },
         "timings_s": trainer.timings,
     }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from inspect import getclosurevars
 from typing import TYPE_CHECKING
 
 import torch
@@ -154,10 +155,14 @@ class SparseEngine(DeepSpeedEngine):
         self.forget_trace()  # backwards may end elsewhere from here on
 
     def forget_trace(self) -> None:
-        """Have ZeRO-3 learn anew in which order modules are used, and prefetch by that."""
+        """Have ZeRO-3 learn anew in which order modules are used, and prefetch and release by that."""
         coordinator = self.optimizer.offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
+        # What a module releases is kept by its place in the order, for good: a weight that the module got
+        # since then would stay gathered.
+        releases = coordinator._PartitionedParameterCoordinator__params_to_release
+        getclosurevars(releases).nonlocals["func"].cache_clear()
 
     def after_plain_backward(self) -> None:
         """What the engine does after its own backward, for a `loss.backward()` that it did not run."""

@@ -25,6 +25,7 @@ from speft_ds.adapter.inspect import (
 from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
 from speft_ds.io import write_bytes
+from speft_ds.model.codecs import base_in_words
 from speft_ds.model.targets import place
 from speft_ds.report.tables import (
     OTHER,
@@ -55,7 +56,8 @@ def print_inspection(source: Path, against: Path | None, output: Path | None) ->
     print_table(_norm_table(mask, found))
     rows = ((c.weight, str(c.row), str(c.column), f"{c.delta:+.6g}") for c in found.largest)
     print_table(_table("largest changes", ("weight", "row", "column", "delta"), rows))
-    log_rank0(f"base {facts['base']} in {facts['dtype']}, fingerprint {facts['fingerprint'][:12]}")
+    stored = base_in_words(facts["dtype"], facts.get("base_format"), len(facts.get("quantised") or []))
+    log_rank0(f"base {facts['base']} in {stored}, fingerprint {facts['fingerprint'][:12]}")
     print(f"size {_size_text(adapter)}")
     if adapter.heads:
         print("heads:", ", ".join(f"{name} {adapter.head_shape(name)}" for name in adapter.heads))

@@ -11,11 +11,19 @@ from speft_ds.model.codecs.int8 import Int8
 from speft_ds.model.codecs.microscaling import Microscaling
 from speft_ds.model.codecs.nf4 import NF4
 
-__all__ = ["CODECS", "Codec", "codec"]
+__all__ = ["CODECS", "Codec", "base_in_words", "codec"]
 
 _ALL = (Int8(), BlockFloat(8), BlockFloat(6), BlockFloat(4), NF4(), Microscaling(6), Microscaling(4))
 CODECS: dict[str, Codec] = {each.name: each for each in _ALL}
 assert tuple(CODECS) == BASE_FORMATS
+
+
+def base_in_words(dtype: str, base_format: str | None, num_weights: int) -> str:
+    """How a base is stored: `bfloat16, 224 weights in nf4 of 4.50 bits each`."""
+    if base_format is None:
+        return dtype
+    bits = codec(base_format).bits_per_weight
+    return f"{dtype}, {num_weights:,} weights in {base_format} of {bits:.2f} bits each"
 
 
 def codec(name: str) -> Codec:

@@ -12,7 +12,7 @@ from speft_ds.env import kernels_are_measured, threads_per_rank
 from speft_ds.sparse.kernels.calibrate import device_name, read_costs
 from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.kernels.torch_backends import samples_columns
-from speft_ds.tools.plan.memory_model import Setup
+from speft_ds.tools.plan.setup import Setup
 
 
 @dataclass(frozen=True)

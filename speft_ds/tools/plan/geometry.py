@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from speft_ds import hub
@@ -29,9 +30,31 @@ class Geometry:
     dtype: str  # as in a recipe; `auto` is planned as bfloat16
     numel: dict[str, int]  # elements of every weight, by name; tied ones once
     targets: dict[str, tuple[int, int]]  # (out, in) of the weights that the mask chooses from, by name
-    num_entries: int  # of the mask
+    entries: dict[str, int]  # of the mask, in every target: as loaded, or by its size
     num_head: int  # weights of a classification head, all trained; 0 without one
     reach: list[str]  # what to say of how far training reaches, see `Reach.lines`
+
+    @property
+    def num_entries(self) -> int:
+        """Of the mask."""
+        return sum(self.entries.values())
+
+    @cached_property
+    def plain_linears(self) -> dict[str, tuple[int, int]]:
+        """Name -> (out, in) of the weights that `model.base_format` would store in few bits.
+
+        Raises:
+            UserError: there are none.
+        """
+        import torch
+
+        from speft_ds.model.quantise import plain_linears
+        from speft_ds.model.targets import all_weights
+
+        with torch.device("meta"):
+            model = build_model(self.config, self.task, self.dtype)
+        weights = all_weights(model)
+        return {name: weights[name].shape for name in plain_linears(model)[0]}
 
     @property
     def num_weights(self) -> int:
@@ -66,7 +89,7 @@ def read_geometry(recipe: Recipe) -> Geometry:
     import torch
 
     from speft_ds.model.targets import all_weights, find_targets, target_shapes
-    from speft_ds.selection.topk import num_trainable
+    from speft_ds.selection.topk import budget_counts, num_trainable
     from speft_ds.sparse.mask import read_mask
 
     config, source = _read_config(recipe)
@@ -85,14 +108,16 @@ def read_geometry(recipe: Recipe) -> Geometry:
         found = find_targets(model, recipe.mask.targets, recipe.mask.layers)
         kept, reach = _keep_reached(config, task, dtype, found, are_chosen)
         targets = target_shapes(kept)
-        num_entries = num_trainable(recipe.mask, targets)
+        sizes = {name: rows * columns for name, (rows, columns) in targets.items()}
+        _, counts = budget_counts(sizes, "per_layer", num_trainable(recipe.mask, targets))
+        entries = dict(zip(sizes, counts, strict=True))
     else:
         mask, _ = read_mask(mask_file(recipe.mask.load, recipe.where("mask.load")))
         found = {name: target for name, target in all_weights(model).items() if name in mask.shape}
         _, reach = _keep_reached(config, task, dtype, found, are_chosen)
-        targets, num_entries = mask.shape, mask.num_trainable
+        targets, entries = mask.shape, {name: index.numel() for name, index in mask.index.items()}
     num_head = 0 if task == "causal_lm" else numel.get(HEAD, 0)
-    return Geometry(config, source, task, dtype, numel, targets, num_entries, num_head, reach)
+    return Geometry(config, source, task, dtype, numel, targets, entries, num_head, reach)
 
 
 def _keep_reached(config, task: str, dtype: str, targets: dict, are_chosen: bool) -> tuple[dict, list[str]]:

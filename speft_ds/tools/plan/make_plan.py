@@ -6,6 +6,7 @@ arithmetic of every line.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +25,9 @@ from speft_ds.terminal import Console
 from speft_ds.tools.doctor import usable_memory
 from speft_ds.tools.plan.arithmetic import Arithmetic, count_arithmetic, known_costs
 from speft_ds.tools.plan.geometry import read_geometry
-from speft_ds.tools.plan.memory_model import GIB, Line, Setup, host, peak_bytes, phases, total
+from speft_ds.tools.plan.memory_model import host, peak_bytes, phases
+from speft_ds.tools.plan.setup import GIB, Line, Setup, total
+from speft_ds.tools.plan.stored_weights import added_up, num_bytes
 from speft_ds.training.checkpoint.folder import checkpoint_entry
 
 MARGIN = 0.1  # of the GPU, left to the allocator: what it holds beyond what is asked for
@@ -111,18 +114,19 @@ def make_plan(
 
 def traffic(setup: Setup) -> list[Line]:
     """What a rank receives per optimizer step."""
-    train, ranks, b = setup.recipe.train, setup.world_size, setup.itemsize
+    train, ranks = setup.recipe.train, setup.world_size
     if ranks == 1:
         return [Line("weights and gradient", 0, "a single rank has all of them")]
     rounds = train.global_batch // (train.micro_batch * ranks)
 
-    def line(kind: str, count: int, what: str, size: int) -> Line:
-        formula = f"{count:,} {what} x {size} B x {ranks - 1}/{ranks} x {rounds} micro-batches"
-        return Line(kind, count * size * (ranks - 1) // ranks * rounds, formula)
+    def line(kind: str, counts: Counter) -> Line:
+        each = f"({added_up(counts)})" if len(counts) > 1 else added_up(counts)
+        formula = f"{each} x {ranks - 1}/{ranks} x {rounds} micro-batches"
+        return Line(kind, num_bytes(counts) * (ranks - 1) // ranks * rounds, formula)
 
     gathered = setup.pass_peak("entries", train.micro_batch, setup.recipe.data.max_length).traffic
-    weights = [line(f"weights, {kind}", count, "weights", b) for kind, count in gathered.items() if count]
-    return [*weights, line("gradient", setup.num_trained, "entries", 4)]
+    weights = [line(f"weights, {kind}", counts) for kind, counts in gathered.items() if counts]
+    return [*weights, line("gradient", Counter({("entries", 4): setup.num_trained}))]
 
 
 def steps(recipe: Recipe, world_size: int, num_rows: int | None) -> dict[str, tuple[int | None, str]]:
@@ -190,6 +194,11 @@ def notes(setup: Setup, is_auto: bool) -> list[str]:
         cost = bfloat16_cost()
         advice = ": set model.dtype=float32" if cost > 1 and recipe.model.dtype == "bfloat16" else ""
         found.append(f"a product in bfloat16 takes {cost:.2g} times as long here as in float32{advice}")
+    if few := setup.in_few_bits:
+        numel = sum(rows * columns for rows, columns in few.values())
+        text = f"{len(few)} weights, {numel / setup.geometry.num_weights:.1%} of the model's elements, in "
+        text += f"{recipe.model.base_format}, {setup.storage().codec.bits_per_weight:.2f} bits each; all "
+        found.append(text + f"others in {recipe.model.dtype}")
     if setup.geometry.num_head:
         found.append(f"the classification head's {setup.geometry.num_head:,} weights are all trained")
     if recipe.mask.schedule == "periodic":
@@ -263,6 +272,8 @@ def _changes(setup: Setup, smallest: int | None) -> Iterator[tuple[str, Callable
             " ".join(f"{name}={value}" for name, value in values.items()),
             partial(_with_keys, values=values),
         )
+    if _may_be_in_few_bits(setup):
+        yield "model.base_format=nf4", partial(_with_keys, values={"model.base_format": "nf4"})
     if not setup.is_offloaded and setup.device == "cuda":
         ours = setup.recipe.deepspeed.config == "zero3_bf16"  # whose twin keeps the base in host memory
         text = "deepspeed.config=zero3_bf16_offload" if ours else "DeepSpeed: offload_param.device=cpu"
@@ -270,6 +281,17 @@ def _changes(setup: Setup, smallest: int | None) -> Iterator[tuple[str, Callable
     small = {"stage3_prefetch_bucket_size": 1_000_000, "stage3_max_reuse_distance": 0}
     text = ", ".join(f"{key}={value}" for key, value in small.items())
     yield f"DeepSpeed: {text}", partial(_with_zero, **small)
+
+
+def _may_be_in_few_bits(setup: Setup) -> bool:
+    """Whether the base is not in few bits, and could be."""
+    recipe = setup.recipe
+    if recipe.model.base_format is not None or recipe.eval.mode == "gathered":
+        return False
+    try:
+        return bool(setup.geometry.plain_linears)
+    except UserError:
+        return False
 
 
 def _with_keys(setup: Setup, values: dict[str, object]) -> Setup:

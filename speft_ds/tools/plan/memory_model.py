@@ -7,24 +7,22 @@ gathered weights from ZeRO-3's rules; what is estimated says "about".
 from __future__ import annotations
 
 import importlib.util
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-import torch
-
-from speft_ds.config.recipe import Recipe
-from speft_ds.config.train_config import STASH_FORMATS
 from speft_ds.sparse.gradient import IN_FLIGHT
-from speft_ds.sparse.kernels.backends import expected_backend
-from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.kernels.torch_backends import samples_columns
-from speft_ds.tools.plan.activations import Pass, PassRun, run_pass
-from speft_ds.tools.plan.gathered_weights import PassPeak, pass_peak
-from speft_ds.tools.plan.geometry import Geometry
+from speft_ds.tools.plan.setup import GIB, Line, Setup, total
+from speft_ds.tools.plan.stored_weights import (
+    CODES,
+    SCALES,
+    VALUES,
+    WEIGHTS,
+    Storage,
+    added_up,
+    count_elements,
+    num_bytes,
+)
 
-GIB = 2**30
-INT32_ELEMENTS = 2**31  # from here on, flat indices are int64
 MOMENT_BLOCK = 256  # 8-bit moments that share a scale
 # Measured on Linux: Python, torch, DeepSpeed, transformers and gloo, without a model. On a GPU the CUDA
 # context and NCCL's buffers: assumed, not measured.
@@ -33,133 +31,7 @@ if importlib.util.find_spec("triton"):
     PROCESS["cpu"] += 75 * 2**20  # torch loads it where it is installed
 # Sets of fp32 scores alive at once.
 SCORE_SETS = {"snip": 2, "force": 2, "taylor_fo": 2, "grad_low_magnitude": 2, "synflow": 2, "grasp": 4}
-# DeepSpeed's own defaults.
-ZERO_DEFAULTS = {
-    "stage3_prefetch_bucket_size": 50_000_000,
-    "stage3_max_live_parameters": 1_000_000_000,
-    "stage3_max_reuse_distance": 1_000_000_000,
-    "stage3_param_persistence_threshold": 100_000,
-}
-
-
-@dataclass(frozen=True)
-class Line:
-    """One kind of memory, traffic or disk space: its size and its arithmetic."""
-
-    kind: str
-    num_bytes: int
-    formula: str
-
-    @classmethod
-    def of(cls, kind: str, count: int, size: int, what: str, note: str = "") -> Line:
-        """`count` times `size` bytes; `what` is counted: `weights`."""
-        return cls(kind, count * size, f"{count:,} {what} x {size} B{note}")
-
-
-def total(lines: list[Line]) -> int:
-    return sum(line.num_bytes for line in lines)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """All that the memory per rank depends on."""
-
-    recipe: Recipe
-    geometry: Geometry
-    zero: dict  # the `zero_optimization` section of the DeepSpeed configuration
-    world_size: int
-    device: str  # `cuda` or `cpu`
-    costs: KernelCosts | None = None  # that backends are chosen by; None: rules of thumb
-
-    @property
-    def itemsize(self) -> int:
-        return getattr(torch, self.geometry.dtype).itemsize
-
-    @property
-    def index_size(self) -> int:
-        return 4 if self.geometry.largest_target < INT32_ELEMENTS else 8
-
-    @property
-    def num_trained(self) -> int:
-        """Entries of the mask, and a classification head."""
-        return self.geometry.num_entries + self.geometry.num_head
-
-    @property
-    def num_own(self) -> int:
-        """Trained entries per rank, if all own equally many."""
-        return -(-self.num_trained // self.world_size)
-
-    @property
-    def is_offloaded(self) -> bool:
-        """Whether the shards are kept in host memory."""
-        return (self.zero.get("offload_param") or {}).get("device") == "cpu" and self.device == "cuda"
-
-    @property
-    def is_partitioned(self) -> bool:
-        """Whether weights are gathered and freed, as they are unless a single rank keeps them."""
-        keeps = self.recipe.deepspeed.keep_unpartitioned and not self.is_offloaded
-        return self.world_size > 1 or not keeps
-
-    @property
-    def persistent(self) -> frozenset[str]:
-        """Weights small enough to stay gathered, unless they are trained."""
-        small, trained = self.zero_value("param_persistence_threshold"), self.geometry.trained
-        return frozenset(n for n, count in self.geometry.numel.items() if count <= small and n not in trained)
-
-    @property
-    def backend(self) -> str:
-        """The sparse gradient's backend, as it should be chosen for most of the targeted elements."""
-        mask, train, geometry = self.recipe.mask, self.recipe.train, self.geometry
-        device, num_tokens = torch.device(self.device), train.micro_batch * self.recipe.data.max_length
-        how = (train.sparse_backend, geometry.density, device, mask.granularity, mask.block_size)
-        elements: Counter[str] = Counter()
-        shapes = Counter(geometry.targets.values())
-        for shape, count in shapes.items():
-            name = expected_backend(*how, mask.compute, self.costs, shape, num_tokens)
-            elements[name] += count * shape[0] * shape[1]
-        return elements.most_common(1)[0][0]
-
-    def zero_value(self, key: str) -> int:
-        return int(self.zero.get(f"stage3_{key}", ZERO_DEFAULTS[f"stage3_{key}"]))
-
-    def per_entry(self, kind: str, size: int) -> Line:
-        """`size` bytes for each trained entry that a rank owns."""
-        formula = f"{self.num_trained:,} entries / {self.world_size} ranks x {size} B"
-        return Line(kind, size * self.num_own, formula)
-
-    def shards(self, kind: str, names: Iterable[str], size: int, note: str = "") -> Line:
-        """`size` bytes for each element of a rank's shards of these weights, padding included."""
-        numel = [self.geometry.numel[name] for name in names]
-        formula = f"{sum(numel):,} weights / {self.world_size} ranks x {size} B{note}"
-        return Line(kind, size * sum(-(-count // self.world_size) for count in numel), formula)
-
-    @property
-    def stash(self) -> str | None:
-        """The format of stashed activations: of a dynamic stash, the one with most bits."""
-        asked = self.recipe.train.stash
-        return STASH_FORMATS[-1] if asked == "dynamic" else asked
-
-    def pass_peak(self, collects: str, rows: int, length: int, stash: str | None = None) -> PassPeak:
-        """The peak of one forward and backward; `collects` and `stash` as for `activations.Pass`."""
-        return pass_peak(self.run_pass(collects, rows, length, stash).uses, self)
-
-    def run_pass(self, collects: str, rows: int, length: int, stash: str | None = None) -> PassRun:
-        """One forward and backward; arguments as for `pass_peak`."""
-        recipe = self.recipe
-        one = Pass(
-            rows=rows,
-            length=length,
-            collects=collects,
-            checkpointing=recipe.train.activation_checkpointing,
-            packing=recipe.data.packing,
-            walks_all_layers=recipe.walks_all_layers,
-            backend=self.backend,
-            device=self.device,
-            is_partitioned=self.is_partitioned,
-            compute=recipe.mask.compute or 1.0,
-            stash=stash,
-        )
-        return run_pass(self.geometry, one)
+CHANGES_WEIGHTS = ("synflow", "grasp")  # for a moment, all of them
 
 
 def peak_bytes(setup: Setup) -> int:
@@ -175,26 +47,73 @@ def phases(setup: Setup) -> dict[str, list[Line]]:
     collects = "gradient" if is_dense else "entries"
     step = one_pass(setup, collects, train.micro_batch, setup.recipe.data.max_length, setup.stash)
     update = Line.of("step's temporaries", setup.num_own, 28, "own entries", " (about)")
+    state += original(setup) if mask.schedule == "periodic" else []
     found = {"training": [*always, *state, *step], "optimizer step": [*always, *state, update]}
-    if not mask.is_scored:
-        return found
-    again = state if mask.schedule == "periodic" else []
-    return {"scoring": [*always, *scoring(setup), *again], **found}
+    if mask.is_scored:
+        again = state if mask.schedule == "periodic" else original(setup)
+        found = {"scoring": [*always, *scoring(setup), *again], **found}
+    if setup.in_few_bits and setup.device == "cpu":  # else it is in host memory while it loads
+        found = {"loading": loading(setup), **found}
+    return found
+
+
+def loading(setup: Setup) -> list[Line]:
+    """While a base is put into few bits, a weight at a time: it was loaded as it is."""
+    largest = max(rows * columns for rows, columns in setup.in_few_bits.values())
+    lines = [
+        process(setup),
+        base_in_dtype(setup, "base, loaded"),
+        Line.of("gathered weight", largest, setup.itemsize, "weights"),
+    ]
+    return lines + (coded(setup) if setup.recipe.mask.needs_original else [])
+
+
+def process(setup: Setup) -> Line:
+    """What a process has without a model."""
+    how = "measured" if setup.device == "cpu" else "assumed: CUDA context, NCCL buffers"
+    return Line("process", PROCESS[setup.device], f"{how}; the same for any model")
+
+
+def base_in_dtype(setup: Setup, kind: str, names: Iterable[str] | None = None, note: str = "") -> Line:
+    """A rank's part of these weights as the checkpoint has them; None: of all."""
+    return setup.shards(kind, setup.geometry.numel if names is None else names, setup.itemsize, note)
 
 
 def frozen(setup: Setup) -> list[Line]:
     """What is there all the time, besides what is trained."""
-    numel, persistent, b = setup.geometry.numel, setup.persistent, setup.itemsize
-    how = "measured" if setup.device == "cpu" else "assumed: CUDA context, NCCL buffers"
-    kept, note = (persistent, " (the others are offloaded)") if setup.is_offloaded else (numel, "")
-    lines = [
-        Line("process", PROCESS[setup.device], f"{how}; the same for any model"),
-        setup.shards("base shard", kept, b, note),
-    ]
+    base = setup.storage(has_values=False).parameters().values()
+    persistent = [one for one in base if setup.is_persistent(one)]
+    plain = [one for one in (persistent if setup.is_offloaded else base) if one.kind == WEIGHTS]
+    note = " (the others are offloaded)" if setup.is_offloaded else ""
+    lines = [process(setup), setup.stored("base shard", plain, note), *coded(setup)]
     if setup.world_size > 1 and persistent:
-        what = f"weights in tensors of at most {setup.zero_value('param_persistence_threshold'):,}"
-        lines.append(Line.of("small weights, gathered", sum(numel[name] for name in persistent), b, what))
+        counts, limit = count_elements(persistent), setup.zero_value("param_persistence_threshold")
+        formula = f"{added_up(counts)}, in tensors of at most {limit:,}"
+        lines.append(Line("small weights, gathered", num_bytes(counts), formula))
     return lines
+
+
+def original(setup: Setup) -> list[Line]:
+    """A rank's part of what is in few bits as it was: until training begins, or while masks change."""
+    if not setup.recipe.mask.needs_original or setup.device == "cuda":  # there it is in host memory
+        return []
+    return [base_in_dtype(setup, "original weights", setup.in_few_bits)]
+
+
+def coded(setup: Setup) -> list[Line]:
+    """A rank's part of the codes and scales, where the base is in few bits, on the device that computes."""
+    storage = setup.storage(has_values=False)
+    if not storage.in_few_bits:
+        return []
+    base = storage.parameters().values()
+    kept = [one for one in base if not setup.is_offloaded or setup.is_persistent(one)]
+    numel = sum(rows * columns for rows, columns in storage.in_few_bits.values())
+    what = f" ({numel:,} weights of {storage.codec.bits} bits)"
+    blocks = f" (one for {storage.codec.block} weights)"
+    return [
+        setup.stored("codes", [one for one in kept if one.kind == CODES], what),
+        setup.stored("scales", [one for one in kept if one.kind == SCALES], blocks),
+    ]
 
 
 def trained(setup: Setup) -> list[Line]:
@@ -208,12 +127,25 @@ def trained(setup: Setup) -> list[Line]:
         setup.per_entry("index", 0 if setup.is_offloaded else setup.index_size),
         setup.per_entry("base values", setup.itemsize),
         setup.per_entry("delta", 4),
+        *values_in_place(setup),
         *optimizer_state(setup),
     ]
     if mask.schedule == "drop_grow":
         size, what = (4, "scores") if mask.growth == "sft_ma" else (8, "gradient and scores")
         lines.append(setup.shards("growth", setup.geometry.targets, size, f" ({what} at a change)"))
     return lines
+
+
+def values_in_place(setup: Setup) -> list[Line]:
+    """The values of the entries beside weights in few bits, and their places among these."""
+    values = [one for one in setup.storage().parameters().values() if one.kind == VALUES]
+    if not values or setup.is_offloaded:
+        return []
+    entries = sum(setup.geometry.entries.get(name, 0) for name in setup.in_few_bits)
+    size = setup.index_size
+    formula = f"{entries:,} entries / {setup.world_size} ranks x {size} B"
+    places = Line("places of values", -(-entries // setup.world_size) * size, formula)
+    return [setup.stored("values", values), places]
 
 
 def optimizer_state(setup: Setup) -> list[Line]:
@@ -268,16 +200,26 @@ def gradient_pattern(setup: Setup) -> list[Line]:
     return []
 
 
-def one_pass(setup: Setup, collects: str, rows: int, length: int, stash: str | None = None) -> list[Line]:
+def one_pass(
+    setup: Setup,
+    collects: str,
+    rows: int,
+    length: int,
+    stash: str | None = None,
+    storage: Storage | None = None,
+) -> list[Line]:
     """Activations and gathered weights at the moment when they come to most together."""
-    peak, b = setup.pass_peak(collects, rows, length, stash), setup.itemsize
+    peak = setup.pass_peak(collects, rows, length, stash, storage)
     checkpointing = setup.recipe.train.activation_checkpointing
     formula = f"fake tensors: {rows} rows x {length:,} tokens, checkpointing {checkpointing}"
     formula += f", stash {stash}" if stash else ""
     lines = [Line("activations", peak.activations, formula)]
     if peak.gathered:
-        note = " (ZeRO-3's prefetch and reuse)"
-        lines.append(Line.of("gathered weights", peak.gathered // b, b, "weights", note))
+        formula = f"{added_up(peak.gathered)} (ZeRO-3's prefetch and reuse)"
+        lines.append(Line("gathered weights", num_bytes(peak.gathered), formula))
+    if peak.decoded:
+        formula = f"one, while its module computes, in {setup.geometry.dtype}, and what decoding it takes"
+        lines.append(Line("decoded weight", peak.decoded, formula))
     return lines
 
 
@@ -286,18 +228,31 @@ def scoring(setup: Setup) -> list[Line]:
     mask, largest, b = setup.recipe.mask, setup.geometry.largest_target, setup.itemsize
     on_host = mask.score_device == "host" and setup.device == "cuda"
     lines = [Line("scores", 0, "in host memory") if on_host else scores(setup)]
+    storage = setup.storage(mask.schedule == "periodic", mask.salience in CHANGES_WEIGHTS)
+    if storage.in_few_bits and storage.is_dense and not setup.is_offloaded:
+        note = f" ({mask.salience} changes every weight)"
+        lines.append(base_in_dtype(setup, "complete weights", storage.in_few_bits, note))
     if mask.salience == "lift":
         return [*lines, Line.of("low-rank weight", largest, b + 3 * 8, "weights", " (about; fp64)")]
     if not mask.needs_calibration and mask.salience != "synflow":
-        return lines
+        return lines + live_weight(setup)
     rows, length = mask.calibration_batch, setup.recipe.data.max_length
     if mask.salience == "synflow":
         rows, length = 1, 2
-    lines += one_pass(setup, "squares" if mask.salience == "fisher" else "gradient", rows, length)
+    collects = "squares" if mask.salience == "fisher" else "gradient"
+    lines += one_pass(setup, collects, rows, length, storage=storage)
     if setup.world_size > 1 and b < 4 and setup.device == "cpu":
         part = -(-largest // setup.world_size)
         lines.append(Line.of("part of a gradient", part, 4, "weights", " (a rank's part of the largest)"))
     return lines
+
+
+def live_weight(setup: Setup) -> list[Line]:
+    """A weight in few bits that is decoded to be scored, and a copy of it."""
+    if not setup.in_few_bits or setup.recipe.mask.salience == "random":
+        return []
+    largest = max(rows * columns for rows, columns in setup.in_few_bits.values())
+    return [Line.of("decoded weight", 2 * largest, setup.itemsize, "weights", " (one, and its copy)")]
 
 
 def scores(setup: Setup) -> Line:
@@ -311,7 +266,13 @@ def host(setup: Setup) -> list[Line]:
     geometry, mask, b = setup.geometry, setup.recipe.mask, setup.itemsize
     lines = []
     if setup.is_offloaded:
-        lines.append(setup.shards("offloaded shard", geometry.numel.keys() - setup.persistent, b))
+        stored = setup.storage().parameters().values()
+        lines.append(setup.stored("offloaded shard", [p for p in stored if not setup.is_persistent(p)]))
+    if setup.in_few_bits and mask.needs_original:
+        note = " (from loading on, for mask.start=exact or mask.salience=quant_error)"
+        lines.append(base_in_dtype(setup, "original weights", note=note))
+    elif setup.in_few_bits:
+        lines.append(base_in_dtype(setup, "base, while loading", note=" (freed weight by weight)"))
     if mask.is_scored and mask.score_device == "host":
         lines.append(scores(setup))
     note = " (rank 0, while loading; mapped from the file)"

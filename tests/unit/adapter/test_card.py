@@ -125,6 +125,17 @@ def test_a_classifier_says_how_it_is_loaded():
     assert metadata(text)["pipeline_tag"] == "text-classification"
 
 
+def test_an_adapter_of_a_base_in_few_bits_says_so_and_is_merged():
+    facts = COMPLETE | {"base_format": "nf4", "quantised": ["a.weight", "b.weight"]}
+    text = card_text(facts, [], 84)
+    ((stored,),) = [row[1:] for row in rows(text) if row[0] == "base"]
+    assert all(part in stored for part in ("2", "nf4", "4.50"))
+    assert "apply_adapter" not in text and "speft export" not in text  # which refuse it
+    assert "speft merge ADAPTER merged --onto original" in text.split("```bash\n")[1].split("```")[0]
+    merged = card_text(facts, [], 84, merged="base + 1 x it")
+    compile(code_of(merged), "card", "exec")
+
+
 @pytest.mark.parametrize(
     "odd",
     [

@@ -88,6 +88,11 @@ def test_inspect(typed, two):
     assert f"{float(two[0][name][int(row), int(column)]):+.6g}" == delta
     assert f"{largest:.4g}" in out and f"{adapter.num_entries:,}" in out and f"{adapter.num_bytes:,}" in out
     assert Path("entries.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    facts = json.loads(Path("a/adapter.json").read_text())
+    quantised = {"base_format": "mxfp6", "quantised": list(SHAPES)[:2]}
+    Path("a/adapter.json").write_text(json.dumps(facts | quantised))
+    (line,) = [line for line in typed("inspect", "a").splitlines() if line.startswith("base ")]
+    assert all(part in line for part in (" 2 ", "mxfp6", "6.25")) and "mxfp6" not in out
 
 
 def test_graft(typed, tiny, tuned):

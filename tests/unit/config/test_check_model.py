@@ -33,6 +33,7 @@ def problems(tmp_path):
 def test_a_quantised_checkpoint_is_refused_by_its_kind(problems, section, words, trains):
     (problem,) = problems({"quantization_config": section}, trains)
     assert "model.name_or_path" in problem.where and all(word in problem.what for word in words)
+    assert "model.base_format=nf4" in problem.fix
 
 
 def test_attention_that_is_not_installed(tmp_path):

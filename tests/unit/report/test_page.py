@@ -97,7 +97,7 @@ def test_tables_have_the_numbers_of_the_files(written, finished):
 
 
 def test_the_head_says_what_was_run_on_what_and_nothing_of_the_machines_folders(tmp_path):
-    base = {"name_or_path": "/home/me/models/llama"}
+    base = {"name_or_path": "/home/me/models/llama", "stored": "bfloat16, 2 weights in nf4 of 4.50 bits each"}
     data = {"path": "~/private/rows.jsonl"}
     run = make_run(tmp_path / "run", base=base)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
@@ -105,6 +105,7 @@ def test_the_head_says_what_was_run_on_what_and_nothing_of_the_machines_folders(
     found = dict(head(read_run(run)))
     assert found == {
         "model": "llama",
+        "base in": "bfloat16, 2 weights in nf4 of 4.50 bits each",
         "data": "rows.jsonl, 1,000 rows",
         "recipe": "mine",
         "date": "2026-01-02 03:04 UTC; again 2026-01-03 03:04 UTC",

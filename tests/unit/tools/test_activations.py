@@ -11,7 +11,7 @@ from speft_ds.tools.plan import activations
 from speft_ds.tools.plan.activations import LiveBytes, Pass, run_pass
 from speft_ds.tools.plan.gathered_weights import ModuleUse, pass_peak
 from speft_ds.tools.plan.geometry import read_geometry
-from speft_ds.tools.plan.memory_model import Setup
+from speft_ds.tools.plan.setup import Setup
 
 
 def test_live_bytes_counts_storages_while_they_live():
@@ -73,8 +73,9 @@ def peak(recipe):
         )
         made = recipe(train={"activation_checkpointing": checkpointing})
         zero = {f"stage3_{key}": value for key, value in zero.items()}
-        got = pass_peak(uses, Setup(made, geometry, zero, world_size, device))
-        return got.most_gathered, *got.traffic.values(), got.activations + got.gathered
+        setup = Setup(made, geometry, zero, world_size, device)
+        got = pass_peak(uses, setup, setup.storage())
+        return got.most_gathered, *(each.total() for each in got.traffic.values()), got.num_bytes
 
     return run
 

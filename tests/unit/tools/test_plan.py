@@ -14,7 +14,8 @@ from speft_ds.sparse.kernels.calibrate import device_name
 from speft_ds.sparse.optim.optimizers import make_optimizer
 from speft_ds.tools.plan.geometry import read_geometry
 from speft_ds.tools.plan.make_plan import GPU_GIB, find_order, gib, make_plan, print_plan
-from speft_ds.tools.plan.memory_model import GIB, Line, Setup, optimizer_state, total
+from speft_ds.tools.plan.memory_model import optimizer_state
+from speft_ds.tools.plan.setup import GIB, Line, Setup, total
 from unit.sparse.tables import keep, sampling
 
 # tiny.make_model: 35 wide, 53 in the MLP, 5 heads of 8 (1 key and value head), 2 layers, vocabulary 260.
@@ -81,6 +82,65 @@ def test_schedules_add_what_they_keep(planned):
     for growth, size in (("sft_ag", 8), ("sft_ma", 4)):
         grow = {"schedule": "drop_grow", "growth": growth, "update_every": 5}
         assert planned("training", mask=grow)["growth"] == size * shards(2)
+
+
+NF4 = {"base_format": "nf4"}
+HEIGHTS = [40, 8, 8, 35, 53, 53, 35]  # of the weights of a layer: each row is one block, which is filled up
+
+
+@pytest.fixture
+def none_persistent(tmp_path):
+    """A DeepSpeed section with which every weight is gathered for its use."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    return {"config": str(tmp_path / "ds.json")}
+
+
+def test_a_base_in_few_bits_by_hand(recipe, planned, none_persistent):
+    plain = planned("training", deepspeed=none_persistent)
+    few = planned("training", model=NF4, deepspeed=none_persistent)
+    assert few["base shard"] == plain["base shard"] - 4 * shards(2)
+    assert few["codes"] == 2 * sum(32 * rows // 2 for rows in HEIGHTS)
+    assert few["scales"] == 2 * sum(4 * -(-rows // 2) for rows in HEIGHTS)
+    geometry = read_geometry(recipe())
+    values = sum(-(-count // 2) for count in geometry.entries.values())
+    assert few["values"] == 4 * values and 301 / 2 <= values <= 301 / 2 + 7
+    assert few["places of values"] == 4 * 151
+    assert 0 < few["decoded weight"] <= 53 * 35 * (4 + 6)
+    assert few["gathered weights"] < plain["gathered weights"] - 2 * TARGETS
+    assert list(geometry.plain_linears) == list(geometry.targets)
+
+
+def test_codes_scales_and_values_are_what_is_received(recipe, none_persistent):
+    made = recipe(model={**NF4, "dtype": "bfloat16"}, deepspeed=none_persistent)
+    got = sizes(make_plan(made, 3, device="cpu").traffic)
+    values = sum(-(-count // 3) * 3 for count in read_geometry(made).entries.values())
+    num_bytes = 2 * sum(HEIGHTS) * (32 + 4) + 2 * (values + NORMS + EMBEDDINGS)
+    assert got["weights, forward"] == num_bytes * 2 // 3 * 2
+
+
+def test_a_base_is_loaded_before_it_is_in_few_bits(recipe):
+    everything = 4 * (shards(2) + (NORMS + EMBEDDINGS) // 2)
+    start, error = {"mask": {"start": "exact"}}, {"mask": {"salience": "quant_error"}}
+    for sections in ({}, start, error):
+        loading = sizes(make_plan(recipe(model=NF4, **sections), 2, device="cpu").memory["loading"])
+        assert loading["base, loaded"] == pytest.approx(everything, abs=20)
+        assert ("codes" in loading) == bool(sections)
+        scoring = sizes(make_plan(recipe(model=NF4, **sections), 2, device="cpu").memory["scoring"])
+        assert scoring.get("original weights", 0) == bool(sections) * 4 * shards(2)
+        plan = make_plan(recipe(model=NF4, **sections), 2)
+        assert "loading" not in plan.memory
+        held = "original weights" if sections else "base, while loading"
+        assert sizes(plan.host)[held] == loading["base, loaded"]
+    assert "loading" not in make_plan(recipe(), 2, device="cpu").memory
+
+
+@pytest.mark.parametrize("salience", ["grasp", "synflow", "magnitude"])
+def test_weights_are_complete_while_a_metric_changes_them(planned, salience):
+    lines = planned("scoring", model=NF4, mask={"salience": salience})
+    dense = salience != "magnitude"
+    assert lines.get("complete weights", 0) == dense * 4 * shards(2)
+    assert ("decoded weight" in lines) == (not dense)
 
 
 def test_a_stash_takes_less_in_training_alone(planned):
@@ -212,9 +272,20 @@ def test_what_does_not_fit_says_what_would_help(recipe):
     assert alone == sorted(alone) and together < alone[0] and len(alone) > 2
     assert all(size < plan.num_bytes for size in by_change.values())
     assert "train.activation_checkpointing=non_reentrant" in by_change
+    in_few_bits = make_plan(recipe(**needs, model=NF4), 1).num_bytes
+    assert by_change.get("model.base_format=nf4", in_few_bits) == in_few_bits
     needs["train"]["micro_batch"], needs["mask"] = 1, {"calibration_batch": 1}
     one_row = make_plan(recipe(**needs), 1).num_bytes
     assert by_change["train.micro_batch=1 mask.calibration_batch=1"] == one_row
+
+
+def test_few_bits_are_offered_where_they_help(recipe, monkeypatch):
+    monkeypatch.setattr("speft_ds.tools.plan.memory_model.PROCESS", {"cuda": 0})
+    wide = {"train": {"micro_batch": 1}, "mask": {"num_trainable": 301, "calibration_batch": 1}}
+    plan = make_plan(recipe(**wide), 1, gpu_gib=1e-5)
+    few = make_plan(recipe(**wide, model=NF4), 1, gpu_gib=1e-5)
+    assert plan.suggestions["model.base_format=nf4"] == few.num_bytes < plan.num_bytes
+    assert not any("base_format" in change for change in few.suggestions)
 
 
 def printed(plan, details):

@@ -230,6 +230,32 @@ def result_of(run: Run, output: Path) -> dict | None:
     return result
 
 
+def add_shared(results: list[dict], output: Path) -> None:
+    """Add `shared` to every confined run: the fraction of its entries that its seed's free mask has, too."""
+    for data_set, seed in sorted({(result["data_set"], result["seed"]) for result in results}):
+        of_seed = {r["mask"]: r for r in results if (r["data_set"], r["seed"]) == (data_set, seed)}
+        if FREE in of_seed:
+            free = entries_of(output / Run(data_set, FREE, seed).name)
+            for mask in of_seed.keys() & MASKS.keys() - {FREE}:
+                of_seed[mask]["shared"] = share_in(entries_of(output / Run(data_set, mask, seed).name), free)
+
+
+def entries_of(folder: Path) -> dict:
+    """Weight -> sorted flat indices of the entries that a run trained."""
+    from speft_ds.adapter.format import open_adapter  # late: imports torch
+
+    adapter = open_adapter(folder / "adapter")
+    return {name: adapter.entries(name)[0] for name in adapter.names}
+
+
+def share_in(own: dict, other: dict) -> float:
+    """The fraction of all indices in `own` that `other` has for the same weight."""
+    import torch
+
+    common = sum(torch.isin(own[name], other[name]).sum().item() for name in own.keys() & other.keys())
+    return common / sum(index.numel() for index in own.values())
+
+
 def summary(results: list[dict]) -> list[dict]:
     """A row per data set, measure and mask: see `compared`; those without a finished run are left out."""
     rows = []
@@ -259,6 +285,7 @@ def compared(runs: dict[int, dict], free: dict[int, dict], measure: str) -> dict
     seeds = sorted(runs)
     values = [runs[seed][measure] for seed in seeds]
     differences = [runs[seed][measure] - free[seed][measure] for seed in seeds if seed in free]
+    shared = [run["shared"] for run in runs.values() if "shared" in run]
     return {
         "seeds": seeds,
         "values": values,
@@ -269,6 +296,7 @@ def compared(runs: dict[int, dict], free: dict[int, dict], measure: str) -> dict
         "difference_stderr": standard_error(differences),
         "num_trainable": sorted({run["num_trainable"] for run in runs.values()}),
         "compute": mean(run["compute"] for run in runs.values()),
+        "shared": mean(shared) if shared else None,
     }
 
 
@@ -299,6 +327,7 @@ def table_row(row: dict) -> list[str]:
         " ".join(f"{scale * difference:+.{digits}f}" for difference in row["differences"]),
         f"{row['compute']:.1%}" if is_trained else "",
         " or ".join(f"{number:,}" for number in row["num_trainable"]) if is_trained else "0",
+        "" if row["shared"] is None else f"{row['shared']:.1%}",
     ]
 
 
@@ -313,6 +342,7 @@ HEADER = [
     "multiply-adds",
     "entries",
 ]
+HEADER += ["of these anywhere's"]
 
 
 def main() -> None:
@@ -326,6 +356,7 @@ def main() -> None:
         with ThreadPoolExecutor(arguments.at_once) as pool:
             codes = list(pool.map(lambda run: train(run, arguments), runs))
     results = [result for run in runs if (result := result_of(run, arguments.output)) is not None]
+    add_shared(results, arguments.output)
     rows = summary(results)
     print_table(HEADER, [table_row(row) for row in rows])
     print(f"\n{len(results)} of {len(runs)} runs are finished")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
 import yaml
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -133,6 +134,19 @@ def test_masks_are_compared_seed_by_seed(tmp_path):
         assert rows["sst2", quality.LOSS, mask]["difference"] is None
     alone = rows["alpaca", quality.LOSS, quality.FREE]
     assert (alone["mean"], alone["stderr"]) == (1.7, None)
+
+
+def test_shared_entries_are_those_of_the_same_weight(tmp_path, monkeypatch):
+    entries = {
+        quality.FREE: {"a": torch.tensor([1, 5]), "b": torch.tensor([2, 3])},
+        "0.1": {"a": torch.tensor([1, 2, 7]), "c": torch.tensor([3])},
+    }
+    for mask in entries:
+        finish(quality.Run("alpaca", mask, 2), tmp_path, 1.0, None)
+    monkeypatch.setattr(quality, "entries_of", lambda folder: entries[folder.name.split("-")[1]])
+    results = [quality.result_of(quality.Run("alpaca", mask, 2), tmp_path) for mask in entries]
+    quality.add_shared(results, tmp_path)
+    assert [row["shared"] for row in quality.summary(results)] == [None, 1 / 4]
 
 
 def test_accuracies_are_percentages_and_losses_are_not(tmp_path):

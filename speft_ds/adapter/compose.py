@@ -15,7 +15,7 @@ from speft_ds.adapter.save import check_output, history, write_derived
 from speft_ds.errors import UserError
 
 # Facts that a composed adapter takes over; the recipes are those of its sources alone.
-KEPT = ("base", "dtype", "fingerprint", "fingerprint_bfloat16", "task")
+KEPT = ("base", "dtype", "fingerprint", "fingerprint_bfloat16", "task", "base_format", "quantised", "start")
 OF_A_HEAD = ("task", "classes", "pad_token_id", "row_ends_with_eos")
 
 
@@ -91,6 +91,9 @@ def _check(adapters: list[Adapter], weights: list[float]) -> None:
     if not all(map(math.isfinite, weights)):
         raise UserError(f"the weights are {weights}", "--weights", "finite numbers")
     check_same_base(adapters)
+    if exact := [str(adapter.folder) for adapter in adapters if adapter.facts.get("start") == "exact"]:
+        what = "deltas that start exact have in them what the base lost, which a sum has more than once"
+        raise UserError(what, " and ".join(exact), "train with mask.start=zero what is to be composed")
     with_head = [str(adapter.folder) for adapter in adapters if adapter.heads]
     if len(with_head) > 1:
         what = "more than one adapter has a classifier's head: heads cannot be added"

@@ -70,6 +70,7 @@ class AdapterFacts(BaseModel):
     recipe: dict | None = None
     base_format: Literal[BASE_FORMATS] | None = None
     quantised: list[Text] | None = None
+    start: Literal["zero", "exact"] | None = None
     classes: list[str] | None = None
     pad_token_id: int | None = None
 

@@ -85,15 +85,22 @@ class Merge:
             return self.adapter.head(name).to(self.dtype)
         seen = pretrained.to(self.run_dtype)
         self.fingerprint.add(name, seen)
-        if name in self.quantised:
-            coder = codec(self.adapter.facts["base_format"])
-            seen = coder.decode(*coder.encode(seen), tuple(seen.shape), self.run_dtype)
-        merged = seen.to(self.dtype, copy=True)
         index, delta = self.adapter.entries(name)
+        if name in self.quantised:
+            seen = self._decoded(seen)
+        elif self.adapter.facts.get("start") == "exact" and name in self.adapter.facts["quantised"]:
+            # Of these deltas a part is what the entries had lost, and the original has lost nothing.
+            delta = self._decoded(seen).view(-1)[index].float() + delta - seen.view(-1)[index].float()
+        merged = seen.to(self.dtype, copy=True)
         merged.view(-1)[index] = with_delta(seen.view(-1)[index], delta, self.alpha, self.dtype)
         if not torch.isfinite(merged).all() and torch.isfinite(seen).all():
             raise UserError(f"values of {name} are too large for {self.dtype}", "--dtype", "--dtype bfloat16")
         return merged
+
+    def _decoded(self, weight: Tensor) -> Tensor:
+        """A weight as the run had it in few bits."""
+        coder = codec(self.adapter.facts["base_format"])
+        return coder.decode(*coder.encode(weight), tuple(weight.shape), self.run_dtype)
 
 
 def merge(

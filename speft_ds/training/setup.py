@@ -251,6 +251,7 @@ def base_facts(context: TrainContext) -> dict:
     recipe, data = context.recipe, context.data
     classifier = {"classes": data.classes, "pad_token_id": data.pad_id, "row_ends_with_eos": True}
     few_bits = {"base_format": recipe.model.base_format, "quantised": context.quantised}
+    few_bits["start"] = recipe.mask.start
     return {
         **(classifier if classifies(recipe) else {}),
         **(few_bits if context.quantised else {}),

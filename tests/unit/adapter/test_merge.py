@@ -34,6 +34,7 @@ from unit.adapter.samples import (
     load,
     make_adapter,
     make_classifier,
+    read,
     refused,
     trained,
     values,
@@ -173,10 +174,10 @@ def refuse(tmp_path, base, adapter, output="refused", where="", what="", **optio
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def in_few_bits(folder, of, base_format="nf4", dtype=torch.bfloat16):
+def in_few_bits(folder, of, base_format="nf4", dtype=torch.bfloat16, start="zero"):
     """An adapter of a base whose decoder linears are in few bits."""
     names = list(target_shapes(find_targets(load(of, dtype), None)))
-    return make_adapter(folder, of, dtype, base_format=base_format, quantised=names)
+    return make_adapter(folder, of, dtype, base_format=base_format, quantised=names, start=start)
 
 
 def test_a_base_in_few_bits_is_merged_as_it_was_trained_or_onto_the_original(tiny, tmp_path):
@@ -191,6 +192,15 @@ def test_a_base_in_few_bits_is_merged_as_it_was_trained_or_onto_the_original(tin
         decoded[name] = coder.decode(*coder.encode(weight), tuple(weight.shape), weight.dtype)
     assert any(not torch.equal(stored[name], decoded[name]) for name in stored)
     assert_same(tensors(tmp_path / "trained"), trained(adapter, decoded))
+    # An exact start put into the deltas what the entries had lost: on the original they come to the same.
+    exact = in_few_bits(tmp_path / "exact", base, start="exact")
+    merge(None, exact, tmp_path / "exact_original", onto="original")
+    merge(None, exact, tmp_path / "exact_trained")
+    both = [tensors(tmp_path / name) for name in ("exact_original", "exact_trained")]
+    for name, weight in stored.items():
+        is_entry = read(exact)[name] != 0 if name in read(exact) else torch.zeros_like(weight, dtype=bool)
+        assert torch.allclose(both[0][name][is_entry], both[1][name][is_entry], rtol=2**-7), name
+        assert torch.equal(both[0][name][~is_entry], weight[~is_entry]), name
     plain = make_adapter(tmp_path / "b", base)
     refuse(tmp_path, None, plain, onto="original", where="--onto")
 
@@ -201,6 +211,11 @@ def test_an_adapter_of_a_base_in_few_bits_goes_onto_nothing_else(tiny, tmp_path)
     refused(lambda: apply_adapter(load(base, torch.bfloat16), adapter), adapter, "nf4")
     refused(lambda: export_peft(adapter, tmp_path / "peft"), adapter, "nf4")
     refused(lambda: compose([adapter, other], tmp_path / "both"), adapter, "nf4 and int8")
+    exact = in_few_bits(tmp_path / "exact", base, start="exact")
+    refused(lambda: compose([adapter, exact], tmp_path / "both"), exact, "exact")
+    compose([adapter, adapter], tmp_path / "twice")
+    facts, own = (Adapter.open(tmp_path / name).facts for name in ("twice", "a"))
+    assert all(facts[key] == own[key] for key in ("base_format", "quantised", "start"))
     refused(lambda: in_few_bits(tmp_path / "c", base, "int3"), tmp_path / "c", "base_format")
     for number, name in enumerate(("model.norm.weight", "model.layers.7.mlp.up_proj.weight")):
         odd = make_adapter(tmp_path / f"d{number}", base, base_format="nf4", quantised=[name])

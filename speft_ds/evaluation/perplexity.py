@@ -15,7 +15,7 @@ from speft_ds.evaluation.scores import Perplexity
 from speft_ds.io import parse_json
 
 WINDOW = 1024  # tokens that a token is predicted from, at most: the same for models of any context length
-MAX_LOGITS = 2**28  # per batch (1 GiB in fp32): lm-eval keeps the logits of all positions
+MAX_LOGITS = 2**26  # per batch: lm-eval keeps the logits of all positions, and two fp32 copies (0.75 GiB)
 
 
 def text_perplexity(lm: EngineLM, section: EvalConfig) -> Perplexity:

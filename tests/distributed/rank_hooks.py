@@ -123,15 +123,15 @@ def _until_asked() -> None:
         time.sleep(0.01)
 
 
-def _asked_in(owner, name: str, what: str, when: Callable[..., bool] = lambda *arguments: True) -> None:
+def _asked_in(owner, name: str, what: str, when: Callable[..., bool] | None = None) -> None:
     """This rank says what it is about to do, and waits to be asked to stop, before `owner.name` is called."""
     call = getattr(owner, name)
 
-    def asked(*arguments):
-        if when(*arguments):
+    def asked(*arguments, **named):
+        if when is None or when(*arguments, **named):
             print(what, flush=True)
             _until_asked()
-        return call(*arguments)
+        return call(*arguments, **named)
 
     setattr(owner, name, asked)
 

@@ -102,7 +102,8 @@ def plan(
     Needs the model's configuration, not its weights, and no GPU.
     """
     loaded = load_recipe(recipe, overrides or [])  # a typo should not wait for torch
-    from speft_ds.tools.plan.make_plan import make_plan, print_plan
+    from speft_ds.tools.plan.make_plan import make_plan
+    from speft_ds.tools.plan.print_plan import print_plan
 
     print_plan(make_plan(loaded, world, gpu_gib=gpu_gib, num_rows=rows, device=device), details)
 

@@ -31,6 +31,7 @@ from speft_ds.sparse.mask import Mask, read_mask
 from speft_ds.sparse.state import SparseState
 from speft_ds.training import checks, memory
 from speft_ds.training.checkpoint.parts import Parts, Snapshot
+from speft_ds.training.checkpoint.random_states import random_states, restore_random_states
 from speft_ds.training.checkpoint.resume import Start
 from speft_ds.training.checkpoint.writer import Writer
 from speft_ds.training.growth import AccumulatedGradient, RowColumnMomentum
@@ -305,7 +306,8 @@ class Trainer:
         seconds = [self.scoring_s.get(label) for label in after]
         then_s = None if None in seconds else sum(seconds)
         log = MetricsLog(path, self.num_steps, self.first_step, monitor, then_s)
-        self._restore_random_states()
+        if self.checkpoint is not None:
+            restore_random_states(self.checkpoint)
         self.flags.restart()
         self.engine.train()
         memory.reset_peak()
@@ -367,21 +369,8 @@ class Trainer:
     def _snapshot(self) -> Snapshot:
         """The trainable state, and this rank's random states (dropout)."""
         snapshot = self.schedule.snapshot()
-        snapshot.own["random_cpu"] = torch.get_rng_state()
-        if collectives.device().type == "cuda":
-            snapshot.own["random_cuda"] = torch.cuda.get_rng_state()
+        snapshot.own.update(random_states())
         return snapshot
-
-    def _restore_random_states(self) -> None:
-        """Those of this rank, where as many ranks wrote the checkpoint. All else draws by seed and step."""
-        if self.checkpoint is None or self.checkpoint.manifest["world_size"] != collectives.world_size():
-            return
-        parts = Parts(self.checkpoint)
-        with parts.refusing(RuntimeError):  # of a state of another size
-            own = parts.own(collectives.rank())
-            torch.set_rng_state(own["random_cpu"])
-            if "random_cuda" in own and collectives.device().type == "cuda":
-                torch.cuda.set_rng_state(own["random_cuda"])
 
     def _manifest(self, done: int, validation_loss: float | None) -> dict:
         """What a checkpoint says of the run."""

@@ -13,6 +13,7 @@ from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.training.checkpoint.folder import inspect
 from speft_ds.training.checkpoint.parts import Parts
+from speft_ds.training.checkpoint.random_states import restore_random_states
 from speft_ds.training.checkpoint.resume import Start
 
 
@@ -24,7 +25,8 @@ def run_piece(recipe: Recipe, stop: int, checkpoint: Path | None = None) -> dict
         `weights`: the path of the whole weights.
     """
     trainer = start(recipe, Start("resumed", inspect(checkpoint)) if checkpoint else None)
-    trainer._restore_random_states()
+    if checkpoint:
+        restore_random_states(trainer.checkpoint)
     trainer.engine.train()
     ids, losses = [], []
     for step in range(trainer.first_step, stop):

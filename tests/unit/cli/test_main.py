@@ -30,10 +30,11 @@ def replaced(monkeypatch):
     ],
 )
 def test_plan_hands_over_recipe_and_machine(monkeypatch, replaced, options, given):
-    module = replaced("tools.plan.make_plan")
+    make_plan, print_plan = (replaced(f"tools.plan.{name}") for name in ("make_plan", "print_plan"))
     assert run(monkeypatch, "plan", "quickstart", "--world", "8", "seed=1", *options) == 0
-    module.make_plan.assert_called_once_with(load_recipe("quickstart", ["seed=1"]), 8, **given)
-    module.print_plan.assert_called_once_with(module.make_plan.return_value, "--details" in options)
+    make_plan.make_plan.assert_called_once_with(load_recipe("quickstart", ["seed=1"]), 8, **given)
+    plan = make_plan.make_plan.return_value
+    print_plan.print_plan.assert_called_once_with(plan, "--details" in options)
 
 
 def test_doctor_exits_as_its_checks_say(monkeypatch, replaced):

@@ -13,8 +13,9 @@ from speft_ds.errors import RecipeError
 from speft_ds.sparse.kernels.calibrate import device_name
 from speft_ds.sparse.optim.optimizers import make_optimizer
 from speft_ds.tools.plan.geometry import read_geometry
-from speft_ds.tools.plan.make_plan import GPU_GIB, find_order, gib, make_plan, print_plan
+from speft_ds.tools.plan.make_plan import GPU_GIB, find_order, make_plan
 from speft_ds.tools.plan.memory_model import optimizer_state
+from speft_ds.tools.plan.print_plan import gib, print_plan
 from speft_ds.tools.plan.setup import GIB, Line, Setup, total
 from unit.sparse.tables import keep, sampling
 

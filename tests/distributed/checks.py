@@ -131,7 +131,7 @@ def check_exact_start(recipe: Recipe) -> None:
     for name, weight in original.named_parameters():
         expected = decoded[name].clone()
         if name in trainer.mask.index:
-            index = trainer.mask.index[name].long()
+            index = trainer.mask.index[name].cpu().long()
             expected.view(-1)[index] = weight.detach().view(-1)[index]
             num_lost += int((expected != decoded[name]).sum())
         assert torch.allclose(live[name], expected, rtol=1e-7, atol=1e-9), name

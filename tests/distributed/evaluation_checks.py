@@ -87,10 +87,10 @@ def check_perplexity(recipe: Recipe) -> tuple[float, float] | None:
     (scored,) = trainer.evaluation.run(trainer.engine.module, jobs_of(recipe.eval, "before"), {})
     if collectives.rank() != 0:
         return None
-    model = plain_model(recipe)
+    model = plain_model(recipe).to(collectives.device())
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.name_or_path)
     tokens = tokenizer(Path(recipe.eval.forgetting_text).read_text(), return_tensors="pt")["input_ids"][0]
-    tokens = torch.cat([torch.tensor([tokenizer.bos_token_id]), tokens])
+    tokens = torch.cat([torch.tensor([tokenizer.bos_token_id]), tokens]).to(collectives.device())
     with torch.no_grad():
         logits = model(input_ids=tokens[None, :-1]).logits[0].to(torch.float32)
     loss = torch.nn.functional.cross_entropy(logits, tokens[1:])

@@ -96,7 +96,7 @@ def check_losses(recipe: Recipe) -> dict:
         **result_of(trainer, lines),
         "stash": [line.get("stash") for line in lines],
         "saved": trainer.stash.facts(),
-        "delta": trainer.state.delta.detach().clone(),
+        "delta": trainer.state.delta.detach().to("cpu", copy=True),
     }
 
 

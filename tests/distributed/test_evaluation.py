@@ -121,6 +121,7 @@ def stock(ranks, tiny, long, tmp_path_factory):
     ("world_size", "mode", "chat"),
     [
         (1, "sharded", True),
+        (1, "gathered", False),
         (1, "auto", False),
         (2, "gathered", True),
         (2, "sharded", True),

@@ -60,6 +60,7 @@ def test_every_backend_has_the_packed_inputs(ranks, tiny, tmp_path, backend):
         recipe = make_recipe(tiny, tmp_path / name, "tied", mask=mask, train=train)
         made.append(ranks(2)(stash_checks.check_losses, recipe=recipe)[0])
     assert made[0]["sha256"] == made[1]["sha256"]
+    assert all(run["saved"]["packed"] > 0 for run in made)
     assert made[1]["loss"] == pytest.approx(made[0]["loss"], abs=2e-5 if backend != "columns" else 2e-3)
 
 

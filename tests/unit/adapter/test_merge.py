@@ -66,7 +66,8 @@ def test_a_merged_checkpoint_is_the_trained_model(tiny, tmp_path, checkpoint, dt
     assert tokens[0] == tokens[1]
     assert {path.name for path in merged.iterdir()} == {path.name for path in base.iterdir()} | {"README.md"}
     card = ModelCard.load(merged / "README.md").data
-    assert card.library_name == "transformers" and card.pipeline_tag == "text-generation"
+    about = [getattr(card, key) for key in ("library_name", "pipeline_tag")]
+    assert about == ["transformers", "text-generation"]
     assert [result.metric_value for result in card.eval_results] == [score["value"] for score in SCORES]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "merged"]
 

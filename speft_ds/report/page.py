@@ -108,7 +108,7 @@ def head(run: RunFolder) -> list[tuple[str, str]]:
     commits = look_up(start, "commits", {})
     known = {
         "model": public_name(base),
-        "base in": run.fact("base.stored", ""),
+        "base format": run.fact("base.stored", ""),
         "data": ", ".join([*data_names(run.recipe), *([f"{rows:,} rows"] if rows else [])]),
         "recipe": run.fact("recipe", ""),
         "date": "; again ".join(date for each in run.starts if (date := look_up(each, "date", ""))),

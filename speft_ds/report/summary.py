@@ -15,6 +15,7 @@ STAGES = {
     "start": "starting the ranks",
     "tasks": "checking the tasks",
     "data": "reading and tokenizing rows",
+    "kernels": "measuring the kernels",
     "model": "loading the model",
     "eval_before": "scoring before training",
     "salience": "scoring the weights",

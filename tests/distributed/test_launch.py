@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import speft_ds
 from speft_ds.cli.commands.compare_masks import compare
 from speft_ds.env import free_port
+from speft_ds.report.summary import STAGES
 from speft_ds.sparse.mask import read_mask, save_mask
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +121,7 @@ def test_a_run_leaves_what_the_readme_says(launched, start, tiny, tmp_path):
     trained = {"rows": 48, "packs": None, "label_tokens": labels, "epochs": pytest.approx(4 * 8 / 48)}
     assert facts["data"] == {"rows_read": 48, "left_out": {}, "truncated": {}, **trained}
     assert "48 read, 0 left out" in text
+    assert facts["timings_s"].keys() - {"total"} <= STAGES.keys()  # the report has a name for each
     assert sum(mask["entries_by_rank"]) == 892 and len(mask["sha256"]) == 64
     for moment in ("before", "after"):
         scores = json.loads((run / "eval" / f"{moment}.json").read_text())["scores"]

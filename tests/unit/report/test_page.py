@@ -78,7 +78,7 @@ def test_tables_have_the_numbers_of_the_files(written, finished):
         "trained entries": ["720 of 10,368 (6.9444%)"],
         "columns with entries": ["150 of 432 (34.7%)"],
         "of the dense weight gradient's multiply-adds": ["32.1%"],
-        "these chosen by": ["measured costs"],
+        "kernels chosen by": ["measured costs"],
         "tokens/s, without the first 3 steps": [
             f"{int(sum(line['num_tokens'] for line in lines[3:]) / sum(seconds[3:])):,}"
         ],
@@ -105,7 +105,7 @@ def test_the_head_says_what_was_run_on_what_and_nothing_of_the_machines_folders(
     found = dict(head(read_run(run)))
     assert found == {
         "model": "llama",
-        "base in": "bfloat16, 2 weights in nf4 of 4.50 bits each",
+        "base format": "bfloat16, 2 weights in nf4 of 4.50 bits each",
         "data": "rows.jsonl, 1,000 rows",
         "recipe": "mine",
         "date": "2026-01-02 03:04 UTC; again 2026-01-03 03:04 UTC",

@@ -13,21 +13,24 @@ the folder. It needs no network; the quickstart runs where its model is prepared
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
+import psutil  # noqa: E402
 from models import build, config_of  # noqa: E402
 
+from speft_ds.cli.start_ranks import visible_gpus  # noqa: E402
 from speft_ds.env import cache_folder, machine_facts, versions  # noqa: E402
 from speft_ds.errors import UserError  # noqa: E402
 from speft_ds.io import write_bytes, write_json  # noqa: E402
@@ -55,12 +58,18 @@ class Part:
 
 
 def gpu_gib() -> float:
-    """Memory of the smallest GPU."""
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    """Memory of the smallest GPU that is visible."""
+    query = [
+        "nvidia-smi",
+        f"--id={','.join(map(str, visible_gpus()))}",
+        "--query-gpu=memory.total",
+        "--format=csv,noheader,nounits",
+    ]
     sizes = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
     return min(map(float, sizes)) / 1024
 
 
+@functools.cache  # a model on the meta device takes seconds
 def room_for(geometry: str, gib: float) -> str | None:
     """Why a step of this geometry does not fit into a GPU; None: it does.
 
@@ -140,12 +149,21 @@ def run(part: Part, out: Path) -> dict:
             code = process.wait(part.limit_s)
             result = "ok" if code == 0 else f"failed with {code}: see {log.name}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with its ranks, which would keep the GPU's memory
-            process.wait()
+            kill_family(process)
             result = f"stopped after {part.limit_s} s: see {log.name}"
     seconds = time.monotonic() - start
     print(f"{part.name}: {result}, {seconds:.0f} s", flush=True)
     return {"part": part.name, "result": result, "seconds": seconds}
+
+
+def kill_family(process: subprocess.Popen) -> None:
+    """Kill a part with all that it started: ranks in sessions of their own would keep the GPU's memory."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)  # also those whose parent has ended
+    for child in started:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.wait()
 
 
 def main() -> int:
@@ -156,7 +174,7 @@ def main() -> int:
         "--rehearse", action="store_true", help="tiny sizes on the CPU, also where there is a GPU"
     )
     arguments = parser.parse_args()
-    on_gpu = shutil.which("nvidia-smi") is not None and not arguments.rehearse
+    on_gpu = bool(visible_gpus()) and not arguments.rehearse
     if not on_gpu:
         print("no GPU is used: this is a rehearsal at tiny sizes, whose figures say nothing")
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -36,7 +36,7 @@ from models import QUICK_ROUNDS, add_model_arguments, add_run_arguments, find_mo
 from rounds import Runner  # noqa: E402
 
 from speft_ds.errors import UserError  # noqa: E402
-from speft_ds.io import write_json  # noqa: E402
+from speft_ds.io import read_json, write_json  # noqa: E402
 from speft_ds.training.run_dir import METRICS, read_facts  # noqa: E402
 
 FORMATS = (None, "bfp8", "bfp4")
@@ -80,6 +80,15 @@ def measure(case: Case, rounds: int, limit_s: float) -> list[dict]:
                 }
             )
         return rows
+
+
+def keep_settings(arguments: argparse.Namespace) -> None:
+    """Note what the runs below --output are made with; ends the program where that was something else."""
+    path = arguments.output / "settings.json"
+    settings = {"recipe": arguments.recipe, "steps": arguments.steps, "overrides": arguments.overrides}
+    if path.is_file() and read_json(path) != settings:
+        sys.exit(f"{path} has other settings: choose another --output, or remove the old one")
+    write_json(path, settings)
 
 
 def train(stash: str | None, arguments: argparse.Namespace) -> dict:
@@ -158,6 +167,8 @@ def main() -> None:
     settle()
     arguments = parse_arguments()
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
+    if arguments.recipe:
+        keep_settings(arguments)
     facts: dict = {}
     if not arguments.only_train:
         with tempfile.TemporaryDirectory() as work:

@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -212,6 +213,15 @@ def test_the_parts_of_make_gpu_take_under_ten_minutes(tmp_path, monkeypatch):
     assert all((ROOT / word).is_file() for word in made["ranks"].words if word.endswith(".py"))
 
 
+def test_a_part_past_its_limit_leaves_no_process_behind(tmp_path):
+    """Not even one that has a session of its own."""
+    words = ["sh", "-c", "setsid sleep 600 & echo $!; wait"]
+    result = gpu.run(gpu.Part("stuck", words, 5), tmp_path)["result"]
+    assert result.startswith("stopped")
+    pid = int((tmp_path / "stuck.log").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
 def test_formats_runs(run, tiny, tmp_path):
     (tmp_path / "text.txt").write_text("The cat , a half @-@ wild one , sat . " * 9)
     arguments = ["--model", str(tiny["untied"]), "--text", str(tmp_path / "text.txt"), "--ranks", "1"]
@@ -255,3 +265,6 @@ def test_stash_runs(run, tiny, tmp_path):
     cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in out.splitlines()]
     assert ["bfp4", "bfp4", "1.2000 (+0.2000)"] in cells
     assert ["dynamic", "bfp4, from step 16 bfp6", "1.1000 (+0.1000)"] in cells
+    others = [*arguments, "--only-train", "--steps", "7", "--json", str(tmp_path / "other.json")]
+    assert run_script("benchmarks/stash.py", others, tmp_path)[0] == 1
+    assert not (tmp_path / "other.json").exists()

@@ -29,8 +29,8 @@ from markdown import print_table  # noqa: E402
 from speft_ds.env import kernels_are_measured, machine_facts, versions  # noqa: E402
 from speft_ds.io import write_json  # noqa: E402
 from speft_ds.sparse.kernels.backends import make_backend  # noqa: E402
-from speft_ds.sparse.kernels.calibrate import find_costs  # noqa: E402
 from speft_ds.sparse.kernels.costs import KernelCosts  # noqa: E402
+from speft_ds.sparse.kernels.measure import find_costs  # noqa: E402
 from speft_ds.sparse.kernels.triton_backends import is_available  # noqa: E402
 
 SHAPES = [(192, 576), (576, 576), (1536, 576), (576, 1536), (2048, 2048), (5632, 2048), (2048, 5632)]

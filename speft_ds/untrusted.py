@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 MAX_NAME, MAX_PARTS = 255, 8  # bytes of a part of a path, and its parts
-TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # environment variables
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # environment variables
 MIN_TOKEN = 8  # characters: a shorter value is none, and would be found inside of words
 _CREDENTIALS = re.compile(r"(?<=://)[^\s/?#]*@")  # of a URL: user:password@
 _HUB_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}")
@@ -62,7 +62,7 @@ def cpu_limit(seconds: float) -> Iterator[None]:
 def without_secrets(text: str) -> str:
     """A text without passwords of URLs, hub tokens and the tokens that this process has."""
     text = _HUB_TOKEN.sub("***", _CREDENTIALS.sub("", text) if "://" in text else text)
-    for token in filter(None, map(os.environ.get, TOKENS)):
+    for token in filter(None, map(os.environ.get, TOKEN_VARIABLES)):
         text = text.replace(token, "***") if len(token) >= MIN_TOKEN else text
     return text
 

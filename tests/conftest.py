@@ -14,7 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["SPEFT_DS_CACHE"] = tempfile.mkdtemp(prefix="speft_ds_cache_")
 atexit.register(shutil.rmtree, os.environ["SPEFT_DS_CACHE"], ignore_errors=True)
 
-# Which kernels a run takes must not depend on how busy this machine is; test_calibrate.py measures.
+# Which kernels a run takes must not depend on how busy this machine is; test_kernel_costs.py measures.
 os.environ["SPEFT_DS_KERNELS"] = "rules"
 
 # DeepSpeed's op is compiled for this tree alone: no other run takes turns with it, and what a killed test

@@ -138,18 +138,19 @@ def doctor(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="print what the sparse backends cost here, measured once")
     ] = False,
-    again: Annotated[bool, typer.Option("--again", help="with --kernels: measure anew")] = False,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="with --kernels: measure anew")] = False,
 ) -> None:
     """Check this machine: versions, GPUs, compiler, memory, the model hub, communication between ranks.
 
     Each problem comes with its fix; exits with 1 if there is one.
     """
-    if again and not kernels:
-        raise UserError("--again is for the kernels", "command line", "speft doctor --kernels --again")
+    if remeasure and not kernels:
+        fix = "speft doctor --kernels --remeasure"
+        raise UserError("--remeasure is for the kernels", "command line", fix)
     if kernels:
         from speft_ds.tools.kernel_table import print_kernels  # late: it imports torch
 
-        return print_kernels(again)
+        return print_kernels(remeasure)
     from speft_ds.tools.doctor import examine, exit_code, print_report
 
     checks = examine()

@@ -18,7 +18,7 @@ from speft_ds.model.fingerprint import fingerprint
 from speft_ds.report.plots import mask_heat_map
 from speft_ds.report.tables import print_mask_table
 from speft_ds.sparse.gradient import gradient_cost
-from speft_ds.sparse.kernels.calibrate import agree_on_costs
+from speft_ds.sparse.kernels.measure import agree_on_costs
 from speft_ds.sparse.mask import save_mask
 from speft_ds.training.checks import check_shapes
 from speft_ds.training.memory import peak_gib

@@ -20,7 +20,7 @@ from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
 from speft_ds.model.weight_grad_hooks import WeightGradHook
-from speft_ds.sparse.kernels.backends import TOKENS, Backend, make_backend, measured_cost
+from speft_ds.sparse.kernels.backends import DEFAULT_TOKENS, Backend, make_backend, measured_cost
 from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.kernels.stacked import make_stacked
 from speft_ds.sparse.layout import Layout, RankShards
@@ -41,7 +41,7 @@ class GradientOptions:
     bucket: int = 2**22  # entries of one reduce-scatter, over all ranks
     overlap: bool = True  # False reduces after the backward: any number of them may come before `finish`
     costs: KernelCosts | None = None  # what `auto` chooses by, the same on all ranks; None: rules of thumb
-    num_tokens: int = TOKENS  # of a micro-batch, at most
+    num_tokens: int = DEFAULT_TOKENS  # of a micro-batch, at most
 
     @classmethod
     def of(cls, recipe: Recipe, costs: KernelCosts | None, overlap: bool = True) -> GradientOptions:

@@ -10,26 +10,26 @@ from rich.table import Table
 
 from speft_ds.env import KERNELS, cache_folder, kernels_are_measured
 from speft_ds.report.tables import print_table
-from speft_ds.sparse.kernels.calibrate import find_costs
 from speft_ds.sparse.kernels.costs import KernelCosts, Measurement
+from speft_ds.sparse.kernels.measure import find_costs
 
 DTYPES = ("float32", "bfloat16")
 SINGLE = ("sampled", "element")  # backends that are chosen by density alone
 
 
-def print_kernels(again: bool = False) -> None:
+def print_kernels(remeasure: bool = False) -> None:
     """Print the table of each dtype, measured now where there is none.
 
     Args:
-        again: measure anew.
+        remeasure: also where there is one.
     Raises:
         UserError: SPEFT_DS_KERNELS has another value than it may.
     """
     is_used = kernels_are_measured()
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     for dtype in DTYPES:
-        print_costs(find_costs(torch.device("cuda" if on_gpu else "cpu"), dtype, again))
-    print(f"kept in {cache_folder('kernels')}; speft doctor --kernels --again measures anew")
+        print_costs(find_costs(torch.device("cuda" if on_gpu else "cpu"), dtype, remeasure))
+    print(f"kept in {cache_folder('kernels')}; speft doctor --kernels --remeasure measures anew")
     if not on_gpu:
         print("threads are those of this process; as 1 of N ranks: OMP_NUM_THREADS=cores/N in front of it")
     if not is_used:

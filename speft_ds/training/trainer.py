@@ -26,7 +26,7 @@ from speft_ds.evaluation.eval_jobs import EvalJob, Phase, jobs_of, slice_jobs
 from speft_ds.evaluation.results import keep_scores, still_to_score
 from speft_ds.evaluation.validation_loss import ValidationLoss
 from speft_ds.sparse.gradient import SparseGradient
-from speft_ds.sparse.kernels.calibrate import agree_on_costs
+from speft_ds.sparse.kernels.measure import agree_on_costs
 from speft_ds.sparse.mask import Mask, read_mask
 from speft_ds.sparse.state import SparseState
 from speft_ds.training import checks, memory

@@ -16,7 +16,7 @@ from unit.sparse.tables import keep, sampling
 from distributed.reference import make_recipe, start
 from speft_ds.comm import collectives
 from speft_ds.errors import UserError
-from speft_ds.sparse.kernels import calibrate
+from speft_ds.sparse.kernels import measure
 from speft_ds.training.checkpoint.folder import inspect
 from speft_ds.training.checkpoint.resume import Start
 
@@ -40,18 +40,18 @@ def check_choice(
     """
     rank, said, measured = collectives.rank(), StringIO(), []
     own = {"SPEFT_DS_CACHE": str(folder / f"rank{rank}"), "SPEFT_DS_KERNELS": kernels}
-    device = calibrate.device_name(torch.device("cpu"))
+    device = measure.device_name(torch.device("cpu"))
     begin = Start("resumed", inspect(checkpoint)) if checkpoint else None
     if recorded_device:
         begin.checkpoint.manifest["kernel_costs"]["device"] = recorded_device
 
-    def measure(*_):
+    def make_up(*_):
         measured.append(rank)
         return sampling(True, device=device)
 
     with (
         mock.patch.dict(os.environ, own),
-        mock.patch.object(calibrate, "measure", measure),
+        mock.patch.object(measure, "measure", make_up),
         redirect_stdout(said),
     ):
         if is_cheap[rank] is not None:
@@ -76,7 +76,7 @@ def check_choice(
 def check_refused(recipe) -> str:
     """Every rank is refused, not rank 0 alone."""
     with mock.patch.dict(os.environ, {"SPEFT_DS_KERNELS": "fast"}), pytest.raises(UserError) as refused:
-        calibrate.agree_on_costs(recipe)
+        measure.agree_on_costs(recipe)
     return refused.value.where
 
 

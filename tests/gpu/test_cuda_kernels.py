@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from speft_ds.sparse.kernels.backends import make_backend
-from speft_ds.sparse.kernels.calibrate import measure
+from speft_ds.sparse.kernels.measure import measure
 from speft_ds.sparse.kernels.torch_backends import ColumnGradient, RowGradient, matmul_fp32
 from speft_ds.sparse.kernels.triton_backends import BlockGradient, ElementGradient, is_available
 from speft_ds.sparse.tiles import Tiles

@@ -5,7 +5,7 @@ A backend is prepared once a mask and weight and then called once a backward:
     values = backend(x, grad_y)   # x [..., in], grad_y [..., out] -> values [k] fp32, in index order
 
 `dense` is the reference and runs anywhere. `auto` takes what is cheapest for this mask by the costs that were
-measured on this device (`calibrate`); without them, what is made for the device and the mask's granularity
+measured on this device (`measure.py`); without them, what is made for the device and the mask's granularity
 where it pays by the rules of thumb below.
 """
 
@@ -35,7 +35,7 @@ Backend = Callable[[Tensor, Tensor], Tensor]
 
 # To this one `element` is on a GPU, by what `triton_backends.BREAK_EVEN` comes to.
 BREAK_EVEN_DENSITY = 0.0065
-TOKENS = 1024  # of a backward, where nobody says how many
+DEFAULT_TOKENS = 1024  # of a backward, where nobody says how many
 # Measured costs so much apart are taken for equal: they were measured once, on a machine that may be busy.
 TOLERANCE = 1.1
 MAX_SHARE = 0.5  # of the columns, to which `columns` was measured
@@ -48,7 +48,7 @@ def make_backend(
     tiles: Tiles | None = None,
     few_columns: bool = False,
     costs: KernelCosts | None = None,
-    num_tokens: int = TOKENS,
+    num_tokens: int = DEFAULT_TOKENS,
 ) -> tuple[str, Backend]:
     """Prepare the gradient of one weight's entries.
 
@@ -99,7 +99,11 @@ def _make(name: str, index: Tensor, shape: tuple[int, int], tiles: Tiles | None)
 
 
 def measured_cost(
-    index: Tensor, shape: tuple[int, int], tiles: Tiles | None, costs: KernelCosts, num_tokens: int = TOKENS
+    index: Tensor,
+    shape: tuple[int, int],
+    tiles: Tiles | None,
+    costs: KernelCosts,
+    num_tokens: int = DEFAULT_TOKENS,
 ) -> tuple[str, float]:
     """The backend that `auto` takes by measured costs, and its time over that of `dense`.
 
@@ -180,7 +184,7 @@ def expected_backend(
     compute: float | None = None,
     costs: KernelCosts | None = None,
     shape: tuple[int, int] = (1, 1),
-    num_tokens: int = TOKENS,
+    num_tokens: int = DEFAULT_TOKENS,
 ) -> str:
     """What `make_backend` should come to for an even mask of this density, to plan with.
 

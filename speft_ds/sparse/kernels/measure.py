@@ -30,7 +30,7 @@ SHAPES = {
     "cpu": [(512, 512), (1024, 1024), (2048, 2048)],
     "cuda": [(1024, 1024), (4096, 4096), (11008, 4096)],
 }
-TOKENS = {"cpu": [128, 1024], "cuda": [1024, 8192]}
+NUM_TOKENS = {"cpu": [128, 1024], "cuda": [1024, 8192]}
 # Densities, or (share of the columns, density).
 SINGLE = {"cpu": [0.001, 0.01, 0.05, 0.2], "cuda": [0.001, 0.0035, 0.01, 0.03]}
 SAMPLED_COLUMNS = [(0.05, 0.002), (0.25, 0.005), (0.25, 0.05), (0.5, 0.05)]
@@ -76,15 +76,15 @@ def read_costs(device: str, dtype: str) -> KernelCosts | None:
     return costs
 
 
-def find_costs(device: torch.device, dtype: str, again: bool = False) -> KernelCosts:
+def find_costs(device: torch.device, dtype: str, remeasure: bool = False) -> KernelCosts:
     """The table of a device: from the cache, or measured now and kept there.
 
     Args:
         dtype: of the activations, as in a recipe.
-        again: measure also where there is a table.
+        remeasure: also where there is a table.
     """
     name = device_name(device)
-    if not again and (costs := read_costs(name, dtype)) is not None:
+    if not remeasure and (costs := read_costs(name, dtype)) is not None:
         return costs
     log_rank0(f"measuring the sparse backends on {name}, {dtype}: once, a few seconds")
     costs = measure(device, dtype)
@@ -149,7 +149,7 @@ def measure(device: torch.device, dtype: str) -> KernelCosts:
     for shape in SHAPES[device.type]:
         watchdog.heartbeat(f"measuring kernels of {shape[0]} x {shape[1]}")
         candidates = _candidates(shape, generator)
-        for num_tokens in TOKENS[device.type]:
+        for num_tokens in NUM_TOKENS[device.type]:
             x, grad_y = (
                 torch.randn(num_tokens, width, generator=generator, device=device).to(getattr(torch, dtype))
                 for width in reversed(shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speft_ds.sparse.kernels.backends import TOKENS, Backend, make_backend
+from speft_ds.sparse.kernels.backends import DEFAULT_TOKENS, Backend, make_backend
 from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.tiles import Tiles
 
@@ -18,7 +18,7 @@ def make_stacked(
     few_columns: bool,
     num_experts: int,
     costs: KernelCosts | None = None,
-    num_tokens: int = TOKENS,
+    num_tokens: int = DEFAULT_TOKENS,
 ) -> tuple[str, StackedGradient]:
     """Prepare the gradient of the entries of a stack; arguments and errors as of `make_backend`.
 

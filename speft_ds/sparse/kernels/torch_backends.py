@@ -16,7 +16,7 @@ BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}  # on a GPU few launches count mo
 # To this density `sampled` is faster than `dense` at every shape of benchmarks/kernels.py.
 MAX_SAMPLED_DENSITY = 0.1
 # Of one sampled product, at most: what is longer falls out of the cache before it is used again.
-TOKENS, INPUT_BYTES = 1024, 6 * 2**20
+MAX_TOKENS, MAX_INPUT_BYTES = 1024, 6 * 2**20
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def split_for_cache(x: Tensor, in_features: int) -> tuple[Tensor, ...]:
     """[..., features], input or gradient of a layer -> views [tokens of one product, features]."""
     flat = x.reshape(-1, x.shape[-1])
     num_tokens = flat.shape[0]
-    num_parts = max(1, -(-num_tokens // TOKENS), -(-4 * num_tokens * in_features // INPUT_BYTES))
+    num_parts = max(1, -(-num_tokens // MAX_TOKENS), -(-4 * num_tokens * in_features // MAX_INPUT_BYTES))
     return flat.chunk(num_parts)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from speft_ds.sparse.kernels.torch_backends import SharedTranspose
 from speft_ds.sparse.tiles import Tiles
 
-TOKENS = 64  # of one step: 128 bytes of 16-bit activations, a whole cache line
+STEP_TOKENS = 64  # of one step: 128 bytes of 16-bit activations, a whole cache line
 SLOTS = 128  # columns of the weight that one program takes
 SUM_BLOCK = 1024
 GROUP_ROWS = (16, 32, 64)
@@ -41,29 +41,31 @@ def is_available() -> bool:
 def options(dtype: torch.dtype) -> dict[str, int]:
     """Launch options of the products: as many tokens and stages as shared memory holds on an A10 (99 KiB)."""
     if dtype.itemsize == 2:
-        return {"SLOTS": SLOTS, "TOKENS": TOKENS, "num_warps": 4, "num_stages": 3}
-    return {"SLOTS": SLOTS, "TOKENS": TOKENS // 2, "num_warps": 4, "num_stages": 2}
+        return {"SLOTS": SLOTS, "TOKENS": STEP_TOKENS, "num_warps": 4, "num_stages": 3}
+    return {"SLOTS": SLOTS, "TOKENS": STEP_TOKENS // 2, "num_warps": 4, "num_stages": 2}
 
 
 def split_tokens(tokens: int, features: int, itemsize: int, num_entries: int) -> tuple[int, int]:
-    """(splits, tokens of each but the last, a multiple of TOKENS)."""
+    """(splits, tokens of each but the last, a multiple of STEP_TOKENS)."""
     least = max(LEAST_TOKENS, SLAB_BYTES // (features * itemsize))
     splits = max(1, min(-(-tokens // least), MOST_PARTIAL // max(1, num_entries)))
-    length = max(1, -(-tokens // (splits * TOKENS))) * TOKENS
+    length = max(1, -(-tokens // (splits * STEP_TOKENS))) * STEP_TOKENS
     return max(1, -(-tokens // length)), length
 
 
 def transpose(x: Tensor) -> Tensor:
-    """[..., features] -> [features, tokens] in x's dtype; tokens padded with zeros to whole TOKENS."""
+    """[..., features] -> [features, tokens] in x's dtype; tokens padded with zeros to whole STEP_TOKENS."""
     from speft_ds.sparse.kernels import triton_programs
 
     x = x.reshape(-1, x.shape[-1]).contiguous()
     tokens, features = x.shape
-    padded = -(-tokens // TOKENS) * TOKENS
+    padded = -(-tokens // STEP_TOKENS) * STEP_TOKENS
     x_t = torch.empty(features, padded, dtype=x.dtype, device=x.device)
-    grid = (padded // TOKENS, -(-features // TOKENS))
+    grid = (padded // STEP_TOKENS, -(-features // STEP_TOKENS))
     if x_t.numel():
-        triton_programs.transpose_tile[grid](x, x_t, tokens, features, padded, TOKENS=TOKENS, FEATURES=TOKENS)
+        triton_programs.transpose_tile[grid](
+            x, x_t, tokens, features, padded, TOKENS=STEP_TOKENS, FEATURES=STEP_TOKENS
+        )
     return x_t
 
 
@@ -195,7 +197,7 @@ class ElementGradient:
         x_t = shared_transpose(x) if x_t is None else x_t
         grad_y = grad_y.reshape(-1, self.shape[0]).contiguous()
         tokens, slots = grad_y.shape[0], self.slots
-        padded = -(-tokens // TOKENS) * TOKENS
+        padded = -(-tokens // STEP_TOKENS) * STEP_TOKENS
         assert x_t.is_contiguous() and x_t.shape == (self.shape[1], padded), x_t.shape
         splits, length = split_tokens(tokens, self.shape[1], x.dtype.itemsize, self.num_entries)
         partial = torch.empty(splits, self.num_entries, dtype=torch.float32, device=x.device)

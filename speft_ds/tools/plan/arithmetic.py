@@ -9,8 +9,8 @@ import torch
 
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import kernels_are_measured, threads_per_rank
-from speft_ds.sparse.kernels.calibrate import device_name, read_costs
 from speft_ds.sparse.kernels.costs import KernelCosts
+from speft_ds.sparse.kernels.measure import device_name, read_costs
 from speft_ds.sparse.kernels.torch_backends import samples_columns
 from speft_ds.tools.plan.setup import Setup
 

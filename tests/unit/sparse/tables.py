@@ -5,7 +5,7 @@ import json
 
 import torch
 
-from speft_ds.sparse.kernels import calibrate
+from speft_ds.sparse.kernels import measure
 from speft_ds.sparse.kernels.costs import KernelCosts, Measurement
 
 CLASSES = [((64, 64), 32), ((2048, 2048), 1024)]
@@ -39,7 +39,7 @@ def sampling(is_cheap, **facts):
 
 def keep(costs):
     """Put a table into the cache as its device's."""
-    path = calibrate.cache_path(costs.device, costs.dtype)
+    path = measure.cache_path(costs.device, costs.dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(costs.to_json()))
     return path

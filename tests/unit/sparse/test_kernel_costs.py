@@ -10,7 +10,7 @@ import torch
 from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
 from speft_ds.sparse.gradient import gradient_cost
-from speft_ds.sparse.kernels import calibrate
+from speft_ds.sparse.kernels import measure
 from speft_ds.sparse.kernels.backends import expected_backend, make_backend
 from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.kernels.triton_backends import BlockGradient, ElementGradient
@@ -27,17 +27,17 @@ def cache(tmp_path, monkeypatch):
     """A cache of its own, and a measurement of milliseconds."""
     monkeypatch.setenv("SPEFT_DS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SPEFT_DS_KERNELS", "measured")
-    monkeypatch.setitem(calibrate.SHAPES, "cpu", [(48, 64), (64, 48)])
-    monkeypatch.setitem(calibrate.TOKENS, "cpu", [16])
-    monkeypatch.setattr(calibrate, "ENOUGH_S", 0.0)
+    monkeypatch.setitem(measure.SHAPES, "cpu", [(48, 64), (64, 48)])
+    monkeypatch.setitem(measure.NUM_TOKENS, "cpu", [16])
+    monkeypatch.setattr(measure, "ENOUGH_S", 0.0)
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def measured(monkeypatch):
     """The dtypes of all measurements from here on, which are real."""
-    dtypes, measure = [], calibrate.measure
-    monkeypatch.setattr(calibrate, "measure", lambda *args: dtypes.append(args[1]) or measure(*args))
+    dtypes, real = [], measure.measure
+    monkeypatch.setattr(measure, "measure", lambda *args: dtypes.append(args[1]) or real(*args))
     return dtypes
 
 
@@ -157,12 +157,12 @@ def test_a_noisy_measurement_makes_no_mask_cheaper_for_having_more_entries():
 def test_it_is_measured_once_and_kept(cache, measured):
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    first = calibrate.find_costs(CPU, "float32")
+    first = measure.find_costs(CPU, "float32")
     assert torch.equal(torch.get_rng_state(), state)  # a run draws the same with and without it
-    assert calibrate.find_costs(CPU, "float32") == first and measured == ["float32"]
-    assert calibrate.find_costs(CPU, "bfloat16").dtype == "bfloat16" and len(measured) == 2
-    again = calibrate.find_costs(CPU, "float32", again=True)
-    assert len(measured) == 3 and calibrate.find_costs(CPU, "float32") == again
+    assert measure.find_costs(CPU, "float32") == first and measured == ["float32"]
+    assert measure.find_costs(CPU, "bfloat16").dtype == "bfloat16" and len(measured) == 2
+    again = measure.find_costs(CPU, "float32", remeasure=True)
+    assert len(measured) == 3 and measure.find_costs(CPU, "float32") == again
     assert first.classes == [((48, 64), 16), ((64, 48), 16)]
     kinds = {one.backend for one in first.measurements}
     assert kinds == {"sampled", "columns", "sampled columns"} and len(first.measurements) == 24
@@ -197,47 +197,47 @@ def damage_rows(document):
     "damage", [damage_version, damage_device, damage_torch, damage_cost, damage_shape, damage_rows]
 )
 def test_what_is_no_table_of_this_device_is_said_and_measured_anew(cache, measured, capsys, damage):
-    costs = sampling(True, device=calibrate.device_name(CPU))
+    costs = sampling(True, device=measure.device_name(CPU))
     path = keep(costs)
-    assert calibrate.find_costs(CPU, "float32") == costs and not measured
+    assert measure.find_costs(CPU, "float32") == costs and not measured
     document = costs.to_json()
     damage(document)
     path.write_text(json.dumps(document))
     capsys.readouterr()
-    found = calibrate.find_costs(CPU, "float32")
+    found = measure.find_costs(CPU, "float32")
     assert measured == ["float32"] and str(path) in capsys.readouterr().out
     assert KernelCosts.from_json(json.loads(path.read_text())) == found != costs
 
 
 @pytest.mark.parametrize("content", [b"", b'{"format_version": 1', b"[]", b"\xff\xfe", b"[" * 5000, b"NaN"])
 def test_a_file_that_is_no_json_is_no_table(cache, measured, capsys, content):
-    path = keep(sampling(True, device=calibrate.device_name(CPU)))
+    path = keep(sampling(True, device=measure.device_name(CPU)))
     path.write_bytes(content)
-    calibrate.find_costs(CPU, "float32")
+    measure.find_costs(CPU, "float32")
     assert measured == ["float32"] and str(path) in capsys.readouterr().out
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_the_measurement_used(cache, measured, capsys):
     cache.write_text("a file")
-    assert calibrate.find_costs(CPU, "float32").measurements and measured == ["float32"]
+    assert measure.find_costs(CPU, "float32").measurements and measured == ["float32"]
     assert "note: " in capsys.readouterr().out and cache.read_text() == "a file"
 
 
 def test_a_backend_that_fails_here_is_left_out(cache, capsys, monkeypatch):
-    class Failing(calibrate.SampledGradient):
+    class Failing(measure.SampledGradient):
         def __call__(self, x, grad_y):
             raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(calibrate, "SampledGradient", Failing)
-    kinds = {one.backend for one in calibrate.measure(CPU, "float32").measurements}
+    monkeypatch.setattr(measure, "SampledGradient", Failing)
+    kinds = {one.backend for one in measure.measure(CPU, "float32").measurements}
     assert kinds == {"columns", "sampled columns"} and "no such instruction" in capsys.readouterr().out
 
 
 def test_threads_and_instructions_are_part_of_the_device(monkeypatch):
-    names = {calibrate.device_name(CPU, threads) for threads in (1, 2)}
+    names = {measure.device_name(CPU, threads) for threads in (1, 2)}
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
-    names.add(calibrate.device_name(CPU, 1))
-    paths = {calibrate.cache_path(name, dtype) for name in names for dtype in ("float32", "bfloat16")}
+    names.add(measure.device_name(CPU, 1))
+    paths = {measure.cache_path(name, dtype) for name in names for dtype in ("float32", "bfloat16")}
     assert len(names) == 3 and len(paths) == 6
 
 

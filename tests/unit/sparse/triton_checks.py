@@ -77,8 +77,8 @@ def _untouched(*shape: int) -> torch.Tensor:
 
 def far_apart() -> tuple[list[float], list[float]]:
     """Values and what they should be, where the activations' last elements are more than 2^31 away."""
-    tokens, features = triton_backends.TOKENS + 3, 2**25 + 5
-    x_t = _untouched(features, 2 * triton_backends.TOKENS)
+    tokens, features = triton_backends.STEP_TOKENS + 3, 2**25 + 5
+    x_t = _untouched(features, 2 * triton_backends.STEP_TOKENS)
     grad_y = _untouched(tokens, features)
     x_t[-1, :tokens], grad_y[-3:, -1] = 2.0, torch.tensor([1.0, 3.0, 5.0])
     x_t[0, :tokens], grad_y[-3:, 0] = 4.0, torch.tensor([7.0, 1.0, 1.0])
@@ -123,7 +123,9 @@ def compile_for(capability: int, dtype: str) -> dict[str, str]:
     for rows in (16, triton_backends.MOST_ROWS):
         compiled[f"block_products {rows}"] = block(ROWS=rows, WIDTH=rows, COLUMN_ALIGN=16)
     compiled["transpose_tile"] = ptx(
-        triton_programs.transpose_tile, TOKENS=triton_backends.TOKENS, FEATURES=triton_backends.TOKENS
+        triton_programs.transpose_tile,
+        TOKENS=triton_backends.STEP_TOKENS,
+        FEATURES=triton_backends.STEP_TOKENS,
     )
     compiled["sum_splits"] = ptx(triton_programs.sum_splits, ORDERED=True, BLOCK=triton_backends.SUM_BLOCK)
     return compiled

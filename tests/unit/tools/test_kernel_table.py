@@ -25,16 +25,16 @@ def test_it_measures_once_and_prints_the_tables(tmp_path):
     assert "SPEFT_DS_KERNELS=rules" in second.stdout and second.returncode == 0
 
 
-@pytest.mark.parametrize(("words", "code"), [(["--kernels", "--again"], 0), (["--again"], 2)])
-def test_again_measures_anew_and_is_for_the_kernels(monkeypatch, tmp_path, capsys, words, code):
-    from speft_ds.sparse.kernels import calibrate
+@pytest.mark.parametrize(("words", "code"), [(["--kernels", "--remeasure"], 0), (["--remeasure"], 2)])
+def test_remeasure_is_for_the_kernels(monkeypatch, tmp_path, capsys, words, code):
+    from speft_ds.sparse.kernels import measure
 
     monkeypatch.setenv("SPEFT_DS_CACHE", str(tmp_path))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setitem(calibrate.SHAPES, "cpu", [(48, 64)])
-    monkeypatch.setattr(calibrate, "ENOUGH_S", 0.0)
-    measured, measure = [], calibrate.measure
-    monkeypatch.setattr(calibrate, "measure", lambda *args: measured.append(args[1]) or measure(*args))
+    monkeypatch.setitem(measure.SHAPES, "cpu", [(48, 64)])
+    monkeypatch.setattr(measure, "ENOUGH_S", 0.0)
+    measured, real = [], measure.measure
+    monkeypatch.setattr(measure, "measure", lambda *args: measured.append(args[1]) or real(*args))
     if code == 0:
         assert run(monkeypatch, "doctor", "--kernels") == 0
     assert run(monkeypatch, "doctor", *words) == code

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from speft_ds.errors import RecipeError
-from speft_ds.sparse.kernels.calibrate import device_name
+from speft_ds.sparse.kernels.measure import device_name
 from speft_ds.sparse.optim.optimizers import make_optimizer
 from speft_ds.tools.plan.geometry import read_geometry
 from speft_ds.tools.plan.make_plan import GPU_GIB, find_order, make_plan

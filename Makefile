@@ -32,7 +32,7 @@ test-others:
 sweep: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -s tests/sweep $(ARGS)
 
-# What wants to be known of a GPU, in under ten minutes; without one, a rehearsal on the CPU.
+# Tests and benchmarks of a GPU, in under ten minutes; without one, a rehearsal on the CPU.
 gpu: $(VENV)/.installed
 	$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
 

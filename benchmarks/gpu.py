@@ -1,4 +1,4 @@
-"""All that wants to be known of a GPU, in under ten minutes: `make gpu`.
+"""Tests and benchmarks of a GPU, in under ten minutes: `make gpu`.
 
     python benchmarks/gpu.py [--out FOLDER] [--geometry NAME ...] [--rehearse]
 

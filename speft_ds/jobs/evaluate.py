@@ -60,7 +60,7 @@ def apply_to_shards(context: TrainContext, folder: Path) -> None:
             first, last = torch.searchsorted(index, torch.tensor([start, stop])).tolist()
             own = (index[first:last] - start).to(storage.device)
             pretrained = storage.pretrained(own)
-            storage.hold(index)
+            storage.set_entries(index)
             storage.write(own, with_delta(pretrained, delta[first:last]))
 
 

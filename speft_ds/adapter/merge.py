@@ -99,8 +99,7 @@ class Merge:
 
     def _decoded(self, weight: Tensor) -> Tensor:
         """A weight as the run had it in few bits."""
-        coder = codec(self.adapter.facts["base_format"])
-        return coder.decode(*coder.encode(weight), tuple(weight.shape), self.run_dtype)
+        return codec(self.adapter.facts["base_format"]).round_trip(weight)
 
 
 def merge(

@@ -15,6 +15,7 @@ from typing import IO, NoReturn
 from speft_ds import env
 from speft_ds.comm import signals, watchdog
 from speft_ds.config.deepspeed_config import read_ds_config
+from speft_ds.config.eval_config import EvalConfig
 from speft_ds.config.load_recipe import as_override, load_recipe, recipe_of
 from speft_ds.config.recipe import Job, Recipe, resolve
 from speft_ds.config.values import BASE_FORMATS
@@ -36,16 +37,26 @@ USAGE = {
     "evaluate": "--run RUN | --model PATH --tasks A,B",
 }
 DS_CONFIG = "zero3_cpu"  # to score with, on GPUs, too: the others differ in the reduction of gradients
-# A finished run is scored without the mask that it started from: its adapter says which entries changed.
-# What may be forgotten was measured by the run itself.
-NOT_SCORED_BY = ("mask.load=null", "mask.targets=null", "mask.layers=null", "eval.forgetting_text=null")
+# A finished run is scored without the mask that it started from, and without choosing another: its adapter
+# says which entries changed. What may be forgotten was measured by the run itself.
+NOT_SCORED_BY = (
+    "mask.load=null",
+    "mask.salience=gradient",
+    "mask.start=zero",
+    "mask.targets=null",
+    "mask.layers=null",
+    "eval.forgetting_text=null",
+)
 RANK_0_S = 3  # that the other ranks wait, so that rank 0 has said what is wrong when they exit
 RESUME_HELP = (
     "continue the run in the run folder from its newest complete checkpoint; with a PATH, from that "
     f"checkpoint or run folder; `{IF_ANY}`: only if there is a run, else start one"
 )
 RESUME_WITH_HELP = "a harmless change of the recipe to continue with; an error lists what needs it"
-TEXT_HELP = "a text, or .jsonl rows with `text`, to measure the perplexity of"
+TEXT_HELP = (
+    "a text, or .jsonl rows with `text`, to measure the perplexity of; of its beginning: "
+    f"eval.forgetting_bytes={EvalConfig.model_fields['forgetting_bytes'].default}"
+)
 WEIGHTS_HELP = f"score the weights of the decoder's linears as in {', '.join(BASE_FORMATS)}, simulated"
 ACTIVATIONS_HELP = "the same of the linears' inputs"
 MORE_HELP = """\
@@ -137,7 +148,7 @@ def checked_start(job: Job, arguments: argparse.Namespace, world_size: int) -> t
         recipe, adapter = recipe_to_evaluate(arguments)
         if low_bits_of(arguments).weights and recipe.model.base_format:
             what = f"the weights are stored in {recipe.model.base_format}, which --weights would round again"
-            raise UserError(what, "--weights", "leave it out, or model.base_format=null for a run's base")
+            raise UserError(what, "--weights", "leave it out")
         check_files(job, recipe, world_size)
         return recipe, Start(source=adapter)
     if job == "score" or arguments.resume is None:

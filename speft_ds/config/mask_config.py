@@ -17,6 +17,7 @@ ScoredOnRows = Literal[
 ]
 ScoredOnWeights = Literal["magnitude", "low_magnitude", "synflow", "random", "lift"]
 NEEDS_DATA = frozenset(get_args(ScoredOnRows))
+CHANGE_WEIGHTS = frozenset({"synflow", "grasp"})  # for a moment, all of them
 _DROP_GROW = Needs("schedule", ("drop_grow",))
 _SINGLE_ENTRIES = Needs("granularity", ("element",), why="tiles are confined as they are", even_if_given=True)
 _NO_ROW_QUOTA = Needs("budget", ("global", "per_layer"), why="a row has its own entries", even_if_given=True)

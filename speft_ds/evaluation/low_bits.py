@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from speft_ds.evaluation.eval_jobs import LowBits
-from speft_ds.model.codecs import Codec, codec
+from speft_ds.model.codecs import codec
 from speft_ds.model.kinds import conv1d, experts
 from speft_ds.model.kinds.target import Target
 from speft_ds.model.targets import find_targets, shorten
@@ -35,7 +35,8 @@ def round_weights(module: nn.Module, name: str) -> None:
     for target in linears(module).values():
         weight = target.weight
         with deepspeed.zero.GatheredParameters([weight]):
-            rounded = _round(weight.transpose(-2, -1) if _has_inputs_in_rows(target) else weight, codec(name))
+            transposed = weight.transpose(-2, -1) if _has_inputs_in_rows(target) else weight
+            rounded = codec(name).round_trip(transposed)
         if _has_inputs_in_rows(target):
             rounded = rounded.transpose(-2, -1)
         with changing_shards([weight]):
@@ -55,7 +56,7 @@ def rounded_inputs(model: nn.Module, name: str | None) -> Iterator[None]:
 
     def rounded(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # What is not finite stays so: looking for it would stop the device at every linear.
-        return _round(inputs[0], codec(name), check=False), *inputs[1:]
+        return codec(name).round_trip(inputs[0], check=False), *inputs[1:]
 
     targets = [target for target in linears(model).values() if target.kind is not experts]
     hooks = [target.module.register_forward_pre_hook(rounded) for target in targets]
@@ -68,10 +69,12 @@ def rounded_inputs(model: nn.Module, name: str | None) -> Iterator[None]:
 
 def low_bits_notes(model: nn.Module, low_bits: LowBits) -> list[str]:
     """What is scored in which format, and what is not."""
-    sizes = {name: full_shape(weight).numel() for name, weight in model.named_parameters()}
+    if not low_bits.facts:
+        return []
     chosen, notes = linears(model), []
     if low_bits.weights:
-        share = sum(sizes[name] for name in chosen) / sum(sizes.values())
+        numel = sum(target.numel for target in chosen.values())
+        share = numel / sum(full_shape(weight).numel() for weight in model.parameters())
         what = f"weights in {_in_words(low_bits.weights)}: {len(chosen)} linears of the decoder"
         left = [name for name, weight in model.named_parameters() if len(full_shape(weight)) > 1]
         left = shorten([name for name in left if name not in chosen and not name.endswith("bias")])
@@ -95,12 +98,6 @@ def _has_inputs_in_rows(target: Target) -> bool | None:
     if target.kind is experts:
         return getattr(target.module, "is_transposed", None)  # as transformers marks them
     return target.kind is conv1d
-
-
-def _round(values: Tensor, codec: Codec, check: bool = True) -> Tensor:
-    """Decoded from their codes: values [..., columns] of any floating dtype."""
-    matrix = values.reshape(-1, values.shape[-1])
-    return codec.decode(*codec.encode(matrix, check), matrix.shape, values.dtype).view(values.shape)
 
 
 def _in_words(name: str) -> str:

@@ -100,6 +100,11 @@ class Perplexity(_Part):
     byte_perplexity: float
     bits_per_byte: float | None = None
 
+    def is_of_same_text(self, other: Perplexity) -> bool:
+        """Whether the two can be compared: of a file of the same name, and as much of it."""
+        files = [(Path(each.text).name, each.num_bytes, each.num_tokens) for each in (self, other)]
+        return files[0] == files[1]
+
 
 class ScoreFile(_Part):
     """One model, scored once on all tasks: a file of eval/."""
@@ -238,8 +243,10 @@ class Evaluations:
 
     @property
     def perplexities(self) -> tuple[Perplexity | None, Perplexity | None]:
-        """Before and after."""
-        return tuple(each and each.perplexity for each in (self.before, self.after))
+        """Before and after; before is None, too, where it is of another text."""
+        before, after = (each and each.perplexity for each in (self.before, self.after))
+        is_other = before and after and not before.is_of_same_text(after)
+        return None if is_other else before, after
 
     def both(self, score: Score) -> tuple[Score | None, Score | None]:
         """A score before and after; None where it was not made."""

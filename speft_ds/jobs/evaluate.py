@@ -60,7 +60,7 @@ def apply_to_shards(context: TrainContext, folder: Path) -> None:
             first, last = torch.searchsorted(index, torch.tensor([start, stop])).tolist()
             own = (index[first:last] - start).to(storage.device)
             pretrained = storage.pretrained(own)
-            storage.hold(index)
+            storage.set_entries(index)
             storage.write(own, with_delta(pretrained, delta[first:last]))
 
 
@@ -121,9 +121,11 @@ def _keep(folder: Path, scored: Scored, recipe: EvalConfig) -> None:
         table.add_row(
             plain(score.name), *("-" if each is None else _in_full(each) for each in (score, *beside))
         )
-    if scored.file.perplexity is not None:
-        perplexities = [each.perplexity for each in (scored.file, *own.values())]
-        texts = ("-" if each is None else f"{each.token_perplexity:.4g}" for each in perplexities)
+    if (new := scored.file.perplexity) is not None:
+        texts = (
+            f"{each.token_perplexity:.4g}" if each and each.is_of_same_text(new) else "-"
+            for each in (file.perplexity for file in (scored.file, *own.values()))
+        )
         table.add_row("text, token perplexity", *texts)
     console = Console()
     console.print(table) if console.is_terminal else print_table(table)  # a log has lines of any width

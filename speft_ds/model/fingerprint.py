@@ -15,7 +15,12 @@ from speft_ds.zero.shards import full_shape, is_sharded, own_elements
 HASH_CHUNK = {"cpu": 2**20, "cuda": 2**25}
 
 
-INTEGER_VIEW = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+INTEGER_VIEW = {
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.uint8: torch.uint8,  # codes of a base in few bits, and scales
+}
 
 
 def element_hash(values: Tensor, start: int) -> Tensor:

@@ -113,10 +113,9 @@ def quantised_linears(model: nn.Module) -> list[QuantisedLinear]:
 
 def plain_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that are weights as they are: without codes, scales and values."""
-    inner = {id(part) for linear in quantised_linears(model) for part in linear.parameters(recurse=False)}
-    kept = {id(linear.dense) for linear in quantised_linears(model)}
-    kept |= {id(linear.bias) for linear in quantised_linears(model)}
-    return [weight for weight in model.parameters() if id(weight) not in inner or id(weight) in kept]
+    linears = quantised_linears(model)
+    others = {id(part) for each in linears for part in (each.packed, each.scales, each.values)}
+    return [weight for weight in model.parameters() if id(weight) not in others]
 
 
 @contextmanager

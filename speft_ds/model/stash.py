@@ -21,7 +21,7 @@ from speft_ds.model.codecs import Codec
 from speft_ds.model.input_recompute import keep_norms
 from speft_ds.zero.shards import full_shape
 
-SMALL = 8  # a tensor with fewer elements than so many-th of the hidden states is left as it is
+MIN_HIDDEN_SHARE = 1 / 8  # of the elements of the hidden states; a smaller tensor is left as it is
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -79,7 +79,7 @@ class Stash:
             num_tokens: of the batch, padding included.
         """
         self.saved, self.before_head = SavedBytes(), True
-        self.min_numel = num_tokens * self.width // SMALL
+        self.min_numel = num_tokens * self.width * MIN_HIDDEN_SHARE
         try:
             with saved_tensors_hooks(self._pack, _unpack), self._keeping_queries_and_keys():
                 yield

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from speft_ds.comm import collectives
+from speft_ds.config.mask_config import CHANGE_WEIGHTS
 from speft_ds.data.collate import IGNORED
 from speft_ds.errors import UserError
 from speft_ds.model.fingerprint import mix64
@@ -44,12 +45,12 @@ def score(scorer: Scorer) -> Scores:
     """The scores that `mask.salience` asks for. Weights are bit-identical afterwards.
 
     Raises:
-        UserError: the metric needs data and there is none.
+        UserError: the metric needs data and there is none; or what the metric itself raises.
     """
     metric = SALIENCE[scorer.recipe.salience]
-    if metric not in (synflow, grasp):
+    if scorer.recipe.salience not in CHANGE_WEIGHTS:
         return metric(scorer)
-    with dense_weights(scorer.engine.module):  # they change every weight for a moment
+    with dense_weights(scorer.engine.module):
         scorer.engine.forget_trace()
         scores = metric(scorer)
     scorer.engine.forget_trace()
@@ -222,8 +223,14 @@ def quant_error(scorer: Scorer) -> Scores:
 
     x_j: an input of the layer; q: the decoded weight. OWQ, Lee et al., 2024, whose weak columns are
     `mask.granularity=column` with it. A weight that is stored as it is loses nothing.
+
+    Raises:
+        UserError: no target is in few bits.
     """
     in_few_bits = {n: target for n, target in scorer.targets.items() if isinstance(target, QuantisedTarget)}
+    if not in_few_bits:
+        what = "none of the targets is in few bits: every entry would score 0"
+        raise UserError(what, "mask.salience=quant_error", "mask.targets=null, or another mask.salience")
     squares, scores = scorer.column_squares(in_few_bits), {}
     for name, target in scorer.targets.items():
         start, stop = target.own_range

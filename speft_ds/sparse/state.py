@@ -108,7 +108,7 @@ class SparseState:
         self.base = entries.base
         self.delta = nn.Parameter(entries.delta)
         for name, storage in self.storages.items():
-            storage.hold(trained.index[name], adds=previous is not None and not revert)
+            storage.set_entries(trained.index[name], adds=previous is not None and not revert)
         if exact or any(isinstance(storage, Overlay) for storage in self.storages.values()):
             self._write_all()
 
@@ -188,6 +188,11 @@ class SparseState:
             all_dropped: weight -> [n] sorted global indices of the dropped entries of all ranks.
         """
         self.delta.copy_(delta)
+        if any(index.numel() for index in all_dropped.values()):  # else no weight need be decoded
+            self._restore_dropped(dropped, all_dropped)
+        self._write_all()
+
+    def _restore_dropped(self, dropped: EntryTable, all_dropped: dict[str, Tensor]) -> None:
         nothing = torch.zeros(0, dtype=torch.int64)
         index = {name: dropped.index.get(name, nothing) for name in self.storages}
         local = {name: i.to(self.device) for name, i in self.rank_shards.to_local(index).items()}
@@ -195,8 +200,7 @@ class SparseState:
         on_shards = {name: where.to(self.storages[name].device) for name, where in local.items()}
         self.dropped = Entries(key, self._read(on_shards), dropped.columns["delta"].to(self.device))
         for name, storage in self.storages.items():
-            storage.hold(all_dropped.get(name, nothing), adds=True)
-        self._write_all()
+            storage.set_entries(all_dropped.get(name, nothing), adds=True)
 
     @torch.no_grad()
     def write_through(self) -> None:

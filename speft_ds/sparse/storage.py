@@ -26,7 +26,7 @@ class InPlace:
     def device(self) -> torch.device:
         return self.shard.device
 
-    def hold(self, index: Tensor, adds: bool = False) -> None:
+    def set_entries(self, index: Tensor, adds: bool = False) -> None:
         """There is room for every entry."""
 
     def pretrained(self, local: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class Overlay:
     def device(self) -> torch.device:
         return shard_of(self.linear.packed).device
 
-    def hold(self, index: Tensor, adds: bool = False) -> None:
+    def set_entries(self, index: Tensor, adds: bool = False) -> None:
         """Make room for other entries; all ranks call this together, and write all of them after it.
 
         Args:
@@ -81,7 +81,7 @@ class Overlay:
         layout = Layout.of({"": index}, {"": self.numel}, collectives.world_size())
         first, last = layout.bounds[""][collectives.rank() :][:2]
         self.own = (index[first:last] - self.start).to(self.device)
-        self.linear.hold(index.to(collectives.device()), layout.counts(""))
+        self.linear.set_entries(index.to(collectives.device()), layout.counts(""))
 
     def pretrained(self, local: Tensor) -> Tensor:
         """[n] the decoded values at local indices, trained or not; all ranks call this together."""

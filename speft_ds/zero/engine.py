@@ -58,7 +58,6 @@ class SparseZeroOptimizer(ZeROOptimizer):
         super().__init__()
         self.offload = offload
         self.trained: Trainable | None = None
-        self.weights: list[nn.Parameter] = []  # those whose shards `trained` writes to
         self.overflow = False  # whether the last step was skipped, which DeepSpeed looks for
         # Of the next step, where the caller has reduced it with other values: whether to skip it, and the
         # squared norm of its gradient over all ranks.
@@ -68,6 +67,12 @@ class SparseZeroOptimizer(ZeROOptimizer):
 
     def __getattr__(self, name):
         return getattr(self.__dict__["offload"], name)
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """Those whose shards `trained` writes to, as they are now: a base in few bits gets other ones."""
+        storages = self.trained.state.storages.values() if self.trained else ()
+        return [weight for storage in storages for weight in storage.written]
 
     @property
     def param_groups(self) -> list:
@@ -149,8 +154,6 @@ class SparseEngine(DeepSpeedEngine):
     def attach(self, trained: Trainable) -> None:
         """Train this from here on: at the start, and after every change of the mask."""
         self.optimizer.trained = trained
-        storages = trained.state.storages.values()
-        self.optimizer.weights = [weight for storage in storages for weight in storage.written]
         self.lr_scheduler = trained.lr_scheduler
         self.forget_trace()  # backwards may end elsewhere from here on
 

@@ -49,11 +49,16 @@ def run_piece(recipe: Recipe, stop: int, checkpoint: Path | None = None) -> dict
 
 
 def check_takes_up_weights(recipe: Recipe, checkpoint: Path, weights: Path) -> None:
-    """Right after taking up a checkpoint, the weights are those that the run had, bit for bit."""
+    """Right after taking up a checkpoint, the weights are those that the run had, bit for bit.
+
+    And those whose shards a step writes to are the model's own.
+    """
     trainer = start(recipe, Start("resumed", inspect(checkpoint)))
     expected = torch.load(weights)
     for name, weight in whole_weights(trainer.engine.module).items():
         assert torch.equal(weight, expected[name]), name
+    own = {id(parameter) for parameter in trainer.engine.module.parameters()}
+    assert own.issuperset(map(id, trainer.engine.optimizer.weights))
 
 
 # In the process of the test

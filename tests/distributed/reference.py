@@ -97,11 +97,9 @@ def plain_model(recipe: Recipe):
 @torch.no_grad()
 def through_codec(model, base_format: str) -> None:
     """Give the linears of the decoder layers the values that a base in few bits has."""
-    coder = codec(base_format)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and ".layers." in name:
-            weight = module.weight
-            weight.copy_(coder.decode(*coder.encode(weight), tuple(weight.shape), weight.dtype))
+            module.weight.copy_(codec(base_format).round_trip(module.weight))
 
 
 def rows_of(trainer: Trainer, step: int) -> list:

@@ -126,9 +126,10 @@ def test_eight_bits_are_kept_in_their_own_storage_and_as_columns(ranks, recipe):
         assert of_rank["own.optimizer.exp_avg.code"].dtype == torch.uint8
 
 
-def test_the_weights_are_there_before_the_first_step(ranks, recipe):
-    of_two = recipe("run", PERIODIC, model={"dtype": "bfloat16"})
+@pytest.mark.parametrize(("base_format", "world_sizes"), [(None, (1, 2, 4)), ("nf4", (2,))])
+def test_the_weights_are_there_before_the_first_step(ranks, recipe, base_format, world_sizes):
+    of_two = recipe("run", PERIODIC, model={"dtype": "bfloat16", "base_format": base_format})
     made = ranks(2)(run_piece, recipe=of_two, stop=6)[0]
-    for world_size in (1, 2, 4):
+    for world_size in world_sizes:
         arguments = {"checkpoint": made["checkpoint"], "weights": made["weights"]}
         ranks(world_size)(check_takes_up_weights, recipe=of_two, **arguments)

@@ -65,6 +65,19 @@ def test_a_classifier_is_scored_and_trained_with_that_mask(values, start, tmp_pa
     assert all(0 <= step["accuracy"] <= 1 and step["accuracy"] * 4 % 1 == 0 for step in steps)
 
 
+def test_a_base_in_few_bits_is_scored_and_trained_with_that_mask(values, start, tiny, tmp_path):
+    values["model"]["base_format"] = "nf4"
+    values["data"]["path"] = str(tiny["data"])
+    finishes(start(f"output_dir={tmp_path / 'mask'}", job="score"))
+    finishes(start(f"mask.load={tmp_path / 'mask'}"))
+    scored = json.loads((tmp_path / "mask" / "score.json").read_text())
+    facts = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
+    shared = ("base_format", "quantised", "fingerprint")
+    assert [facts[key] for key in shared] == [scored[key] for key in shared]
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["mask"]["sha256"] == scored["mask"]["sha256"]
+
+
 def test_a_row_without_a_response_is_named(values, start, tmp_path):
     rows = [{"prompt": "a", "response": "b"}] * 20 + [{"prompt": "a", "response": ""}]
     path = tmp_path / "rows.jsonl"

@@ -88,6 +88,11 @@ class Codec:
             weight[part] = values.view(part.stop - part.start, -1)[:, :columns]
         return weight
 
+    def round_trip(self, values: Tensor, check: bool = True) -> Tensor:
+        """What the codes of `values` [..., columns] stand for, in their dtype; `check` as for `encode`."""
+        matrix = values.reshape(-1, values.shape[-1])
+        return self.decode(*self.encode(matrix, check), matrix.shape, values.dtype).view(values.shape)
+
     def _encode_blocks(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Codes uint8 and scales [num_blocks] of blocks [num_blocks, block] fp32."""
         raise NotImplementedError

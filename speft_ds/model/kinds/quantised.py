@@ -136,7 +136,7 @@ class QuantisedLinear(nn.Module):
         with gathered(*self.stored):
             return self.make_weight(*(part.data for part in self.stored)).clone()
 
-    def hold(self, index: Tensor, counts: list[int]) -> None:
+    def set_entries(self, index: Tensor, counts: list[int]) -> None:
         """Make room for the values of other entries; whoever calls this writes all of them.
 
         Args:

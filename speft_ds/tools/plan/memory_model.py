@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 
+from speft_ds.config.mask_config import CHANGE_WEIGHTS
 from speft_ds.sparse.gradient import IN_FLIGHT
 from speft_ds.sparse.kernels.torch_backends import samples_columns
 from speft_ds.tools.plan.setup import GIB, Line, Setup, total
@@ -31,7 +32,6 @@ if importlib.util.find_spec("triton"):
     PROCESS["cpu"] += 75 * 2**20  # torch loads it where it is installed
 # Sets of fp32 scores alive at once.
 SCORE_SETS = {"snip": 2, "force": 2, "taylor_fo": 2, "grad_low_magnitude": 2, "synflow": 2, "grasp": 4}
-CHANGES_WEIGHTS = ("synflow", "grasp")  # for a moment, all of them
 
 
 def peak_bytes(setup: Setup) -> int:
@@ -228,7 +228,7 @@ def scoring(setup: Setup) -> list[Line]:
     mask, largest, b = setup.recipe.mask, setup.geometry.largest_target, setup.itemsize
     on_host = mask.score_device == "host" and setup.device == "cuda"
     lines = [Line("scores", 0, "in host memory") if on_host else scores(setup)]
-    storage = setup.storage(mask.schedule == "periodic", mask.salience in CHANGES_WEIGHTS)
+    storage = setup.storage(mask.schedule == "periodic", mask.salience in CHANGE_WEIGHTS)
     if storage.in_few_bits and storage.is_dense and not setup.is_offloaded:
         note = f" ({mask.salience} changes every weight)"
         lines.append(base_in_dtype(setup, "complete weights", storage.in_few_bits, note))

@@ -111,11 +111,7 @@ def test_an_evaluation_in_few_bits_of_a_text_alone(with_job, tmp_path):
     [
         (["--weights", "bfp7", "--tasks", "a"], "--weights", "bfp6"),
         (["--activations", "float8", "--tasks", "a"], "--activations", "nf4"),
-        (
-            ["--weights", "bfp6", "--tasks", "a", "model.base_format=nf4"],
-            "--weights",
-            "model.base_format=null",
-        ),
+        (["--weights", "bfp6", "--tasks", "a", "model.base_format=nf4"], "--weights", "leave it out"),
         ([], "--tasks", "--text"),
         (["--text", "gone.txt"], "command line: eval.forgetting_text=gone.txt", "eval.forgetting_text="),
     ],
@@ -148,7 +144,7 @@ def test_a_run_is_evaluated_under_its_own_name_and_in_its_folder(with_job, tmp_p
 
 
 GONE = """
-mask: {load: gone/mask.safetensors, targets: [odd], calibration_path: gone.jsonl}
+mask: {load: gone/mask.safetensors, targets: [odd], calibration_path: gone.jsonl, salience: grasp}
 deepspeed: {config: gone/ds.json}
 eval: {tasks: [mine], include_path: gone, data_dir: gone, forgetting_text: gone.txt, validation: gone.jsonl}
 """
@@ -177,6 +173,17 @@ def test_a_finished_run_is_scored_without_what_it_was_made_from(with_job, tmp_pa
     else:
         recipe, _ = launch.checked_start("evaluate", arguments, 1)
         assert recipe.mask.load is recipe.mask.targets is None and not read_ds_config(recipe)[1]
+
+
+@pytest.mark.parametrize("mask", ["salience: quant_error", "start: exact", "salience: lift, lift_rank: 4"])
+def test_a_finished_run_in_few_bits_is_scored_without_its_original_weights(with_job, tmp_path, mask):
+    folder = tmp_path / "runs" / "first"
+    (folder / "adapter").mkdir(parents=True)
+    own = (tmp_path / "mine.yaml").read_text().replace("model:", "model:\n  base_format: nf4")
+    (folder / "recipe.yaml").write_text(f"{own}mask: {{{mask}}}\n")
+    with_job("evaluate", mock.Mock(), "--run", str(folder), "--tasks", "a")
+    recipe, _ = launch.checked_start("evaluate", launch.parse_arguments("evaluate", ""), 1)
+    assert recipe.model.base_format == "nf4" and not recipe.mask.needs_original
 
 
 @pytest.mark.parametrize(

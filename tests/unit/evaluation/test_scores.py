@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from speft_ds.evaluation.scores import Score, ScoreChange, card_scores, read_evaluations
+from speft_ds.evaluation.scores import Perplexity, Score, ScoreChange, card_scores, read_evaluations
 from unit.report.sample import evaluation, evaluations, score, write_json
 
 
@@ -40,6 +40,27 @@ def test_a_change_is_judged_by_its_standard_error(before, after, facts, verdict,
 def test_the_error_of_a_change_adds_in_squares():
     made = ScoreChange(Score(**score("t", 0.4, 0.03)), Score(**score("t", 0.5, 0.04)))
     assert made.stderr == pytest.approx(0.05) and made.num_errors == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("other", "is_same"),
+    [
+        ({"token_perplexity": 9.0}, True),
+        ({"text": "/data/general.txt"}, True),  # as another command line names it
+        ({"text": "wiki.txt"}, False),
+        ({"num_bytes": 1000}, False),
+        ({"num_tokens": 300}, False),
+    ],
+)
+def test_perplexities_are_compared_if_they_are_of_one_text(tmp_path, other, is_same):
+    of = {"text": "general.txt", "num_bytes": 2000, "num_tokens": 600}
+    of |= {"token_perplexity": 12.0, "byte_perplexity": 2.0}
+    texts = {"before": of, "after": of | other}
+    assert Perplexity(**of).is_of_same_text(Perplexity(**texts["after"])) == is_same
+    models = {"before": "base", "after": "tuned"}
+    files = {label: evaluation(label, models[label], "main", [], text) for label, text in texts.items()}
+    before, after = read(tmp_path, **files).perplexities
+    assert after.text == texts["after"]["text"] and (before is not None) == is_same
 
 
 def test_files_are_told_apart_by_what_they_say(tmp_path):

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from speft_ds.config.mask_config import NEEDS_DATA, MaskConfig
 from speft_ds.data.collate import IGNORED
+from speft_ds.errors import UserError
+from speft_ds.model.kinds import find_weights
 from speft_ds.selection.salience import SALIENCE, low_rank, low_rank_shards, uniform
 
 CPU = torch.device("cpu")
@@ -18,6 +20,13 @@ CPU = torch.device("cpu")
 def test_every_metric_of_the_schema_is_there():
     assert set(SALIENCE) == set(get_args(MaskConfig.model_fields["salience"].annotation))
     assert set(SALIENCE) > NEEDS_DATA
+
+
+def test_what_few_bits_cost_is_asked_of_weights_in_few_bits():
+    targets = {"head.weight": find_weights(torch.nn.Linear(4, 4))["weight"]}
+    with pytest.raises(UserError) as caught:
+        SALIENCE["quant_error"](SimpleNamespace(targets=targets))
+    assert caught.value.where == "mask.salience=quant_error" and "mask.targets" in caught.value.fix
 
 
 @given(st.integers(0, 2**40), st.integers(0, 50), st.integers(0, 50), st.integers(0, 2**63 - 1))

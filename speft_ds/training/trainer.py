@@ -25,6 +25,7 @@ from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import EvalJob, Phase, jobs_of, slice_jobs
 from speft_ds.evaluation.results import keep_scores, still_to_score
 from speft_ds.evaluation.validation_loss import ValidationLoss
+from speft_ds.model.targets import shorten
 from speft_ds.sparse.gradient import SparseGradient
 from speft_ds.sparse.kernels.calibrate import agree_on_costs
 from speft_ds.sparse.mask import Mask, read_mask
@@ -167,6 +168,18 @@ class Trainer:
         if self.checkpoint is not None:
             return self._take_up()
         mask = self.loaded or choose_mask(self.context, self.timings)
+        self._note_trained(mask)
+        with self.timings.stage("state"):
+            self.schedule = self._make_schedule(mask)
+        log_rank0(self.gradient.in_words())
+
+    def _note_trained(self, mask: Mask) -> None:
+        """Say what is trained."""
+        if whole := self.context.whole:
+            elements = sum(target.numel for target in whole.values())
+            log_rank0(f"trained whole: {elements:,} elements of {len(whole)} weights: {shorten(list(whole))}")
+        if not self.recipe.method.has_mask:
+            return
         recipe = self.recipe.mask
         by_scores = f"by {recipe.salience}, {recipe.budget} budget"
         source = f"loaded from {recipe.load}" if self.loaded else by_scores
@@ -175,9 +188,6 @@ class Trainer:
             f"(density {mask.density:.4%}) {source}, sha256 {mask.sha256[:12]}"
         )
         log_rank0(mask.cost_in_words())
-        with self.timings.stage("state"):
-            self.schedule = self._make_schedule(mask)
-        log_rank0(self.gradient.in_words())
 
     def _make_schedule(self, mask: Mask) -> Schedule:
         return make_schedule(

@@ -108,7 +108,7 @@ def rows_found(recipe: Recipe, num_ranks: int, most: int | None = NUM_ROWS) -> F
 def _sources(recipe: Recipe) -> list[Source]:
     """Of all rows that a run reads: to train on first, then to validate and to calibrate on."""
     mask = recipe.mask
-    files = [recipe.eval.validation, mask.calibration_path if mask.needs_calibration else None]
+    files = [recipe.eval.validation, mask.calibration_path if recipe.needs_calibration else None]
     return recipe.data.sources + [recipe.data.of_file(file).sources[0] for file in files if file is not None]
 
 

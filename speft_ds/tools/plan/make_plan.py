@@ -258,7 +258,7 @@ def _changes(setup: Setup, smallest: int | None) -> Iterator[tuple[str, Callable
     elif train.global_batch // train.micro_batch % (2 * ranks) == 0:
         yield f"--world {2 * ranks}", partial(replace, world_size=2 * ranks)
     one_row = {"train.micro_batch": 1} if train.micro_batch > 1 else {}
-    if mask.needs_calibration and mask.calibration_batch > 1:
+    if setup.recipe.needs_calibration and mask.calibration_batch > 1:
         one_row["mask.calibration_batch"] = 1
     keys = [one_row]
     if train.activation_checkpointing == "none":

@@ -123,7 +123,7 @@ class RankShards:
         """Sorted keys -> weight -> local indices."""
         starts = torch.tensor([*self.starts.values()], dtype=torch.int64, device=key.device)
         edges = torch.searchsorted(key, starts).tolist()
-        pieces = zip(self.starts.items(), edges, [*edges[1:], key.numel()], strict=True)
+        pieces = zip(self.starts.items(), edges, [*edges, key.numel()][1:], strict=True)
         return {name: key[first:last] - start for (name, start), first, last in pieces}
 
     def to_global(self, local: dict[str, Tensor]) -> dict[str, Tensor]:

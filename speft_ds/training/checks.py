@@ -117,7 +117,7 @@ def check_shapes(mask: MaskConfig, shapes: dict[str, tuple[int, int]]) -> None:
     Raises:
         UserError: `mask.lift_rank` or `mask.gate_layers` is too large.
     """
-    if not shapes:
+    if not shapes:  # of a method without a mask
         return
     smallest = min(min(shape) for shape in shapes.values())
     if mask.salience == "lift" and mask.lift_rank >= smallest:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from speft_ds.comm import collectives
-from speft_ds.config.mask_config import MaskConfig
 from speft_ds.data.sampler import permutation
 from speft_ds.env import log_rank0
 from speft_ds.model.kinds.target import Target
@@ -38,31 +37,34 @@ OWN = "optimizer."  # of the optimizer, among a rank's own tensors in a checkpoi
 
 
 class LayerSampler:
-    """Samples anew every `gate_every` steps, from the seed and the number of the period alone.
-
-    `sampled`: `gate_layers` random decoder layers are active, and always what is in no layer (LISA, Pan et
-    al., 2024).
-    `half`: a random half of the weights is active (HFT, Hui et al., 2024).
+    """Samples some of the weights anew every few steps, from the seed and the number of the period alone.
 
     Attributes:
         active: names of the active weights; None where nothing is sampled.
+
+    Args:
+        kind: `sampled`: random decoder layers are active, and always what is in no layer (LISA, Pan et al.,
+            2024). `half`: a random half of the weights is (HFT, Hui et al., 2024). `none`: all are.
+        every: steps of a period.
+        num_layers: that are `sampled`.
+        names: of the weights.
     """
 
-    def __init__(self, mask: MaskConfig, seed: int, names: list[str]):
-        self.mask, self.seed, self.names = mask, seed, names
+    def __init__(self, kind: str, every: int, num_layers: int, seed: int, names: list[str]):
+        self.kind, self.every, self.num_layers, self.seed, self.names = kind, every, num_layers, seed, names
         self.active: frozenset[str] | None = None
         self.resample(0)
 
     def resample(self, step: int) -> None:
         """Choose what is active at step `step` (from 0)."""
-        period = step // self.mask.gate_every
-        if self.mask.layer_gate == "half":
+        period = step // self.every
+        if self.kind == "half":
             order = permutation(len(self.names), self.seed, "layer_gate", period)
             self.active = frozenset(self.names[number] for number in order[: -(-len(order) // 2)])
-        elif self.mask.layer_gate == "sampled":
+        elif self.kind == "sampled":
             layers = sorted({layer_number(name) for name in self.names} - {None})
             order = permutation(len(layers), self.seed, "layer_gate", period)
-            chosen = {layers[number] for number in order[: self.mask.gate_layers]} | {None}
+            chosen = {layers[number] for number in order[: self.num_layers]} | {None}
             self.active = frozenset(name for name in self.names if layer_number(name) in chosen)
 
     def is_active(self, name: str) -> bool:
@@ -92,7 +94,8 @@ class Schedule:
         self.mask = mask
         self.first_mask = _on_cpu(mask)
         self.changes: list[dict] = []
-        self.layers = LayerSampler(self.recipe, recipe.seed, list(mask.shape))
+        gate = (self.recipe.layer_gate, self.recipe.gate_every, self.recipe.gate_layers)
+        self.layers = LayerSampler(*gate, recipe.seed, list(mask.shape))
         self.storages = {name: storage_of(target) for name, target in context.trained.items()}
         with self._changing_shards():
             self.state = self._make_state(mask)
@@ -160,11 +163,7 @@ class Schedule:
     def change_mask(self, mask: Mask, step: int, revert: bool) -> None:
         """Train another mask from here on; `revert` as for SparseState. Kept entries keep their moments."""
         kept, num_before = overlap(self.mask, mask), self.mask.num_trainable
-        before, self.mask = self.state, mask
-        with self._changing_shards():
-            self.state = self._make_state(mask, before, revert)
-        self.optimizer.remap_state(self.state.delta, *self.state.places_in(before))
-        self._attach()
+        self._change(mask, revert)
         change = {
             "step": step + 1,
             "dropped": num_before - kept,
@@ -177,6 +176,14 @@ class Schedule:
             f"mask changed after step {step + 1}: {change['dropped']:,} dropped, {change['grown']:,} grown, "
             f"overlap with the first {change['overlap_with_first']:.3f}, sha256 {mask.sha256[:12]}"
         )
+
+    def _change(self, mask: Mask, revert: bool) -> None:
+        """Train this mask and the whole weights of the moment from here on."""
+        before, self.mask = self.state, mask
+        with self._changing_shards():
+            self.state = self._make_state(mask, before, revert)
+        self.optimizer.remap_state(self.state.delta, *self.state.places_in(before))
+        self._attach()
 
     def snapshot(self) -> Snapshot:
         """All that the next step depends on, of this rank, between two steps. Nothing is copied."""
@@ -232,6 +239,42 @@ def shards_of(mask: Mask) -> RankShards:
 
 def _on_cpu(mask: Mask) -> Mask:
     return Mask({name: index.cpu() for name, index in mask.index.items()}, mask.shape)
+
+
+class SampledWeights(Schedule):
+    """Whole weights, some at a time: layers (`lisa`) or a half of all (`half`), others in every period.
+
+    One that closes keeps what it learnt, in the dtype of the model, and gives up its fp32 values and its
+    moments.
+    """
+
+    def __init__(self, context: TrainContext, mask: Mask, num_steps: int, choose: Callable[[int], Mask]):
+        method = context.recipe.method
+        kind = {"lisa": "sampled", "half": "half"}[method.name]
+        names = list(context.whole)
+        self.sampler = LayerSampler(kind, method.every, method.layers, context.recipe.seed, names)
+        super().__init__(context, mask, num_steps, choose)
+
+    @property
+    def whole(self) -> dict[str, Target]:
+        return {n: target for n, target in self.context.whole.items() if self.sampler.is_active(n)}
+
+    def before_step(self, step: int) -> None:
+        self.sampler.resample(step)
+        if self.whole.keys() != self.state.whole.keys():
+            self._change(self.mask, revert=False)
+        super().before_step(step)
+
+    def restore(self, parts: Parts) -> None:
+        self.sampler.active = frozenset(parts.weights("whole"))
+        closed = {name: self.context.whole[name] for name in parts.weights("closed")}
+        self.state = self._make_state(self.mask)
+        self.state.closed = target_shapes(closed)
+        self.state.storages |= {name: self.storages[name] for name in closed}
+        self._attach()
+        with self._changing_shards():
+            self.state.restore_closed(parts.shards("closed", spans_of(self.state.closed))["value"])
+        super().restore(parts)
 
 
 class Periodic(Schedule):

@@ -16,6 +16,7 @@ from speft_ds.adapter.save import save_adapter
 from speft_ds.comm import collectives, signals, watchdog
 from speft_ds.comm.signals import StepFlags
 from speft_ds.config.mask_config import mask_file
+from speft_ds.config.method_config import SAMPLED
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate, split_global_batch
 from speft_ds.data.dataset import Row
@@ -38,7 +39,7 @@ from speft_ds.training.growth import AccumulatedGradient, RowColumnMomentum
 from speft_ds.training.metrics import MetricsLog, Monitor, Timings
 from speft_ds.training.profile import StepProfiler
 from speft_ds.training.run_data import load_data, read_file
-from speft_ds.training.schedule import GradTopk, Periodic, Schedule
+from speft_ds.training.schedule import GradTopk, Periodic, SampledWeights, Schedule
 from speft_ds.training.setup import TrainContext, base_facts, choose_mask, load_context, scored_model_facts
 from speft_ds.training.stash_format import TrainingStash
 
@@ -56,7 +57,9 @@ def make_schedule(
     context: TrainContext, mask: Mask, num_steps: int, choose: Callable[[int], Mask]
 ) -> Schedule:
     """The schedule that the recipe asks for; arguments as for `Schedule`."""
-    section = context.recipe.mask
+    section, method = context.recipe.mask, context.recipe.method
+    if method.name in SAMPLED:
+        return SampledWeights(context, mask, num_steps, choose)
     kind = section.growth if section.schedule == "drop_grow" else section.schedule
     return SCHEDULES[kind](context, mask, num_steps, choose)
 

@@ -38,4 +38,5 @@ class ParameterTarget(Target):
 
 def _hand_over(weight: Tensor) -> None:
     gradient, weight.grad = weight.grad, None
-    weight.grad_hook(gradient)
+    if gradient is not None:  # none comes by way of autograd from the loss at the head
+        weight.grad_hook(gradient)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from speft_ds.adapter.format import Adapter
+from speft_ds.config.model_config import HEAD
 from speft_ds.errors import UserError, shell
 from speft_ds.io import same_bits
 from speft_ds.model.fingerprint import fingerprint
@@ -71,14 +72,14 @@ def apply_adapter(model: nn.Module, folder: str | Path, name: str = "default") -
     elif (state.fingerprint, state.dtype) != (facts["fingerprint"], facts["dtype"]):
         raise another_base(adapter)
     entries = {key: adapter.entries(key) for key in adapter.names}
-    heads = {key: adapter.head(key).view(-1) for key in adapter.heads}
+    whole = {key: adapter.value(key).view(-1) for key in adapter.whole}
     _activate(model, state, None)
     values = {}
     for key, (index, delta) in entries.items():
         index = index.to(weights[key].device)
         values[key] = index, with_delta(weights[key].data.view(-1)[index], delta)
-    for key, head in heads.items():
-        values[key] = torch.arange(len(head), device=weights[key].device), head.to(weights[key])
+    for key, value in whole.items():
+        values[key] = torch.arange(len(value), device=weights[key].device), value.to(weights[key])
     state.values[name], state.config[name] = values, classifier_config(facts)
     setattr(model, STATE, state)
     _activate(model, state, name)
@@ -184,12 +185,16 @@ def another_base(adapter: Adapter) -> UserError:
 
 def check_weights(adapter: Adapter, shape: dict[str, tuple[int, ...]]) -> None:
     """Refuse a model that lacks the adapter's weights; `shape`: of every weight of the model, by name."""
-    for name in adapter.heads:
-        expected = adapter.head_shape(name)
-        if shape.get(name) != expected:
+    for name in adapter.whole:
+        expected = adapter.value_shape(name)
+        if shape.get(name) == expected:
+            continue
+        what = f"the adapter has all values of {name}, of shape {expected}, which the model does not have"
+        fix = f"load {adapter.facts['base']}"
+        if name == HEAD:
             what = f"the adapter is a classifier's, with a head {name} of shape {expected}"
             fix = f"load the base by AutoModelForSequenceClassification, num_labels={expected[0]}"
-            raise UserError(what, str(adapter.folder), fix)
+        raise UserError(what, str(adapter.folder), fix)
     odd = [name for name in adapter.facts.get("quantised") or () if len(shape.get(name, ())) != 2]
     if odd:
         what = f"the adapter is for another model: {odd[0]}, which it has in few bits, is no matrix there"

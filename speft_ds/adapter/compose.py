@@ -37,26 +37,26 @@ class Collisions:
 def compose(
     sources: Sequence[str | Path], output: str | Path, weights: Sequence[float] | None = None
 ) -> Collisions:
-    """Write the weighted sum of adapters of one base. A classifier's head is kept as it is.
+    """Write the weighted sum of adapters of one base. What one has whole is kept as it is.
 
     Args:
         sources: two or more adapters, or folders of runs.
         output: the new adapter's folder.
         weights: what each adapter's deltas are multiplied by; None: 1.
     Raises:
-        UserError: fewer than two adapters, another number of weights, different bases, two heads, or an
-            adapter that cannot be read or written.
+        UserError: fewer than two adapters, another number of weights, different bases, whole weights that
+            another changes, too, or an adapter that cannot be read or written.
     """
     adapters = [open_adapter(source) for source in sources]
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     _check(adapters, weights)
     check_output(output)
     facts = {key: adapters[0].facts[key] for key in KEPT if key in adapters[0].facts}
-    heads = {}
+    whole = {}
     for adapter in adapters:
-        if adapter.heads:
+        if adapter.whole:
             facts |= {key: adapter.facts[key] for key in OF_A_HEAD if key in adapter.facts}
-            heads = {name: adapter.head(name) for name in adapter.heads}
+            whole = {name: adapter.value(name) for name in adapter.whole}
     facts["shapes"] = {name: shape for adapter in adapters for name, shape in adapter.facts["shapes"].items()}
     facts["history"] = history(adapters, {"command": "compose", "weights": weights})
     collisions = Collisions()
@@ -64,7 +64,7 @@ def compose(
     def weighted_sum(name: str) -> Entries:
         return _weighted_sum([adapter.entries(name) for adapter in adapters], weights, collisions)
 
-    write_derived(output, facts, weighted_sum, heads)
+    write_derived(output, facts, weighted_sum, whole)
     return collisions
 
 
@@ -94,8 +94,12 @@ def _check(adapters: list[Adapter], weights: list[float]) -> None:
     if exact := [str(adapter.folder) for adapter in adapters if adapter.facts.get("start") == "exact"]:
         what = "deltas that start exact have in them what the base lost, which a sum has more than once"
         raise UserError(what, " and ".join(exact), "train with mask.start=zero what is to be composed")
-    with_head = [str(adapter.folder) for adapter in adapters if adapter.heads]
-    if len(with_head) > 1:
-        what = "more than one adapter has a classifier's head: heads cannot be added"
-        fix = "compose one classifier with adapters of language models"
-        raise UserError(what, " and ".join(with_head), fix)
+    with_whole = [str(adapter.folder) for adapter in adapters if adapter.whole]
+    if len(with_whole) > 1:
+        what = "more than one adapter has weights that were trained whole (a classifier's head is one)"
+        fix = "compose one of them with adapters of entries alone"
+        raise UserError(what, " and ".join(with_whole), fix)
+    for adapter in adapters:
+        if both := [name for other in adapters for name in other.names if name in adapter.whole]:
+            what = f"{both[0]} was trained whole in one adapter, and has entries in another"
+            raise UserError(what, str(adapter.folder), "merge one, and train the other on the result")

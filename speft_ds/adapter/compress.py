@@ -75,7 +75,7 @@ def compress(
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> Adapter:
-    """Write a smaller adapter. A classifier's head is kept as it is.
+    """Write a smaller adapter. Whole weights are kept as they are.
 
     Args:
         source: an adapter, or the folder of a run; output: the new adapter's folder.
@@ -97,8 +97,8 @@ def compress(
     step = {"command": "compress"} | ({"method": method, "keep": keep, **options} if method else {})
     step["dtype"] = str(dtype).removeprefix("torch.")
     facts = {**adapter.facts, "history": history([adapter], step)}
-    heads = {name: adapter.head(name) for name in adapter.heads}
-    return write_derived(output, facts, compressed, heads, dtype)
+    whole = {name: adapter.value(name) for name in adapter.whole}
+    return write_derived(output, facts, compressed, whole, dtype)
 
 
 def _compressor(

@@ -23,6 +23,7 @@ from speft_ds.adapter.apply import check_weights, with_delta
 from speft_ds.adapter.format import DTYPES, Adapter, Entries, open_adapter
 from speft_ds.adapter.pretrained import Fingerprint, PretrainedCheckpoint
 from speft_ds.adapter.save import check_output
+from speft_ds.config.model_config import HEAD
 from speft_ds.errors import UserError, shell
 from speft_ds.io import new_folder, write_json, write_safetensors
 from speft_ds.sparse.layout import INT32_ELEMENTS
@@ -63,13 +64,14 @@ def export_peft(adapter: str | Path, output: str | Path, base: str | Path | None
         raise UserError(what, str(opened.folder), shell("speft", "merge", str(adapter), "OUTPUT"))
     numel = {name: math.prod(opened.shape[name]) for name in opened.names}
     too_large = [name for name in opened.names if numel[name] >= INT32_ELEMENTS]
-    not_weight = [name for name in (*opened.names, *opened.heads) if not name.endswith(".weight")]
-    if odd := too_large + not_weight:
+    not_weight = [name for name in opened.names if not name.endswith(".weight")]
+    whole = [name for name in opened.whole if name != HEAD]
+    if odd := too_large + not_weight + whole:
         what, fix = f"PEFT's layout has no place for {odd[0]}", "speft merge, or apply_adapter"
         raise UserError(what, str(opened.folder), fix)
     summands, num_rounded = _summands(opened, base)
     sparsity = find_sparsity([(len(summands[name][0]), numel[name]) for name in opened.names])
-    tensors = {f"base_model.model.{name}": opened.head(name) for name in opened.heads}
+    tensors = {f"base_model.model.{name}": opened.value(name) for name in opened.whole}
     num_padding = 0
     for name in opened.names:
         index, values = summands.pop(name)
@@ -158,11 +160,11 @@ def _config(adapter: Adapter, base: str | Path | None, sparsity: float) -> dict:
     return {
         "peft_type": "SUPERTUNING",
         "peft_version": PEFT_VERSION,
-        "task_type": "SEQ_CLS" if adapter.heads else "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if HEAD in adapter.whole else "CAUSAL_LM",
         "base_model_name_or_path": str(base or adapter.facts["base"]),
         "inference_mode": True,
         "target_modules": [name.removesuffix(".weight") for name in adapter.names],
-        "modules_to_save": [name.removesuffix(".weight") for name in adapter.heads] or None,
+        "modules_to_save": [name.removesuffix(".weight") for name in adapter.whole] or None,
         "sparsity": sparsity,
         "save_precomputed_indices": True,
     }

@@ -1,7 +1,7 @@
 """The adapter on disk, read and written; byte for byte in docs/adapter_format.md.
 
 adapter.safetensors    per weight: `<name>.gaps` uint8, its coded indices; `<name>.delta` fp32 or bf16;
-                       of a classifier's head, which the base lacks: `<name>.value`, all of its values
+                       of a weight that was trained whole: `<name>.value`, all of its values
 adapter.json           format version, base fingerprint and dtype, shapes, mask facts, recipe
 
 trained weight = pretrained weight, with (base + delta).to(dtype) at the indices
@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from speft_ds.config.model_config import HEAD
 from speft_ds.config.values import BASE_FORMATS
 from speft_ds.errors import UserError
 from speft_ds.io import flush_to_disk, read_json, sha256_of, write_json, write_safetensors
@@ -29,8 +30,8 @@ FORMAT_VERSION = 2
 TENSORS, FACTS, CARD = "adapter.safetensors", "adapter.json", "README.md"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
-# Of each kind of tensor: the dtypes, by safetensors' names, and the number of dimensions.
-TENSOR_KINDS = {"gaps": (("U8",), 1), "delta": (("F32", "BF16"), 1), "value": (tuple(FLOATS), 2)}
+# Of each kind of tensor: the dtypes, by safetensors' names, and the most dimensions.
+TENSOR_KINDS = {"gaps": (("U8",), 1), "delta": (("F32", "BF16"), 1), "value": (tuple(FLOATS), 3)}
 MAX_GAP_BYTES = 9  # 63 bits, what an int64 holds
 
 Entries = tuple[Tensor, Tensor]  # of a weight: [n] int64 flat indices, strictly increasing; [n] fp32 deltas
@@ -81,14 +82,14 @@ class Adapter:
     Attributes:
         facts: the contents of adapter.json.
         names: weights that have entries, in model order; `shape`: of these, (out, in) by name.
-        heads: weights whose values are all stored; `num_entries` does not count them.
+        whole: weights whose values are all stored; `num_entries` does not count them.
     """
 
     def __init__(self, folder: Path, facts: dict, file: safe_open):
         self.folder, self.facts, self._file = folder, facts, file
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
         self._header = {key: (part.get_dtype(), part.get_shape()) for key, part in slices.items()}
-        self.heads = sorted(key.removesuffix(".value") for key in self._header if key.endswith(".value"))
+        self.whole = sorted(key.removesuffix(".value") for key in self._header if key.endswith(".value"))
         self.names = [name for name in facts["shapes"] if f"{name}.delta" in self._header]
         self.shape = {name: tuple(facts["shapes"][name]) for name in self.names}
         self._check_header()
@@ -120,7 +121,7 @@ class Adapter:
     @property
     def num_classes(self) -> int | None:
         """Of a classifier's adapter; None for a language model's."""
-        return self.head_shape(self.heads[0])[0] if self.heads else None
+        return self.value_shape(HEAD)[0] if HEAD in self.whole else None
 
     @property
     def delta_dtype(self) -> torch.dtype:
@@ -143,28 +144,27 @@ class Adapter:
         except ValueError as error:
             raise _unreadable(self.folder, f"{name}: {error}") from error
 
-    def head(self, name: str) -> Tensor:
-        """[out, in] values of a head, in the dtype of the run."""
+    def value(self, name: str) -> Tensor:
+        """The values of a weight that was trained whole, in its shape and the dtype of the run."""
         return self._finite(f"{name}.value")
 
-    def head_shape(self, name: str) -> tuple[int, int]:
+    def value_shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._header[f"{name}.value"][1])
 
     def _check_header(self) -> None:
         """Refuse keys, dtypes and shapes that are not the format's, before any byte of a tensor is read."""
         expected = [f"{name}.{kind}" for name in self.names for kind in ("gaps", "delta")]
-        expected += [f"{name}.value" for name in self.heads]
+        expected += [f"{name}.value" for name in self.whole]
         if odd := sorted(set(expected) ^ self._header.keys()):
             raise _unreadable(self.folder, f"{odd[0]!r} is missing, or of no weight with a shape")
         for key, (dtype, shape) in self._header.items():
             dtypes, num_dimensions = TENSOR_KINDS[key.rpartition(".")[2]]
-            is_right = dtype in dtypes and len(shape) == num_dimensions and 0 not in shape
+            is_right = dtype in dtypes and 1 <= len(shape) <= num_dimensions and 0 not in shape
             if not is_right or not key.isprintable():
                 raise _unreadable(self.folder, f"{key!r} is {dtype} of shape {shape}")
         classes = self.facts.get("classes")
-        for name in self.heads:
-            if classes and self.head_shape(name)[0] != len(classes):
-                raise _unreadable(self.folder, f"{name!r} is not of {len(classes)} classes")
+        if classes and self.num_classes != len(classes):
+            raise _unreadable(self.folder, f"{HEAD!r} is not of {len(classes)} classes")
 
     def _finite(self, key: str) -> Tensor:
         tensor = self._file.get_tensor(key).clone()  # a copy, because the file may change
@@ -220,7 +220,7 @@ def write_adapter(
     folder: Path,
     entries: Iterable[tuple[str, Tensor, Tensor]],
     facts: dict,
-    heads: dict[str, Tensor] | None = None,
+    whole: dict[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write an adapter atomically: a temporary folder, flushed, read back, renamed.
@@ -230,14 +230,14 @@ def write_adapter(
         entries: (weight name, [n] sorted flat indices, [n] deltas), taken one at a time; a weight without
             entries is left out.
         facts: with `base`, `dtype`, `fingerprint`, and the `shapes` of every weight that has entries.
-        heads: weight name -> [out, in] values, all of which are stored.
+        whole: weight name -> its values, all of which are stored.
         dtype: of the deltas, fp32 or bf16.
     Raises:
         UserError: it could not be read again (a delta is not finite, indices do not fit), or the folder holds
             something else than an adapter.
         OSError: it cannot be written.
     """
-    tensors = {f"{name}.value": value.detach().cpu().contiguous() for name, value in (heads or {}).items()}
+    tensors = {f"{name}.value": value.detach().cpu().contiguous() for name, value in (whole or {}).items()}
     num_entries = 0
     for name, index, delta in entries:
         if index.numel():
@@ -255,8 +255,8 @@ def write_adapter(
         written = Adapter.open(temporary)  # makes every check of a later reader, as do these
         for name in written.names:
             written.entries(name)
-        for name in written.heads:
-            written.head(name)
+        for name in written.whole:
+            written.value(name)
         _remove_adapter(folder)  # of a run that was killed when it was almost done
         temporary.rename(folder)
     finally:

@@ -142,12 +142,12 @@ def _compare(a: Entries, b: Entries) -> AdapterDifference:
     )
 
 
-def diff_heads(a: Adapter, b: Adapter | None) -> dict[str, str]:
-    """Name of a head -> how the two differ: where it is missing, or the norm of the difference."""
+def diff_whole(a: Adapter, b: Adapter | None) -> dict[str, str]:
+    """Weight -> how the two differ: where it is missing, or the norm of the difference."""
     found = {}
-    for name in dict.fromkeys([*a.heads, *(b.heads if b else [])]):
-        having = [adapter for adapter in (a, b) if adapter is not None and name in adapter.heads]
-        values = [adapter.head(name).float() for adapter in having]
+    for name in dict.fromkeys([*a.whole, *(b.whole if b else [])]):
+        having = [adapter for adapter in (a, b) if adapter is not None and name in adapter.whole]
+        values = [adapter.value(name).float() for adapter in having]
         if len(having) == 1:
             found[name] = f"only in {having[0].folder}"
         elif values[0].shape != values[1].shape:

@@ -28,6 +28,7 @@ from speft_ds.adapter.format import CARD, DTYPES, FACTS, FLOATS, Adapter, open_a
 from speft_ds.adapter.pretrained import INDEX, SINGLE, Fingerprint, Header, PretrainedCheckpoint
 from speft_ds.adapter.save import check_output
 from speft_ds.config.check_model import PEFT_CONFIG
+from speft_ds.config.model_config import HEAD
 from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
 from speft_ds.io import flush_to_disk, new_folder, same_bits, write_json, write_text
@@ -75,16 +76,21 @@ class Merge:
         for key in keys:
             name = self.base.weight.get(key, key)
             if name in self.base.shape:
-                yield key, self.weight(name, None if name in self.adapter.heads else self.base.read(key))
+                yield key, self.weight(name, None if name == HEAD else self.base.read(key))
             else:
                 yield key, self.base.read(key)  # a buffer
 
     def weight(self, name: str, pretrained: Tensor | None) -> Tensor:
-        """A merged weight; a head's is the adapter's."""
-        if name in self.adapter.heads:
-            return self.adapter.head(name).to(self.dtype)
+        """A merged weight; a classifier's head is the adapter's."""
+        if name == HEAD:
+            return self.adapter.value(name).to(self.dtype)
         seen = pretrained.to(self.run_dtype)
         self.fingerprint.add(name, seen)
+        if name in self.adapter.whole:
+            value = self.adapter.value(name)
+            if self.alpha != 1.0:
+                value = with_delta(seen, value.float() - seen.float(), self.alpha)
+            return value.to(self.dtype)
         index, delta = self.adapter.entries(name)
         if name in self.quantised:
             seen = self._decoded(seen)
@@ -121,7 +127,7 @@ def merge(
         base: local folder or hub name; None: the one that the adapter names.
         adapter: its folder, or the folder of its run.
         output: a folder that is not there, or is empty.
-        alpha: the deltas' factor; a classifier's head is taken as it is.
+        alpha: the factor of all differences; a classifier's head is taken as it is.
         dtype: `float32`, `bfloat16` or `float16`; None: the dtype of the run. It is what the base, as the
             run saw it in its own dtype, and the sums at the entries are cast to.
         max_shard_size: of a file, as `5GB` or in bytes; None: files as the base has them.
@@ -211,11 +217,10 @@ def _plan_files(job: Merge, max_bytes: int | None) -> dict[str, Headers]:
         if key in base.weight:
             files.setdefault(file, {})[key] = dtype, base.shape[base.weight[key]]
         # What only the language model has, as its head, is no part of a classifier.
-        elif key in known or not job.adapter.heads:
+        elif key in known or HEAD not in job.adapter.whole:
             files.setdefault(file, {})[key] = base.header(key)
-    for name in job.adapter.heads:
-        if name not in base.weight:
-            next(reversed(files.values()))[name] = dtype, job.adapter.head_shape(name)
+    if HEAD in job.adapter.whole and HEAD not in base.weight:
+        next(reversed(files.values()))[HEAD] = dtype, job.adapter.value_shape(HEAD)
     if max_bytes is not None:
         headers = {key: header for headers in files.values() for key, header in headers.items()}
         pattern = "model{suffix}.safetensors"
@@ -280,7 +285,7 @@ def _config(job: Merge) -> dict:
     config = json.loads(json.dumps(job.base.config), object_hook=with_dtype)
     if not config.keys() & {"dtype", "torch_dtype"}:
         config["dtype"] = name
-    if job.adapter.heads:
+    if HEAD in job.adapter.whole:
         entries = classifier_config(job.adapter.facts)
         config["architectures"] = [type(job.base.model).__name__]
         config.pop("num_labels", None)  # which id2label says

@@ -31,9 +31,9 @@ def save_adapter(folder: Path, state: SparseState, facts: dict) -> None:
     index = gather_indices(local, numel)
     layout = Layout.of(index, numel, collectives.world_size())
     by_rank = collectives.all_gather_padded(delta, layout.lengths)
-    heads = state.gather_heads()
+    whole = state.gather_whole()
     facts = {**facts, "shapes": state.mask.shape, "mask": state.mask.facts()}
-    collectives.run_on_rank0(lambda: write_adapter(folder, join_shards(index, layout, by_rank), facts, heads))
+    collectives.run_on_rank0(lambda: write_adapter(folder, join_shards(index, layout, by_rank), facts, whole))
 
 
 def join_shards(
@@ -49,7 +49,7 @@ def write_derived(
     output: str | Path,
     facts: dict,
     entries: Callable[[str], Entries],
-    heads: dict[str, Tensor] | None = None,
+    whole: dict[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Adapter:
     """Write an adapter whose entries are computed a weight at a time, and its card.
@@ -58,7 +58,7 @@ def write_derived(
         output: a folder that is new or empty.
         facts: of adapter.json, with `shapes` of all targets; what they say of the mask is counted here.
         entries: weight name -> entries; called once per weight, in the order of `shapes`.
-        heads: weight name -> values, all of which are stored.
+        whole: weight name -> values, all of which are stored.
         dtype: of the deltas, fp32 or bf16.
     Raises:
         UserError: no entry is left, a delta is not finite, or the folder cannot be written.
@@ -71,20 +71,20 @@ def write_derived(
             index, delta = entries(name)
             per_layer[name] = index.numel()
             yield name, index, delta
-        if not (num_trainable := sum(per_layer.values())):
+        if not (num_trainable := sum(per_layer.values())) and not whole:
             raise UserError("no entry is left", str(output), "keep more, or take other adapters")
         num_target_elements = sum(map(math.prod, facts["shapes"].values()))
         facts["mask"] |= {  # in time: write_adapter writes facts last
             "num_trainable": num_trainable,
             "num_target_elements": num_target_elements,
-            "density": num_trainable / num_target_elements,
+            "density": num_trainable / max(1, num_target_elements),
             "per_layer": per_layer,
         }
 
     if output.is_dir():
         output.rmdir()
     try:
-        write_adapter(output, counted(), facts, heads, dtype)
+        write_adapter(output, counted(), facts, whole, dtype)
         write_card(output, [])
     except OSError as error:
         fix = "free space, or choose another folder"

@@ -17,6 +17,7 @@ import pydantic
 import yaml
 
 from speft_ds.config import limited_yaml
+from speft_ds.config.method_config import WITH_MASK
 from speft_ds.config.recipe import FIELDS, SECTIONS, Recipe
 from speft_ds.config.section import InPlaceOf, rules_of
 from speft_ds.env import expand_path
@@ -40,6 +41,8 @@ ELSEWHERE = {
     "data.path": ("dataset",),
     "mask.density": ("sparsity",),
     "mask.targets": ("target_modules",),
+    "method.alpha": ("lora_alpha",),
+    "method.rank": ("lora_r", "lora_rank"),
     "model.dtype": ("torch_dtype", "bf16", "fp16"),
     "model.name_or_path": ("base_model", "model_name_or_path"),
     "optimizer.clip_norm": ("max_grad_norm", "gradient_clipping"),
@@ -64,6 +67,8 @@ class _Draft:
     def under(self, later: _Draft) -> _Draft:
         """This draft with a later one on top, whose keys set aside those here that they exclude."""
         aside = {EXCLUSIVE.get(key) for key, value in later.values.items() if value is not None}
+        if later.values.get("method.name", "sparse") not in WITH_MASK:
+            aside |= {key for key in self.values if key.startswith("mask.")}
         values = {key: value for key, value in self.values.items() if key not in aside}
         sources = {key: where for key, where in self.sources.items() if key not in aside}
         return _Draft(values | later.values, sources | later.sources, self.problems + later.problems)
@@ -127,7 +132,8 @@ def _secret(key: str, where: str) -> UserError:
 
 def resolved_yaml(recipe: Recipe) -> str:
     """The recipe with every default filled in, as YAML that loads again."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude={"name"}), sort_keys=False)
+    exclude = {"name"} if recipe.method.has_mask else {"name", "mask"}
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude=exclude), sort_keys=False)
 
 
 def shown(path: Path) -> str:

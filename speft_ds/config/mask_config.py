@@ -45,6 +45,8 @@ class MaskConfig(ConfigSection):
     """module names or patterns; null: all linears of the decoder layers"""
     layers: Annotated[list[Index], Field(min_length=2, max_length=2)] | None = None
     """[first, last] decoder layers to choose from, both included; null: all"""
+    dense: Annotated[list[Text], Field(min_length=1)] | None = None
+    """parameters to train whole beside the mask, by name or pattern: embed_tokens, *layernorm, *.bias"""
     lift_rank: Annotated[Count, Needs("salience", ("lift",))] = 128
     """rank of the approximation that lift scores"""
     score_device: Literal["device", "host"] = "device"

@@ -9,8 +9,9 @@ from pydantic.fields import FieldInfo
 from speft_ds.config.data_config import DataConfig
 from speft_ds.config.eval_config import EvalConfig
 from speft_ds.config.mask_config import MaskConfig
+from speft_ds.config.method_config import SAMPLED, MethodConfig
 from speft_ds.config.model_config import DeepSpeedSection, ModelConfig
-from speft_ds.config.section import ConfigSection, broken_rule
+from speft_ds.config.section import ConfigSection, broken_rule, given_keys
 from speft_ds.config.train_config import OptimizerConfig, TrainConfig
 from speft_ds.config.values import FilePath, Index
 
@@ -24,6 +25,8 @@ class Recipe(ConfigSection):
     """the frozen base"""
     data: DataConfig = DataConfig()
     """the training rows"""
+    method: MethodConfig = MethodConfig()
+    """what is trained"""
     mask: MaskConfig = MaskConfig()
     """which weights are trained"""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -63,6 +66,26 @@ class Recipe(ConfigSection):
                 what = f"data.{key}={getattr(data, key)} does not go with {task}"
                 raise broken_rule(what, f"data.{key}={others}", key=f"data.{key}")
         return data
+
+    @field_validator("method")
+    @classmethod
+    def _can_train_the_base(cls, method: MethodConfig, info: ValidationInfo) -> MethodConfig:
+        base_format = info.data["model"].base_format if "model" in info.data else None
+        if method.name != "sparse" and base_format is not None:
+            what = f"method.name={method.name} cannot train a base in model.base_format={base_format}"
+            raise broken_rule(what, "model.base_format=null, or method.name=sparse", key="method.name")
+        return method
+
+    @field_validator("mask")
+    @classmethod
+    def _goes_with_the_method(cls, mask: MaskConfig, info: ValidationInfo) -> MaskConfig:
+        method = info.data.get("method")
+        if method is not None and not method.has_mask:
+            given = sorted(key for key in given_keys(info) if key.startswith("mask."))
+            if given:
+                what = f"method.name={method.name} has no mask, and there is {', '.join(given)}"
+                raise broken_rule(what, "leave it out, or method.name=sparse", key=given[0])
+        return mask
 
     @field_validator("mask")
     @classmethod
@@ -123,7 +146,18 @@ class Recipe(ConfigSection):
         It must where that is another layer every step, or where inputs need a gradient (re-entrant
         activation checkpointing).
         """
-        return self.train.activation_checkpointing == "reentrant" or self.mask.layer_gate != "none"
+        moves = self.mask.layer_gate != "none" or self.method.name in SAMPLED
+        return self.train.activation_checkpointing == "reentrant" or moves
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether weights are scored by a metric that is computed from rows."""
+        return self.method.has_mask and self.mask.needs_calibration
+
+    @property
+    def has_entry_steps(self) -> bool:
+        """Whether what is trained differs in how often it stepped, so that each entry has its own count."""
+        return self.mask.has_entry_steps or self.method.name in SAMPLED
 
     def is_given(self, key: str) -> bool:
         """Whether a file or the command line gives the key a value."""

@@ -85,7 +85,7 @@ def _model_problems(recipe: Recipe, key: str, name: str) -> Problems:
 def check_data(recipe: Recipe, job: Job, world_size: int) -> Problems:
     """The rows that the job reads: to train on, to calibrate on, to validate on."""
     data, mask = recipe.data, recipe.mask
-    reads_data = job == "train" or (mask.needs_calibration and mask.calibration_path is None)
+    reads_data = job == "train" or (recipe.needs_calibration and mask.calibration_path is None)
     if job == "evaluate":
         return []
     problems = []
@@ -101,7 +101,7 @@ def check_data(recipe: Recipe, job: Job, world_size: int) -> Problems:
         problems += _model_problems(recipe, "data.scorer", data.scorer)
     if reads_data:
         problems += check_training_rows(recipe)
-    others = {"mask.calibration_path": mask.calibration_path if mask.needs_calibration else None}
+    others = {"mask.calibration_path": mask.calibration_path if recipe.needs_calibration else None}
     if job == "train" and data.sources:
         others["eval.validation"] = recipe.eval.validation
     for key, path in others.items():
@@ -169,7 +169,10 @@ def _source_problems(recipe: Recipe, key: str, source: Source, where: str) -> Pr
 
 def check_mask(recipe: Recipe, job: Job, world_size: int) -> Problems:
     """The file of a saved mask; a score has no use for one, and an evaluation does not read it."""
-    path, where = recipe.mask.load, recipe.where("mask.load")
+    path, where, method = recipe.mask.load, recipe.where("mask.load"), recipe.method
+    if job == "score" and not method.has_mask:
+        what = f"method.name={method.name} has no mask to score"
+        return [UserError(what, recipe.where("method.name"), "method.name=sparse")]
     if path is None or job == "evaluate":
         return []
     if job == "score":

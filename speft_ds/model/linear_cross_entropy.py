@@ -1,7 +1,8 @@
 """The loss of label tokens from a head's inputs, with the logits of a chunk of them alive at a time.
 
-The head is frozen, so a chunk's loss and the gradient of its hidden states are made together in the forward.
-It all happens where the head is called: ZeRO-3 gathers its weight as ever, and not again in the backward.
+A chunk's loss and its gradients, of the hidden states and of a head that is trained whole, are made together
+in the forward. It all happens where the head is called: ZeRO-3 gathers its weight as ever, and not again in
+the backward.
 """
 
 from __future__ import annotations
@@ -45,43 +46,60 @@ class LogitTransform:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of chosen tokens: see `HeadLoss`. The hidden states alone have a gradient."""
+    """Summed cross-entropy of chosen tokens: see `HeadLoss`. The head's bias has no gradient."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, positions, targets, transform, temperature, chunk_bytes):
         flat = hidden.reshape(-1, hidden.shape[-1])
         gradient = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        needs_slope = gradient is not None or of_weight is not None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         size = max(1, chunk_bytes // (4 * weight.shape[0]))
         for where, target in zip(positions.split(size), targets.split(size), strict=True):
             logits = transform(F.linear(flat[where], weight, bias)).float()
-            slope = 1.0 if gradient is None else transform.slope(logits)
+            slope = transform.slope(logits) if needs_slope else 1.0
             logits = logits / temperature if temperature != 1.0 else logits
             # In place from here on: the softmax, and the loss on the way.
             logits -= logits.amax(-1, keepdim=True)
             of_target = logits.gather(-1, target[:, None])
             total = logits.exp_().sum(-1, keepdim=True)
             loss += (total.log() - of_target).sum()
-            if gradient is not None:
+            if needs_slope:
                 logits /= total
                 logits.scatter_add_(-1, target[:, None], torch.full_like(of_target, -1.0))
                 logits *= slope / temperature
+            if gradient is not None:
                 gradient[where] = logits.to(weight.dtype) @ weight
-        ctx.save_for_backward(*([] if gradient is None else [gradient.view_as(hidden)]))
+            if of_weight is not None:
+                of_weight.addmm_(logits.t(), flat[where].float())
+        ctx.save_for_backward(None if gradient is None else gradient.view_as(hidden), of_weight)
+        ctx.dtype, ctx.hook = weight.dtype, getattr(weight, "grad_hook", None)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss, *[None] * 7
+        gradient, of_weight = ctx.saved_tensors
+        of_hidden = None if gradient is None else gradient * grad_loss
+        if of_weight is None:
+            return of_hidden, *[None] * 7
+        of_weight *= grad_loss
+        if ctx.hook is None:
+            return of_hidden, of_weight.to(ctx.dtype), *[None] * 6
+        # Not by way of autograd: ZeRO-3 does not gather a head that has no backward of its own, and autograd
+        # compares what it adds with the weight.
+        ctx.hook(of_weight)
+        return of_hidden, *[None] * 7
 
 
 class HeadLoss:
     """The loss of a causal model where its head is called, in place of logits.
 
     Args:
-        head: a linear that is not trained.
+        head: a linear that is frozen, or trained whole.
         transform: what the model does to the head's logits.
         device: `cpu` or `cuda`, where it is going to run.
     """
@@ -90,8 +108,11 @@ class HeadLoss:
         self.head, self.transform, self.chunk_bytes = head, transform, CHUNK_BYTES[device]
 
     @property
-    def is_trained(self) -> bool:
-        return self.head.weight.requires_grad or getattr(self.head, "weight_grad_hook", None) is not None
+    def has_hook(self) -> bool:
+        """Whether the head wants factors of its gradient, or a bias is trained: its own product is needed."""
+        bias = self.head.bias
+        is_bias_trained = bias is not None and bias.requires_grad
+        return is_bias_trained or getattr(self.head, "weight_grad_hook", None) is not None
 
     @contextmanager
     def compute(self, positions: Tensor, targets: Tensor, temperature: float) -> Iterator[list[Tensor]]:

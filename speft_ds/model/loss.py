@@ -57,7 +57,7 @@ class NextToken:
         """
         inputs = _inputs(batch, self.switch, self.flash)
         is_packed = reads_packing("position_ids" in inputs)
-        if self.head_loss is not None and not self.head_loss.is_trained:
+        if self.head_loss is not None and not self.head_loss.has_hook:
             where = (batch["predicting"], batch["targets"])
             with is_packed, self.head_loss.compute(*where, temperature) as losses:
                 module(**inputs, use_cache=False)

@@ -124,11 +124,15 @@ def find_reach(
     """
     weights, fed, mixed = dict(model.named_parameters()), set(), set()
 
-    def see(name: str, x: Tensor, rows: Tensor, ends: Tensor | None = None) -> None:
+    def see(name: str, x: Tensor, rows: Tensor | None = None, ends: Tensor | None = None) -> None:
         fed.add(name)
+        if rows is None:
+            return
         if ends is not None or x.dim() != 3 or len(x) != len(PROBE):
             mixed.add(name)
 
+    embedding = model.get_input_embeddings().weight  # whose output the probe cuts off
+    fed |= {name for name, target in targets.items() if target.weight is embedding}
     hooks = {name: partial(see, name) for name in targets}
     uses = _Uses(weights)
     device = next(model.parameters()).device

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatch
 
 from torch import nn
 
 from speft_ds.config.model_config import HEAD
 from speft_ds.errors import UserError
-from speft_ds.model.kinds import find_weights
-from speft_ds.model.kinds.quantised import QuantisedLinear
+from speft_ds.model.kinds import find_weights, parameter
+from speft_ds.model.kinds.parameter import ParameterTarget
+from speft_ds.model.kinds.quantised import QuantisedLinear, QuantisedTarget
 from speft_ds.model.kinds.target import Target
 from speft_ds.zero.shards import full_shape
 
@@ -58,20 +60,16 @@ def find_targets(
         UserError: a pattern, the default or the range matches nothing.
     """
     weights = all_weights(model)
-    short = {name: name.removesuffix(".weight") for name in weights}
     if patterns is None:
         found = {name: target for name, target in weights.items() if layer_number(name) is not None}
         unmatched = [] if found else ["a layer of the decoder"]
     else:
-        matches = {
-            p: [n for n, s in short.items() if fnmatch(s, p) or fnmatch(s.split(".")[-1], p)]
-            for p in patterns
-        }
+        matches = _matching(weights, patterns)
         unmatched = [pattern for pattern, names in matches.items() if not names]
         wanted = {name for names in matches.values() for name in names}
         found = {name: target for name, target in weights.items() if name in wanted}
     if unmatched:
-        known = sorted({name.split(".")[-1] for name in short.values()})
+        known = sorted({name.removesuffix(".weight").split(".")[-1] for name in weights})
         named = ", ".join(fused_parts(name) for name in known) or "(it has none)"
         what, fix = (
             f"no weight matches {', '.join(unmatched)}",
@@ -79,6 +77,66 @@ def find_targets(
         )
         raise UserError(what, "mask.targets", f"{fix}: {named}")
     return found if layers is None else in_layers(found, layers)
+
+
+def find_whole(model: nn.Module, patterns: list[str] | None, where: str = "mask.dense") -> dict[str, Target]:
+    """The weights that are to be trained whole, by name, in model order; a classifier's head left out.
+
+    Args:
+        patterns: as `find_targets` takes them, on any parameter (`embed_tokens`, `*layernorm`, `*.bias`);
+            None: all.
+        where: the key that names the patterns.
+    Raises:
+        UserError: a pattern matches nothing, the head alone of a weight that it shares with the embedding,
+            or a weight in few bits.
+    """
+    found = _parameters(model)
+    wanted = set(found)
+    if patterns is not None:
+        matches = _matching(found, patterns)
+        if unmatched := [pattern for pattern, names in matches.items() if not names]:
+            known = ", ".join(sorted({name.removesuffix(".weight").split(".")[-1] for name in found}))
+            what, fix = f"no parameter matches {', '.join(unmatched)}", f"this model has {known}"
+            raise UserError(what, where, fix)
+        wanted = {name for names in matches.values() for name in names}
+    first: dict[int, str] = {}  # of the names that share a weight
+    for name, target in found.items():
+        first.setdefault(id(target.weight), name)
+    chosen = {}
+    for name, target in found.items():
+        shared = first[id(target.weight)]
+        if name in wanted and shared not in wanted:
+            what, short = f"{name} shares its weight with {shared}", shared.removesuffix(".weight")
+            raise UserError(what, where, f"name {short.split('.')[-1]}, too: they are trained together")
+        if name in wanted and isinstance(target, QuantisedTarget):
+            raise UserError(f"{name} is in few bits", where, "model.base_format=null, or leave it out")
+        if name in wanted and name == shared:
+            chosen[name] = target
+    return chosen
+
+
+def _parameters(model: nn.Module) -> dict[str, Target]:
+    """Every parameter by name, in model order, one that modules share by each of them."""
+    head, found = model.get_output_embeddings(), {}
+    for prefix, module in model.named_modules():
+        # The loss is made of the head's weight itself.
+        products = {} if module is head else find_weights(module)
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        if isinstance(module, QuantisedLinear):
+            names = [*products, *(name for name in names if name == "bias")]
+        for name in names:
+            target = products.get(name) or ParameterTarget(module, name, parameter)
+            found[f"{prefix}.{name}"] = target
+    found.pop(HEAD, None)
+    return found
+
+
+def _matching(names: Iterable[str], patterns: list[str]) -> dict[str, list[str]]:
+    """Pattern -> the names that it matches, without `.weight`, in full or by their last part."""
+    short = {name: name.removesuffix(".weight") for name in names}
+    return {
+        p: [n for n, s in short.items() if fnmatch(s, p) or fnmatch(s.split(".")[-1], p)] for p in patterns
+    }
 
 
 def fused_parts(name: str) -> str:
@@ -114,9 +172,9 @@ def tied_targets(model: nn.Module, targets: dict[str, Target]) -> list[str]:
     """Targets whose weight another module shares; training them would also change that module."""
     owners: dict[int, int] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        for weight in module._parameters.values():
+            if weight is not None:
+                owners[id(weight)] = owners.get(id(weight), 0) + 1
     return [name for name, target in targets.items() if owners.get(id(target.weight), 0) > 1]
 
 

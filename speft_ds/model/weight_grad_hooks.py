@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # (columns, rows) of a weight's gradient sum_t rows[t, i] * columns[t, j]: of a linear x and grad_y. Of a
 # stack of experts, the tokens are sorted by expert, and a third argument [experts] says where each expert's
-# end.
+# end. Of a weight that is no factor of a product, as a norm's or an embedding's, the gradient itself.
 WeightGradHook = Callable[..., None]
 
 
@@ -39,8 +39,12 @@ def gradients_past_hooks(targets: dict[str, Target]) -> Iterator[set[str]]:
     """
     past: set[str] = set()
     handles = []
-    # One in few bits is no parameter: nothing else can use it.
-    live = {name: target for name, target in targets.items() if isinstance(target.weight, nn.Parameter)}
+    # One in few bits is no parameter, nothing else can use it; the hook of any other sees all uses.
+    live = {
+        name: target
+        for name, target in targets.items()
+        if isinstance(target.weight, nn.Parameter) and not target.SEES_ALL_USES
+    }
     try:
         for name, target in live.items():
             weight = target.weight.requires_grad_(True)

@@ -132,9 +132,10 @@ class _Product(torch.autograd.Function):
     """One product: `run` does it; the backward hands its factors over."""
 
     @staticmethod
-    def forward(ctx, x, grad_anchor, weight, run, operand, factors, ends):
+    def forward(ctx, x, grad_anchor, weight, bias, run, operand, factors, ends):
         ctx.save_for_backward(weight, *([] if factors is None else [x]))
         ctx.operand, ctx.factors, ctx.ends = operand, factors, ends
+        ctx.bias_shape = None if bias is None else bias.shape
         return run(x)
 
     @staticmethod
@@ -158,19 +159,19 @@ class _Product(torch.autograd.Function):
                 grad_x = grad_y.matmul(matrix)
             else:
                 grad_x = torch._grouped_mm(grad_y.contiguous(), matrix, offs=ends)
-        return grad_x, None, None, None, None, None, None
+        grad_bias = grad_y.sum_to_size(ctx.bias_shape) if ctx.needs_input_grad[3] else None
+        return grad_x, None, None, grad_bias, None, None, None, None
 
 
 def _is_plain(function, places: tuple[int, int], args: tuple, kwargs: dict) -> bool:
-    """Whether nothing but the left operand needs a gradient, and each row is multiplied as it is, once."""
+    """Whether nothing but the left operand and a bias needs a gradient, each row being multiplied once."""
     left, right = places
     x, weight = args[left], args[right]
-    others = [*args[:left], *args[right + 1 :], *kwargs.values()]
     if not kwargs.keys() <= {"offs", "bias", "beta", "alpha", "out_dtype"} or kwargs.get("alpha", 1) != 1:
         return False
     if kwargs.get("out_dtype") not in (None, x.dtype):
         return False
-    if any(isinstance(other, Tensor) and other.requires_grad for other in others):
+    if len(_trained_biases(places, args, kwargs)) > kwargs.get("beta", 1):
         return False
     if "grouped_mm" in function.__name__:
         if len(args) != 2 or weight.dim() != 3:
@@ -178,6 +179,13 @@ def _is_plain(function, places: tuple[int, int], args: tuple, kwargs: dict) -> b
         if kwargs.get("offs") is not None:
             return x.dim() == 2
     return weight.dim() == 2 or (x.dim() == 3 and x.shape[0] == weight.shape[0])
+
+
+def _trained_biases(places: tuple[int, int], args: tuple, kwargs: dict) -> list[Tensor]:
+    """What needs a gradient beside the operands."""
+    left, right = places
+    others = [*args[:left], *args[right + 1 :], *kwargs.values()]
+    return [other for other in others if isinstance(other, Tensor) and other.requires_grad]
 
 
 class _WeightProducts(TorchFunctionMode):
@@ -197,10 +205,13 @@ class _WeightProducts(TorchFunctionMode):
             if id(weight) in self.names:
                 operand = _Operand.of(value, weight, function is torch.nn.functional.linear)
                 if operand is not None and _is_plain(function, places, args, kwargs):
-                    return self._product(function, places[0], args, kwargs, weight, operand)
+                    return self._product(function, places, args, kwargs, weight, operand)
         return function(*args, **kwargs)
 
-    def _product(self, function, left: int, args: tuple, kwargs: dict, weight: Tensor, operand: _Operand):
+    def _product(
+        self, function, places: tuple[int, int], args: tuple, kwargs: dict, weight: Tensor, operand: _Operand
+    ):
+        left, bias = places[0], next(iter(_trained_biases(places, args, kwargs)), None)
         factors = self._factors(self.names[id(weight)], weight)
         if factors is not None and operand.expert is not None:
             if args[left].numel() == 0:  # an idle expert, whose result may be used or not
@@ -212,7 +223,7 @@ class _WeightProducts(TorchFunctionMode):
             return function(*args[:left], x, *args[left + 1 :], **kwargs)
 
         anchor = None if factors is None else self.module.grad_anchor
-        return _Product.apply(args[left], anchor, weight, run, operand, factors, kwargs.get("offs"))
+        return _Product.apply(args[left], anchor, weight, bias, run, operand, factors, kwargs.get("offs"))
 
     def _factors(self, name: str, weight: Tensor) -> _Factors | None:
         if name not in self.factors:

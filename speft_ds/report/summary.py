@@ -95,8 +95,8 @@ def _sizes(run: RunFolder) -> list[tuple[str, str, str]]:
         rows.append(("trained entries", f"{trained:,}", f"of {targets:,} ({trained / targets:.4%})"))
     if run.fact("data.rows_read", 0):
         rows.append(_rows_trained(run))
-    if head := run.fact("head", 0):
-        rows.append(("fully trained head", f"{head:,}", "weights"))
+    if whole := run.fact("whole", 0):
+        rows.append(("trained whole", f"{whole:,}", "weights"))
     if changes := run.fact("mask.changes", []):
         overlap = look_up(changes[-1], "overlap_with_first", 0.0)
         rows.append(

@@ -1,17 +1,17 @@
-"""Gradient of the mask's entries, reduced to the ranks that own them.
+"""Gradient of what is trained, the mask's entries and whole weights, reduced to the ranks that own it.
 
-The backward of an adapted linear adds its weight's part. Neighbouring weights are a bucket: one flat buffer,
-a weight after the other. A bucket that has all its parts becomes rows [world_size, longest], row r in the
-order of rank r's flat buffers, which are reduce-scattered while the backward goes on; the sum is added to the
-owner's gradient. So only a few buckets are alive at a time, and k / world_size values over the micro-batches
-of a step. The work per weight does not grow with the ranks.
+The backward of a weight's product adds the weight's part. Neighbouring weights are a bucket. A bucket that
+has all its parts becomes rows [world_size, longest], row r for rank r, which are reduce-scattered while the
+backward goes on; the sum is added to the owner's gradient. So only a few buckets are alive at a time, and
+what a rank owns over the micro-batches of a step. The work per weight does not grow with the ranks.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from speft_ds.model.weight_grad_hooks import WeightGradHook
 from speft_ds.sparse.kernels.backends import DEFAULT_TOKENS, Backend, make_backend, measured_cost
 from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.kernels.stacked import make_stacked
+from speft_ds.sparse.kernels.torch_backends import whole_gradient
 from speft_ds.sparse.layout import Layout, RankShards
 from speft_ds.sparse.mask import Mask
 from speft_ds.sparse.tiles import Tiles
@@ -77,32 +78,92 @@ def gradient_cost(mask: Mask, recipe: Recipe, costs: KernelCosts, stacks: dict[s
     }
 
 
-@dataclass
-class Bucket:
-    """Neighbouring weights whose gradients are reduced in one call."""
+class EntryBucket:
+    """Entries of neighbouring weights, whose gradients are reduced in one call.
 
-    names: list[str]  # in the mask's order, so that each rank's part is one slice of its flat buffers
-    starts: list[int]  # rank -> where that slice starts
-    lengths: list[int]  # rank -> its entries
-    places: dict[str, slice]  # weight -> where its entries lie in the buffer
-    counts: Tensor  # [weights x ranks] entries of a weight that a rank owns, in the buffer's order
-    moves: Tensor  # [weights x ranks] how far each of these parts lies from the buffer's start in the rows
-    buffer: Tensor | None = None  # [entries] what was added and not sent yet
+    Attributes:
+        names: in the mask's order, so that each rank's part is one slice of its flat buffers.
+        row_length: entries of the rank that has most.
+        buffer: [entries] what was added and not sent yet, a weight after the other; None: nothing.
+    """
 
-    @property
-    def num_entries(self) -> int:
-        return sum(self.lengths)
+    def __init__(self, names: list[str], layout: Layout, device: torch.device):
+        self.names, self.buffer, self.device = names, None, device
+        counts = torch.tensor([layout.counts(name) for name in names])  # [weights, ranks]
+        self.lengths = counts.sum(0).tolist()  # rank -> its entries
+        self.row_length = max(self.lengths)
+        self.starts = layout.offsets[names[0]]  # rank -> where its slice starts
+        flat = counts.flatten()
+        in_buffer = (flat.cumsum(0) - flat).view_as(counts)
+        in_rows = counts.cumsum(0) - counts + torch.arange(len(self.lengths)) * self.row_length
+        ends = counts.sum(1).cumsum(0).tolist()
+        self.places = {name: slice(a, b) for name, a, b in zip(names, [0, *ends], ends, strict=False)}
+        # [weights x ranks] each part's entries, and how far it lies from the buffer's start in the rows.
+        self.counts, self.moves = flat.to(device), (in_rows - in_buffer).flatten().to(device)
 
-    def rows(self, buffer: Tensor) -> Tensor:
-        """[world_size, longest] the buffer's entries as they are sent."""
-        rows = buffer.new_zeros(len(self.lengths) * max(self.lengths))
-        moves = self.moves.repeat_interleave(self.counts, output_size=buffer.numel())
-        moves += torch.arange(buffer.numel(), device=buffer.device)
-        return rows.index_copy_(0, moves, buffer).view(len(self.lengths), -1)
+    def allocate(self) -> None:
+        self.buffer = torch.zeros(sum(self.lengths), dtype=torch.float32, device=self.device)
+
+    def add(self, name: str, values: Tensor) -> None:
+        self.buffer[self.places[name]] += values
+
+    def rows(self) -> Tensor:
+        """[world_size, row_length] the buffer's entries as they are sent."""
+        rows = self.buffer.new_zeros(len(self.lengths) * self.row_length)
+        moves = self.moves.repeat_interleave(self.counts, output_size=self.buffer.numel())
+        moves += torch.arange(self.buffer.numel(), device=self.device)
+        return rows.index_copy_(0, moves, self.buffer).view(len(self.lengths), -1)
+
+    def receive(self, own: Tensor, row: Tensor) -> None:
+        """Add this rank's summed row to its gradient."""
+        rank = collectives.rank()
+        start, length = self.starts[rank], self.lengths[rank]
+        own[start : start + length] += row[:length]
+
+
+class WholeBucket:
+    """The same of whole weights: a rank's row has its shards of them, padded as ZeRO-3 pads them.
+
+    Attributes:
+        buffer: [world_size, row_length] what was added and not sent yet, in rows; None: nothing.
+    """
+
+    def __init__(self, names: list[str], layout: Layout, device: torch.device):
+        self.names, self.buffer, self.device = names, None, device
+        self.world_size = collectives.world_size()
+        sizes = [max(layout.counts(name)) for name in names]
+        starts = list(accumulate(sizes, initial=0))
+        self.row_length = starts[-1]
+        self.columns = {name: slice(a, a + n) for name, a, n in zip(names, starts, sizes, strict=False)}
+        self.own = {name: layout.places(name, collectives.rank()) for name in names}
+
+    def allocate(self) -> None:
+        shape = (self.world_size, self.row_length)
+        self.buffer = torch.zeros(shape, dtype=torch.float32, device=self.device)
+
+    def add(self, name: str, values: Tensor) -> None:
+        columns = self.columns[name]
+        size = columns.stop - columns.start
+        num_full = values.numel() // size
+        self.buffer[:num_full, columns] += values[: num_full * size].view(num_full, size)
+        if rest := values.numel() - num_full * size:
+            self.buffer[num_full, columns.start : columns.start + rest] += values[-rest:]
+
+    def rows(self) -> Tensor:
+        return self.buffer
+
+    def receive(self, own: Tensor, row: Tensor) -> None:
+        """Add this rank's summed row to its gradient."""
+        for name, place in self.own.items():
+            start = self.columns[name].start
+            own[place] += row[start : start + place.stop - place.start]
+
+
+Bucket = EntryBucket | WholeBucket
 
 
 class SparseGradient:
-    """Collects the gradient of a mask's entries.
+    """Collects the gradient of a mask's entries, and of whole weights.
 
     A micro-batch's backward calls the hooks; `finish` must follow it. `pop` hands out what has come together
     and starts anew. All ranks call both together.
@@ -111,13 +172,15 @@ class SparseGradient:
         own: [num_local] fp32, the sum so far of this rank's entries.
         layout: where the entries lie.
         backends: weight with entries -> name of its backend; `kernels`: -> the backend.
-        hooks: weight -> what its linear calls in its backward; None where the mask has no entry of it.
+        hooks: weight -> what its module calls in its backward; None where the mask has no entry of it.
         peak_buffer_bytes: bytes of buckets alive at once, at most.
 
     Args:
         mask: what is trained, the same on every rank.
         device: of the activations.
         num_stacked: weight that is a stack -> matrices in it: experts.
+        whole: weight -> its matrix' shape: what is trained whole beside the mask.
+        order: all of these weights in the order of the model; None: the mask's, then whole ones.
     """
 
     def __init__(
@@ -126,18 +189,23 @@ class SparseGradient:
         device: torch.device,
         options: GradientOptions,
         num_stacked: dict[str, int] | None = None,
+        whole: dict[str, tuple[int, int]] | None = None,
+        order: list[str] | None = None,
     ):
         self.mask, self.device, self.options, self.num_stacked = mask, device, options, num_stacked or {}
         self.world_size, rank = collectives.world_size(), collectives.rank()
-        layout = Layout.of(mask.index, {name: mask.numel(name) for name in mask.shape}, self.world_size)
-        self.layout = layout
+        shapes = mask.shape | (whole or {})
+        index = mask.index | dict.fromkeys(whole or {})  # None: all of the weight
+        numel = {name: rows * columns for name, (rows, columns) in shapes.items()}
+        layout = self.layout = Layout.of(index, numel, self.world_size)
         self.own = torch.zeros(layout.lengths[rank], dtype=torch.float32, device=device)
-        self.own_slices = {name: layout.places(name, rank) for name in mask.shape}
-        self.counts = {name: layout.counts(name) for name in mask.shape}
+        self.own_slices = {name: layout.places(name, rank) for name in shapes}
         self.backends: dict[str, str] = {}
         self.kernels: dict[str, Backend] = {}
         self.hooks = {name: self._make_hook(name) for name in mask.shape}
-        self.buckets = self._make_buckets(options.bucket)
+        self.hooks |= {name: self._make_whole_hook(name) for name in whole or {}}
+        order = [name for name in order or shapes if index[name] is None or index[name].numel()]
+        self.buckets = self._make_buckets(order, whole or {})
         self.bucket_of = {name: bucket for bucket in self.buckets for name in bucket.names}
         # Uses of a weight in a backward: one, until the first backward has told.
         self.expected, self.is_profiling = dict.fromkeys(self.bucket_of, 1), options.overlap
@@ -147,36 +215,30 @@ class SparseGradient:
     def in_words(self) -> str:
         """Which backends it takes, and what they were chosen by."""
         backends = Counter(self.backends.values()).most_common()
+        if not backends:
+            return "dense gradients of whole weights alone"
         parts = ", ".join(f"{name} ({count} weights)" for name, count in backends)
         wanted, costs = self.options.backend, self.options.costs
         why = f", as measured on {costs.device}" if costs else ", by a rule of thumb: nothing was measured"
         return f"sparse gradient by {parts}: train.sparse_backend={wanted}{why if wanted == 'auto' else ''}"
 
-    def _make_buckets(self, size: int) -> list[Bucket]:
+    def _make_buckets(self, order: list[str], whole: Collection[str]) -> list[Bucket]:
         """In the order in which a backward completes them: from the last weight to the first."""
         if self.world_size == 1:
             return []  # what is added is ours
-        groups: list[list[str]] = []
-        total = size
-        for name in reversed([name for name, index in self.mask.index.items() if index.numel()]):
-            count = sum(self.counts[name])
-            if total + count > size:
-                groups.append([])
-                total = 0
-            groups[-1].insert(0, name)
-            total += count
-        return [self._make_bucket(names) for names in groups]
-
-    def _make_bucket(self, names: list[str]) -> Bucket:
-        counts = torch.tensor([self.counts[name] for name in names])  # [weights, ranks]
-        lengths = counts.sum(0).tolist()
-        flat = counts.flatten()
-        in_buffer = (flat.cumsum(0) - flat).view_as(counts)
-        in_rows = counts.cumsum(0) - counts + torch.arange(self.world_size) * max(lengths)
-        ends = counts.sum(1).cumsum(0).tolist()
-        places = {name: slice(a, b) for name, a, b in zip(names, [0, *ends], ends, strict=False)}
-        moves = (in_rows - in_buffer).flatten().to(self.device)
-        return Bucket(names, self.layout.offsets[names[0]], lengths, places, flat.to(self.device), moves)
+        number = {name: place for place, name in enumerate(order)}
+        buckets = []
+        for kind, is_whole in ((EntryBucket, False), (WholeBucket, True)):
+            groups, total = [], self.options.bucket
+            for name in reversed([name for name in order if (name in whole) == is_whole]):
+                count = sum(self.layout.counts(name))
+                if total + count > self.options.bucket:
+                    groups.append([])
+                    total = 0
+                groups[-1].insert(0, name)
+                total += count
+            buckets += [kind(names, self.layout, self.device) for names in groups]
+        return sorted(buckets, key=lambda bucket: -number[bucket.names[0]])
 
     def _start_backward(self) -> None:
         self.uses: Counter[str] = Counter()
@@ -209,8 +271,12 @@ class SparseGradient:
         hook.columns = getattr(backend, "columns", None)  # all that it needs of the input; None: all
         return hook
 
+    def _make_whole_hook(self, name: str) -> WeightGradHook:
+        """What a weight that is trained whole calls in its backward."""
+        return lambda *factors: self.add(name, whole_gradient(*factors))
+
     def add(self, name: str, values: Tensor) -> None:
-        """Add the [k] fp32 gradient of one weight's entries, in index order."""
+        """Add the fp32 gradient of one weight: [k] of its entries in index order, or [numel] of all of it."""
         if self.world_size == 1:
             self.own[self.own_slices[name]] += values
             return
@@ -224,7 +290,7 @@ class SparseGradient:
             )
         if bucket.buffer is None:
             self._allocate(bucket)
-        bucket.buffer[bucket.places[name]] += values
+        bucket.add(name, values)
         # Always in the one order, which all ranks keep, whatever their backwards do.
         while self.options.overlap and self.waiting:
             if any(self.uses[name] < self.expected[name] for name in self.waiting[0].names):
@@ -232,7 +298,7 @@ class SparseGradient:
             self._send(self.waiting.popleft())
 
     def _allocate(self, bucket: Bucket) -> None:
-        bucket.buffer = torch.zeros(bucket.num_entries, dtype=torch.float32, device=self.device)
+        bucket.allocate()
         self._count_bytes()
 
     def _count_bytes(self) -> None:
@@ -246,17 +312,15 @@ class SparseGradient:
             self._allocate(bucket)
         if len(self.in_flight) == IN_FLIGHT:
             self._receive()
-        rows = bucket.rows(bucket.buffer)
+        rows = bucket.rows()
         self.in_flight.append((bucket, rows, collectives.start_reduce_scatter(rows)))
         self._count_bytes()  # while there are both
-        bucket.buffer = None
+        bucket.buffer = None  # the rows of whole weights live on in `in_flight`
 
     def _receive(self) -> None:
         """Wait for the oldest bucket that is under way, and add its sum to what is ours."""
         bucket, _, wait = self.in_flight.popleft()
-        rank = collectives.rank()
-        start, length = bucket.starts[rank], bucket.lengths[rank]
-        self.own[start : start + length] += wait()[:length]
+        bucket.receive(self.own, wait())
 
     def finish(self) -> None:
         """After a backward: reduce what is left."""

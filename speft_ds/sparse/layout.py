@@ -15,6 +15,9 @@ shards start at key 100 and whose slices of the flat buffers start at place 7:
 `mask.index` holds global indices, `SparseState.index` local ones. Keys compare entries of two masks. Deltas,
 base values, gradients and moments lie at their places; a kernel returns gradients in kernel order.
 
+A weight that is trained whole has no index: every rank owns all of its shard. Whole weights lie behind the
+entries of the mask.
+
     global index -> local index   RankShards.select, RankShards.to_local
     local index  -> global index  RankShards.to_global
     local index <-> key           RankShards.keys, RankShards.from_keys
@@ -58,7 +61,7 @@ def locate(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 class Layout:
     """Which entries of a mask each rank owns, and where they lie in its flat buffers.
 
-    A rank's flat buffers hold its entries weight by weight (in the mask's order), sorted within a weight.
+    A rank's flat buffers hold its entries weight by weight (in the order of `index`), sorted within a weight.
     """
 
     bounds: dict[str, list[int]]  # weight -> edges: rank r owns index[edges[r] : edges[r + 1]]
@@ -66,14 +69,17 @@ class Layout:
     lengths: list[int]  # entries that each rank owns, over all weights
 
     @classmethod
-    def of(cls, index: dict[str, Tensor], numel: dict[str, int], world_size: int) -> Layout:
-        """The layout of a mask's `index`: weight -> [k] sorted global flat indices."""
+    def of(cls, index: dict[str, Tensor | None], numel: dict[str, int], world_size: int) -> Layout:
+        """The layout of weight -> [k] sorted global flat indices; None: all of the weight."""
         lengths = [0] * world_size
         bounds, offsets = {}, {}
         for name, positions in index.items():
-            starts = [shard_range(numel[name], rank, world_size)[0] for rank in range(world_size)]
-            edges = torch.tensor([*starts, numel[name]], dtype=torch.int64, device=positions.device)
-            bounds[name] = torch.searchsorted(positions.to(torch.int64), edges).tolist()
+            edges = [shard_range(numel[name], rank, world_size)[0] for rank in range(world_size)]
+            edges.append(numel[name])
+            if positions is not None:
+                cuts = torch.tensor(edges, dtype=torch.int64, device=positions.device)
+                edges = torch.searchsorted(positions.to(torch.int64), cuts).tolist()
+            bounds[name] = edges
             offsets[name] = list(lengths)
             for rank, (start, stop) in enumerate(pairwise(bounds[name])):
                 lengths[rank] += stop - start
@@ -110,12 +116,14 @@ class RankShards:
 
     def keys(self, local: dict[str, Tensor], device: torch.device) -> Tensor:
         """[n] sorted int64 keys of sorted local indices of all weights."""
-        return torch.cat([local[name].to(device, torch.int64) + start for name, start in self.starts.items()])
+        own = [local[name].to(device, torch.int64) + start for name, start in self.starts.items()]
+        return torch.cat(own) if own else torch.empty(0, dtype=torch.int64, device=device)
 
     def from_keys(self, key: Tensor) -> dict[str, Tensor]:
         """Sorted keys -> weight -> local indices."""
-        edges = torch.searchsorted(key, torch.tensor([*self.starts.values()], device=key.device)).tolist()
-        pieces = zip(self.starts.items(), edges, [*edges[1:], key.numel()], strict=True)
+        starts = torch.tensor([*self.starts.values()], dtype=torch.int64, device=key.device)
+        edges = torch.searchsorted(key, starts).tolist()
+        pieces = zip(self.starts.items(), edges, [*edges, key.numel()][1:], strict=True)
         return {name: key[first:last] - start for (name, start), first, last in pieces}
 
     def to_global(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,6 +142,14 @@ class RankShards:
             first, last = torch.searchsorted(index[name].to(torch.int64), edges).tolist()
             own[name] = index[name][first:last]
         return own
+
+
+@dataclass
+class ShardTable:
+    """Values of all elements in this rank's shards of some weights."""
+
+    counts: dict[str, int]  # weight -> elements
+    columns: dict[str, Tensor]  # name -> [sum of counts] values, weight by weight
 
 
 @dataclass

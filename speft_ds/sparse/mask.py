@@ -43,7 +43,7 @@ class Mask:
 
     @property
     def density(self) -> float:
-        return self.num_trainable / self.num_target_elements
+        return self.num_trainable / max(1, self.num_target_elements)
 
     @cached_property
     def sha256(self) -> str:
@@ -71,7 +71,7 @@ class Mask:
     def compute(self) -> float:
         """Share of the dense weight gradient's multiply-adds that belongs to columns with entries."""
         spent = sum(self.shape[name][0] * count for name, count in self.num_used_columns.items())
-        return spent / self.num_target_elements
+        return spent / max(1, self.num_target_elements)
 
     def cost_in_words(self) -> str:
         """How many columns have entries, and what these cost."""

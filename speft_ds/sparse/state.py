@@ -1,11 +1,12 @@
-"""The sparse trainable state of a rank: base values and deltas of the entries in its own shards.
+"""What a rank trains of its own shards: entries of some weights, and all of others.
 
 After a step
 
-    shard[index] = (base + delta).to(base dtype)
+    shard[index] = (base + delta).to(base dtype)      of the mask's entries
+    shard = value.to(base dtype)                      of a weight that is trained whole
 
-so the shards, and every weight gathered from them, always contain the deltas. Beside a base in few bits, the
-values of the entries have a shard of their own: see `storage`.
+so the shards, and every weight gathered from them, always contain what was learnt. Beside a base in few bits,
+the values of the entries have a shard of their own: see `storage`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from speft_ds.comm import collectives
-from speft_ds.sparse.layout import EntryTable, Layout, RankShards, index_dtype, locate
+from speft_ds.sparse.layout import EntryTable, Layout, RankShards, ShardTable, locate
 from speft_ds.sparse.mask import Mask
 from speft_ds.sparse.storage import InPlace, Overlay
+from speft_ds.zero.shards import full_shape
 
 
 @dataclass
@@ -41,27 +43,26 @@ class Entries:
         return Entries(self.key[chosen], self.base[chosen], self.delta[chosen])
 
 
-def with_heads(mask: Mask, heads: dict[str, tuple[int, int]]) -> Mask:
-    """The mask and, behind it, every entry of the heads."""
-    if not heads:
-        return mask
-    index = dict(mask.index)
-    device = next(iter(index.values())).device
-    for name, (rows, columns) in heads.items():
-        index[name] = torch.arange(rows * columns, dtype=index_dtype(rows * columns), device=device)
-    return Mask(index, mask.shape | heads)
+def spans_of(shapes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Weight -> (rows, columns) -> weight -> [start, stop) of the flat indices in this rank's shard."""
+    return RankShards({name: rows * columns for name, (rows, columns) in shapes.items()}).spans
 
 
 class SparseState:
     """What a rank trains: `delta`, flat over all its entries, and what it needs to write it through.
 
     Attributes:
-        mask: the mask; `trained`: it and the heads; `heads`: as given.
-        layout: of the entries of all ranks; `rank_shards`: of this rank's shards.
-        index: weight -> [n] local indices of this rank's entries, heads last; `slices`: where they lie in
-            the flat buffers.
-        base, delta: [num_local] pretrained values and fp32 deltas.
+        mask, whole: as given.
+        layout: of all that is trained, of all ranks; whole weights lie behind the mask's entries.
+        rank_shards: of this rank's shards of the mask's weights.
+        index: weight of the mask -> [n] local indices of this rank's entries.
+        slices: weight -> where its entries, or its shard, lie in the flat buffers.
+        num_entries: of the mask, on this rank; `num_local`: with all elements of whole weights.
+        base: [num_entries] pretrained values.
+        delta: [num_local] fp32, what the optimizer sees: the deltas of the entries, then the values of whole
+            weights (so weight decay pulls these to 0, as other trainers do).
         dropped: entries that left the mask and keep what they learnt.
+        closed: weight -> its matrix' shape, of those that were trained whole before and are not now.
 
     Args:
         mask: the mask, the same on every rank.
@@ -69,7 +70,8 @@ class SparseState:
         previous: the state that this one follows: entries of both masks keep base and delta.
         revert: what becomes of entries that only `previous` has: True gives them their pretrained values
             back; False keeps what they learnt, as `dropped`.
-        heads: weight -> (out, in) of what is trained in full beside the mask: a classification head.
+        whole: weight -> its matrix' shape: what is trained whole beside the mask. One that `previous` has,
+            too, keeps its fp32 values; of others these are made of the shards.
         exact: deltas start as what the base lost when it was put into few bits, not at 0 (as LoftQ starts
             adapters; Li et al., 2023): the entries have the checkpoint's values.
     """
@@ -80,24 +82,24 @@ class SparseState:
         storages: dict[str, InPlace | Overlay],
         previous: SparseState | None = None,
         revert: bool = False,
-        heads: dict[str, tuple[int, int]] | None = None,
+        whole: dict[str, tuple[int, int]] | None = None,
         exact: bool = False,
     ):
-        self.mask, self.heads = mask, heads or {}
-        trained = self.trained = with_heads(mask, self.heads)
+        self.mask, self.whole = mask, whole or {}
         self.device = collectives.device()
-        self.storages = {name: storages[name] for name in trained.shape}
-        numel = {name: trained.numel(name) for name in trained.shape}
-        self.rank_shards = RankShards(numel)
-        rank, world_size = self.rank_shards.rank, self.rank_shards.world_size
-        self.layout = Layout.of(trained.index, numel, world_size)
+        self.storages = {name: storages[name] for name in mask.shape | self.whole}
+        numel = {name: rows * columns for name, (rows, columns) in (mask.shape | self.whole).items()}
+        self.rank_shards = RankShards({name: numel[name] for name in mask.shape})
+        rank, world_size = collectives.rank(), collectives.world_size()
+        self.layout = Layout.of(mask.index | dict.fromkeys(self.whole), numel, world_size)
         self.num_local = self.layout.lengths[rank]
-        self.slices = {name: self.layout.places(name, rank) for name in trained.shape}
+        self.slices = {name: self.layout.places(name, rank) for name in numel}
         # Where the shards are, which may be host memory; base and delta where the optimizer is.
-        local = self.rank_shards.to_local(self.rank_shards.select(trained.index))
-        self.index = {name: local[name].to(self.storages[name].device) for name in trained.index}
+        local = self.rank_shards.to_local(self.rank_shards.select(mask.index))
+        self.index = {name: local[name].to(self.storages[name].device) for name in mask.index}
+        self.num_entries = sum(index.numel() for index in self.index.values())
         base = self._read(self.index)
-        delta = torch.zeros(self.num_local, dtype=torch.float32, device=self.device)
+        delta = torch.zeros(self.num_entries, dtype=torch.float32, device=self.device)
         if exact:
             delta += self._read(self.index, "original").float() - base.float()
         entries = Entries(self.keys(), base, delta)
@@ -106,42 +108,56 @@ class SparseState:
         if previous is not None:
             self._inherit(previous, entries, revert)
         self.base = entries.base
-        self.delta = nn.Parameter(entries.delta)
-        for name, storage in self.storages.items():
-            storage.set_entries(trained.index[name], adds=previous is not None and not revert)
+        values = [self._whole_values(name, previous) for name in self.whole]
+        self.delta = nn.Parameter(torch.cat([entries.delta, *values]))
+        were_whole = previous.closed | previous.whole if previous is not None else {}
+        self.closed = {name: shape for name, shape in were_whole.items() if name not in self.whole}
+        self.storages |= {name: storages[name] for name in self.closed}
+        for name in mask.shape:
+            self.storages[name].set_entries(mask.index[name], adds=previous is not None and not revert)
         if exact or any(isinstance(storage, Overlay) for storage in self.storages.values()):
             self._write_all()
 
+    def _whole_values(self, name: str, previous: SparseState | None) -> Tensor:
+        """[n] fp32 this rank's values of a weight that is trained whole."""
+        if previous is not None and name in previous.whole:
+            return previous.delta.detach()[previous.slices[name]]
+        own = self.slices[name]
+        return self.storages[name].shard[: own.stop - own.start].to(self.device, torch.float32)
+
     def keys(self) -> Tensor:
-        """[num_local] int64 sorted keys of the entries."""
+        """[num_entries] int64 sorted keys of the entries."""
         return self.rank_shards.keys(self.index, self.device)
 
     def entries(self) -> Entries:
         """The trained entries as they are now."""
-        return Entries(self.keys(), self.base, self.delta.detach())
+        return Entries(self.keys(), self.base, self.delta.detach()[: self.num_entries])
 
     def modified_entries(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Every entry ever trained and not reverted: weight -> [n] sorted local index, and flat deltas.
+        """Every entry ever trained and not reverted: weight -> [n] sorted local index, and flat deltas."""
+        everything = Entries.merge(self.entries(), self.dropped)
+        return self.rank_shards.from_keys(everything.key), everything.delta
 
-        Heads are left out: of them, every value is new.
+    def places_in(self, previous: SparseState) -> tuple[Tensor, Tensor]:
+        """Where each place of the flat buffers was in those of the state before.
+
+        Returns:
+            [num_local] int64 places, meaningful where the [num_local] bool says that it was trained then.
         """
-        num_of_mask = self.num_local - sum(self.index[name].numel() for name in self.heads)
-        everything = Entries.merge(self.entries().index_select(slice(0, num_of_mask)), self.dropped)
-        index = self.rank_shards.from_keys(everything.key)
-        return {name: index[name] for name in self.mask.shape}, everything.delta
-
-    def gather_heads(self) -> dict[str, Tensor]:
-        """The heads as they are now, [out, in] in base dtype; every rank calls this."""
-        gathered = {}
-        for name, shape in self.heads.items():
-            lengths = self.layout.counts(name)
-            own = self.storages[name].shard[: lengths[self.rank_shards.rank]].to(self.device)
-            gathered[name] = torch.cat(collectives.all_gather_padded(own, lengths)).view(shape)
-        return gathered
+        position, found = locate(previous.keys(), self.keys())
+        positions, founds = [position], [found]
+        for name in self.whole:
+            own, was = self.slices[name], previous.slices.get(name)
+            start = was.start if was and name in previous.whole else 0
+            positions.append(torch.arange(start, start + own.stop - own.start, device=self.device))
+            founds.append(torch.full_like(positions[-1], name in previous.whole, dtype=torch.bool))
+        return torch.cat(positions), torch.cat(founds)
 
     def _read(self, index: dict[str, Tensor], which: str = "pretrained") -> Tensor:
         """The values at local indices, flat, `pretrained` or `original`; see `storage`."""
         values = [getattr(self.storages[name], which)(where) for name, where in index.items()]
+        if not values:  # a mask of no weight
+            return torch.empty(0, device=self.device)
         return torch.cat([value.to(self.device) for value in values])
 
     def _write(self, index: dict[str, Tensor], values: Tensor) -> None:
@@ -171,14 +187,46 @@ class SparseState:
         else:
             self.dropped = others
 
+    def gather_whole(self) -> dict[str, Tensor]:
+        """The weights that are or were trained whole, in their shape and the base dtype.
+
+        On rank 0, in host memory; the others get none. Every rank calls this.
+        """
+        gathered = {}
+        for name in self.whole | self.closed:
+            storage = self.storages[name]
+            shards = collectives.gather(storage.shard.to(self.device), 0)
+            if shards is not None:
+                shape = full_shape(storage.written[0])
+                gathered[name] = shards.view(-1)[: shape.numel()].view(shape).cpu()
+        return gathered
+
     def own_table(self, **columns: Tensor) -> EntryTable:
-        """The trained entries with these [num_local] columns."""
-        return EntryTable(self.rank_shards.to_global(self.index), columns)
+        """The trained entries with what these [num_local] columns have of them."""
+        of_entries = {name: column[: self.num_entries] for name, column in columns.items()}
+        return EntryTable(self.rank_shards.to_global(self.index), of_entries)
 
     def dropped_table(self) -> EntryTable:
         """The dropped entries and their deltas."""
         local = self.rank_shards.from_keys(self.dropped.key)
         return EntryTable(self.rank_shards.to_global(local), {"delta": self.dropped.delta})
+
+    def whole_tables(self, **columns: Tensor) -> dict[str, ShardTable]:
+        """The whole weights with what these [num_local] columns have of them, and those of closed ones."""
+        of_whole = {name: column[self.num_entries :] for name, column in columns.items()}
+        counts = {name: self.slices[name].stop - self.slices[name].start for name in self.whole}
+        spans = spans_of(self.closed)
+        values = [self.storages[name].shard[: b - a] for name, (a, b) in spans.items()]
+        value = torch.cat(values) if values else torch.empty(0)
+        closed = ShardTable({name: b - a for name, (a, b) in spans.items()}, {"value": value})
+        return {"whole": ShardTable(counts, of_whole), "closed": closed}
+
+    @torch.no_grad()
+    def restore_closed(self, values: Tensor) -> None:
+        """Write saved values of the closed weights, laid end to end, into their shards."""
+        parts = values.split([stop - start for start, stop in spans_of(self.closed).values()])
+        for name, part in zip(self.closed, parts, strict=True):
+            self.storages[name].shard[: part.numel()].copy_(part)
 
     @torch.no_grad()
     def restore(self, delta: Tensor, dropped: EntryTable, all_dropped: dict[str, Tensor]) -> None:
@@ -194,15 +242,18 @@ class SparseState:
 
     def _restore_dropped(self, dropped: EntryTable, all_dropped: dict[str, Tensor]) -> None:
         nothing = torch.zeros(0, dtype=torch.int64)
-        index = {name: dropped.index.get(name, nothing) for name in self.storages}
+        index = {name: dropped.index.get(name, nothing) for name in self.mask.shape}
         local = {name: i.to(self.device) for name, i in self.rank_shards.to_local(index).items()}
         key = self.rank_shards.keys(local, self.device)
         on_shards = {name: where.to(self.storages[name].device) for name, where in local.items()}
         self.dropped = Entries(key, self._read(on_shards), dropped.columns["delta"].to(self.device))
-        for name, storage in self.storages.items():
-            storage.set_entries(all_dropped.get(name, nothing), adds=True)
+        for name in self.mask.shape:
+            self.storages[name].set_entries(all_dropped.get(name, nothing), adds=True)
 
     @torch.no_grad()
     def write_through(self) -> None:
-        """shard[index] = (base + delta).to(base dtype), in place and local."""
-        self._write(self.index, (self.base.float() + self.delta).to(self.base.dtype))
+        """Bring the shards up to date, in place and local."""
+        self._write(self.index, (self.base.float() + self.delta[: self.num_entries]).to(self.base.dtype))
+        for name in self.whole:
+            shard, values = self.storages[name].shard, self.delta[self.slices[name]]
+            shard[: values.numel()].copy_(values)

@@ -96,7 +96,7 @@ def check_space(context: TrainContext, num_steps: int) -> None:
     if train.checkpoint_every is None:
         return
     number = num_checkpoints(train, num_steps)
-    num_trained = context.num_trainable + sum(head.numel for head in context.heads.values())
+    num_trained = context.num_trainable + sum(target.numel for target in context.whole.values())
     needed = number * checkpoint_entry(recipe) * num_trained
 
     def check() -> None:
@@ -117,6 +117,8 @@ def check_shapes(mask: MaskConfig, shapes: dict[str, tuple[int, int]]) -> None:
     Raises:
         UserError: `mask.lift_rank` or `mask.gate_layers` is too large.
     """
+    if not shapes:  # of a method without a mask
+        return
     smallest = min(min(shape) for shape in shapes.values())
     if mask.salience == "lift" and mask.lift_rank >= smallest:
         raise UserError(

@@ -105,7 +105,7 @@ def memory_breakdown(
     """
     parameters = list(engine.module.parameters())
     persistent = [p for p in parameters if p.ds_persist and p.ds_zero_partition_world_size > 1]
-    mask = list(state.trained.index.values())
+    mask = list(state.mask.index.values())
     index = [index for index in state.index.values() if index.device.type == state.device.type]
     return {
         "base shard": _shard_bytes(plain_parameters(engine.module), state.device),
@@ -148,5 +148,5 @@ def comm_volume(gradient: SparseGradient, num_micro_batches: int) -> dict[str, i
     """Bytes that this rank sends per optimizer step, by kind: a reduce-scatter of each bucket after every
     micro-batch, on a ring. ZeRO-3's own gathers are not counted; `speft plan` has them.
     """
-    elements = sum(max(bucket.lengths) for bucket in gradient.buckets)  # for each of the other ranks
+    elements = sum(bucket.row_length for bucket in gradient.buckets)  # for each of the other ranks
     return {"gradient": 4 * elements * (gradient.world_size - 1) * num_micro_batches}

@@ -89,7 +89,7 @@ def load_data(recipe: Recipe, needs_training: bool = False, needs_calibration: b
     if recipe.data.date is not None:
         fix_date(tokenizer, date.fromisoformat(recipe.data.date))
     section, mask = recipe.data, recipe.mask
-    needs_calibration = needs_calibration and mask.needs_calibration
+    needs_calibration = needs_calibration and recipe.needs_calibration
     needs_classes = classifies(recipe) and section.labels is None and bool(section.sources)
     if needs_calibration and (mask.calibration_path is None or needs_classes):
         needs_training = True

@@ -201,7 +201,10 @@ def run_facts(trainer: Trainer) -> dict:
             "entries_by_rank": trainer.state.layout.lengths,
             "changes": trainer.schedule.changes,
         },
-        "head": sum(rows * columns for rows, columns in trainer.state.heads.values()),
+        "method": recipe.method.name,
+        "whole": sum(
+            rows * columns for rows, columns in (trainer.state.whole | trainer.state.closed).values()
+        ),
         "sparse_backends": sorted(set(trainer.gradient.backends.values())),
         "kernels_chosen": _how_chosen(trainer),
         "resources": trainer.resources,

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from speft_ds.comm import collectives
-from speft_ds.config.mask_config import MaskConfig
 from speft_ds.data.sampler import permutation
 from speft_ds.env import log_rank0
+from speft_ds.model.kinds.target import Target
 from speft_ds.model.targets import layer_number, target_shapes
 from speft_ds.model.weight_grad_hooks import WeightGradHook, chain_hooks
 from speft_ds.selection.topk import is_top
 from speft_ds.sparse.gradient import GradientOptions, SparseGradient
-from speft_ds.sparse.layout import EntryTable, RankShards, locate
+from speft_ds.sparse.layout import EntryTable, RankShards
 from speft_ds.sparse.mask import Mask, jaccard, overlap
 from speft_ds.sparse.optim.clipping import Clip
 from speft_ds.sparse.optim.lr_schedule import make_lr_schedule
 from speft_ds.sparse.optim.optimizers import OptimizerState, make_optimizer
-from speft_ds.sparse.state import SparseState
+from speft_ds.sparse.state import SparseState, spans_of
 from speft_ds.sparse.storage import storage_of
 from speft_ds.training.checkpoint.parts import Parts, Snapshot
 from speft_ds.training.setup import TrainContext
@@ -37,31 +37,34 @@ OWN = "optimizer."  # of the optimizer, among a rank's own tensors in a checkpoi
 
 
 class LayerSampler:
-    """Samples anew every `gate_every` steps, from the seed and the number of the period alone.
-
-    `sampled`: `gate_layers` random decoder layers are active, and always what is in no layer (LISA, Pan et
-    al., 2024).
-    `half`: a random half of the weights is active (HFT, Hui et al., 2024).
+    """Samples some of the weights anew every few steps, from the seed and the number of the period alone.
 
     Attributes:
         active: names of the active weights; None where nothing is sampled.
+
+    Args:
+        kind: `sampled`: random decoder layers are active, and always what is in no layer (LISA, Pan et al.,
+            2024). `half`: a random half of the weights is (HFT, Hui et al., 2024). `none`: all are.
+        every: steps of a period.
+        num_layers: that are `sampled`.
+        names: of the weights.
     """
 
-    def __init__(self, mask: MaskConfig, seed: int, names: list[str]):
-        self.mask, self.seed, self.names = mask, seed, names
+    def __init__(self, kind: str, every: int, num_layers: int, seed: int, names: list[str]):
+        self.kind, self.every, self.num_layers, self.seed, self.names = kind, every, num_layers, seed, names
         self.active: frozenset[str] | None = None
         self.resample(0)
 
     def resample(self, step: int) -> None:
         """Choose what is active at step `step` (from 0)."""
-        period = step // self.mask.gate_every
-        if self.mask.layer_gate == "half":
+        period = step // self.every
+        if self.kind == "half":
             order = permutation(len(self.names), self.seed, "layer_gate", period)
             self.active = frozenset(self.names[number] for number in order[: -(-len(order) // 2)])
-        elif self.mask.layer_gate == "sampled":
+        elif self.kind == "sampled":
             layers = sorted({layer_number(name) for name in self.names} - {None})
             order = permutation(len(layers), self.seed, "layer_gate", period)
-            chosen = {layers[number] for number in order[: self.mask.gate_layers]} | {None}
+            chosen = {layers[number] for number in order[: self.num_layers]} | {None}
             self.active = frozenset(name for name in self.names if layer_number(name) in chosen)
 
     def is_active(self, name: str) -> bool:
@@ -91,14 +94,15 @@ class Schedule:
         self.mask = mask
         self.first_mask = _on_cpu(mask)
         self.changes: list[dict] = []
-        self.layers = LayerSampler(self.recipe, recipe.seed, list(mask.shape))
+        gate = (self.recipe.layer_gate, self.recipe.gate_every, self.recipe.gate_layers)
+        self.layers = LayerSampler(*gate, recipe.seed, list(mask.shape))
         self.storages = {name: storage_of(target) for name, target in context.trained.items()}
         with self._changing_shards():
             self.state = self._make_state(mask)
         if self.recipe.schedule != "periodic":  # which scores what was lost again
             for storage in self.storages.values():
                 storage.forget_original()
-        self.optimizer = make_optimizer(self.state.delta, recipe.optimizer, self.recipe.has_entry_steps)
+        self.optimizer = make_optimizer(self.state.delta, recipe.optimizer, recipe.has_entry_steps)
         self.lr_schedule = make_lr_schedule(self.optimizer, recipe.optimizer, num_steps)
         self._attach()
 
@@ -106,7 +110,12 @@ class Schedule:
         self, mask: Mask, previous: SparseState | None = None, revert: bool = False
     ) -> SparseState:
         exact = previous is None and self.recipe.start == "exact"
-        return SparseState(mask, self.storages, previous, revert, target_shapes(self.context.heads), exact)
+        return SparseState(mask, self.storages, previous, revert, target_shapes(self.whole), exact)
+
+    @property
+    def whole(self) -> dict[str, Target]:
+        """The weights that are trained whole at the moment."""
+        return self.context.whole
 
     def _changing_shards(self) -> AbstractContextManager[None]:
         return changing_shards([p for target in self.context.trained.values() for p in target.written])
@@ -115,7 +124,8 @@ class Schedule:
         recipe = self.context.recipe
         options = GradientOptions.of(recipe, self.context.costs)
         stacks = self.context.num_stacked
-        self.gradient = SparseGradient(self.state.trained, self.state.device, options, stacks)
+        order = [name for name in self.context.order if name in self.state.slices]
+        self.gradient = SparseGradient(self.mask, self.state.device, options, stacks, self.state.whole, order)
         clip = Clip(recipe.optimizer.clip, recipe.optimizer.clip_norm)
         self.context.engine.attach(
             Trainable(self.state, self.gradient, self.optimizer, self.lr_schedule, clip, self.on_gradient)
@@ -125,7 +135,7 @@ class Schedule:
         """Called before step `step` (from 0) computes its gradients: connect what they are collected by."""
         self.layers.resample(step)
         for name, target in self.context.trained.items():
-            own = self.gradient.hooks[name] if self.layers.is_active(name) else None
+            own = self.gradient.hooks.get(name) if self.layers.is_active(name) else None
             is_target = name in self.context.targets
             target.weight_grad_hook = chain_hooks(own, self.extra_hook(name, step) if is_target else None)
 
@@ -152,33 +162,34 @@ class Schedule:
 
     def change_mask(self, mask: Mask, step: int, revert: bool) -> None:
         """Train another mask from here on; `revert` as for SparseState. Kept entries keep their moments."""
-        kept = overlap(self.mask, mask)
-        old_key = self.state.keys()
-        with self._changing_shards():
-            self.state = self._make_state(mask, self.state, revert)
-        self.optimizer.remap_state(self.state.delta, *locate(old_key, self.state.keys()))
-        self._attach()
+        kept, num_before = overlap(self.mask, mask), self.mask.num_trainable
+        self._change(mask, revert)
         change = {
             "step": step + 1,
-            "dropped": self.mask.num_trainable - kept,
+            "dropped": num_before - kept,
             "grown": mask.num_trainable - kept,
             "overlap_with_first": jaccard(self.first_mask, mask),
             "sha256": mask.sha256,
         }
         self.changes.append(change)
-        self.mask = mask
         log_rank0(
             f"mask changed after step {step + 1}: {change['dropped']:,} dropped, {change['grown']:,} grown, "
             f"overlap with the first {change['overlap_with_first']:.3f}, sha256 {mask.sha256[:12]}"
         )
 
+    def _change(self, mask: Mask, revert: bool) -> None:
+        """Train this mask and the whole weights of the moment from here on."""
+        before, self.mask = self.state, mask
+        with self._changing_shards():
+            self.state = self._make_state(mask, before, revert)
+        self.optimizer.remap_state(self.state.delta, *self.state.places_in(before))
+        self._attach()
+
     def snapshot(self) -> Snapshot:
         """All that the next step depends on, of this rank, between two steps. Nothing is copied."""
         saved = self.optimizer.snapshot()
-        tables = {
-            "trained": self.state.own_table(delta=self.state.delta.detach(), **saved.columns),
-            "dropped": self.state.dropped_table(),
-        }
+        columns = {"delta": self.state.delta.detach(), **saved.columns}
+        tables = {"trained": self.state.own_table(**columns), "dropped": self.state.dropped_table()}
         if self.changes:
             tables["first"] = EntryTable(shards_of(self.mask).select(self.first_mask.index))
         lr_schedule = {n: v for n, v in self.lr_schedule.state_dict().items() if n != "lr_lambdas"}
@@ -191,7 +202,7 @@ class Schedule:
             "first_sha256": self.first_mask.sha256,
         }
         own = {OWN + name: value for name, value in saved.own.items()}
-        return Snapshot(tables, {}, own, facts)
+        return Snapshot(tables, {}, own, facts, self.state.whole_tables(**columns))
 
     def restore(self, parts: Parts) -> None:
         """Go on where `snapshot` was taken: same recipe, any world size, over the pretrained weights.
@@ -203,6 +214,9 @@ class Schedule:
             self.first_mask = _on_cpu(parts.mask("first", self.mask.shape))
         spans = self.state.rank_shards.spans
         columns = parts.table("trained", spans).columns
+        whole = parts.shards("whole", spans_of(self.state.whole))
+        for name, values in whole.items():  # where there is no mask, there are no other columns
+            columns[name] = torch.cat([columns[name], values]) if name in columns else values
         with self._changing_shards():
             dropped = parts.table("dropped", spans)
             self.state.restore(columns.pop("delta"), dropped, parts.index("dropped"))
@@ -226,6 +240,42 @@ def shards_of(mask: Mask) -> RankShards:
 
 def _on_cpu(mask: Mask) -> Mask:
     return Mask({name: index.cpu() for name, index in mask.index.items()}, mask.shape)
+
+
+class SampledWeights(Schedule):
+    """Whole weights, some at a time: layers (`lisa`) or a half of all (`half`), others in every period.
+
+    One that closes keeps what it learnt, in the dtype of the model, and gives up its fp32 values and its
+    moments.
+    """
+
+    def __init__(self, context: TrainContext, mask: Mask, num_steps: int, choose: Callable[[int], Mask]):
+        method = context.recipe.method
+        kind = {"lisa": "sampled", "half": "half"}[method.name]
+        names = list(context.whole)
+        self.sampler = LayerSampler(kind, method.every, method.layers, context.recipe.seed, names)
+        super().__init__(context, mask, num_steps, choose)
+
+    @property
+    def whole(self) -> dict[str, Target]:
+        return {n: target for n, target in self.context.whole.items() if self.sampler.is_active(n)}
+
+    def before_step(self, step: int) -> None:
+        self.sampler.resample(step)
+        if self.whole.keys() != self.state.whole.keys():
+            self._change(self.mask, revert=False)
+        super().before_step(step)
+
+    def restore(self, parts: Parts) -> None:
+        self.sampler.active = frozenset(parts.weights("whole"))
+        closed = {name: self.context.whole[name] for name in parts.weights("closed")}
+        self.state = self._make_state(self.mask)
+        self.state.closed = target_shapes(closed)
+        self.state.storages |= {name: self.storages[name] for name in closed}
+        self._attach()
+        with self._changing_shards():
+            self.state.restore_closed(parts.shards("closed", spans_of(self.state.closed))["value"])
+        super().restore(parts)
 
 
 class Periodic(Schedule):
@@ -258,8 +308,7 @@ class GradTopk(Schedule):
             self.mask.index[name].numel() for name in self.mask.shape if self.layers.is_active(name)
         )
         count = max(1, round(self.recipe.topk_fraction * num_active)) if num_active else 0
-        lengths = [self.state.index[name].numel() for name in self.mask.shape]
-        num_of_mask = sum(lengths)
-        active = torch.ones_like(gradient, dtype=torch.bool)  # heads, which lie behind the mask, always step
-        active[:num_of_mask] = is_top(size[:num_of_mask], lengths, count)
+        lengths = [index.numel() for index in self.state.index.values()]
+        active = torch.ones_like(gradient, dtype=torch.bool)  # whole weights always step
+        active[: self.state.num_entries] = is_top(size[: self.state.num_entries], lengths, count)
         return active

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from speft_ds.errors import UserError
 from speft_ds.model.attention import FlashInputs, check_device
 from speft_ds.model.fingerprint import fingerprint
 from speft_ds.model.kinds import find_weights
+from speft_ds.model.kinds.parameter import ParameterTarget
 from speft_ds.model.kinds.target import Target
 from speft_ds.model.linear_cross_entropy import find_head_loss
 from speft_ds.model.load_model import fill_head, load_base
@@ -26,7 +28,14 @@ from speft_ds.model.longrope import rotate_by_row
 from speft_ds.model.loss import NextToken, RowClass
 from speft_ds.model.quantise import load_config, quantise
 from speft_ds.model.reach import Reach, find_reach
-from speft_ds.model.targets import all_weights, find_targets, target_shapes, tied_targets
+from speft_ds.model.targets import (
+    all_weights,
+    find_targets,
+    find_whole,
+    target_shapes,
+    tied_targets,
+    weight_elements,
+)
 from speft_ds.model.weight_grad_hooks import weight_grad_hooks
 from speft_ds.selection.calibration import CalibrationSet, Scorer
 from speft_ds.selection.columns import confine
@@ -45,8 +54,8 @@ class TrainContext:
     """A recipe's model, sharded by ZeRO-3 and frozen, on its engine; nothing trains yet.
 
     Attributes:
-        targets: weight name -> weight that may be trained; `shapes`: weight name -> (rows, columns).
-        heads: weight name -> weight that is trained in full: of a classifier's head.
+        targets: weight name -> weight that may have entries; `shapes`: weight name -> (rows, columns).
+        whole: weight name -> weight that is trained whole: by the method, `mask.dense`, a classifier's head.
         mixes_rows: whether the gradient of a target cannot be told apart by rows, as that of experts.
         num_trainable: entries that are asked for, over all ranks; what a selection comes to may differ by
             the rounding of tiles and row quotas.
@@ -62,7 +71,7 @@ class TrainContext:
     data: RunData
     engine: SparseEngine
     targets: dict[str, Target]
-    heads: dict[str, Target]
+    whole: dict[str, Target]
     shapes: dict[str, tuple[int, int]]
     mixes_rows: bool
     num_trainable: int
@@ -74,7 +83,12 @@ class TrainContext:
 
     @property
     def trained(self) -> dict[str, Target]:
-        return self.targets | self.heads
+        return self.targets | self.whole
+
+    @cached_property
+    def order(self) -> list[str]:
+        """The names of what is trained in the order of the model."""
+        return [name for name in weight_elements(self.engine.module) if name in self.trained]
 
     @property
     def num_stacked(self) -> dict[str, int]:
@@ -105,39 +119,48 @@ def load_context(
     """
     train, ds_config = recipe.train, load_ds_config(recipe, collectives.world_size(), trains)
     base_format = recipe.model.base_format
-    model, heads = _load_model(recipe, data, load_config(ds_config) if base_format else ds_config)
+    model, head = _load_model(recipe, data, load_config(ds_config) if base_format else ds_config)
     own = fingerprint(model)
     rounded = own if recipe.model.dtype == "bfloat16" else fingerprint(model, torch.bfloat16)
     quantised = []
     if base_format is not None:
         quantised = quantise(model, base_format, ds_config, recipe.mask.needs_original)
-    targets = _find_targets(model, loaded, recipe)
+    targets = _find_targets(model, loaded, recipe) if recipe.method.has_mask else {}
+    whole = _find_whole(model, targets, recipe) | head
     _note_noise(model)
     if train.activation_checkpointing != "none":
         model.gradient_checkpointing_enable({"use_reentrant": train.activation_checkpointing == "reentrant"})
-    written = [weight for target in (targets | heads).values() for weight in target.written]
+    written = [weight for target in (targets | whole).values() for weight in target.written]
     keep = recipe.deepspeed.keep_unpartitioned
     engine = build_engine(model, ds_config, written, recipe.walks_all_layers, keep)
     # All, not the targets alone: torch's own linear would keep the gathered weight alive until its backward.
-    for target in (all_weights(model) | heads).values():
-        target.adapt(recomputes_input=train.activation_checkpointing == "none")
-    targets, reach = keep_reached(engine, targets, loaded, recipe)
+    by_autograd = {id(target.weight) for target in whole.values() if isinstance(target, ParameterTarget)}
+    for target in (all_weights(model) | head).values():
+        if id(target.weight) not in by_autograd:
+            target.adapt(recomputes_input=train.activation_checkpointing == "none")
+    targets, whole, reach = keep_reached(engine, targets, whole, loaded, recipe)
     shapes = target_shapes(targets)
     return TrainContext(
         recipe=recipe,
         data=data,
         engine=engine,
         targets=targets,
-        heads=heads,
+        whole=whole,
         shapes=shapes,
         mixes_rows=not reach.mixed.isdisjoint(targets),
-        num_trainable=loaded.num_trainable if loaded else num_trainable(recipe.mask, shapes),
+        num_trainable=_num_entries(recipe, loaded, shapes),
         fingerprint=own,
         fingerprint_bfloat16=rounded,
         quantised=quantised,
         objective=_make_objective(engine, recipe),
         costs=costs,
     )
+
+
+def _num_entries(recipe: Recipe, loaded: Mask | None, shapes: dict[str, tuple[int, int]]) -> int:
+    if not recipe.method.has_mask:
+        return 0
+    return loaded.num_trainable if loaded else num_trainable(recipe.mask, shapes)
 
 
 def _make_objective(engine: SparseEngine, recipe: Recipe) -> NextToken | RowClass:
@@ -155,16 +178,20 @@ def _make_objective(engine: SparseEngine, recipe: Recipe) -> NextToken | RowClas
 
 
 def keep_reached(
-    engine: SparseEngine, targets: dict[str, Target], loaded: Mask | None, recipe: Recipe
-) -> tuple[dict[str, Target], Reach]:
-    """The targets that a backward feeds, and the reach; rank 0 says how far they reach.
+    engine: SparseEngine,
+    targets: dict[str, Target],
+    whole: dict[str, Target],
+    loaded: Mask | None,
+    recipe: Recipe,
+) -> tuple[dict[str, Target], dict[str, Target], Reach]:
+    """The targets and whole weights that a backward feeds, and the reach; rank 0 says how far they reach.
 
     Raises:
         UserError: none is, or a loaded mask has entries in one that is not; or the model is not causal, or
             does not run.
     """
     try:
-        reach = find_reach(engine.module, targets, engine.after_plain_backward)
+        reach = find_reach(engine.module, targets | whole, engine.after_plain_backward)
     except Exception as error:  # any type: the code of hundreds of families runs
         what = f"{type(engine.module).__name__} fails on a row of text: {type(error).__name__}: {error}"
         fix = "a family that docs/models.md lists as trained"
@@ -177,19 +204,23 @@ def keep_reached(
             "a decoder model; or is_decoder: true in its config.json, where it can be one",
         )
     kept = {name: target for name, target in targets.items() if name in reach.fed}
-    starved = [name for name in targets if name not in kept]
-    if loaded is not None and (masked := [name for name in starved if loaded.index[name].numel()]):
+    fed = {name: target for name, target in whole.items() if name in reach.fed}
+    starved = [name for name in targets | whole if name not in kept | fed]
+    masked = [
+        name for name in starved if loaded is not None and name in targets and loaded.index[name].numel()
+    ]
+    if masked:
         what = (
             f"the mask has entries in {masked[0]}, which this model's forward does not use as a linear layer"
         )
         raise UserError(what, f"mask.load: {recipe.mask.load}", "choose another mask: speft score RECIPE")
-    if not kept:
+    if not kept | fed:
         what = f"none of the targets takes part in a text forward: {starved[0]} and so on"
         raise UserError(what, recipe.where("mask.targets"), "mask.targets=null")
     are_chosen = bool(loaded or recipe.mask.targets or recipe.mask.layers)
-    for line in reach.lines(kept, starved if loaded is None else [], are_chosen):
+    for line in reach.lines(kept | fed, starved if loaded is None else [], are_chosen):
         log_rank0(line)
-    return targets if loaded is not None else kept, reach
+    return targets if loaded is not None else kept, fed, reach
 
 
 def _load_model(recipe: Recipe, data: RunData, ds_config: dict) -> tuple[nn.Module, dict[str, Target]]:
@@ -230,8 +261,29 @@ def _find_targets(model: nn.Module, loaded: Mask | None, recipe: Recipe) -> dict
             )
     if tied := tied_targets(model, targets):
         what = f"{', '.join(tied)} shares its weight with another module (tied embeddings)"
-        raise UserError(what, "mask.targets", "target layers of the decoder only")
+        raise UserError(what, "mask.targets", "target layers of the decoder only, or name it in mask.dense")
     return targets
+
+
+def _find_whole(model: nn.Module, targets: dict[str, Target], recipe: Recipe) -> dict[str, Target]:
+    """The weights that the method or `mask.dense` trains whole, in model order.
+
+    Raises:
+        UserError: see `find_whole`; one of them is a target, too, that the recipe names.
+    """
+    if recipe.method.trains_all:
+        return find_whole(model, None)
+    if recipe.mask.dense is None:
+        return {}
+    whole = find_whole(model, recipe.mask.dense)
+    both = [name for name in whole if name in targets]
+    if both and recipe.mask.targets is None and recipe.mask.load is None:
+        for name in both:  # the default is what is left
+            del targets[name]
+    elif both:
+        what = f"{both[0]} is trained whole, and it is a target of the mask"
+        raise UserError(what, recipe.where("mask.dense"), "name it in mask.dense or in mask.targets alone")
+    return whole
 
 
 def _note_noise(model: nn.Module) -> None:
@@ -308,12 +360,14 @@ def choose_mask(context: TrainContext, timings: Timings, number: int = 0) -> Mas
         number: of the selection in this run, from 0.
     """
     mask, module = context.recipe.mask, context.engine.module
+    if not context.targets:
+        return Mask({}, {})
     # Without dropout, unless checkpointing (which transformers does in training mode only) is asked for.
     was_training = module.training
     module.train(context.recipe.train.activation_checkpointing != "none")
     try:
-        # A head learns nothing from what only scores.
-        no_hooks = weight_grad_hooks(context.heads, dict.fromkeys(context.heads))
+        # Whole weights learn nothing from what only scores.
+        no_hooks = weight_grad_hooks(context.whole, dict.fromkeys(context.whole))
         with timings.stage("salience"), no_hooks:
             scores = score(make_scorer(context, number))
     finally:

@@ -16,6 +16,7 @@ from speft_ds.adapter.save import save_adapter
 from speft_ds.comm import collectives, signals, watchdog
 from speft_ds.comm.signals import StepFlags
 from speft_ds.config.mask_config import mask_file
+from speft_ds.config.method_config import SAMPLED
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate, split_global_batch
 from speft_ds.data.dataset import Row
@@ -25,6 +26,7 @@ from speft_ds.errors import UserError
 from speft_ds.evaluation.eval_jobs import EvalJob, Phase, jobs_of, slice_jobs
 from speft_ds.evaluation.results import keep_scores, still_to_score
 from speft_ds.evaluation.validation_loss import ValidationLoss
+from speft_ds.model.targets import shorten
 from speft_ds.sparse.gradient import SparseGradient
 from speft_ds.sparse.kernels.measure import agree_on_costs
 from speft_ds.sparse.mask import Mask, read_mask
@@ -38,7 +40,7 @@ from speft_ds.training.growth import AccumulatedGradient, RowColumnMomentum
 from speft_ds.training.metrics import MetricsLog, Monitor, Timings
 from speft_ds.training.profile import StepProfiler
 from speft_ds.training.run_data import load_data, read_file
-from speft_ds.training.schedule import GradTopk, Periodic, Schedule
+from speft_ds.training.schedule import GradTopk, Periodic, SampledWeights, Schedule
 from speft_ds.training.setup import TrainContext, base_facts, choose_mask, load_context, scored_model_facts
 from speft_ds.training.stash_format import TrainingStash
 
@@ -56,7 +58,9 @@ def make_schedule(
     context: TrainContext, mask: Mask, num_steps: int, choose: Callable[[int], Mask]
 ) -> Schedule:
     """The schedule that the recipe asks for; arguments as for `Schedule`."""
-    section = context.recipe.mask
+    section, method = context.recipe.mask, context.recipe.method
+    if method.name in SAMPLED:
+        return SampledWeights(context, mask, num_steps, choose)
     kind = section.growth if section.schedule == "drop_grow" else section.schedule
     return SCHEDULES[kind](context, mask, num_steps, choose)
 
@@ -168,6 +172,18 @@ class Trainer:
         if self.checkpoint is not None:
             return self._take_up()
         mask = self.loaded or choose_mask(self.context, self.timings)
+        self._note_trained(mask)
+        with self.timings.stage("state"):
+            self.schedule = self._make_schedule(mask)
+        log_rank0(self.gradient.in_words())
+
+    def _note_trained(self, mask: Mask) -> None:
+        """Say what is trained."""
+        if whole := self.context.whole:
+            elements = sum(target.numel for target in whole.values())
+            log_rank0(f"trained whole: {elements:,} elements of {len(whole)} weights: {shorten(list(whole))}")
+        if not self.recipe.method.has_mask:
+            return
         recipe = self.recipe.mask
         by_scores = f"by {recipe.salience}, {recipe.budget} budget"
         source = f"loaded from {recipe.load}" if self.loaded else by_scores
@@ -176,9 +192,6 @@ class Trainer:
             f"(density {mask.density:.4%}) {source}, sha256 {mask.sha256[:12]}"
         )
         log_rank0(mask.cost_in_words())
-        with self.timings.stage("state"):
-            self.schedule = self._make_schedule(mask)
-        log_rank0(self.gradient.in_words())
 
     def _make_schedule(self, mask: Mask) -> Schedule:
         return make_schedule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -100,6 +101,11 @@ def contents(checkpoint: Path) -> dict:
         index = parts.index(table)
         everything = {name: (0, 2**40) for name in index}
         found[table] = {"index": index, **parts.table(table, everything).columns}
+    for table in ("whole", "closed"):
+        sizes = Counter()
+        for _, counts in parts._files(table):
+            sizes.update(counts)
+        found[table] = {"sizes": sizes, **parts.shards(table, {n: (0, size) for n, size in sizes.items()})}
     if "shared.statistics" in names(parts.paths[0]):
         found["statistics"] = parts.shared("statistics")
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -126,6 +126,7 @@ class DenseRun:
     Args:
         loss_of: the loss of step 0, 1, ... of the whole model; the default is the mean token loss.
         picked: weight -> flat indices of what is trained; the default is the mask.
+        whole: names of weights whose values are trained, not their differences.
     Attributes:
         losses, norms: by step. clipped, kept: how many groups were clipped, and were not, in all steps.
         weights: after the last step.
@@ -137,6 +138,7 @@ class DenseRun:
         model=None,
         loss_of: Callable[[int], Tensor] | None = None,
         picked: dict[str, Tensor] | None = None,
+        whole: Collection[str] = (),
     ):
         self.settings, self.steps = trainer.recipe.optimizer, trainer.recipe.train.steps
         self.model = model or plain_model(trainer.recipe)
@@ -145,6 +147,9 @@ class DenseRun:
         self.picked = {n: i.to("cpu", torch.int64) for n, i in (picked or trainer.mask.index).items()}
         self.pretrained = {name: self.weights[name].detach().clone() for name in self.picked}
         self.delta = {n: torch.zeros(i.numel(), requires_grad=True) for n, i in self.picked.items()}
+        for name in whole:  # whose values are trained themselves, from 0 on
+            self.delta[name] = self.pretrained[name].flatten().requires_grad_()
+            self.pretrained[name] = torch.zeros_like(self.pretrained[name])
         self.average = {name: torch.zeros(index.numel()) for name, index in self.picked.items()}  # Lion's
         self.optimizer = self._torchs()
         self.losses, self.norms, self.clipped, self.kept = [], [], 0, 0

@@ -56,7 +56,7 @@ def check_dense_reference(recipe):
         return torch.nn.functional.cross_entropy(logits, labels)
 
     picked = {**trainer.mask.index, HEAD: torch.arange(before[HEAD].numel())}
-    if assert_as_dense(trainer, lines, lambda trainer: DenseRun(trainer, model, loss_of, picked)):
+    if assert_as_dense(trainer, lines, lambda trainer: DenseRun(trainer, model, loss_of, picked, [HEAD])):
         assert [line["accuracy"] for line in lines] == accuracies, accuracies
     assert not torch.equal(trained[HEAD], before[HEAD]), "the head stayed"
     others = [name for name in before if name not in picked]

@@ -58,7 +58,7 @@ def test_a_classifier_is_scored_and_trained_with_that_mask(values, start, tmp_pa
     values["data"] |= {"path": path, "format": "classification", "columns": {"text": "sentence"}}
     finishes(start(f"output_dir={tmp_path / 'mask'}", job="score"))
     printed = finishes(start(f"mask.load={tmp_path / 'mask'}"))
-    assert re.search(r"fully trained head\W+70\W+weights", printed)
+    assert re.search(r"trained whole\W+70\W+weights", printed)
     facts = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
     assert (facts["task"], facts["classes"]) == ("sequence_classification", ["0", "1"])
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

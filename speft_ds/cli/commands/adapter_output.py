@@ -17,7 +17,7 @@ from speft_ds.adapter.inspect import (
     AdapterDifference,
     Inspection,
     diff,
-    diff_heads,
+    diff_whole,
     inspect,
     mask_counts,
     total,
@@ -59,8 +59,8 @@ def print_inspection(source: Path, against: Path | None, output: Path | None) ->
     stored = base_in_words(facts["dtype"], facts.get("base_format"), len(facts.get("quantised") or []))
     log_rank0(f"base {facts['base']} in {stored}, fingerprint {facts['fingerprint'][:12]}")
     print(f"size {_size_text(adapter)}")
-    if adapter.heads:
-        print("heads:", ", ".join(f"{name} {adapter.head_shape(name)}" for name in adapter.heads))
+    if adapter.whole:
+        print("trained whole:", ", ".join(f"{name} {adapter.value_shape(name)}" for name in adapter.whole))
     largest = abs(found.largest[0].delta) if found.largest else 0.0
     print(f"norm of all deltas {found.norm:.4g}, largest {largest:.4g}")
     if against is not None:
@@ -94,7 +94,7 @@ def print_diff(a: Path, b: Path | None) -> None:
     if len(by_weight) > NUM_WEIGHTS:
         table.caption = f"the {NUM_WEIGHTS} weights that differ most, of {len(by_weight)}"
     print_table(table)
-    for name, difference in diff_heads(one, other).items():
+    for name, difference in diff_whole(one, other).items():
         print(f"{name}: {difference}")
     if other is not None:
         is_same = not (together.only_a or together.only_b or together.differing)

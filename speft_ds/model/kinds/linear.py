@@ -34,7 +34,8 @@ class _LinearWithHook(torch.autograd.Function):
         if ctx.layer_input is not None:
             ctx.hook(ctx.layer_input.value(saved), grad_y)
         grad_x = grad_y.matmul(weight) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, None, None, None
+        grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+        return grad_x, None, None, grad_bias, None, None
 
 
 class AdaptedLinear(nn.Linear):

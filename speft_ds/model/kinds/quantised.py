@@ -41,7 +41,8 @@ class _QuantisedProduct(torch.autograd.Function):
         if ctx.layer_input is not None:
             ctx.hook(ctx.layer_input.value(saved), grad_y)
         grad_x = grad_y.matmul(ctx.module.make_weight(*stored)) if ctx.needs_input_grad[0] else None
-        return (grad_x, *[None] * (5 + ctx.num_stored))
+        grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.needs_input_grad[5] else None
+        return (grad_x, *[None] * 4, grad_bias, *[None] * ctx.num_stored)
 
 
 class QuantisedLinear(nn.Module):

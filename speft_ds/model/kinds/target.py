@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,10 @@ class Target:
         attribute: name of the parameter in the module.
         weight_grad_hook: what the module's backward calls with the factors of the weight's gradient, once a
             forward; None: nothing.
+        SEES_ALL_USES: whether the hook does, not that in a product alone.
     """
+
+    SEES_ALL_USES: ClassVar[bool] = False
 
     module: nn.Module
     attribute: str

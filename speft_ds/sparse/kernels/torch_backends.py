@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,6 +25,22 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def whole_gradient(*factors: Tensor) -> Tensor:
+    """[numel] fp32 the complete gradient of a weight.
+
+    Args:
+        factors: as a `WeightGradHook` is called: with the gradient itself, or with its factors.
+    """
+    if len(factors) == 1:
+        return factors[0].to(torch.float32).flatten()
+    columns, rows, *ends = factors
+    if not ends:
+        return matmul_fp32(rows.flatten(0, -2).t(), columns.flatten(0, -2)).flatten()
+    bounds = [0, *ends[0].tolist()]
+    parts = [matmul_fp32(rows[a:b].t(), columns[a:b]) for a, b in pairwise(bounds)]
+    return torch.stack(parts).flatten()
 
 
 class DenseGradient:

@@ -27,7 +27,7 @@ from speft_ds.errors import UserError, shell
 from speft_ds.io import flush_to_disk, parse_json, read_bytes, sha256_of, write_json, write_text
 from speft_ds.untrusted import path_within
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CHECKPOINTS, MANIFEST, COMPLETE = "checkpoints", "manifest.json", "COMPLETE"
 UNFINISHED = "its save did not come to its end"
 _NAME = re.compile(r"step_(\d{6,})$")

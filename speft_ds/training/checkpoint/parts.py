@@ -3,7 +3,8 @@
 Everything is in global coordinates: the name of a weight and flat indices into it. A rank that reads takes
 the entries of its own shards out of all the parts, whatever number of ranks wrote them.
 
-part_00000.safetensors    `<table>.index` and `<table>.<column>`, flat over the table's weights;
+part_00000.safetensors    `<table>.index` and `<table>.<column>`, flat over the table's weights; a table of
+                          complete shards has no index;
                           `shared.<name>`: this rank's share of a tensor that all ranks held;
                           `own.<name>`: of this rank alone
                           metadata: `tables` (JSON): table -> weight -> number of entries
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,10 +25,11 @@ from torch import Tensor
 from speft_ds.comm import collectives
 from speft_ds.errors import UserError, shell
 from speft_ds.io import parse_json, sha256_of, write_safetensors
-from speft_ds.sparse.layout import EntryTable, index_dtype
+from speft_ds.sparse.layout import EntryTable, ShardTable, index_dtype
 from speft_ds.sparse.mask import INDEX_DTYPES, Mask
 from speft_ds.training.checkpoint.folder import Checkpoint, part_name
 
+SHARD_TABLES = ("whole", "closed")
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # by safetensors' names
 
 
@@ -40,12 +42,14 @@ class Snapshot:
         shared: flat tensors that every rank holds alike; each writes its share.
         own: tensors of this rank, of use to the same rank of as many ranks.
         facts: small, the same on every rank, as JSON holds it.
+        whole: by name, of `SHARD_TABLES`; each rank has its own shards.
     """
 
     tables: dict[str, EntryTable]
     shared: dict[str, Tensor]
     own: dict[str, Tensor]
     facts: dict
+    whole: dict[str, ShardTable] = field(default_factory=dict)
 
     def tensors(self, rank: int, world_size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Copies on the CPU of what this rank writes, and the metadata of the file."""
@@ -58,6 +62,9 @@ class Snapshot:
             found[f"{name}.index"] = torch.cat(index) if index else torch.empty(0, dtype=torch.int32)
             found |= {f"{name}.{key}": values for key, values in table.columns.items()}
             counts[name] = {weight: index.numel() for weight, index in table.index.items()}
+        for name, table in self.whole.items():
+            found |= {f"{name}.{key}": values for key, values in table.columns.items()}
+            counts[name] = table.counts
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
         return copies, {"tables": json.dumps(counts)}
 
@@ -85,7 +92,7 @@ def header_problem(path: Path) -> str | None:
             for table, counts in tables.items():
                 if not all(type(count) is int and count >= 0 for count in counts.values()):
                     raise ValueError(f"{table!r} has no counts of entries")
-                if header[f"{table}.index"].get_dtype() not in INDEX_DTYPES:
+                if table not in SHARD_TABLES and header[f"{table}.index"].get_dtype() not in INDEX_DTYPES:
                     raise ValueError(f"the indices of {table!r} are none")
                 length = [sum(counts.values())]
                 if odd := [key for key in shapes if key.startswith(f"{table}.") and shapes[key] != length]:
@@ -142,6 +149,33 @@ class Parts:
             name: self._checked(name, torch.cat(found), spans[name]) for name, found in index.items() if found
         }
         return EntryTable(index, columns)
+
+    def shards(self, table: str, spans: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+        """Column -> what is within this rank's spans, weight -> [start, stop), laid end to end."""
+        pieces: dict[str, dict[str, list[Tensor]]] = {}  # column -> weight -> of each part
+        seen = dict.fromkeys(spans, 0)  # elements of a weight in the parts before
+        for file, counts in self._files(table):
+            if counts.keys() != spans.keys():
+                raise self._damaged(f"{table} is of other weights than this run's")
+            first = 0
+            for name, count in counts.items():
+                start, stop = (min(max(edge - seen[name], 0), count) for edge in spans[name])
+                for column in _names_below(file, table):
+                    view = file.get_slice(f"{table}.{column}")
+                    by_weight = pieces.setdefault(column, {weight: [] for weight in spans})
+                    by_weight[name].append(view[first + start : first + stop])
+                first += count
+                seen[name] += count
+        columns = {key: torch.cat([p for found in by.values() for p in found]) for key, by in pieces.items()}
+        length = sum(stop - start for start, stop in spans.values())
+        if odd := [key for key, column in columns.items() if column.numel() != length]:
+            raise self._damaged(f"{table}.{odd[0]} has {columns[odd[0]].numel()} elements, not {length}")
+        return columns
+
+    def weights(self, table: str) -> list[str]:
+        """The weights that a table is of."""
+        with safe_open(self.paths[0], framework="pt") as file:
+            return list(parse_json(file.metadata()["tables"])[table])
 
     def mask(self, table: str, shape: dict[str, tuple[int, int]]) -> Mask:
         """The mask whose entries a table has, weight -> (out, in). Raises UserError: it is another mask's."""

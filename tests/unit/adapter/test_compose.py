@@ -63,7 +63,7 @@ def test_a_head_is_kept(tmp_path):
     other = write(tmp_path / "head", matrices(1), {"score.weight": head}, **classifier)
     compose([plain, other], tmp_path / "sum", [1.0, 0.5])
     adapter = Adapter.open(tmp_path / "sum")
-    assert torch.equal(adapter.head("score.weight"), head)
+    assert torch.equal(adapter.value("score.weight"), head)
     assert all(adapter.facts[key] == value for key, value in classifier.items())
 
 
@@ -86,8 +86,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
     }
     for what, misfit in misfits.items():
         refuse([a, misfit], where=f"{a} and {misfit}", what=what)
-    heads = [write(tmp_path / f"h{n}", matrices(n), {"score.weight": torch.ones(2, 2)}) for n in range(2)]
-    refuse(heads, where=f"{heads[0]} and {heads[1]}")
+    whole = [write(tmp_path / f"h{n}", matrices(n), {"score.weight": torch.ones(2, 2)}) for n in range(2)]
+    refuse(whole, where=f"{whole[0]} and {whole[1]}")
 
 
 def test_only_a_new_or_empty_folder_is_written_to(tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def test_facts_and_heads_stay_and_the_history_grows(tmp_path):
     source = write(tmp_path / "run" / "adapter", matrices(0, 0.5), {"score.weight": head})
     compress(tmp_path / "run", tmp_path / "a", "topk", 0.5)
     adapter = compress(tmp_path / "a", tmp_path / "b", "dare", 0.5, seed=4)
-    assert torch.equal(adapter.head("score.weight"), head)
+    assert torch.equal(adapter.value("score.weight"), head)
     assert adapter.facts["recipe"] == Adapter.open(source).facts["recipe"]
     assert adapter.facts["mask"]["num_trainable"] == adapter.num_entries
     first, second = adapter.facts["history"]

@@ -26,7 +26,7 @@ def write_one(folder, index, delta):
 
 
 def decode(folder):
-    """Weight -> (indices, deltas), and heads: a reader written after docs/adapter_format.md alone."""
+    """Weight -> (indices, deltas), and whole: a reader written after docs/adapter_format.md alone."""
     facts = json.loads((folder / "adapter.json").read_bytes())
     assert facts["format_version"] == 2
     content = (folder / "adapter.safetensors").read_bytes()
@@ -42,7 +42,7 @@ def decode(folder):
             values = np.frombuffer(raw, {"F32": "<f4", "F16": "<f2", "U8": "u1"}[dtype])
         return values.reshape(header[key]["shape"])
 
-    entries, heads = {}, {key[:-6]: tensor(key) for key in header if key.endswith(".value")}
+    entries, whole = {}, {key[:-6]: tensor(key) for key in header if key.endswith(".value")}
     for key in header:
         if key.endswith(".gaps"):
             indices, index, gap, shift = [], -1, 0, 0
@@ -53,19 +53,19 @@ def decode(folder):
                     index, gap, shift = index + gap, 0, 0
                     indices.append(index)
             entries[key[:-5]] = indices, tensor(f"{key[:-5]}.delta")
-    return entries, heads
+    return entries, whole
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_reader_written_after_the_documentation_reads_it(tmp_path, dtype):
     dense, head = matrices(0, 0.02, SHAPES), torch.randn(3, 5).bfloat16()
-    found, heads = decode(write(tmp_path / "a", dense, {"score.weight": head}, dtype))
+    found, whole = decode(write(tmp_path / "a", dense, {"score.weight": head}, dtype))
     written = {name: values.view(-1) for name, values in dense.items() if values.any()}
     assert found.keys() == written.keys() and len(written) > 1
     for name, values in written.items():
         assert found[name][0] == values.nonzero()[:, 0].tolist()
         assert np.array_equal(found[name][1], values[values != 0].to(dtype).float().numpy())
-    assert np.array_equal(heads["score.weight"], head.float().numpy())
+    assert np.array_equal(whole["score.weight"], head.float().numpy())
 
 
 def test_the_bytes_of_the_documentation():
@@ -107,7 +107,7 @@ def test_what_is_written_is_read_a_weight_at_a_time(tmp_path):
     facts = {"num_entries": -5, "tensors_sha256": "old", "mask": {"density": 0.1}, "notes": "ä"}
     # In the order of the shapes, whatever the order of writing.
     adapter = Adapter.open(write(tmp_path / "a", dict(reversed(dense.items())), shapes=SHAPES, **facts))
-    assert adapter.names == [UP, Q] and adapter.heads == [] and adapter.shape[UP] == (4096, 1024)
+    assert adapter.names == [UP, Q] and adapter.whole == [] and adapter.shape[UP] == (4096, 1024)
     assert adapter.num_entries == sum(int(values.count_nonzero()) for values in dense.values())
     assert adapter.facts["notes"] == "ä" and adapter.facts["mask"] == {"density": 0.1}
     assert_same(read(tmp_path / "a"), dense)

@@ -44,7 +44,7 @@ def read(folder):
     adapter = Adapter.open(folder)
     check_weights(adapter, {A: (64, 32), B: (16, 16), HEAD: (2, 32)})
     entries = {name: [t.tolist() for t in adapter.entries(name)] for name in adapter.names}
-    return entries, {name: adapter.head(name).tolist() for name in adapter.heads}
+    return entries, {name: adapter.value(name).tolist() for name in adapter.whole}
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from speft_ds.adapter.format import Adapter
-from speft_ds.adapter.inspect import diff, diff_heads, inspect, mask_counts, total
+from speft_ds.adapter.inspect import diff, diff_whole, inspect, mask_counts, total
 from speft_ds.report.tables import density_table
 from unit.adapter.samples import SHAPES, UP, UP1, Q, flat, matrices, refused, write
 
@@ -103,11 +103,11 @@ def test_heads(adapter):
     b = adapter("b", matrices(0), {"score.weight": head + 1})
     wide = adapter("wide", matrices(0), {"score.weight": torch.ones(2, 4)})
     plain = adapter("plain", matrices(0))
-    assert diff_heads(a, a) == {"score.weight": "equal"}
-    assert f"{math.sqrt(6):.4g}" in diff_heads(a, b)["score.weight"]
-    assert "(2, 4)" in diff_heads(a, wide)["score.weight"]
-    assert str(a.folder) in diff_heads(plain, a)["score.weight"]
-    assert diff_heads(plain, a) == diff_heads(a, None) and diff_heads(plain, None) == {}
+    assert diff_whole(a, a) == {"score.weight": "equal"}
+    assert f"{math.sqrt(6):.4g}" in diff_whole(a, b)["score.weight"]
+    assert "(2, 4)" in diff_whole(a, wide)["score.weight"]
+    assert str(a.folder) in diff_whole(plain, a)["score.weight"]
+    assert diff_whole(plain, a) == diff_whole(a, None) and diff_whole(plain, None) == {}
 
 
 def test_adapters_of_two_bases_are_refused(adapter):

@@ -8,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from speft_ds.data.collate import IGNORED, collate
 from speft_ds.data.dataset import Row
 from speft_ds.model import linear_cross_entropy
+from speft_ds.model.kinds import parameter
+from speft_ds.model.kinds.parameter import ParameterTarget
 from speft_ds.model.linear_cross_entropy import LogitTransform, find_head_loss
 from speft_ds.model.loss import NextToken
 from unit.data.test_collate import CPU, ROWS
@@ -40,8 +42,8 @@ def make_model(family, **sizes):
     own = FAMILIES[family][0] | sizes
     config = getattr(transformers, f"{family}Config")(**SIZES | own, pad_token_id=0)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
     return model.requires_grad_(False).eval()
 
 
@@ -96,14 +98,22 @@ def test_a_model_that_changes_its_logits_otherwise_computes_them_all():
     assert find_head_loss(model) is None
 
 
-def test_a_head_that_is_trained_gets_its_gradient():
-    model = make_model("Llama")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_that_is_trained_gets_its_gradient(family, monkeypatch):
+    monkeypatch.setitem(linear_cross_entropy.CHUNK_BYTES, "cpu", 4 * 97 * 3)
+    model = make_model(family)
     objective = NextToken(model, packing=False, head_loss=find_head_loss(model))
-    model.lm_head.weight.requires_grad_(True)
-    batch = collate(ROWS, 0, CPU)
-    (gradient,) = torch.autograd.grad(objective(model, batch)[0], model.lm_head.weight)
-    loss = loss_of_logits(model, batch)
-    torch.testing.assert_close(gradient, torch.autograd.grad(loss, model.lm_head.weight)[0])
+    weight, batch = model.lm_head.weight.requires_grad_(True), collate(ROWS, 0, CPU)
+    expected = torch.autograd.grad(loss_of_logits(model, batch, 1.7), weight)[0]
+    (gradient,) = torch.autograd.grad(objective(model, batch, 1.7)[0], weight)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    # The same by the hook that a whole weight has; where it is tied, by two calls.
+    seen = []
+    target = ParameterTarget(model.lm_head, "weight", parameter)
+    target.weight_grad_hook = seen.append
+    objective(model, batch, 1.7)[0].backward()
+    torch.testing.assert_close(sum(seen), expected, rtol=1e-4, atol=1e-5)
+    assert len(seen) == (2 if model.config.tie_word_embeddings else 1) and weight.grad is None
 
 
 def test_a_batch_without_labels_has_a_loss_of_zero_and_a_gradient():

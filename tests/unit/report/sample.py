@@ -118,7 +118,7 @@ def facts(**changes):
                 for step in (20, 40)
             ],
         },
-        "head": 0, "sparse_backends": ["dense", "sampled"],
+        "method": "sparse", "whole": 0, "sparse_backends": ["dense", "sampled"],
         "kernels_chosen": {"by": "measured costs", "device": "a CPU, 2 threads", "sha256": "c" * 64},
         "resources": [
             {

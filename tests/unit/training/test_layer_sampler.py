@@ -13,9 +13,14 @@ SAMPLED = {"layer_gate": "sampled", "gate_layers": 3, "gate_every": 4}
 HALF = {"layer_gate": "half", "gate_every": 4}
 
 
+def sampler(seed: int, names: list[str], **gate) -> LayerSampler:
+    section = MaskConfig(**gate)
+    return LayerSampler(section.layer_gate, section.gate_every, section.gate_layers, seed, names)
+
+
 def opened(gate: dict, period: int, seed: int = 5, names=NAMES) -> frozenset[str]:
     """What is open in a period, whatever was drawn before."""
-    layer_gate = LayerSampler(MaskConfig(**gate), seed, names)
+    layer_gate = sampler(seed, names, **gate)
     layer_gate.resample(period * gate["gate_every"])
     return frozenset(name for name in names if layer_gate.is_active(name))
 
@@ -53,7 +58,7 @@ def test_half_opens_half_of_the_weights(number):
 
 
 def test_without_a_gate_all_is_open():
-    gate = LayerSampler(MaskConfig(), 5, NAMES)
+    gate = sampler(5, NAMES)
     for step in range(50):
         gate.resample(step)
         assert gate.active is None and all(map(gate.is_active, NAMES))
@@ -62,7 +67,7 @@ def test_without_a_gate_all_is_open():
 @pytest.mark.parametrize("gate", [SAMPLED, HALF])
 def test_a_draw_lasts_a_period_and_depends_on_seed_and_period_alone(gate):
     by_step = []
-    layer_gate = LayerSampler(MaskConfig(**gate), 5, NAMES)
+    layer_gate = sampler(5, NAMES, **gate)
     assert layer_gate.active == opened(gate, 0)  # drawn before the first step
     for step in range(40):
         layer_gate.resample(step)

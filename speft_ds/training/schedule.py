@@ -273,8 +273,9 @@ class SampledWeights(Schedule):
         self.state.closed = target_shapes(closed)
         self.state.storages |= {name: self.storages[name] for name in closed}
         self._attach()
-        with self._changing_shards():
-            self.state.restore_closed(parts.shards("closed", spans_of(self.state.closed))["value"])
+        if closed:
+            with self._changing_shards():
+                self.state.restore_closed(parts.shards("closed", spans_of(self.state.closed))["value"])
         super().restore(parts)
 
 

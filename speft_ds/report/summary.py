@@ -31,6 +31,14 @@ STAGES = {
     "other": "all else",
 }
 MIN_SHARE = 0.02  # of the total, for a stage that the table at the end names
+STATE = (
+    "mask",
+    "index",
+    "base values",
+    "delta",
+    "gradient",
+    "optimizer",
+)  # kinds of memory, of what is trained
 WITHIN = ("validation", "slices", "checkpoints")
 FILES = {
     "report.html": "all of this, memory by kind, traffic and curves, for a browser",
@@ -84,9 +92,11 @@ def key_figures(run: RunFolder, max_scores: int | None = None) -> list[tuple[str
 
 
 def _sizes(run: RunFolder) -> list[tuple[str, str, str]]:
-    """Of adapter, mask and head; time by stage; memory."""
+    """Of adapter, mask and whole weights; time by stage; memory."""
     trained, targets = run.fact("mask.num_trainable", 0), run.fact("mask.num_target_elements", 0)
     rows = []
+    if (method := run.fact("method", "sparse")) != "sparse":
+        rows.append(("method", method, ""))
     if run.adapter_bytes:
         entries = numbers(run.adapter).get("num_entries") or trained
         each = f"{entries:,} entries, {run.adapter_bytes / entries:.2f} bytes each" if entries else ""
@@ -106,7 +116,12 @@ def _sizes(run: RunFolder) -> list[tuple[str, str, str]]:
         rows.append(("total time", duration(total), "of the last start"))
         stages = seconds_by_stage(run, MIN_SHARE).items()
         rows += [(f"- {name}", duration(seconds), f"{seconds / total:.0%}") for name, seconds in stages]
-    if peak := run.resources[0]:
+    peak, memory, sent = run.resources
+    if state := sum(memory.get(kind, 0) for kind in STATE):
+        rows.append(("trainable state per rank", in_bytes(state), "values, gradients, optimizer, indices"))
+    if sent:
+        rows.append(("gradients sent per rank and step", in_bytes(sum(sent.values())), "weights not counted"))
+    if peak:
         rows.append(("peak memory per rank", in_bytes(peak), "by kind in the report"))
     return rows
 

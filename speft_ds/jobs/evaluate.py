@@ -30,7 +30,7 @@ from speft_ds.terminal import Console
 from speft_ds.training.checks import check_chat_template
 from speft_ds.training.run_data import agree_on_date, load_data
 from speft_ds.training.setup import TrainContext, load_context, scored_model_facts
-from speft_ds.zero.shards import changing_shards, full_shape
+from speft_ds.zero.shards import changing_shards, full_shape, own_elements
 
 
 @torch.no_grad()
@@ -49,10 +49,15 @@ def apply_to_shards(context: TrainContext, folder: Path) -> None:
         raise another_base(adapter)
     check_format(adapter, context.recipe.model.base_format)
     weights = all_weights(context.engine.module)
-    others = context.engine.module.named_parameters()
-    shapes = {name: tuple(full_shape(weight)) for name, weight in others}
-    check_weights(adapter, shapes | {name: target.shape for name, target in weights.items()})
-    with changing_shards([weight for name in adapter.names for weight in weights[name].written]):
+    parameters = dict(context.engine.module.named_parameters())
+    shapes = {name: target.shape for name, target in weights.items()}
+    shapes |= {name: tuple(full_shape(weight)) for name, weight in parameters.items()}
+    check_weights(adapter, shapes)
+    changed = [weight for name in adapter.names for weight in weights[name].written]
+    with changing_shards(changed + [parameters[name] for name in adapter.whole]):
+        for name in adapter.whole:
+            own, start = own_elements(parameters[name])
+            own.copy_(adapter.value(name).flatten()[start : start + own.numel()])
         for name in adapter.names:
             index, delta = adapter.entries(name)
             target, storage = weights[name], storage_of(weights[name])

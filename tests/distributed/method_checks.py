@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from distributed.reference import DenseRun, assert_as_dense, plain_model, start, whole_weights
 from speft_ds.adapter.apply import apply_adapter
 from speft_ds.adapter.format import Adapter
 from speft_ds.comm import collectives
+from speft_ds.jobs.evaluate import apply_to_shards
+from speft_ds.training.run_data import load_data
+from speft_ds.training.setup import load_context
 
 
 class DenseMethod(DenseRun):
@@ -68,7 +73,17 @@ def check_against_autograd(recipe):
     }
 
 
-def check_adapter(recipe):
+def check_scored_is_trained(recipe, weights: Path):
+    """What `speft evaluate` scores of a run is what it trained, bit for bit."""
+    data = load_data(recipe)
+    context = load_context(recipe, data, trains=False)
+    apply_to_shards(context, Path(recipe.output_dir) / "adapter")
+    trained = torch.load(weights)
+    for name, weight in whole_weights(context.engine.module).items():
+        assert torch.equal(weight, trained[name]), name
+
+
+def check_adapter(recipe, weights: Path):
     """The base with the adapter, in a plain process, is the trained model bit for bit; then it comes off."""
     trainer = start(recipe)
     for step in range(recipe.train.steps):
@@ -76,6 +91,7 @@ def check_adapter(recipe):
     trainer.save()
     collectives.barrier()
     trained = whole_weights(trainer.engine.module)
+    collectives.run_on_rank0(lambda: torch.save(trained, weights))
     model = plain_model(recipe)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     apply_adapter(model, trainer.folder / "adapter")

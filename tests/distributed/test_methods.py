@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distributed.checkpoint_checks import assert_resumed_is_uninterrupted, contents, run_piece
-from distributed.method_checks import check_adapter, check_against_autograd
+from distributed.method_checks import check_adapter, check_against_autograd, check_scored_is_trained
 from distributed.reference import make_recipe
 from speft_ds.adapter.apply import apply_adapter, remove_adapter
 from speft_ds.adapter.merge import merge
@@ -83,7 +83,8 @@ ADAPTERS = {
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_live_is_applied_is_merged(ranks, recipe, name, dtype, tiny, tmp_path):
     given = recipe(**ADAPTERS[name], model={"dtype": dtype})
-    run = ranks(2)(check_adapter, recipe=given)[0]
+    run = ranks(2)(check_adapter, recipe=given, weights=tmp_path / "weights.pt")[0]
+    ranks(2)(check_scored_is_trained, recipe=given, weights=tmp_path / "weights.pt")
     assert run["whole"] and (run["num_entries"] > 0) == name.startswith("dense")
     base = AutoModelForCausalLM.from_pretrained(tiny["untied"], dtype=getattr(torch, dtype))
     before = {key: weight.clone() for key, weight in base.named_parameters()}

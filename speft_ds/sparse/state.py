@@ -212,14 +212,19 @@ class SparseState:
         return EntryTable(self.rank_shards.to_global(local), {"delta": self.dropped.delta})
 
     def whole_tables(self, **columns: Tensor) -> dict[str, ShardTable]:
-        """The whole weights with what these [num_local] columns have of them, and those of closed ones."""
-        of_whole = {name: column[self.num_entries :] for name, column in columns.items()}
-        counts = {name: self.slices[name].stop - self.slices[name].start for name in self.whole}
-        spans = spans_of(self.closed)
-        values = [self.storages[name].shard[: b - a] for name, (a, b) in spans.items()]
-        value = torch.cat(values) if values else torch.empty(0)
-        closed = ShardTable({name: b - a for name, (a, b) in spans.items()}, {"value": value})
-        return {"whole": ShardTable(counts, of_whole), "closed": closed}
+        """`whole`: the whole weights with what these [num_local] columns have of them; `closed`: the values of
+        closed ones. A table of no weight is left out.
+        """
+        tables = {}
+        if self.whole:
+            counts = {name: self.slices[name].stop - self.slices[name].start for name in self.whole}
+            of_whole = {name: column[self.num_entries :] for name, column in columns.items()}
+            tables["whole"] = ShardTable(counts, of_whole)
+        if self.closed:
+            counts = {name: stop - start for name, (start, stop) in spans_of(self.closed).items()}
+            values = [self.storages[name].shard[:count] for name, count in counts.items()]
+            tables["closed"] = ShardTable(counts, {"value": torch.cat(values)})
+        return tables
 
     @torch.no_grad()
     def restore_closed(self, values: Tensor) -> None:

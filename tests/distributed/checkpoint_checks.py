@@ -103,9 +103,13 @@ def contents(checkpoint: Path) -> dict:
         found[table] = {"index": index, **parts.table(table, everything).columns}
     for table in ("whole", "closed"):
         sizes = Counter()
-        for _, counts in parts._files(table):
+        for _, counts in parts._files(table) if parts.has(table) else ():
             sizes.update(counts)
-        found[table] = {"sizes": sizes, **parts.shards(table, {n: (0, size) for n, size in sizes.items()})}
+        if sizes:
+            found[table] = {
+                "sizes": sizes,
+                **parts.shards(table, {n: (0, size) for n, size in sizes.items()}),
+            }
     if "shared.statistics" in names(parts.paths[0]):
         found["statistics"] = parts.shared("statistics")
     return found

@@ -152,11 +152,13 @@ class Parts:
 
     def shards(self, table: str, spans: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
         """Column -> what is within this rank's spans, weight -> [start, stop), laid end to end."""
+        if set(self.weights(table)) != set(spans):
+            raise self._damaged(f"{table} is of other weights than this run's")
+        if not spans:
+            return {}
         pieces: dict[str, dict[str, list[Tensor]]] = {}  # column -> weight -> of each part
         seen = dict.fromkeys(spans, 0)  # elements of a weight in the parts before
         for file, counts in self._files(table):
-            if counts.keys() != spans.keys():
-                raise self._damaged(f"{table} is of other weights than this run's")
             first = 0
             for name, count in counts.items():
                 start, stop = (min(max(edge - seen[name], 0), count) for edge in spans[name])
@@ -173,9 +175,9 @@ class Parts:
         return columns
 
     def weights(self, table: str) -> list[str]:
-        """The weights that a table is of."""
+        """The weights that a table is of; none where it is not there."""
         with safe_open(self.paths[0], framework="pt") as file:
-            return list(parse_json(file.metadata()["tables"])[table])
+            return list(parse_json(file.metadata()["tables"]).get(table, {}))
 
     def mask(self, table: str, shape: dict[str, tuple[int, int]]) -> Mask:
         """The mask whose entries a table has, weight -> (out, in). Raises UserError: it is another mask's."""

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 from speft_ds.comm.signals import EXIT_STOPPED, SIGNALS
 from speft_ds.config.load_recipe import as_override
@@ -81,14 +80,10 @@ class Execution:
             save: called after each run.
         """
         received: list[int] = []
+        num_told = 0
         running: dict[subprocess.Popen, tuple[StudyRun, int, float]] = {}
-
-        def stop(number: int, _: FrameType | None) -> None:
-            received.append(number)
-            for process in running:
-                process.send_signal(signal.SIGTERM)
-
-        before = {number: signal.signal(number, stop) for number in (*SIGNALS, signal.SIGHUP)}
+        caught = (*SIGNALS, signal.SIGHUP)
+        before = {each: signal.signal(each, lambda number, _: received.append(number)) for each in caught}
         try:
             while True:
                 busy = [run.key for run, _, _ in running.values()]
@@ -99,8 +94,12 @@ class Execution:
                     print(f"{run.name}: started", flush=True)
                 if not running:
                     return
-                ended = self._wait(running)
-                for process in ended:
+                time.sleep(POLL_S)
+                if num_told < len(received):
+                    num_told = len(received)
+                    for process in running:
+                        process.terminate()
+                for process in [each for each in running if each.poll() is not None]:
                     run, _, began = running.pop(process)
                     self._end(run, process.returncode, time.monotonic() - began, bool(received))
                     save()
@@ -122,14 +121,6 @@ class Execution:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-
-    @staticmethod
-    def _wait(running: dict) -> list[subprocess.Popen]:
-        """The processes that have ended, once there is one."""
-        while True:
-            if ended := [process for process in running if process.poll() is not None]:
-                return ended
-            time.sleep(POLL_S)
 
     def _end(self, run: StudyRun, code: int, seconds: float, is_stopping: bool) -> None:
         """Take the result of a run that has ended."""

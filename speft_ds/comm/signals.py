@@ -26,8 +26,7 @@ from speft_ds.config.values import split_interval
 EXIT_STOPPED = 85  # asked to stop; what was reached is saved, and --resume goes on
 EXIT_CTRL_C = 130  # a second Ctrl-C: left at once
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-LAUNCHERS = {"speft", "speft_ds.cli.main", "deepspeed", "deepspeed.launcher.launch"}
-LAUNCHERS |= {"torchrun", "torch.distributed.run"}
+LAUNCHERS = {"speft", "deepspeed", "torchrun", "deepspeed.launcher.launch", "torch.distributed.run"}
 POLL_S = 1.0  # between two looks at the launcher
 
 _reasons: list[str] = []

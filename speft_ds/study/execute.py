@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import signal
@@ -21,6 +22,7 @@ from speft_ds.terminal import duration
 from speft_ds.training.checkpoint.resume import IF_ANY
 from speft_ds.training.run_dir import LOG
 
+PR_SET_PDEATHSIG = 1  # of Linux
 POLL_S = 0.2  # between two looks at the runs
 RUNS = "runs"  # the folder of the run folders
 
@@ -120,6 +122,7 @@ class Execution:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_stop_with_parent,
             )
 
     def _end(self, run: StudyRun, code: int, seconds: float, is_stopping: bool) -> None:
@@ -135,6 +138,11 @@ class Execution:
         value = result.measures[metric].value if metric in result.measures else None
         came_to = f"failed, see {folder / LOG}" if result.state == "failed" else f"{metric} {value}"
         print(f"{run.name}: {came_to}, {took}", flush=True)
+
+
+def _stop_with_parent() -> None:
+    """In a run's process: to be asked to stop when the study's is killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def write_array(execution: Execution) -> tuple[Path, int]:

@@ -60,7 +60,6 @@ def study(
         results = {key: result for key, result in results.items() if result.state == "finished"}
     execution = Execution(grid, folder, results)
     execution.collect()
-    lock = None if table_only else Lock(folder)  # noqa: F841 - held until the end
 
     def save() -> None:
         write_study(folder, config, first, execution.results.values())
@@ -68,10 +67,11 @@ def study(
     if not table_only and (needed := execution.needed()):
         slots, count = _slots(jobs, ranks)
         gather([partial(_check, run, count) for run in needed], f"study {config.name}")
-        save()
         if slurm:
             _submit(execution, sbatch or [])
         else:
+            lock = Lock(folder)  # noqa: F841 - held until the end
+            save()
             execution.make(slots, count, save)
     save()
     from speft_ds.study.page import publish  # late: it draws

@@ -94,7 +94,10 @@ def curves(
             axes.legend(frameon=False)
         axes.set(xlabel=over or "step", ylabel=what)
         if over:
+            places = sorted({place for line in lines for place in line.steps})
             axes.set_xscale("log")
+            axes.set_xticks(places, [f"{place:,.0f}" if place >= 10 else f"{place:.3g}" for place in places])
+            axes.set_xticks([], minor=True)
         else:
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.margins(x=0.01)

@@ -21,6 +21,7 @@ from speft_ds.study.study_config import VALIDATION_LOSS, StudyConfig
 from speft_ds.training.run_dir import LOG, has_files
 
 FILE = "study.json"
+TRAINED = ("mask.num_trainable", "head")  # facts of a run: numbers of elements
 TEXT_LOSS = "general text/loss"  # nats per token of eval.forgetting_text
 Role = Literal["held-out", "task", "forgetting"]
 
@@ -90,7 +91,7 @@ def read_result(run: StudyRun, folder: Path) -> Result | None:
         state="finished",
         base=found.fact("base.fingerprint_bfloat16") or found.fact("base.fingerprint"),
         measures=dict(_measures(found)),
-        num_trained=found.fact("mask.num_trainable"),
+        num_trained=sum(found.fact(key, 0) for key in TRAINED) or None,
         seconds=found.step_seconds,
         peak_bytes=float(found.resources[0]) or None,
         adapter_bytes=found.adapter_bytes,
@@ -158,7 +159,8 @@ def open_study(folder: Path, study: StudyConfig, runs: Iterable[StudyRun]) -> di
     if {run.key for run in runs}.isdisjoint(found.first_runs):
         old, now = found.study, resolved(study)
         differs = [key for key in now if old.get(key) != now[key]] or ["its recipe"]
-        raise UserError(f"{folder} is of another study: {', '.join(differs)} differs", "--output", fix)
+        differs = [{"given": "the command line"}.get(key, key) for key in differs]
+        raise UserError(f"{folder} is of another study: other {', '.join(differs)}", "--output", fix)
     return {result.key: result for result in found.results}
 
 

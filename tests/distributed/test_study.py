@@ -12,9 +12,9 @@ import pytest
 import yaml
 from limits import HANG_S
 from live import ROOT, metrics, whole_steps
+from unit.report.reading import page_of
 
 from speft_ds.training.run_dir import is_locked
-from unit.report.reading import page_of
 
 STEPS = 600
 

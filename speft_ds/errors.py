@@ -6,10 +6,12 @@ import json
 import re
 import reprlib
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from speft_ds.untrusted import printable
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -51,6 +53,19 @@ class RecipeError(UserError):
     def __str__(self) -> str:
         numbered = (f"{number}. {problem}" for number, problem in enumerate(self.problems, 1))
         return "\n".join([self.what, *(f"  {text}".replace("\n", "\n  ") for text in numbered)])
+
+
+def gather(calls: Iterable[Callable[[], T]], title: str) -> list[T]:
+    """What each of the calls returns. Raises RecipeError: the problems of all of them, each once."""
+    found, problems = [], {}
+    for call in calls:
+        try:
+            found.append(call())
+        except UserError as error:
+            problems |= {str(each): each for each in getattr(error, "problems", [error])}
+    if problems:
+        raise RecipeError(list(problems.values()), title)
+    return found
 
 
 def shell(*words: object) -> str:

@@ -13,6 +13,7 @@ from speft_ds.cli.commands.jobs import evaluate, quickstart, score, train
 from speft_ds.cli.commands.new_recipe import new
 from speft_ds.cli.commands.recipes import cp, ls, show
 from speft_ds.cli.commands.schema_reference import schema
+from speft_ds.cli.commands.study import study
 from speft_ds.cli.commands.submit import submit
 from speft_ds.cli.commands.validate import validate
 from speft_ds.cli.launch import EXIT_USER_ERROR, with_resume
@@ -163,6 +164,11 @@ command(
     "speft submit quickstart --nodes 2 --partition cpu --dry-run",
     'speft submit quickstart train.steps=40 --gpus-per-node 1 --sbatch "--constraint=a100"',
 )(submit)
+command(
+    "speft study studies/smoke.yaml --jobs 2",
+    "speft study mine.yaml train.steps=20 --output runs/quick",
+    "speft study mine.yaml --slurm --sbatch=--gpus-per-node=1",
+)(study)
 
 
 @command(

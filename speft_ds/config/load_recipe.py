@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,21 +57,21 @@ ELSEWHERE = {
 
 
 @dataclass
-class _Draft:
+class Draft:
     """A recipe on its way in: values by key in full, where each was set, and what is wrong so far."""
 
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     problems: list[UserError] = field(default_factory=list)
 
-    def under(self, later: _Draft) -> _Draft:
+    def under(self, later: Draft) -> Draft:
         """This draft with a later one on top, whose keys set aside those here that they exclude."""
         aside = {EXCLUSIVE.get(key) for key, value in later.values.items() if value is not None}
         if later.values.get("method.name", "sparse") not in WITH_MASK:
             aside |= {key for key in self.values if key.startswith("mask.")}
         values = {key: value for key, value in self.values.items() if key not in aside}
         sources = {key: where for key, where in self.sources.items() if key not in aside}
-        return _Draft(values | later.values, sources | later.sources, self.problems + later.problems)
+        return Draft(values | later.values, sources | later.sources, self.problems + later.problems)
 
     def nested(self) -> dict[str, Any]:
         """The values of known keys as pydantic reads them; a section without values is all defaults."""
@@ -87,13 +87,23 @@ def list_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = (), name: str | None = None) -> Recipe:
+def load_recipe(
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    given_by: Mapping[str, str] | None = None,
+) -> Recipe:
     """Read a recipe by name or path, apply `key.sub=value` overrides, and check it.
 
-    Its `name` is its file's, if none is given. Raises RecipeError: all its problems.
+    Args:
+        name: None: its file's.
+        given_by: key -> where its override is written; the others are of the command line.
+    Raises:
+        RecipeError: all its problems.
     """
-    path = find_recipe(name_or_path)
-    return _checked(_read_yaml(path).under(_read_overrides(overrides)), name or path.stem, shown(path))
+    path, given = find_recipe(name_or_path), _read_overrides(overrides)
+    given.sources |= given_by or {}
+    return _checked(_read_yaml(path).under(given), name or path.stem, shown(path))
 
 
 def recipe_of(name: str, overrides: Sequence[str]) -> Recipe:
@@ -101,7 +111,7 @@ def recipe_of(name: str, overrides: Sequence[str]) -> Recipe:
     return _checked(_read_overrides(overrides), name, "command line")
 
 
-def _checked(draft: _Draft, name: str, file: str) -> Recipe:
+def _checked(draft: Draft, name: str, file: str) -> Recipe:
     unknown = [key for key in draft.values if key not in FIELDS]
     problems = draft.problems + [_unknown_key(key, draft.sources.get(key, file)) for key in unknown]
     secret = [key for key, value in draft.values.items() if _has_secret(value)]
@@ -164,31 +174,44 @@ def find_recipe(name_or_path: str, beside: Path | None = None, where: str | None
     return path
 
 
-def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> _Draft:
-    """What the file says, on top of the recipe that it extends."""
+def read_draft(path: Path, kind: str, start: str) -> Draft:
+    """The keys of a YAML file as they are nested there, where each stands, and those that stand there twice.
+
+    Args:
+        kind: what the file is, in messages; start: how to begin one.
+    Raises:
+        RecipeError: the file cannot be read, or has no keys.
+    """
     try:
         root, values = limited_yaml.load_with_nodes(limited_yaml.read_text(path))
     except OSError as error:
-        fix = "name a recipe of recipes/ (speft ls), or the path of a YAML file"
-        raise RecipeError([UserError(f"cannot read the recipe: {error.strerror}", str(path), fix)]) from None
+        fix = f"name the path of a YAML file, or {start}"
+        raise RecipeError([UserError(f"cannot read the {kind}: {error.strerror}", str(path), fix)]) from None
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{shown(path)}:{mark.line + 1}" if mark else shown(path)
         what = f"not readable as YAML: {getattr(error, 'problem', None) or error}"
         fix = "indent with spaces, put a space after each colon, quote text that holds : # * or {"
-        raise RecipeError([UserError(what, where, fix)], f"recipe {path.stem}") from None
+        raise RecipeError([UserError(what, where, fix)], f"{kind} {path.stem}") from None
     if not isinstance(values, dict):
-        what = "the recipe is empty" if values is None else "the top level must be keys, like `model:`"
-        fix = "start from one that works: speft cp quickstart my_recipe.yaml"
-        raise RecipeError([UserError(what, shown(path), fix)], f"recipe {path.stem}")
-    own = _Draft()
-    _note_lines(root, "", shown(path), own)
-    base = _extended(values.pop(EXTENDS), own, path, extended_by) if EXTENDS in values else _Draft()
-    own.values = dict(_flat(values))
+        what = f"the {kind} is empty" if values is None else "the top level must be keys, like `model:`"
+        raise RecipeError([UserError(what, shown(path), start)], f"{kind} {path.stem}")
+    draft = Draft(values)
+    _note_lines(root, "", shown(path), draft)
+    return draft
+
+
+def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> Draft:
+    """What the file says, on top of the recipe that it extends."""
+    own = read_draft(path, "recipe", "start from one that works: speft cp quickstart my_recipe.yaml")
+    base = Draft()
+    if EXTENDS in own.values:
+        base = _extended(own.values.pop(EXTENDS), own, path, extended_by)
+    own.values = dict(_flat(own.values))
     return base.under(own)
 
 
-def _note_lines(node: yaml.Node, prefix: str, file: str, draft: _Draft) -> None:
+def _note_lines(node: yaml.Node, prefix: str, file: str, draft: Draft) -> None:
     """Note where every key stands, also in the mappings of a list: `data.mixture[0].path`."""
     if isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
@@ -214,7 +237,7 @@ def _flat(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield key, value
 
 
-def _extended(base: Any, own: _Draft, path: Path, extended_by: tuple[Path, ...]) -> _Draft:
+def _extended(base: Any, own: Draft, path: Path, extended_by: tuple[Path, ...]) -> Draft:
     """The recipe that this one extends, by name or by a path that starts at this file."""
     where = own.sources.get(EXTENDS, shown(path))
     if not isinstance(base, str) or not base:
@@ -227,8 +250,8 @@ def _extended(base: Any, own: _Draft, path: Path, extended_by: tuple[Path, ...])
     return _read_yaml(file, chain)
 
 
-def _read_overrides(overrides: Sequence[str]) -> _Draft:
-    draft = _Draft()
+def _read_overrides(overrides: Sequence[str]) -> Draft:
+    draft = Draft()
     for text in overrides:
         key, equals, written = text.partition("=")
         where = draft.sources[key] = f"command line: {text}"

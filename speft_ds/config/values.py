@@ -65,13 +65,13 @@ FilePath = Annotated[
     AfterValidator(_path),
     WithJsonSchema({"type": "string", "format": "path", "minLength": 1}),
 ]
-_NUMBER = BeforeValidator(_number)
-NonNegative = Annotated[float, Field(ge=0), _NUMBER]
-Positive = Annotated[float, Field(gt=0), _NUMBER]
-Share = Annotated[float, Field(gt=0, le=1), _NUMBER]
-PartialShare = Annotated[float, Field(gt=0, lt=1), _NUMBER]
-Decay = Annotated[float, Field(ge=0, lt=1), _NUMBER]
+NUMBER = BeforeValidator(_number)
+NonNegative = Annotated[float, Field(ge=0), NUMBER]
+Positive = Annotated[float, Field(gt=0), NUMBER]
+Share = Annotated[float, Field(gt=0, le=1), NUMBER]
+PartialShare = Annotated[float, Field(gt=0, lt=1), NUMBER]
+Decay = Annotated[float, Field(ge=0, lt=1), NUMBER]
 Index = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Interval = Annotated[int | Text | None, BeforeValidator(_interval)]  # steps, text like `15 minutes`, or never
-Limit = Annotated[int | float, _NUMBER, AfterValidator(_limit)]  # documents, or below 1 the share of them
+Limit = Annotated[int | float, NUMBER, AfterValidator(_limit)]  # documents, or below 1 the share of them

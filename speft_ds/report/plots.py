@@ -52,17 +52,24 @@ class Curve:
     """
 
     label: str
-    steps: Sequence[int]
+    steps: Sequence[float]
     values: Sequence[float]
     colour: int = 0
     dash: int = 0
     is_faint: bool = False
 
 
-def curves(lines: Sequence[Curve], what: str, restarts: Sequence[int] = (), from_zero: bool = False) -> bytes:
+def curves(
+    lines: Sequence[Curve],
+    what: str,
+    restarts: Sequence[int] = (),
+    from_zero: bool = False,
+    over: str | None = None,
+) -> bytes:
     """Lines over steps, as SVG; a vertical line at each step after which the run was started again.
 
-    More than two are named below the axes, which a legend inside would cover.
+    More than two are named below the axes, which a legend inside would cover. With `over`, the lines are over
+    that in place of steps, on a logarithmic axis.
     """
     labels = [line.label for line in lines if line.label and not line.is_faint]
     is_below = len(labels) > 2
@@ -85,9 +92,15 @@ def curves(lines: Sequence[Curve], what: str, restarts: Sequence[int] = (), from
             )
         elif labels:
             axes.legend(frameon=False)
-        axes.set(xlabel="step", ylabel=what)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.margins(x=0.01)
+        axes.set(xlabel=over or "step", ylabel=what)
+        if over:
+            places = sorted({place for line in lines for place in line.steps})
+            axes.set_xscale("log")
+            axes.set_xticks(places, [f"{place:,.0f}" if place >= 10 else f"{place:.3g}" for place in places])
+            axes.set_xticks([], minor=True)
+        else:
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.margins(x=0.01)
         if from_zero:
             axes.set_ylim(0, 1.1 * max((value for line in lines for value in line.values), default=0) or 1)
 

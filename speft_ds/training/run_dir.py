@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from speft_ds.training.trainer import Trainer
 
 RECIPE, FACTS, METRICS, LOCK = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"
-NOT_OF_A_RUN = (LOCK, "slurm-*", "submit.sbatch", "*.tmp")  # what may lie there before a run starts
+LOG = "study.log"  # what a study's run prints
+NOT_OF_A_RUN = (LOCK, LOG, "slurm-*", "submit.sbatch", "*.tmp")  # what may lie there before a run starts
 LOCK_WAIT_S = 120.0  # for a run that is just ending: it may be writing its last checkpoint
 
 
@@ -211,6 +212,7 @@ def run_facts(trainer: Trainer) -> dict:
         "base": {
             "name_or_path": recipe.model.name_or_path,
             "fingerprint": trainer.context.fingerprint,
+            "fingerprint_bfloat16": trainer.context.fingerprint_bfloat16,
             "stored": base_in_words(
                 recipe.model.dtype, recipe.model.base_format, len(trainer.context.quantised)
             ),

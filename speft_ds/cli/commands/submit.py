@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -69,7 +70,7 @@ def submit(
     start = _checked_start(checked, changes, nodes * ranks)
     for name, text in scripts.items():
         write_text(folder / name, text)
-    job = _sbatch(folder / TRAIN)
+    job = call_sbatch(folder / TRAIN)
     resumed = f", continuing from {start.checkpoint.path}" if start.checkpoint else ""
     print(
         f"job {job}: {checked.name} on {nodes} x {ranks} ranks{resumed}\n"
@@ -80,7 +81,7 @@ def submit(
     )
     if evaluate:
         note = f"job {job}, which trains, is submitted all the same"
-        second = _sbatch(folder / EVALUATE, f"--dependency=afterok:{job}", note=note)
+        second = call_sbatch(folder / EVALUATE, f"--dependency=afterok:{job}", note=note)
         print(f"  evaluate  job {second}, after it")
 
 
@@ -105,15 +106,19 @@ def _checked_recipe(
 
 def _checked_start(recipe: Recipe, changes: list[str], world_size: int) -> Start:
     """What the job would find out after its time in the queue. Raises UserError."""
-    if shutil.which("sbatch") is None:
-        fix = "submit on a login node of the cluster; to see the script: speft submit ... --dry-run"
-        raise UserError("there is no sbatch on this machine", "PATH", fix)
+    check_sbatch()
     start = find_start(recipe, Resume(IF_ANY, tuple(changes)))
     if start.state == "finished":
         fix = f"choose another, {shell(as_override('output_dir', f'{recipe.output_dir}-2'))}"
         raise UserError(f"the run in {recipe.output_dir} is finished", recipe.where("output_dir"), fix)
     check_files("train", recipe, world_size)
     return start
+
+
+def check_sbatch() -> None:
+    if shutil.which("sbatch") is None:
+        fix = "submit on a login node of the cluster; to see the script: speft submit ... --dry-run"
+        raise UserError("there is no sbatch on this machine", "PATH", fix)
 
 
 def job_script(job: str, kind: str, folder: Path, arguments: list[str], options: list[str]) -> str:
@@ -138,9 +143,16 @@ def job_script(job: str, kind: str, folder: Path, arguments: list[str], options:
     return "\n".join(lines) + "\n"
 
 
-def _sbatch(script: Path, *options: str, note: str = "nothing is submitted") -> str:
-    """Submit a script; returns the job's number. Raises UserError, whose note says what was submitted."""
-    command = ["sbatch", "--parsable", *options, str(script)]
+def call_sbatch(
+    script: Path, *options: str, words: Sequence[str] = (), note: str = "nothing is submitted"
+) -> str:
+    """Submit a script with these words; returns the job's number.
+
+    Raises:
+        UserError: there is no sbatch, or it refuses; the note says what was submitted.
+    """
+    check_sbatch()
+    command = ["sbatch", "--parsable", *options, str(script), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip().removeprefix("sbatch: error: ")

@@ -212,8 +212,8 @@ class SparseState:
         return EntryTable(self.rank_shards.to_global(local), {"delta": self.dropped.delta})
 
     def whole_tables(self, **columns: Tensor) -> dict[str, ShardTable]:
-        """`whole`: the whole weights with what these [num_local] columns have of them; `closed`: the values of
-        closed ones. A table of no weight is left out.
+        """`whole`: the whole weights with what these [num_local] columns have of them; `closed`: the values
+        of closed ones. A table of no weight is left out.
         """
         tables = {}
         if self.whole:

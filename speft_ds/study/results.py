@@ -21,7 +21,7 @@ from speft_ds.study.study_config import VALIDATION_LOSS, StudyConfig
 from speft_ds.training.run_dir import LOG, has_files
 
 FILE = "study.json"
-TRAINED = ("mask.num_trainable", "head")  # facts of a run: numbers of elements
+TRAINED = ("mask.num_trainable", "whole")  # facts of a run: numbers of elements
 TEXT_LOSS = "general text/loss"  # nats per token of eval.forgetting_text
 Role = Literal["held-out", "task", "forgetting"]
 

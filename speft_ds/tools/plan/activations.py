@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from speft_ds.model.attention import reads_packing
@@ -174,20 +175,38 @@ def run_pass(geometry: Geometry, one: Pass, fake: bool = True) -> PassRun:
 
 
 def _record_uses(model: nn.Module, live: LiveBytes) -> list[ModuleUse]:
-    """A list that fills while the model runs, at the places where ZeRO-3 gathers the weights of a module."""
+    """A list that fills while the model runs, at the places where ZeRO-3 gathers and releases weights."""
     uses: list[ModuleUse] = []
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    module_names = {module: name for name, module in model.named_modules()}
+    waits_for: Counter[nn.Module] = Counter()  # module -> gradients of its inputs that end its backward
 
-    def add(kind: str, module: nn.Module) -> None:
+    def begin(kind: str, module: nn.Module) -> None:
         if uses:
             uses[-1].peak = live.peak
         live.peak = live.now
-        uses.append(ModuleUse(kind, tuple(names[id(p)] for p in module.parameters(recurse=False)), live.now))
+        weights = tuple(names[id(p)] for p in module.parameters(recurse=False))
+        uses.append(ModuleUse(kind, module_names[module], weights, live.now))
 
-    def before_forward(module: nn.Module, _inputs) -> None:
-        add(FORWARD if torch._C._current_graph_task_id() == -1 else RECOMPUTE, module)
+    def end(kind: str, module: nn.Module) -> None:
+        uses[-1].ended.append((kind, module_names[module]))
+
+    def before_forward(module: nn.Module, inputs: tuple) -> tuple:
+        begin(forward_kind(), module)
+        waits_for[module] = 0
+        return tree_map(lambda leaf: followed(leaf, module), inputs)
+
+    def followed(leaf: object, module: nn.Module) -> object:
+        """An alias of an input: the gradient of this use of it alone."""
+        if not (torch.is_grad_enabled() and isinstance(leaf, Tensor) and leaf.requires_grad):
+            return leaf
+        alias = aten.alias(leaf)
+        waits_for[module] += 1
+        alias.register_hook(lambda _: after_backward(module))
+        return alias
 
     def after_forward(module: nn.Module, _inputs, output) -> None:
+        end(forward_kind(), module)
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not tensors:
             return
@@ -198,12 +217,22 @@ def _record_uses(model: nn.Module, live: LiveBytes) -> list[ModuleUse]:
 
     def before_backward(made_by: list[nn.Module]) -> None:
         for module in made_by:
-            add(BACKWARD, module)
+            begin(BACKWARD, module)
+
+    def after_backward(module: nn.Module) -> None:
+        waits_for[module] -= 1
+        if waits_for[module] == 0:
+            end(BACKWARD, module)
 
     for module in model.modules():
         module.register_forward_pre_hook(before_forward)
         module.register_forward_hook(after_forward)
     return uses
+
+
+def forward_kind() -> str:
+    """Of a forward that runs now."""
+    return FORWARD if torch._C._current_graph_task_id() == -1 else RECOMPUTE
 
 
 def _prepare(model: nn.Module, geometry: Geometry, one: Pass, live: LiveBytes) -> None:

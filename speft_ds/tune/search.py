@@ -25,7 +25,8 @@ from speft_ds.tune.space import Space, as_overrides
 SAMPLERS = ("tpe", "nsga2")
 OBJECTIVES = ("validation loss", "trained entries", "ms per step")
 JOURNAL = "journal.jsonl"
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+ENDED = ("complete", "stopped")
+REFUSED = "refused"  # a mark of trials whose values make no recipe
 NEAR = (
     1.01  # times the lowest loss: trials up to it are as good, and the one with the fewest entries is chosen
 )
@@ -102,7 +103,7 @@ def search(
         UserError: no draw makes a recipe; TrialFailed: `max_failed` trials in a row failed.
     """
     failed = 0
-    while len(study.get_trials(deepcopy=False, states=ENDED)) < num_trials:
+    while sum(state_of(each) in ENDED for each in study.get_trials(deepcopy=False)) < num_trials:
         trial, overrides = _ask(study, space, check)
         state, values = TrialState.FAIL, None
         try:
@@ -123,10 +124,18 @@ def _ask(study: optuna.Study, space: Space, check: Callable[[list[str]], object]
             check(overrides := as_overrides(trial.params))
             return trial, overrides
         except RecipeError as error:
-            study.tell(trial, state=TrialState.FAIL)
+            trial.set_user_attr(REFUSED, True)
+            study.tell(trial, state=TrialState.PRUNED)  # of failed ones, a sampler learns nothing
             refused = error
     fix = "give other values with --over"
     raise UserError(f"{MAX_REFUSED} draws in a row are no recipe: {refused.problems[0].what}", "--over", fix)
+
+
+def state_of(trial: FrozenTrial) -> str:
+    """`complete`, `stopped` by halving, `failed`, `running`, or `refused`: never run."""
+    if REFUSED in trial.user_attrs:
+        return REFUSED
+    return {"PRUNED": "stopped", "FAIL": "failed"}.get(trial.state.name, trial.state.name.lower())
 
 
 class Halving:

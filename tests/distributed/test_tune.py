@@ -36,47 +36,25 @@ def test_a_range_test_suggests_a_rate_that_learns(tune, tmp_path):
     assert f"optimizer.lr={found['suggested']:g}" in said
 
 
-def test_a_rate_that_does_nothing_is_no_suggestion(tune, tmp_path):
-    said = tune("--lr", "optimizer.lr=1e-7", "train.steps=12", code=2)
-    assert "optimizer.lr=10" in said and not (tmp_path / "runs" / "mine-lr" / "lr.json").exists()
-
-
 def test_a_search_leaves_a_front_and_a_recipe_and_goes_on(tune, tiny, tmp_path):
     words = ["--search", "train.steps=8", "mask.schedule=static", f"eval.validation={tiny['data']}"]
     words += ["--over", "optimizer.lr=1e-4..1e-1", "--over", "mask.density=0.01,0.1"]
     tune(*words, "--trials", "2")
-    said = tune(*words, "--trials", "5")
+    said = tune(*words, "--trials", "3")
     folder = tmp_path / "runs" / "mine-search"
     found = json.loads((folder / "search.json").read_text())
     states = [trial["state"] for trial in found["trials"]]
-    assert len(states) == 5 and set(states) <= {"COMPLETE", "PRUNED"}
+    assert len(states) == 3 and set(states) <= {"complete", "stopped"}
     assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
     for trial in found["trials"]:
         own = folder / f"trial-{trial['number']:04}"
         lines = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()]
         facts = json.loads((own / "run.json").read_text())
         assert "step" in own.with_suffix(".log").read_text() and facts["mask"]["num_trainable"] > 0
-        if trial["state"] == "COMPLETE":
+        if trial["state"] == "complete":
             assert trial["values"][:2] == [lines[-1]["validation_loss"], facts["mask"]["num_trainable"]]
     best = found["trials"][found["best"]]
     recipe = load_recipe(str(folder / "best.yaml"))
     assert recipe.mask.density == float(best["params"]["mask.density"]) and recipe.train.steps == 8
     assert recipe.optimizer.lr == pytest.approx(best["params"]["optimizer.lr"], rel=0.01)
     assert str(folder.name) in said and recipe.output_dir != str(folder)
-
-
-@pytest.mark.parametrize(
-    ("words", "fix"),
-    [
-        ([], "--search"),
-        (["--lr", "--search"], "--search"),
-        (["--lr", "--over", "mask.density=0.1..0.2"], "--search"),
-        (["--search", "train.steps=null", "train.epochs=1"], "train.steps="),
-        (["--search", "train.steps=4"], "eval.validation="),
-        (["--search", "eval.validation=v.jsonl", "--over", "mask.densty=1,2"], "mask.density"),
-        (["--search", "eval.validation=missing.jsonl", "mask.schedule=static"], "eval.validation="),
-    ],
-)
-def test_what_is_refused_before_anything_runs(tune, tmp_path, words, fix):
-    assert fix in tune(*words, code=2).partition("fix:")[2]
-    assert not list((tmp_path / "runs").glob("*/trial*/*"))

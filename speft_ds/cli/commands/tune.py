@@ -193,7 +193,7 @@ def run_search(
 def _write_search(study: Study, folder: Path, name: str, words: list[str]) -> None:
     from speft_ds.report.plots import pareto_points
     from speft_ds.report.tables import print_table
-    from speft_ds.tune.search import OBJECTIVES, choose, in_words, points_of
+    from speft_ds.tune.search import OBJECTIVES, choose, in_words, points_of, state_of
 
     points, front = points_of(study.trials), points_of(study.best_trials)
     if not points:
@@ -203,7 +203,7 @@ def _write_search(study: Study, folder: Path, name: str, words: list[str]) -> No
     header = f"# Trial {best.number} of `speft tune {name} --search`: {in_words(best.values)}.\n"
     write_text(folder / "best.yaml", header + resolved_yaml(best_recipe))
     trials = [
-        {"number": each.number, "state": each.state.name, "params": each.params, "values": each.values}
+        {"number": each.number, "state": state_of(each), "params": each.params, "values": each.values}
         for each in study.trials
     ]
     write_json(folder / "search.json", {"objectives": OBJECTIVES, "best": best.number, "trials": trials})
@@ -211,7 +211,7 @@ def _write_search(study: Study, folder: Path, name: str, words: list[str]) -> No
     on_front = [numbers.index(point.number) for point in front]
     picture = pareto_points([point.values for point in points], on_front, numbers.index(best.number))
     write_bytes(folder / "pareto.png", picture)
-    counts = Counter(each["state"].lower() for each in trials)
+    counts = Counter(each["state"] for each in trials)
     table = Table(title=f"Pareto front of {', '.join(f'{n} {state}' for state, n in counts.items())} trials")
     for heading in ("trial", *OBJECTIVES, "values"):
         table.add_column(heading)

@@ -69,8 +69,7 @@ command("speft score quickstart", "speft score quickstart mask.salience=snip mas
 command(
     "speft tune quickstart --lr",
     "speft tune quickstart --lr optimizer.lr=10 train.steps=100 --ranks 2",
-    "speft tune quickstart --search eval.validation=rows.jsonl --over mask.density=0.001..0.02 "
-    "--over mask.targets=[q_proj,v_proj],null --trials 12",
+    "speft tune quickstart --search eval.validation=rows.jsonl --over optimizer.lr=1e-4..1e-2 --trials 12",
 )(tune)
 command("speft quickstart", "speft quickstart train.steps=20 --ranks 2")(quickstart)
 command("speft ls", "COLUMNS=200 speft ls")(ls)

@@ -15,6 +15,7 @@ from speft_ds.cli.commands.recipes import cp, ls, show
 from speft_ds.cli.commands.schema_reference import schema
 from speft_ds.cli.commands.study import study
 from speft_ds.cli.commands.submit import submit
+from speft_ds.cli.commands.tune import tune
 from speft_ds.cli.commands.validate import validate
 from speft_ds.cli.launch import EXIT_USER_ERROR, with_resume
 from speft_ds.cli.options import Overrides, RecipeName, examples
@@ -66,6 +67,11 @@ command(
 command("speft score quickstart", "speft score quickstart mask.salience=snip mask.density=0.01 --ranks 2")(
     score
 )
+command(
+    "speft tune quickstart --lr",
+    "speft tune quickstart --lr optimizer.lr=10 train.steps=100 --ranks 2",
+    "speft tune quickstart --search eval.validation=rows.jsonl --over optimizer.lr=1e-4..1e-2 --trials 12",
+)(tune)
 command("speft quickstart", "speft quickstart train.steps=20 --ranks 2")(quickstart)
 command("speft ls", "COLUMNS=200 speft ls")(ls)
 command("speft show quickstart", "speft show quickstart optimizer.lr=5e-4 --plain")(show)

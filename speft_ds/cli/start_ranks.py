@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import psutil
 
@@ -23,6 +24,7 @@ from speft_ds.config.recipe import Job
 from speft_ds.env import free_port
 from speft_ds.errors import UserError
 
+POLL_S = 1.0  # between two looks at a run that may be stopped
 STOP_S = 35  # that a stopped launcher gives its ranks, and a little more
 RANKS_OF = "deepspeed.launcher.launch"  # the launcher's module whose children are the ranks
 OWN_CODES = (0, 1, EXIT_USER_ERROR, EXIT_STOPPED, EXIT_CTRL_C)  # of ranks, which have said why
@@ -103,12 +105,20 @@ def read_hostfile(path: Path) -> list[int]:
     return list(slots.values())
 
 
-def launch(job: Job, words: Sequence[str], ranks: Ranks, is_verbose: bool = False) -> int:
+def launch(
+    job: Job,
+    words: Sequence[str],
+    ranks: Ranks,
+    is_verbose: bool = False,
+    should_stop: Callable[[], bool] | None = None,
+    output: IO | None = None,
+) -> int:
     """Check the command line of a launched script, run it on its ranks, and return the exit code of the job.
 
     Args:
         words: of `launch/<job>.py`.
         is_verbose: whether DeepSpeed's launcher says what it does.
+        should_stop, output: see `run_to_end`.
     Raises:
         UserError: the recipe or its files are wrong; nothing is started then.
     """
@@ -129,7 +139,7 @@ def launch(job: Job, words: Sequence[str], ranks: Ranks, is_verbose: bool = Fals
     environment = {**os.environ, "PATH": path, **ranks.environment}
     if "--hostfile" not in ranks.flags:  # it is in the flags, and the launcher would say that it ignores it
         environment.pop("CUDA_VISIBLE_DEVICES", None)
-    return run_to_end([*command, *script, "--checked"], environment)
+    return run_to_end([*command, *script, "--checked"], environment, should_stop, output)
 
 
 def fit_overrides(name: str, overrides: list[str], world_size: int) -> list[str]:
@@ -194,13 +204,23 @@ def find_deepspeed() -> str:
     return found
 
 
-def run_to_end(command: list[str], env: dict[str, str]) -> int:
+def run_to_end(
+    command: list[str],
+    env: dict[str, str],
+    should_stop: Callable[[], bool] | None = None,
+    output: IO | None = None,
+) -> int:
     """Run a launcher; its exit code as a shell reports it. Asked to stop, it has its ranks stop.
 
     The launcher is kept out of reach of the terminal's Ctrl-C: on SIGINT it dies with a traceback, before
     its ranks. They alone are told: it waits for them, and has their exit code. A second signal ends all.
+
+    Args:
+        should_stop: asked every second; once it says so, the ranks are told to stop.
+        output: an open file for what they print; None: the terminal.
     """
-    process = subprocess.Popen(command, env=env, start_new_session=True)
+    errors = None if output is None else subprocess.STDOUT
+    process = subprocess.Popen(command, env=env, start_new_session=True, stdout=output, stderr=errors)
     received: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -213,7 +233,9 @@ def run_to_end(command: list[str], env: dict[str, str]) -> int:
     caught = (*SIGNALS, signal.SIGHUP)
     before = {number: signal.signal(number, stop) for number in caught}
     try:
-        code = process.wait()
+        while (code := _wait(process, POLL_S if should_stop else None)) is None:
+            if not received and should_stop():
+                stop(signal.SIGTERM, None)
         deadline = time.monotonic() + STOP_S
         while received and _signal_group(process.pid, 0) and time.monotonic() < deadline:
             time.sleep(0.1)  # the ranks end after the launcher
@@ -231,6 +253,14 @@ def run_to_end(command: list[str], env: dict[str, str]) -> int:
     hint = ": too little memory?" if killed_by == signal.SIGKILL else ""
     print(f"the job was ended by {name}{hint}", file=sys.stderr)
     return 128 + killed_by
+
+
+def _wait(process: subprocess.Popen, timeout_s: float | None) -> int | None:
+    """The exit code of a process; None where it takes longer."""
+    try:
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _stop_ranks(launcher: int) -> bool:

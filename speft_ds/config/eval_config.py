@@ -8,6 +8,17 @@ from speft_ds.config.section import ConfigSection, broken_rule, given_keys
 from speft_ds.config.values import Count, FilePath, Index, Limit, Text
 
 
+class AutoPrompt(ConfigSection):
+    """A baseline: prompts for the untouched base that are searched on labelled rows."""
+
+    shots: Annotated[int, Field(ge=2)] | None = None
+    """labelled rows per task to search a prompt on, none of which is scored; null: no search"""
+    examples: Index = 4
+    """of these in a prompt, at most"""
+    forwards: Count = 2000
+    """answers to score per task in the search, at most"""
+
+
 class EvalConfig(ConfigSection):
     tasks: list[Text] = Field([])
     """lm-eval task names; empty: no evaluation"""
@@ -30,7 +41,9 @@ class EvalConfig(ConfigSection):
     manual_fewshot: list[Index] = Field([])
     """the untouched base with so many examples in its prompts, as baselines"""
     manual_fewshot_limit: Limit | None = None
-    """documents per task for these baselines, or a share, where eval.limit is not less; null: as many"""
+    """documents per task for baselines of prompts, or a share, where eval.limit is not less; null: as many"""
+    auto_prompt: AutoPrompt = AutoPrompt()
+    """a prompt searched on labelled rows, as a baseline"""
     format_spread: Annotated[int, Field(ge=1, le=50)] = 1
     """equivalent prompt formats to score the tasks in, their own included (FormatSpread)"""
     forgetting_tasks: list[Text] = Field([])
@@ -54,7 +67,7 @@ class EvalConfig(ConfigSection):
     def _has_tasks(self, info: ValidationInfo) -> Self:
         """What is scored on `tasks` needs some, unless they were taken away: eval.tasks=[]."""
         is_forgotten = not self.tasks and "eval.tasks" not in given_keys(info)
-        for key in ("manual_fewshot", "format_spread", "slice") if is_forgotten else ():
+        for key in ("manual_fewshot", "auto_prompt", "format_spread", "slice") if is_forgotten else ():
             if getattr(self, key) != EvalConfig.model_fields[key].default:
                 message = f"eval.{key} has no effect without eval.tasks"
                 raise broken_rule(message, f"eval.tasks=[...], or remove eval.{key}", key=f"eval.{key}")

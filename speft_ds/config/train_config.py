@@ -36,8 +36,8 @@ class OptimizerConfig(ConfigSection):
     """the largest gradient norm; null: any"""
     clip: Literal["global", "per_layer", "per_component"] = "global"
     """what clip_norm bounds: the full gradient, each layer's, each weight's"""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """lr after the warm-up"""
+    schedule: Literal["constant", "linear", "cosine", "range_test"] = "linear"
+    """lr after the warm-up; range_test: from a 100,000th of it up to it, as speft tune --lr does"""
     warmup_steps: Index = 0
     """steps of linear warm-up"""
 

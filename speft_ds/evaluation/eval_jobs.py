@@ -31,8 +31,8 @@ class EvalJob:
 
     Attributes:
         label: the name of its score file.
-        kind: `main`; `fewshot`: the base with k examples in the prompt; `format`: the same prompts in another
-            format; `extra`: asked for on the command line.
+        kind: `main`; `fewshot`: the base with k examples in the prompt; `auto`: with a searched prompt;
+            `format`: the same prompts in another format; `extra`: asked for on the command line.
         num_fewshot: examples in each prompt; None: each task's own number.
         limit: documents per task, or below 1 the share of them; None: all.
         format: number of the prompt format; 0: the tasks' own.
@@ -81,6 +81,8 @@ def jobs_of(section: EvalConfig, phase: Phase) -> list[EvalJob]:
     if tasks and phase == "before":
         fewer = _fewer(limit, section.manual_fewshot_limit)
         jobs += [EvalJob(f"before-{k}shot", "fewshot", tasks, k, fewer) for k in section.manual_fewshot]
+        if section.auto_prompt.shots is not None:
+            jobs.append(EvalJob("before-auto-prompt", "auto", tasks, 0, fewer))
     if tasks:
         jobs += _other_formats(EvalJob(phase, "format", tasks, shots, limit), section.format_spread)
     return jobs
@@ -132,7 +134,7 @@ class PromptFormat:
     separator: str  # in place of their colon
     line_break: str  # before them
 
-    def rewrite_request(self, arguments: tuple) -> tuple:
+    def rewrite_request(self, arguments: tuple, *_: object) -> tuple:
         """An lm-eval request in this format: its prompt, and the strings that end an answer in both forms."""
         prompt, *more = arguments
         if more and isinstance(more[0], dict) and "until" in more[0]:

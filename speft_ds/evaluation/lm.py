@@ -41,7 +41,7 @@ class EngineLM(HFLM):
     Args:
         model: the engine's module, or a plain copy of it on every rank.
         is_sharded: whether a forward gathers weights, so that the ranks must run the same number of them.
-        prompt_format: rewrites the prompts; None: they stay as they are.
+        prompt_format: rewrites the prompts, as `AutoPrompts` does, too; None: they stay as they are.
         cache: of responses by this model; None: every response is computed.
     """
 
@@ -103,7 +103,9 @@ class EngineLM(HFLM):
         return [tuple(each) if isinstance(each, list) else each for each, _, _ in answers]
 
     def _rewrite(self, request: Instance) -> SimpleNamespace:
-        arguments = self.prompt_format.rewrite_request(request.args)
+        arguments = self.prompt_format.rewrite_request(
+            request.args, request.task_name, request.doc, request.idx
+        )
         self.num_rewritten[request.task_name] += arguments[0] != request.args[0]
         return SimpleNamespace(args=arguments)
 

@@ -19,6 +19,7 @@ from speft_ds.evaluation.scores import Score, ScoreFile
 from speft_ds.io import read_json, replacing, write_json
 from speft_ds.untrusted import path_within
 
+BY_LENGTH = ("acc_norm", "acc_bytes")
 OLD = "old"  # folder of scores that no longer hold
 
 
@@ -41,6 +42,7 @@ def asked(job: EvalJob, of: dict, recipe: Recipe) -> dict[str, Any]:
         "limit": job.limit,
         "chat_template": section.chat_template,
         **({"date": recipe.data.date} if section.chat_template and recipe.data.date else {}),
+        **({"auto_prompt": [section.auto_prompt.model_dump(), recipe.seed]} if job.kind == "auto" else {}),
         "format": str(prompt_formats(job.format + 1)[job.format]) if job.format else None,
         "text": [section.forgetting_text, section.forgetting_bytes] if job.has_text else None,
         "sources": [section.include_path, section.data_dir],
@@ -148,6 +150,8 @@ def check_scores(
     fixed = [task for task, number in made.items() if shots is not None and number not in (None, shots)]
     notes = [f"{task}: scored with {made[task]} examples, not {shots}: its file says so" for task in fixed]
     left_out = set(fixed) if job.kind == "fewshot" else set()
+    if job.kind == "auto":  # lm-eval divides by the length of the task's own choices
+        scores = [score for score in scores if score.metric not in BY_LENGTH]
     if job.format:
         changed = {name for s in scores if num_rewritten.get(s.task) for name in (s.task, s.group)}
         unchanged = {score.task for score in scores} - changed

@@ -29,10 +29,11 @@ from speft_ds.evaluation.eval_jobs import AS_IT_IS, SLICE, EvalJob, LowBits, pro
 from speft_ds.evaluation.lm import EngineLM, ResponseCache
 from speft_ds.evaluation.low_bits import low_bits_notes, rounded_inputs
 from speft_ds.evaluation.perplexity import read_text, text_perplexity
+from speft_ds.evaluation.prompt_tasks import AutoPrompts, labelled_rows
 from speft_ds.evaluation.results import Scored, asked, check_scores, scores_of
 from speft_ds.evaluation.scores import ScoreFile, Settings
 from speft_ds.evaluation.task_checks import check_tasks
-from speft_ds.evaluation.tasks import find_tasks, local_data
+from speft_ds.evaluation.tasks import find_tasks, load_tasks, local_data
 from speft_ds.model.quantise import quantised_linears
 from speft_ds.zero.shards import full_shape, shard_of
 
@@ -79,6 +80,10 @@ class EvalRunner:
                     found = check_tasks(job, self.manager, tokenizer, self.section.chat_template, max_length)
                 self._notes[_requests_of(job)] = sorted({*notes, *found})
                 self._tell(self._notes[_requests_of(job)])
+            if job.kind == "auto":
+                with undisturbed(), local_data(self.section.data_dir):
+                    for task in load_tasks(self.manager, job.tasks).values():
+                        labelled_rows(task, self.section.auto_prompt.shots, self.recipe.seed)
 
     def _tell(self, notes: Sequence[str]) -> None:
         """Log notes, each once."""
@@ -115,6 +120,7 @@ class EvalRunner:
         what = ", ".join([*job.tasks, *(["the forgetting text"] if job.has_text else [])])
         how = ["untouched" if _is_base(of) else "trained"]
         how += [f"{job.num_fewshot} examples in the prompt"] if job.kind == "fewshot" else []
+        how += ["a prompt that is searched"] if job.kind == "auto" else []
         how += [f"prompt format {job.format}"] if job.format else []
         how += [f"{what} in {name}" for what, name in self.low_bits.facts.items()]
         return f"round {self.jobs.index(job) + 1} of {len(self.jobs)}: {what}, {', '.join(how)}"
@@ -133,6 +139,8 @@ class EvalRunner:
         cache = ResponseCache({**of, **run_by, "versions": versions()}) if is_base else None
         prompt_format = self.formats[job.format]
         lm = EngineLM(model, self.tokenizer, section.batch_size, is_sharded, prompt_format, cache)
+        if job.kind == "auto":
+            lm.prompt_format = self._searched_prompts(lm, job)
         results = self._results(lm, job) if job.tasks else {}
         perplexity = text_perplexity(lm, section) if job.has_text else None
         if collectives.rank() != 0:
@@ -142,6 +150,7 @@ class EvalRunner:
         scores, more_notes = check_scores(scores, job, lm.num_rewritten)
         notes = [*self._notes.get(_requests_of(job), []), *more_notes, *lm.notes()]
         notes += low_bits_notes(model, self.low_bits)
+        notes += lm.prompt_format.notes() if job.kind == "auto" else []
         if cache is not None and cache.problem:
             notes.append(cache.problem)
         if job.label != SLICE:
@@ -166,11 +175,17 @@ class EvalRunner:
             ),
             scores=scores,
             perplexity=perplexity,
+            auto_prompt=lm.prompt_format.facts() if job.kind == "auto" else None,
             seconds=time.perf_counter() - start,
             cached=cache is not None and cache.has_everything,
             notes=notes,
         )
         return Scored(file, results)
+
+    def _searched_prompts(self, lm: EngineLM, job: EvalJob) -> AutoPrompts:
+        with local_data(self.section.data_dir):
+            tasks = load_tasks(self.manager, job.tasks)
+        return AutoPrompts(lm, tasks, self.section.auto_prompt, self.recipe.seed, self.section.chat_template)
 
     def _results(self, lm: EngineLM, job: EvalJob) -> dict | None:
         """lm-eval's results (on rank 0), with the prompts as the model got them."""
@@ -185,8 +200,10 @@ class EvalRunner:
                 task_manager=self.manager,
             )
         if results is not None and lm.prompt_format is not None:
-            for row in (row for rows in results["samples"].values() for row in rows):
-                row["arguments"] = [lm.prompt_format.rewrite_request(each) for each in row["arguments"]]
+            for task, row in ((task, row) for task, rows in results["samples"].items() for row in rows):
+                asked = enumerate(row["arguments"])
+                rewrite = lm.prompt_format.rewrite_request
+                row["arguments"] = [rewrite(each, task, row["doc"], number) for number, each in asked]
         return results
 
 

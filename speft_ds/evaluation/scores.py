@@ -15,7 +15,7 @@ from speft_ds.io import read_json
 FOLDER = "eval"
 CLEAR = 2.0  # standard errors from which on a difference counts as one
 
-JobKind = Literal["main", "fewshot", "format", "extra"]
+JobKind = Literal["main", "fewshot", "auto", "format", "extra"]
 
 
 class _Part(BaseModel):
@@ -116,6 +116,7 @@ class ScoreFile(_Part):
     settings: Settings = Settings()
     scores: list[Score]
     perplexity: Perplexity | None = None
+    auto_prompt: dict[str, Any] | None = None  # task -> the prompt that was found for it, and how
     seconds: float | None = None
     cached: bool = False  # whether every response came from the cache
     notes: list[str] = []
@@ -135,7 +136,9 @@ class ScoreFile(_Part):
 
     @property
     def prompt(self) -> str:
-        """`4-shot`, or that each task has its own number of examples."""
+        """`4-shot`, that each task has its own number of examples, or that a prompt was searched."""
+        if self.kind == "auto":
+            return "searched prompt"
         return "own prompts" if self.num_fewshot is None else f"{self.num_fewshot}-shot"
 
 
@@ -266,6 +269,7 @@ class Evaluations:
         """Examples in the prompt, and documents where these are fewer -> the base with them, fewest first."""
         found = [*self.of("main", "base"), *self.of("fewshot", "base")]
         found.sort(key=lambda each: -1 if each.num_fewshot is None else each.num_fewshot)
+        found += self.of("auto", "base")
         limit = self.before.settings.limit if self.before else None
         named = {}
         for each in found:

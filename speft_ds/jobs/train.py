@@ -54,6 +54,9 @@ def run(recipe: Recipe, start: Start | None = None) -> None:
         trainer.evaluate("before")
     collectives.raise_if_stop_requested()
     trainer.choose_mask()
+    collectives.run_on_rank0(
+        lambda: write_facts(folder, {**read_facts(folder), "mask": trainer.mask.facts()})
+    )
     if start.checkpoint is not None:
         trainer.evaluate("before")  # says what is missing: the weights are not the base's any more
     collectives.raise_if_stop_requested()

@@ -183,6 +183,45 @@ def length_histogram(lengths: Array, num_label_tokens: Array, max_length: int, t
     return _draw(6.4, 4.0, draw, "png")
 
 
+def lr_range_curve(
+    rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], marks: dict[str, float]
+) -> bytes:
+    """The losses of a range test over the rate, as PNG; `marks`: what is there -> rate."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot(rates, losses, color=COLOURS[0], linewidth=0.8, alpha=0.5, label="after a step")
+        axes.plot(rates, smoothed, color=COLOURS[0], label="smoothed")
+        for number, (name, rate) in enumerate(marks.items(), 1):
+            axes.axvline(rate, color=COLOURS[number], linestyle=":", label=f"{name}: {rate:.1e}")
+        axes.set(xscale="log", yscale="log", xlabel="optimizer.lr", ylabel="training loss")
+        for axis in (axes.xaxis, axes.yaxis):
+            _plain_numbers(axis)
+        axes.legend(frameon=False)
+
+    return _draw(6.4, 4.0, draw, "png")
+
+
+def pareto_points(points: Sequence[tuple[float, float, float]], front: Collection[int], chosen: int) -> bytes:
+    """Trials by (validation loss, trained entries, ms per step), as PNG.
+
+    Args:
+        front: numbers of the points that no other is better than in all three; `chosen`: one of them.
+    """
+
+    def draw(axes: Axes) -> None:
+        losses, entries, times = zip(*points, strict=True)
+        drawn = axes.scatter(entries, losses, c=times, s=28, cmap="viridis")
+        axes.figure.colorbar(drawn, label="ms per step")
+        for which, size, label in ((front, 90, "on the front"), ([chosen], 200, "chosen")):
+            x, y = [entries[n] for n in which], [losses[n] for n in which]
+            axes.scatter(x, y, s=size, facecolor="none", edgecolor=COLOURS[1], label=label)
+        axes.set(xscale="log", xlabel="trained entries", ylabel="validation loss")
+        _plain_numbers(axes.xaxis)
+        axes.legend(frameon=False)
+
+    return _draw(6.4, 4.0, draw, "png")
+
+
 def running_mean(values: Sequence[float], size: int) -> list[float]:
     """The mean of the last `size` values, or of as many as there are, at each."""
     means, total = [], 0.0
@@ -235,6 +274,12 @@ def _label(axis: Axis, names: Sequence[str]) -> None:
         axis.set_tick_params(rotation=45)
         for label in axis.get_ticklabels():
             label.set(ha="right", rotation_mode="anchor")
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """Powers of ten on a logarithmic axis without the mathematics that STYLE turns off."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def _draw(

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from lm_eval import simple_evaluate
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
@@ -17,7 +18,7 @@ from speft_ds.comm import collectives, signals
 from speft_ds.config.recipe import Recipe
 from speft_ds.evaluation import runner
 from speft_ds.evaluation.eval_jobs import jobs_of
-from speft_ds.evaluation.lm import shard_batches
+from speft_ds.evaluation.lm import EngineLM, shard_batches
 
 EXCHANGES = ("all_reduce", "all_gather_object", "broadcast_object_list")
 
@@ -117,3 +118,25 @@ def stock_scores(model: torch.nn.Module, recipe: Recipe, num_fewshot: int | None
         task_manager=TaskManager(include_path=section.include_path, include_defaults=False),
     )
     return scores_and_answers(results)
+
+
+def check_auto_prompt(recipe: Recipe) -> dict | None:
+    """The job of a searched prompt, and what the model was asked, call by call; on rank 0.
+
+    `opened`: by how many calls had been made each time that a task opened its test documents.
+    """
+    trainer, asked, opened = make_trainer(recipe), [], []
+    cached, test_docs = EngineLM.cached, ConfigurableTask.test_docs
+    EngineLM.cached = lambda lm, method, requests, compute: (
+        asked.append(requests) or cached(lm, method, requests, compute)
+    )
+    ConfigurableTask.test_docs = lambda task: opened.append(len(asked)) or test_docs(task)
+    try:
+        jobs = [job for job in jobs_of(recipe.eval, "before") if job.kind == "auto"]
+        (scored,) = trainer.evaluation.run(trainer.engine.module, jobs, {})
+    finally:
+        EngineLM.cached, ConfigurableTask.test_docs = cached, test_docs
+    if collectives.rank() != 0:
+        return None
+    document = scored.file.model_dump()
+    return {**scores_and_answers(scored.results), "document": document, "asked": asked, "opened": opened}

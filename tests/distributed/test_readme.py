@@ -52,6 +52,7 @@ HOW = {
     "speft train llama2": ([], {2}),  # refused: the weights are not here
     "speft evaluate --model": "not with these weights; test_evaluated_runs.py has others",
     "speft evaluate": (["--limit", "2"], {0}),
+    "speft tune": "test_tune.py does, on a model that takes seconds",
     "deepspeed": (SHORT, {0}),
     "speft doctor": "test_doctor.py does",
     "speft train --resume": ([], {0}),
@@ -93,7 +94,7 @@ def keep_command() -> None:
     """In a forked `speft`: the launcher's command line is written down, and not run."""
     from speft_ds.cli import start_ranks
 
-    start_ranks.run_to_end = lambda command, _: Path(COMMAND).write_text(json.dumps(command)) * 0
+    start_ranks.run_to_end = lambda command, *_: Path(COMMAND).write_text(json.dumps(command)) * 0
 
 
 def run(words: list[str], folder: Path, is_forked: bool = True) -> tuple[int, str]:

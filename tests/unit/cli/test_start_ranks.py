@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -41,7 +42,7 @@ def launched(tmp_path, monkeypatch):
 
     def start(typed, gpus=0, code=0):
         monkeypatch.setattr(start_ranks, "visible_gpus", lambda: list(range(gpus)))
-        monkeypatch.setattr(start_ranks, "run_to_end", lambda *call: calls.append(call) or code)
+        monkeypatch.setattr(start_ranks, "run_to_end", lambda *call: calls.append(call[:2]) or code)
         left = run(monkeypatch, *typed.split())
         return (*(calls[-1] if calls else (None, None)), left)
 
@@ -262,7 +263,7 @@ def test_the_launcher_is_told_which_gpus(four_gpus, monkeypatch, visible, ranks,
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     calls = []
-    monkeypatch.setattr(start_ranks, "run_to_end", lambda *call: calls.append(call) or 0)
+    monkeypatch.setattr(start_ranks, "run_to_end", lambda *call: calls.append(call[:2]) or 0)
     assert run(monkeypatch, "score", "mine.yaml", *ranks) == 0
     ((command, env),) = calls
     assert command[1 : command.index("--master_port")] == flags and "CUDA_VISIBLE_DEVICES" not in env
@@ -294,6 +295,28 @@ def test_exit_codes_are_as_a_shell_reports_them(script, code):
     assert start_ranks.run_to_end(["sh", "-c", script], dict(os.environ)) == code
 
 
+RANK = """
+    import pathlib, signal, sys, time
+    def save(*_):
+        time.sleep(1)
+        pathlib.Path("saved").touch()
+        sys.exit(85)
+    signal.signal(signal.SIGTERM, save)
+    print("begins")
+    pathlib.Path("started").touch()
+    time.sleep(3600)
+"""
+
+
+def test_a_run_is_stopped_when_it_may_be(tmp_path, monkeypatch):
+    (tmp_path / "rank.py").write_text(textwrap.dedent(RANK))
+    monkeypatch.chdir(tmp_path)
+    command = ["sh", "-c", f"{sys.executable} -u rank.py & wait $!; exit $?", "deepspeed.launcher.launch"]
+    with open("log", "w") as log:
+        code = start_ranks.run_to_end(command, dict(os.environ), Path("started").exists, log)
+    assert code == 85 and Path("saved").exists() and Path("log").read_text() == "begins\n"
+
+
 @pytest.mark.parametrize(
     ("number", "launcher", "code"),
     [
@@ -305,22 +328,12 @@ def test_exit_codes_are_as_a_shell_reports_them(script, code):
 )
 def test_a_signal_reaches_the_ranks_and_is_waited_for(tmp_path, number, launcher, code):
     """A rank takes a second to stop; the launcher here has its exit code, as deepspeed."""
-    rank = """
-        import pathlib, signal, sys, time
-        def save(*_):
-            time.sleep(1)
-            pathlib.Path("saved").touch()
-            sys.exit(85)
-        signal.signal(signal.SIGTERM, save)
-        pathlib.Path("started").touch()
-        time.sleep(3600)
-    """
-    (tmp_path / "rank.py").write_text(textwrap.dedent(rank))
+    (tmp_path / "rank.py").write_text(textwrap.dedent(RANK))
     script = f"""
         import os, sys
         sys.path.insert(0, {str(ROOT)!r})
         from speft_ds.cli.start_ranks import run_to_end
-        launcher = "{sys.executable} rank.py & wait $!; exit $?"
+        launcher = "{sys.executable} rank.py >/dev/null & wait $!; exit $?"
         sys.exit(run_to_end(["sh", "-c", launcher, {launcher!r}], dict(os.environ)))
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]

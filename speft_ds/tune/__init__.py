@@ -1,0 +1,1 @@
+"""Finding settings: a learning-rate range test, a search over recipe keys."""

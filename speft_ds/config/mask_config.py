@@ -13,7 +13,7 @@ from speft_ds.errors import UserError
 MASK_FILE = "mask.safetensors"  # in the folder that `speft score` leaves
 
 ScoredOnRows = Literal[
-    "gradient", "snip", "force", "taylor_fo", "fisher", "grasp", "grad_low_magnitude", "quant_error"
+    "gradient", "snip", "force", "taylor_fo", "fisher", "grasp", "grad_low_magnitude", "wanda", "quant_error"
 ]
 ScoredOnWeights = Literal["magnitude", "low_magnitude", "synflow", "random", "lift"]
 NEEDS_DATA = frozenset(get_args(ScoredOnRows))

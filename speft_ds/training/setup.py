@@ -345,8 +345,8 @@ def make_scorer(context: TrainContext, number: int = 0) -> Scorer:
     if data.calibration is not None:
         ids = data.calibration_order.epoch(number)[: mask.calibration_samples]
         chosen = [data.calibration[row] for row in ids]
-        # Fisher information is a sum over rows of squares.
-        by_row = mask.salience == "fisher" and context.mixes_rows
+        # Fisher information is a sum over rows of squares; Wanda must tell padding from tokens.
+        by_row = mask.salience in ("fisher", "wanda") and context.mixes_rows
         size = 1 if by_row else mask.calibration_batch
         calibration = CalibrationSet(chosen, size, data.pad_id, number == 0)
     seed = hash_seed(context.recipe.seed, "salience", number) if number else context.recipe.seed

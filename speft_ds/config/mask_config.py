@@ -21,6 +21,8 @@ _DROP_GROW = Needs("schedule", ("drop_grow",))
 _SINGLE_ENTRIES = Needs("granularity", ("element",), why="tiles are confined as they are", even_if_given=True)
 _NO_ROW_QUOTA = Needs("budget", ("global", "per_layer"), why="a row has its own entries", even_if_given=True)
 
+_WITH_ZEROS = Needs("only_nonzero", (False,), why="columns are trained with their zeros", even_if_given=True)
+
 
 class MaskConfig(ConfigSection):
     salience: Literal[ScoredOnRows, ScoredOnWeights] = "gradient"
@@ -29,8 +31,8 @@ class MaskConfig(ConfigSection):
     """the fraction of the targets to train"""
     num_trainable: Annotated[Count | None, InPlaceOf("density")] = None
     """how many weights to train, in place of density"""
-    granularity: Literal["element", "block", "row", "column"] = "element"
-    """what is chosen as one; a unit scores the mean of its entries"""
+    granularity: Literal["element", "block", "row", "column", "head", "channel"] = "element"
+    """what is chosen as one, a head or an MLP channel in all its weights; by the mean of its entries"""
     block_size: Annotated[int, Field(ge=2), Needs("granularity", ("block",))] = 16
     """rows and columns of a block; smaller at a weight's edges"""
     budget: Annotated[
@@ -38,7 +40,11 @@ class MaskConfig(ConfigSection):
         Needs("granularity", ("element",), ("per_row",), "a row quota counts single entries"),
     ] = "global"
     """one threshold for all weights, one for each weight, or for each of its rows"""
-    compute: Annotated[Share | None, _SINGLE_ENTRIES, _NO_ROW_QUOTA] = None
+    only_nonzero: Annotated[
+        bool, Needs("granularity", ("element",), (True,), "a tile is trained with its zeros")
+    ] = False
+    """choose no entry whose pretrained value is exactly 0: a pruned base stays as sparse"""
+    compute: Annotated[Share | None, _SINGLE_ENTRIES, _NO_ROW_QUOTA, _WITH_ZEROS] = None
     """entries lie in few columns, with this share of the dense gradient's multiply-adds; null: anywhere"""
     targets: Annotated[list[Text], Field(min_length=1)] | None = None
     """module names or patterns; null: all linears of the decoder layers"""
@@ -129,6 +135,11 @@ class MaskConfig(ConfigSection):
         if (self.schedule, self.growth) == ("drop_grow", "sft_ag"):
             every = max(every, self.growth_steps)
         return every if every < steps else None
+
+    @property
+    def of_units(self) -> bool:
+        """Whether what is chosen as one lies in several weights."""
+        return self.granularity in ("head", "channel")
 
     @property
     def is_scored(self) -> bool:

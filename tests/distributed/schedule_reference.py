@@ -109,6 +109,8 @@ class Reference:
         allowed = self.everything if self.settings.compute is None else self._in_columns(scores)
         return best(scores, allowed, self.groups, shares(sizes, wanted))
 
+        if self.settings.only_nonzero:
+            allowed = {name: p != 0 for name, p in self.pretrained.items()}
     def _in_columns(self, scores: Dense) -> Dense:
         """True in the columns of the largest mean squares, until a share of all entries is spent."""
         allowed = {name: torch.zeros_like(where) for name, where in self.everything.items()}
@@ -128,9 +130,14 @@ class Reference:
         return allowed
 
     def _outside(self) -> Dense:
-        """Where an entry may grow: outside the mask, in columns that have entries if there are to be few."""
-        anywhere = self.settings.compute is None
-        return {name: ~mask & (mask.any(0) | anywhere) for name, mask in self.mask.items()}
+        """Where an entry may grow: outside the mask, in columns that have entries if there are to be few,
+        at no zero if there are to be none.
+        """
+        anywhere, zeros_too = self.settings.compute is None, not self.settings.only_nonzero
+        return {
+            name: ~mask & (mask.any(0) | anywhere) & ((self.pretrained[name] != 0) | zeros_too)
+            for name, mask in self.mask.items()
+        }
 
     def _is_open(self, name: str, done: int) -> bool:
         """Whether the layer gate lets this weight train in step `done` (from 1)."""

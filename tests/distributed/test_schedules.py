@@ -30,6 +30,10 @@ CASES = {
     "sft_ag columns": {**AG, "compute": 0.3},
     "sft_ma columns per_layer": {**MA, "compute": 0.4, "budget": "per_layer"},
     "periodic nf4": PERIODIC,
+    "periodic pruned": {**PERIODIC, "only_nonzero": True},
+    # More entries are to be grown than there are outside the mask that are not zero.
+    "sft_ag pruned": {**AG, "only_nonzero": True, "density": 0.4},
+    "sft_ma pruned per_layer": {**MA, "only_nonzero": True, "budget": "per_layer"},
     "sft_ag int8": AG,
     "grad_topk": TOPK,
     "half": HALF,
@@ -65,7 +69,9 @@ def recipe_of(tiny, folder, case):
     optimizer = {"weight_decay": 0.1, "eps": 1e-5}
     train = {"steps": 30, **TRAIN.get(case, {})}
     model = MODEL.get(case, {})
-    return make_recipe(tiny, folder, mask=CASES[case], optimizer=optimizer, train=train, model=model)
+    checkpoint = "pruned" if "pruned" in case else "untied"
+    sections = {"optimizer": optimizer, "train": train, "model": model}
+    return make_recipe(tiny, folder, checkpoint, mask=CASES[case], **sections)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +149,7 @@ FOUR_RANKS = ["periodic", "sft_ag", "periodic few", "sft_ag few"]
 IN_FEW_BITS = ["periodic", "sft_ma", "sft_ag few"]
 
 
+    "periodic channel": {"schedule": "periodic", **TWO, "granularity": "channel"},
 @pytest.mark.parametrize(
     ("case", "world_size", "model"),
     [(case, 2, {"dtype": dtype}) for case in CHANGING for dtype in ("float32", "bfloat16")]

@@ -139,6 +139,8 @@ CHOICES = [
     ["mask.granularity=block", "mask.block_size=8", "mask.budget=per_layer"],
     ["mask.granularity=row"],
     ["mask.granularity=column"],
+    ["mask.granularity=head"],
+    ["mask.granularity=channel", "mask.budget=per_layer"],
     ["mask.budget=per_row"],
     ["mask.salience=lift", "mask.lift_rank=4"],
     ["mask.schedule=static", "mask.update_every=100"],  # a default may always stand there

@@ -87,19 +87,19 @@ class MaskConfig(ConfigSection):
     topk_fraction: Annotated[Share, Needs("schedule", ("grad_topk",))] = 0.5
     """the fraction of the mask that steps"""
     layer_gate: Annotated[
-        Literal["none", "sampled", "half"],
+        Literal["none", "sampled", "importance", "half"],
         Needs(
             "schedule",
             ("static", "periodic", "grad_topk"),
-            ("sampled", "half"),
+            ("sampled", "importance", "half"),
             "entries that the gate keeps still would be dropped for not changing",
         ),
     ] = "none"
-    """train gate_layers random layers, or a random half of the weights, at a time"""
-    gate_every: Annotated[Count, Needs("layer_gate", ("sampled", "half"))] = 20
+    """train gate_layers layers at a time, all as likely or the important ones more; or half of the weights"""
+    gate_every: Annotated[Count, Needs("layer_gate", ("sampled", "importance", "half"))] = 20
     """steps until the gate is drawn anew"""
-    gate_layers: Annotated[Count, Needs("layer_gate", ("sampled",))] = 2
-    """decoder layers that the sampled gate opens"""
+    gate_layers: Annotated[Count, Needs("layer_gate", ("sampled", "importance"))] = 2
+    """decoder layers that the gate opens"""
 
     @field_validator("compute")
     @classmethod

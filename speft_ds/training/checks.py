@@ -130,7 +130,7 @@ def check_shapes(mask: MaskConfig, shapes: dict[str, tuple[int, int]]) -> None:
             fix=f"mask.lift_rank={max(1, smallest // 2)}, or leave out small weights by mask.targets",
         )
     layers = {layer_number(name) for name in shapes} - {None}
-    if mask.layer_gate == "sampled" and mask.gate_layers >= len(layers):
+    if mask.layer_gate in ("sampled", "importance") and mask.gate_layers >= len(layers):
         raise UserError(
             f"a gate that opens {mask.gate_layers} of {len(layers)} layers shuts nothing",
             where="mask.gate_layers",

@@ -149,6 +149,8 @@ CHOICES = [
     ["mask.schedule=drop_grow", "mask.growth=sft_ma", "mask.update_every=2", "mask.drop_rate=0.5"],
     ["mask.schedule=grad_topk", "mask.topk_fraction=1", "mask.layer_gate=half", "mask.gate_every=3"],
     ["mask.schedule=periodic", "mask.layer_gate=sampled", "mask.gate_layers=1"],
+    ["mask.layer_gate=importance", "mask.gate_every=7"],
+    ["mask.only_nonzero=true", "mask.budget=per_row"],
     ["data.path=null", "mask.salience=magnitude"],
 ]
 

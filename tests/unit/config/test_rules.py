@@ -83,6 +83,7 @@ COMBINATIONS = [  # the last word is to blame
     ["mask.only_nonzero=true", "mask.compute=0.1"],
     ["mask.schedule=drop_grow", "mask.layer_gate=half"],
     ["mask.schedule=drop_grow", "mask.layer_gate=sampled"],
+    ["mask.schedule=drop_grow", "mask.layer_gate=importance"],
     ["mask.budget=per_row", "mask.schedule=drop_grow"],
     ["mask.schedule=drop_grow", "mask.update_every=6", "mask.growth_steps=7"],
     ["mask.salience=grasp"],

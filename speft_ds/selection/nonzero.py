@@ -11,48 +11,49 @@ import torch
 from torch import Tensor
 
 from speft_ds.comm import collectives
+from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
 from speft_ds.model.kinds.target import Target
 from speft_ds.selection.columns import OUTSIDE
+from speft_ds.selection.topk import select
 from speft_ds.sparse.layout import RankShards
 from speft_ds.sparse.mask import Mask
 
 
-def exclude_zeros(scores: dict[str, Tensor], targets: dict[str, Target]) -> dict[str, int]:
-    """Leave no zero a chance to be selected, in place.
+def select_nonzero(
+    scores: dict[str, Tensor],
+    targets: dict[str, Target],
+    shape: dict[str, tuple[int, int]],
+    num_trainable: int,
+    budget: str,
+) -> Mask:
+    """The highest scores of what is not zero, as `topk.select`, which has the other arguments; in place.
 
-    Args:
-        scores: weight -> [local elements] fp32 scores of this rank's shard, finite.
-    Returns:
-        weight -> its elements that are no zeros, over all ranks.
+    Raises:
+        UserError: a score is not finite, or so much is zero that there are too few entries.
     """
     for name, score in scores.items():
         score.masked_fill_((targets[name].own_values() == 0).to(score.device), OUTSIDE)
-    return count_over_ranks({name: score > OUTSIDE for name, score in scores.items()})
+    left = count_over_ranks({name: score > OUTSIDE for name, score in scores.items()})
+    mask = select(scores, shape, num_trainable, budget)
+    shards = RankShards({name: mask.numel(name) for name in shape})
+    own = shards.to_local(shards.select(mask.index))
+    zeros = {name: scores[name][index.to(scores[name].device)] == OUTSIDE for name, index in own.items()}
+    if short := [name for name, count in count_over_ranks(zeros).items() if count]:
+        name = short[0]
+        place, wanted, there = f" of {name}", mask.index[name].numel(), left[name]
+        if budget == "global":
+            place, wanted, there = "", num_trainable, sum(left.values())
+        if budget == "per_row":
+            place = f" of some row of {name}, which has {shape[name][0]:,},"
+        what = f"too many weights{place} are zero: {wanted:,} entries are wanted, {there:,} are not zero"
+        raise UserError(what, "mask.only_nonzero", "a lower mask.density, or mask.only_nonzero=false")
+    total = mask.num_target_elements
+    log_rank0(f"chosen among {sum(left.values()):,} of {total:,} weights, the others are zero")
+    return mask
 
 
 def count_over_ranks(chosen: dict[str, Tensor]) -> dict[str, int]:
     """weight -> how many of [local elements] bool are True, over all ranks."""
     counts = torch.tensor([int(where.sum()) for where in chosen.values()], device=collectives.device())
     return dict(zip(chosen, collectives.all_reduce(counts).tolist(), strict=True))
-
-
-def require_no_zeros(mask: Mask, scores: dict[str, Tensor], left: dict[str, int], budget: str) -> None:
-    """Refuse a mask that had to take zeros to have its number of entries.
-
-    Args:
-        scores, left: of `exclude_zeros`.
-    """
-    shards = RankShards({name: mask.numel(name) for name in mask.shape})
-    own = shards.to_local(shards.select(mask.index))
-    zeros = {name: scores[name][index.to(scores[name].device)] == OUTSIDE for name, index in own.items()}
-    taken = [name for name, count in count_over_ranks(zeros).items() if count]
-    if taken:
-        name = taken[0]
-        place, wanted, there = f" of {name}", mask.index[name].numel(), left[name]
-        if budget == "global":
-            place, wanted, there = "", mask.num_trainable, sum(left.values())
-        if budget == "per_row":
-            place = f" of some row of {name}, which has {mask.shape[name][0]:,},"
-        what = f"too many weights{place} are zero: {wanted:,} entries are wanted, {there:,} are not zero"
-        raise UserError(what, "mask.only_nonzero", "a lower mask.density, or mask.only_nonzero=false")

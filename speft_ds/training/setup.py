@@ -39,7 +39,7 @@ from speft_ds.model.targets import (
 from speft_ds.model.weight_grad_hooks import weight_grad_hooks
 from speft_ds.selection.calibration import CalibrationSet, Scorer
 from speft_ds.selection.columns import confine
-from speft_ds.selection.nonzero import exclude_zeros, require_no_zeros
+from speft_ds.selection.nonzero import select_nonzero
 from speft_ds.selection.salience import score
 from speft_ds.selection.topk import num_trainable, select
 from speft_ds.selection.units import Units, find_units, in_units, parts_of, select_units
@@ -387,14 +387,9 @@ def choose_mask(context: TrainContext, timings: Timings, number: int = 0) -> Mas
     with timings.stage("selection"):
         if mask.compute is not None:
             confine(scores, context.shapes, context.num_trainable, mask.budget, mask.compute)
-        left = exclude_zeros(scores, context.targets) if mask.only_nonzero else {}
+        how = (context.shapes, context.num_trainable, mask.budget)
         if context.units is not None:
-            how = (context.units, context.shapes, context.num_trainable, mask.budget)
-            return select_units(scores, *how)
-        granularity = (mask.granularity, mask.block_size)
-        chosen = select(scores, context.shapes, context.num_trainable, mask.budget, *granularity)
+            return select_units(scores, context.units, *how)
         if mask.only_nonzero:
-            require_no_zeros(chosen, scores, left, mask.budget)
-            total = chosen.num_target_elements
-            log_rank0(f"chosen among {sum(left.values()):,} of {total:,} weights, the others are zero")
-        return chosen
+            return select_nonzero(scores, context.targets, *how)
+        return select(scores, *how, mask.granularity, mask.block_size)

@@ -65,6 +65,10 @@ def tiny(tmp_path_factory):
         "untied": tiny.make_model(folder / "untied"),
         "tied": tiny.make_model(folder / "tied", tied=True, seed=1),
         "bias": tiny.make_model(folder / "bias", seed=2, attention_bias=True),
+        "pruned": tiny.make_model(folder / "pruned", pruned=True),
+        "heads": tiny.make_model(
+            folder / "heads", hidden_size=36, num_attention_heads=6, num_key_value_heads=3, head_dim=4
+        ),
         "data": rows,
         "tasks": tiny.make_task(folder, rows),
         "folder": folder,

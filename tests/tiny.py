@@ -45,8 +45,12 @@ def read_rows(path: Path) -> list:
     return rows
 
 
-def make_model(folder: Path, tied: bool = False, seed: int = 0, **config) -> Path:
-    """A two-layer fp32 Llama checkpoint: grouped-query attention, odd sizes (35 wide, 53 in the MLP)."""
+def make_model(folder: Path, tied: bool = False, seed: int = 0, pruned: bool = False, **config) -> Path:
+    """A two-layer fp32 Llama checkpoint: grouped-query attention, odd sizes (35 wide, 53 in the MLP).
+
+    Args:
+        pruned: the smaller half of each matrix is 0, and some of it -0.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -66,7 +70,11 @@ def make_model(folder: Path, tied: bool = False, seed: int = 0, **config) -> Pat
         "bos_token_id": 256,
         "pad_token_id": 258,
     }
-    LlamaForCausalLM(LlamaConfig(**{**sizes, **config})).save_pretrained(folder)
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **config}))
+    for parameter in model.parameters() if pruned else ():
+        if parameter.dim() == 2:
+            parameter.data *= parameter.abs() > parameter.abs().median()
+    model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 

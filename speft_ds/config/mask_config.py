@@ -13,7 +13,7 @@ from speft_ds.errors import UserError
 MASK_FILE = "mask.safetensors"  # in the folder that `speft score` leaves
 
 ScoredOnRows = Literal[
-    "gradient", "snip", "force", "taylor_fo", "fisher", "grasp", "grad_low_magnitude", "quant_error"
+    "gradient", "snip", "force", "taylor_fo", "fisher", "grasp", "grad_low_magnitude", "wanda", "quant_error"
 ]
 ScoredOnWeights = Literal["magnitude", "low_magnitude", "synflow", "random", "lift"]
 NEEDS_DATA = frozenset(get_args(ScoredOnRows))
@@ -21,6 +21,8 @@ CHANGE_WEIGHTS = frozenset({"synflow", "grasp"})  # for a moment, all of them
 _DROP_GROW = Needs("schedule", ("drop_grow",))
 _SINGLE_ENTRIES = Needs("granularity", ("element",), why="tiles are confined as they are", even_if_given=True)
 _NO_ROW_QUOTA = Needs("budget", ("global", "per_layer"), why="a row has its own entries", even_if_given=True)
+
+_WITH_ZEROS = Needs("only_nonzero", (False,), why="columns are trained with their zeros", even_if_given=True)
 
 
 class MaskConfig(ConfigSection):
@@ -30,8 +32,8 @@ class MaskConfig(ConfigSection):
     """the fraction of the targets to train"""
     num_trainable: Annotated[Count | None, InPlaceOf("density")] = None
     """how many weights to train, in place of density"""
-    granularity: Literal["element", "block", "row", "column"] = "element"
-    """what is chosen as one; a unit scores the mean of its entries"""
+    granularity: Literal["element", "block", "row", "column", "head", "channel"] = "element"
+    """what is chosen as one, a head or an MLP channel in all its weights; by the mean of its entries"""
     block_size: Annotated[int, Field(ge=2), Needs("granularity", ("block",))] = 16
     """rows and columns of a block; smaller at a weight's edges"""
     budget: Annotated[
@@ -39,7 +41,11 @@ class MaskConfig(ConfigSection):
         Needs("granularity", ("element",), ("per_row",), "a row quota counts single entries"),
     ] = "global"
     """one threshold for all weights, one for each weight, or for each of its rows"""
-    compute: Annotated[Share | None, _SINGLE_ENTRIES, _NO_ROW_QUOTA] = None
+    only_nonzero: Annotated[
+        bool, Needs("granularity", ("element",), (True,), "a tile is trained with its zeros")
+    ] = False
+    """choose no entry whose pretrained value is exactly 0: a pruned base stays as sparse"""
+    compute: Annotated[Share | None, _SINGLE_ENTRIES, _NO_ROW_QUOTA, _WITH_ZEROS] = None
     """entries lie in few columns, with this share of the dense gradient's multiply-adds; null: anywhere"""
     targets: Annotated[list[Text], Field(min_length=1)] | None = None
     """module names or patterns; null: all linears of the decoder layers"""
@@ -82,19 +88,19 @@ class MaskConfig(ConfigSection):
     topk_fraction: Annotated[Share, Needs("schedule", ("grad_topk",))] = 0.5
     """the fraction of the mask that steps"""
     layer_gate: Annotated[
-        Literal["none", "sampled", "half"],
+        Literal["none", "sampled", "importance", "half"],
         Needs(
             "schedule",
             ("static", "periodic", "grad_topk"),
-            ("sampled", "half"),
+            ("sampled", "importance", "half"),
             "entries that the gate keeps still would be dropped for not changing",
         ),
     ] = "none"
-    """train gate_layers random layers, or a random half of the weights, at a time"""
-    gate_every: Annotated[Count, Needs("layer_gate", ("sampled", "half"))] = 20
+    """train gate_layers layers at a time, all as likely or the important ones more; or half of the weights"""
+    gate_every: Annotated[Count, Needs("layer_gate", ("sampled", "importance", "half"))] = 20
     """steps until the gate is drawn anew"""
-    gate_layers: Annotated[Count, Needs("layer_gate", ("sampled",))] = 2
-    """decoder layers that the sampled gate opens"""
+    gate_layers: Annotated[Count, Needs("layer_gate", ("sampled", "importance"))] = 2
+    """decoder layers that the gate opens"""
 
     @field_validator("compute")
     @classmethod
@@ -130,6 +136,11 @@ class MaskConfig(ConfigSection):
         if (self.schedule, self.growth) == ("drop_grow", "sft_ag"):
             every = max(every, self.growth_steps)
         return every if every < steps else None
+
+    @property
+    def of_units(self) -> bool:
+        """Whether what is chosen as one lies in several weights."""
+        return self.granularity in ("head", "channel")
 
     @property
     def is_scored(self) -> bool:

@@ -38,7 +38,7 @@ class Needs:
     """
 
     other: str
-    values: tuple[str, ...]
+    values: tuple[Any, ...]
     some: tuple[Any, ...] = ()
     why: str = "it would have no effect"
     even_if_given: bool = False
@@ -60,12 +60,13 @@ class Needs:
             return
         choices = get_args(field.annotation) or (True, False)
         fits = [choice for choice in choices if choice not in self.some] if self.some else [field.default]
-        what = f"{own}={_typed(value)} does not go with {other}={chosen}: {self.why}"
-        fix = f"{other}={' or '.join(self.values)}, or {own}={' or '.join(map(_typed, fits))}"
+        what = f"{own}={_typed(value)} does not go with {other}={_typed(chosen)}: {self.why}"
+        fix = f"{other}={' or '.join(map(_typed, self.values))}, or {own}={' or '.join(map(_typed, fits))}"
         raise broken_rule(what, fix)
 
     def describe(self, section: str, key: str) -> str:
-        own, needed = f"{section}.{key}", f"{section}.{self.other}={' or '.join(self.values)}"
+        own = f"{section}.{key}"
+        needed = f"{section}.{self.other}={' or '.join(map(_typed, self.values))}"
         if not self.some:
             return f"{own} has an effect only with {needed}"
         return f"{own}={' or '.join(map(_typed, self.some))} needs {needed}: {self.why}"

@@ -213,6 +213,7 @@ class _WeightProducts(TorchFunctionMode):
     ):
         left, bias = places[0], next(iter(_trained_biases(places, args, kwargs)), None)
         factors = self._factors(self.names[id(weight)], weight)
+        setattr(self.module, f"{self.names[id(weight)]}_rows_are_inputs", operand.rows_are_inputs)
         if factors is not None and operand.expert is not None:
             if args[left].numel() == 0:  # an idle expert, whose result may be used or not
                 factors = None

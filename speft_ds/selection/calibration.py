@@ -119,35 +119,52 @@ class Scorer:
                 self.engine.after_plain_backward()
         return {name: total.value for name, total in sums.items()}
 
-    def column_squares(self, targets: dict[str, Target]) -> Scores:
-        """weight -> [in] fp32: mean square of each input of the layer, over the calibration set's tokens.
+    def input_squares(self, targets: dict[str, Target]) -> Scores:
+        """weight -> [1, in] fp32: sum of the squares of each input, over the calibration set's tokens.
 
-        The batches are added in order, whichever rank had them, so the bits are those of one rank.
-
-        Args:
-            targets: linears, each of which sees every token.
+        Of a stack of experts [experts, in], each over its own tokens, in batches of one row; of the head over
+        the tokens that predict a label. The batches are added in order, whichever rank had them, so the bits
+        are those of one rank.
         """
         parts: dict[str, list[Tensor]] = {name: [] for name in targets}
         for batch, mine in self.rows().batches():
             length = batch["input_ids"].shape[1]
             is_real = (torch.arange(length) < batch["lengths"][:, None]).flatten().to(collectives.device())
 
-            def add(name: str, x: Tensor, grad_y: Tensor, counts=is_real * mine) -> None:
-                squares = x.reshape(-1, x.shape[-1]).float().square()
-                parts[name].append((squares * counts[:, None]).sum(0))
+            def add(name: str, *factors: Tensor, is_real=is_real, mine=mine) -> None:
+                is_swapped = targets[name].rows_are_inputs
+                parts[name].append(_squares(*factors, is_real=is_real, is_swapped=is_swapped) * mine)
 
             with weight_grad_hooks(targets, {name: partial(add, name) for name in targets}):
                 self.loss(self.engine.module, batch, 1.0).backward()
                 self.engine.after_plain_backward()
-        num_tokens = sum(len(row.ids) for row in self.rows().rows)
-        return {name: _in_order(torch.stack(of_rank)) / num_tokens for name, of_rank in parts.items()}
+        return {name: _in_order(torch.stack(of_rank)) for name, of_rank in parts.items()}
+
+
+def _squares(
+    columns: Tensor, rows: Tensor, ends: Tensor | None = None, *, is_real: Tensor, is_swapped: bool
+) -> Tensor:
+    """[1 or experts, in] summed squares of a layer's inputs in one backward.
+
+    Args:
+        columns, rows, ends: as a `WeightGradHook` is called with.
+        is_real: [tokens] of the batch, whether it is no padding.
+        is_swapped: whether the rows are the inputs.
+    """
+    x, grad_y = (rows, columns) if is_swapped else (columns, rows)
+    squares = x.reshape(-1, x.shape[-1]).float().square()
+    if ends is not None:
+        return torch.stack([squares[a:b].sum(0) for a, b in pairwise([0, *ends.tolist()])])
+    if len(squares) != len(is_real):  # the head's: it sees the tokens from about the first label on
+        is_real = grad_y.reshape(-1, grad_y.shape[-1]).any(1)
+    return (squares * is_real[:, None]).sum(0, keepdim=True)
 
 
 def _in_order(parts: Tensor) -> Tensor:
-    """[n] the sum over ranks of [batches of a rank, n], as if one rank had added all batches in order."""
+    """The sum over ranks of [batches of a rank, ...], as if one rank had added all batches in order."""
     size = collectives.world_size()
     by_rank = torch.stack(collectives.all_gather_padded(parts.reshape(-1), [parts.numel()] * size))
-    total = parts.new_zeros(parts.shape[1])
+    total = parts.new_zeros(parts.shape[1:])
     for part in by_rank.view(size, *parts.shape).transpose(0, 1).flatten(0, 1):
         total += part
     return total

@@ -46,7 +46,7 @@ def choose_columns(
     base = lowest if highest <= 0 else 0.0
     scale = (highest - base) or 1.0
     tiles = {name: Tiles.of("column", 1, shape[name]) for name in shape}
-    shift = fixed_point_shift(1.0, tiles)
+    shift = fixed_point_shift(1.0, max(tile.largest for tile in tiles.values()))
     rank, world_size = collectives.rank(), collectives.world_size()
     worth, sizes = {}, {}
     for name, score in scores.items():

@@ -231,17 +231,40 @@ def quant_error(scorer: Scorer) -> Scores:
     if not in_few_bits:
         what = "none of the targets is in few bits: every entry would score 0"
         raise UserError(what, "mask.salience=quant_error", "mask.targets=null, or another mask.salience")
-    squares, scores = scorer.column_squares(in_few_bits), {}
+    num_tokens = sum(len(row.ids) for row in scorer.rows().rows)
+    squares, scores = scorer.input_squares(in_few_bits), {}
     for name, target in scorer.targets.items():
         start, stop = target.own_range
         device = scorer.device_of(target)
         if name not in squares:
             scores[name] = torch.zeros(stop - start, device=device)
             continue
-        column = torch.arange(start, stop, device=squares[name].device) % target.shape[1]
-        error = target.own_error().to(column.device)
-        scores[name] = error.square_().mul_(squares[name][column]).to(device)
+        mean = own_inputs(squares[name] / num_tokens, target)
+        error = target.own_error().to(mean.device)
+        scores[name] = error.square_().mul_(mean).to(device)
     return scores
+
+
+@metric
+def wanda(scorer: Scorer) -> Scores:
+    """abs(w_ij) * norm(x_j), x_j the j-th inputs of all calibration tokens. Wanda, Sun et al., 2024, eq. 1.
+
+    There it ranks the weights of one output against each other: `mask.budget=per_row`.
+    """
+    norms, scores = scorer.input_squares(scorer.targets), own_weights(scorer)
+    for name, target in scorer.targets.items():
+        scores[name].abs_().mul_(own_inputs(norms.pop(name).sqrt_(), target).to(scores[name].device))
+    return scores
+
+
+def own_inputs(values: Tensor, target: Target) -> Tensor:
+    """[local elements] of [1 or experts, in] values of a weight's inputs, that of each element's input."""
+    rows, columns = target.shape
+    index = torch.arange(*target.own_range, device=values.device)
+    row, column = index // columns, index % columns
+    if target.rows_are_inputs:
+        return values.view(-1)[row]
+    return values[row // (rows // len(values)), column]
 
 
 @metric

@@ -8,7 +8,7 @@ of their scores to the rank that holds the tile.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from itertools import accumulate
 
@@ -23,10 +23,14 @@ from speft_ds.sparse.mask import Mask
 from speft_ds.sparse.tiles import Tiles, tile_scores
 from speft_ds.zero.shards import shard_range
 
+Parts = Collection[tuple[int, int]]
 
-def num_trainable(recipe, shape: dict[str, tuple[int, int]]) -> int:
+
+def num_trainable(recipe, shape: dict[str, tuple[int, int]], parts: Parts | None = None) -> int:
     """How many entries a recipe's `mask` section asks for; a density is one of the targeted weights.
 
+    Args:
+        parts: as for `min_trainable`.
     Raises:
         UserError: more than the targeted weights have, or so few that a layer, row or tile gets none.
     """
@@ -39,7 +43,7 @@ def num_trainable(recipe, shape: dict[str, tuple[int, int]]) -> int:
             fix=f"mask.num_trainable={total} at most, or mask.density",
         )
     wanted = recipe.num_trainable or round(recipe.density * total)
-    least = min_trainable(recipe, shape)
+    least = min_trainable(recipe, shape, parts)
     if wanted < least:
         given = f"density {recipe.density}" if recipe.num_trainable is None else "mask.num_trainable"
         part = {"global": "a single tile", "per_layer": "every layer", "per_row": "every row"}[recipe.budget]
@@ -52,16 +56,21 @@ def num_trainable(recipe, shape: dict[str, tuple[int, int]]) -> int:
     return wanted
 
 
-def min_trainable(recipe, shape: dict[str, tuple[int, int]]) -> int:
-    """The smallest number of entries with which the budget gives something to all that it must."""
+def min_trainable(recipe, shape: dict[str, tuple[int, int]], parts: Parts | None = None) -> int:
+    """The smallest number of entries with which the budget gives something to all that it must.
+
+    Args:
+        parts: (entries of the largest unit, elements) of each decoder layer; None: of each weight's tiles.
+    """
     total = sum(rows * columns for rows, columns in shape.values())
     if recipe.budget == "per_row":  # round(fraction * columns) >= 1 in the narrowest weight
         return total // (2 * min(columns for _, columns in shape.values())) + 1
-    tiles = {n: Tiles.of(recipe.granularity, recipe.block_size, s) for n, s in shape.items()}
+    if parts is None:
+        tiles = [Tiles.of(recipe.granularity, recipe.block_size, each) for each in shape.values()]
+        parts = [(tile.largest, tile.shape[0] * tile.shape[1]) for tile in tiles]
     if recipe.budget == "global":
-        return max(tile.largest for tile in tiles.values())
-    shares = (tile.largest * total / (tile.shape[0] * tile.shape[1]) for tile in tiles.values())
-    return math.ceil(max(shares))
+        return max(largest for largest, _ in parts)
+    return math.ceil(max(largest * total / elements for largest, elements in parts))
 
 
 def budget_counts(numel: dict[str, int], budget: str, num_trainable: int) -> tuple[Groups, list[int]]:

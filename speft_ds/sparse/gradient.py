@@ -66,7 +66,7 @@ def gradient_cost(mask: Mask, recipe: Recipe, costs: KernelCosts, stacks: dict[s
     names, spent = Counter(), 0.0
     for name, index in mask.index.items():
         if index.numel():
-            tiles = Tiles.of(options.granularity, options.block_size, mask.shape[name])
+            tiles = Tiles.of_mask(options.granularity, options.block_size, mask.shape[name], index)
             num_tokens = max(1, options.num_tokens // stacks.get(name, 1))
             backend, cost = measured_cost(index, mask.shape[name], tiles, costs, num_tokens)
             names[backend] += 1
@@ -256,7 +256,7 @@ class SparseGradient:
         if index.numel() == 0:
             return None
         options, shape = self.options, self.mask.shape[name]
-        tiles = Tiles.of(options.granularity, options.block_size, shape)
+        tiles = Tiles.of_mask(options.granularity, options.block_size, shape, index)
         arguments = (options.backend, index.to(self.device), shape, tiles, options.few_columns)
         how = (options.costs, options.num_tokens)
         if name in self.num_stacked:

@@ -36,6 +36,13 @@ class Tiles:
         }[granularity]
         return cls(shape, height, width)
 
+    @classmethod
+    def of_mask(cls, granularity: str, block_size: int, shape: tuple[int, int], index: Tensor) -> Tiles:
+        """As `of`; the entries [k] of a head or a channel are rows of one weight and columns of another."""
+        if granularity in ("head", "channel"):
+            granularity = "row" if cls.of("row", block_size, shape).are_full(index) else "column"
+        return cls.of(granularity, block_size, shape)
+
     @property
     def grid(self) -> tuple[int, int]:
         return -(-self.shape[0] // self.height), -(-self.shape[1] // self.width)
@@ -91,17 +98,20 @@ def tile_scores(scores: dict[str, Tensor], tiles: dict[str, Tiles]) -> dict[str,
     Returns:
         weight -> [local tiles] fp32; this rank has the tiles `shard_range(num_tiles, rank, world_size)`.
     """
-    largest = max((score.abs().max().item() for score in scores.values() if score.numel()), default=0.0)
-    largest = torch.tensor([largest], dtype=torch.float64, device=collectives.device())
-    largest = collectives.all_reduce_max(largest).item() or 1.0
-    shift = fixed_point_shift(largest, tiles)
+    shift = fixed_point_shift(largest_score(scores), max(tile.largest for tile in tiles.values()))
     return {name: local_means(score, tiles[name], shift) for name, score in scores.items()}
 
 
-def fixed_point_shift(largest: float, tiles: dict[str, Tiles]) -> int:
-    """The power of two by which scores up to `largest` are multiplied, so that no tile's sum overflows."""
-    biggest = max(tile.largest for tile in tiles.values())
-    return SUM_BITS - math.frexp(largest)[1] - math.frexp(biggest)[1]
+def largest_score(scores: dict[str, Tensor]) -> float:
+    """The largest absolute value over all weights and ranks; 1 where all are 0."""
+    largest = max((score.abs().max().item() for score in scores.values() if score.numel()), default=0.0)
+    largest = torch.tensor([largest], dtype=torch.float64, device=collectives.device())
+    return collectives.all_reduce_max(largest).item() or 1.0
+
+
+def fixed_point_shift(largest: float, count: int) -> int:
+    """The power of two by which scores up to `largest` are multiplied; no sum of `count` overflows."""
+    return SUM_BITS - math.frexp(largest)[1] - math.frexp(count)[1]
 
 
 def local_means(score: Tensor, tiles: Tiles, shift: int) -> Tensor:

@@ -14,6 +14,7 @@ from speft_ds.config.recipe import Recipe
 from speft_ds.errors import UserError
 from speft_ds.model.targets import layer_number
 from speft_ds.selection.topk import min_trainable
+from speft_ds.selection.units import parts_of
 from speft_ds.sparse.mask import Mask
 from speft_ds.training.checkpoint.folder import CHECKPOINTS, Checkpoint, checkpoint_entry, num_checkpoints
 from speft_ds.training.setup import TrainContext
@@ -61,7 +62,8 @@ def check_loaded_mask(context: TrainContext, loaded: Mask, facts: dict) -> None:
     if loaded.num_trainable == 0:
         raise UserError("the mask has no entries: nothing to train", where, "score another: speft score")
     if section.schedule == "periodic" and (
-        section.budget == "per_row" or loaded.num_trainable < min_trainable(section, context.shapes)
+        section.budget == "per_row"
+        or loaded.num_trainable < min_trainable(section, context.shapes, parts_of(context.units))
     ):
         raise UserError(
             f"mask.budget={section.budget} with mask.granularity={section.granularity} cannot choose "
@@ -128,7 +130,7 @@ def check_shapes(mask: MaskConfig, shapes: dict[str, tuple[int, int]]) -> None:
             fix=f"mask.lift_rank={max(1, smallest // 2)}, or leave out small weights by mask.targets",
         )
     layers = {layer_number(name) for name in shapes} - {None}
-    if mask.layer_gate == "sampled" and mask.gate_layers >= len(layers):
+    if mask.layer_gate in ("sampled", "importance") and mask.gate_layers >= len(layers):
         raise UserError(
             f"a gate that opens {mask.gate_layers} of {len(layers)} layers shuts nothing",
             where="mask.gate_layers",

@@ -16,6 +16,7 @@ from speft_ds.env import log_rank0
 from speft_ds.model.weight_grad_hooks import WeightGradHook
 from speft_ds.selection.calibration import ShardSum, weight_gradient
 from speft_ds.selection.columns import are_in
+from speft_ds.selection.nonzero import count_over_ranks
 from speft_ds.selection.radix import Groups
 from speft_ds.selection.topk import gather_mask, groups_by, select_local
 from speft_ds.sparse.gradient import GradientOptions, SparseGradient
@@ -82,15 +83,14 @@ class DropGrow(Schedule):
 
     def best_outside(self, scores: dict[str, Tensor], group: Groups, wanted: list[int]) -> Grown:
         """As `grow`, by scores of all elements of this rank's shards, which are not negative; in place."""
-        free = {name: self.mask.numel(name) for name in self.mask.index}
         if self.recipe.compute is not None:  # in the columns that have entries
             for name, columns in self.mask.columns().items():
-                rows = self.mask.shape[name][0]
-                free[name] = rows * columns.numel()
                 scores[name][~are_in(columns.to(scores[name].device), self.mask.shape[name])] = -1.0
         for name, score in scores.items():
             score[self.state.index[name].to(score.device)] = -1.0
-            free[name] -= self.mask.index[name].numel()
+            if self.recipe.only_nonzero:  # what was dropped has its pretrained value back
+                score[(self.context.targets[name].own_values() == 0).to(score.device)] = -1.0
+        free = count_over_ranks({name: score >= 0 for name, score in scores.items()})
         wanted = at_most(wanted, group, free)
         return select_local(scores, group, wanted), wanted
 

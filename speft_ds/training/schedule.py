@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from speft_ds.comm import collectives
-from speft_ds.data.sampler import permutation
 from speft_ds.env import log_rank0
 from speft_ds.model.kinds.target import Target
-from speft_ds.model.targets import layer_number, target_shapes
+from speft_ds.model.targets import target_shapes
 from speft_ds.model.weight_grad_hooks import WeightGradHook, chain_hooks
 from speft_ds.selection.topk import is_top
 from speft_ds.sparse.gradient import GradientOptions, SparseGradient
@@ -29,47 +28,12 @@ from speft_ds.sparse.optim.optimizers import OptimizerState, make_optimizer
 from speft_ds.sparse.state import SparseState, spans_of
 from speft_ds.sparse.storage import storage_of
 from speft_ds.training.checkpoint.parts import Parts, Snapshot
+from speft_ds.training.layer_sampler import LayerSampler
 from speft_ds.training.setup import TrainContext
 from speft_ds.zero.engine import Trainable
 from speft_ds.zero.shards import changing_shards
 
 OWN = "optimizer."  # of the optimizer, among a rank's own tensors in a checkpoint
-
-
-class LayerSampler:
-    """Samples some of the weights anew every few steps, from the seed and the number of the period alone.
-
-    Attributes:
-        active: names of the active weights; None where nothing is sampled.
-
-    Args:
-        kind: `sampled`: random decoder layers are active, and always what is in no layer (LISA, Pan et al.,
-            2024). `half`: a random half of the weights is (HFT, Hui et al., 2024). `none`: all are.
-        every: steps of a period.
-        num_layers: that are `sampled`.
-        names: of the weights.
-    """
-
-    def __init__(self, kind: str, every: int, num_layers: int, seed: int, names: list[str]):
-        self.kind, self.every, self.num_layers, self.seed, self.names = kind, every, num_layers, seed, names
-        self.active: frozenset[str] | None = None
-        self.resample(0)
-
-    def resample(self, step: int) -> None:
-        """Choose what is active at step `step` (from 0)."""
-        period = step // self.every
-        if self.kind == "half":
-            order = permutation(len(self.names), self.seed, "layer_gate", period)
-            self.active = frozenset(self.names[number] for number in order[: -(-len(order) // 2)])
-        elif self.kind == "sampled":
-            layers = sorted({layer_number(name) for name in self.names} - {None})
-            order = permutation(len(layers), self.seed, "layer_gate", period)
-            chosen = {layers[number] for number in order[: self.num_layers]} | {None}
-            self.active = frozenset(name for name in self.names if layer_number(name) in chosen)
-
-    def is_active(self, name: str) -> bool:
-        """Whether a weight trains now; one that is not sampled always does."""
-        return self.active is None or name in self.active or name not in self.names
 
 
 class Schedule:
@@ -145,6 +109,8 @@ class Schedule:
 
     def on_gradient(self, gradient: Tensor) -> Tensor | None:
         """Sees the summed gradient [num_local], before clipping; returns which entries step (None: all)."""
+        if self.layers.observes:
+            self.layers.observe({name: gradient[own] for name, own in self.state.slices.items()})
         if self.layers.active is None:
             return None
         active = torch.zeros_like(gradient, dtype=torch.bool)
@@ -196,6 +162,7 @@ class Schedule:
         facts = {
             "entry_step": saved.entry_step,
             "lr_schedule": lr_schedule,
+            "importance": list(self.layers.importance),
             "num_selections": self.num_selections,
             "changes": list(self.changes),
             "sha256": self.mask.sha256,
@@ -226,6 +193,7 @@ class Schedule:
         self.optimizer.restore(self.state.delta, OptimizerState(columns, own, facts["entry_step"]))
         self.lr_schedule.load_state_dict({**facts["lr_schedule"], "lr_lambdas": [None]})
         self.optimizer.param_groups[0]["lr"] = self.lr_schedule.get_last_lr()[0]
+        self.layers.importance = list(facts.get("importance", self.layers.importance))
         self.num_selections, self.changes = facts["num_selections"], list(facts["changes"])
 
     def by_weight(self, values: Tensor) -> dict[str, Tensor]:

@@ -39,8 +39,10 @@ from speft_ds.model.targets import (
 from speft_ds.model.weight_grad_hooks import weight_grad_hooks
 from speft_ds.selection.calibration import CalibrationSet, Scorer
 from speft_ds.selection.columns import confine
+from speft_ds.selection.nonzero import select_nonzero
 from speft_ds.selection.salience import score
 from speft_ds.selection.topk import num_trainable, select
+from speft_ds.selection.units import Units, find_units, in_units, parts_of, select_units
 from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.mask import Mask
 from speft_ds.training.metrics import Timings
@@ -59,6 +61,7 @@ class TrainContext:
         mixes_rows: whether the gradient of a target cannot be told apart by rows, as that of experts.
         num_trainable: entries that are asked for, over all ranks; what a selection comes to may differ by
             the rounding of tiles and row quotas.
+        units: the heads or channels that are chosen among; None: others are.
         fingerprint: of the weights as they are loaded.
         fingerprint_bfloat16: of the weights rounded to bfloat16: one for all dtypes that a checkpoint may be
             loaded in.
@@ -75,6 +78,7 @@ class TrainContext:
     shapes: dict[str, tuple[int, int]]
     mixes_rows: bool
     num_trainable: int
+    units: list[Units] | None
     fingerprint: str
     fingerprint_bfloat16: str
     quantised: list[str]
@@ -140,6 +144,9 @@ def load_context(
             target.adapt(recomputes_input=train.activation_checkpointing == "none")
     targets, whole, reach = keep_reached(engine, targets, whole, loaded, recipe)
     shapes = target_shapes(targets)
+    units = None
+    if recipe.mask.of_units and recipe.mask.is_scored:
+        units = find_units(engine.module, targets, recipe.mask.granularity)
     return TrainContext(
         recipe=recipe,
         data=data,
@@ -148,7 +155,8 @@ def load_context(
         whole=whole,
         shapes=shapes,
         mixes_rows=not reach.mixed.isdisjoint(targets),
-        num_trainable=_num_entries(recipe, loaded, shapes),
+        num_trainable=_num_entries(recipe, loaded, shapes, units),
+        units=units,
         fingerprint=own,
         fingerprint_bfloat16=rounded,
         quantised=quantised,
@@ -157,10 +165,12 @@ def load_context(
     )
 
 
-def _num_entries(recipe: Recipe, loaded: Mask | None, shapes: dict[str, tuple[int, int]]) -> int:
+def _num_entries(
+    recipe: Recipe, loaded: Mask | None, shapes: dict[str, tuple[int, int]], units: list[Units] | None
+) -> int:
     if not recipe.method.has_mask:
         return 0
-    return loaded.num_trainable if loaded else num_trainable(recipe.mask, shapes)
+    return loaded.num_trainable if loaded else num_trainable(recipe.mask, shapes, parts_of(units))
 
 
 def _make_objective(engine: SparseEngine, recipe: Recipe) -> NextToken | RowClass:
@@ -217,7 +227,7 @@ def keep_reached(
     if not kept | fed:
         what = f"none of the targets takes part in a text forward: {starved[0]} and so on"
         raise UserError(what, recipe.where("mask.targets"), "mask.targets=null")
-    are_chosen = bool(loaded or recipe.mask.targets or recipe.mask.layers)
+    are_chosen = bool(loaded or recipe.mask.targets or recipe.mask.layers or recipe.mask.of_units)
     for line in reach.lines(kept | fed, starved if loaded is None else [], are_chosen):
         log_rank0(line)
     return targets if loaded is not None else kept, fed, reach
@@ -248,6 +258,8 @@ def _find_targets(model: nn.Module, loaded: Mask | None, recipe: Recipe) -> dict
     """
     if loaded is None:
         targets = find_targets(model, recipe.mask.targets, recipe.mask.layers)
+        if recipe.mask.of_units:
+            targets = in_units(model, targets, recipe.mask.granularity)
     else:
         weights = all_weights(model)
         targets = {name: weights[name] for name in loaded.shape if name in weights}
@@ -345,8 +357,8 @@ def make_scorer(context: TrainContext, number: int = 0) -> Scorer:
     if data.calibration is not None:
         ids = data.calibration_order.epoch(number)[: mask.calibration_samples]
         chosen = [data.calibration[row] for row in ids]
-        # Fisher information is a sum over rows of squares.
-        by_row = mask.salience == "fisher" and context.mixes_rows
+        # Fisher information is a sum over rows of squares; Wanda must tell padding from tokens.
+        by_row = mask.salience in ("fisher", "wanda") and context.mixes_rows
         size = 1 if by_row else mask.calibration_batch
         calibration = CalibrationSet(chosen, size, data.pad_id, number == 0)
     seed = hash_seed(context.recipe.seed, "salience", number) if number else context.recipe.seed
@@ -375,5 +387,9 @@ def choose_mask(context: TrainContext, timings: Timings, number: int = 0) -> Mas
     with timings.stage("selection"):
         if mask.compute is not None:
             confine(scores, context.shapes, context.num_trainable, mask.budget, mask.compute)
-        granularity = (mask.granularity, mask.block_size)
-        return select(scores, context.shapes, context.num_trainable, mask.budget, *granularity)
+        how = (context.shapes, context.num_trainable, mask.budget)
+        if context.units is not None:
+            return select_units(scores, context.units, *how)
+        if mask.only_nonzero:
+            return select_nonzero(scores, context.targets, *how)
+        return select(scores, *how, mask.granularity, mask.block_size)

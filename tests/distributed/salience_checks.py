@@ -98,23 +98,29 @@ def untouched(trainer: Trainer) -> Iterator[None]:
         assert torch.equal(bits(whole[name]), bits(parameter)), f"{name}: a stale copy"
 
 
-def lost_by_few_bits(trainer: Trainer, llama: Llama, rows: list[Row]) -> Weights:
-    """Mean square of each input, by hooks on a plain model, times what the weight lost, squared."""
-    recipe = trainer.recipe
-    original = AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path, dtype=torch.float32)
-    before, model = dict(original.named_parameters()), plain_model(recipe)
-    squares, num_tokens = {}, sum(len(row.ids) for row in rows)
-    for name, module in model.named_modules():
-        if f"{name}.weight" in trainer.targets:
-            squares[f"{name}.weight"] = torch.zeros(module.in_features, dtype=torch.float64)
-
-            def add(module, inputs, output, total=squares[f"{name}.weight"]):
-                total += inputs[0].detach().double().square().sum((0, 1)) / num_tokens
-
-            module.register_forward_hook(add)
+def input_squares(trainer: Trainer, rows: list[Row]) -> Weights:
+    """weight -> [in] sum of the squares of each input, by hooks on a plain model, a row at a time."""
+    model, inputs = plain_model(trainer.recipe), {}
+    for name in trainer.targets:
+        module = model.get_submodule(name.removesuffix(".weight"))
+        module.register_forward_pre_hook(lambda _, args, n=name: inputs.update({n: args[0]}))
+    squares = dict.fromkeys(trainer.targets, 0.0)
     for row in rows:
         model(input_ids=torch.tensor([row.ids]))
-    return {n: (before[n].detach() - llama.weights[n].detach()).square() * squares[n] for n in squares}
+        predicts = torch.tensor([*row.loss_mask[1:], False])
+        for name in squares:
+            seen = inputs[name][0, predicts] if name == "lm_head.weight" else inputs[name][0]
+            squares[name] = squares[name] + seen.detach().double().square().sum(0)
+    return squares
+
+
+def lost_by_few_bits(trainer: Trainer, llama: Llama, rows: list[Row]) -> Weights:
+    """Mean square of each input times what the weight lost, squared."""
+    name_or_path, num_tokens = trainer.recipe.model.name_or_path, sum(len(row.ids) for row in rows)
+    original = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32)
+    before = {name: weight.detach() for name, weight in original.named_parameters()}
+    lost = {name: (before[name] - weight.detach()).square() for name, weight in llama.targets.items()}
+    return {n: lost[n] * square / num_tokens for n, square in input_squares(trainer, rows).items()}
 
 
 def expected_scores(trainer: Trainer, metric: str, llama: Llama, rows: list[Row]) -> tuple[Weights, Weights]:
@@ -133,6 +139,10 @@ def expected_scores(trainer: Trainer, metric: str, llama: Llama, rows: list[Row]
     if metric == "lift":
         scores = dense_scores.lift(llama, LIFT_RANK)  # 1e-7 each: both are in fp64 and rounded to fp32
         return scores, {name: 1e-7 * s + 1e-12 for name, s in scores.items()}
+    if metric == "wanda":
+        squares = input_squares(trainer, rows)
+        scores = {n: weight.abs() * squares[n].sqrt() for n, weight in weights.items()}
+        return scores, {name: 1e-5 * s + ROUNDING * s.max() for name, s in scores.items()}
     if metric == "quant_error":
         scores = lost_by_few_bits(trainer, llama, rows)
         return scores, {name: 1e-5 * s + ROUNDING * s.max() for name, s in scores.items()}

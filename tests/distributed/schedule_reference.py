@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from distributed.reference import Dense, plain_model, reference_loss
 from distributed.selection_checks import shares
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate
-from speft_ds.data.sampler import Sampler, permutation
+from speft_ds.data.sampler import Sampler, hash_seed, permutation
 
 
 def best(scores: Dense, allowed: Dense, groups: list[list[str]], counts: list[int]) -> Dense:
@@ -83,6 +84,7 @@ class Reference:
         self.candidates, self.accumulated = None, None
         self.losses, self.grad_norms, self.moments, self.changes = [], [], [], []
         self.returned: set = set()
+        self.importance: dict[int, float] = {}
         for done in range(1, recipe.train.steps + 1):
             self._step(done)
 
@@ -107,6 +109,8 @@ class Reference:
         sizes = [sum(self.pretrained[n].numel() for n in names) for names in self.groups]
         wanted = self.settings.num_trainable or round(self.settings.density * sum(sizes))
         allowed = self.everything if self.settings.compute is None else self._in_columns(scores)
+        if self.settings.only_nonzero:
+            allowed = {name: p != 0 for name, p in self.pretrained.items()}
         return best(scores, allowed, self.groups, shares(sizes, wanted))
 
     def _in_columns(self, scores: Dense) -> Dense:
@@ -128,9 +132,14 @@ class Reference:
         return allowed
 
     def _outside(self) -> Dense:
-        """Where an entry may grow: outside the mask, in columns that have entries if there are to be few."""
-        anywhere = self.settings.compute is None
-        return {name: ~mask & (mask.any(0) | anywhere) for name, mask in self.mask.items()}
+        """Where an entry may grow: outside the mask, in columns that have entries if there are to be few,
+        at no zero if there are to be none.
+        """
+        anywhere, zeros_too = self.settings.compute is None, not self.settings.only_nonzero
+        return {
+            name: ~mask & (mask.any(0) | anywhere) & ((self.pretrained[name] != 0) | zeros_too)
+            for name, mask in self.mask.items()
+        }
 
     def _is_open(self, name: str, done: int) -> bool:
         """Whether the layer gate lets this weight train in step `done` (from 1)."""
@@ -142,7 +151,29 @@ class Reference:
             layers = self.model.config.num_hidden_layers
             order = permutation(layers, self.recipe.seed, "layer_gate", period)
             return int(name.split(".")[2]) in order[: self.settings.gate_layers]
+        if self.settings.layer_gate == "importance":
+            return int(name.split(".")[2]) == self._important_layer(period)
         return True
+
+    def _important_layer(self, period: int) -> int:
+        """The one layer that is drawn: the first of exponential waiting times at the rate of its weight."""
+        chance, most = random.Random(hash_seed(self.recipe.seed, "layer_gate", period)), 1.0
+        if self.importance:
+            most = max(self.importance.values())
+        waits = []
+        for layer in range(self.model.config.num_hidden_layers):
+            rate = max(self.importance.get(layer, most), most / 20)
+            waits.append(-math.log1p(-chance.random()) / 2 ** (round(math.log2(rate) * 4) / 4))
+        return min(range(len(waits)), key=waits.__getitem__)
+
+    def _observe(self, done: int, gradient: Dense) -> None:
+        """The norm of the gradient of the open layer's entries, once a period."""
+        if self.settings.layer_gate != "importance" or done % self.settings.gate_every:
+            return
+        layer = self._important_layer((done - 1) // self.settings.gate_every)
+        own = [g[self.mask[n]] for n, g in gradient.items() if f".layers.{layer}." in n]
+        norm = float(torch.cat(own).double().norm())
+        self.importance[layer] = (self.importance.get(layer, norm) + norm) / 2
 
     def _step(self, done: int) -> None:
         recipe = self.recipe
@@ -156,6 +187,7 @@ class Reference:
             active = best(sizes, active, [self.names], [number])
         if self.settings.schedule == "drop_grow":
             self._watch(done, gradient)
+        self._observe(done, gradient)
         norm = math.sqrt(sum(float(g[active[n]].double().square().sum()) for n, g in gradient.items()))
         self.grad_norms.append(norm)
         clip = recipe.optimizer.clip_norm

@@ -20,6 +20,7 @@ SFT_AG = {"schedule": "drop_grow", "growth": "sft_ag", "update_every": 5, "growt
 SFT_MA = {"schedule": "drop_grow", "growth": "sft_ma", "update_every": 4}
 TOPK = {"schedule": "grad_topk", "topk_fraction": 0.3}
 SAMPLED = {"layer_gate": "sampled", "gate_layers": 1, "gate_every": 3}
+IMPORTANCE = {"layer_gate": "importance", "gate_layers": 1, "gate_every": 2}
 HALF = {"layer_gate": "half", "gate_every": 3}
 STEPS = 14
 CASES = {  # optimizer, mask section, step to stop after, changes of the mask until the end
@@ -31,6 +32,8 @@ CASES = {  # optimizer, mask section, step to stop after, changes of the mask un
     "sft_ma": (ADAMW, SFT_MA, 6, 3),
     "grad_topk": (ADAMW, TOPK, 5, 0),
     "sampled": (ADAMW, SAMPLED, 4, 0),
+    "importance within a period": (ADAMW, IMPORTANCE, 7, 0),
+    "importance between periods": (ADAMW, IMPORTANCE, 6, 0),
     "half and periodic": (ADAMW, {**PERIODIC, **HALF}, 7, 3),
     "8 bits": (ADAMW_8BIT, {}, 4, 0),
     "8 bits, periodic after two changes": (ADAMW_8BIT, PERIODIC, 9, 3),
@@ -75,7 +78,7 @@ NF4 = {"base_format": "nf4"}
 
 @pytest.mark.parametrize(
     ("optimizer", "mask", "model"),
-    [(ADAMW, mask, {}) for mask in ({}, PERIODIC, SFT_AG, SFT_MA, TOPK, SAMPLED, HALF)]
+    [(ADAMW, mask, {}) for mask in ({}, PERIODIC, SFT_AG, SFT_MA, TOPK, SAMPLED, IMPORTANCE, HALF)]
     + [(ADAMW_8BIT, {}, {}), (ADAMW_8BIT, PERIODIC, {})]
     + [(ADAMW, {"start": "exact"}, NF4), (ADAMW, PERIODIC, NF4)],
 )

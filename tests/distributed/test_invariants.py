@@ -51,6 +51,12 @@ RUNS |= {
         {"model": {"base_format": "int8"}, "mask": {"salience": "quant_error", "granularity": "column"}},
         RANKS,
     ),
+    "channels": ("untied", {"mask": {"granularity": "channel", "density": 0.1}}, EVERY),
+    "heads per layer": (
+        "heads",
+        {"mask": {"granularity": "head", "density": 0.4, "budget": "per_layer"}},
+        RANKS,
+    ),
     "nf4 few entries": (
         "untied",
         {"model": {"base_format": "nf4"}, "mask": {"density": None, "num_trainable": 9}},
@@ -175,7 +181,18 @@ REFUSED = {
         "to give every layer anything",
     ),
     "no entry of a row": ({"mask": {"budget": "per_row", "density": 1e-2}}, "to give every row anything"),
+    "zeros": ({"mask": {"density": 0.6, "only_nonzero": True}}, "10,710 entries are wanted, 8,922 are not"),
+    "zeros of a weight": (
+        {"mask": {"density": 0.6, "only_nonzero": True, "budget": "per_layer"}},
+        "840 entries are wanted, 700 are not",
+    ),
+    "zeros of a row": (
+        {"mask": {"density": 0.45, "only_nonzero": True, "budget": "per_row"}},
+        "some row of model.layers.0.self_attn.q_proj.weight",
+    ),
     "no block": ({"mask": {"granularity": "block", "density": 0.01}}, "mask.granularity=block"),
+    "no head": ({"mask": {"granularity": "head", "density": 0.4}}, "mask.num_trainable=3360 at least"),
+    "part of a channel": ({"mask": {"granularity": "channel", "targets": ["up_proj"]}}, "0.mlp.gate_proj"),
     "long rows": ({"data": {"max_length": 8}}, "none is left: 48 too long, left out"),
     "too many rows": (
         {"data": {"select": "longest", "select_rows": 99}},
@@ -188,6 +205,6 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_input_is_refused_on_every_rank(ranks, tiny, tmp_path, name):
     sections, message = REFUSED[name]
-    recipe = make_recipe(tiny, tmp_path / "run", "tied", **sections)
+    recipe = make_recipe(tiny, tmp_path / "run", "pruned" if "zeros" in name else "tied", **sections)
     messages = ranks(2)(checks.check_refused, recipe=recipe)
     assert all(message in text for text in messages), messages

@@ -16,7 +16,7 @@ from distributed.salience_checks import (
     check_zero_gradient,
 )
 
-METRICS = [*OF_GRADIENT, "fisher", "magnitude", "low_magnitude", "synflow", "lift"]
+METRICS = [*OF_GRADIENT, "fisher", "wanda", "magnitude", "low_magnitude", "synflow", "lift"]
 # In batches of 3: on 2 and 4 ranks some get a filler, and the last batch is short.
 SAMPLES = {"calibration_samples": 13, "calibration_batch": 3}
 

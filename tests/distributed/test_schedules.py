@@ -15,6 +15,7 @@ MA = {"schedule": "drop_grow", "drop_rate": 0.37, "growth": "sft_ma", **FIVE_CHA
 TOPK = {"schedule": "grad_topk", "topk_fraction": 0.3}
 HALF = {"layer_gate": "half", "gate_every": 4}
 SAMPLED = {"layer_gate": "sampled", "gate_every": 4, "gate_layers": 1}
+IMPORTANCE = {"layer_gate": "importance", "gate_every": 2, "gate_layers": 1}
 CASES = {
     "periodic": PERIODIC,
     "periodic per_layer": {**PERIODIC, "budget": "per_layer"},
@@ -29,15 +30,22 @@ CASES = {
     "periodic columns": {**PERIODIC, "compute": 0.3},
     "sft_ag columns": {**AG, "compute": 0.3},
     "sft_ma columns per_layer": {**MA, "compute": 0.4, "budget": "per_layer"},
+    "periodic pruned": {**PERIODIC, "only_nonzero": True},
+    # More entries are to be grown than there are outside the mask that are not zero.
+    "sft_ag pruned": {**AG, "only_nonzero": True, "density": 0.4},
+    "sft_ma pruned per_layer": {**MA, "only_nonzero": True, "budget": "per_layer"},
     "periodic nf4": PERIODIC,
     "sft_ag int8": AG,
     "grad_topk": TOPK,
     "half": HALF,
     "sampled": SAMPLED,
+    "importance": IMPORTANCE,
     "periodic half": {**PERIODIC, **HALF},
+    "periodic importance": {**PERIODIC, **IMPORTANCE},
     "periodic sampled": {**PERIODIC, **SAMPLED},
     "grad_topk half": {**TOPK, **HALF},
     "grad_topk sampled": {**TOPK, **SAMPLED},
+    "grad_topk importance": {**TOPK, **IMPORTANCE},
 }
 TRAIN = {
     "periodic columns": {"sparse_backend": "columns"},
@@ -47,7 +55,15 @@ TRAIN = {
     "periodic half": {"activation_checkpointing": "reentrant", "sparse_backend": "dense"},
 }
 MODEL = {"periodic nf4": {"base_format": "nf4"}, "sft_ag int8": {"base_format": "int8"}}
-OTHER_WORLD_SIZES = ["periodic", "periodic nf4", "sft_ag cosine per_layer", "sft_ma", "grad_topk half"]
+OTHER_WORLD_SIZES = [
+    "periodic",
+    "periodic nf4",
+    "sft_ag pruned",
+    "importance",
+    "sft_ag cosine per_layer",
+    "sft_ma",
+    "grad_topk half",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,7 +81,9 @@ def recipe_of(tiny, folder, case):
     optimizer = {"weight_decay": 0.1, "eps": 1e-5}
     train = {"steps": 30, **TRAIN.get(case, {})}
     model = MODEL.get(case, {})
-    return make_recipe(tiny, folder, mask=CASES[case], optimizer=optimizer, train=train, model=model)
+    checkpoint = "pruned" if "pruned" in case else "untied"
+    sections = {"optimizer": optimizer, "train": train, "model": model}
+    return make_recipe(tiny, folder, checkpoint, mask=CASES[case], **sections)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +149,7 @@ CHANGING = {
     "sft_ag": {"schedule": "drop_grow", **TWO, "growth": "sft_ag", "growth_steps": 2},
     "sft_ma": {"schedule": "drop_grow", **TWO, "growth": "sft_ma"},
     "periodic block": {"schedule": "periodic", **TWO, "granularity": "block", "block_size": 6},
+    "periodic channel": {"schedule": "periodic", **TWO, "granularity": "channel"},
     "periodic few": {"schedule": "periodic", **TWO, "density": None, "num_trainable": 3},
     "sft_ag few": {
         **{"schedule": "drop_grow", **TWO, "growth": "sft_ag", "growth_steps": 2, "drop_rate": 0.7},

@@ -46,6 +46,11 @@ class Target:
         return rows * columns
 
     @property
+    def rows_are_inputs(self) -> bool:
+        """Whether the matrix as it is stored has the inputs in its rows; known once the module has run."""
+        return getattr(self.module, f"{self.attribute}_rows_are_inputs", False)
+
+    @property
     def own_range(self) -> tuple[int, int]:
         """[start, stop) of the flat indices that this rank owns."""
         return shard_range(self.numel, collectives.rank(), collectives.world_size())

@@ -38,6 +38,7 @@ BREAK_EVEN_DENSITY = 0.0065
 DEFAULT_TOKENS = 1024  # of a backward, where nobody says how many
 # Measured costs so much apart are taken for equal: they were measured once, on a machine that may be busy.
 TOLERANCE = 1.1
+LINES = ("row", "column", "head", "channel")  # whose entries are rows or columns of each weight
 MAX_SHARE = 0.5  # of the columns, to which `columns` was measured
 
 
@@ -197,7 +198,7 @@ def expected_backend(
     on_cpu = device.type == "cpu"
     if costs is not None:
         return _expected_cheapest(density, granularity, compute or 1.0, costs, shape, num_tokens)
-    if granularity in ("row", "column") and density <= 0.5:
+    if granularity in LINES and density <= 0.5:
         return "tiled"
     if granularity == "block" and not on_cpu:
         return "tiled" if density <= 0.007 * block_size else "dense"
@@ -220,7 +221,7 @@ def _expected_cheapest(
         return costs.estimate(name, shape, num_tokens, **features)
 
     found = {}
-    if granularity in ("row", "column"):
+    if granularity in LINES:
         found["tiled"] = estimate("columns", share=density, density=0.0)
     elif granularity == "block":
         found["tiled"] = estimate("tiled", density=density)

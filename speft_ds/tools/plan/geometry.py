@@ -90,6 +90,7 @@ def read_geometry(recipe: Recipe) -> Geometry:
 
     from speft_ds.model.targets import all_weights, find_targets, find_whole, target_shapes
     from speft_ds.selection.topk import budget_counts, num_trainable
+    from speft_ds.selection.units import find_units, in_units, parts_of
     from speft_ds.sparse.mask import read_mask
 
     config, source = _read_config(recipe)
@@ -103,18 +104,23 @@ def read_geometry(recipe: Recipe) -> Geometry:
     with torch.device("meta"):
         model = build_model(config, task, dtype)
     numel = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    are_chosen = bool(recipe.mask.load or recipe.mask.targets or recipe.mask.layers)
+    are_chosen = bool(recipe.mask.load or recipe.mask.targets or recipe.mask.layers or recipe.mask.of_units)
     patterns = None if recipe.method.trains_all else recipe.mask.dense
     whole = find_whole(model, patterns) if patterns or recipe.method.trains_all else {}
     if not recipe.method.has_mask:
         targets, entries, reach = {}, {}, []
     elif recipe.mask.load is None:
-        found = find_targets(model, recipe.mask.targets, recipe.mask.layers)
+        found, units = find_targets(model, recipe.mask.targets, recipe.mask.layers), None
         found = {name: target for name, target in found.items() if name not in whole}
+        if recipe.mask.of_units:
+            found = in_units(model, found, recipe.mask.granularity)
         kept, reach = _keep_reached(config, task, dtype, found, are_chosen)
+        if recipe.mask.of_units:
+            units = find_units(model, kept, recipe.mask.granularity)
         targets = target_shapes(kept)
         sizes = {name: rows * columns for name, (rows, columns) in targets.items()}
-        _, counts = budget_counts(sizes, "per_layer", num_trainable(recipe.mask, targets))
+        wanted = num_trainable(recipe.mask, targets, parts_of(units))
+        _, counts = budget_counts(sizes, "per_layer", wanted)
         entries = dict(zip(sizes, counts, strict=True))
     else:
         mask, _ = read_mask(mask_file(recipe.mask.load, recipe.where("mask.load")))

@@ -139,6 +139,8 @@ CHOICES = [
     ["mask.granularity=block", "mask.block_size=8", "mask.budget=per_layer"],
     ["mask.granularity=row"],
     ["mask.granularity=column"],
+    ["mask.granularity=head"],
+    ["mask.granularity=channel", "mask.budget=per_layer"],
     ["mask.budget=per_row"],
     ["mask.salience=lift", "mask.lift_rank=4"],
     ["mask.schedule=static", "mask.update_every=100"],  # a default may always stand there
@@ -147,6 +149,8 @@ CHOICES = [
     ["mask.schedule=drop_grow", "mask.growth=sft_ma", "mask.update_every=2", "mask.drop_rate=0.5"],
     ["mask.schedule=grad_topk", "mask.topk_fraction=1", "mask.layer_gate=half", "mask.gate_every=3"],
     ["mask.schedule=periodic", "mask.layer_gate=sampled", "mask.gate_layers=1"],
+    ["mask.layer_gate=importance", "mask.gate_every=7"],
+    ["mask.only_nonzero=true", "mask.budget=per_row"],
     ["data.path=null", "mask.salience=magnitude"],
 ]
 

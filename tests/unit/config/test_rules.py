@@ -105,8 +105,11 @@ def test_a_key_without_effect_is_refused(tmp_path, override):
 COMBINATIONS = [  # the last word is to blame
     ["mask.granularity=row", "mask.budget=per_row"],
     ["mask.granularity=block", "mask.schedule=drop_grow"],
+    ["mask.granularity=row", "mask.only_nonzero=true"],
+    ["mask.only_nonzero=true", "mask.compute=0.1"],
     ["mask.schedule=drop_grow", "mask.layer_gate=half"],
     ["mask.schedule=drop_grow", "mask.layer_gate=sampled"],
+    ["mask.schedule=drop_grow", "mask.layer_gate=importance"],
     ["mask.budget=per_row", "mask.schedule=drop_grow"],
     ["mask.schedule=drop_grow", "mask.update_every=6", "mask.growth_steps=7"],
     ["mask.salience=grasp"],

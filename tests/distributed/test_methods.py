@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from distributed import checks
 from distributed.checkpoint_checks import assert_resumed_is_uninterrupted, contents, run_piece
 from distributed.method_checks import check_adapter, check_against_autograd, check_scored_is_trained
 from distributed.reference import make_recipe
@@ -117,3 +118,26 @@ def test_any_number_of_ranks_goes_on(ranks, recipe):
             checkpoint, losses = piece["checkpoint"], losses + piece["losses"]
         assert losses == pytest.approx(whole["losses"], abs=1e-5)
         assert contents(checkpoint).keys() == contents(whole["checkpoint"]).keys()
+
+
+REFUSED = {  # checkpoint, sections, what the message has to name
+    "a target, too": (
+        "untied",
+        {"mask": {"dense": ["q_proj"], "targets": ["q_proj", "k_proj"]}},
+        "mask.targets",
+    ),
+    "a tied head alone": ("tied", {"mask": {"dense": ["lm_head"]}}, "embed_tokens"),
+    "nothing": ("untied", {"mask": {"dense": ["c_attn"]}}, "embed_tokens"),
+    "few bits": (
+        "untied",
+        {"mask": {"dense": ["q_proj"]}, "model": {"base_format": "nf4"}},
+        "model.base_format=null",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_refused_on_every_rank(ranks, recipe, name):
+    checkpoint, sections, named = REFUSED[name]
+    for message in ranks(2)(checks.check_refused, recipe=recipe(checkpoint=checkpoint, **sections)):
+        assert "mask.dense" in message and named in message, message

@@ -244,14 +244,18 @@ def select(
     require_finite(scores)
     numel = {name: rows * columns for name, (rows, columns) in shape.items()}
     if budget == "per_row":
-        fraction = num_trainable / sum(numel.values())
-        quota = {name: round(fraction * columns) for name, (_, columns) in shape.items()}
-        return gather_mask(select_per_row(scores, shape, quota), shape)
+        return gather_mask(select_per_row(scores, shape, row_quotas(shape, num_trainable)), shape)
     group, counts = budget_counts(numel, budget, num_trainable)
     if granularity == "element":
         return gather_mask(select_local(scores, group, counts), shape)
     tiles = {name: Tiles.of(granularity, block_size, shape[name]) for name in shape}
     return select_tiles(tile_scores(scores, tiles), tiles, group, counts)
+
+
+def row_quotas(shape: dict[str, tuple[int, int]], num_trainable: int) -> dict[str, int]:
+    """weight -> entries of each of its rows with the `per_row` budget."""
+    fraction = num_trainable / sum(rows * columns for rows, columns in shape.values())
+    return {name: round(fraction * columns) for name, (_, columns) in shape.items()}
 
 
 def select_tiles(

@@ -39,7 +39,7 @@ from speft_ds.model.targets import (
 from speft_ds.model.weight_grad_hooks import weight_grad_hooks
 from speft_ds.selection.calibration import CalibrationSet, Scorer
 from speft_ds.selection.columns import confine
-from speft_ds.selection.nonzero import select_nonzero
+from speft_ds.selection.nonzero import require_nonzero, select_nonzero
 from speft_ds.selection.salience import score
 from speft_ds.selection.topk import num_trainable, select
 from speft_ds.selection.units import Units, find_units, in_units, parts_of, select_units
@@ -147,6 +147,9 @@ def load_context(
     units = None
     if recipe.mask.of_units and recipe.mask.is_scored:
         units = find_units(engine.module, targets, recipe.mask.granularity)
+    entries = _num_entries(recipe, loaded, shapes, units)
+    if recipe.mask.only_nonzero and recipe.mask.is_scored:
+        require_nonzero(targets, shapes, entries, recipe.mask.budget)
     return TrainContext(
         recipe=recipe,
         data=data,
@@ -155,7 +158,7 @@ def load_context(
         whole=whole,
         shapes=shapes,
         mixes_rows=not reach.mixed.isdisjoint(targets),
-        num_trainable=_num_entries(recipe, loaded, shapes, units),
+        num_trainable=entries,
         units=units,
         fingerprint=own,
         fingerprint_bfloat16=rounded,

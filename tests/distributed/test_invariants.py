@@ -188,7 +188,7 @@ REFUSED = {
     ),
     "zeros of a row": (
         {"mask": {"density": 0.45, "only_nonzero": True, "budget": "per_row"}},
-        "some row of model.layers.0.self_attn.q_proj.weight",
+        "of some row of model.layers.0.self_attn.q_proj.weight",
     ),
     "no block": ({"mask": {"granularity": "block", "density": 0.01}}, "mask.granularity=block"),
     "no head": ({"mask": {"granularity": "head", "density": 0.4}}, "mask.num_trainable=3360 at least"),

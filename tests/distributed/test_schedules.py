@@ -149,7 +149,7 @@ CHANGING = {
     "sft_ag": {"schedule": "drop_grow", **TWO, "growth": "sft_ag", "growth_steps": 2},
     "sft_ma": {"schedule": "drop_grow", **TWO, "growth": "sft_ma"},
     "periodic block": {"schedule": "periodic", **TWO, "granularity": "block", "block_size": 6},
-    "periodic channel": {"schedule": "periodic", **TWO, "granularity": "channel"},
+    "periodic channel": {"schedule": "periodic", **TWO, "granularity": "channel", "density": 0.4},
     "periodic few": {"schedule": "periodic", **TWO, "density": None, "num_trainable": 3},
     "sft_ag few": {
         **{"schedule": "drop_grow", **TWO, "growth": "sft_ag", "growth_steps": 2, "drop_rate": 0.7},

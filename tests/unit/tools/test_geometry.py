@@ -45,6 +45,17 @@ def test_built_in_geometries_have_the_published_size(name):
     assert "geometries" in geometry.source
 
 
+def test_a_density_of_channels_is_one_of_the_weights_that_have_some():
+    geometry = read_geometry(recipe_of("meta-llama/Meta-Llama-3-8B", mask={"granularity": "channel"}))
+    assert geometry.num_target_elements == 32 * 3 * 4096 * 14336
+    assert geometry.num_entries == round(0.005 * geometry.num_target_elements)
+    with pytest.raises(UserError) as caught:
+        # A layer's key/value heads are eight.
+        one = {"granularity": "head", "density": 0.12, "budget": "per_layer"}
+        read_geometry(recipe_of("meta-llama/Meta-Llama-3-8B", mask=one))
+    assert caught.value.where == "mask.density"
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_equals_the_loaded_model(tmp_path, tied):
     folder = make_model(tmp_path / "model", tied=tied)

@@ -134,6 +134,9 @@ class Recipe(ConfigSection):
         if value.mode == "gathered" and "model" in info.data and info.data["model"].base_format is not None:
             what = "eval.mode=gathered copies complete weights, and model.base_format has none"
             raise broken_rule(what, "eval.mode=auto", key="eval.mode")
+        if value.mode == "gathered" and "method" in info.data and info.data["method"].has_lora:
+            what = "eval.mode=gathered copies a plain model, which has no low-rank matrices"
+            raise broken_rule(what, "eval.mode=auto", key="eval.mode")
         if "train" in info.data and info.data["train"].keep_best and value.validation is None:
             fix = "eval.validation=rows.jsonl, or train.keep_best=false"
             raise broken_rule("train.keep_best needs a validation loss to go by", fix, key="train.keep_best")

@@ -31,7 +31,7 @@ class OptimizerConfig(ConfigSection):
     momentum: Annotated[Decay, _only_with("sgd")] = 0.0
     """the decay rate of sgd's heavy ball; 0: none"""
     weight_decay: NonNegative = 0.0
-    """decoupled weight decay, to the pretrained value"""
+    """decoupled weight decay: of entries to the pretrained value, of whole weights to 0"""
     clip_norm: Positive | None = 1.0
     """the largest gradient norm; null: any"""
     clip: Literal["global", "per_layer", "per_component"] = "global"

@@ -170,7 +170,10 @@ def _source_problems(recipe: Recipe, key: str, source: Source, where: str) -> Pr
 
 def check_mask(recipe: Recipe, job: Job, world_size: int) -> Problems:
     """The file of a saved mask; a score has no use for one, and an evaluation does not read it."""
-    path, where = recipe.mask.load, recipe.where("mask.load")
+    path, where, method = recipe.mask.load, recipe.where("mask.load"), recipe.method
+    if job == "score" and not method.has_mask:
+        what = f"method.name={method.name} has no mask to score"
+        return [UserError(what, recipe.where("method.name"), "method.name=sparse")]
     if path is None or job == "evaluate":
         return []
     if job == "score":

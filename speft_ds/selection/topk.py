@@ -186,8 +186,10 @@ def assert_same_mask(mask: Mask) -> Mask:
 
 def gather_indices(local: dict[str, Tensor], numel: dict[str, int]) -> dict[str, Tensor]:
     """Sorted local indices into every rank's shard -> sorted global ones, on every rank."""
+    if not numel:
+        return {}
     world_size, rank = collectives.world_size(), collectives.rank()
-    dtype = index_dtype(max(numel.values(), default=0))
+    dtype = index_dtype(max(numel.values()))
     pieces = [(local[name] + shard_range(numel[name], rank, world_size)[0]).to(dtype) for name in numel]
     own_counts = torch.tensor([piece.numel() for piece in pieces], device=collectives.device())
     counts = [row.tolist() for row in collectives.all_gather_padded(own_counts, [len(pieces)] * world_size)]

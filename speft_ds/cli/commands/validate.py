@@ -56,11 +56,16 @@ def input_found(title: str, recipe: Recipe, num_ranks: int) -> Found:
     passed = {
         "model": name,
         "data": ", ".join(source.path for source in recipe.data.sources),
-        "mask": recipe.mask.load or f"scored by {recipe.mask.salience}",
+        "mask": recipe.mask.load or _chosen_by(recipe),
         "tasks": ", ".join(recipe.eval.tasks) or "none",
         "DeepSpeed and batch": f"{recipe.deepspeed.config}, merged without conflict; global batch {batch}",
     }
     return OK, passed[title]
+
+
+def _chosen_by(recipe: Recipe) -> str:
+    has_mask, name = recipe.method.has_mask, recipe.method.name
+    return f"scored by {recipe.mask.salience}" if has_mask else f"none: method.name={name}"
 
 
 def run_folder_found(recipe: Recipe, num_ranks: int) -> Found:
@@ -119,10 +124,11 @@ def targets_found(recipe: Recipe, num_ranks: int) -> Found:
 
     geometry = read_geometry(recipe)
     check_shapes(recipe.mask, geometry.targets)
-    share = geometry.num_entries / geometry.num_target_elements
+    whole = sum(geometry.numel[name] for name in geometry.whole)
+    share = geometry.density
     number = num_checkpoints(recipe.train, recipe.train.steps or 0)  # of epochs: without train.keep_every
     num_bytes = 8 + number * checkpoint_entry(recipe)  # per entry; 8 of the adapter, at most
-    needed = num_bytes * (geometry.num_entries + geometry.num_head)
+    needed = num_bytes * (geometry.num_entries + whole)
     folder = Path(recipe.output_dir).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from speft_ds.sparse.optim.blockwise import BLOCK, Blockwise, slots_of
 
+STEP_ELEMENTS = 2**22  # that step at a time: whole weights are many, and a step takes temporaries
 CHUNK = 1024  # blocks of 8-bit moments that are fp32 at a time
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -75,7 +76,13 @@ class FlatOptimizer(torch.optim.Optimizer):
         state, gradient = self.state[delta], delta.grad
         self._count_step()
         if active is None:
-            self._advance(delta, gradient, state, group)
+            for start in range(0, delta.numel(), STEP_ELEMENTS):
+                part = slice(start, start + STEP_ELEMENTS)
+                own = {name: value[part] if value.dim() else value.clone() for name, value in state.items()}
+                self._advance(delta[part], gradient[part], own, group)
+            for value in state.values():
+                if not value.dim():
+                    value.add_(1)  # the one count of all
             return
         self._check_entry_steps("entries that pause need entry_steps")
         chosen = active.nonzero()[:, 0]

@@ -25,9 +25,10 @@ from speft_ds.model.attention import reads_packing
 from speft_ds.model.codecs import base, codec
 from speft_ds.model.fake_tensors import fake_tensors
 from speft_ds.model.kinds import linear
+from speft_ds.model.kinds.parameter import ParameterTarget
 from speft_ds.model.linear_cross_entropy import HeadLoss, LogitTransform
 from speft_ds.model.stash import Stash
-from speft_ds.model.targets import all_weights
+from speft_ds.model.targets import all_weights, find_whole
 from speft_ds.sparse.kernels import triton_backends
 from speft_ds.sparse.kernels.torch_backends import BLOCK_ELEMENTS, samples_columns, split_for_cache
 from speft_ds.tools.plan.gathered_weights import BACKWARD, FORWARD, RECOMPUTE, ModuleUse
@@ -216,6 +217,13 @@ def _prepare(model: nn.Module, geometry: Geometry, one: Pass, live: LiveBytes) -
         target.adapt(recomputes_input=one.checkpointing == "none")
         if name in geometry.targets:
             target.weight_grad_hook = _temporaries_hook(geometry.density, target.shape[1], one, live)
+    if one.collects != "entries":
+        return
+    for name, target in find_whole(model, None).items():
+        if name in geometry.whole:
+            is_product = not isinstance(target, ParameterTarget)
+            width = target.shape[1]
+            target.weight_grad_hook = _whole_hook(width, one, live) if is_product else lambda gradient: None
 
 
 def _temporaries_hook(
@@ -239,6 +247,19 @@ def _temporaries_hook(
 
     if one.collects == "entries" and one.backend == "columns":
         count.columns = torch.arange(max(1, round(one.compute * width)))
+    return count
+
+
+def _whole_hook(width: int, one: Pass, live: LiveBytes) -> Callable[..., None]:
+    """The same of a weight that is trained whole: its dense gradient in fp32."""
+
+    def count(x: Tensor, grad_y: Tensor, ends: Tensor | None = None) -> None:
+        live.of_dense_gradient += grad_y.numel() * width
+        num_experts = 1 if ends is None else len(ends)
+        copies = 4 * (x.numel() + grad_y.numel()) if one.device == "cpu" and x.dtype.itemsize < 4 else 0
+        num_bytes = 4 * grad_y.shape[-1] * width * num_experts + copies
+        live.peak = max(live.peak, live.now + num_bytes)
+
     return count
 
 
@@ -278,7 +299,7 @@ def _loss(model: nn.Module, task: str, ids: Tensor, device: str) -> Tensor:
     head = model.get_output_embeddings()
     if head is not None and linear.find(head):  # nor what the model makes of its head's logits
         ours = HeadLoss(head, LogitTransform(), device)
-        if not ours.is_trained:
+        if not ours.has_hook:
             with ours.compute(picked, picked, 1.0) as losses:
                 model(input_ids=ids, use_cache=False)
             return losses[0]

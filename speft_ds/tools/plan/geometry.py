@@ -31,7 +31,7 @@ class Geometry:
     numel: dict[str, int]  # elements of every weight, by name; tied ones once
     targets: dict[str, tuple[int, int]]  # (out, in) of the weights that the mask chooses from, by name
     entries: dict[str, int]  # of the mask, in every target: as loaded, or by its size
-    num_head: int  # weights of a classification head, all trained; 0 without one
+    whole: tuple[str, ...]  # names of the weights that are trained whole, at some time or other
     reach: list[str]  # what to say of how far training reaches, see `Reach.lines`
 
     @property
@@ -67,17 +67,17 @@ class Geometry:
     @property
     def density(self) -> float:
         """Fraction of the targeted weights that is trained."""
-        return self.num_entries / self.num_target_elements
+        return self.num_entries / max(1, self.num_target_elements)
 
     @property
     def trained(self) -> frozenset[str]:
         """Names of the weights of which something is trained."""
-        return frozenset([*self.targets, *([HEAD] if self.num_head else [])])
+        return frozenset([*self.targets, *self.whole])
 
     @property
     def largest_target(self) -> int:
         """Elements of the largest targeted weight."""
-        return max(self.numel[name] for name in self.targets)
+        return max((self.numel[name] for name in self.targets), default=0)
 
 
 def read_geometry(recipe: Recipe) -> Geometry:
@@ -88,7 +88,7 @@ def read_geometry(recipe: Recipe) -> Geometry:
     """
     import torch
 
-    from speft_ds.model.targets import all_weights, find_targets, target_shapes
+    from speft_ds.model.targets import all_weights, find_targets, find_whole, target_shapes
     from speft_ds.selection.topk import budget_counts, num_trainable
     from speft_ds.sparse.mask import read_mask
 
@@ -104,8 +104,13 @@ def read_geometry(recipe: Recipe) -> Geometry:
         model = build_model(config, task, dtype)
     numel = {name: parameter.numel() for name, parameter in model.named_parameters()}
     are_chosen = bool(recipe.mask.load or recipe.mask.targets or recipe.mask.layers)
-    if recipe.mask.load is None:
+    patterns = None if recipe.method.trains_all else recipe.mask.dense
+    whole = find_whole(model, patterns) if patterns or recipe.method.trains_all else {}
+    if not recipe.method.has_mask:
+        targets, entries, reach = {}, {}, []
+    elif recipe.mask.load is None:
         found = find_targets(model, recipe.mask.targets, recipe.mask.layers)
+        found = {name: target for name, target in found.items() if name not in whole}
         kept, reach = _keep_reached(config, task, dtype, found, are_chosen)
         targets = target_shapes(kept)
         sizes = {name: rows * columns for name, (rows, columns) in targets.items()}
@@ -116,8 +121,8 @@ def read_geometry(recipe: Recipe) -> Geometry:
         found = {name: target for name, target in all_weights(model).items() if name in mask.shape}
         _, reach = _keep_reached(config, task, dtype, found, are_chosen)
         targets, entries = mask.shape, {name: index.numel() for name, index in mask.index.items()}
-    num_head = 0 if task == "causal_lm" else numel.get(HEAD, 0)
-    return Geometry(config, source, task, dtype, numel, targets, entries, num_head, reach)
+    names = (*whole, *([HEAD] if task != "causal_lm" and HEAD in numel else []))
+    return Geometry(config, source, task, dtype, numel, targets, entries, names, reach)
 
 
 def _keep_reached(config, task: str, dtype: str, targets: dict, are_chosen: bool) -> tuple[dict, list[str]]:

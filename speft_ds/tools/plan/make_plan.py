@@ -21,6 +21,7 @@ from speft_ds.data.sampler import Sampler
 from speft_ds.data.sources import iterate_rows
 from speft_ds.errors import UserError
 from speft_ds.model.dtype import bfloat16_cost, multiplies_bfloat16, resolve_dtype
+from speft_ds.model.targets import shorten
 from speft_ds.terminal import Console
 from speft_ds.tools.doctor import usable_memory
 from speft_ds.tools.plan.arithmetic import Arithmetic, count_arithmetic, known_costs
@@ -174,13 +175,20 @@ def find_order(recipe: Recipe) -> tuple[Sampler | None, str]:
 
 def files(setup: Setup) -> list[Line]:
     """What the run writes."""
-    k, each, recipe = setup.num_trained, checkpoint_entry(setup.recipe), setup.recipe
+    k, each, recipe = setup.geometry.num_entries, checkpoint_entry(setup.recipe), setup.recipe
+    whole = sum(setup.geometry.numel[name] for name in setup.geometry.whole)
     header = 2 * sum(len(name) + 70 for name in setup.geometry.targets)
     formula = f"{k:,} entries x about 6 B (delta 4, coded index 1 to 3) + names"
     if recipe.mask.schedule == "periodic":
         formula += "; more with every change of the mask"
-    checkpoint = f"about {k:,} entries x {each} B ({recipe.optimizer.name})"
-    return [Line("adapter", 6 * k + header, formula), Line("a checkpoint", each * k, checkpoint)]
+    size = 6 * k + header + whole * setup.itemsize
+    if whole:
+        formula += f", {whole:,} elements of whole weights x {setup.itemsize} B"
+    num_trained, closed = setup.num_trained, whole - setup.num_whole
+    checkpoint = f"about {num_trained:,} entries x {each} B ({recipe.optimizer.name})"
+    checkpoint += f" + {closed:,} x {setup.itemsize} B of weights that are closed" if closed else ""
+    disk = each * num_trained + closed * setup.itemsize
+    return [Line("adapter", size, formula), Line("a checkpoint", disk, checkpoint)]
 
 
 def notes(setup: Setup, is_auto: bool) -> list[str]:
@@ -199,8 +207,9 @@ def notes(setup: Setup, is_auto: bool) -> list[str]:
         text = f"{len(few)} weights, {numel / setup.geometry.num_weights:.1%} of the model's elements, in "
         text += f"{recipe.model.base_format}, {setup.storage().codec.bits_per_weight:.2f} bits each; all "
         found.append(text + f"others in {recipe.model.dtype}")
-    if setup.geometry.num_head:
-        found.append(f"the classification head's {setup.geometry.num_head:,} weights are all trained")
+    if setup.geometry.whole:
+        names = shorten(list(setup.geometry.whole))
+        found.append(f"trained whole: {setup.num_whole:,} elements at a time: {names}")
     if recipe.mask.schedule == "periodic":
         found.append("entries that leave a periodic mask stay in memory, about 14 bytes each: not counted")
     if recipe.eval.tasks:
@@ -286,7 +295,11 @@ def _changes(setup: Setup, smallest: int | None) -> Iterator[tuple[str, Callable
 def _may_be_in_few_bits(setup: Setup) -> bool:
     """Whether the base is not in few bits, and could be."""
     recipe = setup.recipe
-    if recipe.model.base_format is not None or recipe.eval.mode == "gathered":
+    if (
+        recipe.model.base_format is not None
+        or recipe.eval.mode == "gathered"
+        or recipe.method.name != "sparse"
+    ):
         return False
     try:
         return bool(setup.geometry.plain_linears)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from speft_ds.sparse.gradient import IN_FLIGHT
 from speft_ds.sparse.kernels.torch_backends import samples_columns
+from speft_ds.sparse.optim.optimizers import STEP_ELEMENTS
 from speft_ds.tools.plan.setup import GIB, Line, Setup, total
 from speft_ds.tools.plan.stored_weights import (
     CODES,
@@ -46,10 +47,12 @@ def phases(setup: Setup) -> dict[str, list[Line]]:
     is_dense = mask.schedule == "drop_grow" and mask.growth == "sft_ag"
     collects = "gradient" if is_dense else "entries"
     step = one_pass(setup, collects, train.micro_batch, setup.recipe.data.max_length, setup.stash)
-    update = Line.of("step's temporaries", setup.num_own, 28, "own entries", " (about)")
+    at_once = setup.num_own - setup.num_whole // setup.world_size
+    at_once += min(setup.num_whole // setup.world_size, STEP_ELEMENTS)
+    update = Line.of("step's temporaries", at_once, 28, "own entries", " (about)")
     state += original(setup) if mask.schedule == "periodic" else []
     found = {"training": [*always, *state, *step], "optimizer step": [*always, *state, update]}
-    if mask.is_scored:
+    if mask.is_scored and setup.recipe.method.has_mask:
         again = state if mask.schedule == "periodic" else original(setup)
         found = {"scoring": [*always, *scoring(setup), *again], **found}
     if setup.in_few_bits and setup.device == "cpu":  # else it is in host memory while it loads
@@ -120,12 +123,12 @@ def trained(setup: Setup) -> list[Line]:
     """The trainable state: what `sparse.SparseState` and the optimizer allocate."""
     mask = setup.recipe.mask
     lines = [
-        Line.of("mask", setup.num_trained, setup.index_size, "entries", " (all ranks')"),
+        Line.of("mask", setup.geometry.num_entries, setup.index_size, "entries", " (all ranks')"),
         setup.per_entry("gradient", 4),
         *gradient_buckets(setup),
         *gradient_pattern(setup),
-        setup.per_entry("index", 0 if setup.is_offloaded else setup.index_size),
-        setup.per_entry("base values", setup.itemsize),
+        setup.per_entry("index", 0 if setup.is_offloaded else setup.index_size, of_mask=True),
+        setup.per_entry("base values", setup.itemsize, of_mask=True),
         setup.per_entry("delta", 4),
         *values_in_place(setup),
         *optimizer_state(setup),
@@ -162,7 +165,7 @@ def optimizer_state(setup: Setup) -> list[Line]:
         lines = [Line("8-bit Adam moments", 2 * slots + 8 * slots // MOMENT_BLOCK, formula)]
         if mask.schedule in ("periodic", "drop_grow"):
             lines.append(Line.of("slots", slots, 4, "slots", " (from the first change of the mask)"))
-    return [*lines, setup.per_entry("entry_steps", 4)] if mask.has_entry_steps else lines
+    return [*lines, setup.per_entry("entry_steps", 4)] if setup.recipe.has_entry_steps else lines
 
 
 def gradient_buckets(setup: Setup) -> list[Line]:
@@ -170,7 +173,8 @@ def gradient_buckets(setup: Setup) -> list[Line]:
     train, k = setup.recipe.train, setup.num_trained
     if setup.world_size == 1:
         return []
-    bucket = min(k, train.reduce_bucket)
+    largest = max((setup.geometry.numel[name] for name in setup.geometry.whole), default=0)
+    bucket = min(k, max(train.reduce_bucket, largest))  # a whole weight is reduced at once
     num_sent = min(IN_FLIGHT, -(-k // bucket))
     filling, what = (bucket, "one bucket") if train.overlap else (k, "all buckets")
     note = f" ({what} as it fills, {num_sent} as they are sent)"
@@ -273,7 +277,7 @@ def host(setup: Setup) -> list[Line]:
         lines.append(base_in_dtype(setup, "original weights", note=note))
     elif setup.in_few_bits:
         lines.append(base_in_dtype(setup, "base, while loading", note=" (freed weight by weight)"))
-    if mask.is_scored and mask.score_device == "host":
+    if mask.is_scored and setup.recipe.method.has_mask and mask.score_device == "host":
         lines.append(scores(setup))
     note = " (rank 0, while loading; mapped from the file)"
     return [*lines, Line.of("checkpoint", geometry.num_weights, b, "weights", note)]

@@ -11,6 +11,7 @@ import torch
 from speft_ds.config.recipe import Recipe
 from speft_ds.config.train_config import STASH_FORMATS
 from speft_ds.model.codecs import codec
+from speft_ds.model.targets import layer_number
 from speft_ds.sparse.kernels.backends import expected_backend
 from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.tools.plan.activations import Pass, PassRun, run_pass
@@ -68,8 +69,22 @@ class Setup:
 
     @property
     def num_trained(self) -> int:
-        """Entries of the mask, and a classification head."""
-        return self.geometry.num_entries + self.geometry.num_head
+        """Entries of the mask, and elements of whole weights, as many as are trained at a time."""
+        return self.geometry.num_entries + self.num_whole
+
+    @property
+    def num_whole(self) -> int:
+        """Elements of the weights that are trained whole at a time."""
+        numel, method = self.geometry.numel, self.recipe.method
+        by_layer: Counter[int | None] = Counter()
+        for name in self.geometry.whole:
+            by_layer[layer_number(name)] += numel[name]
+        if method.name == "half":
+            return -(-by_layer.total() // 2)
+        if method.name != "lisa":
+            return by_layer.total()
+        outside = by_layer.pop(None, 0)
+        return outside + sum(sorted(by_layer.values())[-method.layers :])
 
     @property
     def num_own(self) -> int:
@@ -113,15 +128,16 @@ class Setup:
         for shape, count in shapes.items():
             name = expected_backend(*how, mask.compute, self.costs, shape, num_tokens)
             elements[name] += count * shape[0] * shape[1]
-        return elements.most_common(1)[0][0]
+        return elements.most_common(1)[0][0] if elements else "dense"
 
     def zero_value(self, key: str) -> int:
         return int(self.zero.get(f"stage3_{key}", ZERO_DEFAULTS[f"stage3_{key}"]))
 
-    def per_entry(self, kind: str, size: int) -> Line:
-        """`size` bytes for each trained entry that a rank owns."""
-        formula = f"{self.num_trained:,} entries / {self.world_size} ranks x {size} B"
-        return Line(kind, size * self.num_own, formula)
+    def per_entry(self, kind: str, size: int, of_mask: bool = False) -> Line:
+        """`size` bytes for each trained entry that a rank owns; `of_mask`: whole weights left out."""
+        count = self.geometry.num_entries if of_mask else self.num_trained
+        formula = f"{count:,} entries / {self.world_size} ranks x {size} B"
+        return Line(kind, size * -(-count // self.world_size), formula)
 
     def stored(self, kind: str, parameters: Iterable[Parameter], note: str = "") -> Line:
         """A rank's shards of these parameters, padding included."""

@@ -44,6 +44,27 @@ def test_when_a_mask_is_scored_and_on_rows(tmp_path, overrides, is_scored, needs
     assert (mask.is_scored, mask.needs_calibration) == (is_scored, needs_calibration)
 
 
+@pytest.mark.parametrize("method", ["full", "lisa", "half", "lora", "dora"])
+def test_a_method_without_a_mask_sets_aside_the_mask_of_a_recipe_below_it(tmp_path, method):
+    """And refuses one beside it, by name; a run's own recipe loads again."""
+    text = "mask: {density: 0.1, salience: snip}"
+    recipe = load(tmp_path, text, f"method.name={method}")
+    assert not recipe.method.has_mask and not recipe.needs_calibration
+    again = tmp_path / "again.yaml"
+    again.write_text(resolved_yaml(recipe))
+    assert load_recipe(str(again)).method == recipe.method
+    for problem in (
+        refused(tmp_path, f"{text}\nmethod: {{name: {method}}}"),
+        refused(tmp_path, "", f"method.name={method}", "mask.density=0.1"),
+    ):
+        assert "mask.density" in str(problem) and "method.name=sparse" in str(problem)
+
+
+def test_no_other_method_than_sparse_trains_a_base_in_few_bits(tmp_path):
+    (problem,) = refused(tmp_path, "", "method.name=full", "model.base_format=nf4").problems
+    assert set(words_to_type(problem.fix)) == {"method.name=sparse", "model.base_format=null"}
+
+
 NO_EFFECT = {  # -> the key and a value that would give it one
     "mask.block_size=8": "mask.granularity=block",
     "mask.lift_rank=8": "mask.salience=lift",
@@ -55,6 +76,11 @@ NO_EFFECT = {  # -> the key and a value that would give it one
     "mask.topk_fraction=0.1": "mask.schedule=grad_topk",
     "mask.gate_every=8": "mask.layer_gate=sampled",
     "mask.gate_layers=8": "mask.layer_gate=sampled",
+    "method.rank=8": "method.name=lora",
+    "method.alpha=8.0": "method.name=lora",
+    "method.lora_share=0.3": "method.name=sparse_lora",
+    "method.every=8": "method.name=lisa",
+    "method.layers=8": "method.name=lisa",
     "optimizer.momentum=0.9": "optimizer.name=sgd",
     "data.labels=[a,b]": "data.format=classification",
     "data.template_no_input=x": "data.format=alpaca",

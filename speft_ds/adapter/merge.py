@@ -169,7 +169,10 @@ def merge(
         is_of_run = alpha == 1.0 and job.dtype == job.run_dtype and not (base_format and not job.quantised)
         card = card_text(opened.facts, scores if is_of_run else [], num_bytes, merged=how)
         write_text(temporary / CARD, card)
-    return Merged(opened.num_entries, num_bytes, checkpoint.problem)
+    matrices = opened.low_rank.shape if opened.low_rank else {}
+    num_changed = sum(opened.count(name) for name in opened.names if name not in matrices)
+    num_changed += sum(map(math.prod, matrices.values()))
+    return Merged(num_changed, num_bytes, checkpoint.problem)
 
 
 def parse_size(size: str | int | None) -> int | None:

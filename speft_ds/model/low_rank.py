@@ -90,6 +90,18 @@ def num_elements(linears: dict[str, Target], rank: int) -> int:
     return rank * sum(sum(target.shape) for target in linears.values())
 
 
+def matrix_sizes(linears: dict[str, Target], rank: int, method: str) -> dict[str, int]:
+    """Name of a parameter -> its elements, of what a method puts beside linears."""
+    sizes = {}
+    for name, target in linears.items():
+        module, (rows, columns) = name.removesuffix(".weight"), target.shape
+        sizes[f"{module}.lora_A.{ADAPTER}.weight"] = rank * columns
+        sizes[f"{module}.lora_B.{ADAPTER}.weight"] = rows * rank
+        if method == "dora":
+            sizes[f"{module}.lora_magnitude_vector.{ADAPTER}.weight"] = rows
+    return sizes
+
+
 def rank_within(linears: dict[str, Target], budget: float) -> int:
     """The largest rank whose matrices have at most `budget` elements together; 1 at least."""
     return max(1, int(budget // num_elements(linears, 1)))

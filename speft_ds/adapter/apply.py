@@ -29,14 +29,15 @@ class AppliedAdapters:
 
     Attributes:
         fingerprint, dtype: of the base, checked before anything was applied.
-        values: adapter name -> weight name -> [n] flat indices (int64), and the [n] values it sets there.
+        values: adapter name -> weight name -> [n] flat indices (int64; None: all), and the [n] values it sets
+            there.
         config: adapter name -> entries of the model's configuration that it sets.
         base_values, base_config: what the active adapter replaced.
     """
 
     fingerprint: str
     dtype: str
-    values: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    values: dict[str, dict[str, tuple[Tensor | None, Tensor]]] = field(default_factory=dict)
     config: dict[str, dict] = field(default_factory=dict)
     active: str | None = None
     base_values: dict[str, Tensor] = field(default_factory=dict)
@@ -78,8 +79,14 @@ def apply_adapter(model: nn.Module, folder: str | Path, name: str = "default") -
     for key, (index, delta) in entries.items():
         index = index.to(weights[key].device)
         values[key] = index, with_delta(weights[key].data.view(-1)[index], delta)
+    for key in adapter.low_rank.shape if adapter.low_rank else ():
+        trained = weights[key].data
+        if key in entries:
+            index, delta = entries[key]
+            trained = with_entries(trained, index.to(trained.device), delta)
+        values[key] = None, adapter.low_rank.merged(key, trained).to(trained.dtype).view(-1)
     for key, value in whole.items():
-        values[key] = torch.arange(len(value), device=weights[key].device), value.to(weights[key])
+        values[key] = None, value.to(weights[key])
     state.values[name], state.config[name] = values, classifier_config(facts)
     setattr(model, STATE, state)
     _activate(model, state, name)
@@ -146,13 +153,19 @@ def _activate(model: nn.Module, state: AppliedAdapters, name: str | None) -> Non
 
 
 # Indices and values stay where they were made; those of a model that has moved follow it as they are used.
-def _has_values(weight: nn.Parameter, index: Tensor, values: Tensor) -> bool:
-    return same_bits(weight.data.view(-1)[index.to(weight.device)], values.to(weight.device))
+def _has_values(weight: nn.Parameter, index: Tensor | None, values: Tensor) -> bool:
+    flat = weight.data.view(-1)
+    return same_bits(flat if index is None else flat[index.to(weight.device)], values.to(weight.device))
 
 
-def _replace(weight: nn.Parameter, index: Tensor, values: Tensor) -> Tensor:
-    """Write [n] values at flat indices; returns what they were before."""
-    flat, index = weight.data.view(-1), index.to(weight.device)
+def _replace(weight: nn.Parameter, index: Tensor | None, values: Tensor) -> Tensor:
+    """Write [n] values at flat indices, or everywhere; returns what they were before."""
+    flat = weight.data.view(-1)
+    if index is None:
+        before = flat.clone()
+        flat.copy_(values)
+        return before
+    index = index.to(weight.device)
     before = flat[index]
     flat.index_copy_(0, index, values.to(weight.device))
     return before
@@ -199,7 +212,8 @@ def check_weights(adapter: Adapter, shape: dict[str, tuple[int, ...]]) -> None:
     if odd:
         what = f"the adapter is for another model: {odd[0]}, which it has in few bits, is no matrix there"
         raise UserError(what, str(adapter.folder), f"load {adapter.facts['base']}")
-    for name, expected in adapter.shape.items():
+    matrices = adapter.low_rank.shape if adapter.low_rank else {}
+    for name, expected in (matrices | adapter.shape).items():
         # A stack of experts is seen as one matrix.
         if name not in shape or (math.prod(shape[name][:-1]), shape[name][-1]) != expected:
             has = f"of shape {shape[name]}" if name in shape else "not there"
@@ -249,6 +263,14 @@ def with_delta(base: Tensor, delta: Tensor, alpha: float = 1.0, dtype: torch.dty
     """
     # A product with 1 changes no bit.
     return (base.float() + alpha * delta.to(base.device)).to(dtype or base.dtype)
+
+
+def with_entries(weight: Tensor, index: Tensor, delta: Tensor) -> Tensor:
+    """A copy of a weight, in its dtype, with trained values at flat indices."""
+    trained = weight.clone()
+    flat = trained.view(-1)
+    flat[index] = with_delta(flat[index], delta)
+    return trained
 
 
 def classifier_config(facts: dict) -> dict:

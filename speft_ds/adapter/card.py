@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from jinja2 import Environment
@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from speft_ds.adapter.format import CARD, Adapter
 from speft_ds.config.limited_yaml import load, read_text
+from speft_ds.config.method_config import LORA, WITH_MASK, MethodConfig
 from speft_ds.hub import dataset_folder, is_hub_id, model_folder, public_name
 from speft_ds.io import write_text
 from speft_ds.untrusted import in_markdown, printable
@@ -27,6 +28,9 @@ TASKS = {  # by name: the hub's pipeline, and the class that loads the base
 }
 # Keys of the recipe that make most of a result, and what they are.
 HYPERPARAMETERS = {
+    "method.name": "method",
+    "method.alpha": "alpha",
+    "method.lora_share": "low-rank part of the budget",
     "mask.salience": "weights chosen by",
     "mask.density": "density",
     "mask.granularity": "granularity",
@@ -49,6 +53,12 @@ HYPERPARAMETERS = {
     "model.dtype": "dtype",
     "model.base_format": "base in few bits",
     "seed": "seed",
+}
+# Those that only some methods have; what is named `sparse` goes without saying.
+OF_METHODS = {
+    "method.name": set(get_args(MethodConfig.model_fields["name"].annotation)) - {"sparse"},
+    "method.alpha": {*LORA, "sparse_lora"},
+    "method.lora_share": {"sparse_lora"},
 }
 
 
@@ -78,7 +88,8 @@ def card_text(
     environment.filters["code"] = lambda value: Markup(json.dumps(value).replace("`", "\\u0060"))
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     base, name = public_name(facts["base"]), _of_recipe(facts, "name")
-    title = f"{name}: sparse fine-tuning of {base}" if name else f"Sparse fine-tuning of {base}"
+    kind = "low-rank" if facts.get("low_rank") and not facts["num_entries"] else "sparse"
+    title = f"{name}: {kind} fine-tuning of {base}" if name else f"{kind.capitalize()} fine-tuning of {base}"
     return environment.from_string(template).render(
         facts=facts,
         scores=[score for score in scores if score["role"] == "task"],
@@ -92,12 +103,22 @@ def card_text(
         data=data_names(facts.get("recipe")),
         seed=_of_recipe(facts, "seed"),
         is_merged=merged is not None,
+        kind=kind,
+        has_matrices=bool(facts.get("low_rank")),
     )
 
 
 def hyperparameters(recipe: Any) -> list[tuple[str, Any]]:
     """(what, value) of the main ones of a nested recipe; without those that are not set, or switched off."""
-    found = [(what, _of_recipe({"recipe": recipe}, *key.split("."))) for key, what in HYPERPARAMETERS.items()]
+    facts = {"recipe": recipe}
+    method = _of_recipe(facts, "method", "name")
+    has_none = () if method is None or method in WITH_MASK else ("mask.",)
+    unused = [key for key, methods in OF_METHODS.items() if method not in methods]
+    found = [
+        (what, _of_recipe(facts, *key.split(".")))
+        for key, what in HYPERPARAMETERS.items()
+        if not key.startswith((*has_none, *unused))
+    ]
     return [(what, value) for what, value in found if value not in (None, "none") and value is not False]
 
 
@@ -110,6 +131,7 @@ def _metadata(facts: dict, scores: Sequence[dict[str, Any]], title: str, is_merg
     """The card's YAML, but for the licence, which is the user's to choose."""
     from huggingface_hub import EvalResult, ModelCardData  # late: it takes its time
 
+    has_entries = bool(facts["num_entries"]) or not facts.get("low_rank")
     pipeline = TASKS[facts["task"]][0] if facts.get("task") in TASKS else None
     results = [
         EvalResult(
@@ -125,9 +147,13 @@ def _metadata(facts: dict, scores: Sequence[dict[str, Any]], title: str, is_merg
     ]
     related = {"base_model": facts["base"], "base_model_relation": "finetune" if is_merged else "adapter"}
     return ModelCardData(
-        library_name="transformers" if is_merged else "speft_ds",
+        library_name="transformers" if is_merged else "speft_ds" if has_entries else "peft",
         pipeline_tag=pipeline,
-        tags=["sparse-fine-tuning", "speft", *([] if is_merged else ["adapter"])],
+        tags=[
+            *(["sparse-fine-tuning"] if has_entries else []),
+            *(["lora"] if facts.get("low_rank") else []),
+            *["speft", *([] if is_merged else ["adapter"])],
+        ],
         datasets=[path for path in _data_paths(facts) if is_hub_id(path)] or None,
         model_name=_one_line(title) if results else None,
         eval_results=results or None,
@@ -146,10 +172,15 @@ def _rows(facts: dict, base: str, num_bytes: int, merged: str | None) -> list[tu
     count, targets = facts["num_entries"], (facts.get("mask") or {}).get("num_target_elements")
     share = f" of {targets:,} ({count / targets:.3%})" if isinstance(targets, int) and targets else ""
     stored = base_in_words(facts["dtype"], facts.get("base_format"), len(facts.get("quantised") or []))
-    rows = [("base", f"{base}, in {stored}"), ("changed weights", f"{count:,}{share}")]
+    rows = [("base", f"{base}, in {stored}")]
+    low_rank = facts.get("low_rank")
+    if count or not low_rank:
+        rows.append(("changed weights", f"{count:,}{share}"))
+    if low_rank:
+        rows.append(("low-rank matrices", f"rank {low_rank['rank']}, scaled by {low_rank['scaling']:.4g}"))
     if facts.get("classes"):
         rows.append(("classes", ", ".join(facts["classes"])))
-    each = "" if merged else f", {num_bytes / max(count, 1):.2f} bytes per entry"
+    each = "" if merged or low_rank else f", {num_bytes / max(count, 1):.2f} bytes per entry"
     rows.append(("size", f"{num_bytes / 2**20:.2f} MiB{each}"))
     if names := data_names(facts.get("recipe")):
         rows.append(("data", ", ".join(names)))

@@ -21,6 +21,7 @@ from torch import Tensor
 from speft_ds import hub
 from speft_ds.adapter.apply import check_weights, with_delta
 from speft_ds.adapter.format import DTYPES, Adapter, Entries, open_adapter
+from speft_ds.adapter.low_rank import PEFT_TENSORS
 from speft_ds.adapter.pretrained import Fingerprint, PretrainedCheckpoint
 from speft_ds.adapter.save import check_output
 from speft_ds.config.model_config import HEAD
@@ -28,7 +29,6 @@ from speft_ds.errors import UserError, shell
 from speft_ds.io import new_folder, write_json, write_safetensors
 from speft_ds.sparse.layout import INT32_ELEMENTS
 
-PEFT_TENSORS = "adapter_model.safetensors"
 PEFT_VERSION = "0.21.2"  # whose layout this is
 NO_CHANGE = -0.0  # x + (-0.0) is x, also where x is -0.0
 

@@ -3,6 +3,7 @@
 adapter.safetensors    per weight: `<name>.gaps` uint8, its coded indices; `<name>.delta` fp32 or bf16;
                        of a weight that was trained whole: `<name>.value`, all of its values
 adapter.json           format version, base fingerprint and dtype, shapes, mask facts, recipe
+of low-rank matrices   PEFT's two files: see `low_rank`
 
 trained weight = pretrained weight, with (base + delta).to(dtype) at the indices
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,9 +22,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from speft_ds.adapter.low_rank import PEFT_TENSORS, LowRankFacts, LowRankMatrices
+from speft_ds.config.check_model import PEFT_CONFIG
 from speft_ds.config.model_config import HEAD
 from speft_ds.config.values import BASE_FORMATS
-from speft_ds.errors import UserError
+from speft_ds.errors import UserError, shell
 from speft_ds.io import flush_to_disk, read_json, sha256_of, write_json, write_safetensors
 
 FORMAT_VERSION = 2
@@ -74,6 +77,7 @@ class AdapterFacts(BaseModel):
     start: Literal["zero", "exact"] | None = None
     classes: list[str] | None = None
     pad_token_id: int | None = None
+    low_rank: LowRankFacts | None = None
 
 
 class Adapter:
@@ -83,10 +87,11 @@ class Adapter:
         facts: the contents of adapter.json.
         names: weights that have entries, in model order; `shape`: of these, (out, in) by name.
         whole: weights whose values are all stored; `num_entries` does not count them.
+        low_rank: matrices beside weights; None: it has none.
     """
 
-    def __init__(self, folder: Path, facts: dict, file: safe_open):
-        self.folder, self.facts, self._file = folder, facts, file
+    def __init__(self, folder: Path, facts: dict, file: safe_open, low_rank: LowRankMatrices | None = None):
+        self.folder, self.facts, self._file, self.low_rank = folder, facts, file, low_rank
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
         self._header = {key: (part.get_dtype(), part.get_shape()) for key, part in slices.items()}
         self.whole = sorted(key.removesuffix(".value") for key in self._header if key.endswith(".value"))
@@ -107,16 +112,18 @@ class Adapter:
             if not path.is_file():  # a pipe would keep us waiting
                 raise OSError(f"{path} is not a file")
             file, sha256 = safe_open(path, framework="pt"), sha256_of(path)
+            low_rank = LowRankMatrices(folder, facts["low_rank"]) if facts.get("low_rank") else None
         except (OSError, ValueError, SafetensorError) as error:
             raise _unreadable(folder, error) from error
         if sha256 != facts["tensors_sha256"]:
             raise _unreadable(folder, "its hash is not the recorded one")
-        return cls(folder, facts, file)
+        return cls(folder, facts, file, low_rank)
 
     @property
     def num_bytes(self) -> int:
-        """Size of adapter.safetensors."""
-        return (self.folder / TENSORS).stat().st_size
+        """Size of its tensors' files."""
+        own = (self.folder / TENSORS).stat().st_size
+        return own + (self.low_rank.num_bytes if self.low_rank else 0)
 
     @property
     def num_classes(self) -> int | None:
@@ -174,19 +181,33 @@ class Adapter:
 
 
 def tensors_sha256(folder: Path | None) -> str | None:
-    """The hash that an adapter folder has recorded; None where there is no folder or no hash."""
+    """The hash that an adapter folder has recorded; None where there is no folder or no hash.
+
+    With low-rank matrices, theirs follows.
+    """
     try:
         facts = read_json(folder / FACTS) if folder else {}
-        return facts.get("tensors_sha256")
-    except (OSError, ValueError, AttributeError):
+        own, low_rank = facts.get("tensors_sha256"), facts.get("low_rank")
+        return f"{own}+{low_rank['sha256']}" if low_rank else own
+    except (OSError, ValueError, AttributeError, LookupError, TypeError):
         return None
 
 
-def open_adapter(path: str | Path) -> Adapter:
-    """The adapter in a folder, or in the folder of its run. Raises UserError."""
+def open_adapter(path: str | Path, reads_low_rank: bool = False) -> Adapter:
+    """The adapter in a folder, or in the folder of its run.
+
+    Args:
+        reads_low_rank: whether the caller knows what to do with low-rank matrices.
+    Raises:
+        UserError: there is none, it is damaged, or it has matrices that the caller would leave out.
+    """
     for folder in (Path(path), Path(path) / "adapter"):
         if (folder / FACTS).is_file():
-            return Adapter.open(folder)
+            adapter = Adapter.open(folder)
+            if adapter.low_rank is not None and not reads_low_rank:
+                fix = f"{shell('speft', 'merge', str(path), 'OUTPUT')}; or PEFT, which reads this folder"
+                raise UserError("it has low-rank matrices, not entries alone", str(folder), fix)
+            return adapter
     fix = "give an adapter's folder, or the folder of a run that has finished"
     raise UserError("there is no adapter", where=str(path), fix=fix)
 
@@ -222,6 +243,7 @@ def write_adapter(
     facts: dict,
     whole: dict[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
+    write_low_rank: Callable[[Path], dict] | None = None,
 ) -> None:
     """Write an adapter atomically: a temporary folder, flushed, read back, renamed.
 
@@ -232,6 +254,7 @@ def write_adapter(
         facts: with `base`, `dtype`, `fingerprint`, and the `shapes` of every weight that has entries.
         whole: weight name -> its values, all of which are stored.
         dtype: of the deltas, fp32 or bf16.
+        write_low_rank: writes low-rank matrices into a folder and returns what the facts say of them.
     Raises:
         UserError: it could not be read again (a delta is not finite, indices do not fit), or the folder holds
             something else than an adapter.
@@ -250,6 +273,8 @@ def write_adapter(
         write_safetensors(temporary / TENSORS, tensors)
         sha256 = sha256_of(temporary / TENSORS)
         own = {"format_version": FORMAT_VERSION, "tensors_sha256": sha256, "num_entries": num_entries}
+        if write_low_rank is not None:
+            own["low_rank"] = write_low_rank(temporary)
         write_json(temporary / FACTS, {**own, **facts, **own})
         flush_to_disk(temporary)
         written = Adapter.open(temporary)  # makes every check of a later reader, as do these
@@ -278,7 +303,7 @@ def _remove_adapter(folder: Path) -> None:
     """Remove a folder if it is an adapter's."""
     if not folder.exists():
         return
-    ours = (TENSORS, FACTS, CARD)
+    ours = (TENSORS, FACTS, CARD, PEFT_TENSORS, PEFT_CONFIG)
     if not folder.is_dir() or any(not path.name.startswith(ours) for path in folder.iterdir()):
         raise UserError("there is something else than an adapter", str(folder), "choose another folder")
     shutil.rmtree(folder)

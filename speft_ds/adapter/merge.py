@@ -22,7 +22,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from speft_ds.adapter.apply import check_weights, classifier_config, set_config, with_delta
+from speft_ds.adapter.apply import check_weights, classifier_config, set_config, with_delta, with_entries
 from speft_ds.adapter.card import card_text
 from speft_ds.adapter.format import CARD, DTYPES, FACTS, FLOATS, Adapter, open_adapter
 from speft_ds.adapter.pretrained import INDEX, SINGLE, Fingerprint, Header, PretrainedCheckpoint
@@ -92,6 +92,12 @@ class Merge:
                 value = with_delta(seen, value.float() - seen.float(), self.alpha)
             return value.to(self.dtype)
         index, delta = self.adapter.entries(name)
+        low_rank = self.adapter.low_rank
+        if low_rank is not None and name in low_rank.shape:
+            trained = low_rank.merged(name, with_entries(seen, index, delta))
+            if self.alpha != 1.0:
+                trained = with_delta(seen, trained - seen.float(), self.alpha, torch.float32)
+            return self._checked(name, trained.to(self.dtype), seen)
         if name in self.quantised:
             seen = self._decoded(seen)
         elif self.adapter.facts.get("start") == "exact" and name in self.adapter.facts["quantised"]:
@@ -99,6 +105,9 @@ class Merge:
             delta = self._decoded(seen).view(-1)[index].float() + delta - seen.view(-1)[index].float()
         merged = seen.to(self.dtype, copy=True)
         merged.view(-1)[index] = with_delta(seen.view(-1)[index], delta, self.alpha, self.dtype)
+        return self._checked(name, merged, seen)
+
+    def _checked(self, name: str, merged: Tensor, seen: Tensor) -> Tensor:
         if not torch.isfinite(merged).all() and torch.isfinite(seen).all():
             raise UserError(f"values of {name} are too large for {self.dtype}", "--dtype", "--dtype bfloat16")
         return merged
@@ -138,7 +147,7 @@ def merge(
     Raises:
         UserError: another base, an output that is not empty, too little space, or nothing to merge with.
     """
-    opened, output = open_adapter(adapter), check_output(output)
+    opened, output = open_adapter(adapter, reads_low_rank=True), check_output(output)
     if dtype not in (None, *DTYPES):
         raise UserError(f"there is no dtype {dtype}", "--dtype", f"choose from: {', '.join(DTYPES)}")
     if not math.isfinite(alpha):
@@ -159,7 +168,10 @@ def merge(
         is_of_run = alpha == 1.0 and job.dtype == job.run_dtype and not (base_format and not job.quantised)
         card = card_text(opened.facts, scores if is_of_run else [], num_bytes, merged=how)
         write_text(temporary / CARD, card)
-    return Merged(opened.num_entries, num_bytes, checkpoint.problem)
+    matrices = opened.low_rank.shape if opened.low_rank else {}
+    num_changed = sum(opened.count(name) for name in opened.names if name not in matrices)
+    num_changed += sum(map(math.prod, matrices.values()))
+    return Merged(num_changed, num_bytes, checkpoint.problem)
 
 
 def parse_size(size: str | int | None) -> int | None:

@@ -48,7 +48,7 @@ def push(source: str | Path, repo_id: str, private: bool = False) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HTTPError  # its HTTP library's: of what the hub says, too
 
-    folder = open_adapter(source).folder
+    folder = open_adapter(source, reads_low_rank=True).folder
     files, left_out = files_to_push(folder)
     if odd := {TENSORS, FACTS} & {path.name for path in left_out}:
         what = f"{min(odd)} is a link: only files that lie in the folder are uploaded"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,18 +12,21 @@ from torch import Tensor
 
 from speft_ds.adapter.card import write_card
 from speft_ds.adapter.format import Adapter, Entries, write_adapter
+from speft_ds.adapter.low_rank import write_low_rank
 from speft_ds.comm import collectives
 from speft_ds.errors import UserError, shell
+from speft_ds.model.low_rank import LowRank
 from speft_ds.selection.topk import gather_indices
 from speft_ds.sparse.layout import Layout
 from speft_ds.sparse.state import SparseState
 
 
-def save_adapter(folder: Path, state: SparseState, facts: dict) -> None:
+def save_adapter(folder: Path, state: SparseState, facts: dict, low_rank: LowRank | None = None) -> None:
     """Write all entries ever trained (and not reverted) to `folder`; every rank calls this, rank 0 writes.
 
     Args:
         facts: `base`, `dtype`, `fingerprint`, `recipe` and whatever else a reader should know.
+        low_rank: the matrices among the whole weights of `state`, which are written as PEFT does.
     Raises:
         UserError: on every rank, when rank 0 cannot write (disk full, no permission) or a delta is NaN.
     """
@@ -33,7 +37,19 @@ def save_adapter(folder: Path, state: SparseState, facts: dict) -> None:
     by_rank = collectives.all_gather_padded(delta, layout.lengths)
     whole = state.gather_whole()
     facts = {**facts, "shapes": state.mask.shape, "mask": state.mask.facts()}
-    collectives.run_on_rank0(lambda: write_adapter(folder, join_shards(index, layout, by_rank), facts, whole))
+    write_matrices, own = None, whole
+    if low_rank is not None:
+        start = low_rank.gather_start()
+        own = {name: value for name, value in whole.items() if name not in low_rank.targets}
+        write_matrices = partial(
+            write_low_rank, low_rank=low_rank, whole=whole, start=start, base=facts["base"]
+        )
+
+    def write() -> None:
+        entries = join_shards(index, layout, by_rank)
+        write_adapter(folder, entries, facts, own, write_low_rank=write_matrices)
+
+    collectives.run_on_rank0(write)
 
 
 def join_shards(

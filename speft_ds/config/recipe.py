@@ -85,6 +85,9 @@ class Recipe(ConfigSection):
             if given:
                 what = f"method.name={method.name} has no mask, and there is {', '.join(given)}"
                 raise broken_rule(what, "leave it out, or method.name=sparse", key=given[0])
+        if method is not None and method.name == "sparse_lora" and mask.of_units:
+            what = f"mask.granularity={mask.granularity} does not go with method.name=sparse_lora"
+            raise broken_rule(what, "mask.granularity=element, or method.name=sparse", key="mask.granularity")
         return mask
 
     @field_validator("mask")
@@ -133,6 +136,9 @@ class Recipe(ConfigSection):
             raise broken_rule(what, "eval.tasks=[]; metrics.jsonl has the accuracy", key="eval.tasks")
         if value.mode == "gathered" and "model" in info.data and info.data["model"].base_format is not None:
             what = "eval.mode=gathered copies complete weights, and model.base_format has none"
+            raise broken_rule(what, "eval.mode=auto", key="eval.mode")
+        if value.mode == "gathered" and "method" in info.data and info.data["method"].has_lora:
+            what = "eval.mode=gathered copies a plain model, which has no low-rank matrices"
             raise broken_rule(what, "eval.mode=auto", key="eval.mode")
         if "train" in info.data and info.data["train"].keep_best and value.validation is None:
             fix = "eval.validation=rows.jsonl, or train.keep_best=false"

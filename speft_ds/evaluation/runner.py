@@ -34,6 +34,7 @@ from speft_ds.evaluation.results import Scored, asked, check_scores, scores_of
 from speft_ds.evaluation.scores import ScoreFile, Settings
 from speft_ds.evaluation.task_checks import check_tasks
 from speft_ds.evaluation.tasks import find_tasks, load_tasks, local_data
+from speft_ds.model.low_rank import has_low_rank
 from speft_ds.model.quantise import quantised_linears
 from speft_ds.zero.shards import full_shape, shard_of
 
@@ -247,7 +248,8 @@ def model_to_score(module: nn.Module, mode: str) -> Iterator[tuple[nn.Module, bo
     """
     is_in_few_bits = bool(quantised_linears(module))
     has_all = mode == "auto" and not is_in_few_bits and is_complete(module)
-    if has_all or mode == "sharded" or is_in_few_bits or (mode == "auto" and not copy_fits(module)):
+    has_others = is_in_few_bits or has_low_rank(module)  # than a plain model has
+    if has_all or mode == "sharded" or has_others or (mode == "auto" and not copy_fits(module)):
         was_training = module.training
         module.eval()
         yield module, not has_all

@@ -30,7 +30,7 @@ from speft_ds.terminal import Console
 from speft_ds.training.checks import check_chat_template
 from speft_ds.training.run_data import agree_on_date, load_data
 from speft_ds.training.setup import TrainContext, load_context, scored_model_facts
-from speft_ds.zero.shards import changing_shards, full_shape, own_elements
+from speft_ds.zero.shards import changing_shards, full_shape, gathered, own_elements
 
 
 @torch.no_grad()
@@ -67,6 +67,13 @@ def apply_to_shards(context: TrainContext, folder: Path) -> None:
             pretrained = storage.pretrained(own)
             storage.set_entries(index)
             storage.write(own, with_delta(pretrained, delta[first:last]))
+    for name in adapter.low_rank.shape if adapter.low_rank else ():
+        target = weights[name]
+        with gathered(target.weight):
+            trained = adapter.low_rank.merged(name, target.weight.data).view(-1)
+        start, stop = target.own_range
+        with changing_shards(target.written):
+            target.own_values().copy_(trained[start:stop])
 
 
 def run(recipe: Recipe, adapter: Path | None, low_bits: LowBits) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
@@ -16,7 +17,7 @@ from speft_ds.data.formats import check_row
 from speft_ds.data.readers import SUFFIXES, kind_of, unknown_kind
 from speft_ds.data.sources import is_hub_dataset, is_pattern, is_saved, iterate_rows, keys_without_effect
 from speft_ds.env import CACHE, expand_path
-from speft_ds.errors import RecipeError, UserError
+from speft_ds.errors import RecipeError, UserError, shell
 from speft_ds.evaluation.task_files import task_file_problems
 from speft_ds.training.metrics import monitor_problems
 
@@ -185,6 +186,15 @@ def check_mask(recipe: Recipe, job: Job, world_size: int) -> Problems:
     return []
 
 
+def check_method(recipe: Recipe, job: Job, world_size: int) -> Problems:
+    """What the method needs beside this package."""
+    if job != "train" or not recipe.method.has_lora or find_spec("peft") is not None:
+        return []
+    what = f"method.name={recipe.method.name} needs the package peft, which is not installed"
+    fix = f"{shell('pip', 'install', 'speft_ds[peft]')}, or method.name=sparse"
+    return [UserError(what, recipe.where("method.name"), fix)]
+
+
 def check_tasks(recipe: Recipe, job: Job, world_size: int) -> Problems:
     """The files that tasks are read from, and where metrics go.
 
@@ -219,6 +229,7 @@ CHECKS: dict[str, Callable[[Recipe, Job, int], Problems]] = {
     "model": check_model,
     "data": check_data,
     "mask": check_mask,
+    "method": check_method,
     "tasks": check_tasks,
     "DeepSpeed and batch": check_deepspeed,
 }

@@ -19,7 +19,15 @@ from speft_ds.model.attention import reads_packing
 from speft_ds.model.fake_tensors import fake_tensors
 from speft_ds.model.kinds.target import Target
 from speft_ds.model.probe import embedding_gradient
-from speft_ds.model.targets import all_weights, fused_parts, layer_number, place, shorten, weight_elements
+from speft_ds.model.targets import (
+    all_weights,
+    fused_parts,
+    layer_number,
+    place,
+    shorten,
+    weight_elements,
+    without_wrapper,
+)
 from speft_ds.model.weight_grad_hooks import gradients_past_hooks, weight_grad_hooks
 
 WARN_BELOW = 0.9  # share of the decoder's elements
@@ -122,7 +130,8 @@ def find_reach(
     Raises:
         RuntimeError: of fake tensors, a forward that depends on values.
     """
-    weights, fed, mixed = dict(model.named_parameters()), set(), set()
+    weights = {without_wrapper(name): weight for name, weight in model.named_parameters()}
+    fed, mixed = set(), set()
 
     def see(name: str, x: Tensor, rows: Tensor | None = None, ends: Tensor | None = None) -> None:
         fed.add(name)

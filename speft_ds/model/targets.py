@@ -33,10 +33,16 @@ def all_weights(model: nn.Module) -> dict[str, Target]:
     return found
 
 
+def without_wrapper(name: str) -> str:
+    """The name of a weight before a low-rank matrix was put beside it, which has the linear in a module."""
+    return re.sub(r"\.base_layer(\.|$)", r"\1", name)
+
+
 def weight_elements(model: nn.Module) -> dict[str, int]:
     """Weight -> its elements, of all weights; of one in few bits, those of the weight that it stands for."""
     elements = {}
     for prefix, module in model.named_modules():
+        prefix = without_wrapper(prefix)
         in_few_bits = isinstance(module, QuantisedLinear)
         if in_few_bits:
             elements[f"{prefix}.weight"] = module.out_features * module.in_features
@@ -47,7 +53,10 @@ def weight_elements(model: nn.Module) -> dict[str, int]:
 
 
 def find_targets(
-    model: nn.Module, patterns: list[str] | None, layers: list[int] | None = None
+    model: nn.Module,
+    patterns: list[str] | None,
+    layers: list[int] | None = None,
+    where: str = "mask.targets",
 ) -> dict[str, Target]:
     """The weights that may be trained, by name, in model order.
 
@@ -56,6 +65,7 @@ def find_targets(
             `*.mlp.*`, `gate_up_proj`); None stands for all of the decoder layers, that is, inside a
             `ModuleList`.
         layers: first and last decoder layer, both included, to restrict to; None: all.
+        where: the key that names the patterns.
     Raises:
         UserError: a pattern, the default or the range matches nothing.
     """
@@ -75,7 +85,7 @@ def find_targets(
             f"no weight matches {', '.join(unmatched)}",
             "this model's weights that may be trained are named",
         )
-        raise UserError(what, "mask.targets", f"{fix}: {named}")
+        raise UserError(what, where, f"{fix}: {named}")
     return found if layers is None else in_layers(found, layers)
 
 

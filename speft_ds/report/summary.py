@@ -99,7 +99,9 @@ def _sizes(run: RunFolder) -> list[tuple[str, str, str]]:
         rows.append(("method", method, ""))
     if run.adapter_bytes:
         entries = numbers(run.adapter).get("num_entries") or trained
-        each = f"{entries:,} entries, {run.adapter_bytes / entries:.2f} bytes each" if entries else ""
+        has_others = run.fact("low_rank.num_elements", 0)
+        each = "" if has_others else f", {run.adapter_bytes / max(1, entries):.2f} bytes each"
+        each = f"{entries:,} entries{each}" if entries else ""
         rows.append(("adapter", in_bytes(run.adapter_bytes), each))
     if trained and targets:
         rows.append(("trained entries", f"{trained:,}", f"of {targets:,} ({trained / targets:.4%})"))
@@ -107,6 +109,8 @@ def _sizes(run: RunFolder) -> list[tuple[str, str, str]]:
         rows.append(_rows_trained(run))
     if whole := run.fact("whole", 0):
         rows.append(("trained whole", f"{whole:,}", "weights"))
+    if low_rank := run.fact("low_rank.num_elements", 0):
+        rows.append(("low-rank matrices", f"{low_rank:,}", f"elements, rank {run.fact('low_rank.rank', 0)}"))
     if changes := run.fact("mask.changes", []):
         overlap = look_up(changes[-1], "overlap_with_first", 0.0)
         rows.append(

@@ -203,9 +203,8 @@ def run_facts(trainer: Trainer) -> dict:
             "changes": trainer.schedule.changes,
         },
         "method": recipe.method.name,
-        "whole": sum(
-            rows * columns for rows, columns in (trainer.state.whole | trainer.state.closed).values()
-        ),
+        "low_rank": _low_rank_facts(trainer),
+        "whole": sum(target.numel for target in trainer.context.whole_of_base.values()),
         "sparse_backends": sorted(set(trainer.gradient.backends.values())),
         "kernels_chosen": _how_chosen(trainer),
         "resources": trainer.resources,
@@ -219,6 +218,13 @@ def run_facts(trainer: Trainer) -> dict:
         },
         "timings_s": trainer.timings,
     }
+
+
+def _low_rank_facts(trainer: Trainer) -> dict:
+    low_rank = trainer.context.low_rank
+    if low_rank is None:
+        return {}
+    return {"rank": low_rank.config.r, "scaling": low_rank.scaling, "num_elements": low_rank.num_elements}
 
 
 def _how_chosen(trainer: Trainer) -> dict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -26,12 +26,14 @@ from speft_ds.model.linear_cross_entropy import find_head_loss
 from speft_ds.model.load_model import fill_head, load_base
 from speft_ds.model.longrope import rotate_by_row
 from speft_ds.model.loss import NextToken, RowClass
+from speft_ds.model.low_rank import LowRank, num_elements
 from speft_ds.model.quantise import load_config, quantise
 from speft_ds.model.reach import Reach, find_reach
 from speft_ds.model.targets import (
     all_weights,
     find_targets,
     find_whole,
+    shorten,
     target_shapes,
     tied_targets,
     weight_elements,
@@ -41,10 +43,11 @@ from speft_ds.selection.calibration import CalibrationSet, Scorer
 from speft_ds.selection.columns import confine
 from speft_ds.selection.nonzero import require_nonzero, select_nonzero
 from speft_ds.selection.salience import score
-from speft_ds.selection.topk import num_trainable, select
+from speft_ds.selection.topk import select
 from speft_ds.selection.units import Units, find_units, in_units, parts_of, select_units
 from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.mask import Mask
+from speft_ds.training.low_rank import linears_beside, make_low_rank, num_entries
 from speft_ds.training.metrics import Timings
 from speft_ds.training.run_data import RunData, classifies
 from speft_ds.zero.engine import SparseEngine, build_engine
@@ -66,6 +69,7 @@ class TrainContext:
         fingerprint_bfloat16: of the weights rounded to bfloat16: one for all dtypes that a checkpoint may be
             loaded in.
         quantised: names of the weights that are in `model.base_format`.
+        low_rank: the matrices beside frozen linears, all of which are in `whole`.
         objective: (module, batch, temperature) -> summed loss, and the number of correct classes or None.
         costs: what `train.sparse_backend: auto` chooses by, the same on all ranks; None: rules of thumb.
     """
@@ -84,10 +88,17 @@ class TrainContext:
     quantised: list[str]
     objective: NextToken | RowClass
     costs: KernelCosts | None = None
+    low_rank: LowRank | None = None
 
     @property
     def trained(self) -> dict[str, Target]:
         return self.targets | self.whole
+
+    @property
+    def whole_of_base(self) -> dict[str, Target]:
+        """What is trained whole, without low-rank matrices."""
+        added = self.low_rank.targets if self.low_rank else {}
+        return {name: target for name, target in self.whole.items() if name not in added}
 
     @cached_property
     def order(self) -> list[str]:
@@ -131,6 +142,9 @@ def load_context(
         quantised = quantise(model, base_format, ds_config, recipe.mask.needs_original)
     targets = _find_targets(model, loaded, recipe) if recipe.method.has_mask else {}
     whole = _find_whole(model, targets, recipe) | head
+    linears, rank = linears_beside(model, targets, loaded, recipe)
+    low_rank = make_low_rank(model, linears, rank, recipe, ds_config) if linears and trains else None
+    whole |= low_rank.targets if low_rank else {}
     _note_noise(model)
     if train.activation_checkpointing != "none":
         model.gradient_checkpointing_enable({"use_reentrant": train.activation_checkpointing == "reentrant"})
@@ -142,12 +156,12 @@ def load_context(
     for target in (all_weights(model) | head).values():
         if id(target.weight) not in by_autograd:
             target.adapt(recomputes_input=train.activation_checkpointing == "none")
-    targets, whole, reach = keep_reached(engine, targets, whole, loaded, recipe)
+    targets, whole, reach = keep_reached(engine, targets, whole, loaded, recipe, low_rank)
     shapes = target_shapes(targets)
     units = None
     if recipe.mask.of_units and recipe.mask.is_scored:
         units = find_units(engine.module, targets, recipe.mask.granularity)
-    entries = _num_entries(recipe, loaded, shapes, units)
+    entries = num_entries(recipe, loaded, shapes, num_elements(linears, rank), parts_of(units))
     if recipe.mask.only_nonzero and recipe.mask.is_scored:
         require_nonzero(targets, shapes, entries, recipe.mask.budget)
     return TrainContext(
@@ -165,15 +179,8 @@ def load_context(
         quantised=quantised,
         objective=_make_objective(engine, recipe),
         costs=costs,
+        low_rank=low_rank,
     )
-
-
-def _num_entries(
-    recipe: Recipe, loaded: Mask | None, shapes: dict[str, tuple[int, int]], units: list[Units] | None
-) -> int:
-    if not recipe.method.has_mask:
-        return 0
-    return loaded.num_trainable if loaded else num_trainable(recipe.mask, shapes, parts_of(units))
 
 
 def _make_objective(engine: SparseEngine, recipe: Recipe) -> NextToken | RowClass:
@@ -196,6 +203,7 @@ def keep_reached(
     whole: dict[str, Target],
     loaded: Mask | None,
     recipe: Recipe,
+    low_rank: LowRank | None = None,
 ) -> tuple[dict[str, Target], dict[str, Target], Reach]:
     """The targets and whole weights that a backward feeds, and the reach; rank 0 says how far they reach.
 
@@ -227,12 +235,20 @@ def keep_reached(
             f"the mask has entries in {masked[0]}, which this model's forward does not use as a linear layer"
         )
         raise UserError(what, f"mask.load: {recipe.mask.load}", "choose another mask: speft score RECIPE")
-    if not kept | fed:
+    if starved and not kept | fed:
         what = f"none of the targets takes part in a text forward: {starved[0]} and so on"
-        raise UserError(what, recipe.where("mask.targets"), "mask.targets=null")
-    are_chosen = bool(loaded or recipe.mask.targets or recipe.mask.layers or recipe.mask.of_units)
-    for line in reach.lines(kept | fed, starved if loaded is None else [], are_chosen):
-        log_rank0(line)
+        key = "mask.targets" if recipe.method.has_mask else "method.targets"
+        raise UserError(what, recipe.where(key), f"{key}=null")
+    added = low_rank.targets if low_rank else {}
+    if bypassed := [name for name in starved if name in added]:
+        log_rank0(f"note: not trained, as the linears beside them are not used alone: {shorten(bypassed)}")
+    of_base = {name: target for name, target in (kept | fed).items() if name not in added}
+    if of_base:
+        are_chosen = bool(loaded or recipe.mask.targets or recipe.mask.layers or recipe.mask.of_units)
+        own = replace(reach, elements={n: size for n, size in reach.elements.items() if n not in added})
+        left = [name for name in starved if loaded is None and name not in added]
+        for line in own.lines(of_base, left, are_chosen):
+            log_rank0(line)
     return targets if loaded is not None else kept, fed, reach
 
 
@@ -349,6 +365,8 @@ def scored_model_facts(context: TrainContext, adapter: str | None = None) -> dic
         "dtype": own.dtype,
         **({"attention": own.attention} if own.attention != "auto" else {}),
         **({"base_format": own.base_format} if own.base_format else {}),
+        # Its base is a residual, whose sum with the matrices is rounded.
+        **({"method": "pissa"} if context.low_rank and context.low_rank.start else {}),
         "settings": hashlib.sha256(text.encode()).hexdigest(),
         "adapter": adapter,
     }

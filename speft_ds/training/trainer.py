@@ -179,7 +179,7 @@ class Trainer:
 
     def _note_trained(self, mask: Mask) -> None:
         """Say what is trained."""
-        if whole := self.context.whole:
+        if whole := self.context.whole_of_base:
             elements = sum(target.numel for target in whole.values())
             log_rank0(f"trained whole: {elements:,} elements of {len(whole)} weights: {shorten(list(whole))}")
         if not self.recipe.method.has_mask:
@@ -410,4 +410,4 @@ class Trainer:
         """Write the adapter (all ranks take part)."""
         facts = {**base_facts(self.context), "recipe": self.recipe.model_dump(mode="json")}
         with self.timings.stage("save"):
-            save_adapter(self.folder / "adapter", self.state, facts)
+            save_adapter(self.folder / "adapter", self.state, facts, self.context.low_rank)

@@ -190,7 +190,7 @@ def push(
     from speft_ds.adapter.format import open_adapter
     from speft_ds.adapter.push import files_to_push, notes, push
 
-    opened = open_adapter(adapter)
+    opened = open_adapter(adapter, reads_low_rank=True)
     chosen, left_out = files_to_push(opened.folder)
     lines = [f"  {path.name}  {path.stat().st_size:,} bytes" for path in chosen]
     lines += [f"not uploaded: {path.name}" for path in left_out]

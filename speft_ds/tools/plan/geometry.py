@@ -88,10 +88,12 @@ def read_geometry(recipe: Recipe) -> Geometry:
     """
     import torch
 
+    from speft_ds.model.low_rank import matrix_sizes, num_elements
     from speft_ds.model.targets import all_weights, find_targets, find_whole, target_shapes
-    from speft_ds.selection.topk import budget_counts, num_trainable
+    from speft_ds.selection.topk import budget_counts
     from speft_ds.selection.units import find_units, in_units, parts_of
     from speft_ds.sparse.mask import read_mask
+    from speft_ds.training.low_rank import linears_beside, num_entries
 
     config, source = _read_config(recipe)
     if recipe.model.attention not in ("auto", "flex_attention", *ATTENTION_PACKAGES):
@@ -107,8 +109,10 @@ def read_geometry(recipe: Recipe) -> Geometry:
     are_chosen = bool(recipe.mask.load or recipe.mask.targets or recipe.mask.layers or recipe.mask.of_units)
     patterns = None if recipe.method.trains_all else recipe.mask.dense
     whole = find_whole(model, patterns) if patterns or recipe.method.trains_all else {}
+    found, mask = {}, None
     if not recipe.method.has_mask:
         targets, entries, reach = {}, {}, []
+        linears, rank = linears_beside(model, found, mask, recipe)
     elif recipe.mask.load is None:
         found, units = find_targets(model, recipe.mask.targets, recipe.mask.layers), None
         found = {name: target for name, target in found.items() if name not in whole}
@@ -118,16 +122,20 @@ def read_geometry(recipe: Recipe) -> Geometry:
         if recipe.mask.of_units:
             units = find_units(model, kept, recipe.mask.granularity)
         targets = target_shapes(kept)
+        linears, rank = linears_beside(model, found, mask, recipe)
         sizes = {name: rows * columns for name, (rows, columns) in targets.items()}
-        wanted = num_trainable(recipe.mask, targets, parts_of(units))
-        _, counts = budget_counts(sizes, "per_layer", wanted)
+        total = num_entries(recipe, mask, targets, num_elements(linears, rank), parts_of(units))
+        _, counts = budget_counts(sizes, "per_layer", total)
         entries = dict(zip(sizes, counts, strict=True))
     else:
         mask, _ = read_mask(mask_file(recipe.mask.load, recipe.where("mask.load")))
         found = {name: target for name, target in all_weights(model).items() if name in mask.shape}
         _, reach = _keep_reached(config, task, dtype, found, are_chosen)
         targets, entries = mask.shape, {name: index.numel() for name, index in mask.index.items()}
-    names = (*whole, *([HEAD] if task != "causal_lm" and HEAD in numel else []))
+        linears, rank = linears_beside(model, found, mask, recipe)
+    matrices = matrix_sizes(linears, rank, recipe.method.name)
+    numel |= matrices
+    names = (*whole, *matrices, *([HEAD] if task != "causal_lm" and HEAD in numel else []))
     return Geometry(config, source, task, dtype, numel, targets, entries, names, reach)
 
 

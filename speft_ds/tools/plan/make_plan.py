@@ -205,6 +205,8 @@ def notes(setup: Setup, is_auto: bool) -> list[str]:
     if setup.geometry.whole:
         names = shorten(list(setup.geometry.whole))
         found.append(f"trained whole: {setup.num_whole:,} elements at a time: {names}")
+    if recipe.method.has_lora:
+        found.append("activations of low-rank matrices are not counted: the inputs of their linears, at most")
     if recipe.mask.schedule == "periodic":
         found.append("entries that leave a periodic mask stay in memory, about 14 bytes each: not counted")
     if recipe.eval.tasks:

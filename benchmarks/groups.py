@@ -35,6 +35,7 @@ class Case:
         compute: `mask.compute` of ours: the share of the columns that its entries lie in; None: any.
         stash: `train.stash` of ours.
         base_format: `model.base_format` of ours; None: the weights as they are.
+        method: `method.name` of ours.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Case:
     compute: float | None = None
     stash: str | None = None
     base_format: str | None = None
+    method: str = "sparse"
 
 
 class Failure(Exception):

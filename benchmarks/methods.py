@@ -7,9 +7,11 @@ sharded, as `transformers` does it.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import counting
 import deepspeed
@@ -21,8 +23,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
+from speft_ds.adapter.save import save_adapter
 from speft_ds.comm import collectives
 from speft_ds.config.deepspeed_config import load_ds_config
+from speft_ds.config.method_config import LORA, WITH_MASK
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate
 from speft_ds.data.dataset import Row
@@ -30,9 +34,10 @@ from speft_ds.model.linear_cross_entropy import find_head_loss
 from speft_ds.model.load_model import load_base
 from speft_ds.model.loss import NextToken
 from speft_ds.model.targets import find_targets
+from speft_ds.training.memory import tensor_bytes
 from speft_ds.training.metrics import Timings
 from speft_ds.training.run_data import load_data
-from speft_ds.training.setup import choose_mask, load_context
+from speft_ds.training.setup import base_facts, choose_mask, load_context
 from speft_ds.training.stash_format import TrainingStash
 from speft_ds.training.trainer import make_schedule
 from speft_ds.zero.engine import require_grad
@@ -40,6 +45,8 @@ from speft_ds.zero.shards import full_shape
 
 # High ones: in the few steps on one batch the loss has to fall, in bfloat16 too.
 LR = {"speft_ds": 3e-3, "lora": 1e-3, "shira": 3e-3, "supertuning": 3e-3, "full": 1e-4}
+# Of ours, by `method.name`; those that are not here have that of `speft_ds`.
+OTHER_LR = dict.fromkeys(("full", "lisa", "half"), 1e-4) | dict.fromkeys(LORA, LR["lora"])
 PEERS = ("lora", "shira", "supertuning", "full")
 METHODS = ("floor", "speft_ds", *PEERS)
 
@@ -47,12 +54,19 @@ METHODS = ("floor", "speft_ds", *PEERS)
 def recipe_of(case: Case, world_size: int) -> Recipe:
     """Ours, and the DeepSpeed configuration of all that is sharded."""
     on_gpu = get_accelerator().device_name() == "cuda"
+    mask = {"salience": "random", "density": case.density, "compute": case.compute}
+    method = {"name": case.method} | ({"rank": case.lora_rank} if case.method in LORA else {})
     return Recipe.model_validate(
         {
             "model": {"name_or_path": case.model, "dtype": case.dtype, "base_format": case.base_format},
             "data": {"path": "rows.jsonl"},  # never opened: random masks need no rows
-            "mask": {"salience": "random", "density": case.density, "compute": case.compute},
-            "optimizer": {"lr": LR["speft_ds"], "schedule": "constant", "clip_norm": None},
+            "method": method,
+            **({"mask": mask} if case.method in WITH_MASK else {}),
+            "optimizer": {
+                "lr": OTHER_LR.get(case.method, LR["speft_ds"]),
+                "schedule": "constant",
+                "clip_norm": None,
+            },
             "train": {"steps": 1000, "global_batch": case.rows * world_size, "micro_batch": case.rows},
             "deepspeed": {"config": "zero3_bf16" if on_gpu else "zero3_cpu"},
         }
@@ -204,8 +218,21 @@ class Ours(OnOurEngine):
         self.stash = TrainingStash(self.model, self.case.stash)
         self.num_steps = 0
 
+    def ready(self) -> dict:
+        """Also: bytes of what is trained, on the rank that has most, and of the adapter."""
+        state = self.schedule.state
+        held = [state.base, state.delta, *state.index.values(), self.schedule.gradient.own]
+        held += [*self.schedule.optimizer.state[state.delta].values()]
+        facts = {**base_facts(self.context), "recipe": None}
+        with tempfile.TemporaryDirectory() as folder:
+            adapter = Path(collectives.broadcast_object(folder)) / "adapter"
+            save_adapter(adapter, state, facts, self.context.low_rank)
+            sizes = collectives.run_on_rank0(lambda: [file.stat().st_size for file in adapter.iterdir()])
+        own = {"state_bytes": tensor_bytes(held), "adapter_bytes": sum(sizes or ())}
+        return super().ready() | own
+
     def num_trainable(self) -> int:
-        return self.mask.num_trainable
+        return sum(self.schedule.state.layout.lengths)
 
     def forward(self) -> Tensor:
         self.schedule.before_step(self.num_steps)

@@ -11,6 +11,8 @@ from groups import Case, Failure, Group, say
 
 WARM_UP = 2
 OVER_FLOOR = ("step_over_floor", "cpu_over_floor", "peak_over_floor", "saved_over_floor")
+# Of ours alone.
+SIZES = ("state_bytes", "adapter_bytes")
 SENT = ("sent_bytes", "sent_weights_bytes")
 TIMES = ("step_ms", "floor_ms", "rounds_ms")
 # The part of one process's fall of the loss that may be missing: in bfloat16, peers under DeepSpeed round
@@ -112,6 +114,7 @@ class Floor:
         for what in ("peak", "saved"):
             row[f"{what}_over_floor"] = counted[f"{what}_bytes"] / self.counted[f"{what}_bytes"]
         row |= {key: counted[key] for key in SENT}
+        row |= {key: runner.facts.get(key) for key in SIZES}
         say(
             f"{method}, {self.world_size} rank(s): {row['step_over_floor']:.3f} x the floor's "
             f"{row['floor_ms']:.0f} ms"
@@ -132,13 +135,13 @@ def times(seconds: list[float], floor: list[float]) -> dict:
 
 def empty_row(method: str, world_size: int, error: str | None = None) -> dict:
     """A row without figures."""
-    figures = dict.fromkeys(("num_trainable", "num_weights", *OVER_FLOOR, *SENT, *TIMES))
+    figures = dict.fromkeys(("num_trainable", "num_weights", *OVER_FLOOR, *SENT, *SIZES, *TIMES))
     return {"method": method, "world_size": world_size, **figures, "losses": [], "error": error}
 
 
 def failed(row: dict, error: str) -> dict:
     """A row whose figures are worth nothing."""
-    return {**row, **dict.fromkeys((*OVER_FLOOR, *SENT, *TIMES)), "error": error}
+    return {**row, **dict.fromkeys((*OVER_FLOOR, *SENT, *SIZES, *TIMES)), "error": error}
 
 
 def does_not_fall(losses: list[float]) -> str | None:

@@ -5,7 +5,8 @@
 The floor is forward and activation gradients of the frozen model. `speft_ds` trains a random mask, `shira`
 and `supertuning` (PEFT) as many weights as they can choose near that density, `lora` (PEFT) rank 16, all on
 the linears of the decoder layers; `full` trains everything; `--compute 0.1` adds ours with entries in few
-columns, `--base-format nf4` ours on a base in few bits, beside the floor of the complete one. On one rank all
+columns, `--base-format nf4` ours on a base in few bits, beside the floor of the complete one, `--other full
+lora` ours with another `method.name`. On one rank all
 but ours are plain torch. On more, all run under ZeRO-3: the floor and ours on our engine, peers under plain
 DeepSpeed, loaded sharded. AdamW, one thread a process, the same rows on every rank, so that losses are those
 of one process: a method that raises, whose loss does not fall or is not that of one
@@ -19,6 +20,8 @@ process has its error in its row, and no figures.
              weights, also gathered ones
     sent     bytes of gradients that a rank sends per step, on a ring: a reduce-scatter of n bytes sends
              n (W-1) / W; and the same of weights, by all-gathers
+    state    bytes per rank of what is trained: values, gradient, optimizer, indices; and of the adapter's
+             files; of ours
 
 `--quick` takes a model of 27M random weights where none is named, and 3 rounds. On a GPU name a geometry,
 `--dtype bfloat16 --geometry meta-llama/Llama-2-7b-hf` (or meta-llama/Meta-Llama-3-8B, Qwen/Qwen2.5-7B), and
@@ -39,15 +42,17 @@ sys.path.insert(0, str(ROOT))
 from groups import Case, Failure, say, settle  # noqa: E402
 from markdown import print_table  # noqa: E402
 from models import QUICK_ROUNDS, add_model_arguments, add_run_arguments, find_model  # noqa: E402
-from rounds import OVER_FLOOR, Floor, differs_from_alone, empty_row, failed  # noqa: E402
+from rounds import OVER_FLOOR, SENT, SIZES, Floor, differs_from_alone, empty_row, failed  # noqa: E402
 
 from speft_ds.config.values import BASE_FORMATS  # noqa: E402
 from speft_ds.errors import UserError  # noqa: E402
 from speft_ds.io import write_json  # noqa: E402
 
+OTHERS = ["full", "lisa", "half", "lora", "rslora", "pissa", "dora", "sparse_lora"]
 METHODS = ["speft_ds", "lora", "shira", "supertuning", "full"]
 ROUNDS = 7
-COLUMNS = ["method", "ranks", "trained", "step", "cpu", "peak", "saved", "sent MB", "weights MB", "step ms"]
+COLUMNS = ["method", "ranks", "trained", "step", "cpu", "peak", "saved", "sent MB", "weights MB"]
+COLUMNS += ["state MB", "adapter MB", "step ms"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,6 +65,9 @@ def parse_arguments() -> argparse.Namespace:
         "--base-format", nargs="*", choices=BASE_FORMATS, default=[], help="ours with model.base_format, too"
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument(
+        "--other", nargs="*", choices=OTHERS, default=[], help="ours with this method.name, too"
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     return parser.parse_args()
 
@@ -75,6 +83,9 @@ def measure(arguments: argparse.Namespace, case: Case, world_size: int, rounds: 
             for base_format in arguments.base_format:
                 coded = replace(case, base_format=base_format)
                 rows.append(floor.measure("speft_ds", rounds, coded, f"speft_ds, {base_format}"))
+            for name in arguments.other:
+                other = replace(case, method=name)
+                rows.append(floor.measure("speft_ds", rounds, other, f"speft_ds, {name}"))
             return [floor.own_row(), *rows]
     except Failure as failure:
         say(f"floor: {failure}\n{failure.details}")
@@ -107,7 +118,7 @@ def shown(row: dict) -> list[str]:
         number(row["num_trainable"], "{:,}"),
         "failed" if row["error"] else number(row["step_over_floor"], "{:.3f}"),
         *(number(row[key], "{:.3f}") for key in OVER_FLOOR[1:]),
-        *(number(row[key] and row[key] / 1e6, "{:.3g}") for key in ("sent_bytes", "sent_weights_bytes")),
+        *(number(row[key] and row[key] / 1e6, "{:.3g}") for key in (*SENT, *SIZES)),
         number(row["step_ms"], "{:.0f}"),
     ]
 

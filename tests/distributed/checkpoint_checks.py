@@ -127,14 +127,18 @@ def own_storage(checkpoint: Path) -> list[dict[str, torch.Tensor]]:
 
 
 def assert_same(got, wanted, path: str = "checkpoint", tolerance: float | None = None) -> None:
-    """Two nested documents are equal, floats of tensors to a tolerance where there is one."""
+    """Two nested documents are equal, floats to a tolerance where there is one."""
     assert type(got) is type(wanted), path
     if isinstance(wanted, dict):
         assert got.keys() == wanted.keys(), path
         for key in wanted:
             assert_same(got[key], wanted[key], f"{path}.{key}", tolerance)
+    elif isinstance(wanted, list):
+        assert len(got) == len(wanted), path
+        for number, (one, other) in enumerate(zip(got, wanted, strict=True)):
+            assert_same(one, other, f"{path}[{number}]", tolerance)
     elif not isinstance(wanted, torch.Tensor):
-        assert got == wanted, path
+        assert got == wanted or (isinstance(wanted, float) and abs(got - wanted) < (tolerance or 0)), path
     elif tolerance is None or not wanted.is_floating_point():
         assert torch.equal(got, wanted), path
     else:

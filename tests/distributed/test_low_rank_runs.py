@@ -1,4 +1,4 @@
-"""Runs of LoRA and of a mask with low-rank matrices, from recipe to report, and what other tools read of them."""
+"""Runs of LoRA, and of a mask with low-rank matrices: from recipe to report, and read by other tools."""
 
 import json
 from functools import partial

@@ -100,6 +100,8 @@ def test_the_table_names_every_recipe_with_its_model_and_density():
         recipe = load_recipe(row[0].strip("`"))
         mask = recipe.mask
         density = f"{mask.num_trainable:,} entries" if mask.density is None else f"{mask.density:.1%}"
+        if not recipe.method.has_mask:
+            density = f"{recipe.method.name}, rank {recipe.method.rank}"
         assert row[1] == Path(recipe.model.name_or_path).name and row[3] == density
         number = ranks_of(recipe.name)
         assert re.match(rf"{number} (GPU|CPU rank){'s' * (number > 1)}\b", row[4])

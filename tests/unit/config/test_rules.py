@@ -116,6 +116,7 @@ COMBINATIONS = [  # the last word is to blame
     ["mask.salience=quant_error"],
     ["mask.start=exact"],
     ["model.base_format=nf4", "eval.mode=gathered"],
+    ["method.name=lora", "eval.mode=gathered"],
     ["train.steps=9", "mask.schedule=periodic", "mask.update_every=9"],
     ["mask.schedule=periodic", "train.steps=1", "mask.update_every=1"],
     ["train.steps=20", "mask.schedule=drop_grow", "mask.growth_steps=6", "mask.update_every=20"],

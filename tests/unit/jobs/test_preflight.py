@@ -6,6 +6,7 @@ import pytest
 
 from speft_ds.config.load_recipe import load_recipe
 from speft_ds.config.mask_config import ScoredOnRows, ScoredOnWeights, mask_file
+from speft_ds.jobs import preflight
 from speft_ds.jobs.preflight import check_inputs
 from unit.written import problems_of
 
@@ -33,6 +34,13 @@ def test_a_job_checks_what_it_needs(ready, tmp_path, word, job):
     (problem,) = problems_of(ready(word), 2, job)
     batch = "train.global_batch (default)"
     assert problem.where == (batch if "batch" in word else f"command line: {word}") and problem.fix
+
+
+def test_low_rank_needs_peft(ready, monkeypatch):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    (problem,) = problems_of(ready("method.name=dora"), job="train")
+    assert problem.where == "command line: method.name=dora" and "pip install" in problem.fix
+    check_inputs(ready("method.name=dora"), "evaluate", 2)
 
 
 def test_all_problems_at_once(ready):

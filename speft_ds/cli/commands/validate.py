@@ -56,16 +56,13 @@ def input_found(title: str, recipe: Recipe, num_ranks: int) -> Found:
     passed = {
         "model": name,
         "data": ", ".join(source.path for source in recipe.data.sources),
-        "mask": recipe.mask.load or _chosen_by(recipe),
+        "method": recipe.method.name,
+        "mask": recipe.mask.load
+        or (f"scored by {recipe.mask.salience}" if recipe.method.has_mask else "none"),
         "tasks": ", ".join(recipe.eval.tasks) or "none",
         "DeepSpeed and batch": f"{recipe.deepspeed.config}, merged without conflict; global batch {batch}",
     }
     return OK, passed[title]
-
-
-def _chosen_by(recipe: Recipe) -> str:
-    has_mask, name = recipe.method.has_mask, recipe.method.name
-    return f"scored by {recipe.mask.salience}" if has_mask else f"none: method.name={name}"
 
 
 def run_folder_found(recipe: Recipe, num_ranks: int) -> Found:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from speft_ds.model.weight_grad_hooks import take_columns
 from speft_ds.zero.shards import HOOK_GRAD_FNS, full_shape
 
 PASSTHROUGH_GRAD_FNS = HOOK_GRAD_FNS  # autograd nodes that return a tensor unchanged
@@ -72,7 +73,7 @@ class LayerInput:
             return [x]
         self.is_cut = True
         self.shared.num_users -= 1  # it has a tensor of its own
-        return [x[..., columns]]
+        return [take_columns(x, columns)]
 
     def value(self, saved: tuple[Tensor, ...]) -> Tensor:
         """The input again, one and the same tensor for all layers that have it; each asks once.

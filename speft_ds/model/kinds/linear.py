@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,25 +19,44 @@ def find(module: nn.Module) -> list[str]:
 class _LinearWithHook(torch.autograd.Function):
     """A frozen linear that hands (x, grad_y) of its backward to a hook.
 
-    Saves the leaf parameter itself: ZeRO-3 frees its data after the forward and gathers it again before
-    this module's backward. A view (as `F.linear` saves) would keep the gathered weight alive in between.
+    Saves the leaf parameters that the weight is made of: ZeRO-3 frees their data after the forward and
+    gathers it again before this module's backward. A view (as `F.linear` saves) would keep the gathered
+    weight alive in between.
     """
 
     @staticmethod
-    def forward(ctx, x, grad_anchor, weight, bias, hook, layer_input):
+    def forward(ctx, x, grad_anchor, bias, hook, layer_input, make_weight, *stored):
         saved = [] if layer_input is None else layer_input.to_save(x, getattr(hook, "columns", None))
-        ctx.save_for_backward(weight, *saved)
+        ctx.save_for_backward(*stored, *saved)
         ctx.hook, ctx.layer_input = hook, layer_input
-        return F.linear(x, weight, bias)
+        ctx.make_weight, ctx.num_stored = make_weight, len(stored)
+        return F.linear(x, make_weight(*stored), bias)
 
     @staticmethod
     def backward(ctx, grad_y):
-        weight, *saved = ctx.saved_tensors
+        kept = ctx.saved_tensors  # asked for once, all that checkpointing allows
+        stored, saved = kept[: ctx.num_stored], kept[ctx.num_stored :]
         if ctx.layer_input is not None:
             ctx.hook(ctx.layer_input.value(saved), grad_y)
-        grad_x = grad_y.matmul(weight) if ctx.needs_input_grad[0] else None
-        grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
-        return grad_x, None, None, grad_bias, None, None
+        grad_x = grad_y.matmul(ctx.make_weight(*stored)) if ctx.needs_input_grad[0] else None
+        grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return (grad_x, None, grad_bias, *[None] * (3 + ctx.num_stored))
+
+
+def linear_with_hook(
+    module: nn.Module, x: Tensor, make_weight: Callable[..., Tensor], stored: tuple[Tensor, ...]
+) -> Tensor:
+    """The product of an adapted module, which calls its hook in the backward, if it has one.
+
+    Args:
+        make_weight: [out, in] of what is stored, for the forward and again for the gradient of x.
+    """
+    hook = module.weight_grad_hook if torch.is_grad_enabled() else None
+    if hook is None:
+        return _LinearWithHook.apply(x, None, module.bias, None, None, make_weight, *stored)
+    layer_input = LayerInput(x, module.recomputes_input)
+    module.saves_input = layer_input.is_saved
+    return _LinearWithHook.apply(x, module.grad_anchor, module.bias, hook, layer_input, make_weight, *stored)
 
 
 class AdaptedLinear(nn.Linear):
@@ -52,13 +73,11 @@ class AdaptedLinear(nn.Linear):
     recomputes_input: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight_grad_hook is None or not torch.is_grad_enabled():
-            return _LinearWithHook.apply(x, None, self.weight, self.bias, None, None)
-        layer_input = LayerInput(x, self.recomputes_input)
-        self.saves_input = layer_input.is_saved
-        return _LinearWithHook.apply(
-            x, self.grad_anchor, self.weight, self.bias, self.weight_grad_hook, layer_input
-        )
+        return linear_with_hook(self, x, _as_stored, (self.weight,))
+
+
+def _as_stored(weight: Tensor) -> Tensor:
+    return weight
 
 
 def adapt(linear: nn.Linear, recomputes_input: bool = True) -> None:

@@ -10,39 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speft_ds.comm import collectives
 from speft_ds.model.codecs import Codec
-from speft_ds.model.input_recompute import LayerInput
+from speft_ds.model.kinds.linear import linear_with_hook
 from speft_ds.model.kinds.target import Target
 from speft_ds.model.weight_grad_hooks import WeightGradHook
 from speft_ds.zero.shards import gathered, own_elements, shard_like, shard_of
-
-
-class _QuantisedProduct(torch.autograd.Function):
-    """A product with a weight that is made for it, and made again for the gradient of the activations.
-
-    Saves the leaf parameters, which ZeRO-3 frees after the forward and gathers again before the backward.
-    """
-
-    @staticmethod
-    def forward(ctx, x, grad_anchor, module, hook, layer_input, bias, *stored):
-        saved = [] if layer_input is None else layer_input.to_save(x, getattr(hook, "columns", None))
-        ctx.save_for_backward(*stored, *saved)
-        ctx.module, ctx.hook, ctx.layer_input, ctx.num_stored = module, hook, layer_input, len(stored)
-        return F.linear(x, module.make_weight(*stored), bias)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        kept = ctx.saved_tensors  # asked for once, all that checkpointing allows
-        stored, saved = kept[: ctx.num_stored], kept[ctx.num_stored :]
-        if ctx.layer_input is not None:
-            ctx.hook(ctx.layer_input.value(saved), grad_y)
-        grad_x = grad_y.matmul(ctx.module.make_weight(*stored)) if ctx.needs_input_grad[0] else None
-        grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.needs_input_grad[5] else None
-        return (grad_x, *[None] * 4, grad_bias, *[None] * ctx.num_stored)
 
 
 class QuantisedLinear(nn.Module):
@@ -102,12 +77,7 @@ class QuantisedLinear(nn.Module):
         return (self.packed, self.scales) + (() if self.values is None else (self.values,))
 
     def forward(self, x: Tensor) -> Tensor:
-        hook = self.weight_grad_hook if torch.is_grad_enabled() else None
-        layer_input = None if hook is None else LayerInput(x, self.recomputes_input)
-        if layer_input is not None:
-            self.saves_input = layer_input.is_saved
-        anchor = None if hook is None else self.grad_anchor
-        return _QuantisedProduct.apply(x, anchor, self, hook, layer_input, self.bias, *self.stored)
+        return linear_with_hook(self, x, self.make_weight, self.stored)
 
     @torch.no_grad()
     def make_weight(self, *stored: Tensor) -> Tensor:

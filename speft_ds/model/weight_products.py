@@ -171,7 +171,8 @@ def _is_plain(function, places: tuple[int, int], args: tuple, kwargs: dict) -> b
         return False
     if kwargs.get("out_dtype") not in (None, x.dtype):
         return False
-    if len(_trained_biases(places, args, kwargs)) > kwargs.get("beta", 1):
+    biases = _trained_biases(places, args, kwargs)
+    if len(biases) > kwargs.get("beta", 1) or not all(bias.is_leaf for bias in biases):
         return False
     if "grouped_mm" in function.__name__:
         if len(args) != 2 or weight.dim() != 3:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from speft_ds.model.weight_grad_hooks import take_columns
 from speft_ds.zero.shards import HOOK_GRAD_FNS, full_shape
 
 PASSTHROUGH_GRAD_FNS = HOOK_GRAD_FNS  # autograd nodes that return a tensor unchanged
@@ -73,7 +72,7 @@ class LayerInput:
             return [x]
         self.is_cut = True
         self.shared.num_users -= 1  # it has a tensor of its own
-        return [take_columns(x, columns)]
+        return [x[..., columns]]
 
     def value(self, saved: tuple[Tensor, ...]) -> Tensor:
         """The input again, one and the same tensor for all layers that have it; each asks once.

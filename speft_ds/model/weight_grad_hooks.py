@@ -17,14 +17,6 @@ if TYPE_CHECKING:
 WeightGradHook = Callable[..., None]
 
 
-def take_columns(x: Tensor, columns: Tensor) -> Tensor:
-    """[..., in] -> [tokens, n] some of its columns, in memory one column after the other.
-
-    So each is written in one go, and a product over the tokens takes them as they lie.
-    """
-    return x.flatten(0, -2).t().index_select(0, columns).t()
-
-
 @contextmanager
 def weight_grad_hooks(targets: dict[str, Target], hooks: dict[str, WeightGradHook | None]) -> Iterator[None]:
     """Inside the block, the backward of each target calls this hook of it and not the one before."""

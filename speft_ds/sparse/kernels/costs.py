@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, TypeAdapter
 
-FORMAT_VERSION = 2  # of the table; also what `measure` measures and how
+FORMAT_VERSION = 1  # of the table; also what is measured and how
 
 Size = Annotated[int, Field(gt=0)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -10,7 +10,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from speft_ds.model.weight_grad_hooks import take_columns
 from speft_ds.sparse.mask import used_columns
 
 # Elements of the dense gradient alive at once: a full-size weight gradient never is.
@@ -19,23 +18,13 @@ BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}  # on a GPU few launches count mo
 MAX_SAMPLED_DENSITY = 0.1
 # Of one sampled product, at most: what is longer falls out of the cache before it is used again.
 MAX_TOKENS, MAX_INPUT_BYTES = 1024, 6 * 2**20
-# What a sampled product on a CPU takes, in columns of a dense one: grad_y has to be transposed for it.
-TRANSPOSE_COLUMNS, ENTRY_COLUMNS = 64, 10
-COLUMN_MULTIPLE = 8  # of the columns of a dense product: vectors are full, and few sizes have to be prepared
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a [m, k] @ b [k, n] with fp32 accumulation and an fp32 result, whatever the inputs' dtype.
-
-    On a CPU it is fastest where m is less than n, and the rows of `a` are contiguous.
-    """
+    """a @ b with fp32 accumulation and an fp32 result, whatever the inputs' dtype."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
-    a, b = a.float(), b.float()
-    if a.is_cuda or not torch.backends.mkldnn.is_available() or not (a.numel() and b.numel()):
-        return a @ b
-    # torch.mm takes MKL, which has no AVX-512 on AMD: oneDNN is twice as fast there, and no slower elsewhere.
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return a.float() @ b.float()
 
 
 def whole_gradient(*factors: Tensor) -> Tensor:
@@ -72,7 +61,6 @@ class DenseGradient:
 
     def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
         x, grad_y = x.flatten(0, -2), grad_y.flatten(0, -2)
-        x = x if x.is_cuda else x.float()  # once for all blocks
         values = torch.empty(self.index.numel(), dtype=torch.float32, device=x.device)
         for number, row in enumerate(range(0, self.out_features, self.block)):
             start, stop = self.bounds[number], self.bounds[number + 1]
@@ -116,8 +104,9 @@ class ColumnGradient:
 
     def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
         """As of the others; `x` may also be its columns alone."""
-        chosen = x.flatten(0, -2) if x.shape[-1] != self.in_features else take_columns(x, self.columns)
-        return matmul_fp32(chosen.t(), grad_y.reshape(-1, grad_y.shape[-1])).t().reshape(-1)
+        x = x.reshape(-1, x.shape[-1])
+        chosen = x if x.shape[1] != self.in_features else x[:, self.columns]
+        return matmul_fp32(grad_y.reshape(-1, grad_y.shape[-1]).t(), chosen).view(-1)
 
 
 class SharedTranspose:
@@ -202,19 +191,17 @@ class SampledGradient:
         total, width = None, self.in_features
         if x.shape[-1] == width:
             inputs = shared_transpose(x)
-        else:
-            inputs = [take_columns(part, self.columns).t().float() for part in split_for_cache(x, width)]
+        else:  # chosen from the transposed view: a column is read once, and written where it belongs
+            inputs = [part.t()[self.columns].float() for part in split_for_cache(x, width)]
         for x_t, part in zip(inputs, split_for_cache(grad_y, width), strict=True):
             product = torch.sparse.sampled_addmm(self.pattern, transpose_fp32(part), x_t.t(), beta=0.0)
             total = product.values() if total is None else total.add_(product.values())
         return total
 
 
-def samples_columns(num_entries: int, num_elements: int, num_rows: int, device: str) -> bool:
-    """Whether entries among the elements of their columns are sampled: on a `cpu`, where they are few."""
-    if device != "cpu" or not num_entries:
-        return False
-    return num_elements > TRANSPOSE_COLUMNS * num_rows + ENTRY_COLUMNS * num_entries
+def samples_columns(num_entries: int, num_elements: int, device: str) -> bool:
+    """Whether entries among so many elements of their columns are sampled: on a `cpu`, where they are few."""
+    return device == "cpu" and 0 < num_entries <= MAX_SAMPLED_DENSITY * num_elements
 
 
 class ColumnsGradient:
@@ -226,33 +213,28 @@ class ColumnsGradient:
         samples: whether it is a sampled one; None: by a rule of thumb.
 
     Attributes:
-        columns: [n] int64, those with entries, some twice: all of its input that it needs.
+        columns: [n] int64, those with entries: all of its input that it needs.
     """
 
     def __init__(self, index: Tensor, shape: tuple[int, int], samples: bool | None = None):
-        out_features, self.in_features = shape
-        rows = torch.div(index, self.in_features, rounding_mode="floor")
-        column = (index - rows * self.in_features).to(torch.int64)
-        self.columns = used_columns(index, self.in_features)
+        rows = torch.div(index, shape[1], rounding_mode="floor")
+        column = (index - rows * shape[1]).to(torch.int64)
+        self.in_features = shape[1]
+        self.columns = used_columns(index, shape[1])
         width = self.columns.numel()
-        place = torch.zeros(self.in_features, dtype=index.dtype, device=index.device)
+        place = torch.zeros(shape[1], dtype=index.dtype, device=index.device)
         place[self.columns] = torch.arange(width, dtype=index.dtype, device=index.device)
+        cut, narrow = rows * width + place[column], (shape[0], width)
         if samples is None:
-            samples = samples_columns(index.numel(), out_features * width, out_features, index.device.type)
-        self.order = None
+            samples = samples_columns(index.numel(), shape[0] * width, index.device.type)
         if samples:
-            self.product = SampledGradient(rows * width + place[column], (out_features, width), self.columns)
-            return
-        if (more := -width % COLUMN_MULTIPLE) and width + more < self.in_features:
-            self.columns = torch.cat([self.columns, self.columns[:1].expand(more)])
-        # Turned: the product has the few columns as its rows.
-        turned, order = (place[column] * out_features + rows).sort()
-        self.order = torch.empty_like(index).scatter_(0, order, torch.arange(len(order)).to(index))
-        self.product = DenseGradient(turned, (self.columns.numel(), out_features))
+            self.product = SampledGradient(cut, narrow, self.columns)
+        else:
+            self.product = DenseGradient(cut, narrow)
 
     def __call__(self, x: Tensor, grad_y: Tensor) -> Tensor:
         """As of the others; `x` may also be its columns alone."""
-        if self.order is None:
+        is_cut = x.shape[-1] != self.in_features
+        if is_cut or isinstance(self.product, SampledGradient):
             return self.product(x, grad_y)
-        chosen = x if x.shape[-1] != self.in_features else take_columns(x, self.columns)
-        return self.product(grad_y, chosen).index_select(0, self.order)
+        return self.product(x[..., self.columns], grad_y)

@@ -296,7 +296,7 @@ def _kernel_bytes(x: Tensor, grad_y: Tensor, num_entries: int, one: Pass) -> int
     """What a sparse gradient allocates (kernels/): transposed or fp32 copies, sums, the values."""
     rows, columns = grad_y.shape[-1], x.shape[-1]  # of x those that were saved
     tokens = x.numel() // columns
-    in_columns = one.backend == "columns" and samples_columns(num_entries, rows * columns, rows, one.device)
+    in_columns = one.backend == "columns" and samples_columns(num_entries, rows * columns, one.device)
     if one.backend == "sampled" or in_columns:
         # The fp32 copy of x is complete; the pattern is copied with its sums.
         part = split_for_cache(grad_y, columns)[0].shape[0]
@@ -304,8 +304,6 @@ def _kernel_bytes(x: Tensor, grad_y: Tensor, num_entries: int, one: Pass) -> int
     if one.backend == "element":
         splits, _ = triton_backends.split_tokens(tokens, columns, x.dtype.itemsize, num_entries)
         return x.nbytes + 4 * (splits + 1) * num_entries
-    if one.backend == "columns":  # turned
-        rows, columns = columns, rows
     block = min(max(1, BLOCK_ELEMENTS[one.device] // columns), rows)
     copies = tokens * (block + columns) if one.device == "cpu" else 0
     return 4 * (copies + num_entries + block * columns)

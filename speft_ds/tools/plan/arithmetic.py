@@ -11,6 +11,7 @@ from speft_ds.config.recipe import Recipe
 from speft_ds.env import kernels_are_measured, threads_per_rank
 from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.kernels.measure import device_name, read_costs
+from speft_ds.sparse.kernels.torch_backends import samples_columns
 from speft_ds.tools.plan.setup import Setup
 
 
@@ -47,9 +48,10 @@ def count_arithmetic(setup: Setup) -> Arithmetic:
     recipe, geometry, backend = setup.recipe, setup.geometry, setup.backend
     run = setup.run_pass("entries", recipe.train.micro_batch, recipe.data.max_length)
     share, confined = geometry.density, recipe.mask.compute or 1.0
+    num_inside = round(confined * geometry.num_target_elements)
     if backend == "dense":
         share = 1.0
-    elif backend == "columns" and not setup.samples_columns:
+    elif backend == "columns" and not samples_columns(geometry.num_entries, num_inside, setup.device):
         share = confined
     mask = round(share * run.of_dense_gradient)
     device = setup.costs.device if setup.costs and recipe.train.sparse_backend == "auto" else None

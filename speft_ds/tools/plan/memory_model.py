@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from speft_ds.config.mask_config import CHANGE_WEIGHTS
 from speft_ds.sparse.gradient import IN_FLIGHT
+from speft_ds.sparse.kernels.torch_backends import samples_columns
 from speft_ds.sparse.optim.optimizers import STEP_ELEMENTS
 from speft_ds.tools.plan.setup import GIB, Line, Setup, total
 from speft_ds.tools.plan.stored_weights import (
@@ -187,14 +188,17 @@ def gradient_pattern(setup: Setup) -> list[Line]:
     if setup.backend == "columns":
         widths = sum(width for _, width in setup.geometry.targets.values())
         columns = round((setup.recipe.mask.compute or 1.0) * widths)
-    if setup.samples_columns if columns else setup.backend == "sampled":
+    confined = sum(setup.geometry.numel[name] for name in setup.geometry.targets) * (
+        setup.recipe.mask.compute or 1.0
+    )
+    if setup.backend == "sampled" or (columns and samples_columns(k, round(confined), setup.device)):
         starts = sum(rows + 1 for rows, _ in setup.geometry.targets.values())
         formula = f"{k:,} entries x ({i} + 4) B + {starts:,} rows x {i} B (CSR)"
         formula += f" + {columns:,} columns x 8 B" if columns else ""
         return [Line("gradient pattern", k * (i + 4) + starts * i + columns * 8, formula)]
     if setup.backend == "columns":
-        formula = f"{k:,} entries x {2 * i} B + {columns:,} columns x 8 B"
-        return [Line("gradient pattern", k * 2 * i + columns * 8, formula)]
+        formula = f"{k:,} entries x {i} B + {columns:,} columns x 8 B"
+        return [Line("gradient pattern", k * i + columns * 8, formula)]
     if setup.backend == "element":
         return [Line.of("gradient pattern", k, 13, "entries", " (at most: slots of 5 + 8 B)")]
     return []

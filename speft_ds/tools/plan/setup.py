@@ -14,7 +14,6 @@ from speft_ds.model.codecs import codec
 from speft_ds.model.targets import layer_number
 from speft_ds.sparse.kernels.backends import expected_backend
 from speft_ds.sparse.kernels.costs import KernelCosts
-from speft_ds.sparse.kernels.torch_backends import samples_columns
 from speft_ds.tools.plan.activations import Pass, PassRun, run_pass
 from speft_ds.tools.plan.gathered_weights import PassPeak, pass_peak
 from speft_ds.tools.plan.geometry import Geometry
@@ -130,13 +129,6 @@ class Setup:
             name = expected_backend(*how, mask.compute, self.costs, shape, num_tokens)
             elements[name] += count * shape[0] * shape[1]
         return elements.most_common(1)[0][0] if elements else "dense"
-
-    @property
-    def samples_columns(self) -> bool:
-        """Whether the backend `columns` would take sampled products, in a weight of mean shape."""
-        num_inside = round((self.recipe.mask.compute or 1.0) * self.geometry.num_target_elements)
-        num_rows = sum(rows for rows, _ in self.geometry.targets.values())
-        return samples_columns(self.geometry.num_entries, num_inside, num_rows, self.device)
 
     def zero_value(self, key: str) -> int:
         return int(self.zero.get(f"stage3_{key}", ZERO_DEFAULTS[f"stage3_{key}"]))

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from speft_ds.model.kinds.linear import adapt
-from speft_ds.model.weight_grad_hooks import take_columns
 
 SIZES = {
     "vocab_size": 64,
@@ -95,9 +94,7 @@ def test_of_an_input_that_is_saved_only_the_columns_are_that_the_hook_needs(reco
         model(input_ids=IDS, use_cache=False).logits.sum().backward()
     assert saved[1] < saved[0]
     for name, (complete, cut) in seen.items():
-        assert torch.equal(
-            cut, complete if cut.shape == complete.shape else take_columns(complete, columns)
-        ), name
+        assert torch.equal(cut, complete if cut.shape == complete.shape else complete[..., [3, 7]]), name
     num_cut = sum(cut.shape[-1] == 2 for _, cut in seen.values())
     assert num_cut == len(seen) if not recomputes else 0 < num_cut < len(seen)
 

@@ -81,7 +81,9 @@ class Recipe(ConfigSection):
     def _goes_with_the_method(cls, mask: MaskConfig, info: ValidationInfo) -> MaskConfig:
         method = info.data.get("method")
         if method is not None and not method.has_mask:
-            given = sorted(key for key in given_keys(info) if key.startswith("mask."))
+            # Null switches a thing off that the method does not have anyway.
+            values = {f"mask.{key}": value for key, value in mask if value is not None}
+            given = sorted(values.keys() & given_keys(info))
             if given:
                 what = f"method.name={method.name} has no mask, and there is {', '.join(given)}"
                 raise broken_rule(what, "leave it out, or method.name=sparse", key=given[0])

@@ -62,7 +62,7 @@ def test_what_a_run_leaves(run):
     card = (adapter / "README.md").read_text()
     assert ("PeftModel" in card) != ("apply_adapter" in card) == has_entries
     assert "density" in card or not has_entries
-    assert read(run, "after")["asked"]["model"]["adapter"] == tensors_sha256(adapter)
+    assert read(run, "after")["asked"]["of"]["adapter"] == tensors_sha256(adapter)
 
 
 def test_scores_of_stock_tools(run, tiny, tmp_path):
@@ -74,7 +74,7 @@ def test_scores_of_stock_tools(run, tiny, tmp_path):
         merge(None, run, tmp_path / "merged")
         peft, base = {}, str(tmp_path / "merged")
     stock = simple_evaluate(
-        HFLM(pretrained=base, dtype=torch.float32, **peft),
+        HFLM(pretrained=base, dtype=torch.float32, device="cpu", **peft),
         tasks=["tiny_letters"],
         limit=7,
         task_manager=TaskManager(include_path=str(tiny["tasks"]), include_defaults=False),

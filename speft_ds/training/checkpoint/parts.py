@@ -128,10 +128,13 @@ class Parts:
     def table(self, table: str, spans: dict[str, tuple[int, int]]) -> EntryTable:
         """The entries within this rank's spans, weight -> [start, stop), and nothing of the others."""
         pieces: dict[str, dict[str, list[Tensor]]] = {}  # column, or `index` -> weight -> of each part
+        nothing: dict[str, Tensor] = {}  # column -> none of it, which is all there is of a mask of no weight
         for file, counts in self._files(table):
             views = {name: file.get_slice(f"{table}.{name}") for name in _names_below(file, table)}
             if pieces and pieces.keys() != views.keys():
                 raise self._damaged(f"its parts have other columns of {table}")
+            nothing = {column: view[:0] for column, view in views.items()}
+            pieces = pieces or {column: {weight: [] for weight in spans} for column in views}
             first = 0
             for name, count in counts.items():
                 if name not in spans:
@@ -140,11 +143,13 @@ class Parts:
                 edges = torch.tensor(spans[name], dtype=torch.int64)
                 start, stop = torch.searchsorted(index, edges).tolist()
                 for column, view in views.items():
-                    by_weight = pieces.setdefault(column, {weight: [] for weight in spans})
-                    by_weight[name].append(view[first + start : first + stop])
+                    pieces[column][name].append(view[first + start : first + stop])
                 first += count
         index = pieces.pop("index", {})
-        columns = {key: torch.cat([p for found in by.values() for p in found]) for key, by in pieces.items()}
+        columns = {
+            key: torch.cat([nothing[key], *(p for found in by.values() for p in found)])
+            for key, by in pieces.items()
+        }
         index = {
             name: self._checked(name, torch.cat(found), spans[name]) for name, found in index.items() if found
         }

@@ -53,6 +53,7 @@ def test_a_method_without_a_mask_sets_aside_the_mask_of_a_recipe_below_it(tmp_pa
     again = tmp_path / "again.yaml"
     again.write_text(resolved_yaml(recipe))
     assert load_recipe(str(again)).method == recipe.method
+    load(tmp_path, "", f"method.name={method}", "mask.load=null")  # which is none
     for problem in (
         refused(tmp_path, f"{text}\nmethod: {{name: {method}}}"),
         refused(tmp_path, "", f"method.name={method}", "mask.density=0.1"),

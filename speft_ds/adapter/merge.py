@@ -22,7 +22,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from speft_ds.adapter.apply import check_weights, classifier_config, set_config, with_delta
+from speft_ds.adapter.apply import check_weights, classifier_config, pretrained_values, set_config, with_delta
 from speft_ds.adapter.card import card_text
 from speft_ds.adapter.format import CARD, DTYPES, FACTS, FLOATS, Adapter, open_adapter
 from speft_ds.adapter.pretrained import INDEX, SINGLE, Fingerprint, Header, PretrainedCheckpoint
@@ -33,6 +33,7 @@ from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
 from speft_ds.io import flush_to_disk, new_folder, same_bits, write_json, write_text
 from speft_ds.model.codecs import codec
+from speft_ds.model.new_tokens import resize_vocabulary, vocabulary_weights, with_rows
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 # Not part of the merged checkpoint: other copies of the base's weights, and its card, which is not its own.
@@ -61,6 +62,7 @@ class Merge:
 
     Attributes:
         quantised: weights that the run had in few bits; none where the deltas go onto the original base.
+        shape: of every merged weight, by name.
     """
 
     def __init__(
@@ -70,6 +72,10 @@ class Merge:
         self.quantised = frozenset(() if onto == "original" else adapter.facts.get("quantised") or ())
         self.run_dtype = DTYPES[adapter.facts["dtype"]]
         self.fingerprint = Fingerprint(base.shape, self.run_dtype)  # of the base, as far as it was merged
+        self.shape = dict(base.shape)
+        if adapter.vocabulary:
+            of_tokens = vocabulary_weights(base.model)
+            self.shape |= {name: (adapter.vocabulary[1], *base.shape[name][1:]) for name in of_tokens}
 
     def tensors(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The merged tensors by their keys in the files, one in memory at a time."""
@@ -98,7 +104,11 @@ class Merge:
             # Of these deltas a part is what the entries had lost, and the original has lost nothing.
             delta = self._decoded(seen).view(-1)[index].float() + delta - seen.view(-1)[index].float()
         merged = seen.to(self.dtype, copy=True)
-        merged.view(-1)[index] = with_delta(seen.view(-1)[index], delta, self.alpha, self.dtype)
+        if merged.shape != self.shape[name]:
+            merged = with_rows(merged, self.shape[name][0])
+        # New rows are taken as they are: there is nothing pretrained to interpolate with.
+        delta = torch.where(index < seen.numel(), self.alpha * delta, delta)
+        merged.view(-1)[index] = with_delta(pretrained_values(seen, index), delta, dtype=self.dtype)
         if not torch.isfinite(merged).all() and torch.isfinite(seen).all():
             raise UserError(f"values of {name} are too large for {self.dtype}", "--dtype", "--dtype bfloat16")
         return merged
@@ -147,11 +157,13 @@ def merge(
         raise UserError("the adapter's base was not in few bits", "--onto original", "leave --onto out")
     max_bytes = parse_size(max_shard_size)
     checkpoint = PretrainedCheckpoint(str(base or opened.facts["base"]), opened.num_classes)
-    check_weights(opened, checkpoint.shape)
     job = Merge(checkpoint, opened, alpha, DTYPES[dtype or opened.facts["dtype"]], onto)
+    check_weights(opened, job.shape)
     with new_folder(output) as temporary:
         write = _merge_in_memory if checkpoint.problem else _merge_by_weight
         num_bytes = write(job, temporary, max_bytes)
+        if opened.tokenizer:
+            _copy_others(opened.tokenizer, temporary)  # in place of the base's
         _copy_others(checkpoint.folder, temporary)
         how = f"base + {alpha:g} x the adapter's differences, in {job.dtype}".replace("torch.", "")
         if base_format := opened.facts.get("base_format"):
@@ -198,6 +210,8 @@ def _merge_in_memory(job: Merge, folder: Path, max_bytes: int | None) -> int:
         parameter.data = job.weight(name, parameter.data)
     job.fingerprint.check(job.adapter)
     set_config(model, classifier_config(job.adapter.facts))
+    if job.adapter.vocabulary:
+        resize_vocabulary(model, job.adapter.vocabulary[1])
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     _check_space(folder, total)
     model.save_pretrained(folder, **({} if max_bytes is None else {"max_shard_size": max_bytes}))
@@ -215,7 +229,7 @@ def _plan_files(job: Merge, max_bytes: int | None) -> dict[str, Headers]:
     files: dict[str, Headers] = {}
     for key, file in base.file_of.items():
         if key in base.weight:
-            files.setdefault(file, {})[key] = dtype, base.shape[base.weight[key]]
+            files.setdefault(file, {})[key] = dtype, job.shape[base.weight[key]]
         # What only the language model has, as its head, is no part of a classifier.
         elif key in known or HEAD not in job.adapter.whole:
             files.setdefault(file, {})[key] = base.header(key)
@@ -285,12 +299,15 @@ def _config(job: Merge) -> dict:
     config = json.loads(json.dumps(job.base.config), object_hook=with_dtype)
     if not config.keys() & {"dtype", "torch_dtype"}:
         config["dtype"] = name
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
+    if job.adapter.vocabulary:
+        text["vocab_size"] = job.adapter.vocabulary[1]
     if HEAD in job.adapter.whole:
         entries = classifier_config(job.adapter.facts)
         config["architectures"] = [type(job.base.model).__name__]
         config.pop("num_labels", None)  # which id2label says
-        text = config.get("text_config")
-        (text if isinstance(text, dict) else config)["pad_token_id"] = entries.pop("pad_token_id")
+        text["pad_token_id"] = entries.pop("pad_token_id")
         config.update(entries)
     return config
 

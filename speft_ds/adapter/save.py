@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from speft_ds.adapter.card import write_card
 from speft_ds.adapter.format import Adapter, Entries, write_adapter
@@ -18,11 +21,14 @@ from speft_ds.sparse.layout import Layout
 from speft_ds.sparse.state import SparseState
 
 
-def save_adapter(folder: Path, state: SparseState, facts: dict) -> None:
+def save_adapter(
+    folder: Path, state: SparseState, facts: dict, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
     """Write all entries ever trained (and not reverted) to `folder`; every rank calls this, rank 0 writes.
 
     Args:
-        facts: `base`, `dtype`, `fingerprint`, `recipe` and whatever else a reader should know.
+        facts: `base`, `dtype`, `fingerprint`, `recipe`, `mask` and whatever else a reader should know.
+        tokenizer: with new tokens; None: there are none.
     Raises:
         UserError: on every rank, when rank 0 cannot write (disk full, no permission) or a delta is NaN.
     """
@@ -32,8 +38,14 @@ def save_adapter(folder: Path, state: SparseState, facts: dict) -> None:
     layout = Layout.of(index, numel, collectives.world_size())
     by_rank = collectives.all_gather_padded(delta, layout.lengths)
     whole = state.gather_whole()
-    facts = {**facts, "shapes": state.mask.shape, "mask": state.mask.facts()}
-    collectives.run_on_rank0(lambda: write_adapter(folder, join_shards(index, layout, by_rank), facts, whole))
+    facts = {**facts, "shapes": state.mask.shape}
+    save_tokenizer = tokenizer and tokenizer.save_pretrained
+
+    def write() -> None:
+        entries = join_shards(index, layout, by_rank)
+        write_adapter(folder, entries, facts, whole, save_tokenizer=save_tokenizer)
+
+    collectives.run_on_rank0(write)
 
 
 def join_shards(
@@ -51,6 +63,7 @@ def write_derived(
     entries: Callable[[str], Entries],
     whole: dict[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
+    tokenizer: Path | None = None,
 ) -> Adapter:
     """Write an adapter whose entries are computed a weight at a time, and its card.
 
@@ -60,6 +73,7 @@ def write_derived(
         entries: weight name -> entries; called once per weight, in the order of `shapes`.
         whole: weight name -> values, all of which are stored.
         dtype: of the deltas, fp32 or bf16.
+        tokenizer: the folder of one with new tokens; None: there are none.
     Raises:
         UserError: no entry is left, a delta is not finite, or the folder cannot be written.
     """
@@ -84,7 +98,8 @@ def write_derived(
     if output.is_dir():
         output.rmdir()
     try:
-        write_adapter(output, counted(), facts, whole, dtype)
+        save_tokenizer = tokenizer and partial(shutil.copytree, tokenizer)
+        write_adapter(output, counted(), facts, whole, dtype, save_tokenizer)
         write_card(output, [])
     except OSError as error:
         fix = "free space, or choose another folder"

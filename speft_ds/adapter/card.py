@@ -149,6 +149,8 @@ def _rows(facts: dict, base: str, num_bytes: int, merged: str | None) -> list[tu
     rows = [("base", f"{base}, in {stored}"), ("changed weights", f"{count:,}{share}")]
     if facts.get("classes"):
         rows.append(("classes", ", ".join(facts["classes"])))
+    if facts.get("new_tokens"):
+        rows.append(("new tokens", ", ".join(facts["new_tokens"])))
     each = "" if merged else f", {num_bytes / max(count, 1):.2f} bytes per entry"
     rows.append(("size", f"{num_bytes / 2**20:.2f} MiB{each}"))
     if names := data_names(facts.get("recipe")):

@@ -151,9 +151,10 @@ class Adapter:
         """The folder of the tokenizer with new tokens; None: there are none. Raises UserError: missing."""
         if not self.vocabulary:
             return None
-        if not (self.folder / TOKENIZER).is_dir():
+        folder = self.folder / TOKENIZER
+        if not folder.is_dir() or folder.is_symlink():
             raise _unreadable(self.folder, f"it has new tokens, and no folder {TOKENIZER}")
-        return self.folder / TOKENIZER
+        return folder
 
     @property
     def delta_dtype(self) -> torch.dtype:

@@ -31,7 +31,7 @@ from speft_ds.config.check_model import PEFT_CONFIG
 from speft_ds.config.model_config import HEAD
 from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
-from speft_ds.io import flush_to_disk, new_folder, same_bits, write_json, write_text
+from speft_ds.io import flush_to_disk, lies_in, new_folder, same_bits, write_json, write_text
 from speft_ds.model.codecs import codec
 from speft_ds.model.new_tokens import resize_vocabulary, vocabulary_weights, with_rows
 
@@ -325,7 +325,7 @@ def _copy_others(base: Path, folder: Path) -> None:
             wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(LEFT_OUT)
             if not wanted or path.stat().st_size > LARGEST_OTHER or target.exists():
                 continue
-            if not _is_own(path, base):
+            if not lies_in(path, base):
                 log_rank0(f"note: {path} is not copied: it is a link to {path.resolve()}")
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -338,9 +338,3 @@ def _is_apart(subfolder: Path, output: Path) -> bool:
     names = os.listdir(subfolder) if os.access(subfolder, os.R_OK | os.X_OK) else []
     is_another = any(name in OF_ITS_OWN or name.endswith(WEIGHTS) for name in names)
     return subfolder.name.startswith(".") or is_another or subfolder.absolute() == output.absolute()
-
-
-def _is_own(path: Path, base: Path) -> bool:
-    """Whether a file lies in the base's folder itself, or where the hub's cache keeps what links lead to."""
-    real = path.resolve()
-    return real.is_relative_to(base.resolve()) or real.parent.name == "blobs"

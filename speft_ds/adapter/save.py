@@ -16,6 +16,7 @@ from speft_ds.adapter.card import write_card
 from speft_ds.adapter.format import Adapter, Entries, write_adapter
 from speft_ds.comm import collectives
 from speft_ds.errors import UserError, shell
+from speft_ds.io import lies_in
 from speft_ds.selection.topk import gather_indices
 from speft_ds.sparse.layout import Layout
 from speft_ds.sparse.state import SparseState
@@ -98,13 +99,21 @@ def write_derived(
     if output.is_dir():
         output.rmdir()
     try:
-        save_tokenizer = tokenizer and partial(shutil.copytree, tokenizer)
+        save_tokenizer = tokenizer and partial(_copy_files, tokenizer)
         write_adapter(output, counted(), facts, whole, dtype, save_tokenizer)
         write_card(output, [])
     except OSError as error:
         fix = "free space, or choose another folder"
         raise UserError(f"cannot write the adapter: {error}", str(output), fix) from error
     return Adapter.open(output)
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy the files of a folder, without links that lead elsewhere."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_file() and lies_in(path, source):
+            shutil.copyfile(path, target / path.name)
 
 
 def check_output(output: str | Path) -> Path:

@@ -43,7 +43,9 @@ def recipe_tokenizer(recipe: Recipe) -> object:
     from tokenizers import AddedToken
 
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
-    wanted, known = recipe.model.add_tokens or [], tokenizer.get_vocab()
+    if (wanted := recipe.model.add_tokens) is None:
+        return tokenizer
+    known = tokenizer.get_vocab()
     if there := [token for token in wanted if token in known]:
         what = f"the model's tokenizer has {', '.join(map(repr, there))} already"
         raise UserError(what, recipe.where("model.add_tokens"), "name tokens that are new")

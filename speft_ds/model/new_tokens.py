@@ -85,6 +85,7 @@ def add_tokens(
                     values[new] = weight.data.mean(0, dtype=torch.float32).to(values.dtype)
             _replace(model, weight, shard(values, ds_config))
         _set_size(model, num_rows)
+    embedding.sparse = True  # its gradient then has a row for each token of a batch, not of the vocabulary
     targets = {
         name: ParameterTarget(model.get_submodule(name.rpartition(".")[0]), "weight", parameter)
         for name in vocabulary_weights(model)

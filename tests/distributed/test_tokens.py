@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import make_family
 from pydantic import ValidationError
 from tiny import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,6 +58,18 @@ def test_padding_of_the_vocabulary_is_used_and_kept(ranks, recipe, tmp_path, tok
     assert run["sizes"] == (264, num_rows)
     assert run["ids"] == list(range(260, 260 + len(tokens)))
     assert all(rows == run["ids"] for rows in run["rows"].values())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi"])
+def test_scaled_embeddings_capped_logits_and_biased_heads(ranks, recipe, tmp_path, family):
+    base = make_family(tmp_path / "base", family, vocab_size=260)
+    given = recipe(model={"name_or_path": str(base)})
+    run = ranks(2)(check_against_autograd, recipe=given)[0]
+    assert run["sizes"] == (260, 263) and all(rows == run["ids"] for rows in run["rows"].values())
+    assert len(run["targets"]) == (1 if family == "gemma2" else 2)
+    ranks(2)(check_adapter, recipe=recipe("saved", model={"name_or_path": str(base), "dtype": "bfloat16"}))
+    merge(None, tmp_path / "saved", tmp_path / "merged")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size == 263
 
 
 def test_padded_size():

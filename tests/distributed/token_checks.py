@@ -24,6 +24,8 @@ def resized_model(trainer):
     model.resize_token_embeddings(new.num_rows, mean_resizing=False)
     grown, starting = new.rows[new.rows >= new.num_pretrained], {}
     with torch.no_grad():
+        if (bias := model.get_output_embeddings().bias) is not None:
+            bias[new.num_pretrained :] = 0.0
         for name, mean in means.items():
             weight = model.get_parameter(name)
             weight[new.num_pretrained :] = 0.0

@@ -120,8 +120,13 @@ class RowsOfGradient:
         self.rows = rows
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        """[rows, in] of all rows, or of these alone -> [n * in] fp32."""
-        chosen = gradient if len(gradient) == len(self.rows) else gradient[self.rows]
+        """[rows, in] of all rows, also as a sparse tensor, or of these alone -> [n * in] fp32."""
+        if gradient.is_sparse:  # [tokens] rows, [tokens, in] values; a product adds them in a fixed order
+            row, values = gradient._indices()[0], gradient._values()
+            is_ours = torch.isin(row, self.rows)
+            chosen = (self.rows[:, None] == row[is_ours]).float() @ values[is_ours].float()
+        else:
+            chosen = gradient if len(gradient) == len(self.rows) else gradient[self.rows]
         return chosen.float().flatten()
 
 

@@ -209,7 +209,7 @@ class SparseGradient:
         self.hooks |= {name: self._make_rows_hook(name, own.to(device)) for name, own in rows.items()}
         self.hooks |= {name: self._make_whole_hook(name) for name in whole or {}}
         order = [name for name in order or shapes if index[name] is None or index[name].numel()]
-        self.buckets = self._make_buckets(order, whole or {})
+        self.buckets = self._make_buckets(order, whole or {}, rows)
         self.bucket_of = {name: bucket for bucket in self.buckets for name in bucket.names}
         # Uses of a weight in a backward: one, until the first backward has told.
         self.expected, self.is_profiling = dict.fromkeys(self.bucket_of, 1), options.overlap
@@ -226,15 +226,18 @@ class SparseGradient:
         why = f", as measured on {costs.device}" if costs else ", by a rule of thumb: nothing was measured"
         return f"sparse gradient by {parts}: train.sparse_backend={wanted}{why if wanted == 'auto' else ''}"
 
-    def _make_buckets(self, order: list[str], whole: Collection[str]) -> list[Bucket]:
+    def _make_buckets(self, order: list[str], whole: Collection[str], rows: Collection[str]) -> list[Bucket]:
         """In the order in which a backward completes them: from the last weight to the first."""
         if self.world_size == 1:
             return []  # what is added is ours
         number = {name: place for place, name in enumerate(order)}
         buckets = []
-        for kind, is_whole in ((EntryBucket, False), (WholeBucket, True)):
+        entries = [name for name in order if name not in whole and name not in rows]
+        new_rows, of_whole = ([name for name in order if name in some] for some in (rows, whole))
+        # The flat buffers have these one after the other: no bucket has some of both.
+        for kind, chosen in ((EntryBucket, entries), (EntryBucket, new_rows), (WholeBucket, of_whole)):
             groups, total = [], self.options.bucket
-            for name in reversed([name for name in order if (name in whole) == is_whole]):
+            for name in reversed(chosen):
                 count = sum(self.layout.counts(name))
                 if total + count > self.options.bucket:
                     groups.append([])

@@ -154,7 +154,7 @@ def test_bytes_that_are_no_gaps():
 
 
 def test_new_tokens_have_a_tokenizer_and_as_many_rows(tmp_path):
-    """The folder is replaced with the adapter; a vocabulary of a size that its tokens do not explain is refused."""
+    """Its folder is replaced with the adapter; a vocabulary of another size is refused."""
     facts = FACTS | {"shapes": SHAPES, "new_tokens": ["<a>"], "vocabulary": [8, 9]}
     entries = [(Q, torch.tensor([3]), torch.tensor([1.0]))]
     for text in ("first", "second"):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distributed.checkpoint_checks import assert_resumed_is_uninterrupted, run_piece
 from distributed.reference import make_recipe, start
-from distributed.token_checks import check_adapter, check_against_autograd
+from distributed.token_checks import check_adapter, check_against_autograd, check_merged
 from speft_ds.adapter.apply import apply_adapter, remove_adapter, switch_adapter
 from speft_ds.adapter.compose import compose
 from speft_ds.adapter.compress import compress
@@ -105,6 +105,12 @@ def test_live_is_applied_is_merged(ranks, recipe, name, dtype, tiny, tmp_path):
     for folder in (tmp_path / "merged", f"{given.output_dir}/adapter/tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer("please bear", add_special_tokens=False)["input_ids"][::2] == [260, 262]
+
+
+@pytest.mark.parametrize("begin", ["zero", "exact"])
+def test_beside_a_base_in_few_bits(ranks, recipe, tmp_path, begin):
+    given = recipe(model={"base_format": "nf4", "dtype": "bfloat16"}, mask={"start": begin})
+    ranks(2)(check_merged, recipe=given, folder=tmp_path / "merged")
 
 
 def test_other_adapters_of_the_base_and_what_is_made_of_them(ranks, recipe, tiny, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from distributed.reference import (
     DenseRun,
@@ -13,6 +14,7 @@ from distributed.reference import (
     whole_weights,
 )
 from speft_ds.adapter.apply import apply_adapter, remove_adapter
+from speft_ds.adapter.merge import merge
 from speft_ds.comm import collectives
 from speft_ds.evaluation.runner import plain_copy
 
@@ -96,3 +98,19 @@ def check_adapter(recipe):
         assert torch.equal(weight, before[name]), name
     moved = [name for name in new.targets if trained[name][new.rows].any()]
     return {"moved": set(moved), "changes": trainer.schedule.changes, "mask": trainer.mask.num_trainable}
+
+
+def check_merged(recipe, folder):
+    """The merged checkpoint, and what is evaluated, are the live model of a base in few bits."""
+    trainer = start(recipe)
+    for step in range(recipe.train.steps):
+        trainer.train_step(step)
+    trainer.save()
+    collectives.barrier()
+    trained = whole_weights(trainer.engine.module)
+    for name, weight in evaluated_weights(recipe, trainer.folder / "adapter").items():
+        assert torch.equal(weight, trained[name]), name
+    collectives.run_on_rank0(lambda: merge(None, trainer.folder, folder))
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, recipe.model.dtype))
+    for name, weight in merged.named_parameters():
+        assert torch.equal(weight, trained[name]), name

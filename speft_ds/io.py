@@ -219,3 +219,9 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, as hex digits. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a file lies in the folder itself, or where the hub's cache keeps what links lead to."""
+    real = path.resolve()
+    return real.is_relative_to(folder.resolve()) or real.parent.name == "blobs"

@@ -18,6 +18,7 @@ from speft_ds.config.model_config import HEAD
 from speft_ds.errors import UserError, shell
 from speft_ds.io import same_bits
 from speft_ds.model.fingerprint import fingerprint
+from speft_ds.model.new_tokens import resize_vocabulary, vocabulary_weights
 from speft_ds.zero.shards import is_sharded
 
 STATE = "speft_adapters"  # the model's attribute that holds its `AppliedAdapters`
@@ -32,6 +33,7 @@ class AppliedAdapters:
         values: adapter name -> weight name -> [n] flat indices (int64; None: all), and the [n] values it sets
             there.
         config: adapter name -> entries of the model's configuration that it sets.
+        vocabulary: adapter name with new tokens -> rows of the vocabulary without it, and with it.
         base_values, base_config: what the active adapter replaced.
     """
 
@@ -39,6 +41,7 @@ class AppliedAdapters:
     dtype: str
     values: dict[str, dict[str, tuple[Tensor | None, Tensor]]] = field(default_factory=dict)
     config: dict[str, dict] = field(default_factory=dict)
+    vocabulary: dict[str, tuple[int, int]] = field(default_factory=dict)
     active: str | None = None
     base_values: dict[str, Tensor] = field(default_factory=dict)
     base_config: dict = field(default_factory=dict)
@@ -66,7 +69,7 @@ def apply_adapter(model: nn.Module, folder: str | Path, name: str = "default") -
         fix = f"remove_adapter(model, {name!r}), or apply it by another name"
         raise UserError(f"an adapter named {name!r} is already applied", str(folder), fix)
     weights = dict(model.named_parameters())
-    check_weights(adapter, {key: tuple(weight.shape) for key, weight in weights.items()})
+    check_weights(adapter, _shapes(model, state, adapter))
     if state is None:
         _check_base(model, adapter)
         state = AppliedAdapters(facts["fingerprint"], facts["dtype"])
@@ -78,7 +81,7 @@ def apply_adapter(model: nn.Module, folder: str | Path, name: str = "default") -
     values = {}
     for key, (index, delta) in entries.items():
         index = index.to(weights[key].device)
-        values[key] = index, with_delta(weights[key].data.view(-1)[index], delta)
+        values[key] = index, with_delta(pretrained_values(weights[key].data, index), delta)
     for key in adapter.low_rank.shape if adapter.low_rank else ():
         trained = weights[key].data
         if key in entries:
@@ -88,6 +91,8 @@ def apply_adapter(model: nn.Module, folder: str | Path, name: str = "default") -
     for key, value in whole.items():
         values[key] = None, value.to(weights[key])
     state.values[name], state.config[name] = values, classifier_config(facts)
+    if adapter.vocabulary:
+        state.vocabulary[name] = adapter.vocabulary
     setattr(model, STATE, state)
     _activate(model, state, name)
     return model
@@ -117,6 +122,7 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> None:
         switch_adapter(model, None)
     for forgotten in list(state.values) if name is None else [name]:
         del state.values[forgotten], state.config[forgotten]
+        state.vocabulary.pop(forgotten, None)
     if not state.values:  # whatever becomes of the model from here on, its fingerprint is taken anew
         delattr(model, STATE)
 
@@ -145,8 +151,12 @@ def _activate(model: nn.Module, state: AppliedAdapters, name: str | None) -> Non
         for key, (index, _) in active.items():
             _replace(weights[key], index, state.base_values.pop(key))
         set_config(model, state.base_config)
+        if state.active in state.vocabulary:
+            resize_vocabulary(model, state.vocabulary[state.active][0])
         state.active = None
     if name is not None:
+        if name in state.vocabulary:
+            resize_vocabulary(model, state.vocabulary[name][1])
         for key, (index, values) in state.values[name].items():
             state.base_values[key] = _replace(weights[key], index, values)
         state.base_config, state.active = set_config(model, state.config[name]), name
@@ -169,6 +179,23 @@ def _replace(weight: nn.Parameter, index: Tensor | None, values: Tensor) -> Tens
     before = flat[index]
     flat.index_copy_(0, index, values.to(weight.device))
     return before
+
+
+def _shapes(model: nn.Module, state: AppliedAdapters | None, adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """Weight -> its shape once this adapter is the active one."""
+    shape = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    active = state.vocabulary.get(state.active) if state else None
+    if num_rows := adapter.vocabulary[1] if adapter.vocabulary else active and active[0]:
+        shape |= {name: (num_rows, *shape[name][1:]) for name in vocabulary_weights(model)}
+    return shape
+
+
+def pretrained_values(weight: Tensor, index: Tensor) -> Tensor:
+    """The values of a weight at [n] flat indices; 0 at those of rows that it is yet to get."""
+    flat = weight.view(-1)
+    values, is_there = flat.new_zeros(len(index)), index < len(flat)
+    values[is_there] = flat[index[is_there]]
+    return values
 
 
 def _check_base(model: nn.Module, adapter: Adapter) -> None:
@@ -248,6 +275,8 @@ def check_same_base(adapters: Sequence[Adapter]) -> None:
         if a.get("base_format") != b.get("base_format"):
             named = " and ".join(each.get("base_format") or each["dtype"] for each in (a, b))
             raise UserError(f"the adapters were trained beside one base in {named}", where, fix)
+        if a.get("new_tokens") != b.get("new_tokens"):
+            raise UserError("the adapters have different new tokens", where, fix)
         for name in first.shape.keys() & other.shape.keys():
             if first.shape[name] != other.shape[name]:
                 what = f"{name} is {first.shape[name]} in one adapter and {other.shape[name]} in the other"

@@ -180,6 +180,8 @@ def _rows(facts: dict, base: str, num_bytes: int, merged: str | None) -> list[tu
         rows.append(("low-rank matrices", f"rank {low_rank['rank']}, scaled by {low_rank['scaling']:.4g}"))
     if facts.get("classes"):
         rows.append(("classes", ", ".join(facts["classes"])))
+    if facts.get("new_tokens"):
+        rows.append(("new tokens", ", ".join(facts["new_tokens"])))
     each = "" if merged or low_rank else f", {num_bytes / max(count, 1):.2f} bytes per entry"
     rows.append(("size", f"{num_bytes / 2**20:.2f} MiB{each}"))
     if names := data_names(facts.get("recipe")):

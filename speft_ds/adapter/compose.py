@@ -15,7 +15,10 @@ from speft_ds.adapter.save import check_output, history, write_derived
 from speft_ds.errors import UserError
 
 # Facts that a composed adapter takes over; the recipes are those of its sources alone.
-KEPT = ("base", "dtype", "fingerprint", "fingerprint_bfloat16", "task", "base_format", "quantised", "start")
+KEPT = (
+    *("base", "dtype", "fingerprint", "fingerprint_bfloat16", "task", "base_format", "quantised", "start"),
+    *("new_tokens", "vocabulary"),
+)
 OF_A_HEAD = ("task", "classes", "pad_token_id", "row_ends_with_eos")
 
 
@@ -64,7 +67,7 @@ def compose(
     def weighted_sum(name: str) -> Entries:
         return _weighted_sum([adapter.entries(name) for adapter in adapters], weights, collisions)
 
-    write_derived(output, facts, weighted_sum, whole)
+    write_derived(output, facts, weighted_sum, whole, tokenizer=adapters[0].tokenizer)
     return collisions
 
 

@@ -98,7 +98,7 @@ def compress(
     step["dtype"] = str(dtype).removeprefix("torch.")
     facts = {**adapter.facts, "history": history([adapter], step)}
     whole = {name: adapter.value(name) for name in adapter.whole}
-    return write_derived(output, facts, compressed, whole, dtype)
+    return write_derived(output, facts, compressed, whole, dtype, adapter.tokenizer)
 
 
 def _compressor(

@@ -62,6 +62,12 @@ def export_peft(adapter: str | Path, output: str | Path, base: str | Path | None
     if base_format := opened.facts.get("base_format"):
         what = f"the deltas are of a base in {base_format}, which PEFT would add to other weights"
         raise UserError(what, str(opened.folder), shell("speft", "merge", str(adapter), "OUTPUT"))
+    if opened.vocabulary:
+        what, fix = (
+            "PEFT's layout has no place for new tokens",
+            shell("speft", "merge", str(adapter), "OUTPUT"),
+        )
+        raise UserError(what, str(opened.folder), fix)
     numel = {name: math.prod(opened.shape[name]) for name in opened.names}
     too_large = [name for name in opened.names if numel[name] >= INT32_ELEMENTS]
     not_weight = [name for name in opened.names if not name.endswith(".weight")]

@@ -4,6 +4,7 @@ adapter.safetensors    per weight: `<name>.gaps` uint8, its coded indices; `<nam
                        of a weight that was trained whole: `<name>.value`, all of its values
 adapter.json           format version, base fingerprint and dtype, shapes, mask facts, recipe
 of low-rank matrices   PEFT's two files: see `low_rank`
+tokenizer/             the tokenizer with its new tokens, where there are some
 
 trained weight = pretrained weight, with (base + delta).to(dtype) at the indices
 """
@@ -18,19 +19,27 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from speft_ds.adapter.low_rank import PEFT_TENSORS, LowRankFacts, LowRankMatrices
 from speft_ds.config.check_model import PEFT_CONFIG
 from speft_ds.config.model_config import HEAD
-from speft_ds.config.values import BASE_FORMATS
+from speft_ds.config.values import BASE_FORMATS, MAX_MULTIPLE
 from speft_ds.errors import UserError, shell
 from speft_ds.io import flush_to_disk, read_json, sha256_of, write_json, write_safetensors
 
 FORMAT_VERSION = 2
-TENSORS, FACTS, CARD = "adapter.safetensors", "adapter.json", "README.md"
+TENSORS, FACTS, CARD, TOKENIZER = "adapter.safetensors", "adapter.json", "README.md", "tokenizer"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
 # Of each kind of tensor: the dtypes, by safetensors' names, and the most dimensions.
@@ -78,6 +87,15 @@ class AdapterFacts(BaseModel):
     classes: list[str] | None = None
     pad_token_id: int | None = None
     low_rank: LowRankFacts | None = None
+    new_tokens: list[str] | None = None
+    vocabulary: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _grows_by_its_tokens(self) -> AdapterFacts:
+        before, after = self.vocabulary or (1, 1)
+        if not before <= after < before + len(self.new_tokens or ()) + MAX_MULTIPLE:
+            raise ValueError("the vocabulary does not grow by the new tokens")
+        return self
 
 
 class Adapter:
@@ -129,6 +147,21 @@ class Adapter:
     def num_classes(self) -> int | None:
         """Of a classifier's adapter; None for a language model's."""
         return self.value_shape(HEAD)[0] if HEAD in self.whole else None
+
+    @property
+    def vocabulary(self) -> tuple[int, int] | None:
+        """Rows of the vocabulary in the base, and with the adapter's new tokens; None: it has none."""
+        return tuple(self.facts["vocabulary"]) if self.facts.get("vocabulary") else None
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder of the tokenizer with new tokens; None: there are none. Raises UserError: missing."""
+        if not self.vocabulary:
+            return None
+        folder = self.folder / TOKENIZER
+        if not folder.is_dir() or folder.is_symlink():
+            raise _unreadable(self.folder, f"it has new tokens, and no folder {TOKENIZER}")
+        return folder
 
     @property
     def delta_dtype(self) -> torch.dtype:
@@ -244,6 +277,7 @@ def write_adapter(
     whole: dict[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     write_low_rank: Callable[[Path], dict] | None = None,
+    save_tokenizer: Callable[[Path], object] | None = None,
 ) -> None:
     """Write an adapter atomically: a temporary folder, flushed, read back, renamed.
 
@@ -255,6 +289,7 @@ def write_adapter(
         whole: weight name -> its values, all of which are stored.
         dtype: of the deltas, fp32 or bf16.
         write_low_rank: writes low-rank matrices into a folder and returns what the facts say of them.
+        save_tokenizer: writes the tokenizer with new tokens into a folder; None: there are none.
     Raises:
         UserError: it could not be read again (a delta is not finite, indices do not fit), or the folder holds
             something else than an adapter.
@@ -276,6 +311,10 @@ def write_adapter(
         if write_low_rank is not None:
             own["low_rank"] = write_low_rank(temporary)
         write_json(temporary / FACTS, {**own, **facts, **own})
+        if save_tokenizer is not None:
+            save_tokenizer(temporary / TOKENIZER)
+            for file in (temporary / TOKENIZER).iterdir():
+                flush_to_disk(file)
         flush_to_disk(temporary)
         written = Adapter.open(temporary)  # makes every check of a later reader, as do these
         for name in written.names:
@@ -304,7 +343,8 @@ def _remove_adapter(folder: Path) -> None:
     if not folder.exists():
         return
     ours = (TENSORS, FACTS, CARD, PEFT_TENSORS, PEFT_CONFIG)
-    if not folder.is_dir() or any(not path.name.startswith(ours) for path in folder.iterdir()):
+    names = {path.name for path in folder.iterdir()} - {TOKENIZER} if folder.is_dir() else {""}
+    if not all(name.startswith(ours) for name in names):
         raise UserError("there is something else than an adapter", str(folder), "choose another folder")
     shutil.rmtree(folder)
 

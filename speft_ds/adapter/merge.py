@@ -22,7 +22,14 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from speft_ds.adapter.apply import check_weights, classifier_config, set_config, with_delta, with_entries
+from speft_ds.adapter.apply import (
+    check_weights,
+    classifier_config,
+    pretrained_values,
+    set_config,
+    with_delta,
+    with_entries,
+)
 from speft_ds.adapter.card import card_text
 from speft_ds.adapter.format import CARD, DTYPES, FACTS, FLOATS, Adapter, open_adapter
 from speft_ds.adapter.pretrained import INDEX, SINGLE, Fingerprint, Header, PretrainedCheckpoint
@@ -31,8 +38,9 @@ from speft_ds.config.check_model import PEFT_CONFIG
 from speft_ds.config.model_config import HEAD
 from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
-from speft_ds.io import flush_to_disk, new_folder, same_bits, write_json, write_text
+from speft_ds.io import flush_to_disk, lies_in, new_folder, same_bits, write_json, write_text
 from speft_ds.model.codecs import codec
+from speft_ds.model.new_tokens import resize_vocabulary, vocabulary_weights, with_rows
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 # Not part of the merged checkpoint: other copies of the base's weights, and its card, which is not its own.
@@ -61,6 +69,7 @@ class Merge:
 
     Attributes:
         quantised: weights that the run had in few bits; none where the deltas go onto the original base.
+        shape: of every merged weight, by name.
     """
 
     def __init__(
@@ -70,6 +79,10 @@ class Merge:
         self.quantised = frozenset(() if onto == "original" else adapter.facts.get("quantised") or ())
         self.run_dtype = DTYPES[adapter.facts["dtype"]]
         self.fingerprint = Fingerprint(base.shape, self.run_dtype)  # of the base, as far as it was merged
+        self.shape = dict(base.shape)
+        if adapter.vocabulary:
+            of_tokens = vocabulary_weights(base.model)
+            self.shape |= {name: (adapter.vocabulary[1], *base.shape[name][1:]) for name in of_tokens}
 
     def tensors(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The merged tensors by their keys in the files, one in memory at a time."""
@@ -104,7 +117,11 @@ class Merge:
             # Of these deltas a part is what the entries had lost, and the original has lost nothing.
             delta = self._decoded(seen).view(-1)[index].float() + delta - seen.view(-1)[index].float()
         merged = seen.to(self.dtype, copy=True)
-        merged.view(-1)[index] = with_delta(seen.view(-1)[index], delta, self.alpha, self.dtype)
+        if merged.shape != self.shape[name]:
+            merged = with_rows(merged, self.shape[name][0])
+        # New rows are taken as they are: there is nothing pretrained to interpolate with.
+        delta = torch.where(index < seen.numel(), self.alpha * delta, delta)
+        merged.view(-1)[index] = with_delta(pretrained_values(seen, index), delta, dtype=self.dtype)
         return self._checked(name, merged, seen)
 
     def _checked(self, name: str, merged: Tensor, seen: Tensor) -> Tensor:
@@ -156,11 +173,13 @@ def merge(
         raise UserError("the adapter's base was not in few bits", "--onto original", "leave --onto out")
     max_bytes = parse_size(max_shard_size)
     checkpoint = PretrainedCheckpoint(str(base or opened.facts["base"]), opened.num_classes)
-    check_weights(opened, checkpoint.shape)
     job = Merge(checkpoint, opened, alpha, DTYPES[dtype or opened.facts["dtype"]], onto)
+    check_weights(opened, job.shape)
     with new_folder(output) as temporary:
         write = _merge_in_memory if checkpoint.problem else _merge_by_weight
         num_bytes = write(job, temporary, max_bytes)
+        if opened.tokenizer:
+            _copy_others(opened.tokenizer, temporary)  # in place of the base's
         _copy_others(checkpoint.folder, temporary)
         how = f"base + {alpha:g} x the adapter's differences, in {job.dtype}".replace("torch.", "")
         if base_format := opened.facts.get("base_format"):
@@ -210,6 +229,8 @@ def _merge_in_memory(job: Merge, folder: Path, max_bytes: int | None) -> int:
         parameter.data = job.weight(name, parameter.data)
     job.fingerprint.check(job.adapter)
     set_config(model, classifier_config(job.adapter.facts))
+    if job.adapter.vocabulary:
+        resize_vocabulary(model, job.adapter.vocabulary[1])
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     _check_space(folder, total)
     model.save_pretrained(folder, **({} if max_bytes is None else {"max_shard_size": max_bytes}))
@@ -227,7 +248,7 @@ def _plan_files(job: Merge, max_bytes: int | None) -> dict[str, Headers]:
     files: dict[str, Headers] = {}
     for key, file in base.file_of.items():
         if key in base.weight:
-            files.setdefault(file, {})[key] = dtype, base.shape[base.weight[key]]
+            files.setdefault(file, {})[key] = dtype, job.shape[base.weight[key]]
         # What only the language model has, as its head, is no part of a classifier.
         elif key in known or HEAD not in job.adapter.whole:
             files.setdefault(file, {})[key] = base.header(key)
@@ -297,12 +318,15 @@ def _config(job: Merge) -> dict:
     config = json.loads(json.dumps(job.base.config), object_hook=with_dtype)
     if not config.keys() & {"dtype", "torch_dtype"}:
         config["dtype"] = name
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
+    if job.adapter.vocabulary:
+        text["vocab_size"] = job.adapter.vocabulary[1]
     if HEAD in job.adapter.whole:
         entries = classifier_config(job.adapter.facts)
         config["architectures"] = [type(job.base.model).__name__]
         config.pop("num_labels", None)  # which id2label says
-        text = config.get("text_config")
-        (text if isinstance(text, dict) else config)["pad_token_id"] = entries.pop("pad_token_id")
+        text["pad_token_id"] = entries.pop("pad_token_id")
         config.update(entries)
     return config
 
@@ -320,7 +344,7 @@ def _copy_others(base: Path, folder: Path) -> None:
             wanted = path.is_file() and not path.name.startswith(".") and not path.name.endswith(LEFT_OUT)
             if not wanted or path.stat().st_size > LARGEST_OTHER or target.exists():
                 continue
-            if not _is_own(path, base):
+            if not lies_in(path, base):
                 log_rank0(f"note: {path} is not copied: it is a link to {path.resolve()}")
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -333,9 +357,3 @@ def _is_apart(subfolder: Path, output: Path) -> bool:
     names = os.listdir(subfolder) if os.access(subfolder, os.R_OK | os.X_OK) else []
     is_another = any(name in OF_ITS_OWN or name.endswith(WEIGHTS) for name in names)
     return subfolder.name.startswith(".") or is_another or subfolder.absolute() == output.absolute()
-
-
-def _is_own(path: Path, base: Path) -> bool:
-    """Whether a file lies in the base's folder itself, or where the hub's cache keeps what links lead to."""
-    real = path.resolve()
-    return real.is_relative_to(base.resolve()) or real.parent.name == "blobs"

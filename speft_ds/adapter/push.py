@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from speft_ds import hub
-from speft_ds.adapter.format import CARD, FACTS, TENSORS, Adapter, open_adapter
+from speft_ds.adapter.format import CARD, FACTS, TENSORS, TOKENIZER, Adapter, open_adapter
 from speft_ds.errors import UserError, shell
 from speft_ds.untrusted import without_secrets
 
@@ -13,9 +13,13 @@ from speft_ds.untrusted import without_secrets
 def files_to_push(folder: Path) -> tuple[list[Path], list[Path]]:
     """The files of an adapter's folder that are uploaded, and what lies there and is not.
 
-    Links, which may lead elsewhere, hidden files and folders stay.
+    Links, which may lead elsewhere, hidden files and other folders than the tokenizer's stay.
     """
+    tokenizer = folder / TOKENIZER
     inside = sorted(folder.iterdir())
+    if tokenizer.is_dir() and not tokenizer.is_symlink():
+        inside.remove(tokenizer)
+        inside += sorted(tokenizer.iterdir())
     chosen = [p for p in inside if p.is_file() and not p.is_symlink() and not p.name.startswith(".")]
     return chosen, [path for path in inside if path not in chosen]
 
@@ -63,7 +67,7 @@ def push(source: str | Path, repo_id: str, private: bool = False) -> str:
     api = HfApi(endpoint=hub.endpoint(), token=token)
     try:
         address = api.create_repo(repo_id, private=private or None, exist_ok=True)
-        operations = [CommitOperationAdd(path.name, path) for path in files]
+        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         api.create_commit(repo_id, operations, commit_message="Upload an adapter of speft_ds")
     except (HTTPError, OSError, ValueError) as error:
         fix = f"check the name, and that your token may write to {repo_id}: hf auth whoami"

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from speft_ds.adapter.card import write_card
 from speft_ds.adapter.format import Adapter, Entries, write_adapter
 from speft_ds.adapter.low_rank import write_low_rank
 from speft_ds.comm import collectives
 from speft_ds.errors import UserError, shell
+from speft_ds.io import lies_in
 from speft_ds.model.low_rank import LowRank
 from speft_ds.selection.topk import gather_indices
 from speft_ds.sparse.layout import Layout
 from speft_ds.sparse.state import SparseState
 
 
-def save_adapter(folder: Path, state: SparseState, facts: dict, low_rank: LowRank | None = None) -> None:
+def save_adapter(
+    folder: Path,
+    state: SparseState,
+    facts: dict,
+    low_rank: LowRank | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
     """Write all entries ever trained (and not reverted) to `folder`; every rank calls this, rank 0 writes.
 
     Args:
-        facts: `base`, `dtype`, `fingerprint`, `recipe` and whatever else a reader should know.
+        facts: `base`, `dtype`, `fingerprint`, `recipe`, `mask` and whatever else a reader should know.
         low_rank: the matrices among the whole weights of `state`, which are written as PEFT does.
+        tokenizer: with new tokens; None: there are none.
     Raises:
         UserError: on every rank, when rank 0 cannot write (disk full, no permission) or a delta is NaN.
     """
@@ -36,7 +46,8 @@ def save_adapter(folder: Path, state: SparseState, facts: dict, low_rank: LowRan
     layout = Layout.of(index, numel, collectives.world_size())
     by_rank = collectives.all_gather_padded(delta, layout.lengths)
     whole = state.gather_whole()
-    facts = {**facts, "shapes": state.mask.shape, "mask": state.mask.facts()}
+    facts = {**facts, "shapes": state.mask.shape}
+    save_tokenizer = tokenizer and tokenizer.save_pretrained
     write_matrices, own = None, whole
     if low_rank is not None:
         start = low_rank.gather_start()
@@ -47,7 +58,8 @@ def save_adapter(folder: Path, state: SparseState, facts: dict, low_rank: LowRan
 
     def write() -> None:
         entries = join_shards(index, layout, by_rank)
-        write_adapter(folder, entries, facts, own, write_low_rank=write_matrices)
+        extra = {"write_low_rank": write_matrices, "save_tokenizer": save_tokenizer}
+        write_adapter(folder, entries, facts, own, **extra)
 
     collectives.run_on_rank0(write)
 
@@ -67,6 +79,7 @@ def write_derived(
     entries: Callable[[str], Entries],
     whole: dict[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
+    tokenizer: Path | None = None,
 ) -> Adapter:
     """Write an adapter whose entries are computed a weight at a time, and its card.
 
@@ -76,6 +89,7 @@ def write_derived(
         entries: weight name -> entries; called once per weight, in the order of `shapes`.
         whole: weight name -> values, all of which are stored.
         dtype: of the deltas, fp32 or bf16.
+        tokenizer: the folder of one with new tokens; None: there are none.
     Raises:
         UserError: no entry is left, a delta is not finite, or the folder cannot be written.
     """
@@ -100,12 +114,21 @@ def write_derived(
     if output.is_dir():
         output.rmdir()
     try:
-        write_adapter(output, counted(), facts, whole, dtype)
+        save_tokenizer = tokenizer and partial(_copy_files, tokenizer)
+        write_adapter(output, counted(), facts, whole, dtype, save_tokenizer)
         write_card(output, [])
     except OSError as error:
         fix = "free space, or choose another folder"
         raise UserError(f"cannot write the adapter: {error}", str(output), fix) from error
     return Adapter.open(output)
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy the files of a folder, without links that lead elsewhere."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_file() and lies_in(path, source):
+            shutil.copyfile(path, target / path.name)
 
 
 def check_output(output: str | Path) -> Path:

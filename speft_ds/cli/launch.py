@@ -229,6 +229,7 @@ def _base_of(adapter: Path) -> list[str]:
     try:
         facts = read_json(adapter / "adapter.json")
         values = {"model.dtype": facts["dtype"], "model.base_format": facts.get("base_format")}
+        values["model.add_tokens"] = facts.get("new_tokens")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"not a readable adapter: {error}", str(adapter)) from error
     return [as_override(key, value) for key, value in values.items() if value is not None]

@@ -1,10 +1,10 @@
 """The `model` and `deepspeed` sections: the frozen base, and how it is sharded."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
-from speft_ds.config.section import ConfigSection, broken_rule
+from speft_ds.config.section import ConfigSection, Needs, broken_rule
 from speft_ds.config.values import BASE_FORMATS, FilePath, Text
 
 HEAD = "score.weight"  # of a classifier: [classes, hidden], new, trained completely
@@ -21,6 +21,10 @@ class ModelConfig(ConfigSection):
     """store the frozen linears of the decoder layers in few bits; null: in dtype"""
     task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
     """predict the next token, or a class of the row by a new, densely trained head"""
+    add_tokens: Annotated[
+        list[Text] | None, Field(min_length=1), Needs("task", ("causal_lm",), even_if_given=True)
+    ] = None
+    """new tokens, whose rows of the embedding and of the head are trained beside the mask"""
 
     @field_validator("attention")
     @classmethod
@@ -28,6 +32,13 @@ class ModelConfig(ConfigSection):
         if "/" in value:
             message = f"model.attention={value} is a kernel on the hub, whose code is never run here"
             raise broken_rule(message, "model.attention=auto")
+        return value
+
+    @field_validator("add_tokens")
+    @classmethod
+    def _differ(cls, value: list[str] | None) -> list[str] | None:
+        if twice := [token for token in value or () if value.count(token) > 1]:
+            raise broken_rule(f"{twice[0]!r} is there twice", "name each new token once")
         return value
 
 

@@ -74,6 +74,9 @@ class Recipe(ConfigSection):
         if method.name != "sparse" and base_format is not None:
             what = f"method.name={method.name} cannot train a base in model.base_format={base_format}"
             raise broken_rule(what, "model.base_format=null, or method.name=sparse", key="method.name")
+        if method.name != "sparse" and "model" in info.data and info.data["model"].add_tokens:
+            what = f"model.add_tokens goes with a mask, and method.name={method.name} has none of its own"
+            raise broken_rule(what, "method.name=sparse, or model.add_tokens=null", key="model.add_tokens")
         return method
 
     @field_validator("mask")

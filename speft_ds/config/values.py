@@ -12,6 +12,8 @@ from speft_ds.untrusted import MAX_NAME
 # Formats of a frozen base in few bits; speft_ds/model/codecs has a codec for each.
 BASE_FORMATS = ("int8", "bfp8", "bfp6", "bfp4", "nf4", "mxfp6", "mxfp4")
 
+MAX_MULTIPLE = 256  # of a vocabulary that was padded for the products of the head
+
 _MINUTES = re.compile(r"([1-9]\d*) ?min(ute)?s?")
 
 

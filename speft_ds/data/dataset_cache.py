@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from importlib.metadata import version
@@ -61,6 +61,7 @@ class DatasetSpec:
         classify: for sequence classification.
         seed: of the recipe, for `data.select=random`.
         where: number of a source -> what an error says of where it is named.
+        add_tokens: that the tokenizer has beside the model's.
     """
 
     data: DataConfig
@@ -68,6 +69,7 @@ class DatasetSpec:
     classify: bool = False
     seed: int = 0
     where: Callable[[int], str] = field(default=lambda number: "data.path", compare=False)
+    add_tokens: Sequence[str] = ()
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> DatasetSpec:
@@ -75,8 +77,9 @@ class DatasetSpec:
         if not recipe.data.sources:
             fix = "type data.path=/the/right/path"
             raise UserError("the recipe names no rows", recipe.where("data.path"), fix)
-        classify = recipe.model.task == "sequence_classification"
-        return cls(recipe.data, recipe.model.name_or_path, classify, recipe.seed, recipe.where_rows)
+        model, classify = recipe.model, recipe.model.task == "sequence_classification"
+        where, tokens = recipe.where_rows, model.add_tokens or ()
+        return cls(recipe.data, model.name_or_path, classify, recipe.seed, where, tokens)
 
     @property
     def date(self) -> date:
@@ -103,6 +106,7 @@ class DatasetSpec:
             self.classify,
             self.seed if data.select == "random" else None,
             _hash_model(self.model),
+            list(self.add_tokens),
             _hash_model(data.scorer, with_weights=True),
             data.scorer and _how_scored(),
             [_hash_source(source) for source in data.sources],

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from speft_ds import hub
 from speft_ds.config.data_config import DataConfig
+from speft_ds.config.recipe import Recipe
 from speft_ds.data.bad_rows import BadRows, report
 from speft_ds.data.chat_template import TEMPLATE_S, ChatTemplate
 from speft_ds.data.conversations import Example
@@ -31,6 +32,26 @@ _PROBE = "Hello  world, 12 \u00e9\n\u4e16 x"  # by which a loaded tokenizer is c
 MIN_PROMPT = 4  # tokens that a cut prompt keeps; a row that would have fewer is left out
 NO_LABELS = "nothing to learn, left out"
 CUT_PROMPT, CUT_RESPONSE, TOO_LONG = "truncated prompt", "truncated response", "too long, left out"
+
+
+def recipe_tokenizer(recipe: Recipe) -> object:
+    """The tokenizer of a recipe's model, with the recipe's new tokens.
+
+    Raises:
+        UserError: see `load_tokenizer`; or it has one of the new tokens already.
+    """
+    from tokenizers import AddedToken
+
+    tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
+    if (wanted := recipe.model.add_tokens) is None:
+        return tokenizer
+    known = tokenizer.get_vocab()
+    if there := [token for token in wanted if token in known]:
+        what = f"the model's tokenizer has {', '.join(map(repr, there))} already"
+        raise UserError(what, recipe.where("model.add_tokens"), "name tokens that are new")
+    # Not normalized: found in a text as they are written here.
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in wanted])
+    return tokenizer
 
 
 def load_tokenizer(name_or_path: str, where: str = "model.name_or_path") -> object:

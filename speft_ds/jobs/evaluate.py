@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,6 @@ from speft_ds.evaluation.scores import Score, read_evaluations
 from speft_ds.model.dtype import agree_on_dtype
 from speft_ds.model.targets import all_weights
 from speft_ds.report.tables import plain, print_table
-from speft_ds.sparse.storage import storage_of
 from speft_ds.terminal import Console
 from speft_ds.training.checks import check_chat_template
 from speft_ds.training.run_data import agree_on_date, load_data
@@ -48,19 +48,21 @@ def apply_to_shards(context: TrainContext, folder: Path) -> None:
     if context.fingerprint != adapter.facts["fingerprint"]:
         raise another_base(adapter)
     check_format(adapter, context.recipe.model.base_format)
-    weights = all_weights(context.engine.module)
+    if (adapter.facts.get("new_tokens") or []) != (context.recipe.model.add_tokens or []):
+        fix = f"model.add_tokens={json.dumps(adapter.facts.get('new_tokens'))}"
+        raise UserError("the adapter has other new tokens", str(folder), fix)
+    weights = all_weights(context.engine.module) | context.new_tokens.targets
     parameters = dict(context.engine.module.named_parameters())
-    shapes = {name: target.shape for name, target in weights.items()}
-    shapes |= {name: tuple(full_shape(weight)) for name, weight in parameters.items()}
-    check_weights(adapter, shapes)
-    changed = [weight for name in adapter.names for weight in weights[name].written]
-    with changing_shards(changed + [parameters[name] for name in adapter.whole]):
+    shapes = {name: tuple(full_shape(weight)) for name, weight in parameters.items()}
+    check_weights(adapter, shapes | {name: target.shape for name, target in weights.items()})
+    written = [weight for name in adapter.names for weight in weights[name].written]
+    with changing_shards(written + [parameters[name] for name in adapter.whole]):
         for name in adapter.whole:
             own, start = own_elements(parameters[name])
-            own.copy_(adapter.value(name).flatten()[start : start + own.numel()])
+            own.copy_(adapter.value(name).view(-1)[start : start + own.numel()])
         for name in adapter.names:
             index, delta = adapter.entries(name)
-            target, storage = weights[name], storage_of(weights[name])
+            target, storage = weights[name], context.storage(name, weights[name])
             start, stop = target.own_range
             first, last = torch.searchsorted(index, torch.tensor([start, stop])).tolist()
             own = (index[first:last] - start).to(storage.device)

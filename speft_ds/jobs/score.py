@@ -47,8 +47,9 @@ def run(recipe: Recipe) -> None:
     with timings.stage("model"):
         context = load_context(recipe, data, trains=False)
     check_shapes(recipe.mask, context.shapes)
-    # A base in few bits is another model than the one that was loaded.
-    before = fingerprint(context.engine.module) if context.quantised else context.fingerprint
+    # A base in few bits, or with new tokens, is another model than the one that was loaded.
+    is_another = context.quantised or context.new_tokens.targets
+    before = fingerprint(context.engine.module) if is_another else context.fingerprint
     mask = choose_mask(context, timings)
     with timings.stage("check"):
         if fingerprint(context.engine.module) != before:

@@ -1,8 +1,8 @@
 """The loss of label tokens from a head's inputs, with the logits of a chunk of them alive at a time.
 
-A chunk's loss and its gradients, of the hidden states and of a head that is trained whole, are made together
-in the forward. It all happens where the head is called: ZeRO-3 gathers its weight as ever, and not again in
-the backward.
+A chunk's loss and its gradients, of the hidden states and of a head that is trained, whole or in some rows,
+are made together in the forward. It all happens where the head is called: ZeRO-3 gathers its weight as ever,
+and not again in the backward.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, positions, targets, transform, temperature, chunk_bytes):
         flat = hidden.reshape(-1, hidden.shape[-1])
         gradient = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
-        of_weight = None
+        of_weight, hook = None, getattr(weight, "grad_hook", None)
+        rows = getattr(hook, "rows", slice(None))  # that the hook asks for
         if ctx.needs_input_grad[1]:
-            of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            of_weight = torch.zeros_like(weight[rows], dtype=torch.float32)
         needs_slope = gradient is not None or of_weight is not None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         size = max(1, chunk_bytes // (4 * weight.shape[0]))
@@ -74,9 +75,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 gradient[where] = logits.to(weight.dtype) @ weight
             if of_weight is not None:
-                of_weight.addmm_(logits.t(), flat[where].float())
+                of_weight.addmm_(logits[:, rows].t(), flat[where].float())
         ctx.save_for_backward(None if gradient is None else gradient.view_as(hidden), of_weight)
-        ctx.dtype, ctx.hook = weight.dtype, getattr(weight, "grad_hook", None)
+        ctx.dtype, ctx.hook = weight.dtype, hook
         return loss
 
     @staticmethod
@@ -99,7 +100,7 @@ class HeadLoss:
     """The loss of a causal model where its head is called, in place of logits.
 
     Args:
-        head: a linear that is frozen, or trained whole.
+        head: a linear that is frozen, or trained whole, or of which rows are.
         transform: what the model does to the head's logits.
         device: `cpu` or `cuda`, where it is going to run.
     """

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 # (columns, rows) of a weight's gradient sum_t rows[t, i] * columns[t, j]: of a linear x and grad_y. Of a
 # stack of experts, the tokens are sorted by expert, and a third argument [experts] says where each expert's
-# end. Of a weight that is no factor of a product, as a norm's or an embedding's, the gradient itself.
+# end. Of a weight that is no factor of a product, as a norm's or an embedding's, the gradient itself, or
+# its rows that the hook names (`rows`).
 WeightGradHook = Callable[..., None]
 
 

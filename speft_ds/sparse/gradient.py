@@ -23,7 +23,7 @@ from speft_ds.model.weight_grad_hooks import WeightGradHook
 from speft_ds.sparse.kernels.backends import DEFAULT_TOKENS, Backend, make_backend, measured_cost
 from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.kernels.stacked import make_stacked
-from speft_ds.sparse.kernels.torch_backends import whole_gradient
+from speft_ds.sparse.kernels.torch_backends import RowsOfGradient, whole_gradient
 from speft_ds.sparse.layout import Layout, RankShards
 from speft_ds.sparse.mask import Mask
 from speft_ds.sparse.tiles import Tiles
@@ -181,6 +181,7 @@ class SparseGradient:
         num_stacked: weight that is a stack -> matrices in it: experts.
         whole: weight -> its matrix' shape: what is trained whole beside the mask.
         order: all of these weights in the order of the model; None: the mask's, then whole ones.
+        rows: weight of the mask whose hook is called with its gradient -> [n] sorted, the rows that it has.
     """
 
     def __init__(
@@ -191,6 +192,7 @@ class SparseGradient:
         num_stacked: dict[str, int] | None = None,
         whole: dict[str, tuple[int, int]] | None = None,
         order: list[str] | None = None,
+        rows: dict[str, Tensor] | None = None,
     ):
         self.mask, self.device, self.options, self.num_stacked = mask, device, options, num_stacked or {}
         self.world_size, rank = collectives.world_size(), collectives.rank()
@@ -202,10 +204,12 @@ class SparseGradient:
         self.own_slices = {name: layout.places(name, rank) for name in shapes}
         self.backends: dict[str, str] = {}
         self.kernels: dict[str, Backend] = {}
-        self.hooks = {name: self._make_hook(name) for name in mask.shape}
+        rows = rows or {}
+        self.hooks = {name: self._make_hook(name) for name in mask.shape if name not in rows}
+        self.hooks |= {name: self._make_rows_hook(name, own.to(device)) for name, own in rows.items()}
         self.hooks |= {name: self._make_whole_hook(name) for name in whole or {}}
         order = [name for name in order or shapes if index[name] is None or index[name].numel()]
-        self.buckets = self._make_buckets(order, whole or {})
+        self.buckets = self._make_buckets(order, whole or {}, rows)
         self.bucket_of = {name: bucket for bucket in self.buckets for name in bucket.names}
         # Uses of a weight in a backward: one, until the first backward has told.
         self.expected, self.is_profiling = dict.fromkeys(self.bucket_of, 1), options.overlap
@@ -222,15 +226,18 @@ class SparseGradient:
         why = f", as measured on {costs.device}" if costs else ", by a rule of thumb: nothing was measured"
         return f"sparse gradient by {parts}: train.sparse_backend={wanted}{why if wanted == 'auto' else ''}"
 
-    def _make_buckets(self, order: list[str], whole: Collection[str]) -> list[Bucket]:
+    def _make_buckets(self, order: list[str], whole: Collection[str], rows: Collection[str]) -> list[Bucket]:
         """In the order in which a backward completes them: from the last weight to the first."""
         if self.world_size == 1:
             return []  # what is added is ours
         number = {name: place for place, name in enumerate(order)}
         buckets = []
-        for kind, is_whole in ((EntryBucket, False), (WholeBucket, True)):
+        entries = [name for name in order if name not in whole and name not in rows]
+        new_rows, of_whole = ([name for name in order if name in some] for some in (rows, whole))
+        # The flat buffers have these one after the other: no bucket has some of both.
+        for kind, chosen in ((EntryBucket, entries), (EntryBucket, new_rows), (WholeBucket, of_whole)):
             groups, total = [], self.options.bucket
-            for name in reversed([name for name in order if (name in whole) == is_whole]):
+            for name in reversed(chosen):
                 count = sum(self.layout.counts(name))
                 if total + count > self.options.bucket:
                     groups.append([])
@@ -269,6 +276,16 @@ class SparseGradient:
             self.add(name, backend(*factors))
 
         hook.columns = getattr(backend, "columns", None)  # all that it needs of the input; None: all
+        return hook
+
+    def _make_rows_hook(self, name: str, rows: Tensor) -> WeightGradHook:
+        """What a weight of which rows are trained calls with its gradient."""
+        backend = RowsOfGradient(rows)
+
+        def hook(gradient: Tensor) -> None:
+            self.add(name, backend(gradient))
+
+        hook.rows = rows  # all that it needs of the gradient
         return hook
 
     def _make_whole_hook(self, name: str) -> WeightGradHook:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from speft_ds.comm import collectives
 from speft_ds.errors import UserError
 from speft_ds.io import write_safetensors
 from speft_ds.sparse.layout import index_dtype, locate
@@ -57,6 +59,14 @@ class Mask:
     def numel(self, name: str) -> int:
         rows, columns = self.shape[name]
         return rows * columns
+
+    def with_rows(self, rows: Tensor, shape: dict[str, tuple[int, int]]) -> Mask:
+        """This mask with the [n] sorted rows of these other weights, weight -> (rows, columns), behind it."""
+        index, device = dict(self.index), collectives.device()
+        for name, (_, columns) in shape.items():
+            flat = (rows[:, None] * columns + torch.arange(columns)).flatten()
+            index[name] = flat.to(device, index_dtype(math.prod(shape[name])))
+        return Mask(index, {**self.shape, **shape})
 
     def columns(self) -> dict[str, Tensor]:
         """Weight -> sorted int64 columns that have entries."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from speft_ds.comm import collectives
 from speft_ds.sparse.layout import EntryTable, Layout, RankShards, ShardTable, locate
 from speft_ds.sparse.mask import Mask
-from speft_ds.sparse.storage import InPlace, Overlay
+from speft_ds.sparse.storage import InPlace, NewRows, Overlay
 from speft_ds.zero.shards import full_shape
 
 
@@ -74,6 +74,7 @@ class SparseState:
             too, keeps its fp32 values; of others these are made of the shards.
         exact: deltas start as what the base lost when it was put into few bits, not at 0 (as LoftQ starts
             adapters; Li et al., 2023): the entries have the checkpoint's values.
+            Those in new rows always start so.
     """
 
     def __init__(
@@ -100,8 +101,11 @@ class SparseState:
         self.num_entries = sum(index.numel() for index in self.index.values())
         base = self._read(self.index)
         delta = torch.zeros(self.num_entries, dtype=torch.float32, device=self.device)
-        if exact:
-            delta += self._read(self.index, "original").float() - base.float()
+        if previous is None:
+            for name, where in self.index.items():
+                if exact or isinstance(self.storages[name], NewRows):
+                    own = self.slices[name]
+                    delta[own] = self.storages[name].original(where).to(self.device).float() - base[own]
         entries = Entries(self.keys(), base, delta)
         nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.dropped = entries.index_select(nothing)  # not a slice, which would keep all the keys alive
@@ -153,9 +157,9 @@ class SparseState:
             founds.append(torch.full_like(positions[-1], name in previous.whole, dtype=torch.bool))
         return torch.cat(positions), torch.cat(founds)
 
-    def _read(self, index: dict[str, Tensor], which: str = "pretrained") -> Tensor:
-        """The values at local indices, flat, `pretrained` or `original`; see `storage`."""
-        values = [getattr(self.storages[name], which)(where) for name, where in index.items()]
+    def _read(self, index: dict[str, Tensor]) -> Tensor:
+        """The pretrained values at local indices, flat."""
+        values = [self.storages[name].pretrained(where) for name, where in index.items()]
         if not values:  # a mask of no weight
             return torch.empty(0, device=self.device)
         return torch.cat([value.to(self.device) for value in values])

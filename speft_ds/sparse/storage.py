@@ -13,7 +13,7 @@ from speft_ds.comm import collectives
 from speft_ds.model.kinds.quantised import QuantisedLinear, QuantisedTarget
 from speft_ds.model.kinds.target import Target
 from speft_ds.sparse.layout import Layout
-from speft_ds.zero.shards import shard_of, shard_range
+from speft_ds.zero.shards import own_range, shard_of, shard_range
 
 
 class InPlace:
@@ -42,6 +42,25 @@ class InPlace:
 
     def write(self, local: Tensor, values: Tensor) -> None:
         self.shard[local] = values
+
+
+class NewRows(InPlace):
+    """The same in a weight that was given more rows: pretrained values of these are 0.
+
+    Args:
+        num_pretrained: elements of the weight that the base has.
+    """
+
+    def __init__(self, weight: nn.Parameter, num_pretrained: int):
+        super().__init__(weight)
+        self.num_pretrained = num_pretrained - own_range(weight)[0]  # of this rank's shard
+
+    def pretrained(self, local: Tensor) -> Tensor:
+        return self.shard[local].masked_fill(local >= self.num_pretrained, 0.0)
+
+    def original(self, local: Tensor) -> Tensor:
+        """[n] the values to start from."""
+        return self.shard[local]
 
 
 class Overlay:

@@ -98,7 +98,8 @@ def check_space(context: TrainContext, num_steps: int) -> None:
     if train.checkpoint_every is None:
         return
     number = num_checkpoints(train, num_steps)
-    num_trained = context.num_trainable + sum(target.numel for target in context.whole.values())
+    num_trained = context.num_trainable + context.new_tokens.num_elements
+    num_trained += sum(target.numel for target in context.whole.values())
     needed = number * checkpoint_entry(recipe) * num_trained
 
     def check() -> None:

@@ -16,7 +16,7 @@ from speft_ds.data.chat_template import fix_date, writes_date
 from speft_ds.data.dataset import TokenizedDataset
 from speft_ds.data.dataset_cache import DatasetSpec, prepare
 from speft_ds.data.sampler import Sampler
-from speft_ds.data.tokenize import load_tokenizer
+from speft_ds.data.tokenize import recipe_tokenizer
 from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
 
@@ -85,7 +85,7 @@ def load_data(recipe: Recipe, needs_training: bool = False, needs_calibration: b
         UserError: see `dataset_cache.prepare`; nodes do not have the same rows; or there are fewer rows than
             `mask.calibration_samples`.
     """
-    tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
+    tokenizer = recipe_tokenizer(recipe)
     if recipe.data.date is not None:
         fix_date(tokenizer, date.fromisoformat(recipe.data.date))
     section, mask = recipe.data, recipe.mask
@@ -139,7 +139,10 @@ def read_rows(
         where: number of a source -> where it is named; None: in the data section.
     """
     where = where or recipe.where_rows
-    spec = DatasetSpec(section, recipe.model.name_or_path, classifies(recipe), recipe.seed, where)
+    model = recipe.model
+    spec = DatasetSpec(
+        section, model.name_or_path, classifies(recipe), recipe.seed, where, model.add_tokens or ()
+    )
     if section.select == "ifd":
         log_rank0("note: scoring rows takes long on a CPU; `speft data RECIPE` does it ahead of a run")
     dataset = collectives.local_rank0_first(lambda: prepare(spec, lambda: tokenizer, log_rank0))

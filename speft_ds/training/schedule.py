@@ -26,7 +26,6 @@ from speft_ds.sparse.optim.clipping import Clip
 from speft_ds.sparse.optim.lr_schedule import make_lr_schedule
 from speft_ds.sparse.optim.optimizers import OptimizerState, make_optimizer
 from speft_ds.sparse.state import SparseState, spans_of
-from speft_ds.sparse.storage import storage_of
 from speft_ds.training.checkpoint.parts import Parts, Snapshot
 from speft_ds.training.layer_sampler import LayerSampler
 from speft_ds.training.setup import TrainContext
@@ -40,8 +39,8 @@ class Schedule:
     """`static`: the mask of the start, to the end. The others override the hooks.
 
     Attributes:
-        mask: of the moment.
-        state, gradient, optimizer: of its entries; the engine trains them.
+        mask: of the moment, without the rows of new tokens, which are always trained.
+        state, gradient, optimizer: of its entries and these rows; the engine trains them.
         changes: one dict per change of the mask, for run.json.
 
     Args:
@@ -60,7 +59,7 @@ class Schedule:
         self.changes: list[dict] = []
         gate = (self.recipe.layer_gate, self.recipe.gate_every, self.recipe.gate_layers)
         self.layers = LayerSampler(*gate, recipe.seed, list(mask.shape))
-        self.storages = {name: storage_of(target) for name, target in context.trained.items()}
+        self.storages = {name: context.storage(name, target) for name, target in context.trained.items()}
         with self._changing_shards():
             self.state = self._make_state(mask)
         if self.recipe.schedule != "periodic":  # which scores what was lost again
@@ -74,6 +73,7 @@ class Schedule:
         self, mask: Mask, previous: SparseState | None = None, revert: bool = False
     ) -> SparseState:
         exact = previous is None and self.recipe.start == "exact"
+        mask = self.context.with_new_rows(mask)
         return SparseState(mask, self.storages, previous, revert, target_shapes(self.whole), exact)
 
     @property
@@ -87,9 +87,10 @@ class Schedule:
     def _attach(self) -> None:
         recipe = self.context.recipe
         options = GradientOptions.of(recipe, self.context.costs)
-        stacks = self.context.num_stacked
-        order = [name for name in self.context.order if name in self.state.slices]
-        self.gradient = SparseGradient(self.mask, self.state.device, options, stacks, self.state.whole, order)
+        stacks, state, new = self.context.num_stacked, self.state, self.context.new_tokens
+        order = [name for name in self.context.order if name in state.slices]
+        how = (options, stacks, state.whole, order, dict.fromkeys(new.targets, new.rows))
+        self.gradient = SparseGradient(state.mask, state.device, *how)
         clip = Clip(recipe.optimizer.clip, recipe.optimizer.clip_norm)
         self.context.engine.attach(
             Trainable(self.state, self.gradient, self.optimizer, self.lr_schedule, clip, self.on_gradient)
@@ -277,7 +278,7 @@ class GradTopk(Schedule):
             self.mask.index[name].numel() for name in self.mask.shape if self.layers.is_active(name)
         )
         count = max(1, round(self.recipe.topk_fraction * num_active)) if num_active else 0
-        lengths = [index.numel() for index in self.state.index.values()]
-        active = torch.ones_like(gradient, dtype=torch.bool)  # whole weights always step
-        active[: self.state.num_entries] = is_top(size[: self.state.num_entries], lengths, count)
+        lengths = [self.state.index[name].numel() for name in self.mask.shape]
+        active = torch.ones_like(gradient, dtype=torch.bool)  # new rows and whole weights always step
+        active[: sum(lengths)] = is_top(size[: sum(lengths)], lengths, count)
         return active

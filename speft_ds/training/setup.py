@@ -27,6 +27,7 @@ from speft_ds.model.load_model import fill_head, load_base
 from speft_ds.model.longrope import rotate_by_row
 from speft_ds.model.loss import NextToken, RowClass
 from speft_ds.model.low_rank import LowRank, num_elements
+from speft_ds.model.new_tokens import NewTokens, add_tokens
 from speft_ds.model.quantise import load_config, quantise
 from speft_ds.model.reach import Reach, find_reach
 from speft_ds.model.targets import (
@@ -47,6 +48,7 @@ from speft_ds.selection.topk import select
 from speft_ds.selection.units import Units, find_units, in_units, parts_of, select_units
 from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.mask import Mask
+from speft_ds.sparse.storage import InPlace, NewRows, Overlay, storage_of
 from speft_ds.training.low_rank import linears_beside, make_low_rank, num_entries
 from speft_ds.training.metrics import Timings
 from speft_ds.training.run_data import RunData, classifies
@@ -61,6 +63,7 @@ class TrainContext:
     Attributes:
         targets: weight name -> weight that may have entries; `shapes`: weight name -> (rows, columns).
         whole: weight name -> weight that is trained whole: by the method, `mask.dense`, a classifier's head.
+        new_tokens: of which rows are trained beside the mask.
         mixes_rows: whether the gradient of a target cannot be told apart by rows, as that of experts.
         num_trainable: entries that are asked for, over all ranks; what a selection comes to may differ by
             the rounding of tiles and row quotas.
@@ -79,6 +82,7 @@ class TrainContext:
     engine: SparseEngine
     targets: dict[str, Target]
     whole: dict[str, Target]
+    new_tokens: NewTokens
     shapes: dict[str, tuple[int, int]]
     mixes_rows: bool
     num_trainable: int
@@ -92,7 +96,17 @@ class TrainContext:
 
     @property
     def trained(self) -> dict[str, Target]:
-        return self.targets | self.whole
+        return self.targets | self.new_tokens.targets | self.whole
+
+    def storage(self, name: str, target: Target) -> InPlace | Overlay:
+        """Where the entries of a weight live."""
+        if name in self.new_tokens.targets:
+            return NewRows(target.weight, self.new_tokens.num_pretrained * target.shape[1])
+        return storage_of(target)
+
+    def with_new_rows(self, mask: Mask) -> Mask:
+        """A mask with the rows of new tokens behind its entries."""
+        return mask.with_rows(self.new_tokens.rows, target_shapes(self.new_tokens.targets))
 
     @property
     def whole_of_base(self) -> dict[str, Target]:
@@ -140,19 +154,24 @@ def load_context(
     quantised = []
     if base_format is not None:
         quantised = quantise(model, base_format, ds_config, recipe.mask.needs_original)
+    new = add_tokens(model, data.tokenizer, recipe.model.add_tokens or [], ds_config)
     targets = _find_targets(model, loaded, recipe) if recipe.method.has_mask else {}
     whole = _find_whole(model, targets, recipe) | head
+    if both := [name for name in new.targets if name in targets | whole]:
+        what = f"{both[0]} is to be trained by the mask or whole, and rows of it are by model.add_tokens"
+        raise UserError(what, recipe.where("model.add_tokens"), "leave it out of mask.targets and mask.dense")
     linears, rank = linears_beside(model, targets, loaded, recipe)
     low_rank = make_low_rank(model, linears, rank, recipe, ds_config) if linears and trains else None
     whole |= low_rank.targets if low_rank else {}
     _note_noise(model)
     if train.activation_checkpointing != "none":
         model.gradient_checkpointing_enable({"use_reentrant": train.activation_checkpointing == "reentrant"})
-    written = [weight for target in (targets | whole).values() for weight in target.written]
+    trained = targets | whole | new.targets
+    written = [weight for target in trained.values() for weight in target.written]
     keep = recipe.deepspeed.keep_unpartitioned
     engine = build_engine(model, ds_config, written, recipe.walks_all_layers, keep)
     # All, not the targets alone: torch's own linear would keep the gathered weight alive until its backward.
-    by_autograd = {id(target.weight) for target in whole.values() if isinstance(target, ParameterTarget)}
+    by_autograd = {id(target.weight) for target in trained.values() if isinstance(target, ParameterTarget)}
     for target in (all_weights(model) | head).values():
         if id(target.weight) not in by_autograd:
             target.adapt(recomputes_input=train.activation_checkpointing == "none")
@@ -170,6 +189,7 @@ def load_context(
         engine=engine,
         targets=targets,
         whole=whole,
+        new_tokens=new,
         shapes=shapes,
         mixes_rows=not reach.mixed.isdisjoint(targets),
         num_trainable=entries,
@@ -336,6 +356,7 @@ def base_facts(context: TrainContext) -> dict:
     few_bits = {"base_format": recipe.model.base_format, "quantised": context.quantised}
     few_bits["start"] = recipe.mask.start
     return {
+        **context.new_tokens.facts(),
         **(classifier if classifies(recipe) else {}),
         **(few_bits if context.quantised else {}),
         "task": recipe.model.task,
@@ -399,8 +420,9 @@ def choose_mask(context: TrainContext, timings: Timings, number: int = 0) -> Mas
     was_training = module.training
     module.train(context.recipe.train.activation_checkpointing != "none")
     try:
-        # Whole weights learn nothing from what only scores.
-        no_hooks = weight_grad_hooks(context.whole, dict.fromkeys(context.whole))
+        # Whole weights and new rows learn nothing from what only scores.
+        others = {name: t for name, t in context.trained.items() if name not in context.targets}
+        no_hooks = weight_grad_hooks(others, dict.fromkeys(others))
         with timings.stage("salience"), no_hooks:
             scores = score(make_scorer(context, number))
     finally:

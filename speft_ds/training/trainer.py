@@ -182,6 +182,8 @@ class Trainer:
         if whole := self.context.whole_of_base:
             elements = sum(target.numel for target in whole.values())
             log_rank0(f"trained whole: {elements:,} elements of {len(whole)} weights: {shorten(list(whole))}")
+        if (new := self.context.new_tokens).targets:
+            log_rank0(f"new tokens: rows of {shorten(list(new.targets))} are trained, {new.in_words()}")
         if not self.recipe.method.has_mask:
             return
         recipe = self.recipe.mask
@@ -409,5 +411,7 @@ class Trainer:
     def save(self) -> None:
         """Write the adapter (all ranks take part)."""
         facts = {**base_facts(self.context), "recipe": self.recipe.model_dump(mode="json")}
+        facts["mask"] = self.mask.facts()
+        tokenizer = self.context.data.tokenizer if self.context.new_tokens.targets else None
         with self.timings.stage("save"):
-            save_adapter(self.folder / "adapter", self.state, facts, self.context.low_rank)
+            save_adapter(self.folder / "adapter", self.state, facts, self.context.low_rank, tokenizer)

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import torch
 
-from distributed.reference import DenseRun, assert_as_dense, plain_model, start, whole_weights
+from distributed.reference import (
+    DenseRun,
+    assert_as_dense,
+    evaluated_weights,
+    plain_model,
+    start,
+    whole_weights,
+)
 from speft_ds.adapter.apply import apply_adapter
 from speft_ds.adapter.format import Adapter
 from speft_ds.comm import collectives
@@ -98,5 +105,7 @@ def check_adapter(recipe, weights: Path):
     for name, weight in model.named_parameters():
         assert torch.equal(weight, trained[name]), name
     assert any(not torch.equal(trained[name], weight) for name, weight in before.items())
+    for name, weight in evaluated_weights(recipe, trainer.folder / "adapter").items():
+        assert torch.equal(weight, trained[name]), name
     adapter = Adapter.open(trainer.folder / "adapter")
     return {"whole": set(adapter.whole), "num_entries": adapter.num_entries}

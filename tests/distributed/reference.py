@@ -15,9 +15,12 @@ from speft_ds.adapter.format import Adapter
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate
+from speft_ds.jobs.evaluate import apply_to_shards
 from speft_ds.model.codecs import codec
 from speft_ds.model.kinds.quantised import QuantisedLinear
 from speft_ds.training.checkpoint.resume import Start
+from speft_ds.training.run_data import load_data
+from speft_ds.training.setup import load_context
 from speft_ds.training.trainer import Trainer
 
 SGD = {"name": "sgd", "momentum": 0.9, "lr": 0.5, "weight_decay": 0.1}
@@ -84,6 +87,13 @@ def whole_entries(trainer: Trainer, own: Tensor) -> dict[str, Tensor]:
     }
 
 
+def evaluated_weights(recipe: Recipe, adapter: Path) -> Dense:
+    """The weights that an evaluation of a finished run scores."""
+    context = load_context(recipe, load_data(recipe), trains=False)
+    apply_to_shards(context, adapter)
+    return whole_weights(context.engine.module)
+
+
 def plain_model(recipe: Recipe):
     from transformers import AutoModelForCausalLM
 
@@ -127,6 +137,7 @@ class DenseRun:
         loss_of: the loss of step 0, 1, ... of the whole model; the default is the mean token loss.
         picked: weight -> flat indices of what is trained; the default is the mask.
         whole: names of weights whose values are trained, not their differences.
+        start: weight -> deltas that the model has already; the default is none.
     Attributes:
         losses, norms: by step. clipped, kept: how many groups were clipped, and were not, in all steps.
         weights: after the last step.
@@ -139,6 +150,7 @@ class DenseRun:
         loss_of: Callable[[int], Tensor] | None = None,
         picked: dict[str, Tensor] | None = None,
         whole: Collection[str] = (),
+        start: Dense | None = None,
     ):
         self.settings, self.steps = trainer.recipe.optimizer, trainer.recipe.train.steps
         self.model = model or plain_model(trainer.recipe)
@@ -147,6 +159,9 @@ class DenseRun:
         self.picked = {n: i.to("cpu", torch.int64) for n, i in (picked or trainer.mask.index).items()}
         self.pretrained = {name: self.weights[name].detach().clone() for name in self.picked}
         self.delta = {n: torch.zeros(i.numel(), requires_grad=True) for n, i in self.picked.items()}
+        for name, delta in (start or {}).items():
+            self.delta[name] = delta.clone().requires_grad_()
+            self.pretrained[name].view(-1)[self.picked[name]] -= delta
         for name in whole:  # whose values are trained themselves, from 0 on
             self.delta[name] = self.pretrained[name].flatten().requires_grad_()
             self.pretrained[name] = torch.zeros_like(self.pretrained[name])

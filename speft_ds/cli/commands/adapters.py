@@ -192,7 +192,7 @@ def push(
 
     opened = open_adapter(adapter, reads_low_rank=True)
     chosen, left_out = files_to_push(opened.folder)
-    lines = [f"  {path.name}  {path.stat().st_size:,} bytes" for path in chosen]
+    lines = [f"  {path.relative_to(opened.folder)}  {path.stat().st_size:,} bytes" for path in chosen]
     lines += [f"not uploaded: {path.name}" for path in left_out]
     log_rank0("\n".join([*lines, *notes(opened)]))
     typer.echo("nothing was uploaded (--dry-run)" if dry_run else push(adapter, repo_id, private))

@@ -12,7 +12,7 @@ from speft_ds.config.recipe import Recipe
 from speft_ds.data.dataset import TokenizedDataset
 from speft_ds.data.dataset_cache import DatasetSpec, left_out_rows, prepare
 from speft_ds.data.row_counts import in_words, row_counts
-from speft_ds.data.tokenize import load_tokenizer
+from speft_ds.data.tokenize import recipe_tokenizer
 from speft_ds.env import log_rank0
 from speft_ds.errors import RecipeError, UserError
 from speft_ds.io import write_bytes
@@ -38,7 +38,7 @@ def show_data(recipe: Recipe, output: Path | None, left_out: bool = False) -> No
     if left_out:
         list_left_out(recipe, spec)
         return
-    dataset = prepare(spec, lambda: load_tokenizer(recipe.model.name_or_path), log_rank0)
+    dataset = prepare(spec, lambda: recipe_tokenizer(recipe), log_rank0)
     for number, pieces in enumerate(dataset.facts["samples"], 1):
         console.print(sample_text(f"row {number}", pieces), "", sep="\n", soft_wrap=True)
     console.print(_sources_table(recipe, dataset))
@@ -59,7 +59,7 @@ def show_data(recipe: Recipe, output: Path | None, left_out: bool = False) -> No
 def list_left_out(recipe: Recipe, spec: DatasetSpec) -> None:
     """Print a line for each row that is left out, and how many there are."""
     reasons = Counter()
-    for where, why in left_out_rows(spec, load_tokenizer(recipe.model.name_or_path)):
+    for where, why in left_out_rows(spec, recipe_tokenizer(recipe)):
         log_rank0(f"{where}: {why}")
         reasons[why] += 1
     log_rank0(f"{reasons.total():,} rows left out")

@@ -79,11 +79,11 @@ def gpus_found(recipe: Recipe, num_ranks: int) -> Found:
 def rows_found(recipe: Recipe, num_ranks: int, most: int | None = NUM_ROWS) -> Found:
     """The first rows of each source as the model sees them, up to `most`; those that are left out by line."""
     from speft_ds.data.dataset_cache import DatasetSpec, classes_of, encode_rows  # late: they import numpy
-    from speft_ds.data.tokenize import load_tokenizer
+    from speft_ds.data.tokenize import recipe_tokenizer
 
     spec, bad = DatasetSpec.from_recipe(recipe), BadRows(names_all=most is None)
     classes = classes_of(recipe.data, bad)
-    tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.where("model.name_or_path"))
+    tokenizer = recipe_tokenizer(recipe)
     encoder = spec.encoder(tokenizer)
     num_read, rows, left_out, reads_all = 0, [], [], True
     for source in _sources(recipe):

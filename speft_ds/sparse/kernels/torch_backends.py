@@ -109,6 +109,27 @@ class ColumnGradient:
         return matmul_fp32(grad_y.reshape(-1, grad_y.shape[-1]).t(), chosen).view(-1)
 
 
+class RowsOfGradient:
+    """Rows of a gradient that autograd, or the loss at the head, makes itself.
+
+    Args:
+        rows: [n] int64, sorted.
+    """
+
+    def __init__(self, rows: Tensor):
+        self.rows = rows
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """[rows, in] of all rows, also as a sparse tensor, or of these alone -> [n * in] fp32."""
+        if gradient.is_sparse:  # [tokens] rows, [tokens, in] values; a product adds them in a fixed order
+            row, values = gradient._indices()[0], gradient._values()
+            is_ours = torch.isin(row, self.rows)
+            chosen = (self.rows[:, None] == row[is_ours]).float() @ values[is_ours].float()
+        else:
+            chosen = gradient if len(gradient) == len(self.rows) else gradient[self.rows]
+        return chosen.float().flatten()
+
+
 class SharedTranspose:
     """The transposed copy of one tensor for all that ask for it in a row; it goes when the tensor goes.
 

@@ -151,3 +151,29 @@ def test_bytes_that_are_no_gaps():
         for code in codes:
             with pytest.raises(ValueError):
                 decode_gaps(torch.tensor(list(bytes.fromhex(code)), dtype=torch.uint8), count, 100)
+
+
+def test_new_tokens_have_a_tokenizer_and_as_many_rows(tmp_path):
+    """Its folder is replaced with the adapter; a vocabulary of another size is refused."""
+    facts = FACTS | {"shapes": SHAPES, "new_tokens": ["<a>"], "vocabulary": [8, 9]}
+    entries = [(Q, torch.tensor([3]), torch.tensor([1.0]))]
+    for text in ("first", "second"):
+        write_adapter(tmp_path / "adapter", entries, facts, save_tokenizer=save(text))
+    adapter = Adapter.open(tmp_path / "adapter")
+    assert adapter.vocabulary == (8, 9) and (adapter.tokenizer / "tokenizer.json").read_text() == "second"
+    (tmp_path / "adapter" / "tokenizer" / "tokenizer.json").unlink()
+    (tmp_path / "adapter" / "tokenizer").rmdir()
+    refused(lambda: Adapter.open(tmp_path / "adapter").tokenizer, tmp_path / "adapter")
+    for vocabulary in ([9, 8], [8, 2**40], [8]):
+        odd = facts | {"vocabulary": vocabulary}
+        refused(lambda odd=odd: write_adapter(tmp_path / "odd", entries, odd), tmp_path / "odd")
+
+
+def save(text):
+    """What writes a tokenizer's folder."""
+
+    def write(folder):
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(text)
+
+    return write

@@ -40,6 +40,13 @@ def test_the_files_of_the_folder_arrive(server, adapter):
     assert sorted(server.files) == sorted([*OURS, "NOTES.txt"])
 
 
+def test_the_tokenizer_of_new_tokens_is_uploaded(server, adapter):
+    (adapter / "tokenizer").mkdir()
+    (adapter / "tokenizer" / "tokenizer.json").write_text("{}")
+    push(adapter, "me/mine")
+    assert sorted(server.files) == sorted([*OURS, "tokenizer/tokenizer.json"])
+
+
 def test_nothing_outside_the_folder_is_uploaded(server, adapter, tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     (adapter / "link.txt").symlink_to(tmp_path / "secret.txt")

@@ -125,6 +125,12 @@ class Overlay:
             shard[torch.searchsorted(self.own, local)] = values
 
 
-def storage_of(target: Target) -> InPlace | Overlay:
-    """Where the entries of a weight live."""
+def storage_of(target: Target, num_rows: int | None = None) -> InPlace | Overlay:
+    """Where the entries of a weight live.
+
+    Args:
+        num_rows: that it has in the base, where it was given more; None: it was not.
+    """
+    if num_rows is not None:
+        return NewRows(target.weight, num_rows * target.shape[1])
     return Overlay(target.module) if isinstance(target, QuantisedTarget) else InPlace(target.weight)

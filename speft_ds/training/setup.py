@@ -48,7 +48,7 @@ from speft_ds.selection.topk import select
 from speft_ds.selection.units import Units, find_units, in_units, parts_of, select_units
 from speft_ds.sparse.kernels.costs import KernelCosts
 from speft_ds.sparse.mask import Mask
-from speft_ds.sparse.storage import InPlace, NewRows, Overlay, storage_of
+from speft_ds.sparse.storage import InPlace, Overlay, storage_of
 from speft_ds.training.low_rank import linears_beside, make_low_rank, num_entries
 from speft_ds.training.metrics import Timings
 from speft_ds.training.run_data import RunData, classifies
@@ -100,9 +100,8 @@ class TrainContext:
 
     def storage(self, name: str, target: Target) -> InPlace | Overlay:
         """Where the entries of a weight live."""
-        if name in self.new_tokens.targets:
-            return NewRows(target.weight, self.new_tokens.num_pretrained * target.shape[1])
-        return storage_of(target)
+        is_new = name in self.new_tokens.targets
+        return storage_of(target, self.new_tokens.num_pretrained if is_new else None)
 
     def with_new_rows(self, mask: Mask) -> Mask:
         """A mask with the rows of new tokens behind its entries."""
@@ -421,9 +420,8 @@ def choose_mask(context: TrainContext, timings: Timings, number: int = 0) -> Mas
     module.train(context.recipe.train.activation_checkpointing != "none")
     try:
         # Whole weights and new rows learn nothing from what only scores.
-        others = {name: t for name, t in context.trained.items() if name not in context.targets}
-        no_hooks = weight_grad_hooks(others, dict.fromkeys(others))
-        with timings.stage("salience"), no_hooks:
+        others = context.whole | context.new_tokens.targets
+        with timings.stage("salience"), weight_grad_hooks(others, dict.fromkeys(others)):
             scores = score(make_scorer(context, number))
     finally:
         module.train(was_training)

@@ -246,6 +246,8 @@ def _prepare(model: nn.Module, geometry: Geometry, one: Pass, live: LiveBytes) -
         target.adapt(recomputes_input=one.checkpointing == "none")
         if name in geometry.targets:
             target.weight_grad_hook = _temporaries_hook(geometry.density, target.shape[1], one, live)
+        elif name.replace(".weight", ".lora_A.default.weight") in geometry.whole:
+            target.weight_grad_hook = lambda *factors: None  # A has the same input
     if one.collects != "entries":
         return
     for name, target in find_whole(model, None).items():

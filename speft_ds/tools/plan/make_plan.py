@@ -206,7 +206,7 @@ def notes(setup: Setup, is_auto: bool) -> list[str]:
         names = shorten(list(setup.geometry.whole))
         found.append(f"trained whole: {setup.num_whole:,} elements at a time: {names}")
     if recipe.method.has_lora:
-        found.append("activations of low-rank matrices are not counted: the inputs of their linears, at most")
+        found.append("of the activations of low-rank matrices, those between A and B are not counted")
     if recipe.mask.schedule == "periodic":
         found.append("entries that leave a periodic mask stay in memory, about 14 bytes each: not counted")
     if recipe.eval.tasks:

@@ -34,12 +34,13 @@ from speft_ds.model.linear_cross_entropy import find_head_loss
 from speft_ds.model.load_model import load_base
 from speft_ds.model.loss import NextToken
 from speft_ds.model.targets import find_targets
+from speft_ds.training.make_schedule import make_schedule
 from speft_ds.training.memory import tensor_bytes
 from speft_ds.training.metrics import Timings
+from speft_ds.training.model_facts import base_facts
 from speft_ds.training.run_data import load_data
-from speft_ds.training.setup import base_facts, choose_mask, load_context
+from speft_ds.training.setup import choose_mask, load_context
 from speft_ds.training.stash_format import TrainingStash
-from speft_ds.training.trainer import make_schedule
 from speft_ds.zero.engine import require_grad
 from speft_ds.zero.shards import full_shape
 

@@ -28,8 +28,9 @@ from speft_ds.model.targets import all_weights
 from speft_ds.report.tables import plain, print_table
 from speft_ds.terminal import Console
 from speft_ds.training.checks import check_chat_template
+from speft_ds.training.model_facts import scored_model_facts
 from speft_ds.training.run_data import agree_on_date, load_data
-from speft_ds.training.setup import TrainContext, load_context, scored_model_facts
+from speft_ds.training.setup import TrainContext, load_context
 from speft_ds.zero.shards import changing_shards, full_shape, gathered, own_elements
 
 

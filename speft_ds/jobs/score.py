@@ -23,9 +23,10 @@ from speft_ds.sparse.mask import save_mask
 from speft_ds.training.checks import check_shapes
 from speft_ds.training.memory import peak_gib
 from speft_ds.training.metrics import Timings
+from speft_ds.training.model_facts import base_facts
 from speft_ds.training.run_data import agree_on_date, load_data
 from speft_ds.training.run_dir import check_output_dir, start_folder
-from speft_ds.training.setup import base_facts, choose_mask, load_context
+from speft_ds.training.setup import choose_mask, load_context
 
 
 def run(recipe: Recipe) -> None:

@@ -114,7 +114,7 @@ def save_mask(path: Path, mask: Mask, facts: dict) -> None:
     """Write a mask file atomically; one rank calls this.
 
     Args:
-        facts: what a reader should know, as JSON holds it; with `setup.base_facts` for `mask.load`.
+        facts: what a reader should know, as JSON holds it; with `model_facts.base_facts` for `mask.load`.
     Raises:
         OSError: it cannot be written.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ from speft_ds.adapter.save import save_adapter
 from speft_ds.comm import collectives, signals, watchdog
 from speft_ds.comm.signals import StepFlags
 from speft_ds.config.mask_config import mask_file
-from speft_ds.config.method_config import SAMPLED
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate, split_global_batch
 from speft_ds.data.dataset import Row
@@ -36,33 +34,14 @@ from speft_ds.training.checkpoint.parts import Parts, Snapshot
 from speft_ds.training.checkpoint.random_states import random_states, restore_random_states
 from speft_ds.training.checkpoint.resume import Start
 from speft_ds.training.checkpoint.writer import Writer
-from speft_ds.training.growth import AccumulatedGradient, RowColumnMomentum
+from speft_ds.training.make_schedule import make_schedule
 from speft_ds.training.metrics import MetricsLog, Monitor, Timings
+from speft_ds.training.model_facts import base_facts, scored_model_facts
 from speft_ds.training.profile import StepProfiler
 from speft_ds.training.run_data import load_data, read_file
-from speft_ds.training.schedule import GradTopk, Periodic, SampledWeights, Schedule
-from speft_ds.training.setup import TrainContext, base_facts, choose_mask, load_context, scored_model_facts
+from speft_ds.training.schedule import Schedule
+from speft_ds.training.setup import choose_mask, load_context
 from speft_ds.training.stash_format import TrainingStash
-
-# mask.schedule, or mask.growth of `drop_grow` -> its class.
-SCHEDULES: dict[str, type[Schedule]] = {
-    "static": Schedule,
-    "periodic": Periodic,
-    "grad_topk": GradTopk,
-    "sft_ag": AccumulatedGradient,
-    "sft_ma": RowColumnMomentum,
-}
-
-
-def make_schedule(
-    context: TrainContext, mask: Mask, num_steps: int, choose: Callable[[int], Mask]
-) -> Schedule:
-    """The schedule that the recipe asks for; arguments as for `Schedule`."""
-    section, method = context.recipe.mask, context.recipe.method
-    if method.name in SAMPLED:
-        return SampledWeights(context, mask, num_steps, choose)
-    kind = section.growth if section.schedule == "drop_grow" else section.schedule
-    return SCHEDULES[kind](context, mask, num_steps, choose)
 
 
 class Trainer:

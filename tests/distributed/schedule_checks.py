@@ -12,8 +12,8 @@ from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.sparse.mask import Mask, save_mask
 from speft_ds.sparse.state import SparseState
+from speft_ds.training.model_facts import base_facts
 from speft_ds.training.run_dir import run_facts
-from speft_ds.training.setup import base_facts
 from speft_ds.training.trainer import Trainer
 from speft_ds.zero.shards import shard_numel, shard_range
 

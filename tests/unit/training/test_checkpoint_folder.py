@@ -59,7 +59,7 @@ WRONG = {
     "part_00000.safetensors has 15 bytes of 16": lambda f: truncate(f / "part_00000.safetensors", 15),
     "part_00001.safetensors has 9 bytes of 8": lambda f: truncate(f / "part_00001.safetensors", 9),
     "part_00002.safetensors is missing": lambda folder: (folder / "part_00002.safetensors").unlink(),
-    "it has format 1, this version reads 2": lambda folder: rewrite_manifest(folder, format_version=1),
+    "it has format 1, this version reads 3": lambda folder: rewrite_manifest(folder, format_version=1),
 }
 
 

@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from speft_ds.adapter.card import write_card
 from speft_ds.adapter.format import Adapter, Entries, write_adapter
@@ -22,6 +22,9 @@ from speft_ds.model.low_rank import LowRank
 from speft_ds.selection.topk import gather_indices
 from speft_ds.sparse.layout import Layout
 from speft_ds.sparse.state import SparseState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def save_adapter(

@@ -19,7 +19,6 @@ PASSTHROUGH_GRAD_FNS = HOOK_GRAD_FNS  # autograd nodes that return a tensor unch
 MAX_RECOMPUTE_DEPTH = 6  # operations that are done again at most
 MIN_SIZE_RATIO = 16  # a weight is kept beside an input that has so many times its elements
 
-WEIGHT_GRAD_FN = "torch::autograd::AccumulateGrad"  # the node of a weight that is trained
 GATHERED = "speft_ds_gathered"  # attribute of a norm's weight
 
 RecomputeFn = Callable[[], Tensor]  # makes a tensor again
@@ -134,7 +133,7 @@ def _recompute_factor(node, name: str, edge: int, max_kept: int, depth: int) -> 
     source, others_source = node.next_functions[edge][0], node.next_functions[1 - edge][0]
     if others_source is None:
         return _recompute_fn(source, max_kept, depth - 1)
-    if source is not None and source.name() != WEIGHT_GRAD_FN:
+    if source is not None and not isinstance(getattr(source, "variable", None), nn.Parameter):
         return lambda: getattr(node, name).detach()
     # A weight, as a norm's. A small one can be kept, if ZeRO-3 did not free it: it does in its first
     # pass, and in all where `stage3_param_persistence_threshold` is lower, but for `keep_norms`.

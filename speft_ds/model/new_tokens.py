@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from speft_ds.config.values import MAX_MULTIPLE
 from speft_ds.errors import UserError
@@ -14,6 +14,9 @@ from speft_ds.model.kinds import parameter
 from speft_ds.model.kinds.parameter import ParameterTarget
 from speft_ds.model.kinds.target import Target
 from speft_ds.zero.shards import full_shape, gathered, shard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

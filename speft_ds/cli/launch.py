@@ -12,8 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO, NoReturn
 
+import yaml
+
 from speft_ds import env
 from speft_ds.comm import signals, watchdog
+from speft_ds.config import limited_yaml
 from speft_ds.config.deepspeed_config import read_ds_config
 from speft_ds.config.eval_config import EvalConfig
 from speft_ds.config.load_recipe import as_override, load_recipe, recipe_of
@@ -193,7 +196,7 @@ def recipe_to_evaluate(arguments: argparse.Namespace) -> tuple[Recipe, Path | No
         adapter = folder / "adapter"
         if not adapter.is_dir():
             raise UserError(f"{folder} has no adapter", "--run", "name the folder of a finished run")
-        own = [as_override("output_dir", str(folder)), *NOT_SCORED_BY]
+        own = [as_override("output_dir", str(folder)), *_not_scored_by(folder / RECIPE)]
         recipe = load_recipe(str(folder / RECIPE), [*own, *overrides], name=folder.name)
         if read_ds_config(recipe)[1] and "deepspeed.config" not in _keys(overrides):
             env.log_rank0(f"note: {recipe.deepspeed.config} is of no use any more: scored with {DS_CONFIG}")
@@ -222,6 +225,16 @@ def low_bits_of(arguments: argparse.Namespace) -> LowBits:
 
 def _keys(overrides: list[str]) -> set[str]:
     return {text.partition("=")[0] for text in overrides}
+
+
+def _not_scored_by(file: Path) -> list[str]:
+    """What is set aside of a finished run's recipe; one of a method without a mask has no such section."""
+    try:
+        values = limited_yaml.load(limited_yaml.read_text(file))
+    except (OSError, ValueError, yaml.YAMLError):
+        values = None  # which loading it will say
+    has_mask = isinstance(values, dict) and "mask" in values
+    return [text for text in NOT_SCORED_BY if has_mask or not text.startswith("mask.")]
 
 
 def _base_of(adapter: Path) -> list[str]:

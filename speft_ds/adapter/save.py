@@ -118,7 +118,7 @@ def write_derived(
         output.rmdir()
     try:
         save_tokenizer = tokenizer and partial(_copy_files, tokenizer)
-        write_adapter(output, counted(), facts, whole, dtype, save_tokenizer)
+        write_adapter(output, counted(), facts, whole, dtype, save_tokenizer=save_tokenizer)
         write_card(output, [])
     except OSError as error:
         fix = "free space, or choose another folder"

@@ -272,7 +272,15 @@ def as_override(key: str, value: Any) -> str:
         is_plain = isinstance(value, str) and limited_yaml.load(value) == value
     except (yaml.YAMLError, ValueError):
         is_plain = False
-    return f"{key}={value if is_plain else json.dumps(value)}"
+    return f"{key}={value if is_plain else _quoted(value)}"
+
+
+def _quoted(value: Any) -> str:
+    """As JSON, but for characters that it writes as two halves, which YAML does not put together."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    parts = [f"\\U{ord(sign):08x}" if ord(sign) > 0xFFFF else json.dumps(sign)[1:-1] for sign in value]
+    return f'"{"".join(parts)}"'
 
 
 def _unknown_key(key: str, where: str) -> UserError:

@@ -15,7 +15,6 @@ from speft_ds.adapter.format import Adapter
 from speft_ds.comm import collectives
 from speft_ds.config.recipe import Recipe
 from speft_ds.data.collate import collate
-from speft_ds.jobs.evaluate import apply_to_shards
 from speft_ds.model.codecs import codec
 from speft_ds.model.kinds.quantised import QuantisedLinear
 from speft_ds.training.checkpoint.resume import Start
@@ -89,6 +88,8 @@ def whole_entries(trainer: Trainer, own: Tensor) -> dict[str, Tensor]:
 
 def evaluated_weights(recipe: Recipe, adapter: Path) -> Dense:
     """The weights that an evaluation of a finished run scores."""
+    from speft_ds.jobs.evaluate import apply_to_shards  # late: lm-eval takes memory, which others measure
+
     context = load_context(recipe, load_data(recipe), trains=False)
     apply_to_shards(context, adapter)
     return whole_weights(context.engine.module)

@@ -20,7 +20,7 @@ export PYTHONDONTWRITEBYTECODE =
 
 # Two at a time: tests that run on ranks keep both cores busy only now and then. The launcher's port is one a
 # machine, so all that start it are on one side; of the rest, these make up for the difference.
-BESIDE := $(patsubst %,tests/distributed/test_%.py,plan salience)
+BESIDE := $(patsubst %,tests/distributed/test_%.py,plan salience experts optimizers families classification)
 
 test-ranks:
 	$(VENV)/bin/python -m pytest tests/distributed $(patsubst %,--ignore=%,$(BESIDE))

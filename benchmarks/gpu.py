@@ -164,6 +164,7 @@ def kill_family(process: subprocess.Popen) -> None:
         with suppress(psutil.NoSuchProcess):
             child.kill()
     process.wait()
+    psutil.wait_procs(started, timeout=10)
 
 
 def main() -> int:

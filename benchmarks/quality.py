@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -26,6 +24,7 @@ import yaml  # noqa: E402
 from markdown import print_table  # noqa: E402
 
 from speft_ds.io import read_json, write_json, write_text  # noqa: E402
+from speft_ds.study.statistics import estimate, paired_difference  # noqa: E402
 from speft_ds.tools.quickstart import NAME, default_cache_dir  # noqa: E402
 from speft_ds.training.run_dir import METRICS, RECIPE, read_facts  # noqa: E402
 
@@ -240,21 +239,16 @@ def summary(comparison: Comparison, results: list[dict]) -> list[dict]:
 def compared(values: dict[int, float], reference: dict[int, float]) -> dict:
     """The mean of values by seed, and of their differences to the reference's, with errors."""
     seeds = sorted(values)
-    differences = [values[seed] - reference[seed] for seed in seeds if seed in reference]
+    own, change = estimate(list(values.values())), paired_difference(values, reference)
     return {
         "seeds": seeds,
         "values": [values[seed] for seed in seeds],
-        "mean": mean(values.values()),
-        "stderr": standard_error(list(values.values())),
-        "differences": differences,
-        "difference": mean(differences) if differences else None,
-        "difference_stderr": standard_error(differences),
+        "mean": own.mean,
+        "stderr": own.error,
+        "differences": [values[seed] - reference[seed] for seed in seeds if seed in reference],
+        "difference": change and change.mean,
+        "difference_stderr": change and change.error,
     }
-
-
-def standard_error(values: list[float]) -> float | None:
-    """Of their mean; None of fewer than two."""
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def table_row(comparison: Comparison, row: dict) -> list[str]:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from pydantic import (
     AfterValidator,
@@ -31,6 +30,7 @@ from pydantic import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from speft_ds.adapter.gaps import decode_gaps, encode_gaps
 from speft_ds.adapter.low_rank import PEFT_TENSORS, LowRankFacts, LowRankMatrices
 from speft_ds.config.check_model import PEFT_CONFIG
 from speft_ds.config.model_config import HEAD
@@ -44,7 +44,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
 # Of each kind of tensor: the dtypes, by safetensors' names, and the most dimensions.
 TENSOR_KINDS = {"gaps": (("U8",), 1), "delta": (("F32", "BF16"), 1), "value": (tuple(FLOATS), 3)}
-MAX_GAP_BYTES = 9  # 63 bits, what an int64 holds
 
 Entries = tuple[Tensor, Tensor]  # of a weight: [n] int64 flat indices, strictly increasing; [n] fp32 deltas
 NO_ENTRIES: Entries = (torch.empty(0, dtype=torch.int64), torch.empty(0))
@@ -316,15 +315,20 @@ def write_adapter(
             for file in (temporary / TOKENIZER).iterdir():
                 flush_to_disk(file)
         flush_to_disk(temporary)
-        written = Adapter.open(temporary)  # makes every check of a later reader, as do these
-        for name in written.names:
-            written.entries(name)
-        for name in written.whole:
-            written.value(name)
+        _read_back(temporary)
         _remove_adapter(folder)  # of a run that was killed when it was almost done
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _read_back(folder: Path) -> None:
+    """Make every check of a later reader. Raises UserError."""
+    written = Adapter.open(folder)
+    for name in written.names:
+        written.entries(name)
+    for name in written.whole:
+        written.value(name)
 
 
 def _encode(name: str, index: Tensor, delta: Tensor, folder: Path) -> dict[str, Tensor]:
@@ -347,56 +351,3 @@ def _remove_adapter(folder: Path) -> None:
     if not all(name.startswith(ours) for name in names):
         raise UserError("there is something else than an adapter", str(folder), "choose another folder")
     shutil.rmtree(folder)
-
-
-def encode_gaps(index: Tensor) -> Tensor:
-    """Code sorted indices as the gaps between them, each as an LEB128 varint.
-
-    A gap is the step from the previous index (the first from -1), so it is at least 1. A byte holds seven
-    bits, the low ones first; its high bit says that another byte follows.
-
-    Args:
-        index: [n] flat indices, int64 or int32; returned are [m] uint8.
-    Raises:
-        ValueError: they are negative or not strictly increasing.
-    """
-    gaps = np.diff(index.to("cpu", torch.int64).numpy(), prepend=np.int64(-1))
-    if gaps.size and int(gaps.min()) < 1:
-        raise ValueError("indices out of range or unsorted")
-    length = np.ones(gaps.size, np.int64)
-    for number in range(1, MAX_GAP_BYTES):
-        length += gaps >= 1 << 7 * number
-    start = np.cumsum(length) - length
-    coded = np.empty(int(length.sum()), np.uint8)
-    for number in range(int(length.max(initial=0))):
-        chosen = length > number
-        more = np.where(length[chosen] > number + 1, 0x80, 0)
-        coded[start[chosen] + number] = (gaps[chosen] >> 7 * number & 0x7F) | more
-    return torch.from_numpy(coded)
-
-
-def decode_gaps(coded: Tensor, count: int, numel: int) -> Tensor:
-    """[m] uint8 -> [count] int64 flat indices, strictly increasing, each in [0, numel).
-
-    Raises:
-        ValueError: the bytes are not `count` varints in their shortest form, or the indices do not fit.
-    """
-    data = coded.numpy()
-    last = np.flatnonzero(data < 0x80)  # where each varint ends
-    if last.size != count or (data.size and data[-1] >= 0x80):
-        raise ValueError(f"the gaps are {last.size} complete varints, not {count}")
-    start = np.concatenate([np.zeros(1, np.int64), last + 1])[:count]
-    length = last - start + 1
-    if int(length.max(initial=0)) > MAX_GAP_BYTES:
-        raise ValueError(f"a gap has more than {MAX_GAP_BYTES} bytes")
-    if (data[last] == 0).any():
-        raise ValueError("a gap is 0, or longer than it need be")
-    gaps = np.zeros(count, np.int64)
-    for number in range(int(length.max(initial=0))):
-        chosen = length > number
-        gaps[chosen] |= (data[start[chosen] + number] & 0x7F).astype(np.int64) << 7 * number
-    # Gaps up to `numel` cannot leap over the negative numbers: a sum that overflows does not increase.
-    index = np.cumsum(gaps) - 1
-    if count and (int(gaps.max()) > numel or int(index[-1]) >= numel or not (np.diff(index) > 0).all()):
-        raise ValueError("indices out of range or unsorted")
-    return torch.from_numpy(index)

@@ -26,6 +26,7 @@ from speft_ds.model.low_rank import ADAPTER, LowRank
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+FLOATS = ("F32", "BF16", "F16")  # by safetensors' names
 PEFT_TENSORS, PREFIX = "adapter_model.safetensors", "base_model.model."
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
@@ -60,10 +61,12 @@ class LowRankMatrices:
         sizes: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
         for key in self._file.keys():  # noqa: SIM118 (it is no dict)
             part = next((part for part in (A, B, MAGNITUDE) if key.endswith(part)), "")
-            if not torch.isfinite(self._file.get_tensor(key)).all():
-                raise ValueError(f"{key!r} is not finite")
             if not key.startswith(PREFIX) or not key.isprintable() or not (part or key == PREFIX + HEAD):
                 raise ValueError(f"{key!r} is no part of a low-rank matrix")
+            if self._file.get_slice(key).get_dtype() not in FLOATS:  # before torch, which may not know it
+                raise ValueError(f"{key!r} is no matrix of floats")
+            if not torch.isfinite(self._file.get_tensor(key)).all():
+                raise ValueError(f"{key!r} is not finite")
             if part:
                 module = key.removeprefix(PREFIX).removesuffix(part)
                 sizes[f"{module}.weight"][part] = tuple(self._file.get_slice(key).get_shape())

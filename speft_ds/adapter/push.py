@@ -6,6 +6,8 @@ from pathlib import Path
 
 from speft_ds import hub
 from speft_ds.adapter.format import CARD, FACTS, TENSORS, TOKENIZER, Adapter, open_adapter
+from speft_ds.adapter.low_rank import PEFT_TENSORS
+from speft_ds.config.check_model import PEFT_CONFIG
 from speft_ds.errors import UserError, shell
 from speft_ds.untrusted import without_secrets
 
@@ -54,7 +56,7 @@ def push(source: str | Path, repo_id: str, private: bool = False) -> str:
 
     folder = open_adapter(source, reads_low_rank=True).folder
     files, left_out = files_to_push(folder)
-    if odd := {TENSORS, FACTS} & {path.name for path in left_out}:
+    if odd := {TENSORS, FACTS, PEFT_TENSORS, PEFT_CONFIG} & {path.name for path in left_out}:
         what = f"{min(odd)} is a link: only files that lie in the folder are uploaded"
         raise UserError(what, str(folder), f"{shell('cp', '-rL', folder, 'FOLDER')}, and push that")
     if not hub.HUB_ID.fullmatch(repo_id):

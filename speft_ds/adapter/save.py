@@ -61,8 +61,9 @@ def save_adapter(
 
     def write() -> None:
         entries = join_shards(index, layout, by_rank)
-        extra = {"write_low_rank": write_matrices, "save_tokenizer": save_tokenizer}
-        write_adapter(folder, entries, facts, own, **extra)
+        write_adapter(
+            folder, entries, facts, own, write_low_rank=write_matrices, save_tokenizer=save_tokenizer
+        )
 
     collectives.run_on_rank0(write)
 

@@ -70,13 +70,11 @@ class Recipe(ConfigSection):
     @field_validator("method")
     @classmethod
     def _can_train_the_base(cls, method: MethodConfig, info: ValidationInfo) -> MethodConfig:
-        base_format = info.data["model"].base_format if "model" in info.data else None
-        if method.name != "sparse" and base_format is not None:
-            what = f"method.name={method.name} cannot train a base in model.base_format={base_format}"
-            raise broken_rule(what, "model.base_format=null, or method.name=sparse", key="method.name")
-        if method.name != "sparse" and "model" in info.data and info.data["model"].add_tokens:
-            what = f"model.add_tokens goes with a mask, and method.name={method.name} has none of its own"
-            raise broken_rule(what, "method.name=sparse, or model.add_tokens=null", key="model.add_tokens")
+        model = info.data.get("model")
+        for key in ("base_format", "add_tokens"):
+            if method.name != "sparse" and model is not None and getattr(model, key) is not None:
+                what = f"model.{key} goes with method.name=sparse, not with {method.name}"
+                raise broken_rule(what, f"model.{key}=null, or method.name=sparse", key="method.name")
         return method
 
     @field_validator("mask")

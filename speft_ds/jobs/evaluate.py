@@ -15,6 +15,8 @@ from speft_ds.adapter.apply import another_base, check_format, check_weights, wi
 from speft_ds.adapter.format import Adapter, tensors_sha256
 from speft_ds.comm import collectives, watchdog
 from speft_ds.config.eval_config import EvalConfig
+from speft_ds.config.mask_config import MaskConfig
+from speft_ds.config.method_config import MethodConfig
 from speft_ds.config.recipe import Recipe
 from speft_ds.env import log_rank0
 from speft_ds.errors import UserError
@@ -29,7 +31,7 @@ from speft_ds.report.tables import plain, print_table
 from speft_ds.terminal import Console
 from speft_ds.training.checks import check_chat_template
 from speft_ds.training.model_facts import scored_model_facts
-from speft_ds.training.run_data import agree_on_date, load_data
+from speft_ds.training.run_data import RunData, agree_on_date, load_data
 from speft_ds.training.setup import TrainContext, load_context
 from speft_ds.zero.shards import changing_shards, full_shape, gathered, own_elements
 
@@ -55,7 +57,8 @@ def apply_to_shards(context: TrainContext, folder: Path) -> None:
     weights = all_weights(context.engine.module) | context.new_tokens.targets
     parameters = dict(context.engine.module.named_parameters())
     shapes = {name: tuple(full_shape(weight)) for name, weight in parameters.items()}
-    check_weights(adapter, shapes | {name: target.shape for name, target in weights.items()})
+    # Of experts the shapes of the stacks; a linear in few bits is no parameter.
+    check_weights(adapter, {name: target.shape for name, target in weights.items()} | shapes)
     written = [weight for name in adapter.names for weight in weights[name].written]
     with changing_shards(written + [parameters[name] for name in adapter.whole]):
         for name in adapter.whole:
@@ -79,6 +82,20 @@ def apply_to_shards(context: TrainContext, folder: Path) -> None:
             target.own_values().copy_(trained[start:stop])
 
 
+def load_scored(recipe: Recipe, data: RunData, adapter: Path | None) -> TrainContext:
+    """The model to score, sharded: the base, and what an adapter's folder has of it.
+
+    Raises:
+        UserError: see `load_context` and `apply_to_shards`.
+    """
+    # Nothing is chosen or trained: the adapter says what changed.
+    recipe = recipe.model_copy(update={"mask": MaskConfig(), "method": MethodConfig()})
+    context = load_context(recipe, data, trains=False)
+    if adapter is not None:
+        apply_to_shards(context, adapter)
+    return context
+
+
 def run(recipe: Recipe, adapter: Path | None, low_bits: LowBits) -> None:
     """The job, on every rank.
 
@@ -97,9 +114,7 @@ def run(recipe: Recipe, adapter: Path | None, low_bits: LowBits) -> None:
     jobs = extra_jobs(recipe.eval, adapter, low_bits)
     evaluation = EvalRunner(recipe, jobs, low_bits)
     evaluation.prepare(data.tokenizer)
-    context = load_context(recipe, data, trains=False)
-    if adapter is not None:
-        apply_to_shards(context, adapter)
+    context = load_scored(recipe, data, adapter)
     if low_bits.weights:
         round_weights(context.engine.module, low_bits.weights)
     folder = Path(recipe.output_dir) / "eval"

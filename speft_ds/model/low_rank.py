@@ -133,10 +133,12 @@ def add_low_rank(
     from peft import LoraConfig, inject_adapter_in_model  # late: an extra of the package
     from transformers.integrations import HfDeepSpeedConfig
 
-    smallest = min(linears, key=lambda name: min(linears[name].shape))
-    if method == "pissa" and rank > min(linears[smallest].shape):
-        what, most = f"{smallest} has {linears[smallest].shape} elements", min(linears[smallest].shape)
-        raise UserError(f"{what}, fewer singular values than the rank", "method.rank", f"method.rank={most}")
+    name, most = min(
+        ((name, min(target.shape)) for name, target in linears.items()), key=lambda pair: pair[1]
+    )
+    if method == "pissa" and rank > most:
+        what = f"{name} has {most} singular values, fewer than the rank"
+        raise UserError(what, "method.rank", f"method.rank={most}")
     modules = [name.removesuffix(".weight") for name in linears]
     config = LoraConfig(
         r=rank,

@@ -116,6 +116,11 @@ class RunFolder:
         return look_up(largest, "peak_bytes", 0), memory, sent
 
     @property
+    def num_trained(self) -> int:
+        """Entries of the mask, and elements of whole weights and of low-rank matrices."""
+        return sum(self.fact(key, 0) for key in ("mask.num_trainable", "whole", "low_rank.num_elements"))
+
+    @property
     def adapter_bytes(self) -> int:
         return size_of(self.folder / ADAPTER)
 

@@ -31,14 +31,8 @@ STAGES = {
     "other": "all else",
 }
 MIN_SHARE = 0.02  # of the total, for a stage that the table at the end names
-STATE = (
-    "mask",
-    "index",
-    "base values",
-    "delta",
-    "gradient",
-    "optimizer",
-)  # kinds of memory, of what is trained
+# Kinds of memory, of what is trained.
+STATE = ("mask", "index", "base values", "delta", "gradient", "optimizer")
 WITHIN = ("validation", "slices", "checkpoints")
 FILES = {
     "report.html": "all of this, memory by kind, traffic and curves, for a browser",

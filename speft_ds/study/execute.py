@@ -34,7 +34,7 @@ class Execution:
     Attributes:
         folder: the study's.
         results: by key, of runs that have ended.
-        left: keys of runs that were stopped before their end: not by us.
+        left: keys of runs that were stopped before their end.
     """
 
     grid: Grid
@@ -114,7 +114,7 @@ class Execution:
         folder = self.folder_of(run)
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / LOG, "ab") as log:
-            # Out of reach of the terminal's Ctrl-C: `stop` tells the runs.
+            # Out of reach of the terminal's Ctrl-C: `make` tells the runs.
             return subprocess.Popen(
                 [*command, f"--resume={IF_ANY}", "--ranks", str(ranks)],
                 env=os.environ | slot,

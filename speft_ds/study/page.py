@@ -40,7 +40,8 @@ class Row:
     """A setting with its finished runs.
 
     Attributes:
-        by_seed: seed -> result, at the best rate or the recipe's; tried: rate -> result, of the first seed.
+        by_seed: seed -> result, at the best rate or the recipe's; tried: rate -> result, of the first
+            seed; those that failed, too.
     """
 
     setting: Setting
@@ -80,11 +81,8 @@ class Summary:
         self.rows = []
         for setting in self.grid.settings:
             progress = self.grid.progress(setting, execution.score)
-            seeds, swept = (
-                [finished[run.key] for run in runs if run.key in finished]
-                for runs in (progress.seeds, progress.swept)
-            )
-            by_seed, tried = {r.seed: r for r in seeds}, {r.rate: r for r in swept}
+            by_seed = {r.seed: r for run in progress.seeds if (r := finished.get(run.key))}
+            tried = {run.rate: self.results[run.key] for run in progress.swept if run.key in self.results}
             self.rows.append(Row(setting, progress, by_seed, tried))
         self.planned = {run.key: run for row in self.rows for run in row.progress.runs}
         self.used = [result for key, result in finished.items() if key in self.planned]
@@ -186,6 +184,8 @@ class Summary:
             for what, some in of_settings.items()
             if some
         ]
+        if self.used and self.metric not in self.measures:
+            notes.append(f"no run has {self.metric}; they have {', '.join(self.measures) or 'no measure'}")
         machines, others = {result.machine for result in self.used}, self.num_others
         if left:
             notes.append(f"{left} run(s) are left out: they failed, or are not finished")

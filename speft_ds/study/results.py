@@ -21,7 +21,6 @@ from speft_ds.study.study_config import VALIDATION_LOSS, StudyConfig
 from speft_ds.training.run_dir import LOG, has_files
 
 FILE = "study.json"
-TRAINED = ("mask.num_trainable", "whole")  # facts of a run: numbers of elements
 TEXT_LOSS = "general text/loss"  # nats per token of eval.forgetting_text
 Role = Literal["held-out", "task", "forgetting"]
 
@@ -91,7 +90,7 @@ def read_result(run: StudyRun, folder: Path) -> Result | None:
         state="finished",
         base=found.fact("base.fingerprint_bfloat16") or found.fact("base.fingerprint"),
         measures=dict(_measures(found)),
-        num_trained=sum(found.fact(key, 0) for key in TRAINED) or None,
+        num_trained=found.num_trained or None,
         seconds=found.step_seconds,
         peak_bytes=float(found.resources[0]) or None,
         adapter_bytes=found.adapter_bytes,
@@ -114,7 +113,8 @@ def _identity(run: StudyRun) -> dict[str, Any]:
 
 
 def _measures(run: RunFolder) -> Iterable[tuple[str, Measure]]:
-    if losses := run.series(VALIDATION_LOSS)[1]:
+    steps, losses = run.series(VALIDATION_LOSS)
+    if losses and steps[-1] == run.num_done:  # else the last one was not finite
         yield VALIDATION_LOSS, Measure(value=losses[-1], role="held-out")
     before, after = run.evaluations.perplexities
     if after and is_number(after.token_perplexity):

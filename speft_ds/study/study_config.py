@@ -149,6 +149,9 @@ def _problems(study: StudyConfig) -> Iterator[UserError]:
         yield UserError("the learning rate is varied twice", study.where("rates"), f"keep it, or axes.{RATE}")
     if len(set(study.seeds)) < len(study.seeds):
         yield UserError("a seed stands there twice", study.where("seeds"), "each seed once")
+    for key, values in study.axes.items():
+        if len({as_override(key, value) for value in values}) < len(values):
+            yield UserError(f"a value of {key} stands there twice", study.where(f"axes.{key}"), "each once")
     compared = [
         *study.variants,
         *(as_override(key, each) for key, values in study.axes.items() for each in values),

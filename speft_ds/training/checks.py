@@ -112,6 +112,15 @@ def check_space(context: TrainContext, num_steps: int) -> None:
     collectives.run_on_rank0(check)
 
 
+def check_sampled(context: TrainContext) -> None:
+    """Refuse a `lisa` that samples all layers."""
+    method, layers = context.recipe.method, {layer_number(name) for name in context.whole} - {None}
+    if method.name == "lisa" and method.layers >= len(layers):
+        what = f"{method.layers} of {len(layers)} layers at a time are all of them"
+        fix = f"method.layers={max(1, len(layers) // 4)}, or method.name=full"
+        raise UserError(what, "method.layers", fix)
+
+
 def check_shapes(mask: MaskConfig, shapes: dict[str, tuple[int, int]]) -> None:
     """Refuse a `mask` section that asks for more than its targets have.
 

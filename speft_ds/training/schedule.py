@@ -183,8 +183,8 @@ class Schedule:
         spans = self.state.rank_shards.spans
         columns = parts.table("trained", spans).columns
         whole = parts.shards("whole", spans_of(self.state.whole))
-        for name, values in whole.items():  # where there is no mask, there are no other columns
-            columns[name] = torch.cat([columns[name], values]) if name in columns else values
+        for name, values in whole.items():
+            columns[name] = torch.cat([columns[name], values])
         with self._changing_shards():
             dropped = parts.table("dropped", spans)
             self.state.restore(columns.pop("delta"), dropped, parts.index("dropped"))

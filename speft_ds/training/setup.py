@@ -152,26 +152,19 @@ def load_context(
     if base_format is not None:
         quantised = quantise(model, base_format, ds_config, recipe.mask.needs_original)
     new = add_tokens(model, data.tokenizer, recipe.model.add_tokens or [], ds_config)
-    targets = _find_targets(model, loaded, recipe) if recipe.method.has_mask else {}
-    whole = _find_whole(model, targets, recipe) | head
-    if both := [name for name in new.targets if name in targets | whole]:
-        what = f"{both[0]} is to be trained by the mask or whole, and rows of it are by model.add_tokens"
-        raise UserError(what, recipe.where("model.add_tokens"), "leave it out of mask.targets and mask.dense")
+    targets, whole = _find_trained(model, loaded, new, recipe)
+    whole |= head
     linears, rank = linears_beside(model, targets, loaded, recipe)
     low_rank = make_low_rank(model, linears, rank, recipe, ds_config) if linears and trains else None
     whole |= low_rank.targets if low_rank else {}
     _note_noise(model)
     if train.activation_checkpointing != "none":
         model.gradient_checkpointing_enable({"use_reentrant": train.activation_checkpointing == "reentrant"})
-    trained = targets | whole | new.targets
-    written = [weight for target in trained.values() for weight in target.written]
+    trained = [*(targets | whole | new.targets).values()]
+    written = [weight for target in trained for weight in target.written]
     keep = recipe.deepspeed.keep_unpartitioned
     engine = build_engine(model, ds_config, written, recipe.walks_all_layers, keep)
-    # All, not the targets alone: torch's own linear would keep the gathered weight alive until its backward.
-    by_autograd = {id(target.weight) for target in trained.values() if isinstance(target, ParameterTarget)}
-    for target in (all_weights(model) | head).values():
-        if id(target.weight) not in by_autograd:
-            target.adapt(recomputes_input=train.activation_checkpointing == "none")
+    _adapt(all_weights(model) | head, trained, train.activation_checkpointing == "none")
     targets, whole, reach = keep_reached(engine, targets, whole, loaded, recipe, low_rank)
     shapes = target_shapes(targets)
     units = None
@@ -198,6 +191,17 @@ def load_context(
         costs=costs,
         low_rank=low_rank,
     )
+
+
+def _adapt(weights: dict[str, Target], trained: list[Target], recomputes_input: bool) -> None:
+    """Have the modules of weights call hooks, but for those whose gradient autograd makes.
+
+    All, not what is trained alone: torch's own linear would keep the gathered weight alive until its backward.
+    """
+    by_autograd = {id(target.weight) for target in trained if isinstance(target, ParameterTarget)}
+    for target in weights.values():
+        if id(target.weight) not in by_autograd:
+            target.adapt(recomputes_input)
 
 
 def _make_objective(engine: SparseEngine, recipe: Recipe) -> NextToken | RowClass:
@@ -256,17 +260,29 @@ def keep_reached(
         what = f"none of the targets takes part in a text forward: {starved[0]} and so on"
         key = "mask.targets" if recipe.method.has_mask else "method.targets"
         raise UserError(what, recipe.where(key), f"{key}=null")
+    are_chosen = bool(loaded or recipe.mask.targets or recipe.mask.layers or recipe.mask.of_units)
     added = low_rank.targets if low_rank else {}
+    _tell_reach(reach, kept | fed, starved, added, loaded is None, are_chosen)
+    return targets if loaded is not None else kept, fed, reach
+
+
+def _tell_reach(
+    reach: Reach,
+    fed: dict[str, Target],
+    starved: list[str],
+    added: dict[str, Target],
+    is_new: bool,
+    are_chosen: bool,
+) -> None:
+    """Say how far training reaches; `added`: low-rank matrices, which are no part of the base."""
     if bypassed := [name for name in starved if name in added]:
         log_rank0(f"note: not trained, as the linears beside them are not used alone: {shorten(bypassed)}")
-    of_base = {name: target for name, target in (kept | fed).items() if name not in added}
+    of_base = {name: target for name, target in fed.items() if name not in added}
     if of_base:
-        are_chosen = bool(loaded or recipe.mask.targets or recipe.mask.layers or recipe.mask.of_units)
         own = replace(reach, elements={n: size for n, size in reach.elements.items() if n not in added})
-        left = [name for name in starved if loaded is None and name not in added]
+        left = [name for name in starved if is_new and name not in added]
         for line in own.lines(of_base, left, are_chosen):
             log_rank0(line)
-    return targets if loaded is not None else kept, fed, reach
 
 
 def _load_model(recipe: Recipe, data: RunData, ds_config: dict) -> tuple[nn.Module, dict[str, Target]]:
@@ -284,6 +300,22 @@ def _load_model(recipe: Recipe, data: RunData, ds_config: dict) -> tuple[nn.Modu
     std = getattr(config, "initializer_range", None) or getattr(config, "init_std", 0.02)
     fill_head(model.score, std, hash_seed(recipe.seed, "head"))
     return model, {HEAD: find_weights(model.score)["weight"]}
+
+
+def _find_trained(
+    model: nn.Module, loaded: Mask | None, new: NewTokens, recipe: Recipe
+) -> tuple[dict[str, Target], dict[str, Target]]:
+    """The targets of the mask, and what is trained whole.
+
+    Raises:
+        UserError: see `_find_targets` and `_find_whole`; or one of them has rows of new tokens.
+    """
+    targets = _find_targets(model, loaded, recipe) if recipe.method.has_mask else {}
+    whole = _find_whole(model, targets, recipe)
+    if both := [name for name in new.targets if name in targets | whole]:
+        what = f"{both[0]} is to be trained by the mask or whole, and rows of it are by model.add_tokens"
+        raise UserError(what, recipe.where("model.add_tokens"), "leave it out of mask.targets and mask.dense")
+    return targets, whole
 
 
 def _find_targets(model: nn.Module, loaded: Mask | None, recipe: Recipe) -> dict[str, Target]:

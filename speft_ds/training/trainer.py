@@ -92,6 +92,7 @@ class Trainer:
         with self.timings.stage("model"):
             self.loaded, facts = read_mask(mask_file(recipe.mask.load)) if recipe.mask.load else (None, {})
             self.context = load_context(recipe, data, self.loaded, costs=costs)
+        checks.check_sampled(self.context)
         checks.check_shapes(recipe.mask, self.context.shapes)
         if self.loaded is not None:
             checks.check_loaded_mask(self.context, self.loaded, facts)

@@ -27,9 +27,8 @@ OBJECTIVES = ("validation loss", "trained entries", "ms per step")
 JOURNAL = "journal.jsonl"
 ENDED = ("complete", "stopped")
 REFUSED = "refused"  # a mark of trials whose values make no recipe
-NEAR = (
-    1.01  # times the lowest loss: trials up to it are as good, and the one with the fewest entries is chosen
-)
+# Trials with up to so many times the lowest loss are as good: the one with the fewest entries is chosen.
+NEAR = 1.01
 MAX_REFUSED = 100  # draws in a row that are no recipe
 
 Values = tuple[float, float, float]  # of the OBJECTIVES
@@ -157,7 +156,7 @@ class Halving:
             losses = dict(zip(*run.series("validation_loss"), strict=True))
             while self.left and self.left[0] in losses:
                 step = self.left.pop(0)
-                if should_stop(self.study, self.trial, step, losses[step], entries_of(run)):
+                if should_stop(self.study, self.trial, step, losses[step], run.num_trained):
                     self.stopped_at = step
                     break
         return self.stopped_at is not None
@@ -178,17 +177,13 @@ def should_stop(study: optuna.Study, trial: Trial, step: int, loss: float, entri
     return sum(other < loss for other in rivals) >= max(1, (len(rivals) + 1) // 2)
 
 
-def entries_of(run: RunFolder) -> int:
-    return run.fact("mask.num_trainable", 0)
-
-
 def values_of(run: RunFolder) -> Values:
     """The values of a finished run. Raises TrialFailed where one is missing."""
-    _, losses = run.series("validation_loss")
+    steps, losses = run.series("validation_loss")
     _, times = run.series("step_ms")
-    if not (losses and times and entries_of(run)):
-        raise TrialFailed(f"{run.folder} has no validation loss, or no step")
-    return losses[-1], float(entries_of(run)), statistics.median(times[NUM_WARMUP:] or times)
+    if not (losses and steps[-1] == run.num_done and times and run.num_trained):
+        raise TrialFailed(f"{run.folder} has no validation loss at its end, or no step")
+    return losses[-1], float(run.num_trained), statistics.median(times[NUM_WARMUP:] or times)
 
 
 def points_of(trials: Sequence[FrozenTrial]) -> list[Point]:

@@ -30,7 +30,7 @@ def default_space(recipe: Recipe) -> list[str]:
     """What is varied unless anything else is asked for: as it would be typed."""
     lr, mask = recipe.optimizer.lr, recipe.mask
     texts = [f"optimizer.lr={lr / 10:g}..{lr * 10:g}"]
-    if mask.load is not None:
+    if mask.load is not None or not recipe.method.has_mask:
         return texts
     if mask.density is not None:
         texts.append(f"mask.density={mask.density / 4:g}..{min(mask.compute or 1.0, mask.density * 4):g}")

@@ -7,7 +7,15 @@ import shutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from distributed.reference import DenseRun, assert_as_dense, batch_of, plain_model, start, whole_weights
+from distributed.reference import (
+    DenseRun,
+    assert_as_dense,
+    batch_of,
+    evaluated_weights,
+    plain_model,
+    start,
+    whole_weights,
+)
 from speft_ds.comm import collectives
 
 
@@ -75,12 +83,13 @@ def check_against_peft(recipe):
 def train_and_look(recipe):
     """What the live model computes after the last step, and the first batch."""
     trainer, lines = train(recipe)
-    before = whole_weights(trainer.engine.module)
+    trained = whole_weights(trainer.engine.module)
     logits = live_logits(trainer)
     return {
         "logits": logits,
         "ids": batch_of(trainer, 0)["input_ids"],
         "losses": [line["loss"] for line in lines],
         "rank": trainer.context.low_rank.config.r,
-        "dtypes": {weight.dtype for weight in before.values()},
+        "dtypes": {weight.dtype for weight in trained.values()},
+        "evaluated": evaluated_weights(recipe, trainer.folder / "adapter"),
     }

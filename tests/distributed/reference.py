@@ -19,7 +19,6 @@ from speft_ds.model.codecs import codec
 from speft_ds.model.kinds.quantised import QuantisedLinear
 from speft_ds.training.checkpoint.resume import Start
 from speft_ds.training.run_data import load_data
-from speft_ds.training.setup import load_context
 from speft_ds.training.trainer import Trainer
 
 SGD = {"name": "sgd", "momentum": 0.9, "lr": 0.5, "weight_decay": 0.1}
@@ -88,11 +87,22 @@ def whole_entries(trainer: Trainer, own: Tensor) -> dict[str, Tensor]:
 
 def evaluated_weights(recipe: Recipe, adapter: Path) -> Dense:
     """The weights that an evaluation of a finished run scores."""
-    from speft_ds.jobs.evaluate import apply_to_shards  # late: lm-eval takes memory, which others measure
+    from speft_ds.jobs.evaluate import load_scored  # late: lm-eval takes memory, which others measure
 
-    context = load_context(recipe, load_data(recipe), trains=False)
-    apply_to_shards(context, adapter)
-    return whole_weights(context.engine.module)
+    return whole_weights(load_scored(recipe, load_data(recipe), adapter).engine.module)
+
+
+def finished_run(recipe: Recipe) -> tuple[Trainer, Dense]:
+    """A run with its adapter, and the weights that it trained, which are those that an evaluation scores."""
+    trainer = start(recipe)
+    for step in range(recipe.train.steps):
+        trainer.train_step(step)
+    trainer.save()
+    collectives.barrier()
+    trained = whole_weights(trainer.engine.module)
+    for name, weight in evaluated_weights(recipe, trainer.folder / "adapter").items():
+        assert torch.equal(weight, trained[name]), name
+    return trainer, trained
 
 
 def plain_model(recipe: Recipe):

@@ -7,6 +7,7 @@ from families import make_family
 
 from distributed import checks
 from distributed.checkpoint_checks import assert_resumed_is_uninterrupted
+from distributed.method_checks import check_adapter
 from distributed.reference import make_recipe
 from speft_ds.config.mask_config import MaskConfig
 
@@ -49,6 +50,13 @@ def test_a_run_is_what_autograd_makes(ranks, recipe, name):
     model, sections, world_sizes = RUNS[name]
     runs = [ranks(n)(checks.check_run, recipe=recipe(f"{n}", model, **sections))[0] for n in world_sizes]
     assert all(run["sha256"] == runs[0]["sha256"] for run in runs)
+
+
+def test_trained_whole(ranks, recipe):
+    """Live = applied = evaluated, bit for bit."""
+    given = recipe("whole", "two of 8", method={"name": "full"}, train={"steps": 3})
+    run = ranks(2)(check_adapter, recipe=given)[0]
+    assert any("experts" in name for name in run["whole"])
 
 
 @pytest.mark.parametrize("salience", get_args(MaskConfig.model_fields["salience"].annotation))

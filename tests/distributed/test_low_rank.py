@@ -79,6 +79,8 @@ def test_what_is_saved_is_the_live_model(ranks, recipe, name, dtype, tiny, tmp_p
     apply_adapter(base, adapter)
     applied = {key: weight.clone() for key, weight in base.named_parameters()}
     assert torch.allclose(logits_of(base, ids), live, atol=close)
+    for key, weight in run["evaluated"].items():
+        assert torch.equal(weight, applied[key]), key
     merge(None, given.output_dir, tmp_path / "merged")
     for key, weight in load(tmp_path / "merged", dtype).named_parameters():
         assert torch.equal(weight, applied[key]), key

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from distributed import checks
 from distributed.checkpoint_checks import assert_resumed_is_uninterrupted, contents, run_piece
-from distributed.method_checks import check_adapter, check_against_autograd, check_scored_is_trained
+from distributed.method_checks import check_adapter, check_against_autograd
 from distributed.reference import make_recipe
 from speft_ds.adapter.apply import apply_adapter, remove_adapter
 from speft_ds.adapter.merge import merge
@@ -39,6 +39,12 @@ def test_whole_weights_beside_a_mask_equal_autograd(ranks, recipe, world_size):
         "norm",
         "o_proj",
     }
+
+
+def test_whole_weights_beside_a_base_in_few_bits(ranks, recipe):
+    given = recipe(mask={"dense": ["embed_tokens", "*layernorm"]}, model={"base_format": "nf4"})
+    run = ranks(2)(check_against_autograd, recipe=given)[0]
+    assert len(run["whole"]) == 5 and run["whole"] < run["moved"]
 
 
 def test_biases_are_trained_with_their_weights(ranks, recipe):
@@ -77,6 +83,7 @@ ADAPTERS = {
     },
     "full": {"method": {"name": "full"}},
     "lisa": LISA,
+    "half": HALF,
 }
 
 
@@ -84,8 +91,7 @@ ADAPTERS = {
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_live_is_applied_is_merged(ranks, recipe, name, dtype, tiny, tmp_path):
     given = recipe(**ADAPTERS[name], model={"dtype": dtype})
-    run = ranks(2)(check_adapter, recipe=given, weights=tmp_path / "weights.pt")[0]
-    ranks(2)(check_scored_is_trained, recipe=given, weights=tmp_path / "weights.pt")
+    run = ranks(2)(check_adapter, recipe=given)[0]
     assert run["whole"] and (run["num_entries"] > 0) == name.startswith("dense")
     base = AutoModelForCausalLM.from_pretrained(tiny["untied"], dtype=getattr(torch, dtype))
     before = {key: weight.clone() for key, weight in base.named_parameters()}
@@ -127,6 +133,7 @@ REFUSED = {  # checkpoint, sections, what the message has to name
         "mask.targets",
     ),
     "a tied head alone": ("tied", {"mask": {"dense": ["lm_head"]}}, "embed_tokens"),
+    "all layers": ("untied", {"method": {"name": "lisa", "layers": 2}}, "method.layers=1"),
     "nothing": ("untied", {"mask": {"dense": ["c_attn"]}}, "embed_tokens"),
     "few bits": (
         "untied",
@@ -140,4 +147,4 @@ REFUSED = {  # checkpoint, sections, what the message has to name
 def test_bad_input_is_refused_on_every_rank(ranks, recipe, name):
     checkpoint, sections, named = REFUSED[name]
     for message in ranks(2)(checks.check_refused, recipe=recipe(checkpoint=checkpoint, **sections)):
-        assert "mask.dense" in message and named in message, message
+        assert ("mask.dense" in message or "method" in sections) and named in message, message

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from speft_ds.cli.commands.submit import call_sbatch
+from speft_ds.cli.commands.submit import call_sbatch, check_options
 from speft_ds.cli.launch import check_files
 from speft_ds.cli.options import Ranks
 from speft_ds.cli.start_ranks import visible_gpus
@@ -51,12 +51,18 @@ def study(
     Learning rates are tried until the best is not at the edge. Ctrl-C stops the runs with a checkpoint; the
     same command goes on. Finished runs are not repeated, and one that fails does not stop the others.
     """
+    if sbatch and not slurm:
+        raise UserError("--sbatch goes with --slurm", "command line", "leave it out, or --slurm")
+    if slurm and (ranks or table_only):
+        fix = "--sbatch=--ntasks-per-node=N says how many ranks, and --table-only goes alone"
+        raise UserError("--slurm goes without --ranks and --table-only", "command line", fix)
+    check_options(sbatch or [])
     config = load_study(file, overrides or [])
     folder = output or Path("runs") / config.name
     grid = Grid(config)
     first = grid.first_runs()
     results = open_study(folder, config, first)
-    if not table_only:  # what failed may have been mended
+    if not table_only:  # what failed may have been fixed
         results = {key: result for key, result in results.items() if result.state == "finished"}
     execution = Execution(grid, folder, results)
     execution.collect()
@@ -68,6 +74,7 @@ def study(
         slots, count = _slots(jobs, ranks)
         gather([partial(_check, run, count) for run in needed], f"study {config.name}")
         if slurm:
+            save()  # the folder is a study's from here on, whatever sbatch says
             _submit(execution, sbatch or [])
         else:
             lock = Lock(folder)  # noqa: F841 - held until the end

@@ -89,10 +89,7 @@ def _checked_recipe(
     name: str, overrides: list[str], options: list[str], world_size: int, evaluate: bool
 ) -> Recipe:
     """The recipe, and what is wrong on the command line whatever its files are. Raises UserError."""
-    for option in options:
-        if not option.startswith("-") or "\n" in option:
-            fix = 'like --sbatch "--constraint=a100", once per option'
-            raise UserError(f"{option!r} is not an option of sbatch", "command line (--sbatch)", fix)
+    check_options(options)
     recipe = load_recipe(name, overrides)
     with contextlib.redirect_stdout(sys.stderr):  # its note, since the script may go into a pipe
         recipe = fit_micro_batch(recipe, world_size)
@@ -102,6 +99,14 @@ def _checked_recipe(
         fix = "name some, eval.tasks=[arc_easy], or leave --evaluate out"
         raise UserError("there is no task to evaluate", recipe.where("eval.tasks"), fix)
     return recipe
+
+
+def check_options(options: list[str]) -> None:
+    """Refuse what sbatch would take for its script."""
+    for option in options:
+        if not option.startswith("-") or "\n" in option:
+            fix = 'like --sbatch "--constraint=a100", once per option'
+            raise UserError(f"{option!r} is not an option of sbatch", "command line (--sbatch)", fix)
 
 
 def _checked_start(recipe: Recipe, changes: list[str], world_size: int) -> Start:
@@ -117,7 +122,7 @@ def _checked_start(recipe: Recipe, changes: list[str], world_size: int) -> Start
 
 def check_sbatch() -> None:
     if shutil.which("sbatch") is None:
-        fix = "submit on a login node of the cluster; to see the script: speft submit ... --dry-run"
+        fix = "submit on a login node of the cluster; `speft submit` shows its script with --dry-run"
         raise UserError("there is no sbatch on this machine", "PATH", fix)
 
 

@@ -15,7 +15,7 @@ from speft_ds.cli.options import Hostfile, Overrides, RecipeName, Verbose
 from speft_ds.cli.options import Ranks as NumRanks
 from speft_ds.cli.start_ranks import Ranks, choose_ranks, launch
 from speft_ds.comm.signals import EXIT_CTRL_C, EXIT_STOPPED
-from speft_ds.config.load_recipe import load_recipe, resolved_yaml
+from speft_ds.config.load_recipe import as_override, load_recipe, resolved_yaml
 from speft_ds.errors import UserError, shell
 from speft_ds.io import write_bytes, write_json, write_text
 from speft_ds.report.run import read_run
@@ -92,7 +92,9 @@ def range_test(name: str, overrides: list[str], ranks: Ranks, is_verbose: bool) 
         UserError: the recipe or its files are wrong, or the loss does not fall.
         Exit: the run ended otherwise, with its code.
     """
-    words = [f"output_dir=runs/{load_recipe(name, overrides).name}-lr", *LR_DEFAULTS, *overrides, *LR_FIXED]
+    asked = load_recipe(name, overrides)
+    fixed = [text for text in LR_FIXED if asked.method.has_mask or not text.startswith("mask.")]
+    words = [as_override("output_dir", f"runs/{asked.name}-lr"), *LR_DEFAULTS, *overrides, *fixed]
     folder = Path(load_recipe(name, words).output_dir)
     from speft_ds.tune.lr_range import find_lr, has_diverged, read_losses  # late: numpy takes its time
 
@@ -143,7 +145,7 @@ def run_search(
         UserError: the recipe, its files or the values are wrong; or trials fail.
         Exit: it was stopped, with the code of the run of that moment.
     """
-    words = [f"output_dir=runs/{load_recipe(name, overrides).name}-search", *overrides]
+    words = [as_override("output_dir", f"runs/{load_recipe(name, overrides).name}-search"), *overrides]
     recipe = load_recipe(name, words)
     steps, folder = recipe.train.steps, Path(recipe.output_dir)
     if steps is None:
@@ -163,7 +165,7 @@ def run_search(
     def run_trial(trial: Trial, values: list[str]) -> search.Values | None:
         own = folder / f"trial-{trial.number:04}"
         halving = search.Halving(study, trial, steps, own)
-        command = ["--recipe", name, *fixed, *values, f"output_dir={own}"]
+        command = ["--recipe", name, *fixed, *values, as_override("output_dir", str(own))]
         with own.with_suffix(".log").open("w") as log, redirect_stdout(log):
             code = launch("train", command, ranks, is_verbose, halving, log)
         said = f"trial {trial.number} ({' '.join(values)}): "
@@ -199,7 +201,8 @@ def _write_search(study: Study, folder: Path, name: str, words: list[str]) -> No
     if not points:
         raise UserError("no trial was run to its end", str(folder), "more of them: --trials")
     best = choose(front)
-    best_recipe = load_recipe(name, [*words, *best.overrides, f"output_dir={folder}-best"])
+    own = as_override("output_dir", f"{folder}-best")
+    best_recipe = load_recipe(name, [*words, *best.overrides, own])
     header = f"# Trial {best.number} of `speft tune {name} --search`: {in_words(best.values)}.\n"
     write_text(folder / "best.yaml", header + resolved_yaml(best_recipe))
     trials = [

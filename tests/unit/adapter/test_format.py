@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speft_ds.adapter.format import Adapter, decode_gaps, encode_gaps, write_adapter
+from speft_ds.adapter.format import Adapter, write_adapter
+from speft_ds.adapter.gaps import decode_gaps, encode_gaps
 from speft_ds.model.fingerprint import fingerprint
 from unit.adapter.samples import FACTS, assert_same, load, matrices, read, refused, write
 

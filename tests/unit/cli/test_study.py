@@ -88,7 +88,10 @@ def test_as_a_slurm_array(study, tmp_path):
 
 
 def test_without_sbatch(study):
-    assert "PATH" in study("--slurm", code=2)
+    for _ in range(2):  # the first leaves a folder that is a study's
+        assert "PATH" in study("--slurm", code=2)
+    assert "--slurm" in study("--sbatch=--gpus-per-node=1", code=2)
+    assert "gpus-per-node" in study("--slurm", "--sbatch", "gpus-per-node=1", code=2)
 
 
 def test_the_table_of_nothing(study, tmp_path):

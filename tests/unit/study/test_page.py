@@ -84,6 +84,22 @@ def test_the_best_rate_and_its_plateau(execution):
     assert len(made.results) == (3 + 2) + (5 + 2)
 
 
+def test_a_rate_whose_run_failed_counts_as_tried(execution):
+    """The best one is not at the edge then, and the plateau ends before it."""
+    made = execution(axes=None, rates={"start": [1e-3, 3e-3]}, reference="gradient")
+    while todo := made.needed():
+        for run in todo:
+            if run.rate > 3e-3:
+                made.folder_of(run).mkdir(parents=True)
+                made.results[run.key] = failed(run, made.folder_of(run))
+            else:
+                finish(made, run, 2 - 100 * run.rate)
+        made.collect()
+    summary = Summary(made)
+    assert all(row.progress.best_rate == 3e-3 and not row.is_at_edge for row in summary.rows)
+    assert all(not str(row[-1]).startswith(">=") for row in summary.main_table()[1])
+
+
 def test_failed_and_missing_runs_are_named(execution):
     made = execution()
     runs = made.needed()

@@ -34,6 +34,7 @@ def line(path, key):
         ({"variants": {"random": 3}}, "random", ""),
         ({"set": {"eval.validation": "rows.jsonl", "seed": 3}}, "seed", "study.yaml:"),
         ({"seeds": [1, 1]}, "seeds", ""),
+        ({"axes": {"mask.density": [0.01, 1.0e-2]}}, "mask.density", ""),
         ({"rates": {"start": [1e-3], "factor": 1}}, "factor", ""),
         ({"rates": {"start": [1e-3], "faktor": 2}}, "faktor", "factor"),
         ({"rates": {"start": [1e-3]}, "axes": {"optimizer.lr": [1e-4]}}, "rates", "axes.optimizer.lr"),

@@ -122,7 +122,7 @@ class Grid:
             runs = [self.run(setting, None, seed) for seed in seeds]
             return Progress([], runs, runs[0].rate)
         tried: dict[float, StudyRun] = {}
-        todo: Sequence[float] = rates.start
+        todo: Sequence[float] = rates.first(setting.variant)
         while todo:
             tried |= {rate: self.run(setting, rate, seeds[0]) for rate in todo}
             scores = {rate: found for rate, run in tried.items() if (found := score(run.key)) is not None}

@@ -26,12 +26,17 @@ class RatesConfig(ConfigSection):
 
     start: Annotated[list[Positive], Field(min_length=1)]
     """the rates that are tried first"""
+    variants: dict[Text, Annotated[list[Positive], Field(min_length=1)]] = Field({})
+    """by variant: other rates to try first than those of start"""
     factor: Annotated[float, Field(gt=1), NUMBER] = 3.0
     """from the rate at the edge to the next one"""
     most: Count = 7
     """rates that are tried at most, with those of the start"""
     tolerance: Annotated[float, Field(gt=0, lt=1), NUMBER] = 0.01
     """of the best value: as much worse are the rates of its plateau, at most"""
+
+    def first(self, variant: str) -> list[float]:
+        return self.variants.get(variant, self.start)
 
 
 class StudyConfig(ConfigSection):
@@ -145,6 +150,10 @@ def _problems(study: StudyConfig) -> Iterator[UserError]:
     for text in study.given:
         if (key := text.partition("=")[0]) in varied:
             yield UserError(f"{key} is what the study varies", f"command line: {text}", varied[key])
+    for name in study.rates.variants if study.rates is not None else ():
+        if name not in study.variants:
+            where, fix = study.where(f"rates.variants.{name}"), did_you_mean(name, study.variants)
+            yield UserError(f"no variant is called {name!r}", where, fix)
     if study.rates is not None and RATE in study.axes:
         yield UserError("the learning rate is varied twice", study.where("rates"), f"keep it, or axes.{RATE}")
     if len(set(study.seeds)) < len(study.seeds):

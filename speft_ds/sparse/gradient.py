@@ -359,13 +359,8 @@ class SparseGradient:
         uses = collectives.all_reduce_max(uses).clamp_(min=1).tolist()
         self.expected, self.is_profiling = dict(zip(names, uses, strict=True)), False
 
-    def pop(self) -> Tensor:
-        """The [num_local] fp32 gradient of this rank's entries, summed over ranks and backwards."""
-        own, self.own = self.own, torch.zeros_like(self.own)
-        return own
-
     def clear(self) -> None:
-        """Forget what was added since the last `pop`."""
+        """Begin anew, in the same memory: `own` is zero."""
         for bucket in self.buckets:
             bucket.buffer = None
         self.own.zero_()

@@ -143,7 +143,8 @@ class AccumulatedGradient(DropGrow):
             self.candidates.clear()
         elif self.candidates is not None:
             self.candidates.finish()
-            self.total += self.candidates.pop()
+            self.total += self.candidates.own
+            self.candidates.clear()
         elif dense and not skipped:
             self._choose_candidates(dense)
         super().after_step(step, skipped)

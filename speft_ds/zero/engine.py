@@ -111,7 +111,7 @@ class SparseZeroOptimizer(ZeROOptimizer):
             return
         self.trained.gradient.finish()
         if self.is_gradient_accumulation_boundary():
-            self.trained.state.delta.grad = self.trained.gradient.pop()
+            self.trained.state.delta.grad = self.trained.gradient.own
 
     def own_squared_norm(self) -> Tensor:
         """Of this rank's part of the gradient of the next step: an fp64 scalar on the device."""
@@ -143,6 +143,7 @@ class SparseZeroOptimizer(ZeROOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         if self.trained is not None:
             self.trained.state.delta.grad = None
+            self.trained.gradient.clear()
 
 
 class SparseEngine(DeepSpeedEngine):

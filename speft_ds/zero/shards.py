@@ -24,6 +24,8 @@ HOOK_GRAD_FNS = frozenset(
 )
 
 
+CPU_NORM_ELEMENTS = 2**18  # that are squared at a time
+
 # On which ZeRO-3 gathers; None: there is one order of all work, as on a CPU.
 gather_stream = None
 
@@ -154,4 +156,6 @@ def global_norm(local: Tensor) -> float:
 
 def squared_norm(local: Tensor) -> Tensor:
     """Squared L2 norm of this rank's part alone: an fp64 scalar."""
-    return torch.linalg.vector_norm(local, dtype=torch.float64).square()
+    # The CPU's kernel makes an fp64 copy of what it is given.
+    parts = local.split(CPU_NORM_ELEMENTS) if local.device.type == "cpu" else (local,)
+    return sum(torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in parts)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from speft_ds.comm import collectives
 from speft_ds.model.targets import place
+from speft_ds.zero.shards import squared_norm
 
 
 def clip_factor(norm: float, clip_norm: float | None) -> float:
@@ -46,8 +47,7 @@ class Clip:
         number = {key: n for n, key in enumerate(dict.fromkeys(keys.values()))}
         squared = torch.zeros(len(number), dtype=torch.float64, device=gradient.device)
         for name, own in slices.items():
-            norm = torch.linalg.vector_norm(gradient[own], dtype=torch.float64)
-            squared[number[keys[name]]] += norm.square()
+            squared[number[keys[name]]] += squared_norm(gradient[own])
         norms = collectives.all_reduce(squared).sqrt().tolist()
         for name, own in slices.items():
             gradient[own].mul_(clip_factor(norms[number[keys[name]]], self.clip_norm))

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from speft_ds.sparse.optim.blockwise import BLOCK, Blockwise, slots_of
 
-STEP_ELEMENTS = 2**22  # that step at a time: whole weights are many, and a step takes temporaries
+# That step at a time, by device: whole weights are many, and a step takes temporaries. On a CPU these stay in
+# its cache, and in memory that malloc has at hand: a third of the time of 2**22.
+STEP_ELEMENTS = {"cpu": 2**18, "cuda": 2**22}
 CHUNK = 1024  # blocks of 8-bit moments that are fp32 at a time
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -76,8 +78,9 @@ class FlatOptimizer(torch.optim.Optimizer):
         state, gradient = self.state[delta], delta.grad
         self._count_step()
         if active is None:
-            for start in range(0, delta.numel(), STEP_ELEMENTS):
-                part = slice(start, start + STEP_ELEMENTS)
+            size = STEP_ELEMENTS[delta.device.type]
+            for start in range(0, delta.numel(), size):
+                part = slice(start, start + size)
                 own = {name: value[part] if value.dim() else value.clone() for name, value in state.items()}
                 self._advance(delta[part], gradient[part], own, group)
             for value in state.values():

@@ -48,7 +48,7 @@ def phases(setup: Setup) -> dict[str, list[Line]]:
     collects = "gradient" if is_dense else "entries"
     step = one_pass(setup, collects, train.micro_batch, setup.recipe.data.max_length, setup.stash)
     at_once = setup.num_own - setup.num_whole // setup.world_size
-    at_once += min(setup.num_whole // setup.world_size, STEP_ELEMENTS)
+    at_once += min(setup.num_whole // setup.world_size, STEP_ELEMENTS[setup.device])
     update = Line.of("step's temporaries", at_once, 28, "own entries", " (about)")
     state += original(setup) if mask.schedule == "periodic" else []
     found = {"training": [*always, *state, *step], "optimizer step": [*always, *state, update]}

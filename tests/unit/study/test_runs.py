@@ -69,6 +69,13 @@ def test_a_rate_that_fails_is_an_edge():
     assert next_rates(RatesConfig(start=[1.0]), {1e-3: -math.inf}) == []
 
 
+def test_a_variant_may_begin_elsewhere(write):
+    rates = {"start": [1e-3, 1e-2], "variants": {"random": [1e-5]}}
+    runs = Grid(load_study(write(axes=None, rates=rates))).first_runs()
+    found = {(run.setting.variant, run.rate) for run in runs}
+    assert found == {("gradient", 1e-3), ("gradient", 1e-2), ("random", 1e-5)}
+
+
 def test_other_seeds_follow_at_the_best_rate(write):
     grid = Grid(load_study(write(axes=None, rates={"start": [1e-3, 1e-2]}, variants=None, reference=None)))
     (setting,) = grid.settings

@@ -37,6 +37,7 @@ def line(path, key):
         ({"axes": {"mask.density": [0.01, 1.0e-2]}}, "mask.density", ""),
         ({"rates": {"start": [1e-3], "factor": 1}}, "factor", ""),
         ({"rates": {"start": [1e-3], "faktor": 2}}, "faktor", "factor"),
+        ({"rates": {"start": [1e-3], "variants": {"rndom": [1e-2]}}}, "rndom", "random"),
         ({"rates": {"start": [1e-3]}, "axes": {"optimizer.lr": [1e-4]}}, "rates", "axes.optimizer.lr"),
         ({"reference": "rndom"}, "reference", "random"),
         ({"metric": "sst2/acc"}, "metric", "validation_loss"),

@@ -21,6 +21,8 @@ from speft_ds.study.study_config import VALIDATION_LOSS, StudyConfig
 from speft_ds.training.run_dir import LOG, has_files
 
 FILE = "study.json"
+# What a run was made from and with, kept so that its folder may go.
+FACTS = ("run_id", "starts", "versions", "data", "mask.sha256", "num_steps", "global_batch")
 TEXT_LOSS = "general text/loss"  # nats per token of eval.forgetting_text
 Role = Literal["held-out", "task", "forgetting"]
 
@@ -57,6 +59,7 @@ class Result(_Part):
     peak_bytes: float | None = None
     adapter_bytes: int | None = None
     machine: str | None = None
+    facts: dict[str, Any] = Field({})  # FACTS of its run.json
 
     def score(self, metric: str) -> float:
         """By a metric, higher is better; -inf where it is not known or not finite."""
@@ -95,6 +98,7 @@ def read_result(run: StudyRun, folder: Path) -> Result | None:
         peak_bytes=float(found.resources[0]) or None,
         adapter_bytes=found.adapter_bytes,
         machine=f"{machine}, {found.num_ranks} rank(s)",
+        facts={name: found.fact(name) for name in FACTS},
     )
 
 

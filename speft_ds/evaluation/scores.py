@@ -205,12 +205,15 @@ def _is_known(error: float | None) -> bool:
 
 
 def in_text(value: float, stderr: float | None, is_share: bool, signed: bool = False) -> str:
-    """`45.2% ± 1.1`: a share in percent, anything else with four digits, its error with two."""
+    """`45.2% ± 1.1`, `1.8413 ± 0.0017`: a share in percent; else to two digits of the error, or with four."""
     sign = "+" if signed else ""
-    number = f"{100 * value:{sign}.1f}{' points' if signed else '%'}" if is_share else f"{value:{sign}.4g}"
-    if not _is_known(stderr):
-        return number
-    return f"{number} ± {100 * stderr:.1f}" if is_share else f"{number} ± {stderr:.2g}"
+    if is_share:
+        number = f"{100 * value:{sign}.1f}{' points' if signed else '%'}"
+        return f"{number} ± {100 * stderr:.1f}" if _is_known(stderr) else number
+    if not _is_known(stderr) or stderr <= 0:
+        return f"{value:{sign}.4g}" + (" ± 0" if stderr == 0 else "")
+    digits = min(9, max(0, 1 - math.floor(math.log10(stderr))))
+    return f"{value:{sign}.{digits}f} ± {stderr:.{digits}f}"
 
 
 @dataclass(frozen=True)

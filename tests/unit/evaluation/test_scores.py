@@ -21,9 +21,9 @@ def read(folder, **documents):
         (0.41, 0.61, {}, "better, 14 s.e.", "+20.0 points ± 1.4"),
         (0.61, 0.41, {}, "worse, 14 s.e.", "-20.0 points ± 1.4"),
         (0.41, 0.43, {}, "no clear change, 1.4 s.e.", "+2.0 points ± 1.4"),
-        (0.41, 0.43, {"higher_is_better": False}, "no clear change, 1.4 s.e.", "+0.02 ± 0.014"),
-        (0.9, 0.8, {"higher_is_better": False}, "better, 7.1 s.e.", "-0.1 ± 0.014"),
-        (31.2, 30.0, {"stderr": 0.1}, "worse, 8.5 s.e.", "-1.2 ± 0.14"),
+        (0.41, 0.43, {"higher_is_better": False}, "no clear change, 1.4 s.e.", "+0.020 ± 0.014"),
+        (0.9, 0.8, {"higher_is_better": False}, "better, 7.1 s.e.", "-0.100 ± 0.014"),
+        (31.2, 30.0, {"stderr": 0.1}, "worse, 8.5 s.e.", "-1.20 ± 0.14"),
         (0.0, 1.0, {"stderr": 0.0}, "better, no standard error", "+100.0 points ± 0.0"),  # all changed
         (0.0, 0.0, {"stderr": 0.0}, "no clear change, no standard error", "+0.0 points ± 0.0"),
         (12.0, 11.0, {"stderr": None, "higher_is_better": False}, "better, no standard error", "-1"),

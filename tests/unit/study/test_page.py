@@ -45,6 +45,12 @@ def finish_all(execution):
     return execution
 
 
+def to_two_digits(value, error, sign=""):
+    """As many decimals as two digits of the error have."""
+    decimals = len(f"{error:.2g}".partition(".")[2])
+    return f"{value:{sign}.{decimals}f} ± {error:.2g}"
+
+
 def test_means_differences_and_costs(execution):
     made = finish_all(execution())
     publish(made)
@@ -52,9 +58,9 @@ def test_means_differences_and_costs(execution):
         for variant, losses in LOSSES.items():
             row = page.row(f"{variant}, mask.density=0.1")
             error = stdev(losses) / math.sqrt(3)
-            assert row[:2] == [f"{mean(losses) - 0.1:.4g} ± {error:.2g}", "3 of 3"]
+            assert row[:2] == [to_two_digits(mean(losses) - 0.1, error), "3 of 3"]
         pairs = [a - b for a, b in zip(*LOSSES.values(), strict=True)]
-        expected = f"{mean(pairs):+.4g} ± {stdev(pairs) / math.sqrt(3):.2g}"
+        expected = to_two_digits(mean(pairs), stdev(pairs) / math.sqrt(3), "+")
         assert page.row("gradient, mask.density=0.1")[2:] == [expected, "yes"]
         assert page.row("random, mask.density=0.1")[2:] == ["-", "-"]
         scores = page.row("gradient, mask.density=0.1", 1)
